@@ -1,0 +1,103 @@
+# Thin lines over `python -m trainer_service`, `python -m inference_service` and `python -m deploy.stack`.
+# Values may hold quotes, dollar signs and line breaks: they travel through the environment, never through a command line.
+
+VALUES := PRESET DATASET VALIDATION RESUME SET FOLLOW JOB PROMPT PROMPTS VERSION SEED TEMPERATURE MAX_TOKENS
+$(foreach name,$(VALUES),$(if $(filter-out undefined,$(origin $(name))),\
+  $(eval override $(name) := $$(value $(name)))$(eval export $(name))))
+
+# cpu, cuda or macos: what .venv holds, else what suits this system.
+INSTALLED := $(patsubst .venv/installed-%,%,$(firstword $(wildcard .venv/installed-*)))
+ACCELERATOR ?= $(or $(INSTALLED),$(if $(filter Darwin,$(shell uname -s)),macos,cpu))
+VENV := .venv/installed-$(ACCELERATOR)
+RUN := .venv/bin/python -m
+
+DATA := $${PRESET:+--preset="$$PRESET"} $${SET:+--set="$$SET"} "$$@"
+FILES := set -f; for name in $$DATASET; do set -- "$$@" --dataset="$$name"; done; \
+  for name in $$VALIDATION; do set -- "$$@" --validation="$$name"; done;
+GENERATED := inference/v1/inference training/v1/training
+PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
+  $(GENERATED:%=shared/pb/%.proto)
+
+.PHONY: help demo up down status train jobs watch cancel data checkpoints generate chat info test check fix proto lock
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (six minutes on two cores).
+	@$(RUN) deploy.demo
+
+up: $(VENV) ## Start Redis, trainer, worker and inference server; return once all are healthy.
+	@$(RUN) deploy.stack up
+
+down: $(VENV) ## Stop what `make up` started.
+	@$(RUN) deploy.stack down
+
+status: $(VENV) ## Show the state of each process.
+	@$(RUN) deploy.stack status
+
+train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" FOLLOW=0
+	@$(FILES) [ "$$FOLLOW" != 0 ] || set -- "$$@" --no-follow; \
+	$(RUN) trainer_service train $${RESUME:+--resume="$$RESUME"} $(DATA)
+
+jobs: $(VENV) ## List the training jobs.
+	@$(RUN) trainer_service jobs
+
+watch: $(VENV) ## Follow a training job: JOB=<id>
+	@$(RUN) trainer_service watch $${JOB:+"$$JOB"}
+
+cancel: $(VENV) ## End a training job after its step: JOB=<id>
+	@$(RUN) trainer_service cancel $${JOB:+"$$JOB"}
+
+data: $(VENV) ## Prepare a data set and show a sample: PRESET= DATASET= VALIDATION= SET=
+	@$(FILES) $(RUN) trainer_service data $(DATA)
+
+checkpoints: $(VENV) ## List the versions that training has published.
+	@$(RUN) trainer_service checkpoints
+
+generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMPERATURE= MAX_TOKENS=
+	@$(RUN) inference_service generate $${PROMPT:+--prompt="$$PROMPT"} $${PROMPTS:+--prompts="$$PROMPTS"} \
+	  $${VERSION:+--version="$$VERSION"} $${SEED:+--seed="$$SEED"} \
+	  $${TEMPERATURE:+--temperature="$$TEMPERATURE"} $${MAX_TOKENS:+--max-tokens="$$MAX_TOKENS"}
+
+chat: $(VENV) ## Write to the model, line by line.
+	@$(RUN) inference_service chat
+
+info: $(VENV) ## Show the device, its memory and the speed of a product.
+	@$(RUN) inference_service info
+
+test: $(VENV) ## Run all tests.
+	@$(RUN) pytest
+
+check: $(VENV) ## Verify format, types, imports, contracts and README; edit nothing.
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(call PROTOC,"$$folder") && \
+	for name in $(GENERATED); do for kind in _pb2.py _pb2.pyi _pb2_grpc.py; do \
+	  cmp "$$folder/shared/pb/$$name$$kind" "shared/pb/$$name$$kind" || \
+	    { echo 'shared/pb does not match proto: run make proto.' >&2; exit 1; }; \
+	done; done; echo 'shared/pb matches proto.'
+	$(RUN) pytest -q tests/test_readme.py
+	@if command -v buf > /dev/null; then echo 'buf lint proto'; buf lint proto; \
+	else echo 'Not run, for buf is not installed: buf lint proto'; fi
+	@if command -v promtool > /dev/null; then promtool check config deploy/prometheus/prometheus.yml; \
+	else echo 'Not run, for promtool is not installed: promtool check config deploy/prometheus/prometheus.yml'; fi
+
+fix: $(VENV) ## Format, and mend what ruff can mend.
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+proto: $(VENV) ## Generate shared/pb from proto.
+	$(call PROTOC,.)
+
+lock: $(VENV) ## Resolve requirements/*.txt anew.
+	@requirements/lock
+
+# A virtual environment of the first Python that can make one. 3.12 and 3.11 come first: for them a wheel brings Redis.
+$(VENV): requirements/$(ACCELERATOR).txt requirements/dev.txt pyproject.toml
+	@requirements/install "$(ACCELERATOR)" "$(PYTHON)"
+	@touch $@
+
+requirements/%.txt:
+	@echo 'ACCELERATOR is "$(ACCELERATOR)", but must be cpu, cuda or macos.' >&2; exit 1

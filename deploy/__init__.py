@@ -1,0 +1,1 @@
+"""Runs the services' processes together: supervision, health, the demonstration."""

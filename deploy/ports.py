@@ -1,0 +1,80 @@
+"""The four TCP ports of the services."""
+
+import errno
+import socket
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from shared.errors import InvalidArgument
+from shared.grpc_server import port_in_use
+from shared.settings import Environment, read_int, read_str
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Where the services listen: gRPC and `/metrics` of each."""
+
+    inference: int = 50051
+    inference_metrics: int = 9101
+    trainer: int = 50052
+    trainer_metrics: int = 9102
+
+    def to_environment(self) -> dict[str, str]:
+        """The variables from which the services read these ports."""
+        return {
+            "GPTLOOP_INFERENCE_PORT": str(self.inference),
+            "GPTLOOP_INFERENCE_METRICS_PORT": str(self.inference_metrics),
+            "GPTLOOP_TRAINER_PORT": str(self.trainer),
+            "GPTLOOP_TRAINER_METRICS_PORT": str(self.trainer_metrics),
+        }
+
+    def check_free(self, environment: Environment) -> None:
+        """Raises `AlreadyExists` where another program listens on one of them, and `InvalidArgument` on an
+        address that is not this machine's."""
+        for variable, text in self.to_environment().items():
+            host = listening_host(environment, "INFERENCE" if "INFERENCE" in variable else "TRAINER")
+            try:
+                _listener(host, int(text)).close()
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    raise port_in_use(host, int(text), variable) from None
+                raise InvalidArgument(f"{host}:{text} cannot be listened on: {error.strerror}.") from None
+
+
+def read_ports(environment: Environment) -> Ports:
+    """The ports from the environment; raises `InvalidArgument` on a bad number and where two are the same."""
+    defaults = Ports().to_environment()
+    chosen = {
+        name: read_int(environment, name, int(default), minimum=1, maximum=65535) for name, default in defaults.items()
+    }
+    port, uses = Counter(chosen.values()).most_common(1)[0]
+    if uses > 1:
+        names = " and ".join(name for name, value in chosen.items() if value == port)
+        raise InvalidArgument(f"{names} are the same port, {port}, but each needs one of its own.")
+    return Ports(*chosen.values())
+
+
+def free_ports() -> Ports:
+    """Four ports that nothing listens on now."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(_listener("127.0.0.1", 0)) for _ in range(4)]
+        return Ports(*(listener.getsockname()[1] for listener in listeners))
+
+
+def listening_host(environment: Environment, service: str) -> str:
+    """The address that a service (`INFERENCE`, `TRAINER`) listens on."""
+    return read_str(environment, f"GPTLOOP_{service}_HOST", "127.0.0.1")
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # A port that was closed a moment ago is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,244 @@
+"""Starts, shows and stops Redis, the trainer, its worker and the inference server: `python -m deploy.stack up`."""
+
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from deploy.health import Health, health_checks
+from deploy.ports import Ports, read_ports
+from deploy.supervisor import ProcessState, Supervisor
+from shared import cli
+from shared.errors import FailedPrecondition, Unavailable
+from shared.settings import Directories, read_directories
+
+_CONFIGURATION = Path(__file__).parent / "supervisord.conf"
+_START_LIMIT_S = 120.0
+_POLL_S = 0.2
+_LOG_LINES = 20
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+
+@dataclass(frozen=True)
+class ProcessStatus:
+    """A process as supervisord and its health check see it; `process` is `None` for a Redis that others run."""
+
+    name: str
+    process: ProcessState | None
+    health: Health
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it runs and does its work."""
+        return self.health.is_healthy and (self.process is None or self.process.state == "RUNNING")
+
+    @property
+    def reason(self) -> str:
+        """Why it is not healthy."""
+        if self.process is not None and self.process.state != "RUNNING":
+            return self.process.state.lower()
+        return self.health.text
+
+
+class Stack:
+    """The processes of one folder of state.
+
+    ports: where the services listen.
+    environment: what the processes see besides; `REDIS_URL` in it takes the place of the embedded Redis.
+    configuration: a supervisord.conf.
+    checks: by the name of each of its programs, what asks whether it does its work.
+    """
+
+    def __init__(
+        self,
+        directories: Directories,
+        ports: Ports,
+        environment: Mapping[str, str],
+        configuration: Path = _CONFIGURATION,
+        checks: Mapping[str, Callable[[], Health]] | None = None,
+    ) -> None:
+        self._directories = directories
+        self._ports = ports
+        self._environment = environment
+        self._has_redis = not environment.get("REDIS_URL", "").strip()
+        self._checks = checks or health_checks(environment, directories, ports)
+        self._supervisor = Supervisor(
+            configuration,
+            directories,
+            {**environment, **ports.to_environment(), "GPTLOOP_EMBEDDED_REDIS": str(self._has_redis).lower()},
+        )
+
+    def up(self, report: Callable[[str], None]) -> None:
+        """Starts everything and returns when all of it is healthy; `report` is told what is being waited for.
+
+        Whatever ends it early, Ctrl-C too, leaves nothing running. Raises `Unavailable` with the end of a log where a
+        process fails or does not get healthy, and `AlreadyExists` where a port is in use.
+        """
+        with self._alone():
+            if self._supervisor.is_running():
+                waiting = self._first_unhealthy()
+                if waiting is not None:
+                    raise FailedPrecondition(
+                        f"Everything is up already, but {waiting.name} is not healthy ({waiting.reason}). "
+                        "`make status` shows more; `make down` stops everything."
+                    )
+                report("Everything is up already.")
+                return
+            # A supervisord that was killed may have left its programs.
+            self._supervisor.stop()
+            self._ports.check_free(self._environment)
+            try:
+                with _signals_deferred():
+                    self._supervisor.start()
+                self._wait_until_healthy(report)
+            except BaseException:
+                with _signals_deferred():
+                    self._supervisor.stop()
+                raise
+            report("Everything is up.")
+
+    def down(self) -> bool:
+        """Stops everything, and returns when it is gone; false where nothing ran."""
+        with self._alone():
+            ran = self._supervisor.is_running() or bool(self._supervisor.orphans())
+            self._supervisor.stop()
+            return ran
+
+    def status(self) -> list[ProcessStatus] | None:
+        """Every process, or `None` where nothing is up; raises `Unavailable` where only remains of it run."""
+        if self._supervisor.is_running():
+            return list(self._statuses())
+        orphans = self._supervisor.orphans()
+        if orphans:
+            remains = ", ".join(f"{name} (pid {pid})" for name, pid in orphans.items())
+            raise Unavailable(f"The supervisor is gone, but its programs still run: {remains}. `make down` ends them.")
+        return None
+
+    def _statuses(self) -> Iterator[ProcessStatus]:
+        processes = {process.name: process for process in self._supervisor.processes()}
+        if not self._has_redis:
+            del processes["redis"]
+        for name, check in self._checks.items():
+            yield ProcessStatus(name, processes.get(name), check())
+
+    def _first_unhealthy(self) -> ProcessStatus | None:
+        return next((status for status in self._statuses() if not status.is_healthy), None)
+
+    def _wait_until_healthy(self, report: Callable[[str], None]) -> None:
+        deadline_s = time.monotonic() + _START_LIMIT_S
+        self._supervisor.wait_for_answer()
+        while True:
+            failed = next((process for process in self._supervisor.processes() if process.state == "FATAL"), None)
+            if failed is not None:
+                raise self._failure(failed.name, "ends again and again")
+            waiting = self._first_unhealthy()
+            if waiting is None:
+                return
+            if time.monotonic() > deadline_s:
+                raise self._failure(waiting.name, f"is not healthy after {_START_LIMIT_S:.0f} s ({waiting.reason})")
+            report(f"Waiting for {waiting.name}: {waiting.reason}")
+            time.sleep(_POLL_S)
+
+    def _failure(self, name: str, what: str) -> Unavailable:
+        lines = "\n".join(self._supervisor.last_lines(name, _LOG_LINES))
+        log = self._directories.log / f"{name}.log"
+        return Unavailable(f"{name} {what}, so everything was stopped. The end of {log}:\n{lines}")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        run = self._directories.var / "run"
+        run.mkdir(parents=True, exist_ok=True)
+        with (run / "command").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FailedPrecondition(f"Another `make up` or `make down` is at work on {run.parent}.") from None
+            yield
+
+
+@contextmanager
+def _signals_deferred() -> Iterator[None]:
+    received: list[int] = []
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise KeyboardInterrupt
+
+
+@app.command()
+def up() -> None:
+    """Start everything and return when all of it is healthy."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    stack = _read_stack()
+    console = Console()
+    shown = ""
+
+    def report(text: str) -> None:
+        nonlocal shown
+        if console.is_terminal:
+            line.update(escape(text))
+        elif text != shown:
+            print(text, flush=True)
+        shown = text
+
+    try:
+        with console.status("") as line:
+            stack.up(report)
+    except KeyboardInterrupt:
+        raise FailedPrecondition("Interrupted: what was started has been stopped.") from None
+    if console.is_terminal:
+        print(shown)
+
+
+@app.command()
+def down() -> None:
+    """Stop everything, and return when it is gone."""
+    print("Everything is stopped." if _read_stack().down() else "Nothing ran.")
+
+
+@app.command()
+def status() -> None:
+    """Show each process. The exit code is 0 where all are healthy, 1 where one is not, 3 where nothing is up."""
+    statuses = _read_stack().status()
+    if statuses is None:
+        print("Nothing is up. Start everything with `make up`.")
+        raise typer.Exit(3)
+    table = Table("process", "state", "pid", "uptime", "health", box=None)
+    for each in statuses:
+        process = each.process
+        columns = (
+            ("external", "", "")
+            if process is None
+            else (process.state, str(process.pid), cli.duration(process.uptime_s))
+        )
+        table.add_row(each.name, *columns, escape(each.health.text))
+    cli.print_table(table)
+    raise typer.Exit(0 if all(each.is_healthy for each in statuses) else 1)
+
+
+def _read_stack() -> Stack:
+    return Stack(read_directories(os.environ), read_ports(os.environ), os.environ)
+
+
+if __name__ == "__main__":
+    cli.run(app)

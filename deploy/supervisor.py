@@ -1,0 +1,171 @@
+"""supervisord as this project uses it: start it, ask it, end it, and find what it left behind when it was killed."""
+
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xmlrpc.client import Fault, ServerProxy
+
+from supervisor.xmlrpc import SupervisorTransport
+
+from deploy.launch import holder
+from shared.errors import Unavailable
+from shared.settings import Directories
+from shared.sockets import make_socket_folder, short_socket_path
+
+_ROOT = Path(__file__).parent.parent
+
+# Longer than all waits of the configuration together.
+_STOP_LIMIT_S = 160.0
+# A program that supervisord does not watch any more gets as long as the longest wait of the configuration.
+_ORPHAN_LIMIT_S = 60.0
+_START_LIMIT_S = 20.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """One program: its state in supervisord's words (`RUNNING`, `STARTING`, `FATAL`, …), and since when it runs."""
+
+    name: str
+    state: str
+    pid: int
+    uptime_s: int
+
+
+class Supervisor:
+    """supervisord with a configuration, its state in a folder's `run` and `log`.
+
+    configuration: a supervisord.conf whose variables `%(ENV_…)s` the environment holds.
+    environment: what its programs see; `GPTLOOP_VAR` and what the configuration needs are added.
+    """
+
+    def __init__(self, configuration: Path, directories: Directories, environment: Mapping[str, str]) -> None:
+        self._configuration = configuration
+        self._run = directories.var / "run"
+        self._log = directories.log
+        self._socket = short_socket_path(self._run / "supervisor.sock")
+        self._environment = {
+            **environment,
+            "GPTLOOP_VAR": str(directories.var),
+            "GPTLOOP_ROOT": str(_ROOT),
+            "GPTLOOP_PYTHON": sys.executable,
+            "GPTLOOP_SUPERVISOR_SOCKET": str(self._socket),
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Starts supervisord, in a session of its own: a Ctrl-C in this terminal does not reach it."""
+        assert not self.is_running()
+        self._run.mkdir(parents=True, exist_ok=True)
+        self._log.mkdir(parents=True, exist_ok=True)
+        make_socket_folder(self._socket)
+        lock = str(self._run / "supervisord.lock")
+        supervisord = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(self._configuration)]
+        with (self._log / "supervisord.out").open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.launch", lock, *supervisord],
+                cwd=_ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def is_running(self) -> bool:
+        """Whether supervisord runs, be it started by this object or by another process."""
+        return self._pid() is not None
+
+    def wait_for_answer(self) -> None:
+        """Returns when supervisord answers; raises `Unavailable` with what it printed where it does not."""
+
+        def answers() -> bool:
+            with suppress(Unavailable):
+                self.processes()
+                return True
+            return False
+
+        _wait_until(lambda: answers() or self._has_ended(), _START_LIMIT_S)
+        if not answers():
+            raise Unavailable("supervisord does not start: " + " ".join(self.last_lines("supervisord", 5)))
+
+    def processes(self) -> list[ProcessState]:
+        """Every program; raises `Unavailable` while supervisord does not answer."""
+        proxy = ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, f"unix://{self._socket}"))
+        try:
+            answers: Any = proxy.supervisor.getAllProcessInfo()
+        except (OSError, http.client.HTTPException, Fault) as error:
+            raise Unavailable(f"supervisord does not answer: {error}.") from None
+        finally:
+            proxy("close")()
+        return [
+            ProcessState(answer["name"], answer["statename"], answer["pid"], max(0, answer["now"] - answer["start"]))
+            for answer in answers
+        ]
+
+    def orphans(self) -> dict[str, int]:
+        """Name and pid of the programs that run although supervisord does not."""
+        if self.is_running():
+            return {}
+        locks = {lock.stem: holder(lock) for lock in self._run.glob("*.lock")}
+        return {name: pid for name, pid in locks.items() if pid is not None}
+
+    def stop(self) -> None:
+        """Ends supervisord and every program, also those that a killed supervisord left; returns when all are gone.
+
+        Raises `Unavailable` where supervisord does not end.
+        """
+        if self._process is not None and not self._has_ended():
+            # It may not hold its lock yet.
+            self._process.terminate()
+        pid = self._pid()
+        if pid is not None:
+            _signal(pid, signal.SIGTERM)
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_LIMIT_S)
+        if not _wait_until(lambda: self._pid() is None, _STOP_LIMIT_S):
+            raise Unavailable(f"supervisord (pid {pid}) does not end; {self._log}/supervisord.log may say why.")
+        # In this order the worker ends before Redis, which takes its last words.
+        for name, orphan in sorted(self.orphans().items(), reverse=True):
+            lock = self._run / f"{name}.lock"
+            _signal(orphan, signal.SIGTERM)
+            if not _wait_until(lambda lock=lock: holder(lock) is None, _ORPHAN_LIMIT_S):  # type: ignore[misc]
+                _signal(orphan, signal.SIGKILL)
+                _wait_until(lambda lock=lock: holder(lock) is None, _ORPHAN_LIMIT_S)  # type: ignore[misc]
+
+    def last_lines(self, name: str, count: int) -> list[str]:
+        """The last lines of a program's log."""
+        files = (self._log / f"{name}.log", self._log / f"{name}.out")
+        texts = [file.read_text(errors="replace") for file in files if file.exists()]
+        return "".join(texts).splitlines()[-count:]
+
+    def _has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    def _pid(self) -> int | None:
+        return holder(self._run / "supervisord.lock")
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    # 0, which would be this process's own group, is a program that has not written its pid yet.
+    with suppress(ProcessLookupError):
+        if pid:
+            os.kill(pid, number)
+
+
+def _wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(_POLL_S)
+    return True

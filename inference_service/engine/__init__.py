@@ -1,0 +1,1 @@
+"""The generation engine: one thread, fixed slots, many streams decoding together."""

@@ -1,0 +1,108 @@
+"""What goes into the engine and what comes out. Importing this loads no model framework."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from shared.errors import GptloopError
+from shared.gpt.sampling import SamplingParameters
+
+
+class FinishReason(Enum):
+    """Why a stream ended."""
+
+    EOS = auto()
+    LENGTH = auto()
+    STOP = auto()
+    CONTEXT_LENGTH = auto()
+    CANCELLED = auto()
+    DEADLINE = auto()
+
+
+class NotFiniteError(GptloopError):
+    """The model's logits for a row are not finite, so nothing can be drawn from them."""
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One stream to generate: `prompt` holds at least one token and fewer than the context, in the tokens of `version`.
+
+    `arrived` and `deadline` are times of `time.monotonic`. `logprobs` is the number of alternatives that come with each
+    token, None for no log-probabilities at all.
+    """
+
+    id: str
+    version: int
+    prompt: tuple[int, ...]
+    seed: int
+    max_tokens: int
+    arrived: float
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability under the model, before temperature and filters."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A token that was drawn; `alternatives` are the likeliest ones, likeliest first."""
+
+    token: int
+    logprob: float | None = None
+    alternatives: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The request has its first turn: it does not wait any more."""
+
+    at: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Drawn tokens, and the text that is certain since; either can be empty."""
+
+    at: float
+    text: str
+    draws: tuple[Draw, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a stream. Times are in seconds from the arrival of the request; None where it did not come so far."""
+
+    reason: FinishReason
+    matched_stop: str | None
+    prompt_tokens: int
+    generated_tokens: int
+    queue_s: float | None
+    first_token_s: float | None
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end of a stream that the engine could not carry on."""
+
+    error: GptloopError
+
+
+Event = Admitted | Delta | Finished | Failed
+
+
+@dataclass(frozen=True)
+class Output:
+    """An event of one stream."""
+
+    request_id: str
+    event: Event

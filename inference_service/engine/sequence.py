@@ -1,0 +1,72 @@
+"""One request while the engine works on it."""
+
+from collections.abc import Callable
+
+from inference_service.engine.detokenizer import Detokenizer
+from inference_service.engine.request import Delta, Draw, Event, Finished, FinishReason, GenerationRequest
+
+
+class Sequence:
+    """How far one request has come. `read` tokens of it are in the cache, in its slot."""
+
+    def __init__(
+        self, request: GenerationRequest, context_length: int, end_token: int, piece: Callable[[int], bytes]
+    ) -> None:
+        self.request = request
+        self.read = 0
+        self.generated: list[int] = []
+        self.admitted_at: float | None = None
+        self._context_length = context_length
+        self._end_token = end_token
+        self._detokenizer = Detokenizer(piece, request.stop)
+        self._first_token_at: float | None = None
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the whole prompt was read."""
+        return self.read >= len(self.request.prompt)
+
+    @property
+    def masked_token(self) -> int | None:
+        """The token that must not be drawn next: the end token where the request forbids it."""
+        forbidden = self.request.ignore_eos or len(self.generated) < self.request.min_tokens
+        return self._end_token if forbidden else None
+
+    def accept(self, draw: Draw, now: float) -> list[Event]:
+        """Takes the next token; what the stream shows of it, up to its end where this token ends it."""
+        if self._first_token_at is None:
+            self._first_token_at = now
+        self.generated.append(draw.token)
+        text = self._detokenizer.add(draw.token)
+        reason = self._reason(draw.token)
+        if reason is None:
+            return [Delta(now, text, (draw,))]
+        return [Delta(now, text + self._detokenizer.finish(), (draw,)), self._finished(reason, now)]
+
+    def end(self, reason: FinishReason, now: float) -> list[Event]:
+        """Ends from outside; the text that was held back comes first."""
+        rest = self._detokenizer.finish()
+        return [*([Delta(now, rest, ())] if rest else []), self._finished(reason, now)]
+
+    def _reason(self, token: int) -> FinishReason | None:
+        if self._detokenizer.matched_stop is not None:
+            return FinishReason.STOP
+        if token == self._end_token:
+            return FinishReason.EOS
+        if len(self.generated) >= self.request.max_tokens:
+            return FinishReason.LENGTH
+        if len(self.request.prompt) + len(self.generated) >= self._context_length:
+            return FinishReason.CONTEXT_LENGTH
+        return None
+
+    def _finished(self, reason: FinishReason, now: float) -> Finished:
+        arrived = self.request.arrived
+        return Finished(
+            reason=reason,
+            matched_stop=self._detokenizer.matched_stop if reason is FinishReason.STOP else None,
+            prompt_tokens=len(self.request.prompt),
+            generated_tokens=len(self.generated),
+            queue_s=None if self.admitted_at is None else self.admitted_at - arrived,
+            first_token_s=None if self._first_token_at is None else self._first_token_at - arrived,
+            total_s=now - arrived,
+        )

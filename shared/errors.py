@@ -1,0 +1,45 @@
+"""Errors that a person caused or can mend. Their text is a whole sentence: what is wrong, and what would be right."""
+
+
+class GptloopError(Exception):
+    """Base of every error that is reported as one sentence instead of a stack trace."""
+
+
+class InvalidArgument(GptloopError):
+    """A value that a caller gave cannot be used; calling again with the same value cannot help."""
+
+
+class NotFound(GptloopError):
+    """What the caller named does not exist."""
+
+
+class AlreadyExists(GptloopError):
+    """What the caller wants to create, or the port it wants to open, is already there."""
+
+
+class FailedPrecondition(GptloopError):
+    """The system is not in a state in which the call can be carried out."""
+
+
+class ResourceExhausted(GptloopError):
+    """A limit is reached; the same call may succeed later."""
+
+
+class Unavailable(GptloopError):
+    """Something that is needed cannot be reached now: Redis, a worker, a first version."""
+
+
+class DataError(GptloopError):
+    """A data set cannot be read, or holds too little to train on."""
+
+
+class CorruptCheckpoint(GptloopError):
+    """A checkpoint's files do not match its manifest, or cannot be read."""
+
+
+class RunOwnershipLost(GptloopError):
+    """Another process took over the run; this one must not write it any more."""
+
+
+class TrainingDiverged(GptloopError):
+    """The loss is not finite any more."""

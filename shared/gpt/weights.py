@@ -1,0 +1,52 @@
+"""Models in and out of safetensors files."""
+
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from shared.errors import CorruptCheckpoint
+from shared.gpt.config import GPTConfig
+from shared.gpt.model import GPT
+
+
+def save_model(model: GPT, path: Path) -> None:
+    """Writes every parameter under its module name, in fp32."""
+    mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())))
+
+
+def load_model(path: Path, config: GPTConfig) -> GPT:
+    """The model of a file, evaluated and in evaluation mode.
+
+    Raises `CorruptCheckpoint` where names, shapes or types do not fit the configuration or a value is not finite.
+    """
+    model = GPT(config)
+    expected = dict(tree_flatten(model.parameters()))
+    arrays = load_arrays(path)
+    if set(arrays) != set(expected):
+        odd = ", ".join(sorted(set(arrays) ^ set(expected))[:5])
+        raise CorruptCheckpoint(f"{path} does not hold the parameters of its configuration: missing or extra are {odd}.")
+    for name, array in arrays.items():
+        if array.shape != expected[name].shape or array.dtype != expected[name].dtype:
+            raise CorruptCheckpoint(
+                f"{path} holds {name} as {array.dtype} {array.shape}, but its configuration needs "
+                f"{expected[name].dtype} {expected[name].shape}."
+            )
+    finite = mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in arrays.values()]))
+    if not finite.item():
+        raise CorruptCheckpoint(f"{path} holds values that are not finite.")
+    model.load_weights(list(arrays.items()))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """Every array of a safetensors file, evaluated; raises `CorruptCheckpoint` where it cannot be read whole."""
+    try:
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error}.") from error
+    assert isinstance(arrays, dict)
+    return arrays

@@ -1,0 +1,1 @@
+"""The contracts of proto/ as Python, made by `make proto`."""

@@ -1,0 +1,1 @@
+"""Generated from proto/training/v1."""

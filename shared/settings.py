@@ -1,0 +1,84 @@
+"""Reading settings from the environment. A bad value stops the process and names the variable."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import InvalidArgument
+
+Environment = Mapping[str, str]
+
+
+def read_int(environment: Environment, name: str, default: int, *, minimum: int, maximum: int) -> int:
+    """The integer in a variable; raises `InvalidArgument` outside [minimum, maximum]."""
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise InvalidArgument(f"{name} is {text!r}, but must be a whole number from {minimum} to {maximum}.") from None
+    if not minimum <= value <= maximum:
+        raise InvalidArgument(f"{name} is {value}, but must be from {minimum} to {maximum}.")
+    return value
+
+
+def read_float(environment: Environment, name: str, default: float, *, minimum: float, maximum: float) -> float:
+    """The number in a variable; raises `InvalidArgument` outside [minimum, maximum]."""
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        raise InvalidArgument(f"{name} is {text!r}, but must be a number from {minimum} to {maximum}.") from None
+    if not minimum <= value <= maximum:
+        raise InvalidArgument(f"{name} is {text}, but must be from {minimum} to {maximum}.")
+    return value
+
+
+def read_str(environment: Environment, name: str, default: str) -> str:
+    """The text in a variable, or the default where it is unset or empty."""
+    return environment.get(name, "").strip() or default
+
+
+def read_port(environment: Environment, name: str, default: int) -> int:
+    """A TCP port; 0 lets the system choose a free one."""
+    return read_int(environment, name, default, minimum=0, maximum=65535)
+
+
+@dataclass(frozen=True)
+class Directories:
+    """Where state lives. Everything is below one folder, `GPTLOOP_VAR` (default `var`)."""
+
+    var: Path
+
+    @property
+    def registry(self) -> Path:
+        """States and versions."""
+        return self.var / "registry"
+
+    @property
+    def data(self) -> Path:
+        """Tokenizers and token shards of prepared data sets."""
+        return self.var / "data"
+
+    @property
+    def redis(self) -> Path:
+        """Socket and append-only file of the embedded Redis."""
+        return self.var / "redis"
+
+    @property
+    def log(self) -> Path:
+        """One log file for each process."""
+        return self.var / "log"
+
+    @property
+    def cache(self) -> Path:
+        """What can be built again: compiled kernels, the BLAS forwarder."""
+        return self.var / "cache"
+
+
+def read_directories(environment: Environment) -> Directories:
+    """The folders below `GPTLOOP_VAR`, as absolute paths; nothing is created."""
+    return Directories(Path(read_str(environment, "GPTLOOP_VAR", "var")).absolute())

@@ -1,0 +1,32 @@
+import pytest
+
+from deploy.ports import Ports, free_ports, read_ports
+from shared.errors import InvalidArgument
+
+
+def test_ports_come_from_the_environment() -> None:
+    assert read_ports({}) == Ports(50051, 9101, 50052, 9102)
+    chosen = free_ports()
+    assert read_ports(chosen.to_environment()) == chosen
+
+
+@pytest.mark.parametrize("text", ["0", "70000", "x"])
+def test_a_bad_port_is_named(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="GPTLOOP_TRAINER_PORT"):
+        read_ports({"GPTLOOP_TRAINER_PORT": text})
+
+
+def test_two_services_on_one_port_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="GPTLOOP_INFERENCE_PORT and GPTLOOP_TRAINER_PORT"):
+        read_ports({"GPTLOOP_TRAINER_PORT": "50051"})
+
+
+def test_a_host_of_another_machine_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"192\.0\.2\.1"):
+        free_ports().check_free({"GPTLOOP_INFERENCE_HOST": "192.0.2.1"})
+
+
+def test_free_ports_are_four_and_free() -> None:
+    ports = free_ports()
+    assert len(set(ports.to_environment().values())) == 4
+    ports.check_free({})

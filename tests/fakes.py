@@ -1,0 +1,85 @@
+"""Small real things for the tests: a tokenizer of bytes, a tiny model, versions in a registry."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from shared.gpt.config import GPTConfig, count_parameters
+from shared.gpt.model import GPT
+from shared.gpt.tokenizer import PATTERN, Tokenizer
+from shared.gpt.weights import save_model
+from shared.registry.fence import Fence
+from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.store import Registry
+
+TINY = GPTConfig(
+    layers=2, width=32, heads=2, hidden_width=64, context_length=96, vocabulary_size=257, tied_head=False, dropout=0.1
+)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Token n is the byte n; the end token is 256."""
+    return Tokenizer("bytes", PATTERN, [bytes([value]) for value in range(256)])
+
+
+def tiny_model(seed: int, config: GPTConfig = TINY) -> GPT:
+    """Random weights of an untied model, large enough that every token and every seed shows in the logits."""
+    mx.random.seed(seed)
+    model = GPT(config)
+    for layer in (model.token_embedding, model.head):
+        layer.weight = mx.random.normal(layer.weight.shape, scale=0.3)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def publish_tiny_version(
+    registry: Registry,
+    bits_per_byte: float,
+    *,
+    seed: int = 0,
+    config: GPTConfig = TINY,
+    evaluation_set: str = "held-out",
+    change: Callable[[Path], None] | None = None,
+) -> VersionManifest:
+    """Publishes a version as training does; `change` may spoil its files before they are hashed."""
+    fence = Fence.raise_for(registry.run_directory("tiny"))
+    tokenizer = byte_tokenizer()
+
+    def write(directory: Path) -> None:
+        save_model(tiny_model(seed, config), directory / "model.safetensors")
+        tokenizer.save(directory / "tokenizer.json")
+        (directory / "config.json").write_text("{}")
+        np.save(directory / "evaluation.npy", np.zeros((1, 8), np.uint16))
+        if change is not None:
+            change(directory)
+
+    def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
+        return VersionManifest(
+            version=number,
+            run="tiny",
+            step=100 * number,
+            parent=None,
+            created_at=time.time(),
+            preset="tiny",
+            model=config.to_dict(),
+            parameters=count_parameters(config).total,
+            training={},
+            tokenizer=tokenizer.name,
+            tokenizer_digest=tokenizer.digest,
+            dataset="none",
+            dataset_revision="",
+            dataset_files=(),
+            validation_files=(),
+            evaluation_set=evaluation_set,
+            training_loss=1.0,
+            validation_loss=1.1,
+            bits_per_byte=bits_per_byte,
+            claimed_loss=1.1,
+            files=files,
+        )
+
+    return registry.publish_version(fence, write, manifest)

@@ -1,0 +1,236 @@
+"""The server that both services run, with health's own servicer standing in for a service."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from shared import errors
+from shared.grpc_server import GrpcServer
+from shared.grpc_status import code_of, error_of
+
+SERVICE = "inference.v1.InferenceService"
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_every_error_has_its_code_and_reads_back() -> None:
+    for kind in (
+        errors.InvalidArgument,
+        errors.NotFound,
+        errors.AlreadyExists,
+        errors.FailedPrecondition,
+        errors.ResourceExhausted,
+        errors.CorruptCheckpoint,
+    ):
+        call = FakeError(code_of(kind("x")), "a sentence")
+        assert type(error_of(call, "host:1")) is kind
+        assert str(error_of(call, "host:1")) == "a sentence"
+    assert code_of(errors.DataError("x")) is grpc.StatusCode.INVALID_ARGUMENT
+    assert code_of(errors.GptloopError("x")) is grpc.StatusCode.INTERNAL
+
+
+class FakeError(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        self._code, self._details = code, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._details
+
+
+class Raising(health_pb2_grpc.HealthServicer):
+    """`Check` raises the error that was given, `Watch` sends one message and raises it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        raise self.error
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+        yield health_pb2.HealthCheckResponse(status=SERVING)
+        raise self.error
+
+
+class Hanging(health_pb2_grpc.HealthServicer):
+    """`Check` answers once `ended` is set."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.ended = asyncio.Event()
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self.entered.set()
+        await self.ended.wait()
+        return health_pb2.HealthCheckResponse(status=SERVING)
+
+
+def run(test: Callable[[GrpcServer, grpc.aio.Channel], Coroutine[Any, Any, None]]) -> None:
+    async def body() -> None:
+        server = GrpcServer([SERVICE])
+        port = await server.start("127.0.0.1", 0, "PORT")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            await test(server, channel)
+        await server.stop(0.0, lambda: None, asyncio.Event())
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+async def status(channel: grpc.aio.Channel, service: str = "") -> int:
+    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    return int(answer.status)
+
+
+def test_health_is_not_serving_until_it_is_set() -> None:
+    async def test(server: GrpcServer, channel: grpc.aio.Channel) -> None:
+        assert [await status(channel, name) for name in ("", SERVICE)] == [NOT_SERVING] * 2
+        await server.set_serving(True)
+        assert [await status(channel, name) for name in ("", SERVICE)] == [SERVING] * 2
+
+    run(test)
+
+
+def test_reflection_lists_the_services() -> None:
+    async def test(server: GrpcServer, channel: grpc.aio.Channel) -> None:
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        )
+        names = {one.name async for answer in call for one in answer.list_services_response.service}
+        assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.NotFound("There is no version 9."), grpc.StatusCode.NOT_FOUND),
+        (errors.GptloopError("It diverged."), grpc.StatusCode.INTERNAL),
+    ],
+)
+def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exception, code: grpc.StatusCode) -> None:
+    async def test(stub: health_pb2_grpc.HealthStub) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as unary:
+            await stub.Check(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as streaming:
+            async for _ in stub.Watch(health_pb2.HealthCheckRequest()):
+                pass
+        for raised in (unary.value, streaming.value):
+            assert (raised.code(), raised.details()) == (code, str(error))
+
+    run_with(Raising(error), test)
+
+
+def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(stub: health_pb2_grpc.HealthStub) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await stub.Check(health_pb2.HealthCheckRequest())
+        assert raised.value.code() is grpc.StatusCode.INTERNAL
+        details = raised.value.details() or ""
+        assert "secret" not in details
+        (record,) = caplog.records
+        assert details.split()[-1].rstrip(".") in record.getMessage()
+        assert record.exc_info is not None
+
+    run_with(Raising(ValueError("secret")), test)
+
+
+def test_running_calls_end_before_the_server_does() -> None:
+    async def body() -> None:
+        server, servicer, channel = await hanging()
+        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await servicer.entered.wait()
+        stop = asyncio.create_task(server.stop(20.0, lambda: None, asyncio.Event()))
+        await until_refused(channel)
+        servicer.ended.set()
+        assert (await call).status == SERVING
+        await stop
+        await channel.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
+    async def body() -> None:
+        server, servicer, channel = await hanging()
+        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        await servicer.entered.wait()
+        force = asyncio.Event()
+        if forced:
+            force.set()
+        await server.stop(1000.0 if forced else 0.01, servicer.ended.set, force)
+        assert (await call).status == SERVING
+        await channel.close()
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_port_in_use_is_named_with_its_variable() -> None:
+    async def body() -> None:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 0))
+            other.listen()
+            port = other.getsockname()[1]
+            with pytest.raises(errors.AlreadyExists, match=rf"Port {port} of 127.0.0.1 is in use.*THE_PORT"):
+                await GrpcServer([SERVICE]).start("127.0.0.1", port, "THE_PORT")
+
+    asyncio.run(body())
+
+
+def test_a_host_that_is_not_here_is_refused() -> None:
+    async def body() -> None:
+        with pytest.raises(errors.InvalidArgument, match=r"192\.0\.2\.1"):
+            await GrpcServer([SERVICE]).start("192.0.2.1", 0, "THE_PORT")
+
+    asyncio.run(body())
+
+
+def run_with(
+    servicer: health_pb2_grpc.HealthServicer,
+    test: Callable[[health_pb2_grpc.HealthStub], Coroutine[Any, Any, None]],
+) -> None:
+    async def body() -> None:
+        server, channel = await start(servicer)
+        await test(health_pb2_grpc.HealthStub(channel))
+        await channel.close()
+        await server.stop(0.0, lambda: None, asyncio.Event())
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+async def start(servicer: health_pb2_grpc.HealthServicer) -> tuple[GrpcServer, grpc.aio.Channel]:
+    server = GrpcServer([SERVICE])
+    # The later registration answers.
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server.server)
+    port = await server.start("127.0.0.1", 0, "PORT")
+    return server, grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+
+
+async def hanging() -> tuple[GrpcServer, Hanging, grpc.aio.Channel]:
+    servicer = Hanging()
+    server, channel = await start(servicer)
+    return server, servicer, channel
+
+
+async def until_refused(channel: grpc.aio.Channel) -> None:
+    """Waits until the server takes no new calls."""
+    while True:
+        try:
+            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+                iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            )
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            return

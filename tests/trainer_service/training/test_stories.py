@@ -1,0 +1,75 @@
+import re
+
+from trainer_service.training import plots
+from trainer_service.training.stories import generate_stories, train_stories, validation_stories
+
+STORIES = list(generate_stories(7, range(2000)))
+
+
+def test_a_story_is_a_function_of_seed_and_index() -> None:
+    assert list(generate_stories(7, range(30, 40))) == STORIES[30:40]
+    assert next(generate_stories(8, range(1))) != STORIES[0]
+
+
+def test_no_story_is_told_twice_across_both_splits() -> None:
+    train, validation = list(train_stories()), list(validation_stories())
+    assert (len(train), len(validation)) == (12_000, 600)
+    assert len({*train, *validation}) == 12_600
+
+
+def test_stories_are_short_and_simple() -> None:
+    lengths = [len(story.split()) for story in STORIES]
+    assert min(lengths) >= 60
+    assert max(lengths) <= 220
+    words = {word for story in STORIES for word in re.findall(r"[a-z]+", story.lower())}
+    assert 600 <= len(words) <= 1200
+
+
+def test_every_choice_and_field_is_filled() -> None:
+    assert not [story for story in STORIES if re.search(r"[\[\]{}|]", story)]
+
+
+def test_articles_fit_the_words_that_follow() -> None:
+    text = "\n".join(STORIES)
+    assert not re.findall(r"\b[Aa] [aeiou]\w*", text)
+    assert not re.findall(r"\b[Aa]n (?!hour)[^aeiou\W]\w*", text)
+    assert re.search(r"\ban (old|orange|otter|empty)\b", text)
+
+
+def test_sentences_begin_with_capitals_and_end_in_marks() -> None:
+    for story in STORIES:
+        for paragraph in story.split("\n"):
+            assert re.match(r'"?[A-Z]', paragraph)
+            assert re.search(r'[.!?]"?$', paragraph)
+            assert not re.search(r'[.!?] "?[a-z]|  | [.,!?]|[.!?][.!?]', paragraph)
+            assert paragraph.count('"') % 2 == 0
+
+
+def test_quotations_are_followed_by_who_speaks_or_a_new_sentence() -> None:
+    after = {word for story in STORIES for word in re.findall(r'[.,!?]" ([a-z]+)', story)}
+    assert after <= {"he", "she", "it", "said", "asked", "called", "shouted", "someone"}
+
+
+def test_nobody_is_their_own_friend() -> None:
+    for story in STORIES:
+        names = re.findall(r"(\w+), an? (?:little|small|young) ", story)
+        hero = re.search(r"named (\w+)|name was (\w+)|^(\w+) was", story)
+        assert hero
+        assert not {name for name in hero.groups() if name} & set(names)
+
+
+def test_every_plot_is_told() -> None:
+    # The sentence that no other plot shares, for each of them.
+    signs = [
+        "favorite toy",
+        "was free!",
+        "wanted to eat it all",
+        "to rain",
+        "lying in bed",
+        "to learn",
+        "hit the table",
+    ]
+    signs += ["seed", "next door", "into the woods", "had a birthday", " race ", "pocket", "It was winter"]
+    assert len(signs) == len(plots.PLOTS)
+    for sign in signs:
+        assert sum(sign in story for story in STORIES) > len(STORIES) / len(plots.PLOTS) / 2

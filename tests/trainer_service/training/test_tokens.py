@@ -1,0 +1,274 @@
+import errno
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.errors import DataError, FailedPrecondition, GptloopError, InvalidArgument, ResourceExhausted
+from shared.gpt.tokenizer import train_bpe
+from trainer_service.presets import PRESETS
+from trainer_service.training import tokens
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec
+from trainer_service.training.shards import HEADER_BYTES
+from trainer_service.training.stories import generate_stories
+from trainer_service.training.tokens import PreparedData, PrepareProgress, Stage, prepare
+
+MARKER = "<|endoftext|>"
+STORIES = list(generate_stories(3, range(200)))
+CONFIG = replace(
+    PRESETS["demo"], vocabulary_size=512, context_length=32, max_steps=10, batch_size=8, evaluation_windows=4
+)
+TRAIN_LIMIT = 10 * 8 * 33
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "stories.txt"
+    path.write_text(MARKER.join(STORIES))
+    return path
+
+
+def run(
+    text: Path, config: TrainingConfig = CONFIG, seen: list[PrepareProgress] | None = None, validation: str = ""
+) -> PreparedData:
+    spec = DatasetSpec((str(text),), (validation,) if validation else ())
+    return prepare(spec, config, text.parent / "data", ([] if seen is None else seen).append)
+
+
+def files(text: Path, pattern: str) -> list[Path]:
+    return sorted((text.parent / "data").rglob(pattern))
+
+
+def test_documents_end_in_the_end_token_and_decode_to_the_text(text: Path) -> None:
+    data = run(text, replace(CONFIG, max_train_tokens=10**6, max_validation_tokens=10**6))
+    held_out = [story for index, story in enumerate(STORIES) if index % 20 == 19]
+    for split, expected in ((data.train, [s for s in STORIES if s not in held_out]), (data.validation, held_out)):
+        ends = np.flatnonzero(split == data.tokenizer.end_token)
+        pieces = np.split(split, ends + 1)
+        assert pieces.pop().size == 0
+        assert [data.tokenizer.decode(piece.tolist()) for piece in pieces] == expected
+        assert split.dtype == np.uint16
+
+
+def test_no_more_is_tokenised_than_the_run_reads(text: Path) -> None:
+    data = run(text)
+    assert data.train.size == TRAIN_LIMIT
+    assert data.validation.size == 4 * 32 + 1
+    (train,) = files(text, "train.bin")
+    assert train.stat().st_size == HEADER_BYTES + 2 * TRAIN_LIMIT
+    data = run(text, replace(CONFIG, max_train_tokens=500, max_validation_tokens=99))
+    assert (data.train.size, data.validation.size) == (500, 99)
+
+
+def test_shards_are_found_again_and_cut_to_the_limit(text: Path) -> None:
+    first = run(text)
+    before = {path: path.stat().st_mtime_ns for path in files(text, "*.*")}
+    seen: list[PrepareProgress] = []
+    again = run(text, seen=seen)
+    less = run(text, replace(CONFIG, max_steps=3), seen)
+    assert {progress.stage for progress in seen} == {Stage.OPEN}
+    assert {path: path.stat().st_mtime_ns for path in files(text, "*.*")} == before
+    assert np.array_equal(again.train, first.train)
+    assert np.array_equal(less.train, first.train[: 3 * 8 * 33])
+
+
+def test_a_longer_run_extends_the_same_tokens(text: Path) -> None:
+    first = np.array(run(text).train)
+    longer = run(text, replace(CONFIG, max_steps=20))
+    assert longer.train.size == 2 * TRAIN_LIMIT
+    assert np.array_equal(longer.train[:TRAIN_LIMIT], first)
+
+
+def test_a_shard_with_the_whole_split_serves_any_limit(text: Path) -> None:
+    whole = run(text, replace(CONFIG, max_steps=10**6))
+    seen: list[PrepareProgress] = []
+    assert run(text, replace(CONFIG, max_steps=10**7), seen).train.size == whole.train.size
+    assert {progress.stage for progress in seen} == {Stage.OPEN}
+
+
+def test_changed_text_is_prepared_anew(text: Path) -> None:
+    first = run(text)
+    text.write_text(MARKER.join(reversed(STORIES)))
+    second = run(text)
+    assert first.revision != second.revision
+    assert not np.array_equal(first.train, second.train)
+    assert len(files(text, "train.bin")) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "grown", "empty", "header", "magic"])
+def test_a_damaged_shard_is_written_anew(text: Path, damage: str) -> None:
+    expected = np.array(run(text).train)
+    (path,) = files(text, "train.bin")
+    content = path.read_bytes()
+    damaged = {
+        "cut": content[:-1],
+        "grown": content + b"12",
+        "empty": b"",
+        "header": b"x" * HEADER_BYTES + content[HEADER_BYTES:],
+        "magic": content.replace(b"gptloop-tokens", b"gptloop-tokenz", 1),
+    }
+    path.write_bytes(damaged[damage])
+    assert np.array_equal(run(text).train, expected)
+    assert path.read_bytes() == content
+
+
+def test_a_damaged_tokenizer_is_trained_anew(text: Path) -> None:
+    digest = run(text).tokenizer.digest
+    (path,) = files(text, "*.json")
+    path.write_text("{")
+    assert run(text).tokenizer.digest == digest
+
+
+def test_the_header_says_what_the_shard_holds(text: Path) -> None:
+    data = run(text)
+    (path,) = files(text, "validation.bin")
+    header = json.loads(path.read_bytes()[:HEADER_BYTES])
+    assert header == {
+        "magic": "gptloop-tokens",
+        "version": 1,
+        "tokenizer": data.tokenizer.digest,
+        "source": "stories.txt",
+        "revision": data.revision,
+        "split": "validation",
+        "count": 129,
+        "complete": False,
+    }
+
+
+def test_a_given_tokenizer_is_used(text: Path) -> None:
+    other = train_bpe(["some other text"] * 9, 260)
+    data = prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", lambda _: None, other)
+    assert data.tokenizer is other
+    assert data.train[:100].tolist() == other.encode(STORIES[0])[:100]
+
+
+def test_gpt2_tokens_fit(text: Path) -> None:
+    data = run(text, replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257))
+    assert data.train[:2000].max() > 32767
+    assert data.tokenizer.decode(data.train[:100].tolist()) == data.tokenizer.decode(
+        data.tokenizer.encode(STORIES[0])[:100]
+    )
+
+
+def test_progress_counts_up_to_the_limit(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 2000)
+    seen: list[PrepareProgress] = []
+    data = run(text, seen=seen)
+    assert [stage for stage in Stage if any(progress.stage is stage for progress in seen)] == list(Stage)
+    train = [progress for progress in seen if progress.stage is Stage.TRAIN]
+    counts = [progress.tokens for progress in train]
+    assert len(counts) > 2
+    assert counts == sorted(counts)
+    assert counts[-1] == train[-1].limit == data.train.size
+    assert (train[-1].eta_s, train[-1].fraction, seen[0].fraction) == (0, 1, None)
+    assert train[0].eta_s and train[0].eta_s > 0
+    assert train[-1].documents > train[0].documents > 0
+    assert PrepareProgress(Stage.OPEN).eta_s is None
+
+
+def test_long_passages_join_to_one_document(text: Path) -> None:
+    text.write_text(" ".join(STORIES * 20))
+    data = run(text, replace(CONFIG, max_train_tokens=10**7))
+    assert np.count_nonzero(data.train == data.tokenizer.end_token) == 1
+    assert data.train[-1] == data.tokenizer.end_token
+    expected = data.tokenizer.encode(data.tokenizer.decode(data.train.tolist()))
+    assert data.train[:-1].tolist() == expected
+
+
+def test_few_held_out_windows_are_noticed(text: Path) -> None:
+    held_out = text.parent / "held_out.txt"
+    held_out.write_text(STORIES[0][:200])
+    data = run(text, validation=str(held_out))
+    windows = (data.validation.size - 1) // 32
+    assert 1 <= windows < 4
+    assert f"only {windows} of the 4 evaluation windows" in data.notices[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "config", "error", "sentence"),
+    [
+        ("a b", CONFIG, DataError, "Set vocabulary_size to"),
+        (" \n ", replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257), DataError, "training text of .* holds"),
+        (
+            "some words " * 30,
+            replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257),
+            DataError,
+            r"held-out text of stories\.txt holds \d+ tokens, but one window of context_length takes 33: raise",
+        ),
+        ("a b", replace(CONFIG, max_train_tokens=32), InvalidArgument, "max_train_tokens is 32, .* takes 33 tokens"),
+        ("a b", replace(CONFIG, max_validation_tokens=5), InvalidArgument, "max_validation_tokens is 5"),
+    ],
+)
+def test_too_little_text_is_refused(
+    text: Path, content: str, config: TrainingConfig, error: type[GptloopError], sentence: str
+) -> None:
+    text.write_text(content)
+    with pytest.raises(error, match=sentence):
+        run(text, config)
+
+
+def test_a_full_disk_leaves_no_file(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ResourceExhausted, match=r"No space left on device\. Free some space"):
+        run(text)
+    with pytest.raises(ResourceExhausted, match="No space left on device"):
+        run(text, replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257))
+    assert not [path for path in files(text, "*") if path.is_file()]
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(text: Path) -> None:
+    (text.parent / "data").write_text("a file is in the way")
+    with pytest.raises(FailedPrecondition, match="cannot be written"):
+        run(text)
+
+
+def test_work_that_is_ended_leaves_no_partial_file(text: Path) -> None:
+    def end(progress: PrepareProgress) -> None:
+        if progress.stage is Stage.TRAIN:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", end)
+    assert not files(text, "*.partial")
+    assert not files(text, "train.bin")
+
+
+def test_what_a_killed_process_left_is_removed(text: Path) -> None:
+    run(text)
+    (train,) = files(text, "train.bin")
+    train.unlink()
+    left, fresh = train.with_name("train.bin.a.partial"), train.with_name("train.bin.b.partial")
+    for path in (left, fresh):
+        path.write_bytes(b"torn")
+    os.utime(left, (1, 1))
+    run(text)
+    assert files(text, "*.partial") == [fresh]
+
+
+def test_two_at_once_prepare_the_same(text: Path) -> None:
+    both = threading.Barrier(2, timeout=30)
+    results: list[PreparedData] = []
+
+    def work() -> None:
+        def meet(progress: PrepareProgress) -> None:
+            if progress.stage is Stage.TRAIN:
+                both.wait()
+
+        results.append(prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", meet))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert np.array_equal(results[0].train, results[1].train)
+    assert np.array_equal(run(text).train, results[0].train)
+    assert not files(text, "*.partial")

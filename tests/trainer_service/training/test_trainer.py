@@ -1,0 +1,120 @@
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from shared.errors import InvalidArgument
+from trainer_service.presets import find_preset
+from trainer_service.training.batches import batch
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.optimizer import learning_rate
+from trainer_service.training.trainer import Trainer
+
+
+def tiny(**values: object) -> TrainingConfig:
+    config = replace(
+        find_preset("demo"),
+        vocabulary_size=300,
+        layers=1,
+        width=16,
+        heads=2,
+        hidden_width=32,
+        context_length=8,
+        batch_size=4,
+        max_steps=20,
+        warmup_steps=3,
+        dropout=0.1,
+    )
+    return replace(config, **values)  # type: ignore[arg-type]
+
+
+TEXT = (np.arange(5000) * 7 % 300).astype(np.uint16)
+
+
+def weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(trainer.model.parameters())}
+
+
+def test_a_restored_run_ends_with_the_same_bits_as_one_that_never_stopped(tmp_path: Path) -> None:
+    whole = Trainer(tiny(), TEXT)
+    for _ in range(8):
+        whole.take_step()
+    first = Trainer(tiny(), TEXT)
+    for _ in range(5):
+        first.take_step()
+    first.record_evaluation(3.25)
+    first.save(tmp_path)
+    second = Trainer(tiny(), TEXT)
+    second.restore(tmp_path)
+    assert (second.step, second.tokens, second.best_validation_loss) == (5, 5 * 4 * 8, 3.25)
+    for _ in range(3):
+        second.take_step()
+    expected = weights(whole)
+    for name, value in weights(second).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+def test_training_learns_a_regular_text() -> None:
+    trainer = Trainer(tiny(max_steps=200, learning_rate=2e-2, dropout=0.0), TEXT)
+    first = trainer.take_step().loss.item()
+    for _ in range(199):
+        last = trainer.take_step().loss.item()
+    assert 5.0 < first < 6.5 and last < 0.5 * first
+
+
+def test_another_seed_trains_another_model() -> None:
+    one, other = Trainer(tiny(), TEXT), Trainer(tiny(seed=1), TEXT)
+    assert one.take_step().loss.item() != other.take_step().loss.item()
+
+
+def test_dropout_differs_from_step_to_step() -> None:
+    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-9, seed=3), np.full(9, 5, np.uint16))
+    losses = {trainer.take_step().loss.item() for _ in range(4)}
+    assert len(losses) == 4
+
+
+def test_a_state_of_another_shape_is_refused(tmp_path: Path) -> None:
+    Trainer(tiny(), TEXT).save(tmp_path)
+    with pytest.raises(InvalidArgument, match="shape"):
+        Trainer(tiny(width=32), TEXT).restore(tmp_path)
+
+
+def test_matrices_decay_and_biases_do_not() -> None:
+    # With no gradient at all (a learning text of one token gives some, so the rate of decay is made huge).
+    config = tiny(weight_decay=50.0, learning_rate=1e-3, warmup_steps=0, dropout=0.0)
+    trainer = Trainer(config, TEXT)
+    trainer.model.load_weights([("final_norm.weight", mx.full((16,), 3.0))], strict=False)
+    before = weights(trainer)
+    trainer.take_step()
+    after = weights(trainer)
+    ratio = np.abs(after["position_embedding.weight"]).sum() / np.abs(before["position_embedding.weight"]).sum()
+    assert ratio == pytest.approx(0.95, abs=0.03)
+    assert np.abs(after["final_norm.weight"] - 3.0).max() <= 1.1e-3
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    config = tiny(max_steps=110, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(config, mx.array(step)).item() for step in (0, 9, 10, 60, 110, 500)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1, 0.1], rel=1e-5)
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
+    def windows(seed: int, step: int) -> np.ndarray:
+        return batch(TEXT, seed=seed, step=step, rows=4, context_length=8).inputs
+
+    np.testing.assert_array_equal(windows(1, 5), windows(1, 5))
+    assert not np.array_equal(windows(1, 5), windows(1, 6))
+    assert not np.array_equal(windows(1, 5), windows(2, 5))
+
+
+def test_targets_are_the_inputs_one_token_later() -> None:
+    drawn = batch(TEXT, seed=1, step=1, rows=64, context_length=8)
+    np.testing.assert_array_equal(drawn.inputs[:, 1:], drawn.targets[:, :-1])
+    np.testing.assert_array_equal((drawn.inputs[:, -1] + 7) % 300, drawn.targets[:, -1])
+
+
+def test_a_text_of_one_window_is_enough() -> None:
+    drawn = batch(TEXT[:9], seed=1, step=1, rows=2, context_length=8)
+    np.testing.assert_array_equal(drawn.inputs, np.stack([TEXT[:8]] * 2))

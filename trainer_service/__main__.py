@@ -1,0 +1,196 @@
+"""The trainer's commands: put jobs on the queue, follow them, run the service's processes."""
+
+import asyncio
+import os
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from shared import cli, logs
+from shared.errors import Unavailable
+from shared.registry.store import Registry
+from trainer_service.events import JobState
+from trainer_service.follow import describe_job, follow
+from trainer_service.presets import PRESETS, find_preset
+from trainer_service.queue import JobQueue
+from trainer_service.redis_server import connect, run
+from trainer_service.settings import TrainerSettings, read_settings
+from trainer_service.spec import DEFAULT_DATASET, DEFAULT_PRESET, TrainingRequest, parse_overrides, resolve
+from trainer_service.training.corpus import DatasetSpec, check_spec
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]
+DatasetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dataset",
+        help="builtin (the default), roneneldan/TinyStories, wikitext-103, or .txt, .jsonl and .parquet files. Repeatable.",
+    ),
+]
+ValidationOption = Annotated[
+    list[str] | None,
+    typer.Option("--validation", help="Held-out files; without them the data set's own split or a share of it. Repeatable."),
+]
+OverridesOption = Annotated[
+    str, typer.Option("--set", help='Values that replace the preset\'s, as in "max_steps=500 batch_size=8".')
+]
+
+
+@app.command()
+def train(
+    preset: PresetOption = "",
+    dataset: DatasetOption = None,
+    validation: ValidationOption = None,
+    resume: Annotated[int | None, typer.Option(help="The version to continue from.")] = None,
+    overrides: OverridesOption = "",
+    wait: Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the job until it ends.")] = True,
+) -> None:
+    """Put a training job on the queue and follow it.
+
+    Examples:
+
+    train --preset small --dataset stories.txt --set "max_steps=500 batch_size=8"
+
+    train --resume 3 --set "max_steps=1200"
+    """
+    settings = _settings()
+    queue = _queue(settings)
+    request = TrainingRequest(
+        preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides)
+    )
+    record = queue.enqueue(resolve(request, Registry(settings.directories.registry)))
+    console = Console()
+    console.print(f"job {record.id} queued, run {record.spec.run}", markup=False, highlight=False, soft_wrap=True)
+    if not queue.live_workers():
+        raise Unavailable(f"No worker is alive. Start one with `make up`; the job {record.id} stays queued until then.")
+    if wait:
+        _follow(queue, record.id, console)
+
+
+@app.command()
+def watch(job: Annotated[str, typer.Argument(help="The job's id, as `jobs` lists it.")]) -> None:
+    """Follow a job from its first event until it ends."""
+    queue = _queue(_settings())
+    queue.get(job)
+    _follow(queue, job, Console())
+
+
+@app.command()
+def cancel(job: Annotated[str, typer.Argument(help="The job's id, as `jobs` lists it.")]) -> None:
+    """Ask a job to end: a running one finishes its step and keeps its state."""
+    record = _queue(_settings()).cancel(job)
+    print(f"job {job} is {record.state.value}")
+
+
+@app.command()
+def jobs() -> None:
+    """List every job, the newest first."""
+    records = _queue(_settings()).jobs()
+    if not records:
+        print("No job yet: put one on the queue with `make train`.")
+        return
+    table = Table("job", "state", "run", "data", "enqueued", "last progress", box=None)
+    for record in records:
+        data = ", ".join(name.rpartition("/")[2] for name in record.spec.data.dataset)
+        age = f"{cli.duration(time.time() - record.enqueued_at)} ago"
+        table.add_row(record.id, record.state.value, record.spec.run, data, age, describe_job(record))
+    cli.print_table(table)
+
+
+@app.command()
+def checkpoints() -> None:
+    """List every version in the registry, the oldest first."""
+    registry = Registry(_settings().directories.registry)
+    versions, labels = registry.versions(), registry.labels()
+    if not versions:
+        print("No version yet: the first one comes with the first evaluation of a training job.")
+        return
+    table = Table("version", "step", "training loss", "held-out loss", "bits per byte", "size", "age", "labels", "run", box=None)
+    for version in versions:
+        table.add_row(
+            str(version.version),
+            f"{version.step:,}",
+            f"{version.training_loss:.4f}",
+            f"{version.validation_loss:.4f}",
+            f"{version.bits_per_byte:.4f}",
+            f"{version.size_bytes / 2**20:.1f} MiB",
+            cli.duration(time.time() - version.created_at),
+            ", ".join(label for label, number in labels.items() if number == version.version),
+            version.run,
+        )
+    cli.print_table(table)
+
+
+@app.command()
+def data(
+    preset: PresetOption = DEFAULT_PRESET,
+    dataset: DatasetOption = None,
+    validation: ValidationOption = None,
+    overrides: OverridesOption = "",
+) -> None:
+    """Prepare a data set for a preset: train its tokenizer where it has none, tokenise, count, and show a sample."""
+    from trainer_service.training.tokens import prepare
+
+    config = find_preset(preset).override(parse_overrides(overrides))
+    spec = DatasetSpec(tuple(dataset or (DEFAULT_DATASET,)), tuple(validation or ()))
+    check_spec(spec)
+    with cli.Stages() as stages:
+        prepared = prepare(spec, config, _settings().directories.data, lambda p: stages.show(p.stage, p.fraction))
+    for notice in prepared.notices:
+        print(f"note: {notice}")
+    steps = prepared.train.size / config.tokens_per_step
+    print(f"source      {prepared.source} ({prepared.revision[:12]})")
+    print(f"tokenizer   {prepared.tokenizer.name}, {prepared.tokenizer.vocabulary_size:,} tokens")
+    print(f"training    {prepared.train.size:,} tokens: {steps:,.0f} of {config.max_steps:,} steps until they repeat")
+    print(f"held out    {prepared.validation.size:,} tokens")
+    print("sample      " + prepared.tokenizer.decode(prepared.train[:80].tolist()).replace("\n", " ") + " …")
+
+
+@app.command()
+def serve() -> None:
+    """Run the trainer's API: gRPC TrainingService and the metrics page."""
+    from trainer_service import server
+
+    logs.configure("trainer")
+    asyncio.run(server.serve(_settings()))
+
+
+@app.command()
+def work() -> None:
+    """Run a worker: takes jobs from the queue, one at a time."""
+    from trainer_service import worker
+
+    logs.configure("worker")
+    worker.work(connect(_settings().redis_url))
+
+
+@app.command()
+def redis() -> None:
+    """Run the embedded Redis below GPTLOOP_VAR, in the foreground."""
+    run(_settings().directories)
+
+
+def _settings() -> TrainerSettings:
+    return read_settings(os.environ)
+
+
+def _queue(settings: TrainerSettings) -> JobQueue:
+    return JobQueue(connect(settings.redis_url))
+
+
+def _follow(queue: JobQueue, job: str, console: Console) -> None:
+    try:
+        follow(queue, job, console)
+    except KeyboardInterrupt:
+        console.print(f"The job goes on. Follow it again with `make watch JOB={job}`, end it with `make cancel JOB={job}`.")
+        raise typer.Exit(130) from None
+    if queue.get(job).state is JobState.CANCELLED:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(app)

@@ -1,0 +1,143 @@
+"""Showing a job to a person: a live bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from shared.errors import GptloopError, Unavailable
+from trainer_service import events
+from trainer_service.events import Event, JobState
+from trainer_service.queue import JobQueue, JobRecord
+
+_WAIT_S = 1.0
+# A job that nobody works on while no worker lives does not go on by itself.
+_PATIENCE_S = 20.0
+
+
+def follow(queue: JobQueue, job_id: str, console: Console) -> None:
+    """Shows every event of a job until it ends.
+
+    Raises `GptloopError` with the reason where it failed, and `Unavailable` where no worker is left to go on with it.
+    """
+    view = _LiveView(console) if console.is_terminal else _PlainView(console)
+    with view:
+        for event in _until_end(queue, job_id):
+            view.show(event)
+            if isinstance(event, events.StateChanged) and event.state is JobState.FAILED:
+                raise GptloopError(f"The job {job_id} failed: {event.reason}")
+
+
+def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
+    last, abandoned_since_s = "0", None
+    while True:
+        for last, timed in queue.read_events(job_id, last, _WAIT_S):
+            yield timed.event
+            if isinstance(timed.event, events.StateChanged) and timed.event.state.is_final:
+                return
+        if queue.get(job_id).is_held or queue.live_workers():
+            abandoned_since_s = None
+        elif abandoned_since_s is None:
+            abandoned_since_s = time.monotonic()
+        elif time.monotonic() - abandoned_since_s > _PATIENCE_S:
+            raise Unavailable(
+                f"No worker is alive, so the job {job_id} waits. Start one with `make up`; it goes on from its last state."
+            )
+
+
+def describe(event: Event) -> str | None:
+    """An event as one line of text; None for what only a live view shows."""
+    match event:
+        case events.StateChanged(JobState.FAILED, _):
+            return None
+        case events.StateChanged(state, reason):
+            return f"{state.value}. {reason}".strip()
+        case events.Preparation():
+            return None
+        case events.RunStarted() as started:
+            position = f"step {started.first_step} to {started.max_steps}"
+            return (
+                f"{started.parameters:,} parameters ({started.embedding_parameters:,} in embeddings) on {started.device}; "
+                f"{started.train_tokens:,} training and {started.validation_tokens:,} held-out tokens "
+                f"({started.tokenizer}); {position}"
+            )
+        case events.Progress() as progress:
+            best = f"  best held-out {progress.best_validation_loss:.3f}" if progress.best_validation_loss else ""
+            return (
+                f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  lr {progress.learning_rate:.2e}  "
+                f"{progress.tokens_per_second:,.0f} tokens/s  ETA {_duration(progress.eta_s)}{best}"
+            )
+        case events.Evaluation() as evaluation:
+            return (
+                f"step {evaluation.step}: held-out loss {evaluation.validation_loss:.4f} nats per token, "
+                f"{evaluation.bits_per_byte:.4f} bits per byte (training loss {evaluation.training_loss:.4f})"
+            )
+        case events.VersionPublished() as published:
+            return f"version {published.version} published" + (", the best so far" if published.best else "")
+        case events.Notice(text):
+            return f"note: {text}"
+
+
+def describe_job(record: JobRecord) -> str:
+    """Where a job stands, in a few words."""
+    if record.failure:
+        return record.failure
+    progress = record.progress
+    return f"step {progress.step}/{progress.max_steps}, loss {progress.loss:.3f}" if progress else ""
+
+
+class _PlainView:
+    """A line an event."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage = ""
+
+    def __enter__(self) -> "_PlainView":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, event: Event) -> None:
+        line = describe(event)
+        if isinstance(event, events.Preparation) and event.stage != self._stage:
+            self._stage = line = event.stage
+        if line:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _LiveView:
+    """A bar with the last progress, and lines above it for everything else."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task: TaskID = self._progress.add_task("waiting for a worker", total=None)
+
+    def __enter__(self) -> "_LiveView":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        match event:
+            case events.Preparation(stage, fraction):
+                total = 1.0 if fraction is not None else None
+                self._progress.update(self._task, description=stage, total=total, completed=fraction or 0.0)
+            case events.Progress() as progress:
+                self._progress.update(
+                    self._task, description=describe(event) or "", total=progress.max_steps, completed=progress.step
+                )
+            case _:
+                if line := describe(event):
+                    self._progress.console.print(line, markup=False, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

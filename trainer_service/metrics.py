@@ -1,0 +1,104 @@
+"""Prometheus metrics of the trainer, computed from what jobs told Redis at the moment of the scrape."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from shared.errors import Unavailable
+from trainer_service.events import JobState, Progress
+from trainer_service.queue import JobQueue, JobRecord
+
+_WORKING = (JobState.RUNNING, JobState.CANCELLING)
+
+
+class TrainingCollector(Collector):
+    """Series of the jobs that run, and of the one that ran last; gone runs leave the page.
+
+    Where Redis does not answer, only `gptloop_training_redis_up` is there, and it is 0.
+    """
+
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Every metric family of the page."""
+        try:
+            records = self._queue.jobs()
+            tokens, waiting, workers = self._queue.tokens(), self._queue.waiting(), self._queue.live_workers()
+        except Unavailable:
+            yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
+            return
+        yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=1)
+        yield CounterMetricFamily("gptloop_training_tokens", "Tokens trained on by all jobs ever.", value=tokens)
+        yield GaugeMetricFamily("gptloop_training_queue_depth", "Jobs that wait for a worker.", value=waiting)
+        yield GaugeMetricFamily("gptloop_training_workers", "Workers that are alive.", value=workers)
+        yield _jobs(records)
+        yield from _runs(_shown(records))
+
+
+def make_metrics(queue: JobQueue) -> CollectorRegistry:
+    """The registry that `/metrics` serves."""
+    registry = CollectorRegistry()
+    registry.register(TrainingCollector(queue))
+    return registry
+
+
+def _jobs(records: list[JobRecord]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily("gptloop_training_jobs", "Jobs in each state.", labels=["state"])
+    counts = Counter(record.state for record in records)
+    for state in JobState:
+        family.add_metric([state.value], counts[state])
+    return family
+
+
+def _shown(records: list[JobRecord]) -> list[tuple[JobRecord, Progress]]:
+    """The jobs whose progress is on the page: those that run, else the one that ran last."""
+    told = [(record, record.progress) for record in records if record.progress]
+    working = [(record, progress) for record, progress in told if record.state in _WORKING and record.is_held]
+    return working or sorted(told, key=lambda pair: pair[0].started_at or 0)[-1:]
+
+
+def _runs(shown: list[tuple[JobRecord, Progress]]) -> Iterator[GaugeMetricFamily]:
+    def family(name: str, text: str, values: dict[str, float | None]) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(f"gptloop_training_{name}", text, labels=["run"])
+        for run, value in values.items():
+            if value is not None:
+                gauge.add_metric([run], value)
+        return gauge
+
+    def working(record: JobRecord) -> bool:
+        return record.state in _WORKING and record.is_held
+
+    runs = {record.spec.run: (record, progress) for record, progress in shown}
+    yield family(
+        "tokens_per_second",
+        "Tokens trained on per second since the last report; 0 when the run does not run.",
+        {run: progress.tokens_per_second if working(record) else 0.0 for run, (record, progress) in runs.items()},
+    )
+    yield family("loss", "Training loss in nats per token.", {run: p.loss for run, (_, p) in runs.items()})
+    evaluations = {run: record.evaluation for run, (record, _) in runs.items()}
+    yield family(
+        "validation_loss",
+        "Held-out loss of the last evaluation in nats per token.",
+        {run: evaluation and evaluation.validation_loss for run, evaluation in evaluations.items()},
+    )
+    yield family(
+        "validation_bits_per_byte",
+        "Held-out bits per byte of the last evaluation.",
+        {run: evaluation and evaluation.bits_per_byte for run, evaluation in evaluations.items()},
+    )
+    yield family("step", "Steps taken.", {run: p.step for run, (_, p) in runs.items()})
+    yield family("learning_rate", "Learning rate of the last step.", {run: p.learning_rate for run, (_, p) in runs.items()})
+    memory = GaugeMetricFamily(
+        "gptloop_training_memory_bytes", "Memory of the training process.", labels=["run", "kind"]
+    )
+    for run, (record, progress) in runs.items():
+        if working(record):
+            memory.add_metric([run, "active"], progress.active_memory_bytes)
+            memory.add_metric([run, "cache"], progress.cache_memory_bytes)
+            memory.add_metric([run, "peak"], progress.peak_memory_bytes)
+            memory.add_metric([run, "resident"], progress.resident_memory_bytes)
+    yield memory

@@ -1,0 +1,81 @@
+"""The presets: complete sets of values to train with, each of which can be overridden."""
+
+from shared.errors import InvalidArgument
+from trainer_service.training.config import TrainingConfig
+
+PRESETS = {
+    # 1.6M parameters: learns the built-in stories in minutes on two cores.
+    "demo": TrainingConfig(
+        tokenizer="bpe",
+        vocabulary_size=2048,
+        layers=4,
+        width=160,
+        heads=5,
+        hidden_width=640,
+        context_length=128,
+        tied_head=True,
+        dropout=0.0,
+        max_steps=600,
+        batch_size=16,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        evaluation_interval=100,
+    ),
+    # 10M parameters: small English stories within an hour on a laptop.
+    "small": TrainingConfig(
+        tokenizer="bpe",
+        vocabulary_size=4096,
+        layers=6,
+        width=320,
+        heads=5,
+        hidden_width=1280,
+        context_length=256,
+        tied_head=False,
+        dropout=0.0,
+        max_steps=5000,
+        batch_size=16,
+        learning_rate=1e-3,
+        warmup_steps=100,
+    ),
+    # The original project's model and recipe.
+    "tinystories-53m": TrainingConfig(
+        tokenizer="gpt2",
+        vocabulary_size=50257,
+        layers=8,
+        width=384,
+        heads=8,
+        hidden_width=1536,
+        context_length=512,
+        tied_head=False,
+        dropout=0.1,
+        max_steps=20000,
+        batch_size=12,
+        learning_rate=3e-4,
+        warmup_steps=2000,
+    ),
+    # GPT-2's own shape.
+    "gpt2-124m": TrainingConfig(
+        tokenizer="gpt2",
+        vocabulary_size=50257,
+        layers=12,
+        width=768,
+        heads=12,
+        hidden_width=3072,
+        context_length=1024,
+        tied_head=True,
+        dropout=0.0,
+        max_steps=100000,
+        batch_size=12,
+        learning_rate=6e-4,
+        warmup_steps=2000,
+        evaluation_interval=1000,
+    ),
+}
+
+
+def find_preset(name: str) -> TrainingConfig:
+    """The preset of that name; raises `InvalidArgument` and lists the names that exist."""
+    try:
+        return PRESETS[name]
+    except KeyError:
+        raise InvalidArgument(f"Unknown preset {name!r}. The presets are {', '.join(PRESETS)}.") from None

@@ -1,0 +1,176 @@
+"""One training run: where the registry, the text and the training loop meet."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from shared import accelerator
+from shared.errors import CorruptCheckpoint
+from shared.gpt.config import count_parameters
+from shared.gpt.tokenizer import Tokenizer
+from shared.gpt.weights import save_model
+from shared.registry.fence import Fence
+from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.retention import prune
+from shared.registry.store import Registry
+from shared.settings import Directories
+from trainer_service.events import Evaluation, Event, Notice, Preparation, Progress, RunStarted, VersionPublished
+from trainer_service.spec import JobSpec
+from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
+from trainer_service.training.loop import Outcome, Report, train
+from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
+from trainer_service.training.trainer import Trainer
+
+
+class TrainingRun:
+    """Brings a run to its end, from the start, from the version that it continues, or from its own last state.
+
+    It is the loop's observer: reports and evaluations become events, checkpoints become states and versions.
+    """
+
+    def __init__(self, spec: JobSpec, directories: Directories, tell: Callable[[Event], None]) -> None:
+        self._spec = spec
+        self._tell = tell
+        self._registry = Registry(directories.registry)
+        self._registry.sweep()
+        self._parent = self._registry.version(spec.resume) if spec.resume is not None else None
+        self._data = self._prepare(directories.data)
+        config = spec.config
+        self._evaluation_set = EvaluationSet.from_tokens(
+            self._data.validation,
+            self._data.tokenizer,
+            windows=config.evaluation_windows,
+            context_length=config.context_length,
+        )
+        self._fence = Fence.raise_for(self._registry.run_directory(spec.run))
+
+    def _prepare(self, directory: Path) -> PreparedData:
+        tokenizer = None
+        if self._parent:
+            tokenizer = Tokenizer.load(self._registry.version_directory(self._parent.version) / "tokenizer.json")
+        data = prepare(self._spec.data, self._spec.config, directory, self._report_preparation, tokenizer)
+        for text in data.notices:
+            self.notice(text)
+        return data
+
+    def _report_preparation(self, progress: PrepareProgress) -> None:
+        self._tell(Preparation(progress.stage, progress.fraction))
+
+    def train(self, device: str, stop_requested: Callable[[], bool]) -> bool:
+        """Trains; True where the schedule came to its end, False where `stop_requested` ended it before."""
+        config = self._spec.config
+        self._tell(Preparation("building the model"))
+        trainer = Trainer(config, self._data.train)
+        if state := self._last_state():
+            trainer.restore(state)
+        parameters = count_parameters(config.gpt)
+        self._tell(
+            RunStarted(
+                parameters=parameters.total,
+                embedding_parameters=parameters.embedding,
+                train_tokens=self._data.train.size,
+                validation_tokens=self._data.validation.size,
+                tokenizer=self._data.tokenizer.name,
+                first_step=trainer.step + 1,
+                first_tokens=trainer.tokens,
+                max_steps=config.max_steps,
+                device=device,
+            )
+        )
+        return train(trainer, self._evaluation_set, self, stop_requested) is Outcome.COMPLETED
+
+    def _last_state(self) -> Path | None:
+        """The newest state that is whole: the run's own, else that of the version it continues."""
+        run = self._spec.run
+        for step in reversed(self._registry.states(run)):
+            try:
+                return self._registry.verified_state(run, step)
+            except CorruptCheckpoint as error:
+                self.notice(f"{error} An older state is used.")
+        if self._parent:
+            return self._registry.verified_state(self._parent.run, self._parent.step)
+        return None
+
+    # The loop's observer.
+
+    def report(self, report: Report) -> None:
+        """Tells progress."""
+        memory = accelerator.memory()
+        self._tell(
+            Progress(
+                step=report.step,
+                max_steps=self._spec.config.max_steps,
+                loss=report.loss,
+                learning_rate=report.learning_rate,
+                gradient_norm=report.gradient_norm,
+                tokens=report.tokens,
+                tokens_per_second=report.tokens_per_second,
+                eta_s=report.eta_s,
+                best_validation_loss=report.best_validation_loss,
+                active_memory_bytes=memory.active_bytes,
+                cache_memory_bytes=memory.cache_bytes,
+                peak_memory_bytes=memory.peak_bytes,
+                resident_memory_bytes=memory.resident_bytes,
+            )
+        )
+
+    def checkpoint(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
+        """Keeps the state, publishes a version, and removes what is too old."""
+        self._tell(Evaluation(trainer.step, training_loss, held_out.nats_per_token, held_out.bits_per_byte))
+        self.save(trainer)
+
+        def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
+            return self._manifest(number, files, trainer.step, training_loss, held_out)
+
+        version = self._registry.publish_version(self._fence, lambda folder: self._write_version(trainer, folder), manifest)
+        best = self._registry.labels()["best"] == version.version
+        self._tell(
+            VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
+        )
+        prune(self._registry, self._spec.run)
+
+    def save(self, trainer: Trainer) -> None:
+        """Keeps the state."""
+        self._registry.write_state(self._fence, self._spec.run, trainer.step, trainer.save)
+
+    def notice(self, text: str) -> None:
+        """Tells something that a person should know."""
+        self._tell(Notice(text))
+
+    def _write_version(self, trainer: Trainer, folder: Path) -> None:
+        save_model(trainer.model, folder / "model.safetensors")
+        config = json.dumps(self._spec.config.gpt.to_dict(), indent=2)
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        self._data.tokenizer.save(folder / "tokenizer.json")
+        np.save(folder / "evaluation.npy", self._evaluation_set.carried)
+
+    def _manifest(
+        self, number: int, files: tuple[FileRecord, ...], step: int, training_loss: float, held_out: HeldOutLoss
+    ) -> VersionManifest:
+        spec = self._spec
+        return VersionManifest(
+            version=number,
+            run=spec.run,
+            step=step,
+            parent=spec.resume,
+            created_at=time.time(),
+            preset=spec.preset,
+            model=spec.config.gpt.to_dict(),
+            parameters=count_parameters(spec.config.gpt).total,
+            training=spec.config.to_dict(),
+            tokenizer=self._data.tokenizer.name,
+            tokenizer_digest=self._data.tokenizer.digest,
+            dataset=self._data.source,
+            dataset_revision=self._data.revision,
+            dataset_files=spec.data.dataset,
+            validation_files=spec.data.validation,
+            evaluation_set=self._evaluation_set.digest,
+            training_loss=training_loss,
+            validation_loss=held_out.nats_per_token,
+            bits_per_byte=held_out.bits_per_byte,
+            claimed_loss=held_out.claimed,
+            files=files,
+        )

@@ -1,0 +1,129 @@
+"""The gRPC TrainingService and its metrics page."""
+
+import asyncio
+import base64
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from prometheus_client import start_http_server
+
+from shared.errors import InvalidArgument, Unavailable
+from shared.grpc_server import GrpcServer, Signals, port_in_use
+from shared.pb.training.v1 import training_pb2 as pb
+from shared.pb.training.v1 import training_pb2_grpc
+from shared.registry.store import Registry
+from trainer_service.events import StateChanged
+from trainer_service.metrics import make_metrics
+from trainer_service.queue import JobQueue
+from trainer_service.redis_server import connect
+from trainer_service.settings import TrainerSettings
+from trainer_service.spec import resolve
+from trainer_service.translate import STATES, event_to_pb, job_to_pb, request_from_pb
+
+logger = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
+
+_DEFAULT_PAGE_SIZE = 50
+_MAX_PAGE_SIZE = 1000
+_WATCH_WAIT_S = 1.0
+_HEALTH_INTERVAL_S = 1.0
+_DRAIN_S = 2.0
+
+
+class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
+    """Answers from the queue; every call to Redis runs on a thread, so that one slow answer holds up no other."""
+
+    def __init__(self, queue: JobQueue, registry: Registry) -> None:
+        self._queue = queue
+        self._registry = registry
+
+    async def EnqueueJob(self, request: pb.EnqueueJobRequest, context: Any) -> pb.EnqueueJobResponse:  # noqa: N802
+        """Checks a request, completes it and puts it on the queue."""
+        spec = await asyncio.to_thread(resolve, request_from_pb(request), self._registry)
+        record = await asyncio.to_thread(self._queue.enqueue, spec)
+        live_workers = await asyncio.to_thread(self._queue.live_workers)
+        return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
+
+    async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:  # noqa: N802
+        """A job as it stands."""
+        return pb.GetJobResponse(job=job_to_pb(await asyncio.to_thread(self._queue.get, request.job_id)))
+
+    async def ListJobs(self, request: pb.ListJobsRequest, context: Any) -> pb.ListJobsResponse:  # noqa: N802
+        """A page of jobs, the newest first."""
+        states = [state for state, number in STATES.items() if number in request.states]
+        if len(states) != len(set(request.states)):
+            raise InvalidArgument("states holds one that is not a state of a job.")
+        size = request.page_size or _DEFAULT_PAGE_SIZE
+        if not 1 <= size <= _MAX_PAGE_SIZE:
+            raise InvalidArgument(f"page_size is {size}, but must be from 1 to {_MAX_PAGE_SIZE}.")
+        after = _read_page_token(request.page_token)
+        records = await asyncio.to_thread(self._queue.jobs, states)
+        if after:
+            records = [record for record in records if (record.enqueued_at, record.id) < after]
+        page = records[:size]
+        token = _page_token(page[-1].enqueued_at, page[-1].id) if len(records) > size else ""
+        return pb.ListJobsResponse(jobs=[job_to_pb(record) for record in page], next_page_token=token)
+
+    async def WatchJob(  # noqa: N802
+        self, request: pb.WatchJobRequest, context: Any
+    ) -> AsyncIterator[pb.WatchJobResponse]:
+        """Every event of a job until it ends."""
+        await asyncio.to_thread(self._queue.get, request.job_id)
+        last = "0"
+        while True:
+            for last, timed in await asyncio.to_thread(self._queue.read_events, request.job_id, last, _WATCH_WAIT_S):
+                yield event_to_pb(timed)
+                if isinstance(timed.event, StateChanged) and timed.event.state.is_final:
+                    return
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:  # noqa: N802
+        """Asks a job to end."""
+        return pb.CancelJobResponse(job=job_to_pb(await asyncio.to_thread(self._queue.cancel, request.job_id)))
+
+
+async def serve(settings: TrainerSettings) -> None:
+    """Serves until SIGTERM or SIGINT. Health is SERVING while Redis answers."""
+    queue = JobQueue(connect(settings.redis_url))
+    signals = Signals()
+    server = GrpcServer([SERVICE])
+    training_pb2_grpc.add_TrainingServiceServicer_to_server(
+        TrainingServicer(queue, Registry(settings.directories.registry)), server.server
+    )
+    port = await server.start(settings.host, settings.port, "GPTLOOP_TRAINER_PORT")
+    try:
+        page, _thread = start_http_server(settings.metrics_port, settings.host, make_metrics(queue))
+    except OSError:
+        raise port_in_use(settings.host, settings.metrics_port, "GPTLOOP_TRAINER_METRICS_PORT") from None
+    host = settings.host
+    logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, page.server_port)
+    health = asyncio.create_task(_follow_redis(server, queue))
+    await signals.asked.wait()
+    health.cancel()
+    await server.stop(_DRAIN_S, lambda: None, signals.forced)
+    page.shutdown()
+
+
+async def _follow_redis(server: GrpcServer, queue: JobQueue) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(queue.live_workers)
+            await server.set_serving(True)
+        except Unavailable:
+            await server.set_serving(False)
+        await asyncio.sleep(_HEALTH_INTERVAL_S)
+
+
+def _page_token(enqueued_at: float, job_id: str) -> str:
+    return base64.urlsafe_b64encode(f"{enqueued_at!r} {job_id}".encode()).decode()
+
+
+def _read_page_token(token: str) -> tuple[float, str] | None:
+    if not token:
+        return None
+    try:
+        enqueued_at, job_id = base64.urlsafe_b64decode(token.encode()).decode().split(" ")
+        return float(enqueued_at), job_id
+    except ValueError:
+        raise InvalidArgument("page_token is not one that ListJobs gave.") from None

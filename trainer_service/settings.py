@@ -1,0 +1,36 @@
+"""What the trainer service reads from the environment, once, at its start."""
+
+from dataclasses import dataclass
+
+from shared.settings import Directories, Environment, read_directories, read_port, read_str
+from trainer_service.redis_server import redis_url
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Settings of the trainer service.
+
+    host: `GPTLOOP_TRAINER_HOST`, the address that gRPC and metrics listen on.
+    port: `GPTLOOP_TRAINER_PORT`, the gRPC port; 0 chooses a free one.
+    metrics_port: `GPTLOOP_TRAINER_METRICS_PORT`, the port of `/metrics`; 0 chooses a free one.
+    redis_url: `REDIS_URL`, the Redis server; without it the embedded one below `GPTLOOP_VAR`.
+    directories: `GPTLOOP_VAR`, the folder of all state.
+    """
+
+    host: str
+    port: int
+    metrics_port: int
+    redis_url: str
+    directories: Directories
+
+
+def read_settings(environment: Environment) -> TrainerSettings:
+    """The settings; raises `InvalidArgument` and names the variable that is wrong."""
+    directories = read_directories(environment)
+    return TrainerSettings(
+        host=read_str(environment, "GPTLOOP_TRAINER_HOST", "127.0.0.1"),
+        port=read_port(environment, "GPTLOOP_TRAINER_PORT", 50052),
+        metrics_port=read_port(environment, "GPTLOOP_TRAINER_METRICS_PORT", 9102),
+        redis_url=redis_url(environment, directories),
+        directories=directories,
+    )

@@ -1,0 +1,108 @@
+"""What a job is asked to do, complete: nothing else defines the run."""
+
+import json
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from shared.errors import InvalidArgument
+from shared.registry.store import Registry
+from trainer_service.presets import find_preset
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec, absolute, check_spec
+
+DEFAULT_PRESET = "demo"
+DEFAULT_DATASET = "builtin"
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """What a person asks for; empty or None is "not said"."""
+
+    preset: str = ""
+    dataset: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    resume: int | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A run: its name, its values, its text, and the version that it continues."""
+
+    run: str
+    preset: str
+    config: TrainingConfig
+    data: DatasetSpec
+    resume: int | None
+
+    def to_json(self) -> str:
+        """As the queue holds it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "JobSpec":
+        """The inverse of `to_json`; raises `InvalidArgument` where the text is not such a job."""
+        try:
+            values = json.loads(text)
+            data = DatasetSpec(tuple(values["data"]["dataset"]), tuple(values["data"]["validation"]))
+            config = TrainingConfig.from_dict(values["config"])
+            return cls(values["run"], values["preset"], config, data, values["resume"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidArgument(f"The job cannot be understood: {error!r}.") from error
+
+
+def resolve(request: TrainingRequest, registry: Registry) -> JobSpec:
+    """Completes a request from the preset, or from the version that it resumes, and checks all of it.
+
+    Raises `InvalidArgument`, `NotFound` or `DataError` with what would be right.
+    """
+    if request.resume is None:
+        preset = request.preset or DEFAULT_PRESET
+        config = find_preset(preset).override(request.overrides)
+        data = DatasetSpec(request.dataset or (DEFAULT_DATASET,), request.validation)
+    else:
+        preset, config, data = _continued(request, request.resume, registry)
+    check_spec(data)
+    run = f"{preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    return JobSpec(run, preset, config, absolute(data), request.resume)
+
+
+def _continued(
+    request: TrainingRequest, resume: int, registry: Registry
+) -> tuple[str, TrainingConfig, DatasetSpec]:
+    parent = registry.version(resume)
+    if request.preset and request.preset != parent.preset:
+        raise InvalidArgument(
+            f"Version {resume} was trained with the preset {parent.preset}; leave PRESET out to continue it."
+        )
+    begun = TrainingConfig.from_dict(parent.training)
+    config = begun.override(request.overrides)
+    fixed = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
+    for name in fixed:
+        if getattr(config, name) != getattr(begun, name):
+            raise InvalidArgument(
+                f"{name} is {getattr(begun, name)} in version {resume} and cannot change when it is continued."
+            )
+    if parent.step >= config.max_steps:
+        raise InvalidArgument(
+            f"Version {resume} is at step {parent.step} of {config.max_steps}, so nothing is left to do. "
+            f'Set more steps, as in SET="max_steps={2 * parent.step}".'
+        )
+    registry.verified_state(parent.run, parent.step)
+    data = DatasetSpec(
+        request.dataset or parent.dataset_files, request.validation or (() if request.dataset else parent.validation_files)
+    )
+    return parent.preset, config, data
+
+
+def parse_overrides(text: str) -> dict[str, str]:
+    """The values of `SET="max_steps=500 batch_size=8"`; raises `InvalidArgument` on anything else."""
+    overrides = {}
+    for item in text.split():
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise InvalidArgument(f'{item!r} is no override; write name=value, as in SET="max_steps=500 batch_size=8".')
+        overrides[name] = value
+    return overrides

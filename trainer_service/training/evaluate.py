@@ -1,0 +1,81 @@
+"""Held-out evaluation: always the same windows, dropout off.
+
+Shapes: N windows, T tokens of context, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.gpt.model import GPT
+from shared.gpt.tokenizer import Tokenizer
+from trainer_service.training.batches import Tokens
+from trainer_service.training.loss import window_losses
+
+# The windows that a version carries, so that a server can check the loss that the version claims.
+CARRIED_WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Windows (N, T+1) of held-out tokens, the bytes of text that their targets spell, and a name for all of it."""
+
+    windows: Tokens
+    target_bytes: int
+    digest: str
+
+    @classmethod
+    def from_tokens(cls, tokens: Tokens, tokenizer: Tokenizer, *, windows: int, context_length: int) -> "EvaluationSet":
+        """The first windows of the held-out tokens, side by side; as many as there are, up to `windows`."""
+        count = min(windows, (tokens.size - 1) // context_length)
+        starts = np.arange(count) * context_length
+        chosen = np.stack([tokens[start : start + context_length + 1] for start in starts])  # (N, T+1)
+        digest = hashlib.sha256(f"{tokenizer.digest} {chosen.shape}".encode() + chosen.tobytes()).hexdigest()
+        return cls(chosen, int(tokenizer.byte_lengths[chosen[:, 1:]].sum()), digest)
+
+    @property
+    def carried(self) -> Tokens:
+        """The windows that go into a version."""
+        return self.windows[:CARRIED_WINDOWS]
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """How well a model predicts the evaluation set.
+
+    `claimed` is the loss on the carried windows alone. Bits per byte count every target's nats, those of end tokens too,
+    over the bytes of text, so that tokenizers compare.
+    """
+
+    nats_per_token: float
+    bits_per_byte: float
+    claimed: float
+
+
+def evaluate(model: GPT, evaluation_set: EvaluationSet, rows: int) -> HeldOutLoss:
+    """The loss on the whole set, `rows` windows at a time; leaves the model in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    losses = np.concatenate(
+        [
+            _window_losses(model, evaluation_set.windows[start : start + rows])
+            for start in range(0, len(evaluation_set.windows), rows)
+        ]
+    )
+    model.train(was_training)
+    tokens = evaluation_set.windows[:, 1:].size
+    nats = float(losses.mean()) * tokens
+    return HeldOutLoss(
+        nats_per_token=nats / tokens,
+        bits_per_byte=nats / (math.log(2) * max(evaluation_set.target_bytes, 1)),
+        claimed=float(losses[:CARRIED_WINDOWS].mean()),
+    )
+
+
+def _window_losses(model: GPT, windows: Tokens) -> NDArray[np.float64]:
+    tokens = mx.array(windows.astype(np.int32))
+    return np.array(window_losses(model, tokens[:, :-1], tokens[:, 1:]), dtype=np.float64)  # (N,)

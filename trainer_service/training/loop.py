@@ -1,0 +1,142 @@
+"""The training loop: step, report, evaluate, checkpoint, until the schedule ends or somebody asks to stop."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import mlx.core as mx
+
+from shared.errors import TrainingDiverged
+from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
+from trainer_service.training.overfitting import OverfittingWatch
+from trainer_service.training.trainer import StepResult, Trainer
+
+
+# Where steps take long, a report is due after so many seconds.
+_REPORT_AT_LATEST_S = 5.0
+
+
+class Outcome(Enum):
+    """Why the loop ended."""
+
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Means since the last report; `tokens_per_second` leaves evaluations out, `eta_s` does not."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    tokens_per_second: float
+    eta_s: float
+    best_validation_loss: float | None
+
+
+class Observer(Protocol):
+    """Who is told what happens, and who keeps what must last."""
+
+    def report(self, report: Report) -> None:
+        """Some steps were taken."""
+
+    def checkpoint(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
+        """An evaluation is done: the state and a version are to be kept."""
+
+    def save(self, trainer: Trainer) -> None:
+        """The loop stops before its end: the state is to be kept."""
+
+    def notice(self, text: str) -> None:
+        """Something that a person should know."""
+
+
+def train(
+    trainer: Trainer, evaluation_set: EvaluationSet, observer: Observer, stop_requested: Callable[[], bool]
+) -> Outcome:
+    """Runs to the end of the schedule, or to the end of the step in which `stop_requested` says so.
+
+    Raises `TrainingDiverged` where a loss is not finite; nothing is written then, so the last checkpoint stays good.
+    """
+    config = trainer.config
+    meter = _Meter(trainer)
+    watch = OverfittingWatch()
+    while trainer.step < config.max_steps:
+        meter.add(trainer.take_step())
+        evaluation_due = trainer.step % config.evaluation_interval == 0 or trainer.step == config.max_steps
+        stopping = trainer.step < config.max_steps and stop_requested()
+        if evaluation_due or stopping or meter.due:
+            observer.report(meter.report())
+        if evaluation_due:
+            held_out = evaluate(trainer.model, evaluation_set, config.batch_size)
+            _require_finite("held-out loss", held_out.nats_per_token, trainer.step)
+            trainer.record_evaluation(held_out.nats_per_token)
+            observer.checkpoint(trainer, meter.loss, held_out)
+            if warning := watch.check(meter.loss, held_out.nats_per_token):
+                observer.notice(warning)
+            meter.restart()
+        if stopping:
+            observer.save(trainer)
+            return Outcome.STOPPED
+    return Outcome.COMPLETED
+
+
+class _Meter:
+    """Means and rates between reports."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._first_step = trainer.step + 1
+        self._results: list[StepResult] = []
+        self._began_s = self._window_began_s = time.monotonic()
+        self.loss = math.nan
+
+    def add(self, result: StepResult) -> None:
+        self._results.append(result)
+
+    @property
+    def due(self) -> bool:
+        """At the first step, every `report_interval` steps, and after some seconds where steps are long."""
+        step = self._trainer.step
+        long_ago = time.monotonic() - self._window_began_s >= _REPORT_AT_LATEST_S
+        return step == self._first_step or step % self._trainer.config.report_interval == 0 or long_ago
+
+    def report(self) -> Report:
+        trainer, config = self._trainer, self._trainer.config
+        norm = float(self._results[-1].gradient_norm.item())
+        losses = [float(result.loss.item()) for result in self._results]
+        for step, loss in enumerate(losses, start=trainer.step - len(losses) + 1):
+            _require_finite("training loss", loss, step)
+        _require_finite("gradient norm", norm, trainer.step)
+        now_s = time.monotonic()
+        self.loss = math.fsum(losses) / len(losses)
+        report = Report(
+            step=trainer.step,
+            loss=self.loss,
+            learning_rate=trainer.learning_rate,
+            gradient_norm=norm,
+            tokens=trainer.tokens,
+            tokens_per_second=len(losses) * config.tokens_per_step / (now_s - self._window_began_s),
+            eta_s=(now_s - self._began_s) / (trainer.step - self._first_step + 1) * (config.max_steps - trainer.step),
+            best_validation_loss=trainer.best_validation_loss,
+        )
+        self._results.clear()
+        self.restart()
+        return report
+
+    def restart(self) -> None:
+        """Begins a new span of time; what came before it counts for no rate."""
+        self._window_began_s = time.monotonic()
+
+
+def _require_finite(what: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingDiverged(
+            f"The {what} is {value} at step {step}: training diverged. The last checkpoint is kept; continue from it with a "
+            "lower learning_rate, more warmup_steps or a smaller max_gradient_norm."
+        )

@@ -1,0 +1,86 @@
+"""Tokens on disk: a header of fixed size, then little-endian 16-bit numbers; written whole or not at all."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trainer_service.training.batches import Tokens
+
+MAGIC = "gptloop-tokens"
+VERSION = 1
+HEADER_BYTES = 4096
+DTYPE = np.dtype("<u2")
+# What nobody has written to for so long was left behind by a process that was killed.
+ABANDONED_S = 3600.0
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard holds: `count` tokens of a split; `complete` where the split has no more."""
+
+    tokenizer: str
+    source: str
+    revision: str
+    split: str
+    count: int = 0
+    complete: bool = False
+
+
+def read_shard(path: Path, limit: int) -> Tokens | None:
+    """The first `limit` tokens of a shard, memory-mapped, (N,); all where it holds its whole split.
+
+    None where there is no shard, where it holds fewer, or where its size is not what its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            values = json.loads(file.read(HEADER_BYTES))
+            size_bytes = os.fstat(file.fileno()).st_size
+            count, complete = values["count"], values["complete"]
+            if values["magic"] != MAGIC or values["version"] != VERSION:
+                return None
+            if size_bytes != HEADER_BYTES + count * DTYPE.itemsize or (count < limit and not complete):
+                return None
+            if count == 0:
+                return np.zeros(0, dtype=DTYPE)  # nothing can be mapped
+            return np.memmap(file, dtype=DTYPE, mode="r", offset=HEADER_BYTES, shape=(count,))[:limit]  # (N,)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_shard(path: Path, header: ShardHeader, arrays: Iterable[Tokens], limit: int) -> None:
+    """Write the first `limit` of some tokens, atomically; the header's `count` and `complete` are set to what came.
+
+    Raises `OSError` where the disk does not take it; nothing is left behind then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for partial in path.parent.glob("*.partial"):
+        if time.time() - partial.stat().st_mtime > ABANDONED_S:
+            partial.unlink(missing_ok=True)
+    count = 0
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.seek(HEADER_BYTES)
+            for array in arrays:
+                part = array[: limit - count]
+                file.write(part.astype(DTYPE, copy=False).tobytes())
+                count += part.size
+                if count == limit:
+                    break
+            values = asdict(header) | {"count": count, "complete": count < limit}
+            content = json.dumps({"magic": MAGIC, "version": VERSION} | values).encode()
+            assert len(content) <= HEADER_BYTES
+            file.seek(0)
+            file.write(content.ljust(HEADER_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,184 @@
+"""The built-in data set: small English stories, made by a deterministic generator so that everything runs offline."""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeAlias
+
+from trainer_service.training import plots
+
+# Part of the revision of the data: raise it whenever the same seed and index give another story.
+GENERATOR_VERSION = 1
+SEED = 2024
+TRAIN_STORIES = 12_000
+VALIDATION_STORIES = 600
+
+_MARKS = re.compile(r"[\[|\]]|[^\[|\]]+")
+_SENTENCE_START = re.compile(r'(^"?|[.!?] "?)([a-z])')
+_BEFORE_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])")
+
+Sequence: TypeAlias = "list[str | list[Sequence]]"
+
+
+@dataclass(frozen=True)
+class Character:
+    """Somebody or something in a story: as text the name, with the pronouns that stand for it."""
+
+    name: str
+    noun: str
+    kind: str
+    he: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def a_kind(self) -> str:
+        """As a story first names it: "a small brown fox"."""
+        return f"a {self.kind}"
+
+    @property
+    def him(self) -> str:
+        """The object pronoun."""
+        return {"he": "him", "she": "her", "it": "it"}[self.he]
+
+    @property
+    def his(self) -> str:
+        """The possessive pronoun."""
+        return {"he": "his", "she": "her", "it": "its"}[self.he]
+
+    @property
+    def himself(self) -> str:
+        """The reflexive pronoun."""
+        return f"{self.him}self"
+
+    @property
+    def He(self) -> str:  # noqa: N802 - spelt as it stands in the story
+        """The subject pronoun at the start of a sentence after a quotation."""
+        return self.he.capitalize()
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object with its colour."""
+
+    colour: str
+    noun: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.noun}"
+
+    @property
+    def a_kind(self) -> str:
+        """As a story first names it: "a red ball"."""
+        return f"a {self}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a story happens, as a direction and as a location."""
+
+    to: str
+    at: str
+
+
+def train_stories() -> Iterator[str]:
+    """The training split."""
+    return generate_stories(SEED, range(TRAIN_STORIES))
+
+
+def validation_stories() -> Iterator[str]:
+    """The held-out split: the indices that follow the training split."""
+    return generate_stories(SEED, range(TRAIN_STORIES, TRAIN_STORIES + VALIDATION_STORIES))
+
+
+def generate_stories(seed: int, indices: range) -> Iterator[str]:
+    """One story for each index; a story is a pure function of (seed, index)."""
+    for index in indices:
+        yield generate_story(random.Random(f"{seed}:{index}"))
+
+
+def generate_story(rng: random.Random) -> str:
+    """One story of 60 to 200 words, in two or three paragraphs."""
+    plot = rng.choice(plots.PLOTS)
+    opening = rng.choice(plots.OPENINGS)
+    middle = len(plot) // 2
+    paragraphs = [[opening, rng.choice(plots.TRAITS)], plot[:middle], plot[middle:]]
+    fills = _fills(rng)
+    return "\n".join(" ".join(filter(None, (_tell(beat, fills, rng) for beat in beats))) for beats in paragraphs)
+
+
+def _tell(beat: str, fills: dict[str, object], rng: random.Random) -> str:
+    """A beat with its choices made and its fields filled, as written English."""
+    text = " ".join("".join(_choose(_parse(beat), rng)).format_map(fills).split())
+    text = _BEFORE_VOWEL.sub(r"\1n ", text)
+    return _SENTENCE_START.sub(lambda start: start[1] + start[2].upper(), text)
+
+
+def _choose(sequence: Sequence, rng: random.Random) -> Iterator[str]:
+    for part in sequence:
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from _choose(part[int(rng.random() * len(part))], rng)
+
+
+@cache
+def _parse(beat: str) -> Sequence:
+    """A beat as text and choices: "a [b|c]" is `["a ", [["b"], ["c"]]]`."""
+    sequences: list[Sequence] = [[]]
+    choices: list[list[Sequence]] = []
+    for mark in _MARKS.findall(beat):
+        if mark == "[":
+            choices.append([])
+            sequences.append([])
+        elif mark in "|]":
+            choices[-1].append(sequences.pop())
+            if mark == "|":
+                sequences.append([])
+            else:
+                sequences[-1].append(choices.pop())
+        else:
+            sequences[-1].append(mark)
+    return sequences[0]
+
+
+def _fills(rng: random.Random) -> dict[str, object]:
+    """Who and what a story is about; everything in it is distinct."""
+    species = rng.sample(plots.ANIMALS.split(), 2)
+    hero, friend = (_character(name, animal, rng) for name, animal in zip(_names(rng), species, strict=True))
+    role, pronoun = rng.choice(plots.FAMILY)
+    wise, small = rng.choice(plots.WISE.split()), rng.choice(plots.SMALL_ANIMALS.split())
+    colours, nouns = rng.sample(plots.COLOURS.split(), 3), rng.sample(plots.THINGS.split(), 2)
+    first_spot, second_spot, third_spot = rng.sample(plots.SPOTS, 3)
+    return {
+        "h": hero,
+        "f": friend,
+        "g": Character(f"{hero.his} {role}", role, role, pronoun),
+        "w": Character(f"the {wise}", wise, f"old {wise}", rng.choice(["he", "she"])),
+        "x": Character(f"the {small}", small, f"tiny {small}", "it"),
+        "o": Thing(colours[0], nouns[0]),
+        "o2": Thing(colours[1], nouns[1]),
+        "c": colours[2],
+        "p": Place(*rng.choice(plots.PLACES)),
+        "s": first_spot,
+        "s2": second_spot,
+        "s3": third_spot,
+    }
+
+
+def _names(rng: random.Random) -> list[str]:
+    """Two names; each is a girl's, a boy's or an animal's with the same chance."""
+    groups = [rng.choice([plots.GIRLS.split(), plots.BOYS.split(), plots.PETS.split()]) for _ in range(2)]
+    first = rng.choice(groups[0])
+    return [first, rng.choice([name for name in groups[1] if name != first])]
+
+
+def _character(name: str, species: str, rng: random.Random) -> Character:
+    size = rng.choice(plots.SIZES)
+    if name in plots.PETS.split():
+        return Character(name, species, f"{size} {species}", rng.choice(["he", "she"]))
+    noun, pronoun = ("girl", "she") if name in plots.GIRLS.split() else ("boy", "he")
+    return Character(name, noun, f"{size} {noun}", pronoun)

@@ -1,0 +1,66 @@
+"""The RQ worker: takes one job at a time and runs each in a process of its own, as MLX does not survive a fork."""
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from typing import Any
+
+from redis import Redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.worker import SpawnWorker
+
+from shared.errors import Unavailable
+from trainer_service.events import JobState, StateChanged, TimedEvent
+from trainer_service.queue import LEASE_S, JobQueue
+
+
+class TrainingWorker(SpawnWorker):
+    """RQ's worker with two differences: a shutdown is passed on to the training process, which writes its state and
+    goes back to the queue, and a training process that dies is told to whoever follows the job."""
+
+    def handle_warm_shutdown_request(self) -> None:
+        """Asks the training process to end after its step."""
+        super().handle_warm_shutdown_request()
+        if self.horse_pid:
+            self.kill_horse(signal.SIGTERM)
+
+    def handle_work_horse_killed(self, job: Job, retpid: int, ret_val: int, rusage: Any) -> None:
+        """Says why the training process is gone, and whether it is started anew."""
+        ended = os.waitstatus_to_exitcode(ret_val)
+        reason = f"was killed by signal {-ended}" if ended < 0 else f"ended with exit code {ended}"
+        if ended == -signal.SIGKILL:
+            reason += " (is the machine out of memory? a smaller batch_size needs less)"
+        if job.retries_left:
+            event = StateChanged(JobState.QUEUED, f"The training process {reason}; it goes on from its last state.")
+        else:
+            event = StateChanged(JobState.FAILED, f"The training process {reason}, too often to be started again.")
+        queue = JobQueue(self.connection)
+        queue.end_job_lease(job.id)
+        queue.tell(job.id, [TimedEvent(event)])
+
+
+def work(connection: Redis) -> None:
+    """Takes jobs until SIGTERM or SIGINT; a second one kills the job that runs."""
+    queue = JobQueue(connection)
+    worker = TrainingWorker([queue.rq], connection=connection, serializer=JSONSerializer, worker_ttl=60)
+    ended = threading.Event()
+    lease = threading.Thread(target=_keep_lease, args=(queue, worker.name, ended), name="lease", daemon=True)
+    lease.start()
+    try:
+        worker.work(logging_level="WARNING")
+    finally:
+        ended.set()
+        lease.join()
+
+
+def _keep_lease(queue: JobQueue, name: str, ended: threading.Event) -> None:
+    while True:
+        # Redis may be restarting; the lease is renewed when it is back.
+        with suppress(Unavailable):
+            queue.renew_worker_lease(name)
+        if ended.wait(LEASE_S / 5):
+            with suppress(Unavailable):
+                queue.end_worker_lease(name)
+            return
