@@ -95,7 +95,7 @@ lock: $(VENV) ## Resolve requirements/*.txt anew.
 	@requirements/lock
 
 # A virtual environment of the first Python that can make one. 3.12 and 3.11 come first: for them a wheel brings Redis.
-$(VENV): requirements/$(ACCELERATOR).txt requirements/dev.txt pyproject.toml
+$(VENV): requirements/$(ACCELERATOR).txt requirements/dev.txt
 	@requirements/install "$(ACCELERATOR)" "$(PYTHON)"
 	@touch $@
 

@@ -58,6 +58,7 @@ class Stack:
     environment: what the processes see besides; `REDIS_URL` in it takes the place of the embedded Redis.
     configuration: a supervisord.conf.
     checks: by the name of each of its programs, what asks whether it does its work.
+    worker_stop_s: how long a training step may take to end before its worker is killed.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Stack:
         environment: Mapping[str, str],
         configuration: Path = _CONFIGURATION,
         checks: Mapping[str, Callable[[], Health]] | None = None,
+        worker_stop_s: int = 60,
     ) -> None:
         self._directories = directories
         self._ports = ports
@@ -76,7 +78,12 @@ class Stack:
         self._supervisor = Supervisor(
             configuration,
             directories,
-            {**environment, **ports.to_environment(), "GPTLOOP_EMBEDDED_REDIS": str(self._has_redis).lower()},
+            {
+                **environment,
+                **ports.to_environment(),
+                "GPTLOOP_EMBEDDED_REDIS": str(self._has_redis).lower(),
+                "GPTLOOP_WORKER_STOP_S": str(worker_stop_s),
+            },
         )
 
     def up(self, report: Callable[[str], None]) -> None:

@@ -51,6 +51,8 @@ def serve() -> None:
 
     settings = read_settings(os.environ)
     logs.configure("inference")
+    # Training runs on the same cores, and BLAS threads that wait there for one another make a step ten times slower.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     accelerator.prepare(settings.directories.cache / "inference")
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service import server

@@ -1,6 +1,6 @@
 """A synchronous client of the inference service."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
@@ -54,7 +54,7 @@ class InferenceClient:
     ) -> None:
         self._channel.close()
 
-    def generate(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Iterator[Event]:
+    def generate(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Generator[Event, None, None]:
         """Streams one generation from a text or from token ids; leaving the loop cancels it."""
         call = self._stub.Generate(_request(prompt, parameters))
         try:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from inference_service.engine.engine import Engine
@@ -91,10 +91,9 @@ class HotLoader:
                 self._wake.clear()
                 await self._follow_best()
                 await self._load_wanted()
-                try:
-                    await asyncio.wait_for(self._wake.wait(), poll_interval_s)
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(poll_interval_s):
+                        await self._wake.wait()
         finally:
             self._helper.shutdown(wait=False, cancel_futures=True)
 

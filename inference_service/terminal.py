@@ -57,7 +57,7 @@ class Terminal:
 
     def __init__(self, client: InferenceClient) -> None:
         self._client = client
-        self._notes = Console(stderr=True, highlight=False)
+        self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def generate(self, prompt: str, parameters: Parameters) -> None:
         """Streams one story, its prompt first; then a line about it, and how to have it again."""
@@ -188,10 +188,10 @@ class Terminal:
 
     def _print_whole(self, number: int, stream: Stream) -> None:
         if stream.error is None:
-            self._notes.print(f"--- {number}: {stream.summary(0.0)}", style="dim", soft_wrap=True)
+            self._notes.print(f"--- {number}: {stream.summary(0.0)}", style="dim")
             print(stream.prompt + stream.text, flush=True)
         else:
-            self._notes.print(f"--- {number}: error: {stream.error}", markup=False, soft_wrap=True)
+            self._notes.print(f"--- {number}: error: {stream.error}", markup=False)
 
 
 def _overview(streams: Sequence[Stream]) -> Table:

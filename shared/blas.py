@@ -50,17 +50,12 @@ def load_blas(cache: Path) -> str | None:
     return "OpenBLAS of the scipy-openblas32 wheel"
 
 
-def find_compiler() -> str | None:
-    """The C compiler on PATH; its C++ side is what MLX compiles kernels with on a CPU."""
-    return next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
-
-
 def _build_forwarder(cache: Path) -> Path:
     machine = os.uname().machine
     library = cache / f"blas-{machine}-{hashlib.sha256(_FORWARDER.encode()).hexdigest()[:12]}.so"
     if library.exists():
         return library
-    compiler = find_compiler()
+    compiler = next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
     if compiler is None:
         raise FileNotFoundError("There is no C compiler.")
     cache.mkdir(parents=True, exist_ok=True)

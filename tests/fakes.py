@@ -32,7 +32,7 @@ def tiny_model(seed: int, config: GPTConfig = TINY) -> GPT:
     for layer in (model.token_embedding, model.head):
         layer.weight = mx.random.normal(layer.weight.shape, scale=0.3)
     model.eval()
-    mx.eval(model.parameters())
+    mx.eval(model)
     return model
 
 

@@ -28,12 +28,14 @@ DatasetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--dataset",
-        help="builtin (the default), roneneldan/TinyStories, wikitext-103, or .txt, .jsonl and .parquet files. Repeatable.",
+        help="builtin (the default), roneneldan/TinyStories, wikitext-103, .txt, .jsonl, .parquet files. Repeatable.",
     ),
 ]
 ValidationOption = Annotated[
     list[str] | None,
-    typer.Option("--validation", help="Held-out files; without them the data set's own split or a share of it. Repeatable."),
+    typer.Option(
+        "--validation", help="Held-out files; without them the data set's own split or a share of it. Repeatable."
+    ),
 ]
 OverridesOption = Annotated[
     str, typer.Option("--set", help='Values that replace the preset\'s, as in "max_steps=500 batch_size=8".')
@@ -59,9 +61,7 @@ def train(
     """
     settings = _settings()
     queue = _queue(settings)
-    request = TrainingRequest(
-        preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides)
-    )
+    request = TrainingRequest(preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides))
     record = queue.enqueue(resolve(request, Registry(settings.directories.registry)))
     console = Console()
     console.print(f"job {record.id} queued, run {record.spec.run}", markup=False, highlight=False, soft_wrap=True)
@@ -109,7 +109,9 @@ def checkpoints() -> None:
     if not versions:
         print("No version yet: the first one comes with the first evaluation of a training job.")
         return
-    table = Table("version", "step", "training loss", "held-out loss", "bits per byte", "size", "age", "labels", "run", box=None)
+    table = Table(
+        "version", "step", "training loss", "held-out loss", "bits per byte", "size", "age", "labels", "run", box=None
+    )
     for version in versions:
         table.add_row(
             str(version.version),
@@ -186,7 +188,9 @@ def _follow(queue: JobQueue, job: str, console: Console) -> None:
     try:
         follow(queue, job, console)
     except KeyboardInterrupt:
-        console.print(f"The job goes on. Follow it again with `make watch JOB={job}`, end it with `make cancel JOB={job}`.")
+        console.print(
+            f"The job goes on. Follow it again with `make watch JOB={job}`, end it with `make cancel JOB={job}`."
+        )
         raise typer.Exit(130) from None
     if queue.get(job).state is JobState.CANCELLED:
         raise typer.Exit(1)

@@ -32,7 +32,8 @@ def follow(queue: JobQueue, job_id: str, console: Console) -> None:
 def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
     last, abandoned_since_s = "0", None
     while True:
-        for last, timed in queue.read_events(job_id, last, _WAIT_S):
+        for event_id, timed in queue.read_events(job_id, last, _WAIT_S):
+            last = event_id
             yield timed.event
             if isinstance(timed.event, events.StateChanged) and timed.event.state.is_final:
                 return
@@ -42,7 +43,8 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
             abandoned_since_s = time.monotonic()
         elif time.monotonic() - abandoned_since_s > _PATIENCE_S:
             raise Unavailable(
-                f"No worker is alive, so the job {job_id} waits. Start one with `make up`; it goes on from its last state."
+                f"No worker is alive, so the job {job_id} waits. Start one with `make up`; "
+                "it goes on from its last state."
             )
 
 
@@ -58,15 +60,17 @@ def describe(event: Event) -> str | None:
         case events.RunStarted() as started:
             position = f"step {started.first_step} to {started.max_steps}"
             return (
-                f"{started.parameters:,} parameters ({started.embedding_parameters:,} in embeddings) on {started.device}; "
+                f"{started.parameters:,} parameters ({started.embedding_parameters:,} in embeddings) "
+                f"on {started.device}; "
                 f"{started.train_tokens:,} training and {started.validation_tokens:,} held-out tokens "
                 f"({started.tokenizer}); {position}"
             )
         case events.Progress() as progress:
             best = f"  best held-out {progress.best_validation_loss:.3f}" if progress.best_validation_loss else ""
             return (
-                f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  lr {progress.learning_rate:.2e}  "
-                f"{progress.tokens_per_second:,.0f} tokens/s  ETA {_duration(progress.eta_s)}{best}"
+                f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  "
+                f"lr {progress.learning_rate:.2e}  {progress.tokens_per_second:,.0f} tokens/s  "
+                f"ETA {_duration(progress.eta_s)}{best}"
             )
         case events.Evaluation() as evaluation:
             return (

@@ -79,19 +79,15 @@ def _runs(shown: list[tuple[JobRecord, Progress]]) -> Iterator[GaugeMetricFamily
         {run: progress.tokens_per_second if working(record) else 0.0 for run, (record, progress) in runs.items()},
     )
     yield family("loss", "Training loss in nats per token.", {run: p.loss for run, (_, p) in runs.items()})
-    evaluations = {run: record.evaluation for run, (record, _) in runs.items()}
     yield family(
         "validation_loss",
         "Held-out loss of the last evaluation in nats per token.",
-        {run: evaluation and evaluation.validation_loss for run, evaluation in evaluations.items()},
-    )
-    yield family(
-        "validation_bits_per_byte",
-        "Held-out bits per byte of the last evaluation.",
-        {run: evaluation and evaluation.bits_per_byte for run, evaluation in evaluations.items()},
+        {run: r.evaluation.validation_loss if r.evaluation else None for run, (r, _) in runs.items()},
     )
     yield family("step", "Steps taken.", {run: p.step for run, (_, p) in runs.items()})
-    yield family("learning_rate", "Learning rate of the last step.", {run: p.learning_rate for run, (_, p) in runs.items()})
+    yield family(
+        "learning_rate", "Learning rate of the last step.", {run: p.learning_rate for run, (_, p) in runs.items()}
+    )
     memory = GaugeMetricFamily(
         "gptloop_training_memory_bytes", "Memory of the training process.", labels=["run", "kind"]
     )

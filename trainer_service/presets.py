@@ -15,11 +15,11 @@ PRESETS = {
         context_length=128,
         tied_head=True,
         dropout=0.0,
-        max_steps=600,
+        max_steps=400,
         batch_size=16,
         learning_rate=3e-3,
         warmup_steps=50,
-        evaluation_interval=100,
+        evaluation_interval=80,
     ),
     # 10M parameters: small English stories within an hour on a laptop.
     "small": TrainingConfig(

@@ -1,19 +1,19 @@
 """The queue of training jobs: RQ carries them, and Redis keeps what they tell.
 
-    gptloop:jobs            sorted set of job ids, by the time they were enqueued
-    gptloop:job:<id>        hash: spec, state, times, last progress and evaluation, failure
-    gptloop:events:<id>     stream of everything that the job told
-    gptloop:cancel:<id>     there where somebody asked the job to end
-    gptloop:lease:<id>      there while a process works on the job
-    gptloop:worker:<name>   there while a worker lives
-    gptloop:tokens          tokens that all jobs ever trained on
+gptloop:jobs            sorted set of job ids, by the time they were enqueued
+gptloop:job:<id>        hash: spec, state, times, last progress and evaluation, failure
+gptloop:events:<id>     stream of everything that the job told
+gptloop:cancel:<id>     there where somebody asked the job to end
+gptloop:lease:<id>      there while a process works on the job
+gptloop:worker:<name>   there while a worker lives
+gptloop:tokens          tokens that all jobs ever trained on
 """
 
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from redis import Redis
@@ -227,4 +227,6 @@ def _reachable() -> Iterator[None]:
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError) as error:
-        raise Unavailable(f"Redis does not answer ({error}). Start everything with `make up`, or set REDIS_URL.") from error
+        raise Unavailable(
+            f"Redis does not answer ({error}). Start everything with `make up`, or set REDIS_URL."
+        ) from error

@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
 _LAST_TRY_S = 20.0
+_ORPHAN_LIMIT_S = 10.0
 # Reports of a Redis outage of many hours; older ones are dropped first.
 _KEPT_EVENTS = 50_000
 
@@ -55,7 +56,7 @@ class Reporter:
 
     @property
     def orphaned(self) -> bool:
-        """Whether the worker that started this process is gone."""
+        """Whether the worker that started this process is gone; the process ends within some seconds then."""
         return os.getppid() != self._parent
 
     def close(self) -> None:
@@ -66,6 +67,12 @@ class Reporter:
     def _run(self) -> None:
         while not self._closing.wait(_INTERVAL_S):
             self._try_exchange()
+            if self.orphaned:
+                # The loop may end its step and write its state, but nobody waits for a step that takes longer.
+                if not self._closing.wait(_ORPHAN_LIMIT_S):
+                    logger.error("job %s: the worker is gone, and so this process ends within its step", self._job_id)
+                    os._exit(1)
+                break
         for _ in range(round(_LAST_TRY_S / _INTERVAL_S)):
             if self._try_exchange():
                 self._queue.end_job_lease(self._job_id)

@@ -125,7 +125,9 @@ class TrainingRun:
         def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
             return self._manifest(number, files, trainer.step, training_loss, held_out)
 
-        version = self._registry.publish_version(self._fence, lambda folder: self._write_version(trainer, folder), manifest)
+        version = self._registry.publish_version(
+            self._fence, lambda folder: self._write_version(trainer, folder), manifest
+        )
         best = self._registry.labels()["best"] == version.version
         self._tell(
             VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)

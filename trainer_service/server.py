@@ -73,7 +73,9 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         await asyncio.to_thread(self._queue.get, request.job_id)
         last = "0"
         while True:
-            for last, timed in await asyncio.to_thread(self._queue.read_events, request.job_id, last, _WATCH_WAIT_S):
+            news = await asyncio.to_thread(self._queue.read_events, request.job_id, last, _WATCH_WAIT_S)
+            for event_id, timed in news:
+                last = event_id
                 yield event_to_pb(timed)
                 if isinstance(timed.event, StateChanged) and timed.event.state.is_final:
                     return

@@ -69,9 +69,7 @@ def resolve(request: TrainingRequest, registry: Registry) -> JobSpec:
     return JobSpec(run, preset, config, absolute(data), request.resume)
 
 
-def _continued(
-    request: TrainingRequest, resume: int, registry: Registry
-) -> tuple[str, TrainingConfig, DatasetSpec]:
+def _continued(request: TrainingRequest, resume: int, registry: Registry) -> tuple[str, TrainingConfig, DatasetSpec]:
     parent = registry.version(resume)
     if request.preset and request.preset != parent.preset:
         raise InvalidArgument(
@@ -92,7 +90,8 @@ def _continued(
         )
     registry.verified_state(parent.run, parent.step)
     data = DatasetSpec(
-        request.dataset or parent.dataset_files, request.validation or (() if request.dataset else parent.validation_files)
+        request.dataset or parent.dataset_files,
+        request.validation or (() if request.dataset else parent.validation_files),
     )
     return parent.preset, config, data
 

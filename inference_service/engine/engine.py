@@ -18,7 +18,7 @@ from inference_service.engine.request import (
     Finished,
     FinishReason,
     GenerationRequest,
-    NotFiniteError,
+    NotFinite,
     Output,
 )
 from inference_service.engine.runner import Runner
@@ -187,7 +187,7 @@ class Engine:
         if draw is None:
             lane.runner.clear(lane.scheduler.slot_of(sequence))
             version = sequence.request.version
-            events = [Failed(NotFiniteError(f"Version {version} computes no finite numbers for this text."))]
+            events = [Failed(NotFinite(f"Version {version} computes no finite numbers for this text."))]
         else:
             events = sequence.accept(draw, now)
         self._emit(sequence, events)

@@ -18,7 +18,7 @@ class FinishReason(Enum):
     DEADLINE = auto()
 
 
-class NotFiniteError(GptloopError):
+class NotFinite(GptloopError):
     """The model's logits for a row are not finite, so nothing can be drawn from them."""
 
 

@@ -52,7 +52,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many numbers a model learns: `total` as trained, `embedding` of them in lookup tables, the tied head counted once."""
+    """How many numbers a model learns, a tied head counted once, and how many of them stand in lookup tables."""
 
     total: int
     embedding: int

@@ -68,8 +68,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The whole model; weights start as GPT-2's do: N(0, 0.02), projections into the residual stream N(0, 0.02 / sqrt(2 layers)).
+    """The whole model.
 
+    Weights start as GPT-2's do: N(0, 0.02), and projections into the residual stream N(0, 0.02 / sqrt(2 layers)).
     Dropout acts on the embeddings and on what each half of a block adds, not on attention probabilities.
     """
 
@@ -88,9 +89,11 @@ class GPT(nn.Module):
     def _initialise(self) -> None:
         residual_scale = 0.02 / math.sqrt(2 * self.config.layers)
         weights = []
-        for name, value in tree_flatten(self.parameters()):
+        for name, value in parameters_of(self).items():
             if value.ndim == 2:
-                scale = residual_scale if name.endswith(("attention.output.weight", "feed_forward.down.weight")) else 0.02
+                scale = (
+                    residual_scale if name.endswith(("attention.output.weight", "feed_forward.down.weight")) else 0.02
+                )
                 weights.append((name, mx.random.normal(value.shape, scale=scale)))
             elif name.endswith("bias"):
                 weights.append((name, mx.zeros_like(value)))
@@ -110,7 +113,8 @@ class GPT(nn.Module):
         x = self._embed(tokens, mx.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x, attend)
-        return self.final_norm(x)
+        normalised: mx.array = self.final_norm(x)
+        return normalised
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., C) to logits (..., V)."""
@@ -119,7 +123,8 @@ class GPT(nn.Module):
     @property
     def head_weight(self) -> mx.array:
         """The matrix (V, C) that turns hidden states into logits."""
-        return self.token_embedding.weight if self.config.tied_head else self.head.weight
+        weight: mx.array = self.token_embedding.weight if self.config.tied_head else self.head.weight
+        return weight
 
     def prefill(self, tokens: mx.array, cache: KVCache, slot: int, start: int) -> mx.array:
         """Reads (T,) tokens of one row into its slot from position `start` on; logits (V,) after the last one."""
@@ -139,3 +144,9 @@ class GPT(nn.Module):
     def _embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
         embedded: mx.array = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         return embedded
+
+
+def parameters_of(model: nn.Module) -> dict[str, mx.array]:
+    """Every parameter by its module name."""
+    named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return named

@@ -1,6 +1,6 @@
 """Drawing the next token from logits, in NumPy: exact, and the same on every backend.
 
-A draw depends on the logits, the parameters and one uniform number that `uniform(seed, position)` fixes, on nothing else.
+A draw depends on the logits, the parameters and the number that `uniform(seed, position)` gives, and on nothing else.
 Shapes: V vocabulary.
 """
 
@@ -39,7 +39,9 @@ class SamplingParameters:
         if not 0.0 <= self.min_p <= 1.0:
             raise InvalidArgument(f"min_p is {self.min_p:g}, but must be from 0 to 1.")
         if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0):
-            raise InvalidArgument(f"repetition_penalty is {self.repetition_penalty:g}, but must be above 0 and at most 100.")
+            raise InvalidArgument(
+                f"repetition_penalty is {self.repetition_penalty:g}, but must be above 0 and at most 100."
+            )
 
 
 def uniform(seed: int, position: int) -> float:
@@ -75,8 +77,8 @@ def distribution(logits: Logits, parameters: SamplingParameters) -> NDArray[np.f
         probabilities = _only(probabilities, _nucleus(probabilities, parameters.top_p))
     if parameters.min_p > 0.0:
         probabilities[probabilities < parameters.min_p * probabilities.max()] = 0.0
-    probabilities /= probabilities.sum()
-    return probabilities
+    normalised: NDArray[np.float64] = probabilities / probabilities.sum()
+    return normalised
 
 
 def draw(probabilities: NDArray[np.float64], number: float) -> int:

@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from shared.errors import CorruptCheckpoint
 from shared.gpt.config import GPTConfig
-from shared.gpt.model import GPT
+from shared.gpt.model import GPT, parameters_of
 
 
 def save_model(model: GPT, path: Path) -> None:
     """Writes every parameter under its module name, in fp32."""
-    mx.save_safetensors(str(path), dict(tree_flatten(model.parameters())))
+    mx.save_safetensors(str(path), parameters_of(model))
 
 
 def load_model(path: Path, config: GPTConfig) -> GPT:
@@ -21,11 +20,13 @@ def load_model(path: Path, config: GPTConfig) -> GPT:
     Raises `CorruptCheckpoint` where names, shapes or types do not fit the configuration or a value is not finite.
     """
     model = GPT(config)
-    expected = dict(tree_flatten(model.parameters()))
+    expected = parameters_of(model)
     arrays = load_arrays(path)
     if set(arrays) != set(expected):
         odd = ", ".join(sorted(set(arrays) ^ set(expected))[:5])
-        raise CorruptCheckpoint(f"{path} does not hold the parameters of its configuration: missing or extra are {odd}.")
+        raise CorruptCheckpoint(
+            f"{path} does not hold the parameters of its configuration: missing or extra are {odd}."
+        )
     for name, array in arrays.items():
         if array.shape != expected[name].shape or array.dtype != expected[name].dtype:
             raise CorruptCheckpoint(

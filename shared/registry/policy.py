@@ -11,7 +11,7 @@ def latest(versions: Sequence[VersionManifest]) -> VersionManifest | None:
 
 
 def ranking(versions: Sequence[VersionManifest]) -> list[VersionManifest]:
-    """The versions judged on the newest version's evaluation set, lowest bits per byte first, of equals the newest first."""
+    """The versions judged on the newest version's evaluation set: lowest bits per byte first, then the newest."""
     newest = latest(versions)
     comparable = [version for version in versions if newest and version.evaluation_set == newest.evaluation_set]
     return sorted(comparable, key=lambda version: (version.bits_per_byte, -version.version))

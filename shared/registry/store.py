@@ -1,8 +1,8 @@
 """The registry: states to resume from and versions to serve, as folders that are whole or absent.
 
-    versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
-    runs/<run>/states/<step>/  weights, optimizer, position, manifest
-    staging/<process>-<id>/    what is being written
+versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
+runs/<run>/states/<step>/  weights, optimizer, position, manifest
+staging/<process>-<id>/    what is being written
 """
 
 import logging

@@ -234,7 +234,8 @@ def test_a_redis_of_others_is_asked_but_not_started(fixture: Fixture, monkeypatc
         "[program:redis]", "[program:redis]\nautostart=%(ENV_GPTLOOP_EMBEDDED_REDIS)s"
     )
     fixture.configuration.write_text(text)
-    stack = fixture.new_stack(fixture.ports)
+    checks = dict.fromkeys(fixture.names, lambda: Health(True, "fine"))
+    stack = Stack(Directories(fixture.folder / "var"), fixture.ports, os.environ, fixture.configuration, checks)
     stack.up(_ignore)
     redis, worker = stack.status() or []
     stack.down()

@@ -36,6 +36,17 @@ def test_every_error_has_its_code_and_reads_back() -> None:
     assert code_of(errors.GptloopError("x")) is grpc.StatusCode.INTERNAL
 
 
+# The stubs' types know neither their methods nor channels of asyncio.
+
+
+def health_stub(channel: Any) -> Any:
+    return health_pb2_grpc.HealthStub(channel)
+
+
+def reflection_stub(channel: Any) -> Any:
+    return reflection_pb2_grpc.ServerReflectionStub(channel)
+
+
 class FakeError(grpc.RpcError):
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         self._code, self._details = code, details
@@ -86,7 +97,7 @@ def run(test: Callable[[GrpcServer, grpc.aio.Channel], Coroutine[Any, Any, None]
 
 
 async def status(channel: grpc.aio.Channel, service: str = "") -> int:
-    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    answer = await health_stub(channel).Check(health_pb2.HealthCheckRequest(service=service))
     return int(answer.status)
 
 
@@ -101,7 +112,7 @@ def test_health_is_not_serving_until_it_is_set() -> None:
 
 def test_reflection_lists_the_services() -> None:
     async def test(server: GrpcServer, channel: grpc.aio.Channel) -> None:
-        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+        call = reflection_stub(channel).ServerReflectionInfo(
             iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         )
         names = {one.name async for answer in call for one in answer.list_services_response.service}
@@ -118,7 +129,7 @@ def test_reflection_lists_the_services() -> None:
     ],
 )
 def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exception, code: grpc.StatusCode) -> None:
-    async def test(stub: health_pb2_grpc.HealthStub) -> None:
+    async def test(stub: Any) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as unary:
             await stub.Check(health_pb2.HealthCheckRequest())
         with pytest.raises(grpc.aio.AioRpcError) as streaming:
@@ -131,7 +142,7 @@ def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exception, cod
 
 
 def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogCaptureFixture) -> None:
-    async def test(stub: health_pb2_grpc.HealthStub) -> None:
+    async def test(stub: Any) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub.Check(health_pb2.HealthCheckRequest())
         assert raised.value.code() is grpc.StatusCode.INTERNAL
@@ -147,7 +158,7 @@ def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogCapture
 def test_running_calls_end_before_the_server_does() -> None:
     async def body() -> None:
         server, servicer, channel = await hanging()
-        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        call = health_stub(channel).Check(health_pb2.HealthCheckRequest())
         await servicer.entered.wait()
         stop = asyncio.create_task(server.stop(20.0, lambda: None, asyncio.Event()))
         await until_refused(channel)
@@ -163,7 +174,7 @@ def test_running_calls_end_before_the_server_does() -> None:
 def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
     async def body() -> None:
         server, servicer, channel = await hanging()
-        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        call = health_stub(channel).Check(health_pb2.HealthCheckRequest())
         await servicer.entered.wait()
         force = asyncio.Event()
         if forced:
@@ -197,11 +208,11 @@ def test_a_host_that_is_not_here_is_refused() -> None:
 
 def run_with(
     servicer: health_pb2_grpc.HealthServicer,
-    test: Callable[[health_pb2_grpc.HealthStub], Coroutine[Any, Any, None]],
+    test: Callable[[Any], Coroutine[Any, Any, None]],
 ) -> None:
     async def body() -> None:
         server, channel = await start(servicer)
-        await test(health_pb2_grpc.HealthStub(channel))
+        await test(health_stub(channel))
         await channel.close()
         await server.stop(0.0, lambda: None, asyncio.Event())
 
@@ -226,7 +237,7 @@ async def until_refused(channel: grpc.aio.Channel) -> None:
     """Waits until the server takes no new calls."""
     while True:
         try:
-            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            call = reflection_stub(channel).ServerReflectionInfo(
                 iter([reflection_pb2.ServerReflectionRequest(list_services="")])
             )
             async for _ in call:

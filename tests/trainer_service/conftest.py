@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings, read_settings
@@ -21,7 +22,9 @@ def environment_of(var: Path) -> dict[str, str]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> TrainerSettings:
-    return read_settings({"GPTLOOP_VAR": str(tmp_path), "GPTLOOP_TRAINER_PORT": "0", "GPTLOOP_TRAINER_METRICS_PORT": "0"})
+    return read_settings(
+        {"GPTLOOP_VAR": str(tmp_path), "GPTLOOP_TRAINER_PORT": "0", "GPTLOOP_TRAINER_METRICS_PORT": "0"}
+    )
 
 
 @pytest.fixture(scope="session")

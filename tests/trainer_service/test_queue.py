@@ -3,10 +3,20 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from shared.registry.store import Registry
-from trainer_service.events import Evaluation, JobState, Notice, Preparation, Progress, RunStarted, StateChanged, TimedEvent
-from trainer_service.events import VersionPublished
+from trainer_service.events import (
+    Evaluation,
+    JobState,
+    Notice,
+    Preparation,
+    Progress,
+    RunStarted,
+    StateChanged,
+    TimedEvent,
+    VersionPublished,
+)
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.reporter import Reporter
@@ -114,7 +124,9 @@ def test_an_unknown_job_is_not_found(queue: JobQueue) -> None:
         queue.get("x")
 
 
-def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQueue, redis: Redis, tmp_path: Path) -> None:
+def test_workers_and_holders_are_known_while_they_renew_their_leases(
+    queue: JobQueue, redis: Redis, tmp_path: Path
+) -> None:
     job = queue.enqueue(spec(tmp_path)).id
     queue.renew_worker_lease("a")
     queue.renew_job_lease(job)

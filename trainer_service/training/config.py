@@ -64,7 +64,9 @@ class TrainingConfig:
         if not 0.0 < self.learning_rate <= 1.0:
             raise InvalidArgument(f"learning_rate is {self.learning_rate}, but must be above 0 and at most 1.")
         if not 0.0 <= self.final_learning_rate_ratio <= 1.0:
-            raise InvalidArgument(f"final_learning_rate_ratio is {self.final_learning_rate_ratio}, but must be from 0 to 1.")
+            raise InvalidArgument(
+                f"final_learning_rate_ratio is {self.final_learning_rate_ratio}, but must be from 0 to 1."
+            )
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1.")
@@ -113,7 +115,9 @@ class TrainingConfig:
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             odd = ", ".join(sorted(names ^ set(values)))
-            raise InvalidArgument(f"The training configuration does not fit this program: missing or unknown are {odd}.")
+            raise InvalidArgument(
+                f"The training configuration does not fit this program: missing or unknown are {odd}."
+            )
         return cls(**values)  # type: ignore[arg-type]
 
 

@@ -47,8 +47,8 @@ class EvaluationSet:
 class HeldOutLoss:
     """How well a model predicts the evaluation set.
 
-    `claimed` is the loss on the carried windows alone. Bits per byte count every target's nats, those of end tokens too,
-    over the bytes of text, so that tokenizers compare.
+    `claimed` is the loss on the carried windows alone. Bits per byte count every target's nats, also those of
+    end tokens, over the bytes of text, so that tokenizers compare.
     """
 
     nats_per_token: float

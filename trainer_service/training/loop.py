@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-import mlx.core as mx
-
 from shared.errors import TrainingDiverged
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
 from trainer_service.training.overfitting import OverfittingWatch
-from trainer_service.training.trainer import StepResult, Trainer
-
+from trainer_service.training.trainer import StepResult, Trainer, scalar
 
 # Where steps take long, a report is due after so many seconds.
 _REPORT_AT_LATEST_S = 5.0
@@ -108,8 +105,8 @@ class _Meter:
 
     def report(self) -> Report:
         trainer, config = self._trainer, self._trainer.config
-        norm = float(self._results[-1].gradient_norm.item())
-        losses = [float(result.loss.item()) for result in self._results]
+        norm = scalar(self._results[-1].gradient_norm)
+        losses = [scalar(result.loss) for result in self._results]
         for step, loss in enumerate(losses, start=trainer.step - len(losses) + 1):
             _require_finite("training loss", loss, step)
         _require_finite("gradient norm", norm, trainer.step)
@@ -137,6 +134,6 @@ class _Meter:
 def _require_finite(what: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise TrainingDiverged(
-            f"The {what} is {value} at step {step}: training diverged. The last checkpoint is kept; continue from it with a "
-            "lower learning_rate, more warmup_steps or a smaller max_gradient_norm."
+            f"The {what} is {value} at step {step}: training diverged. The last checkpoint is kept; continue from it "
+            "with a lower learning_rate, more warmup_steps or a smaller max_gradient_norm."
         )

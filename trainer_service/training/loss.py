@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, N = B x T predictions, C width, V vocabulary.
 import mlx.core as mx
 
 from shared.gpt.model import GPT
-from shared.gpt.operations import fast_exp, on_cpu
+from shared.gpt.operations import differentiable, fast_exp, on_cpu
 
 # Logits of so many numbers exist at a time: 256 MiB in fp32.
 _CHUNK_ELEMENTS = 1 << 26
@@ -15,7 +15,8 @@ _CHUNK_ELEMENTS = 1 << 26
 def mean_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     """The mean cross-entropy, in nats per token, of (B, T) targets given (B, T) inputs."""
     hidden = model.hidden(inputs)
-    loss, _, _ = _mean_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head_weight, targets.reshape(-1))
+    rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+    loss: mx.array = _mean_cross_entropy(rows, model.head_weight, targets.reshape(-1))[0]
     return loss
 
 
@@ -33,10 +34,8 @@ def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     return losses.reshape(targets.shape).mean(axis=1)  # (B,)
 
 
-@mx.custom_function
-def _mean_cross_entropy(
-    hidden: mx.array, weight: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
+@differentiable
+def _mean_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The mean loss of (N, C) hidden states under a (V, C) head, and its gradients with respect to both.
 
     The gradients come with the loss, chunk by chunk, while the chunk's logits are at hand; where nobody asks for them,

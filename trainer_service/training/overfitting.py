@@ -23,6 +23,6 @@ class OverfittingWatch:
         self._warned = True
         return (
             f"Overfitting: held-out loss is {validation_loss:.3f} and has not improved on {self._best:.3f} for "
-            f"{self._worse} evaluations, while training loss is {training_loss:.3f}. The best version stays the one that "
-            "serves; more text, a smaller model or dropout would help."
+            f"{self._worse} evaluations, while training loss is {training_loss:.3f}. The best version stays the one "
+            "that serves; more text, a smaller model or dropout would help."
         )

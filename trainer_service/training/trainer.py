@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,7 +63,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """The rate of the step that was taken last."""
-        return float(learning_rate(self.config, mx.array(max(self.step - 1, 0))).item())
+        return scalar(learning_rate(self.config, mx.array(max(self.step - 1, 0))))
 
     def take_step(self) -> StepResult:
         """Starts the next step and waits for the one before it, so that the device always has work."""
@@ -113,3 +114,9 @@ class Trainer:
         self.step, self.tokens = position["step"], position["tokens"]
         self.best_validation_loss = position["best_validation_loss"]
         self._start()
+
+
+def scalar(array: mx.array) -> float:
+    """The value of an array of one number, computed now."""
+    value: Any = array.item()
+    return float(value)

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +19,18 @@ CONFIG = GPTConfig(
 SLOTS = 3
 
 
+def arrays_of(model: Any) -> dict[str, mx.array]:
+    """Every parameter by name; MLX types neither modules nor trees."""
+    flat: Any = tree_flatten(model.parameters())
+    return dict(flat)
+
+
 @pytest.fixture(scope="module")
 def model() -> GPT:
     mx.random.seed(3)
     model = GPT(CONFIG)
     # Weights larger than at the start of training, so that a wrong mask or position shows.
-    model.load_weights([(name, value * 5) for name, value in tree_flatten(model.parameters())])
+    model.load_weights([(name, value * 2) for name, value in arrays_of(model).items()])
     model.eval()
     return model
 
@@ -38,7 +45,7 @@ def test_a_token_changes_no_logits_before_it(model: GPT) -> None:
     changed[0, 12] = (tokens[0, 12] + 1) % CONFIG.vocabulary_size
     difference = np.abs(np.asarray(model(tokens) - model(changed))[0]).max(axis=-1)
     assert difference[:12].max() < 1e-5
-    assert difference[12:].min() > 1e-3
+    assert difference[12:].min() > 1e-4
 
 
 def test_cached_decoding_equals_the_full_forward(model: GPT) -> None:
@@ -101,7 +108,7 @@ def test_a_write_beyond_what_was_read_changes_nothing(model: GPT) -> None:
 )
 def test_the_parameter_formula_counts_the_arrays(shape: GPTConfig, tied: bool) -> None:
     config = replace(shape, tied_head=tied)
-    sizes = {name: value.size for name, value in tree_flatten(GPT(config).parameters())}
+    sizes = {name: value.size for name, value in arrays_of(GPT(config)).items()}
     count = count_parameters(config)
     assert count.total == sum(sizes.values())
     assert count.embedding == sum(size for name, size in sizes.items() if "embedding" in name)

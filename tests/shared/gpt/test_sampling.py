@@ -21,7 +21,8 @@ LOGITS = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0], np.float32)
 
 def softmax(logits: np.ndarray) -> np.ndarray:
     exponents = np.exp(logits.astype(np.float64) - logits.max())
-    return exponents / exponents.sum()
+    result: np.ndarray = exponents / exponents.sum()
+    return result
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import pytest
+
 from shared.errors import InvalidArgument
 from shared.gpt.config import count_parameters
 from trainer_service.presets import PRESETS, find_preset
@@ -14,7 +15,7 @@ def test_the_presets_have_the_sizes_that_their_names_promise() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(InvalidArgument, match="'huge'.*demo, small, tinystories-53m, gpt2-124m"):
+    with pytest.raises(InvalidArgument, match=r"'huge'.*demo, small, tinystories-53m, gpt2-124m"):
         find_preset("huge")
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/pb/training/v1/training.proto\x12\x0btraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdc\x01\n\x11\x45nqueueJobRequest\x12\x0e\n\x06preset\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x03(\t\x12\x12\n\nvalidation\x18\x03 \x03(\t\x12\x13\n\x06resume\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12@\n\toverrides\x18\x05 \x03(\x0b\x32-.training.v1.EnqueueJobRequest.OverridesEntry\x1a\x30\n\x0eOverridesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_resume\"I\n\x12\x45nqueueJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.training.v1.Job\x12\x14\n\x0clive_workers\x18\x02 \x01(\x05\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"/\n\x0eGetJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.training.v1.Job\"_\n\x0fListJobsRequest\x12%\n\x06states\x18\x01 \x03(\x0e\x32\x15.training.v1.JobState\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"K\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.training.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xe6\x02\n\x10WatchJobResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\rstate_changed\x18\x02 \x01(\x0b\x32\x19.training.v1.StateChangedH\x00\x12.\n\x0brun_started\x18\x03 \x01(\x0b\x32\x17.training.v1.RunStartedH\x00\x12)\n\x08progress\x18\x04 \x01(\x0b\x32\x15.training.v1.ProgressH\x00\x12-\n\nevaluation\x18\x05 \x01(\x0b\x32\x17.training.v1.EvaluationH\x00\x12:\n\x11version_published\x18\x06 \x01(\x0b\x32\x1d.training.v1.VersionPublishedH\x00\x12%\n\x06notice\x18\x07 \x01(\x0b\x32\x13.training.v1.NoticeH\x00\x42\x07\n\x05\x65vent\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"2\n\x11\x43\x61ncelJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.training.v1.Job\"\xae\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.training.v1.JobState\x12\x0e\n\x06preset\x18\x04 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x05 \x03(\t\x12/\n\x0b\x65nqueued_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08progress\x18\t \x01(\x0b\x32\x15.training.v1.Progress\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\"D\n\x0cStateChanged\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.training.v1.JobState\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xb9\x01\n\nRunStarted\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x1c\n\x14\x65mbedding_parameters\x18\x02 \x01(\x03\x12\x14\n\x0ctrain_tokens\x18\x03 \x01(\x03\x12\x19\n\x11validation_tokens\x18\x04 \x01(\x03\x12\x11\n\ttokenizer\x18\x05 \x01(\t\x12\x12\n\nfirst_step\x18\x06 \x01(\x03\x12\x11\n\tmax_steps\x18\x07 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\"\x9b\x02\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x11\n\tmax_steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x15\n\rgradient_norm\x18\x05 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12\x0e\n\x06tokens\x18\x07 \x01(\x03\x12\x13\n\x0b\x65ta_seconds\x18\x08 \x01(\x01\x12!\n\x14\x62\x65st_validation_loss\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x13\x61\x63tive_memory_bytes\x18\n \x01(\x03\x12\x19\n\x11peak_memory_bytes\x18\x0b \x01(\x03\x42\x17\n\x15_best_validation_loss\"a\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rtraining_loss\x18\x02 \x01(\x01\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x15\n\rbits_per_byte\x18\x04 \x01(\x01\"o\n\x10VersionPublished\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x15\n\rbits_per_byte\x18\x04 \x01(\x01\x12\x0c\n\x04\x62\x65st\x18\x05 \x01(\x08\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t*\xb3\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x16\n\x12JOB_STATE_FINISHED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\x83\x03\n\x0fTrainingService\x12M\n\nEnqueueJob\x12\x1e.training.v1.EnqueueJobRequest\x1a\x1f.training.v1.EnqueueJobResponse\x12\x41\n\x06GetJob\x12\x1a.training.v1.GetJobRequest\x1a\x1b.training.v1.GetJobResponse\x12G\n\x08ListJobs\x12\x1c.training.v1.ListJobsRequest\x1a\x1d.training.v1.ListJobsResponse\x12I\n\x08WatchJob\x12\x1c.training.v1.WatchJobRequest\x1a\x1d.training.v1.WatchJobResponse0\x01\x12J\n\tCancelJob\x12\x1d.training.v1.CancelJobRequest\x1a\x1e.training.v1.CancelJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$shared/pb/training/v1/training.proto\x12\x0btraining.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xdc\x01\n\x11\x45nqueueJobRequest\x12\x0e\n\x06preset\x18\x01 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x02 \x03(\t\x12\x12\n\nvalidation\x18\x03 \x03(\t\x12\x13\n\x06resume\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12@\n\toverrides\x18\x05 \x03(\x0b\x32-.training.v1.EnqueueJobRequest.OverridesEntry\x1a\x30\n\x0eOverridesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\t\n\x07_resume\"I\n\x12\x45nqueueJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.training.v1.Job\x12\x14\n\x0clive_workers\x18\x02 \x01(\x05\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"/\n\x0eGetJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.training.v1.Job\"_\n\x0fListJobsRequest\x12%\n\x06states\x18\x01 \x03(\x0e\x32\x15.training.v1.JobState\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"K\n\x10ListJobsResponse\x12\x1e\n\x04jobs\x18\x01 \x03(\x0b\x32\x10.training.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x97\x03\n\x10WatchJobResponse\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\rstate_changed\x18\x02 \x01(\x0b\x32\x19.training.v1.StateChangedH\x00\x12.\n\x0brun_started\x18\x03 \x01(\x0b\x32\x17.training.v1.RunStartedH\x00\x12)\n\x08progress\x18\x04 \x01(\x0b\x32\x15.training.v1.ProgressH\x00\x12-\n\nevaluation\x18\x05 \x01(\x0b\x32\x17.training.v1.EvaluationH\x00\x12:\n\x11version_published\x18\x06 \x01(\x0b\x32\x1d.training.v1.VersionPublishedH\x00\x12%\n\x06notice\x18\x07 \x01(\x0b\x32\x13.training.v1.NoticeH\x00\x12/\n\x0bpreparation\x18\x08 \x01(\x0b\x32\x18.training.v1.PreparationH\x00\x42\x07\n\x05\x65vent\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"2\n\x11\x43\x61ncelJobResponse\x12\x1d\n\x03job\x18\x01 \x01(\x0b\x32\x10.training.v1.Job\"\xae\x02\n\x03Job\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.training.v1.JobState\x12\x0e\n\x06preset\x18\x04 \x01(\t\x12\x0f\n\x07\x64\x61taset\x18\x05 \x03(\t\x12/\n\x0b\x65nqueued_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstarted_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08progress\x18\t \x01(\x0b\x32\x15.training.v1.Progress\x12\x0f\n\x07\x66\x61ilure\x18\n \x01(\t\"D\n\x0cStateChanged\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.training.v1.JobState\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xcf\x01\n\nRunStarted\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x1c\n\x14\x65mbedding_parameters\x18\x02 \x01(\x03\x12\x14\n\x0ctrain_tokens\x18\x03 \x01(\x03\x12\x19\n\x11validation_tokens\x18\x04 \x01(\x03\x12\x11\n\ttokenizer\x18\x05 \x01(\t\x12\x12\n\nfirst_step\x18\x06 \x01(\x03\x12\x11\n\tmax_steps\x18\x07 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x14\n\x0c\x66irst_tokens\x18\t \x01(\x03\"\xd6\x02\n\x08Progress\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x11\n\tmax_steps\x18\x02 \x01(\x03\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rlearning_rate\x18\x04 \x01(\x01\x12\x15\n\rgradient_norm\x18\x05 \x01(\x01\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x01\x12\x0e\n\x06tokens\x18\x07 \x01(\x03\x12\x13\n\x0b\x65ta_seconds\x18\x08 \x01(\x01\x12!\n\x14\x62\x65st_validation_loss\x18\t \x01(\x01H\x00\x88\x01\x01\x12\x1b\n\x13\x61\x63tive_memory_bytes\x18\n \x01(\x03\x12\x1a\n\x12\x63\x61\x63he_memory_bytes\x18\x0b \x01(\x03\x12\x19\n\x11peak_memory_bytes\x18\x0c \x01(\x03\x12\x1d\n\x15resident_memory_bytes\x18\r \x01(\x03\x42\x17\n\x15_best_validation_loss\"a\n\nEvaluation\x12\x0c\n\x04step\x18\x01 \x01(\x03\x12\x15\n\rtraining_loss\x18\x02 \x01(\x01\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x15\n\rbits_per_byte\x18\x04 \x01(\x01\"o\n\x10VersionPublished\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x17\n\x0fvalidation_loss\x18\x03 \x01(\x01\x12\x15\n\rbits_per_byte\x18\x04 \x01(\x01\x12\x0c\n\x04\x62\x65st\x18\x05 \x01(\x08\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\"@\n\x0bPreparation\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x15\n\x08\x66raction\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0b\n\t_fraction*\xb3\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_CANCELLING\x10\x03\x12\x16\n\x12JOB_STATE_FINISHED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\x83\x03\n\x0fTrainingService\x12M\n\nEnqueueJob\x12\x1e.training.v1.EnqueueJobRequest\x1a\x1f.training.v1.EnqueueJobResponse\x12\x41\n\x06GetJob\x12\x1a.training.v1.GetJobRequest\x1a\x1b.training.v1.GetJobResponse\x12G\n\x08ListJobs\x12\x1c.training.v1.ListJobsRequest\x1a\x1d.training.v1.ListJobsResponse\x12I\n\x08WatchJob\x12\x1c.training.v1.WatchJobRequest\x1a\x1d.training.v1.WatchJobResponse0\x01\x12J\n\tCancelJob\x12\x1d.training.v1.CancelJobRequest\x1a\x1e.training.v1.CancelJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENQUEUEJOBREQUEST_OVERRIDESENTRY']._loaded_options = None
   _globals['_ENQUEUEJOBREQUEST_OVERRIDESENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=2210
-  _globals['_JOBSTATE']._serialized_end=2389
+  _globals['_JOBSTATE']._serialized_start=2406
+  _globals['_JOBSTATE']._serialized_end=2585
   _globals['_ENQUEUEJOBREQUEST']._serialized_start=87
   _globals['_ENQUEUEJOBREQUEST']._serialized_end=307
   _globals['_ENQUEUEJOBREQUEST_OVERRIDESENTRY']._serialized_start=248
@@ -53,25 +53,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHJOBREQUEST']._serialized_start=640
   _globals['_WATCHJOBREQUEST']._serialized_end=673
   _globals['_WATCHJOBRESPONSE']._serialized_start=676
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1034
-  _globals['_CANCELJOBREQUEST']._serialized_start=1036
-  _globals['_CANCELJOBREQUEST']._serialized_end=1070
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1072
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1122
-  _globals['_JOB']._serialized_start=1125
-  _globals['_JOB']._serialized_end=1427
-  _globals['_STATECHANGED']._serialized_start=1429
-  _globals['_STATECHANGED']._serialized_end=1497
-  _globals['_RUNSTARTED']._serialized_start=1500
-  _globals['_RUNSTARTED']._serialized_end=1685
-  _globals['_PROGRESS']._serialized_start=1688
-  _globals['_PROGRESS']._serialized_end=1971
-  _globals['_EVALUATION']._serialized_start=1973
-  _globals['_EVALUATION']._serialized_end=2070
-  _globals['_VERSIONPUBLISHED']._serialized_start=2072
-  _globals['_VERSIONPUBLISHED']._serialized_end=2183
-  _globals['_NOTICE']._serialized_start=2185
-  _globals['_NOTICE']._serialized_end=2207
-  _globals['_TRAININGSERVICE']._serialized_start=2392
-  _globals['_TRAININGSERVICE']._serialized_end=2779
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1083
+  _globals['_CANCELJOBREQUEST']._serialized_start=1085
+  _globals['_CANCELJOBREQUEST']._serialized_end=1119
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1121
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1171
+  _globals['_JOB']._serialized_start=1174
+  _globals['_JOB']._serialized_end=1476
+  _globals['_STATECHANGED']._serialized_start=1478
+  _globals['_STATECHANGED']._serialized_end=1546
+  _globals['_RUNSTARTED']._serialized_start=1549
+  _globals['_RUNSTARTED']._serialized_end=1756
+  _globals['_PROGRESS']._serialized_start=1759
+  _globals['_PROGRESS']._serialized_end=2101
+  _globals['_EVALUATION']._serialized_start=2103
+  _globals['_EVALUATION']._serialized_end=2200
+  _globals['_VERSIONPUBLISHED']._serialized_start=2202
+  _globals['_VERSIONPUBLISHED']._serialized_end=2313
+  _globals['_NOTICE']._serialized_start=2315
+  _globals['_NOTICE']._serialized_end=2337
+  _globals['_PREPARATION']._serialized_start=2339
+  _globals['_PREPARATION']._serialized_end=2403
+  _globals['_TRAININGSERVICE']._serialized_start=2588
+  _globals['_TRAININGSERVICE']._serialized_end=2975
 # @@protoc_insertion_point(module_scope)

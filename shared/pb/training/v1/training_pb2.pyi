@@ -93,7 +93,7 @@ class WatchJobRequest(_message.Message):
     def __init__(self, job_id: _Optional[str] = ...) -> None: ...
 
 class WatchJobResponse(_message.Message):
-    __slots__ = ("time", "state_changed", "run_started", "progress", "evaluation", "version_published", "notice")
+    __slots__ = ("time", "state_changed", "run_started", "progress", "evaluation", "version_published", "notice", "preparation")
     TIME_FIELD_NUMBER: _ClassVar[int]
     STATE_CHANGED_FIELD_NUMBER: _ClassVar[int]
     RUN_STARTED_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class WatchJobResponse(_message.Message):
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
     VERSION_PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    PREPARATION_FIELD_NUMBER: _ClassVar[int]
     time: _timestamp_pb2.Timestamp
     state_changed: StateChanged
     run_started: RunStarted
@@ -108,7 +109,8 @@ class WatchJobResponse(_message.Message):
     evaluation: Evaluation
     version_published: VersionPublished
     notice: Notice
-    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state_changed: _Optional[_Union[StateChanged, _Mapping]] = ..., run_started: _Optional[_Union[RunStarted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., version_published: _Optional[_Union[VersionPublished, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+    preparation: Preparation
+    def __init__(self, time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., state_changed: _Optional[_Union[StateChanged, _Mapping]] = ..., run_started: _Optional[_Union[RunStarted, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., version_published: _Optional[_Union[VersionPublished, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., preparation: _Optional[_Union[Preparation, _Mapping]] = ...) -> None: ...
 
 class CancelJobRequest(_message.Message):
     __slots__ = ("job_id",)
@@ -155,7 +157,7 @@ class StateChanged(_message.Message):
     def __init__(self, state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RunStarted(_message.Message):
-    __slots__ = ("parameters", "embedding_parameters", "train_tokens", "validation_tokens", "tokenizer", "first_step", "max_steps", "device")
+    __slots__ = ("parameters", "embedding_parameters", "train_tokens", "validation_tokens", "tokenizer", "first_step", "max_steps", "device", "first_tokens")
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +166,7 @@ class RunStarted(_message.Message):
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     parameters: int
     embedding_parameters: int
     train_tokens: int
@@ -172,10 +175,11 @@ class RunStarted(_message.Message):
     first_step: int
     max_steps: int
     device: str
-    def __init__(self, parameters: _Optional[int] = ..., embedding_parameters: _Optional[int] = ..., train_tokens: _Optional[int] = ..., validation_tokens: _Optional[int] = ..., tokenizer: _Optional[str] = ..., first_step: _Optional[int] = ..., max_steps: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
+    first_tokens: int
+    def __init__(self, parameters: _Optional[int] = ..., embedding_parameters: _Optional[int] = ..., train_tokens: _Optional[int] = ..., validation_tokens: _Optional[int] = ..., tokenizer: _Optional[str] = ..., first_step: _Optional[int] = ..., max_steps: _Optional[int] = ..., device: _Optional[str] = ..., first_tokens: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("step", "max_steps", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "tokens", "eta_seconds", "best_validation_loss", "active_memory_bytes", "peak_memory_bytes")
+    __slots__ = ("step", "max_steps", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "tokens", "eta_seconds", "best_validation_loss", "active_memory_bytes", "cache_memory_bytes", "peak_memory_bytes", "resident_memory_bytes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -186,7 +190,9 @@ class Progress(_message.Message):
     ETA_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BEST_VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     step: int
     max_steps: int
     loss: float
@@ -197,8 +203,10 @@ class Progress(_message.Message):
     eta_seconds: float
     best_validation_loss: float
     active_memory_bytes: int
+    cache_memory_bytes: int
     peak_memory_bytes: int
-    def __init__(self, step: _Optional[int] = ..., max_steps: _Optional[int] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., tokens: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., best_validation_loss: _Optional[float] = ..., active_memory_bytes: _Optional[int] = ..., peak_memory_bytes: _Optional[int] = ...) -> None: ...
+    resident_memory_bytes: int
+    def __init__(self, step: _Optional[int] = ..., max_steps: _Optional[int] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., tokens: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., best_validation_loss: _Optional[float] = ..., active_memory_bytes: _Optional[int] = ..., cache_memory_bytes: _Optional[int] = ..., peak_memory_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Evaluation(_message.Message):
     __slots__ = ("step", "training_loss", "validation_loss", "bits_per_byte")
@@ -231,3 +239,11 @@ class Notice(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     text: str
     def __init__(self, text: _Optional[str] = ...) -> None: ...
+
+class Preparation(_message.Message):
+    __slots__ = ("stage", "fraction")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    FRACTION_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    fraction: float
+    def __init__(self, stage: _Optional[str] = ..., fraction: _Optional[float] = ...) -> None: ...

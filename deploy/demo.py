@@ -1,0 +1,246 @@
+"""The whole loop, from nothing: train on the built-in stories, serve every better version, measure (`make demo`)."""
+
+import os
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+from deploy.ports import Ports, free_ports
+from deploy.stack import Stack
+from inference_service.client import InferenceClient
+from shared import cli
+from shared.errors import GptloopError, Unavailable
+from shared.grpc_status import error_of
+from shared.pb.inference.v1 import inference_pb2
+from shared.pb.training.v1 import training_pb2 as pb
+from shared.pb.training.v1 import training_pb2_grpc
+from shared.settings import read_directories
+
+_PRESET = "demo"
+_PROMPTS = ("Once upon a time", "One morning", "There was once", "Long ago", "One day")
+_STORY_TOKENS = 220
+_TEMPERATURE = 0.6
+# From the trainer's word that a version is published to its first answer.
+_SWAP_LIMIT_S = 60.0
+_POLL_S = 0.2
+_PROGRESS_INTERVAL_S = 8.0
+# Nobody continues a demo's run, so a long step is not waited for.
+_WORKER_STOP_S = 3
+
+Samples = dict[str, float]
+
+
+@dataclass
+class Demo:
+    """What was seen so far; `show` takes lines for a person."""
+
+    console: Console
+    ports: Ports
+    began_s: float = field(default_factory=time.monotonic)
+    first_story_s: float | None = None
+    versions: list[pb.VersionPublished] = field(default_factory=list)
+    # While training goes on: afterwards its rate is 0 and its memory is gone.
+    training: Samples = field(default_factory=dict)
+    # The fastest that was seen after a story.
+    tokens_per_second: float = 0.0
+    told_s: float = 0.0
+
+    def run(self) -> None:
+        """Trains and reads a story from each version that is the best so far; raises where any part fails."""
+        trainer = f"127.0.0.1:{self.ports.trainer}"
+        inference = f"127.0.0.1:{self.ports.inference}"
+        options = [("grpc.enable_http_proxy", 0)]
+        with grpc.insecure_channel(trainer, options=options) as channel, InferenceClient(inference) as client:
+            stub = training_pb2_grpc.TrainingServiceStub(channel)
+            try:
+                job = stub.EnqueueJob(pb.EnqueueJobRequest(preset=_PRESET)).job
+                self.say(f"Job {job.id} is queued: preset {_PRESET}, the built-in stories.")
+                for response in stub.WatchJob(pb.WatchJobRequest(job_id=job.id)):
+                    self._show(response, client)
+            except grpc.RpcError as error:
+                raise error_of(error, trainer) from None
+        self._check()
+        self._print_tables()
+
+    def say(self, text: str) -> None:
+        """Prints a line with the time since the start."""
+        seconds = time.monotonic() - self.began_s
+        self.console.print(f"[{seconds:5.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self, response: pb.WatchJobResponse, client: InferenceClient) -> None:
+        match response.WhichOneof("event"):
+            case "preparation":
+                self.say(response.preparation.stage.capitalize() + ".")
+            case "notice":
+                self.say(response.notice.text)
+            case "run_started":
+                started = response.run_started
+                self.say(
+                    f"Training {started.parameters:,} parameters on {started.train_tokens:,} tokens, {started.device}."
+                )
+            case "progress":
+                self._show_progress(response.progress)
+            case "version_published":
+                self._read_story(response.version_published, client)
+            case "state_changed" if response.state_changed.state == pb.JOB_STATE_FAILED:
+                raise GptloopError(f"Training failed: {response.state_changed.reason}")
+
+    def _show_progress(self, progress: pb.Progress) -> None:
+        now_s = time.monotonic()
+        if now_s - self.told_s >= _PROGRESS_INTERVAL_S or progress.step in (1, progress.max_steps):
+            self.told_s = now_s
+            self.say(
+                f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  "
+                f"{progress.tokens_per_second:,.0f} tokens/s  ETA {cli.duration(progress.eta_seconds)}"
+            )
+
+    def _read_story(self, version: pb.VersionPublished, client: InferenceClient) -> None:
+        self.versions.append(version)
+        self.say(f"Version {version.version} is published: {version.bits_per_byte:.3f} bits per byte on held-out text.")
+        samples = self._scrape(self.ports.trainer_metrics)
+        if samples.get("gptloop_training_tokens_per_second"):
+            self.training = samples
+        if not version.best:
+            return
+        self._wait_until_served(version.version, client)
+        prompt = _PROMPTS[len(self.versions) % len(_PROMPTS)]
+        self.console.print()
+        self.console.print(f"    {prompt}", end="", style="bold", markup=False, highlight=False)
+        for event in client.generate(prompt, temperature=_TEMPERATURE, max_tokens=_STORY_TOKENS, seed=version.version):
+            match event:
+                case inference_pb2.Started():
+                    if self.first_story_s is None:
+                        self.first_story_s = time.monotonic() - self.began_s
+                case inference_pb2.Delta():
+                    text = event.text.replace("\n", "\n    ")
+                    self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+                case inference_pb2.Finished():
+                    rate = event.generated_tokens / event.total_seconds
+                    self.console.print(f"\n    ({event.generated_tokens} tokens, {rate:.0f} tokens/s)\n", style="dim")
+        self.tokens_per_second = max(
+            self.tokens_per_second, self._scrape(self.ports.inference_metrics)["gptloop_inference_tokens_per_second"]
+        )
+
+    def _wait_until_served(self, version: int, client: InferenceClient) -> None:
+        deadline_s = time.monotonic() + _SWAP_LIMIT_S
+        while True:
+            try:
+                if client.model().version >= version:
+                    return
+            except Unavailable:
+                # The registry was empty a moment ago.
+                pass
+            if time.monotonic() > deadline_s:
+                raise GptloopError(f"Version {version} does not serve {_SWAP_LIMIT_S:.0f} s after it was published.")
+            time.sleep(_POLL_S)
+
+    def _check(self) -> None:
+        if self.first_story_s is None:
+            raise GptloopError("No story was read.")
+        losses = [version.bits_per_byte for version in self.versions]
+        if len(losses) < 2 or losses[-1] >= losses[0]:
+            raise GptloopError(f"Held-out bits per byte did not fall: {losses}.")
+        if not self.training:
+            raise GptloopError("The trainer's metrics page never showed a training rate.")
+
+    def _print_tables(self) -> None:
+        versions = Table("version", "step", "held-out loss", "bits per byte", box=None)
+        for version in self.versions:
+            versions.add_row(
+                str(version.version),
+                str(version.step),
+                f"{version.validation_loss:.3f}",
+                f"{version.bits_per_byte:.3f}",
+            )
+        inference = self._scrape(self.ports.inference_metrics)
+        measured = Table("from /metrics", "training", "inference", box=None)
+        measured.add_row(
+            "tokens per second",
+            f"{self.training['gptloop_training_tokens_per_second']:,.0f}",
+            f"{self.tokens_per_second:,.0f}",
+        )
+        measured.add_row(
+            "tokens",
+            f"{self._scrape(self.ports.trainer_metrics)['gptloop_training_tokens_total']:,.0f}",
+            f"{inference['gptloop_inference_generated_tokens_total']:,.0f}",
+        )
+        for kind in ("active", "peak", "resident"):
+            sample = f"memory_bytes {kind}"
+            measured.add_row(
+                f"{kind} memory",
+                f"{self.training[f'gptloop_training_{sample}'] / 2**20:,.0f} MiB",
+                f"{inference[f'gptloop_inference_{sample}'] / 2**20:,.0f} MiB",
+            )
+        measured.add_row("versions published", str(len(self.versions)), "")
+        measured.add_row("swaps without a pause", "", f"{inference['gptloop_inference_swaps_total']:.0f}")
+        for table in (versions, measured):
+            self.console.print(table)
+            self.console.print()
+        self.say(f"Done. The first story came after {self.first_story_s:.0f} s.")
+
+    def _scrape(self, port: int) -> Samples:
+        """A metrics page, by sample name, followed by the `kind` where there is one."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            families = text_string_to_metric_families(page.read().decode())
+        return {
+            f"{sample.name} {sample.labels['kind']}" if "kind" in sample.labels else sample.name: sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+
+@contextmanager
+def _running(stack: Stack, console: Console) -> Iterator[None]:
+    with console.status("") as line:
+        stack.up(line.update)
+    try:
+        yield
+    finally:
+        # A second Ctrl-C would leave processes behind.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        with console.status("Stopping everything"):
+            stack.down()
+
+
+def main() -> None:
+    """Runs the demo below `var/demo`, on free ports, and leaves nothing running."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    console = Console()
+    var = read_directories(os.environ).var / "demo"
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    directories = read_directories({"GPTLOOP_VAR": str(var)})
+    ports = free_ports()
+    stack = Stack(directories, ports, environment, worker_stop_s=_WORKER_STOP_S)
+    try:
+        # What an earlier demo left, which may have been killed.
+        stack.down()
+        for folder in (directories.registry, directories.redis, directories.log):
+            shutil.rmtree(folder, ignore_errors=True)
+        demo = Demo(console, ports)
+        demo.say("Starting Redis, the trainer, its worker and the inference server.")
+        with _running(stack, console):
+            demo.say("Everything is up.")
+            demo.run()
+    except KeyboardInterrupt:
+        console.print("Interrupted; everything that was started is stopped.")
+        sys.exit(130)
+    except GptloopError as error:
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"The logs are in {directories.log}.", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

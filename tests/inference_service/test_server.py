@@ -1,0 +1,386 @@
+"""The server as a process, over real gRPC."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from inference_service.client import InferenceClient
+from shared import errors
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.pb.inference.v1 import inference_pb2_grpc
+from shared.registry.store import Registry
+from tests.fakes import TINY, publish_tiny_version
+
+ROOT = Path(__file__).parent.parent.parent
+LIMIT_S = 60.0
+
+
+class Server:
+    """A server process on ports that the system chose, with an empty registry."""
+
+    def __init__(self, var: Path, **settings: str) -> None:
+        var.mkdir()
+        # Kernels that other runs compiled.
+        (ROOT / ".pytest_cache" / "server").mkdir(parents=True, exist_ok=True)
+        (var / "cache").symlink_to(ROOT / ".pytest_cache" / "server")
+        self.registry = Registry(var / "registry")
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "inference_service", "serve"],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                "GPTLOOP_VAR": str(var),
+                "GPTLOOP_INFERENCE_PORT": "0",
+                "GPTLOOP_INFERENCE_METRICS_PORT": "0",
+                "GPTLOOP_INFERENCE_POLL_INTERVAL_S": "0.05",
+                **settings,
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stderr is not None
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or []))
+        self._reader.start()
+        until(lambda: self._address() is not None or self.process.poll() is not None)
+        found = self._address()
+        assert found is not None, self.lines
+        self.address, self.metrics_url = found.group(1), found.group(2)
+
+    def _address(self) -> re.Match[str] | None:
+        return re.search(r"gRPC on (\S+), metrics on (\S+)", "".join(self.lines.copy()))
+
+    def client(self) -> InferenceClient:
+        return InferenceClient(self.address)
+
+    def health(self, service: str = "") -> int:
+        with grpc.insecure_channel(self.address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            return int(stub.Check(health_pb2.HealthCheckRequest(service=service)).status)
+
+    def serves(self) -> bool:
+        return self.health() == health_pb2.HealthCheckResponse.SERVING
+
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        with urllib.request.urlopen(self.metrics_url, timeout=LIMIT_S) as page:
+            families = list(text_string_to_metric_families(page.read().decode()))
+        return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(LIMIT_S)
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.01)
+
+
+def text_of(events: Iterator[Any]) -> str:
+    return "".join(event.text for event in events if isinstance(event, pb.Delta))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that serves version 2 of two."""
+    server = Server(tmp_path_factory.mktemp("server") / "var")
+    try:
+        # In this order: everything that an empty registry answers, then the first version.
+        assert not server.serves()
+        with server.client() as client:
+            for call in (lambda: list(client.generate("x")), lambda: client.tokenize("x"), client.model):
+                with pytest.raises(errors.Unavailable, match="No version serves yet"):
+                    call()
+            with pytest.raises(errors.Unavailable, match="registry is empty"):
+                client.model(label="best")
+        publish_tiny_version(server.registry, 2.0, seed=1)
+        until(server.serves)
+        publish_tiny_version(server.registry, 1.0, seed=2)
+        with server.client() as client:
+            until(lambda: client.model().version == 2)
+        yield server
+    finally:
+        assert server.end() == 0, server.lines
+    assert not any("Traceback" in line for line in server.lines), server.lines
+
+
+def test_health_is_serving_for_the_service_too(server: Server) -> None:
+    assert server.health("inference.v1.InferenceService") == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_reflection_lists_the_service(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+        answers = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        names = {one.name for answer in answers for one in answer.list_services_response.service}
+    assert "inference.v1.InferenceService" in names
+
+
+def test_a_stream_starts_tells_and_finishes(server: Server) -> None:
+    with server.client() as client:
+        first, *deltas, last = client.generate("Once", seed=2**64 - 1, max_tokens=12, ignore_eos=True, logprobs=2)
+        model = client.model()
+    assert isinstance(first, pb.Started)
+    assert (first.model_version, first.seed, first.prompt_tokens) == (2, 2**64 - 1, 4)
+    counts = [(len(delta.token_ids), len(delta.logprobs)) for delta in deltas if isinstance(delta, pb.Delta)]
+    assert counts == [(1, 1)] * 12
+    assert isinstance(last, pb.Finished)
+    assert (last.reason, last.generated_tokens) == (pb.FINISH_REASON_LENGTH, 12)
+    assert 0 <= last.queue_seconds <= last.time_to_first_token_seconds <= last.total_seconds
+    assert (model.version, list(model.labels), model.config.context_length) == (2, ["best", "latest"], 96)
+
+
+def test_version_and_seed_give_the_same_text_again(server: Server) -> None:
+    with server.client() as client:
+        events = list(client.generate("Once", max_tokens=30, version=1))
+        assert isinstance(events[0], pb.Started)
+        again = client.generate("Once", max_tokens=30, version=1, seed=events[0].seed)
+        other = client.generate("Once", max_tokens=30, version=2, seed=events[0].seed)
+        text = text_of(iter(events))
+        assert text == text_of(again) != text_of(other)
+
+
+def test_tokens_are_those_of_the_tokenizer(server: Server) -> None:
+    with server.client() as client:
+        assert client.tokenize("hé") == client.tokenize("hé", version=1) == list("hé".encode())
+        assert text_of(client.generate(list(b"Once"), seed=1)) == text_of(client.generate("Once", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "kind", "sentence"),
+    [
+        ({"version": 99}, errors.NotFound, "no version 99"),
+        ({"label": "worst"}, errors.NotFound, "'worst'.*best.*latest"),
+        ({"max_tokens": 0}, errors.InvalidArgument, "max_tokens is 0"),
+        ({"top_p": 1.5}, errors.InvalidArgument, "top_p is 1.5"),
+        ({"prompt": "x" * 96}, errors.InvalidArgument, "96 .*96 of the context"),
+        ({"prompt": "x" * 1_000_000}, errors.InvalidArgument, "context"),
+        ({"prompt": [300]}, errors.InvalidArgument, "prompt_tokens holds 300"),
+        ({"version": 0}, errors.InvalidArgument, "model.version is 0"),
+    ],
+)
+def test_wrong_input_has_its_code_and_sentence(
+    server: Server, parameters: dict[str, Any], kind: type[Exception], sentence: str
+) -> None:
+    with server.client() as client, pytest.raises(kind, match=sentence):
+        list(client.generate(**{"prompt": "x", **parameters}))
+
+
+def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
+    with server.client() as client:
+        for _ in range(20):
+            stream = client.generate("Once", max_tokens=90, ignore_eos=True)
+            assert isinstance(next(stream), pb.Started)
+            stream.close()
+        until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+        assert server.metrics()["gptloop_inference_waiting_requests",] == 0
+        assert server.metrics()["gptloop_inference_requests_total", "cancelled"] >= 1
+
+
+def test_a_deadline_ends_a_call(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        request = pb.GenerateRequest(prompt="x", max_tokens=90, ignore_eos=True)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        # Whichever of the two notices first.
+        try:
+            *_, last = stub.Generate(request, timeout=0.005)
+            assert last.finished.reason == pb.FINISH_REASON_DEADLINE
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+
+
+def test_many_streams_decode_together(server: Server) -> None:
+    results: dict[int, str] = {}
+
+    def run(seed: int) -> None:
+        with server.client() as client:
+            results[seed] = text_of(client.generate("Once", seed=seed, max_tokens=40))
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    with server.client() as client:
+        assert results[3] == text_of(client.generate("Once", seed=3, max_tokens=40))
+    assert len(results) == 20
+
+
+def test_the_metrics_page_has_every_name(server: Server) -> None:
+    with server.client() as client:
+        list(client.generate("x", max_tokens=3))
+    values = server.metrics()
+    names = {name for name, *_ in values}
+    for name in (
+        "generated_tokens_total",
+        "prompt_tokens_total",
+        "tokens_per_second",
+        "time_to_first_token_seconds_bucket",
+        "inter_token_latency_seconds_bucket",
+        "requests_total",
+        "active_streams",
+        "waiting_requests",
+        "memory_bytes",
+        "model_info",
+        "swaps_total",
+    ):
+        assert f"gptloop_inference_{name}" in names
+    assert "process_resident_memory_bytes" in names
+    assert values["gptloop_inference_swaps_total",] == 1
+    assert values["gptloop_inference_memory_bytes", "active"] > 0
+    assert values["gptloop_inference_memory_bytes", "resident"] > 50e6
+
+
+def test_a_stream_ends_whole_when_the_server_is_asked_to_end(tmp_path: Path) -> None:
+    server = Server(tmp_path / "var")
+    publish_tiny_version(server.registry, 1.0)
+    until(server.serves)
+    with server.client() as client:
+        stream = client.generate("Once", max_tokens=TINY.context_length - 5, ignore_eos=True)
+        assert isinstance(next(stream), pb.Started)
+        server.process.send_signal(signal.SIGINT)
+        *_, last = stream
+    assert isinstance(last, pb.Finished)
+    assert last.reason == pb.FINISH_REASON_LENGTH
+    assert server.end() == 0
+
+
+def test_too_many_waiting_requests_are_refused(tmp_path: Path) -> None:
+    server = Server(tmp_path / "var", GPTLOOP_INFERENCE_MAX_WAITING_PROMPT_TOKENS="50")
+    try:
+        publish_tiny_version(server.registry, 1.0)
+        until(server.serves)
+        with server.client() as client, pytest.raises(errors.ResourceExhausted, match="limit of 50"):
+            list(client.generate("x" * 60))
+    finally:
+        server.end()
+
+
+def test_a_port_in_use_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for variable in ("GPTLOOP_INFERENCE_PORT", "GPTLOOP_INFERENCE_METRICS_PORT"):
+            ports = {"GPTLOOP_INFERENCE_PORT": "0", "GPTLOOP_INFERENCE_METRICS_PORT": "0", variable: port}
+            done = subprocess.run(
+                [sys.executable, "-m", "inference_service", "serve"],
+                cwd=ROOT,
+                env={**os.environ, "GPTLOOP_VAR": str(tmp_path / "var"), **ports},
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_S,
+            )
+            assert done.returncode == 1
+            last = done.stderr.strip().splitlines()[-1]
+            assert last.startswith(f"error: Port {port} of 127.0.0.1 is in use: ")
+            assert f"set {variable} to another port" in last
+            assert "Traceback" not in done.stderr
+
+
+def test_no_server_is_one_sentence() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with (
+            InferenceClient(address) as client,
+            pytest.raises(errors.Unavailable, match=f"No server answers at {address}"),
+        ):
+            list(client.generate("x"))
+
+
+def command(*arguments: str, address: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "inference_service", *arguments, "--address", address],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        **options,
+    )
+
+
+def test_generate_prints_the_text_alone_and_says_how_to_have_it_again(server: Server) -> None:
+    once = ("generate", "--prompt", "Once", "--max-tokens", "20")
+    first = command(*once, address=server.address)
+    assert first.returncode == 0, first.stderr
+    summary, again = first.stderr.strip().splitlines()
+    assert re.fullmatch(
+        r"version 2 · seed \d+ · \d+ tokens · \d+ tokens/s · first token \d+ ms · (LENGTH|EOS)", summary
+    )
+    found = re.fullmatch(r"The same text again: VERSION=(\d+) SEED=(\d+)", again)
+    assert found is not None
+    second = command(*once, "--version", found.group(1), "--seed", found.group(2), address=server.address)
+    assert second.stdout == first.stdout
+    assert first.stdout.startswith("Once")
+
+
+def test_prompts_of_a_file_run_together_and_print_in_order(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("One\n\nTwo\nThree\n")
+    done = command(
+        "generate",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--max-tokens",
+        "3",
+        "--seed",
+        "1",
+        address=server.address,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search("One.*Two.*Three", done.stdout, re.DOTALL)
+    assert re.search("--- 1: version 2.*--- 2: version 2.*--- 3: version 2.*3 prompts · ", done.stderr, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("generate", "--prompt", "x", "--version", "99"), 1, "There is no version 99"),
+        (("generate", "--prompt", "x", "--top-p", "1.5"), 2, "top_p is 1.5"),
+        (("generate",), 2, "either --prompt TEXT or --prompts FILE"),
+        (("generate", "--prompts", "/nowhere/prompts.txt"), 2, "/nowhere/prompts.txt cannot be read"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence(server: Server, arguments: tuple[str, ...], code: int, sentence: str) -> None:
+    done = command(*arguments, address=server.address)
+    assert done.returncode == code
+    assert done.stderr.startswith("error: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_chat_continues_each_line_and_takes_commands(server: Server) -> None:
+    lines = "/seed 5\nOnce\nOnce\n/temperature hot\n/nonsense\n\n/quit\n"
+    done = command("chat", "--max-tokens", "8", address=server.address, input=lines)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("seed 5 ", done.stderr)) == 2
+    assert "'hot' is none" in done.stderr
+    assert "Unknown command '/nonsense'" in done.stderr
+
+
+def test_clients_load_no_model_framework() -> None:
+    check = "import sys, inference_service.__main__, inference_service.terminal; sys.exit('mlx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=LIMIT_S).returncode == 0

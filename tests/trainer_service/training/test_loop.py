@@ -1,0 +1,150 @@
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from shared.errors import TrainingDiverged
+from shared.gpt.tokenizer import Tokenizer
+from trainer_service.training.batches import Tokens
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
+from trainer_service.training.loop import Outcome, Report, train
+from trainer_service.training.overfitting import OverfittingWatch
+from trainer_service.training.trainer import Trainer
+
+CONFIG = TrainingConfig(
+    tokenizer="bpe",
+    vocabulary_size=300,
+    layers=1,
+    width=16,
+    heads=2,
+    hidden_width=32,
+    context_length=8,
+    tied_head=True,
+    dropout=0.5,
+    max_steps=12,
+    batch_size=4,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    evaluation_interval=5,
+    evaluation_windows=20,
+    report_interval=4,
+)
+TEXT: Tokens = (np.arange(5000) * 7 % 300).astype(np.uint16)
+
+
+@dataclass
+class Recorder:
+    """An observer that keeps what it was told."""
+
+    reports: list[Report] = field(default_factory=list)
+    checkpoints: list[tuple[int, float, HeldOutLoss]] = field(default_factory=list)
+    saved: list[int] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    def report(self, report: Report) -> None:
+        self.reports.append(report)
+
+    def checkpoint(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
+        self.checkpoints.append((trainer.step, training_loss, held_out))
+
+    def save(self, trainer: Trainer) -> None:
+        self.saved.append(trainer.step)
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+
+class TwoBytesEach:
+    """As a tokenizer whose tokens spell two bytes each."""
+
+    digest = "two"
+    byte_lengths = np.full(300, 2, np.int32)
+
+
+def evaluation_set(windows: int = 20, tokens: Tokens = TEXT) -> EvaluationSet:
+    return EvaluationSet.from_tokens(tokens, cast(Tokenizer, TwoBytesEach()), windows=windows, context_length=8)
+
+
+def run(trainer: Trainer, stop_requested: Callable[[], bool] = lambda: False) -> tuple[Outcome, Recorder]:
+    recorder = Recorder()
+    return train(trainer, evaluation_set(), recorder, stop_requested), recorder
+
+
+def test_reports_evaluations_and_checkpoints_come_when_they_are_due() -> None:
+    trainer = Trainer(CONFIG, TEXT)
+    outcome, recorder = run(trainer)
+    assert outcome is Outcome.COMPLETED
+    assert [report.step for report in recorder.reports] == [1, 4, 5, 8, 10, 12]
+    assert [step for step, _, _ in recorder.checkpoints] == [5, 10, 12]
+    assert recorder.saved == []
+    assert recorder.reports[-1].tokens == 12 * 4 * 8
+    assert recorder.reports[-1].eta_s == 0
+    best = min(held_out.nats_per_token for _, _, held_out in recorder.checkpoints)
+    assert trainer.best_validation_loss == best
+    assert recorder.reports[0].best_validation_loss is None
+
+
+def test_a_stop_ends_the_step_and_keeps_the_state() -> None:
+    trainer = Trainer(CONFIG, TEXT)
+    outcome, recorder = run(trainer, lambda: trainer.step >= 7)
+    assert outcome is Outcome.STOPPED
+    assert recorder.saved == [7] and recorder.reports[-1].step == 7
+
+
+def test_a_stop_in_the_last_step_changes_nothing() -> None:
+    trainer = Trainer(CONFIG, TEXT)
+    assert run(trainer, lambda: trainer.step == 12)[0] is Outcome.COMPLETED
+
+
+def test_a_loss_that_is_not_finite_ends_training_before_anything_is_kept() -> None:
+    trainer = Trainer(CONFIG, TEXT)
+    trainer.model.load_weights([("final_norm.weight", mx.full((16,), math.nan))], strict=False)
+    recorder = Recorder()
+    with pytest.raises(TrainingDiverged, match="loss is nan at step 1"):
+        train(trainer, evaluation_set(), recorder, lambda: False)
+    assert recorder.checkpoints == [] and recorder.saved == []
+
+
+def test_the_evaluation_set_is_the_first_windows_side_by_side() -> None:
+    chosen = evaluation_set(windows=3)
+    np.testing.assert_array_equal(chosen.windows[:, 0], TEXT[[0, 8, 16]])
+    np.testing.assert_array_equal(chosen.windows[:-1, -1], chosen.windows[1:, 0])
+    assert chosen.target_bytes == 3 * 8 * 2
+    assert len(evaluation_set(windows=64, tokens=TEXT[: 5 * 8 + 1]).windows) == 5
+    assert chosen.digest == evaluation_set(windows=3).digest != evaluation_set(windows=4).digest
+
+
+def test_held_out_loss_is_exact_whatever_the_rows_at_a_time() -> None:
+    trainer = Trainer(CONFIG, TEXT)
+    trainer.model.load_weights([("token_embedding.weight", mx.zeros((300, 16)))], strict=False)
+    for rows in (1, 7, 64):
+        held_out = evaluate(trainer.model, evaluation_set(), rows)
+        # With a tied head of zeros every token is as likely as any other.
+        assert held_out.nats_per_token == pytest.approx(math.log(300), rel=1e-5)
+        assert held_out.bits_per_byte == pytest.approx(math.log2(300) / 2, rel=1e-5)
+        assert held_out.claimed == pytest.approx(math.log(300), rel=1e-5)
+
+
+def test_evaluation_uses_no_dropout_and_leaves_training_on() -> None:
+    trainer = Trainer(CONFIG, TEXT)
+    assert evaluate(trainer.model, evaluation_set(), 4) == evaluate(trainer.model, evaluation_set(), 4)
+    assert trainer.model.training
+
+
+def test_overfitting_is_told_once_when_held_out_loss_stays_behind() -> None:
+    watch = OverfittingWatch()
+    told = [
+        watch.check(2.0 - 0.1 * step, held_out) for step, held_out in enumerate([1.9, 1.7, 1.8, 1.8, 1.9, 2.0, 2.1])
+    ]
+    assert [text is not None for text in told] == [False, False, False, False, True, False, False]
+    assert told[4] is not None and "1.700" in told[4]
+
+
+def test_noise_is_no_overfitting() -> None:
+    watch = OverfittingWatch()
+    assert [watch.check(1.8, held_out) for held_out in (1.7, 1.71, 1.72, 1.73, 1.74)] == [None] * 5
