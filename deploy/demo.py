@@ -53,6 +53,7 @@ class Demo:
     training: Samples = field(default_factory=dict)
     # The fastest that was seen after a story.
     tokens_per_second: float = 0.0
+    stage: str = ""
     told_s: float = 0.0
 
     def run(self) -> None:
@@ -79,8 +80,9 @@ class Demo:
 
     def _show(self, response: pb.WatchJobResponse, client: InferenceClient) -> None:
         match response.WhichOneof("event"):
-            case "preparation":
-                self.say(response.preparation.stage.capitalize() + ".")
+            case "preparation" if response.preparation.stage != self.stage:
+                self.stage = response.preparation.stage
+                self.say(self.stage.capitalize() + ".")
             case "notice":
                 self.say(response.notice.text)
             case "run_started":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared.blas import load_blas
+from shared.kernel_compiler import speed_up_compiler
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def prepare(cache: Path) -> Accelerator:
     blas = None
     if sys.platform == "linux":
         _make_kernel_cache(cache)
+        speed_up_compiler(cache)
         blas = load_blas(cache)
     import mlx.core as mx
 

@@ -267,3 +267,27 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
         await until(lambda: world.resident() == {"2"})
 
     run(world, test)
+
+
+def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = publish_tiny_version(world.registry, 5.0)
+    publish_tiny_version(world.registry, 1.0)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        waiting = asyncio.create_task(world.loader.stream(old).__aenter__())
+        report = world.metrics.resident
+
+        def cancel_and_report(*arguments: Any) -> None:
+            # The version is handed over, and its caller has not had a turn since.
+            waiting.cancel()
+            report(*arguments)
+
+        monkeypatch.setattr(world.metrics, "resident", cancel_and_report)
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+        await until(lambda: world.resident() == {"2"})
+
+    run(world, test)

@@ -118,6 +118,17 @@ def test_streams_together_equal_each_alone(harness: Harness) -> None:
         assert together[i].text == alone.text
 
 
+def test_a_stream_that_joins_others_equals_itself_alone(harness: Harness) -> None:
+    long = "x" * 80
+    (alone,) = harness.generate(request("alone", long, max_tokens=10))
+    endless = [request(f"e{i}", long[:70], max_tokens=20) for i in range(SLOTS - 1)]
+    harness.submit(*endless)
+    for one in endless:
+        harness.wait(one.id, Delta)
+    (joined,) = harness.generate(request("joined", long, max_tokens=10))
+    assert joined.tokens == alone.tokens
+
+
 def test_the_same_seed_gives_the_same_tokens_and_another_one_others(harness: Harness) -> None:
     first, second, third = harness.generate(request("a"), request("b"), request("c", seed=99))
     assert first.tokens == second.tokens != third.tokens
@@ -248,7 +259,7 @@ def test_numbers_that_are_not_finite_end_their_stream_alone() -> None:
     greedy = SamplingParameters(temperature=0.0)
     try:
         before, bad, beside = harness.generate(
-            request("before", sampling=greedy), request("bad", "a!b"), request("beside", sampling=greedy)
+            request("before", sampling=greedy), request("bad", "a" * 30 + "!" * 30), request("beside", sampling=greedy)
         )
         again = harness.generate(*(request(f"again{i}", sampling=greedy) for i in range(SLOTS)))
     finally:

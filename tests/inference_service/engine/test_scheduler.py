@@ -84,6 +84,7 @@ def test_every_plan_is_sound_and_every_sequence_ends(slots: int, prompts: list[t
         assert read < STEP_PREFILL_TOKENS + CHUNK_TOKENS
         for chunk in plan.chunks:
             assert chunk.start % CHUNK_TOKENS == 0
+            assert plan.positions[chunk.slot] >= chunk.end
         for row in plan.rows:
             assert plan.positions[row.slot] == row.sequence.read
         held = {row.slot for row in plan.rows} | {chunk.slot for chunk in plan.chunks}

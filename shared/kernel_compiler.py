@@ -1,0 +1,43 @@
+"""A faster g++ for the kernels that MLX compiles on a Linux CPU.
+
+Every kernel begins with the same large header of MLX, which takes most of the time. A script of the same name stands
+before the compiler on PATH and has the header precompiled, once: a kernel takes 0.2 s instead of 0.9.
+"""
+
+import importlib.util
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+_HEADER = "mlx/backend/cpu/compiled_preamble.h"
+
+# The options of MLX's own command; where they differ from it, g++ leaves the precompiled header aside.
+_SCRIPT = """#!/bin/sh
+if [ "$1" != --version ] && [ ! -f "{precompiled}" ]; then
+    "{compiler}" -std=c++17 -O3 -fPIC -I"{include}" -x c++-header "{include}/{header}" -o "{precompiled}.$$" &&
+        mv "{precompiled}.$$" "{precompiled}"
+fi 2> /dev/null
+exec "{compiler}" -I"{folder}" "$@"
+"""
+
+
+def speed_up_compiler(cache: Path) -> None:
+    """Puts the script into `cache` and before everything else on this process's PATH; without g++ does nothing."""
+    compiler, package = shutil.which("g++"), importlib.util.find_spec("mlx")
+    # Any folder that is called mlx and on the search path is one of the locations.
+    locations = (package.submodule_search_locations if package else None) or []
+    includes = [folder for location in locations if ((folder := Path(location, "include")) / _HEADER).is_file()]
+    if compiler is None or not includes:
+        return
+    folder = cache / f"compiler-mlx-{version('mlx')}"
+    precompiled = folder / f"{_HEADER}.gch"
+    precompiled.parent.mkdir(parents=True, exist_ok=True)
+    script = folder / "g++"
+    replacement = folder / f"g++.{os.getpid()}"
+    replacement.write_text(
+        _SCRIPT.format(compiler=compiler, include=includes[0], header=_HEADER, folder=folder, precompiled=precompiled)
+    )
+    replacement.chmod(0o755)
+    replacement.replace(script)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"

@@ -1,0 +1,40 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from shared import accelerator
+accelerator.prepare(Path(sys.argv[1]))
+import mlx.core as mx
+twice = mx.compile(lambda x: mx.abs(x * 2 + 1) * 3 - 1)
+print(twice(mx.array([1.0, -2.0])).tolist())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="MLX calls g++ on Linux only")
+def test_kernels_are_compiled_with_the_precompiled_header(tmp_path: Path) -> None:
+    for _ in range(2):
+        ended = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(tmp_path)],
+            cwd=Path(__file__).parents[2],
+            # Without what `prepare` put before the compiler of this process.
+            env=os.environ | {"PYTHONPATH": ".", "PATH": os.defpath},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ended.stdout.strip() == "[8.0, 8.0]"
+    (header,) = tmp_path.rglob("*.gch")
+    (kernel,) = tmp_path.rglob("*.cpp")
+    (script,) = tmp_path.rglob("g++")
+    # -H marks a precompiled header that is used with an exclamation mark.
+    includes = subprocess.run(
+        [script, "-std=c++17", "-O3", "-fPIC", "-H", "-fsyntax-only", kernel], capture_output=True, text=True
+    )
+    assert f"! {header}" in includes.stderr
