@@ -1,10 +1,8 @@
-"""The metrics of the inference service, all of them, and the page that shows them."""
+"""The metrics of the inference service, all of them."""
 
-import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,13 +11,9 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 
-from inference_service.settings import METRICS_PORT_VARIABLE
 from shared.accelerator import Memory
-from shared.errors import InvalidArgument
-from shared.grpc_server import port_in_use
 from shared.registry.manifest import VersionManifest
 
 # Half a millisecond apart where a decode step takes a few, wider above.
@@ -39,7 +33,6 @@ class InferenceMetrics:
         def name(suffix: str) -> str:
             return f"gptloop_inference_{suffix}"
 
-        self._registry = registry
         self._rate = TokenRate()
         self._infos: set[tuple[str, ...]] = set()
         self._generated = Counter(name("generated_tokens_total"), "Tokens that were generated.", registry=registry)
@@ -129,24 +122,6 @@ class InferenceMetrics:
         for info in self._infos - infos:
             self._model_info.remove(*info)
         self._infos = infos
-
-    @contextmanager
-    def page(self, host: str, port: int) -> Iterator[int]:
-        """Serves the page meanwhile; the port, which the system chose where it was 0. Raises as `GrpcServer.start`."""
-        try:
-            server, thread = start_http_server(port, host, self._registry)
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise port_in_use(host, port, METRICS_PORT_VARIABLE) from None
-            raise InvalidArgument(
-                f"{host}:{port} cannot be listened on ({METRICS_PORT_VARIABLE} sets the port): {error.strerror}."
-            ) from None
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
 
 
 class TokenRate:

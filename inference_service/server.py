@@ -11,9 +11,10 @@ from inference_service.engine.request import Output
 from inference_service.hotload import HotLoader
 from inference_service.metrics import InferenceMetrics
 from inference_service.servicer import InferenceServicer
-from inference_service.settings import PORT_VARIABLE, Settings
+from inference_service.settings import METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
 from shared import accelerator
 from shared.grpc_server import GrpcServer, Signals
+from shared.metrics_page import metrics_page
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.registry.store import Registry
 
@@ -39,7 +40,8 @@ async def serve(settings: Settings) -> bool:
     def fail() -> None:
         loop.call_soon_threadsafe(engine_failed.set)
 
-    metrics = InferenceMetrics(CollectorRegistry(), accelerator.memory)
+    collectors = CollectorRegistry()
+    metrics = InferenceMetrics(collectors, accelerator.memory)
     registry = Registry(settings.directories.registry)
     server = GrpcServer([SERVICE])
     engine = Engine(settings.slots, deliver, fail)
@@ -48,7 +50,7 @@ async def serve(settings: Settings) -> bool:
     servicer = InferenceServicer(registry, engine, versions, admission, metrics)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
 
-    with metrics.page(settings.host, settings.metrics_port) as metrics_port:
+    with metrics_page(collectors, settings.host, settings.metrics_port, METRICS_PORT_VARIABLE) as metrics_port:
         port = await server.start(settings.host, settings.port, PORT_VARIABLE)
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", settings.host, port, settings.host, metrics_port)
         engine.start()

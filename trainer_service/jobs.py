@@ -17,9 +17,6 @@ from trainer_service.spec import JobSpec
 
 logger = logging.getLogger(__name__)
 
-# Where training and serving share a machine, a stream that somebody reads goes first.
-_NICENESS = 10
-
 # A run that is interrupted goes back to the queue as often as that happens.
 _INTERRUPTIONS = 1_000_000
 
@@ -30,7 +27,6 @@ def run_training(job_id: str, spec_json: str) -> Retry | None:
     An error of the job itself (bad data, a diverging loss) fails the job and is not tried again.
     """
     logs.configure("trainer")
-    os.nice(_NICENESS)
     settings = read_settings(os.environ)
     reporter = Reporter(JobQueue(connect(settings.redis_url)), job_id)
     terminated = False

@@ -6,10 +6,9 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-from prometheus_client import start_http_server
-
 from shared.errors import InvalidArgument, Unavailable
-from shared.grpc_server import GrpcServer, Signals, port_in_use
+from shared.grpc_server import GrpcServer, Signals
+from shared.metrics_page import metrics_page
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
@@ -93,18 +92,14 @@ async def serve(settings: TrainerSettings) -> None:
     training_pb2_grpc.add_TrainingServiceServicer_to_server(
         TrainingServicer(queue, Registry(settings.directories.registry)), server.server
     )
-    port = await server.start(settings.host, settings.port, "GPTLOOP_TRAINER_PORT")
-    try:
-        page, _thread = start_http_server(settings.metrics_port, settings.host, make_metrics(queue))
-    except OSError:
-        raise port_in_use(settings.host, settings.metrics_port, "GPTLOOP_TRAINER_METRICS_PORT") from None
     host = settings.host
-    logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, page.server_port)
-    health = asyncio.create_task(_follow_redis(server, queue))
-    await signals.asked.wait()
-    health.cancel()
-    await server.stop(_DRAIN_S, lambda: None, signals.forced)
-    page.shutdown()
+    with metrics_page(make_metrics(queue), host, settings.metrics_port, "GPTLOOP_TRAINER_METRICS_PORT") as metrics_port:
+        port = await server.start(host, settings.port, "GPTLOOP_TRAINER_PORT")
+        logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, metrics_port)
+        health = asyncio.create_task(_follow_redis(server, queue))
+        await signals.asked.wait()
+        health.cancel()
+        await server.stop(_DRAIN_S, lambda: None, signals.forced)
 
 
 async def _follow_redis(server: GrpcServer, queue: JobQueue) -> None:
