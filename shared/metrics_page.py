@@ -14,8 +14,8 @@ from shared.grpc_server import port_in_use
 def metrics_page(registry: CollectorRegistry, host: str, port: int, port_variable: str) -> Iterator[int]:
     """Serves `/metrics` meanwhile; the port, which the system chose where it was 0.
 
-    Raises `AlreadyExists` where the port is in use and `InvalidArgument` where the host cannot be listened on; both name
-    the environment variable that sets the port.
+    Raises `AlreadyExists` where the port is in use and `InvalidArgument` where the host cannot be listened on; both
+    name the environment variable that sets the port.
     """
     try:
         server, thread = start_http_server(port, host, registry)

@@ -1,6 +1,10 @@
+import os
 from pathlib import Path
 
 from shared.accelerator import prepare
+
+# On CUDA, products of fp32 are computed with fewer bits unless this says otherwise; tests compare in full fp32.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 # Before any test module imports MLX. The folder outlives the run, so that kernels are compiled once.
 prepare(Path(__file__).parent.parent / ".pytest_cache" / "accelerator")
