@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+import inference_service.settings
+import trainer_service.settings
 from deploy.health import Health, health_checks
 from deploy.ports import Ports, read_ports
 from deploy.supervisor import ProcessState, Supervisor
@@ -100,11 +102,13 @@ class Stack:
                         f"Everything is up already, but {waiting.name} is not healthy ({waiting.reason}). "
                         "`make status` shows more; `make down` stops everything."
                     )
-                report("Everything is up already.")
+                report("Everything is up already. Settings apply from the next `make down` and `make up` on.")
                 return
             # A supervisord that was killed may have left its programs.
             self._supervisor.stop()
             self._ports.check_free(self._environment)
+            if not self._has_redis and not (redis := self._checks["redis"]()).is_healthy:
+                raise Unavailable(f"REDIS_URL is set, but no Redis answers there ({redis.text}).")
             try:
                 with _signals_deferred():
                     self._supervisor.start()
@@ -244,6 +248,9 @@ def status() -> None:
 
 
 def _read_stack() -> Stack:
+    # So that a bad value is named here, and not only in the log of a process that does not start.
+    inference_service.settings.read_settings(os.environ)
+    trainer_service.settings.read_settings(os.environ)
     return Stack(read_directories(os.environ), read_ports(os.environ), os.environ)
 
 

@@ -99,7 +99,7 @@ def generate(
     Example, the same text again: python -m inference_service generate --prompt "Once" --version 7 --seed 1234
     """
     if (prompt is None) == (prompts is None):
-        raise InvalidArgument("Give either --prompt TEXT or --prompts FILE.")
+        raise InvalidArgument("Give a prompt, as PROMPT=… or PROMPTS=<file> to make, or as --prompt or --prompts here.")
     parameters: Parameters = {
         "version": version,
         "label": label,
@@ -157,8 +157,10 @@ def _default_address() -> str:
 def _read_prompts(path: Path) -> list[str]:
     try:
         prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgument(f"The prompts in {path} cannot be read: {error}.") from None
+    except OSError as error:
+        raise InvalidArgument(f"The prompts in {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"The prompts in {path} are not UTF-8: {error.reason} at byte {error.start}.") from None
     if not prompts:
         raise InvalidArgument(f"{path} holds no prompt: it needs one a line.")
     return prompts

@@ -119,7 +119,7 @@ class HotLoader:
             resident.streams += 1
             return resident
         if manifest is None:
-            raise Unavailable("No version serves yet: the first one that training publishes will.")
+            raise Unavailable("No version serves yet: the first one does a moment after training has published it.")
         if (refusal := self._refusal(manifest)) is not None:
             raise refusal.kind(refusal.sentence)
         waiter: asyncio.Future[Resident] = asyncio.get_running_loop().create_future()

@@ -144,5 +144,5 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def _serving(self) -> VersionManifest:
         if self._versions.serving is None:
-            raise Unavailable("No version serves yet: the first one that training publishes will.")
+            raise Unavailable("No version serves yet: the first one does a moment after training has published it.")
         return self._versions.serving.manifest

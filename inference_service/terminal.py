@@ -64,6 +64,9 @@ class Terminal:
         started = self._stream(prompt, parameters)
         if started is not None:
             again = f"VERSION={started.model_version} SEED={started.seed}"
+            for name in ("temperature", "max_tokens"):
+                if (value := parameters.get(name)) is not None:
+                    again += f" {name.upper()}={value}"
             self._notes.print(f"The same text again: {again}", style="dim")
 
     def generate_all(self, prompts: Sequence[str], parameters: Parameters) -> None:

@@ -11,12 +11,16 @@ from shared.errors import GptloopError, InvalidArgument
 
 
 def run(app: typer.Typer) -> None:
-    """Runs a command; an expected error is one sentence and exit code 1, or 2 where the call itself was wrong."""
+    """Runs a command; an expected error, and one of the file system, is one sentence and exit code 1, or 2 where the
+    call itself was wrong."""
     try:
         app()
     except GptloopError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InvalidArgument) else 1)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}." if error.filename else f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def print_table(table: Table) -> None:

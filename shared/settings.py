@@ -80,5 +80,8 @@ class Directories:
 
 
 def read_directories(environment: Environment) -> Directories:
-    """The folders below `GPTLOOP_VAR`, as absolute paths; nothing is created."""
-    return Directories(Path(read_str(environment, "GPTLOOP_VAR", "var")).absolute())
+    """The folders below `GPTLOOP_VAR`, as absolute paths; nothing is created. Raises `InvalidArgument` on a file."""
+    var = Path(read_str(environment, "GPTLOOP_VAR", "var")).absolute()
+    if var.exists() and not var.is_dir():
+        raise InvalidArgument(f"GPTLOOP_VAR is {var}, but must be a folder, or a name for a new one.")
+    return Directories(var)

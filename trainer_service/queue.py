@@ -228,5 +228,5 @@ def _reachable() -> Iterator[None]:
         yield
     except (RedisConnectionError, RedisTimeoutError) as error:
         raise Unavailable(
-            f"Redis does not answer ({error}). Start everything with `make up`, or set REDIS_URL."
+            f"Redis does not answer ({str(error).rstrip('.')}). Start everything with `make up`, or set REDIS_URL."
         ) from error

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +15,9 @@ from rq.worker import SpawnWorker
 from shared.errors import Unavailable
 from trainer_service.events import JobState, StateChanged, TimedEvent
 from trainer_service.queue import LEASE_S, JobQueue
+
+_REDIS_LIMIT_S = 30.0
+_POLL_S = 0.1
 
 
 class TrainingWorker(SpawnWorker):
@@ -42,8 +46,12 @@ class TrainingWorker(SpawnWorker):
 
 
 def work(connection: Redis) -> None:
-    """Takes jobs until SIGTERM or SIGINT; a second one kills the job that runs."""
+    """Takes jobs until SIGTERM or SIGINT; a second one kills the job that runs.
+
+    Waits some seconds for a Redis that starts beside it; raises `Unavailable` where none answers.
+    """
     queue = JobQueue(connection)
+    _wait_for_redis(queue)
     worker = TrainingWorker([queue.rq], connection=connection, serializer=JSONSerializer, worker_ttl=60)
     ended = threading.Event()
     lease = threading.Thread(target=_keep_lease, args=(queue, worker.name, ended), name="lease", daemon=True)
@@ -53,6 +61,18 @@ def work(connection: Redis) -> None:
     finally:
         ended.set()
         lease.join()
+
+
+def _wait_for_redis(queue: JobQueue) -> None:
+    deadline_s = time.monotonic() + _REDIS_LIMIT_S
+    while True:
+        try:
+            queue.live_workers()
+            return
+        except Unavailable:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(_POLL_S)
 
 
 def _keep_lease(queue: JobQueue, name: str, ended: threading.Event) -> None:

@@ -332,7 +332,7 @@ def test_generate_prints_the_text_alone_and_says_how_to_have_it_again(server: Se
     assert re.fullmatch(
         r"version 2 · seed \d+ · \d+ tokens · \d+ tokens/s · first token \d+ ms · (LENGTH|EOS)", summary
     )
-    found = re.fullmatch(r"The same text again: VERSION=(\d+) SEED=(\d+)", again)
+    found = re.fullmatch(r"The same text again: VERSION=(\d+) SEED=(\d+) MAX_TOKENS=20", again)
     assert found is not None
     second = command(*once, "--version", found.group(1), "--seed", found.group(2), address=server.address)
     assert second.stdout == first.stdout
@@ -361,7 +361,7 @@ def test_prompts_of_a_file_run_together_and_print_in_order(server: Server, tmp_p
     [
         (("generate", "--prompt", "x", "--version", "99"), 1, "There is no version 99"),
         (("generate", "--prompt", "x", "--top-p", "1.5"), 2, "top_p is 1.5"),
-        (("generate",), 2, "either --prompt TEXT or --prompts FILE"),
+        (("generate",), 2, "PROMPT=… or PROMPTS=<file>"),
         (("generate", "--prompts", "/nowhere/prompts.txt"), 2, "/nowhere/prompts.txt cannot be read"),
     ],
 )

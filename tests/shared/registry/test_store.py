@@ -207,6 +207,14 @@ def test_retention_keeps_the_newest_the_best_and_what_a_label_needs(registry: Re
     assert registry.states("run-1") == [20, 190, 200]
 
 
+def test_retention_keeps_the_best_of_another_text(registry: Registry) -> None:
+    publish(registry, bits_per_byte=0.5, evaluation_set="another text")
+    for _ in range(2 * KEPT_NEWEST_VERSIONS):
+        publish(registry)
+    prune(registry, "run-1")
+    assert registry.versions()[0].version == 1
+
+
 def test_a_registry_that_was_emptied_and_filled_again_is_read_anew(registry: Registry) -> None:
     publish(registry, dataset="old")
     assert registry.versions()[0].dataset == "old"
