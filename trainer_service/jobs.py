@@ -40,10 +40,16 @@ def run_training(job_id: str, spec_json: str) -> Retry | None:
     try:
         device = accelerator.prepare(settings.directories.cache / "trainer")
         # Only now, as MLX must load after its fast BLAS.
-        from trainer_service.run import TrainingRun
+        from trainer_service.run import StoppedInPreparation, TrainingRun
 
-        run = TrainingRun(JobSpec.from_json(spec_json), settings.directories, reporter.tell)
-        completed = run.train(device.device, lambda: terminated or reporter.cancelled or reporter.orphaned)
+        def stop_requested() -> bool:
+            return terminated or reporter.cancelled or reporter.orphaned
+
+        try:
+            run = TrainingRun(JobSpec.from_json(spec_json), settings.directories, reporter.tell, stop_requested)
+            completed = run.train(device.device)
+        except StoppedInPreparation:
+            completed = False
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
         reporter.tell(StateChanged(JobState.FAILED, str(error)))

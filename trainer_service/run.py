@@ -25,15 +25,28 @@ from trainer_service.training.tokens import PreparedData, PrepareProgress, prepa
 from trainer_service.training.trainer import Trainer
 
 
+class StoppedInPreparation(Exception):
+    """Somebody asked the run to stop before its first step, so there is no state to keep."""
+
+
 class TrainingRun:
     """Brings a run to its end, from the start, from the version that it continues, or from its own last state.
+
+    Whoever asks it to stop while it prepares its data gets `StoppedInPreparation`.
 
     It is the loop's observer: reports and evaluations become events, checkpoints become states and versions.
     """
 
-    def __init__(self, spec: JobSpec, directories: Directories, tell: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        spec: JobSpec,
+        directories: Directories,
+        tell: Callable[[Event], None],
+        stop_requested: Callable[[], bool],
+    ) -> None:
         self._spec = spec
         self._tell = tell
+        self._stop_requested = stop_requested
         self._registry = Registry(directories.registry)
         self._registry.sweep()
         self._parent = self._registry.version(spec.resume) if spec.resume is not None else None
@@ -57,9 +70,11 @@ class TrainingRun:
         return data
 
     def _report_preparation(self, progress: PrepareProgress) -> None:
+        if self._stop_requested():
+            raise StoppedInPreparation
         self._tell(Preparation(progress.stage, progress.fraction))
 
-    def train(self, device: str, stop_requested: Callable[[], bool]) -> bool:
+    def train(self, device: str) -> bool:
         """Trains; True where the schedule came to its end, False where `stop_requested` ended it before."""
         config = self._spec.config
         self._tell(Preparation("building the model"))
@@ -80,7 +95,7 @@ class TrainingRun:
                 device=device,
             )
         )
-        return train(trainer, self._evaluation_set, self, stop_requested) is Outcome.COMPLETED
+        return train(trainer, self._evaluation_set, self, self._stop_requested) is Outcome.COMPLETED
 
     def _last_state(self) -> Path | None:
         """The newest state that is whole: the run's own, else that of the version it continues."""

@@ -50,9 +50,11 @@ class TrainingConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        for name in ("warmup_steps", "max_train_tokens", "max_validation_tokens", "seed"):
+        for name in ("warmup_steps", "max_train_tokens", "max_validation_tokens"):
             if getattr(self, name) < 0:
                 raise InvalidArgument(f"{name} is {getattr(self, name)}, but must not be negative.")
+        if not 0 <= self.seed < 2**32:
+            raise InvalidArgument(f"seed is {self.seed}, but must be from 0 to {2**32 - 1}.")
         if self.tokenizer not in ("gpt2", "bpe"):
             raise InvalidArgument(f"tokenizer is {self.tokenizer!r}, but must be gpt2 or bpe.")
         if self.tokenizer == "gpt2" and self.vocabulary_size != 50257:

@@ -43,6 +43,7 @@ def test_every_value_can_be_overridden_as_text() -> None:
         ({"vocabulary_size": "100"}, "from 257 to 65536"),
         ({"validation_share": "1"}, "validation_share"),
         ({"seed": "-1"}, "seed is -1"),
+        ({"seed": "4294967296"}, "from 0 to 4294967295"),
         ({"beta2": "1"}, "beta2"),
         ({"weight_decay": "inf"}, "weight_decay"),
     ],
