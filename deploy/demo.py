@@ -37,7 +37,12 @@ _PROGRESS_INTERVAL_S = 8.0
 # Nobody continues a demo's run, so a long step is not waited for.
 _WORKER_STOP_S = 3
 
-Samples = dict[str, float]
+
+class Samples(dict[str, float]):
+    """A metrics page, by sample name, followed by the `kind` where there is one."""
+
+    def __missing__(self, name: str) -> float:
+        raise GptloopError(f"A metrics page lacks {name}.")
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Demo:
     first_story_s: float | None = None
     versions: list[pb.VersionPublished] = field(default_factory=list)
     # While training goes on: afterwards its rate is 0 and its memory is gone.
-    training: Samples = field(default_factory=dict)
+    training: Samples = field(default_factory=Samples)
     # The fastest that was seen after a story.
     tokens_per_second: float = 0.0
     stage: str = ""
@@ -94,8 +99,8 @@ class Demo:
                 self._show_progress(response.progress)
             case "version_published":
                 self._read_story(response.version_published, client)
-            case "state_changed" if response.state_changed.state == pb.JOB_STATE_FAILED:
-                raise GptloopError(f"Training failed: {response.state_changed.reason}")
+            case "state_changed" if response.state_changed.state in (pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED):
+                raise GptloopError(f"Training did not finish: {response.state_changed.reason or 'it was cancelled'}")
 
     def _show_progress(self, progress: pb.Progress) -> None:
         now_s = time.monotonic()
@@ -184,28 +189,27 @@ class Demo:
                 f"{inference[f'gptloop_inference_{sample}'] / 2**20:,.0f} MiB",
             )
         measured.add_row("versions published", str(len(self.versions)), "")
-        measured.add_row("swaps without a pause", "", f"{inference['gptloop_inference_swaps_total']:.0f}")
+        measured.add_row("swaps", "", f"{inference['gptloop_inference_swaps_total']:.0f}")
         for table in (versions, measured):
             self.console.print(table)
             self.console.print()
         self.say(f"Done. The first story came after {self.first_story_s:.0f} s.")
 
     def _scrape(self, port: int) -> Samples:
-        """A metrics page, by sample name, followed by the `kind` where there is one."""
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
             families = text_string_to_metric_families(page.read().decode())
-        return {
-            f"{sample.name} {sample.labels['kind']}" if "kind" in sample.labels else sample.name: sample.value
+        return Samples(
+            (f"{sample.name} {sample.labels['kind']}" if "kind" in sample.labels else sample.name, sample.value)
             for family in families
             for sample in family.samples
-        }
+        )
 
 
 @contextmanager
 def _running(stack: Stack, console: Console) -> Iterator[None]:
-    with console.status("") as line:
-        stack.up(line.update)
     try:
+        with console.status("") as line:
+            stack.up(line.update)
         yield
     finally:
         # A second Ctrl-C would leave processes behind.
@@ -238,7 +242,7 @@ def main() -> None:
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started is stopped.")
         sys.exit(130)
-    except GptloopError as error:
+    except (GptloopError, OSError) as error:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"The logs are in {directories.log}.", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -113,11 +113,11 @@ class Stack:
                 with _signals_deferred():
                     self._supervisor.start()
                 self._wait_until_healthy(report)
+                report("Everything is up.")
             except BaseException:
                 with _signals_deferred():
                     self._supervisor.stop()
                 raise
-            report("Everything is up.")
 
     def down(self) -> bool:
         """Stops everything, and returns when it is gone; false where nothing ran."""

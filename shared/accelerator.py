@@ -21,7 +21,7 @@ from shared.kernel_compiler import speed_up_compiler
 
 _log = logging.getLogger(__name__)
 
-_NO_BLAS = (
+NO_BLAS = (
     "No fast BLAS was found, so MLX will be about fifty times slower than it could be. "
     "Install one: apt-get install libopenblas0-pthread, or gcc and pip install scipy-openblas32."
 )
@@ -75,7 +75,7 @@ def prepare(cache: Path) -> Accelerator:
         # MLX's own limit of 32 MiB makes every large array a fresh one, whose pages the kernel has to clear.
         mx.set_cache_limit(memory_bytes // 8)
         if blas is None:
-            _log.warning(_NO_BLAS)
+            _log.warning(NO_BLAS)
     return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes)
 
 
@@ -96,7 +96,7 @@ def report(accelerator: Accelerator) -> str:
         ("fp32 product", f"{_measure_gflops():.0f} GFLOP/s"),
     ]
     if accelerator.backend == "cpu":
-        lines.append(("BLAS", accelerator.blas or f"none. {_NO_BLAS}"))
+        lines.append(("BLAS", accelerator.blas or f"none. {NO_BLAS}"))
         lines.append(("compiler", compiler or "none. MLX compiles kernels with g++: apt-get install g++."))
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
 

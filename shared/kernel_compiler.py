@@ -6,6 +6,7 @@ before the compiler on PATH and has the header precompiled, once: a kernel takes
 
 import importlib.util
 import os
+import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -14,11 +15,11 @@ _HEADER = "mlx/backend/cpu/compiled_preamble.h"
 
 # The options of MLX's own command; where they differ from it, g++ leaves the precompiled header aside.
 _SCRIPT = """#!/bin/sh
-if [ "$1" != --version ] && [ ! -f "{precompiled}" ]; then
-    "{compiler}" -std=c++17 -O3 -fPIC -I"{include}" -x c++-header "{include}/{header}" -o "{precompiled}.$$" &&
-        mv "{precompiled}.$$" "{precompiled}"
+if [ "$1" != --version ] && [ ! -f {precompiled} ]; then
+    {compiler} -std=c++17 -O3 -fPIC -I{include} -x c++-header {include}/{header} -o {precompiled}.$$ &&
+        mv {precompiled}.$$ {precompiled}
 fi 2> /dev/null
-exec "{compiler}" -I"{folder}" "$@"
+exec {compiler} -I{folder} "$@"
 """
 
 
@@ -35,9 +36,9 @@ def speed_up_compiler(cache: Path) -> None:
     precompiled.parent.mkdir(parents=True, exist_ok=True)
     script = folder / "g++"
     replacement = folder / f"g++.{os.getpid()}"
-    replacement.write_text(
-        _SCRIPT.format(compiler=compiler, include=includes[0], header=_HEADER, folder=folder, precompiled=precompiled)
-    )
+    places = {"compiler": compiler, "include": includes[0], "folder": folder, "precompiled": precompiled}
+    quoted = {name: shlex.quote(str(place)) for name, place in places.items()}
+    replacement.write_text(_SCRIPT.format(header=_HEADER, **quoted))
     replacement.chmod(0o755)
     replacement.replace(script)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"

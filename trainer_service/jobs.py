@@ -7,8 +7,8 @@ import signal
 from rq import Retry
 
 from shared import accelerator, logs
-from shared.errors import GptloopError
-from trainer_service.events import JobState, StateChanged
+from shared.errors import GptloopError, RunOwnershipLost
+from trainer_service.events import JobState, Notice, StateChanged
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.reporter import Reporter
@@ -39,6 +39,8 @@ def run_training(job_id: str, spec_json: str) -> Retry | None:
     reporter.tell(StateChanged(JobState.RUNNING))
     try:
         device = accelerator.prepare(settings.directories.cache / "trainer")
+        if device.backend == "cpu" and device.blas is None:
+            reporter.tell(Notice(accelerator.NO_BLAS))
         # Only now, as MLX must load after its fast BLAS.
         from trainer_service.run import StoppedInPreparation, TrainingRun
 
@@ -50,6 +52,9 @@ def run_training(job_id: str, spec_json: str) -> Retry | None:
             completed = run.train(device.device)
         except StoppedInPreparation:
             completed = False
+    except RunOwnershipLost as error:
+        # Whoever owns the run now tells how it goes on.
+        logger.warning("job %s: %s", job_id, error)
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
         reporter.tell(StateChanged(JobState.FAILED, str(error)))

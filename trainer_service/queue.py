@@ -9,6 +9,7 @@ gptloop:worker:<name>   there while a worker lives
 gptloop:tokens          tokens that all jobs ever trained on
 """
 
+import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,15 @@ from typing import Any
 
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import RedisError
 from rq import Queue, Retry
 from rq.serializers import JSONSerializer
 
-from shared.errors import FailedPrecondition, NotFound, Unavailable
+from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from trainer_service.events import Evaluation, JobState, Progress, StateChanged, TimedEvent
 from trainer_service.spec import JobSpec
+
+logger = logging.getLogger(__name__)
 
 QUEUE_NAME = "gptloop"
 JOB_FUNCTION = "trainer_service.jobs.run_training"
@@ -69,10 +71,6 @@ class JobQueue:
         job_id = secrets.token_hex(4)
         with _reachable():
             pipeline = self._redis.pipeline()
-            pipeline.hset(_job_key(job_id), mapping={"spec": spec.to_json(), "enqueued_at": time.time()})
-            pipeline.zadd("gptloop:jobs", {job_id: time.time()})
-            self._tell(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED))])
-            pipeline.execute()
             self.rq.enqueue(
                 JOB_FUNCTION,
                 args=(job_id, spec.to_json()),
@@ -80,7 +78,12 @@ class JobQueue:
                 retry=Retry(max=_CRASH_RETRIES),
                 result_ttl=3600,
                 failure_ttl=3600,
+                pipeline=pipeline,
             )
+            pipeline.hset(_job_key(job_id), mapping={"spec": spec.to_json(), "enqueued_at": time.time()})
+            pipeline.zadd("gptloop:jobs", {job_id: time.time()})
+            self._tell(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED))])
+            pipeline.execute()
         return self.get(job_id)
 
     def get(self, job_id: str) -> JobRecord:
@@ -96,7 +99,12 @@ class JobQueue:
         """Every job, or those in some states, the newest first."""
         with _reachable():
             ids: Any = self._redis.zrevrange("gptloop:jobs", 0, -1)
-        records = [self.get(job_id.decode()) for job_id in ids]
+        records = []
+        for job_id in ids:
+            try:
+                records.append(self.get(job_id.decode()))
+            except InvalidArgument as error:
+                logger.warning("job %s is left out: %s", job_id.decode(), error)
         return [record for record in records if not states or record.state in states]
 
     def cancel(self, job_id: str) -> JobRecord:
@@ -106,7 +114,7 @@ class JobQueue:
             raise FailedPrecondition(f"The job {job_id} is {record.state.value} already.")
         with _reachable():
             self._redis.set(_cancel_key(job_id), 1)
-            if record.state is JobState.QUEUED and self.rq.remove(job_id):
+            if not record.is_held and self.rq.remove(job_id):
                 self.tell(job_id, [TimedEvent(StateChanged(JobState.CANCELLED))])
             else:
                 self.tell(job_id, [TimedEvent(StateChanged(JobState.CANCELLING))])
@@ -226,7 +234,7 @@ def _cancel_key(job_id: str) -> str:
 def _reachable() -> Iterator[None]:
     try:
         yield
-    except (RedisConnectionError, RedisTimeoutError) as error:
+    except RedisError as error:
         raise Unavailable(
             f"Redis does not answer ({str(error).rstrip('.')}). Start everything with `make up`, or set REDIS_URL."
         ) from error

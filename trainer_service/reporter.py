@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections import deque
+from contextlib import suppress
 
 from shared.errors import Unavailable
 from trainer_service.events import Event, Progress, RunStarted, TimedEvent
@@ -21,7 +22,7 @@ _KEPT_EVENTS = 50_000
 class Reporter:
     """Carries events to the queue, renews the job's lease, and learns whether to stop.
 
-    The thread owns the connection; `tell` and `stop_requested` may be called from any thread and return at once.
+    The thread owns the connection; `tell`, `cancelled` and `orphaned` may be called from any thread and return at once.
     Where Redis is gone, events wait and are told when it is back.
     """
 
@@ -75,7 +76,9 @@ class Reporter:
                 break
         for _ in range(round(_LAST_TRY_S / _INTERVAL_S)):
             if self._try_exchange():
-                self._queue.end_job_lease(self._job_id)
+                # Redis may be gone by now; the lease ends by itself then.
+                with suppress(Unavailable):
+                    self._queue.end_job_lease(self._job_id)
                 return
             threading.Event().wait(_INTERVAL_S)
         logger.error("job %s: Redis does not answer, %d events are lost", self._job_id, len(self._events))

@@ -133,10 +133,15 @@ class TrainingRun:
         )
 
     def checkpoint(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
-        """Keeps the state, publishes a version, and removes what is too old."""
+        """Publishes a version, keeps the state, and removes what is too old."""
         self._tell(Evaluation(trainer.step, training_loss, held_out.nats_per_token, held_out.bits_per_byte))
+        # The version first: a run that dies between the two goes on from an older state and comes by here again.
+        if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
+            self._publish(trainer, training_loss, held_out)
         self.save(trainer)
+        prune(self._registry, self._spec.run)
 
+    def _publish(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
         def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
             return self._manifest(number, files, trainer.step, training_loss, held_out)
 
@@ -147,7 +152,6 @@ class TrainingRun:
         self._tell(
             VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
         )
-        prune(self._registry, self._spec.run)
 
     def save(self, trainer: Trainer) -> None:
         """Keeps the state."""

@@ -1,5 +1,6 @@
 """The RQ worker: takes one job at a time and runs each in a process of its own, as MLX does not survive a fork."""
 
+import logging
 import os
 import signal
 import threading
@@ -8,6 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from redis import Redis
+from redis.exceptions import RedisError
+from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
@@ -16,6 +19,11 @@ from shared.errors import Unavailable
 from trainer_service.events import JobState, StateChanged, TimedEvent
 from trainer_service.queue import LEASE_S, JobQueue
 
+logger = logging.getLogger(__name__)
+
+# How often RQ looks for jobs whose worker died, and how often a worker with a job says that it lives.
+_MAINTENANCE_INTERVAL_S = 15
+_HEARTBEAT_INTERVAL_S = 10
 _REDIS_LIMIT_S = 30.0
 _POLL_S = 0.1
 
@@ -28,7 +36,16 @@ class TrainingWorker(SpawnWorker):
         """Asks the training process to end after its step."""
         super().handle_warm_shutdown_request()
         if self.horse_pid:
-            self.kill_horse(signal.SIGTERM)
+            # That process alone: RQ would signal its group, and with it a compiler at work for MLX.
+            with suppress(ProcessLookupError):
+                os.kill(self.horse_pid, signal.SIGTERM)
+
+    def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
+        """Tells Redis that the job goes on; where Redis is gone, training goes on all the same."""
+        try:
+            super().maintain_heartbeats(job, execution)
+        except RedisError as error:
+            logger.warning("job %s: no heartbeat, for Redis does not answer: %s", job.id, error)
 
     def handle_work_horse_killed(self, job: Job, retpid: int, ret_val: int, rusage: Any) -> None:
         """Says why the training process is gone, and whether it is started anew."""
@@ -41,8 +58,11 @@ class TrainingWorker(SpawnWorker):
         else:
             event = StateChanged(JobState.FAILED, f"The training process {reason}, too often to be started again.")
         queue = JobQueue(self.connection)
-        queue.end_job_lease(job.id)
-        queue.tell(job.id, [TimedEvent(event)])
+        try:
+            queue.end_job_lease(job.id)
+            queue.tell(job.id, [TimedEvent(event)])
+        except Unavailable as error:
+            logger.warning("job %s: %s %s", job.id, event.reason, error)
 
 
 def work(connection: Redis) -> None:
@@ -52,7 +72,14 @@ def work(connection: Redis) -> None:
     """
     queue = JobQueue(connection)
     _wait_for_redis(queue)
-    worker = TrainingWorker([queue.rq], connection=connection, serializer=JSONSerializer, worker_ttl=60)
+    worker = TrainingWorker(
+        [queue.rq],
+        connection=connection,
+        serializer=JSONSerializer,
+        worker_ttl=60,
+        maintenance_interval=_MAINTENANCE_INTERVAL_S,
+        job_monitoring_interval=_HEARTBEAT_INTERVAL_S,
+    )
     ended = threading.Event()
     lease = threading.Thread(target=_keep_lease, args=(queue, worker.name, ended), name="lease", daemon=True)
     lease.start()

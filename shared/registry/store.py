@@ -137,13 +137,18 @@ class Registry:
         return directory
 
     def write_state(self, fence: Fence, run: str, step: int, write: Write) -> Path:
-        """Writes the state of a step; one that exists already is kept, as it is the same.
+        """Writes the state of a step; one that is there and whole is kept, as it is the same.
 
         Raises `RunOwnershipLost` where another process took the run over meanwhile; nothing is visible then.
         """
         final = self.state_directory(run, step)
-        if final.exists():
-            return final
+        try:
+            return self.verified_state(run, step)
+        except NotFound:
+            pass
+        except CorruptCheckpoint as error:
+            logger.warning("a state is written anew: %s", error)
+            self.remove_state(run, step)
         with self._staging() as staging:
             write(staging)
             seal(staging, lambda files: StateManifest(run, step, time.time(), files).to_json())

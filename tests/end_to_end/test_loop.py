@@ -288,6 +288,26 @@ def test_a_worker_that_is_asked_to_stop_gives_its_job_back_with_its_state(system
     assert len(starts) == 2 and 10 < starts[1] < 100
 
 
+def test_training_goes_on_while_redis_is_gone(system: System) -> None:
+    job = system.enqueue(max_steps="1500", evaluation_interval="1500")
+    system.watch(job, is_progress(10))
+    statuses = {status.name: status.process for status in system.stack.status() or []}
+    assert statuses["redis"] is not None
+    os.kill(statuses["redis"].pid, signal.SIGKILL)
+
+    def finished() -> bool:
+        try:
+            state = system.trainer.GetJob(pb.GetJobRequest(job_id=job)).job.state
+        except grpc.RpcError:
+            return False  # the supervisor is starting Redis again
+        assert state != pb.JOB_STATE_FAILED
+        return bool(state == pb.JOB_STATE_FINISHED)
+
+    wait_until(finished, limit_s=120.0)
+    events = system.finish(job)
+    assert len([event for event in events if event.HasField("run_started")]) == 1
+
+
 def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> None:
     job = system.enqueue(max_steps="100000", evaluation_interval="50000")
     system.watch(job, is_progress(5))
