@@ -43,6 +43,9 @@ TINY = {
     "warmup_steps": "1",
 }
 
+# A step is so long then that what a test does between two evaluations happens between them.
+LARGE_BATCH = "8"
+
 
 @dataclass
 class System:
@@ -268,17 +271,17 @@ def test_a_text_shorter_than_one_context_fails_the_job_with_a_sentence(system: S
 
 
 def test_a_training_process_that_is_killed_goes_on_from_its_last_state(system: System) -> None:
-    job = system.enqueue(max_steps="90", evaluation_interval="30")
-    system.watch(job, is_progress(35))
+    job = system.enqueue(max_steps="300", evaluation_interval="100", batch_size=LARGE_BATCH)
+    system.watch(job, is_progress(110))
     (process,) = training_processes(system)
     os.kill(process, signal.SIGKILL)
     events = system.finish(job)
-    assert [event.run_started.first_step for event in events if event.HasField("run_started")] == [1, 31]
+    assert [event.run_started.first_step for event in events if event.HasField("run_started")] == [1, 101]
     assert any("signal 9" in event.state_changed.reason for event in events)
 
 
 def test_a_worker_that_is_asked_to_stop_gives_its_job_back_with_its_state(system: System) -> None:
-    job = system.enqueue(max_steps="200", evaluation_interval="100")
+    job = system.enqueue(max_steps="200", evaluation_interval="100", batch_size=LARGE_BATCH)
     system.watch(job, is_progress(10))
     statuses = {status.name: status.process for status in system.stack.status() or []}
     assert statuses["worker"] is not None
