@@ -44,6 +44,12 @@ class Place:
         self._prompt_tokens = 0
         self._left = False
 
+    def __enter__(self) -> "Place":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
     def weigh(self, prompt_tokens: int) -> None:
         """Says how long the prompt is, once it is known; raises `ResourceExhausted`."""
         self._admission._weigh(prompt_tokens)

@@ -51,10 +51,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(self, message: pb.GenerateRequest, context: Any) -> None:  # noqa: N802
         """Streams one generation. A coroutine, not a generator: so gRPC cancels it wherever it stands."""
-        place = self._admission.enter()
         ended = "internal"
         try:
-            ended = (await self._generate(message, context, place)).reason.name
+            with self._admission.enter() as place:
+                ended = (await self._generate(message, context, place)).reason.name
         except asyncio.CancelledError:
             ended = "cancelled"
             raise
@@ -62,7 +62,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ended = code_of(error).name
             raise
         finally:
-            place.leave()
             self._metrics.ended(ended)
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802

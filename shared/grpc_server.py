@@ -35,6 +35,8 @@ class GrpcServer:
     """
 
     def __init__(self, services: Sequence[str]) -> None:
+        # gRPC logs a trace where a client leaves in the moment in which its call ends.
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_concerns_the_server)
         self.server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=[("grpc.so_reuseport", 0)])
         self._services = ("", *services)
         self._health = health.aio.HealthServicer()
@@ -103,6 +105,17 @@ def port_in_use(host: str, port: int, port_variable: str) -> AlreadyExists:
     )
 
 
+def cannot_listen(host: str, port: int, port_variable: str, error: OSError) -> InvalidArgument:
+    """The error of a service whose address is not one of this machine."""
+    return InvalidArgument(
+        f"{_address(host, port)} cannot be listened on ({port_variable} sets the port): {error.strerror}."
+    )
+
+
+def _concerns_the_server(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and type(record.exc_info[1]).__name__ == "ExecuteBatchError")
+
+
 def _check_address(host: str, port: int, port_variable: str) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -112,9 +125,7 @@ def _check_address(host: str, port: int, port_variable: str) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise port_in_use(host, port, port_variable) from None
-        raise InvalidArgument(
-            f"{_address(host, port)} cannot be listened on ({port_variable} sets the port): {error.strerror}."
-        ) from None
+        raise cannot_listen(host, port, port_variable, error) from None
 
 
 def _address(host: str, port: int) -> str:

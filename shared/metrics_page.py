@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from shared.errors import InvalidArgument
-from shared.grpc_server import port_in_use
+from shared.grpc_server import cannot_listen, port_in_use
 
 
 @contextmanager
@@ -22,9 +21,7 @@ def metrics_page(registry: CollectorRegistry, host: str, port: int, port_variabl
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise port_in_use(host, port, port_variable) from None
-        raise InvalidArgument(
-            f"{host}:{port} cannot be listened on ({port_variable} sets the port): {error.strerror}."
-        ) from None
+        raise cannot_listen(host, port, port_variable, error) from None
     try:
         yield server.server_port
     finally:

@@ -163,7 +163,11 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
         with system.client() as client:
             while not done.is_set():
                 try:
-                    events = list(client.generate("Once upon a time", ignore_eos=True, max_tokens=200))
+                    events = []
+                    for event in client.generate("Once upon a time", ignore_eos=True, max_tokens=200):
+                        events.append(event)
+                        if len(events) == 150:  # some time before the end
+                            serving = client.model().version
                 except Unavailable:
                     time.sleep(0.05)  # nothing serves yet
                     continue
@@ -173,7 +177,7 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
                 started = events[0]
                 assert isinstance(started, inference_pb2.Started)
                 ends = [event for event in events if isinstance(event, inference_pb2.Finished)]
-                streams.append((started.model_version, client.model().version, ends))
+                streams.append((started.model_version, serving, ends))
 
     readers = [threading.Thread(target=stream) for _ in range(3)]
     for reader in readers:

@@ -123,6 +123,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
     finally:
         assert server.end() == 0, server.lines
+        log = "".join(server.lines)
+        assert "Traceback" not in log, log
 
 
 def test_health_is_serving_for_the_service_too(server: Server) -> None:
@@ -203,12 +205,14 @@ def test_a_deadline_ends_a_call(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         request = pb.GenerateRequest(prompt="x", max_tokens=90, ignore_eos=True)
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        # Whichever of the two notices first.
+        # Too little for 90 tokens; whichever of the two sides notices first.
         try:
             *_, last = stub.Generate(request, timeout=0.005)
-            assert last.finished.reason == pb.FINISH_REASON_DEADLINE
         except grpc.RpcError as error:
             assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        else:
+            assert last.finished.reason == pb.FINISH_REASON_DEADLINE
+            assert last.finished.generated_tokens < 90
     until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
 
 
@@ -275,6 +279,8 @@ def test_too_many_waiting_requests_are_refused(tmp_path: Path) -> None:
         until(server.serves)
         with server.client() as client, pytest.raises(errors.ResourceExhausted, match="limit of 50"):
             list(client.generate("x" * 60))
+        assert server.metrics()["gptloop_inference_requests_total", "resource_exhausted"] == 1
+        assert server.metrics()["gptloop_inference_waiting_requests",] == 0
     finally:
         server.end()
 

@@ -6,13 +6,12 @@ from redis import Redis
 
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from shared.registry.store import Registry
+from tests.events import PROGRESS, STARTED
 from trainer_service.events import (
     Evaluation,
     JobState,
     Notice,
     Preparation,
-    Progress,
-    RunStarted,
     StateChanged,
     TimedEvent,
     VersionPublished,
@@ -22,33 +21,6 @@ from trainer_service.redis_server import connect
 from trainer_service.reporter import Reporter
 from trainer_service.settings import TrainerSettings
 from trainer_service.spec import JobSpec, TrainingRequest, parse_overrides, resolve
-
-PROGRESS = Progress(
-    step=3,
-    max_steps=10,
-    loss=2.5,
-    learning_rate=1e-3,
-    gradient_norm=0.5,
-    tokens=300,
-    tokens_per_second=100.0,
-    eta_s=7.0,
-    best_validation_loss=None,
-    active_memory_bytes=1,
-    cache_memory_bytes=2,
-    peak_memory_bytes=3,
-    resident_memory_bytes=4,
-)
-STARTED = RunStarted(
-    parameters=9,
-    embedding_parameters=4,
-    train_tokens=5,
-    validation_tokens=6,
-    tokenizer="bpe",
-    first_step=1,
-    first_tokens=100,
-    max_steps=10,
-    device="cpu",
-)
 
 
 def spec(tmp_path: Path) -> JobSpec:
@@ -156,7 +128,7 @@ def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(que
     while not reporter.cancelled:
         assert time.monotonic() < deadline_s
     reporter.close()
-    assert queue.tokens() == 200
+    assert queue.tokens() == PROGRESS.tokens - STARTED.first_tokens == 200
     assert [timed.event for _, timed in queue.read_events(job)][-2:] == [PROGRESS, StateChanged(JobState.CANCELLING)]
     assert not queue.get(job).is_held
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,26 +39,13 @@ class PrepareProgress:
     """How far a stage has come. `limit` is the most tokens that it can make, 0 where it makes none."""
 
     stage: Stage
-    documents: int = 0
     tokens: int = 0
-    text_bytes: int = 0
     limit: int = 0
-    elapsed_s: float = 0.0
 
     @property
     def fraction(self) -> float | None:
         """How much of `limit` is made, 0 to 1; None where the stage makes no tokens."""
         return self.tokens / self.limit if self.limit else None
-
-    @property
-    def tokens_per_second(self) -> float:
-        """The mean rate of the stage so far."""
-        return self.tokens / self.elapsed_s if self.elapsed_s else 0.0
-
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds until `limit` at this rate, None before the first tokens; the text may end earlier."""
-        return (self.limit - self.tokens) / self.tokens_per_second if self.tokens_per_second else None
 
 
 @dataclass(frozen=True)
@@ -130,10 +116,9 @@ def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, report: Rep
             path.unlink(missing_ok=True)  # damaged: it is trained anew
 
     def texts() -> Iterator[str]:
-        documents, characters = 0, 0
+        characters = 0
         for batch in _batches(corpus.train()):
-            documents += sum(passage.ends_document for passage in batch)
-            report(PrepareProgress(Stage.TOKENIZER, documents=documents))
+            report(PrepareProgress(Stage.TOKENIZER))
             for passage in batch:
                 yield passage.text
                 characters += len(passage.text)
@@ -164,19 +149,15 @@ def _encode(
     passages: Iterable[Passage], stage: Stage, tokenizer: Tokenizer, limit: int, report: Report
 ) -> Iterator[Tokens]:
     """The tokens of some passages, a batch of them at a time, (N,) each."""
-    start_s = time.monotonic()
-    documents, count, text_bytes = 0, 0, 0
+    count = 0
     for batch in _batches(passages):
         encoded = tokenizer.encode_batch([passage.text for passage in batch])
         for passage, tokens in zip(batch, encoded, strict=True):
             if passage.ends_document:
                 tokens.append(tokenizer.end_token)
         array = np.fromiter(chain.from_iterable(encoded), dtype=np.uint16)  # (N,)
-        documents += sum(passage.ends_document for passage in batch)
         count += array.size
-        text_bytes += int(tokenizer.byte_lengths[array].sum())
-        elapsed_s = time.monotonic() - start_s
-        report(PrepareProgress(stage, documents, min(count, limit), text_bytes, limit, elapsed_s))
+        report(PrepareProgress(stage, min(count, limit), limit))
         yield array
 
 
