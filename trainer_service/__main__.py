@@ -3,13 +3,14 @@
 import asyncio
 import os
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from shared import cli, logs
+from shared import accelerator, cli, logs
 from shared.errors import Unavailable
 from shared.registry.store import Registry
 from trainer_service.events import JobState
@@ -150,6 +151,64 @@ def data(
     print(f"training    {prepared.train.size:,} tokens: {steps:,.0f} of {config.max_steps:,} steps until they repeat")
     print(f"held out    {prepared.validation.size:,} tokens")
     print("sample      " + prepared.tokenizer.decode(prepared.train[:80].tolist()).replace("\n", " ") + " …")
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder.")],
+    dataset: DatasetOption = None,
+    validation: ValidationOption = None,
+) -> None:
+    """Make a version of a GPT-2 in Hugging Face's layout: config.json, model.safetensors, vocab.json, merges.txt.
+
+    Its held-out loss is measured on a data set, as that of every version, so that versions compare.
+
+    Examples:
+
+    import gpt2
+
+    import my-gpt2 --dataset stories.txt --validation held-out.txt
+    """
+    settings = _settings()
+    spec = DatasetSpec(tuple(dataset or (DEFAULT_DATASET,)), tuple(validation or ()))
+    check_spec(spec)
+    device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
+    # Only now, as MLX must load after its fast BLAS.
+    from trainer_service.interchange import import_folder
+    from trainer_service.training.workers import Workers
+
+    with Workers(device.threads) as workers, cli.Stages() as stages:
+        imported = import_folder(directory, spec, settings.directories, workers, stages.show)
+    for notice in imported.notices:
+        print(f"note: {notice}")
+    version = imported.version
+    labels = Registry(settings.directories.registry).labels()
+    print(f"version     {version.version}")
+    print(f"parameters  {version.parameters:,}")
+    print(f"training    {version.training_loss:.4f} nats per token, on one batch")
+    print(f"held out    {version.validation_loss:.4f} nats per token, {version.bits_per_byte:.4f} bits per byte")
+    print("labels      " + (", ".join(name for name, number in labels.items() if number == version.version) or "none"))
+    print(f'Continue it with `make train RESUME={version.version} SET="max_steps=500"`.')
+
+
+@app.command()
+def export(
+    version: Annotated[int, typer.Argument(help="The version's number, as `checkpoints` lists it.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
+) -> None:
+    """Write a version as a folder in Hugging Face's layout of GPT-2, which transformers and others load.
+
+    Example:
+
+    export 3 my-gpt2
+    """
+    settings = _settings()
+    accelerator.prepare(settings.directories.cache / "trainer")
+    # Only now, as MLX must load after its fast BLAS.
+    from trainer_service.interchange import export_version
+
+    for path in export_version(version, directory, Registry(settings.directories.registry)):
+        print(f"{path.stat().st_size:>13,} bytes  {path}")
 
 
 @app.command()

@@ -38,7 +38,7 @@ def run_training(job_id: str, spec_json: str) -> Retry | None:
     signal.signal(signal.SIGTERM, terminate)
     reporter.tell(StateChanged(JobState.RUNNING))
     try:
-        device = accelerator.prepare(settings.directories.cache / "trainer")
+        device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
         if device.backend == "cpu" and device.blas is None:
             reporter.tell(Notice(accelerator.NO_BLAS))
         # Only now, as MLX must load after its fast BLAS.
@@ -49,7 +49,7 @@ def run_training(job_id: str, spec_json: str) -> Retry | None:
 
         try:
             run = TrainingRun(JobSpec.from_json(spec_json), settings.directories, reporter.tell, stop_requested)
-            completed = run.train(device.device)
+            completed = run.train(device)
         except StoppedInPreparation:
             completed = False
     except RunOwnershipLost as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shared import accelerator
+from shared.accelerator import Accelerator
 from shared.errors import CorruptCheckpoint
 from shared.gpt.config import count_parameters
 from shared.gpt.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
 from trainer_service.training.trainer import Trainer
+from trainer_service.training.workers import Workers
 
 
 class StoppedInPreparation(Exception):
@@ -74,11 +76,15 @@ class TrainingRun:
             raise StoppedInPreparation
         self._tell(Preparation(progress.stage, progress.fraction))
 
-    def train(self, device: str) -> bool:
+    def train(self, device: Accelerator) -> bool:
         """Trains; True where the schedule came to its end, False where `stop_requested` ended it before."""
+        with Workers(device.threads) as workers:
+            return self._train(device, workers)
+
+    def _train(self, device: Accelerator, workers: Workers) -> bool:
         config = self._spec.config
         self._tell(Preparation("building the model"))
-        trainer = Trainer(config, self._data.train)
+        trainer = Trainer(config, self._data.train, workers)
         if state := self._last_state():
             trainer.restore(state)
         parameters = count_parameters(config.gpt)
@@ -92,7 +98,7 @@ class TrainingRun:
                 first_step=trainer.step + 1,
                 first_tokens=trainer.tokens,
                 max_steps=config.max_steps,
-                device=device,
+                device=device.device,
             )
         )
         return train(trainer, self._evaluation_set, self, self._stop_requested) is Outcome.COMPLETED

@@ -52,8 +52,9 @@ class Engine:
     `failed` is called there once if the thread dies of an error; every open stream has ended with `Unavailable` then.
     """
 
-    def __init__(self, slots: int, outbox: Outbox, failed: Callable[[], None]) -> None:
+    def __init__(self, slots: int, threads: int, outbox: Outbox, failed: Callable[[], None]) -> None:
         self._slots = slots
+        self._threads = threads
         self._outbox = outbox
         self._failed = failed
         self._thread = threading.Thread(target=self._work, name="engine")
@@ -81,7 +82,7 @@ class Engine:
 
         def add() -> None:
             try:
-                runner = Runner(model, self._slots)
+                runner = Runner(model, self._slots, self._threads)
             except Exception as error:
                 ready.set_exception(error)
                 return
@@ -157,6 +158,10 @@ class Engine:
             self._failed()
         else:
             self._end_open()
+        finally:
+            # MLX aborts the process where it ends before this thread's stream does.
+            self._lanes.clear()
+            mx.clear_streams()
 
     def _take_inbox(self) -> list[Command] | None:
         """What was asked since; waits while there is nothing to do. None: the engine is to end."""

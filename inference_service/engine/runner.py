@@ -13,27 +13,33 @@ from inference_service.engine.scheduler import Plan
 from inference_service.engine.sequence import Sequence
 from shared.gpt.cache import KVCache
 from shared.gpt.model import GPT
+from shared.gpt.operations import on_cpu
 from shared.gpt.sampling import Logits, log_probabilities, penalise_repetition, sample
 
 
 class Runner:
-    """A model with a cache of fixed slots; all slots go through every decode forward, so its shapes never change.
+    """A model with a cache of fixed slots. The slots that go through a decode forward never show in a row's numbers.
 
     At least two slots: a product of one row is computed in another way than that of several, with other last digits.
+    `threads` share the work of a decode step on a CPU.
     """
 
-    def __init__(self, model: GPT, slots: int) -> None:
+    def __init__(self, model: GPT, slots: int, threads: int) -> None:
         assert slots >= 2
         self._model = model
-        self._cache = KVCache(model.config, slots)
+        self._cache = KVCache(model.config, slots, threads)
         self._slots = slots
-        self._warm_up()
+        self._counts = self._warm_up()
 
     def run(self, plan: Plan) -> list[tuple[Sequence, Draw | None]]:
         """Carries a plan out: the next token of each sequence that decodes or whose prompt is read to its end.
 
         None instead of a token where the logits are not finite.
         """
+        return [(sequence, draw_token(sequence, row)) for sequence, row in self.forward(plan).items()]
+
+    def forward(self, plan: Plan) -> dict[Sequence, Logits]:
+        """The logits (V,) that `run` draws from."""
         logits: dict[Sequence, mx.array] = {}
         for chunk in plan.chunks:
             tokens = mx.array(chunk.sequence.request.prompt[chunk.start : chunk.end])  # (T,)
@@ -41,17 +47,19 @@ class Runner:
             if chunk.end == len(chunk.sequence.request.prompt):
                 logits[chunk.sequence] = after
         if plan.rows:
-            last = [0] * self._slots
+            needed = 1 + max(row.slot for row in plan.rows)
+            count = next(count for count in self._counts if count >= needed)
+            last = [0] * count
             for row in plan.rows:
                 last[row.slot] = row.sequence.generated[-1]
-            decoded = self._model.decode(mx.array(last), self._cache, mx.array(plan.positions))  # (B, V)
-        # The step's only wait for the device.
+            decoded = self._model.decode(mx.array(last), self._cache, mx.array(plan.positions[:count]))  # (B, V)
+        # On a GPU the step's only wait for the device.
         mx.eval(self._cache.arrays, *logits.values(), *([decoded] if plan.rows else []))
         rows = {sequence: np.asarray(array) for sequence, array in logits.items()}
         if plan.rows:
             block = np.asarray(decoded)  # (B, V)
             rows |= {row.sequence: block[row.slot] for row in plan.rows}
-        return [(sequence, draw_token(sequence, row)) for sequence, row in rows.items()]
+        return rows
 
     def clear(self, slot: int) -> None:
         """Overwrites a slot: what is not finite would reach its next sequence even through the attention mask."""
@@ -59,16 +67,31 @@ class Runner:
             layer.keys[slot] = 0.0
             layer.values[slot] = 0.0
 
-    def _warm_up(self) -> None:
-        """Compiles what the first request would otherwise wait for."""
+    def _warm_up(self) -> list[int]:
+        """Compiles what the first request would wait for; returns how many slots a decode may have, ascending.
+
+        Fewer than all only where each row has the same bits then, which hangs on how products are computed.
+        """
         first = self._model.prefill(mx.array([0]), self._cache, 0, 0)  # (V,)
-        zeros = mx.zeros(self._slots, mx.int32)  # (B,)
-        mx.eval(first, self._model.decode(zeros, self._cache, zeros), self._cache.arrays)
+        tokens = mx.arange(self._slots) % self._model.config.vocabulary_size  # (B,)
+        positions = mx.zeros(self._slots, mx.int32)  # (B,)
+        logits = self._model.decode(tokens, self._cache, positions)  # (B, V)
+        mx.eval(first, logits, self._cache.arrays)
+        counts = [1 << power for power in range(1, self._slots.bit_length()) if 1 << power < self._slots]
+        if not on_cpu():
+            counts = []
+
+        def agrees(count: int) -> bool:
+            fewer = self._model.decode(tokens[:count], self._cache, positions[:count])
+            return bool(mx.array_equal(fewer, logits[:count]))
+
+        return [*filter(agrees, counts), self._slots]
 
 
 def draw_token(sequence: Sequence, logits: Logits) -> Draw | None:
     """Draws a sequence's next token from (V,) logits; None where they are not finite."""
-    if not np.isfinite(logits).all():
+    # Either is not a number where any of them is not.
+    if not (np.isfinite(logits.max()) and np.isfinite(logits.min())):
         return None
     request = sequence.request
     choice = logits

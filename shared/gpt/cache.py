@@ -6,11 +6,12 @@ Shapes: B slots, T tokens, S positions of the context, H heads, D head width.
 import mlx.core as mx
 
 from shared.gpt.config import GPTConfig
+from shared.gpt.cpu_decode import Threads
 
 
 class LayerCache:
-    """One layer's keys and values, (B, H, S, D) each. Attention always spans all S positions, the unread ones masked,
-    so that a row's numbers depend neither on its neighbours' lengths nor on their number."""
+    """One layer's keys and values, (B, H, S, D) each. `decode` attends to all S positions, the unread ones masked, so
+    that a row's numbers depend neither on its neighbours' lengths nor on their number."""
 
     def __init__(self, slots: int, heads: int, context_length: int, head_width: int) -> None:
         self.keys = mx.zeros((slots, heads, context_length, head_width))
@@ -36,9 +37,10 @@ class LayerCache:
 
 
 class KVCache:
-    """The cache of a whole model for a fixed number of slots."""
+    """The cache of a whole model for a fixed number of slots, and the threads that decode with it on a CPU."""
 
-    def __init__(self, config: GPTConfig, slots: int) -> None:
+    def __init__(self, config: GPTConfig, slots: int, threads: int = 1) -> None:
+        self.threads = Threads(threads)
         self.layers = [
             LayerCache(slots, config.heads, config.context_length, config.head_width) for _ in range(config.layers)
         ]

@@ -5,18 +5,34 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
+from shared.errors import InvalidArgument
+from shared.gpt import cpu_decode
 from shared.gpt.cache import KVCache
 from shared.gpt.config import GPTConfig
-from shared.gpt.operations import causal_attention, gelu
+from shared.gpt.operations import add_norm, causal_attention, dropout, gelu, linear, on_cpu
 
 # (queries, keys, values), each (B, H, T, D), to the attended values (B, H, T, D).
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
+
+
+class Dropout(nn.Module):
+    """Zeros in place of a share `rate` of the numbers in training; nothing otherwise."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """An array of any shape to one of the same."""
+        return dropout(x, self.rate) if self.training and self.rate > 0 else x
 
 
 class Attention(nn.Module):
@@ -31,10 +47,12 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, attend: Attend) -> mx.array:
         """(B, T, C) to (B, T, C)."""
         B, T, C = x.shape
-        qkv = self.qkv(x).reshape(B, T, 3, self.heads, C // self.heads)  # (B, T, 3, H, D)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = (
+            each.reshape(B, T, self.heads, C // self.heads).transpose(0, 2, 1, 3)  # (B, H, T, D)
+            for each in mx.split(linear(x, self.qkv), 3, axis=-1)
+        )
         attended = attend(q, k, v).transpose(0, 2, 1, 3).reshape(B, T, C)  # (B, T, C)
-        return self.output(attended)
+        return linear(attended, self.output)
 
 
 class FeedForward(nn.Module):
@@ -47,7 +65,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, T, C) to (B, T, C)."""
-        return self.down(gelu(self.up(x)))
+        return linear(gelu(linear(x, self.up)), self.down)
 
 
 class Block(nn.Module):
@@ -59,12 +77,15 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward_norm = nn.LayerNorm(config.width)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x: mx.array, attend: Attend) -> mx.array:
-        """(B, T, C) to (B, T, C)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), attend))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+    def __call__(
+        self, x: mx.array, normed: mx.array, attend: Attend, following: nn.LayerNorm
+    ) -> tuple[mx.array, mx.array]:
+        """The residual stream (B, T, C), and its `attention_norm`, to those after the block; the latter under the
+        `following` norm."""
+        x, normed = add_norm(x, self.dropout(self.attention(normed, attend)), self.feed_forward_norm)
+        return add_norm(x, self.dropout(self.feed_forward(normed)), following)
 
 
 class GPT(nn.Module):
@@ -79,7 +100,7 @@ class GPT(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocabulary_size, config.width)
         self.position_embedding = nn.Embedding(config.context_length, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = [Block(config) for _ in range(config.layers)]
         self.final_norm = nn.LayerNorm(config.width)
         if not config.tied_head:
@@ -104,17 +125,27 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: mx.array) -> mx.array:
-        """The final hidden states (B, T, C) of (B, T) tokens, every row from position 0."""
+        """The final hidden states (B, T, C) of (B, T) tokens, every row from position 0.
+
+        Raises `InvalidArgument` where the tokens do not fit the context.
+        """
+        if tokens.shape[1] > self.config.context_length:
+            raise InvalidArgument(f"{tokens.shape[1]} tokens do not fit the context of {self.config.context_length}.")
         scale = self.config.head_width**-0.5
 
         def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             return causal_attention(q, k, v, scale)
 
-        x = self._embed(tokens, mx.arange(tokens.shape[1]))
-        for block in self.blocks:
-            x = block(x, attend)
-        normalised: mx.array = self.final_norm(x)
-        return normalised
+        return self._through_blocks(self._embed(tokens, mx.arange(tokens.shape[1])), [attend] * self.config.layers)
+
+    def _through_blocks(self, x: mx.array, attends: Sequence[Attend]) -> mx.array:
+        """The final hidden states (B, T, C) of embedded tokens (B, T, C); each block has its own way to attend."""
+        normed = self.blocks[0].attention_norm(x)
+        norms = [*(block.attention_norm for block in self.blocks[1:]), self.final_norm]
+        for block, attend, following in zip(self.blocks, attends, norms, strict=True):
+            x, normed = block(x, normed, attend, following)
+        final: mx.array = normed
+        return final
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states (..., C) to logits (..., V)."""
@@ -130,20 +161,25 @@ class GPT(nn.Module):
         """Reads (T,) tokens of one row into its slot from position `start` on; logits (V,) after the last one."""
         T = tokens.shape[0]
         x = self._embed(tokens[None], mx.arange(start, start + T))  # (1, T, C)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, lambda q, k, v, layer=layer: layer.prefill(q, k, v, slot, start))  # type: ignore[misc]
-        return self.logits(self.final_norm(x[:, -1]))[0]
+        attends = [partial(layer.prefill, slot=slot, start=start) for layer in cache.layers]
+        return self.logits(self._through_blocks(x, attends)[:, -1])[0]
 
     def decode(self, tokens: mx.array, cache: KVCache, positions: mx.array) -> mx.array:
-        """One token (B,) at its position (B,) for every slot of the cache; logits (B, V)."""
+        """One token (B,) at its position (B,) for every slot of the cache; logits (B, V).
+
+        On a CPU the first slots can be decoded alone, as many as there are tokens.
+        """
+        if on_cpu():
+            return mx.array(cpu_decode.decode(self, np.asarray(tokens), cache, np.asarray(positions)))
         x = self._embed(tokens[:, None], positions[:, None])  # (B, 1, C)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, lambda q, k, v, layer=layer: layer.decode(q, k, v, positions))  # type: ignore[misc]
-        return self.logits(self.final_norm(x[:, 0]))
+        attends = [partial(layer.decode, positions=positions) for layer in cache.layers]
+        return self.logits(self._through_blocks(x, attends)[:, 0])
 
     def _embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
-        embedded: mx.array = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        return embedded
+        embedded = self.token_embedding(tokens) + self.position_embedding(positions)
+        # The type in which the layers compute: the embeddings may be kept in a wider one.
+        dropped: mx.array = self.dropout(embedded.astype(self.final_norm.weight.dtype))
+        return dropped
 
 
 def parameters_of(model: nn.Module) -> dict[str, mx.array]:

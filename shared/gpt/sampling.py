@@ -6,6 +6,7 @@ Shapes: V vocabulary.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,10 @@ Logits = NDArray[np.float32]
 _MASK = (1 << 64) - 1
 # So many of the likeliest tokens hold the top-p mass in nearly every case, and finding them needs no full sort.
 _TOP_P_GUESS = 256
+# Tokens whose weights are summed first, to find the block that a number falls into.
+_DRAW_BLOCK = 256
+# The lowest temperature at which logits can be scaled in fp32 and stay finite as far as they matter.
+_FP32_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -81,20 +86,34 @@ def distribution(logits: Logits, parameters: SamplingParameters) -> NDArray[np.f
     return normalised
 
 
-def draw(probabilities: NDArray[np.float64], number: float) -> int:
-    """The token at which the cumulated probabilities (V,) pass a number in [0, 1)."""
-    possible = np.flatnonzero(probabilities)
-    cumulated = np.cumsum(probabilities[possible])
-    index = np.searchsorted(cumulated, number * cumulated[-1], side="right")
-    # The product can round up to the sum itself.
-    return int(possible[min(int(index), possible.size - 1)])
+def draw(weights: NDArray[np.floating[Any]], number: float) -> int:
+    """The token at which the cumulated weights (V,), as of probabilities, pass a number in [0, 1) of their sum."""
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, weights.size, _DRAW_BLOCK)), dtype=np.float64)
+    target = number * sums[-1]
+    # Here and below, rounding can bring the target up to the sum itself, which no token passes.
+    index = min(int(np.searchsorted(sums, target, side="right")), int(np.searchsorted(sums, sums[-1])))
+    start = index * _DRAW_BLOCK
+    block = weights[start : start + _DRAW_BLOCK]
+    cumulated = np.cumsum(block, dtype=np.float64)
+    before = sums[index - 1] if index else 0.0
+    within = int(np.searchsorted(cumulated, target - before, side="right"))
+    return start + min(within, int(np.flatnonzero(block)[-1]))
 
 
 def sample(logits: Logits, parameters: SamplingParameters, seed: int, position: int) -> int:
     """One token drawn from (V,) logits."""
     if parameters.temperature == 0.0:
         return int(np.argmax(logits))
-    return draw(distribution(logits, parameters), uniform(seed, position))
+    number = uniform(seed, position)
+    filtered = parameters.top_k > 0 or parameters.top_p < 1.0 or parameters.min_p > 0.0
+    if filtered or parameters.temperature < _FP32_TEMPERATURE:
+        return draw(distribution(logits, parameters), number)
+    # Nothing is to be compared, so fp32 is exact enough, and several times faster. What overflows has weight 0.
+    with np.errstate(over="ignore"):
+        weights = logits - logits.max()
+        weights *= np.float32(1 / parameters.temperature)
+    np.exp(weights, out=weights)
+    return draw(weights, number)
 
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:

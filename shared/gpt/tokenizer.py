@@ -188,11 +188,16 @@ def _parts(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _ranks(vocabulary: Mapping[str, int]) -> list[bytes]:
-    """The bytes of each token in the order of their ids, from a vocabulary in GPT-2's printable spelling of bytes."""
+def byte_of_letter() -> dict[str, int]:
+    """GPT-2's printable spelling of bytes: the byte that each of its 256 letters stands for."""
     printable = [value for value in range(256) if chr(value).isprintable() and chr(value) != " "]
     others = [value for value in range(256) if value not in printable]
-    values = {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+    return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
+
+
+def _ranks(vocabulary: Mapping[str, int]) -> list[bytes]:
+    """The bytes of each token in the order of their ids, from a vocabulary in GPT-2's printable spelling of bytes."""
+    values = byte_of_letter()
     return [bytes(values[letter] for letter in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
 
 

@@ -15,6 +15,7 @@ from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
 from trainer_service.training.batches import Tokens
 from trainer_service.training.loss import window_losses
+from trainer_service.training.workers import Workers
 
 # The windows that a version carries, so that a server can check the loss that the version claims.
 CARRIED_WINDOWS = 16
@@ -56,15 +57,17 @@ class HeldOutLoss:
     claimed: float
 
 
-def evaluate(model: GPT, evaluation_set: EvaluationSet, rows: int) -> HeldOutLoss:
-    """The loss on the whole set, `rows` windows at a time; leaves the model in the mode it was in."""
+def evaluate(model: GPT, evaluation_set: EvaluationSet, rows: int, workers: Workers) -> HeldOutLoss:
+    """The loss on the whole set, `rows` windows at a time by all workers; leaves the model in the mode it was in."""
     was_training = model.training
     model.eval()
+    mx.eval(model.parameters())
+    share = -(-rows // workers.count)
     losses = np.concatenate(
-        [
-            _window_losses(model, evaluation_set.windows[start : start + rows])
-            for start in range(0, len(evaluation_set.windows), rows)
-        ]
+        workers.map(
+            lambda start: _window_losses(model, evaluation_set.windows[start : start + share]),
+            range(0, len(evaluation_set.windows), share),
+        )
     )
     model.train(was_training)
     tokens = evaluation_set.windows[:, 1:].size

@@ -70,7 +70,7 @@ def train(
         if evaluation_due or stopping or meter.due:
             observer.report(meter.report())
         if evaluation_due:
-            held_out = evaluate(trainer.model, evaluation_set, config.batch_size)
+            held_out = evaluate(trainer.model, evaluation_set, config.batch_size, trainer.workers)
             _require_finite("held-out loss", held_out.nats_per_token, trainer.step)
             trainer.record_evaluation(held_out.nats_per_token)
             observer.checkpoint(trainer, meter.loss, held_out)

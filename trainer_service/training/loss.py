@@ -1,57 +1,63 @@
 """Cross-entropy of a language model, in a few rows at a time, so that the logits of a whole batch never exist.
 
-Shapes: B rows, T tokens, N = B x T predictions, C width, V vocabulary.
+Shapes: B rows, T tokens, N = B x T predictions, n of them in a chunk, C width, V vocabulary, v of it in a block.
 """
+
+from functools import reduce
 
 import mlx.core as mx
 
+from shared.gpt import cuda
+from shared.gpt.autograd import differentiable
 from shared.gpt.model import GPT
-from shared.gpt.operations import differentiable, fast_exp, on_cpu
+from shared.gpt.operations import exp_below, on_cpu
+from trainer_service.training import cuda_loss
 
-# Logits of so many numbers exist at a time: 256 MiB in fp32.
-_CHUNK_ELEMENTS = 1 << 26
+# Logits of so many numbers exist at a time, and as many exponentials: 128 MiB each in fp32.
+_CHUNK_ELEMENTS = 1 << 25
+# On a CPU, those of so many tokens are computed together: then they pass from one operation to the next in its cache.
+_BLOCK_TOKENS = 2048
 
 
 def mean_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     """The mean cross-entropy, in nats per token, of (B, T) targets given (B, T) inputs."""
     hidden = model.hidden(inputs)
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
-    loss: mx.array = _mean_cross_entropy(rows, model.head_weight, targets.reshape(-1))[0]
+    mean_cross_entropy = cuda_loss.mean_cross_entropy if cuda.usable(rows) else _mean_cross_entropy
+    loss: mx.array = mean_cross_entropy(rows, model.head_weight.astype(rows.dtype), targets.reshape(-1))[0]
     return loss
 
 
 def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     """The mean cross-entropy (B,) of each row, in nats per token."""
     hidden = model.hidden(inputs)
-    losses = mx.concatenate(
-        [
-            _losses(rows @ model.head_weight.T, wanted)[0]
-            for rows, wanted in _chunks(
-                hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), model.head_weight.shape[0]
-            )
-        ]
-    )
-    return losses.reshape(targets.shape).mean(axis=1)  # (B,)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+    weight = model.head_weight
+    losses = [_losses(chunk, weight, wanted)[0] for chunk, wanted in _chunks(rows, targets.reshape(-1), weight)]
+    return mx.concatenate(losses).reshape(targets.shape).mean(axis=1)  # (B,)
 
 
 @differentiable
 def _mean_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The mean loss of (N, C) hidden states under a (V, C) head, and its gradients with respect to both.
 
-    The gradients come with the loss, chunk by chunk, while the chunk's logits are at hand; where nobody asks for them,
-    MLX does not compute them.
+    The gradients come with the loss, chunk by chunk, while the chunk's exponentials are at hand; where nobody asks for
+    them, MLX does not compute them. With respect to the logits they are the probabilities, less one at the target. So
+    with respect to the rest they are products of the exponentials, of which the smaller factor is divided by the sums,
+    less the rows that the targets choose.
     """
-    total = mx.zeros(())
-    weight_gradient = mx.zeros_like(weight)
-    hidden_gradients = []
     scale = 1 / targets.size
-    for rows, wanted in _chunks(hidden, targets, weight.shape[0]):
-        losses, difference = _losses(rows @ weight.T, wanted)  # (n,), (n, V)
-        difference = difference * scale
-        total = total + losses.sum()
-        hidden_gradients.append(difference @ weight)  # (n, C)
-        weight_gradient = weight_gradient + difference.T @ rows  # (V, C)
-    return total * scale, mx.concatenate(hidden_gradients), weight_gradient
+    losses, hidden_gradients, block_gradients = [], [], []
+    for rows, wanted in _chunks(hidden, targets, weight):
+        loss, sums, exponentials = _losses(rows, weight, wanted)  # (n,), (n, 1), each (v, n)
+        losses.append(loss)
+        products = (block.T @ part for block, part in zip(exponentials, _blocks(weight), strict=True))
+        hidden_gradients.append((reduce(mx.add, products) / sums - weight[wanted]) * scale)  # (n, C)
+        shares = rows * (scale / sums)
+        block_gradients.append([block @ shares for block in exponentials])  # each (v, C)
+    weight_gradient = mx.concatenate([reduce(mx.add, parts) for parts in zip(*block_gradients, strict=True)])  # (V, C)
+    weight_gradient = weight_gradient.at[targets].add(hidden * -scale)
+    return mx.concatenate(losses).sum() * scale, mx.concatenate(hidden_gradients), weight_gradient
 
 
 @_mean_cross_entropy.vjp  # type: ignore[untyped-decorator]
@@ -61,18 +67,24 @@ def _mean_cross_entropy_vjp(
     return cotangents[0] * outputs[1], cotangents[0] * outputs[2], mx.zeros_like(primals[2])
 
 
-def _losses(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """The loss (n,) of each row of (n, V) logits, and its gradient: the probabilities, less one at the target."""
-    exp = fast_exp if on_cpu() else mx.exp
-    highest = mx.max(logits, axis=-1, keepdims=True)
-    exponentials = exp(logits - highest)
-    sums = exponentials @ mx.ones((logits.shape[-1], 1))  # (n, 1)
-    at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    losses = (mx.log(sums) + highest - at_target)[:, 0]
-    one_hot = mx.arange(logits.shape[-1]) == targets[:, None]  # (n, V)
-    return losses, exponentials / sums - one_hot
+def _losses(rows: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """The loss (n,) of (n, C) rows, and their exponentials: the sums (n, 1), and those of each block, (v, n)."""
+    logits = [block @ rows.T for block in _blocks(weight)]  # each (v, n)
+    highest = reduce(mx.maximum, [mx.max(block, axis=0, keepdims=True) for block in logits])  # (1, n)
+    if on_cpu():
+        exponentials = [exp_below(block, highest) for block in logits]
+    else:
+        exponentials = [mx.exp(block - highest) for block in logits]
+    sums = reduce(mx.add, [mx.ones((1, block.shape[0])) @ block for block in exponentials])  # (1, n)
+    at_target = (rows * weight[targets]).sum(axis=-1)  # (n,)
+    return (mx.log(sums) + highest)[0] - at_target, sums.T, exponentials
 
 
-def _chunks(hidden: mx.array, targets: mx.array, vocabulary_size: int) -> list[tuple[mx.array, mx.array]]:
-    rows = max(1, _CHUNK_ELEMENTS // vocabulary_size)
+def _chunks(hidden: mx.array, targets: mx.array, weight: mx.array) -> list[tuple[mx.array, mx.array]]:
+    rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
     return [(hidden[start : start + rows], targets[start : start + rows]) for start in range(0, targets.size, rows)]
+
+
+def _blocks(weight: mx.array) -> list[mx.array]:
+    tokens = _BLOCK_TOKENS if on_cpu() else weight.shape[0]
+    return [weight[start : start + tokens] for start in range(0, weight.shape[0], tokens)]

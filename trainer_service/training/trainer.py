@@ -1,22 +1,34 @@
-"""A model in training: weights, optimizer, position; one compiled step; states in and out."""
+"""A model in training: weights, optimizer, position; compiled steps; states in and out.
+
+Shapes: B rows, T tokens.
+"""
 
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.gpt.model import GPT
+from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_model
-from trainer_service.training.batches import Tokens, batch
+from trainer_service.training.batches import Batch, Tokens, batch
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.loss import mean_loss
-from trainer_service.training.optimizer import learning_rate, make_optimizer
+from trainer_service.training.optimizer import AdamW, learning_rate
+from trainer_service.training.workers import Workers
+
+# On a CPU, the rows of a batch go through the model so many tokens at a time: what is computed stays near the caches.
+_MICRO_BATCH_TOKENS = 1024
+
+# A loss and its gradients, as a tree of the parameters' shape.
+Gradients = tuple[mx.array, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -28,36 +40,39 @@ class StepResult:
 
 
 class Trainer:
-    """Everything that a step changes. A step depends on the state before it, the configuration and the text alone:
-    its windows and its dropout follow from (seed, step), so a restored state goes on exactly."""
+    """Everything that a step changes. A step depends on the state before it, the configuration, the text and the number
+    of workers alone: its windows and its dropout follow from (seed, step), so a restored state goes on exactly.
 
-    def __init__(self, config: TrainingConfig, tokens: Tokens) -> None:
+    Each worker takes a part of every batch. On an NVIDIA GPU the model computes in bf16, from weights in fp32.
+    """
+
+    def __init__(self, config: TrainingConfig, tokens: Tokens, workers: Workers | None = None) -> None:
         self.config = config
+        self.workers = workers or Workers()
         self.step = 0
         self.tokens = 0
         self.best_validation_loss: float | None = None
         self._text = tokens
         mx.random.seed(config.seed)
         self.model = GPT(config.gpt)
-        self.optimizer = make_optimizer(config)
-        self.optimizer.init(self.model.trainable_parameters())
+        self.optimizer = AdamW(config, self.model.trainable_parameters())
         mx.eval(self.model.parameters(), self.optimizer.state)
         self._start()
 
     def _start(self) -> None:
         """Compiles the step over the state that stands now; a state that is put in place later would not be seen."""
-        self.model.train()
-        captured = [self.model.state, self.optimizer.state, mx.random.state]
-        loss_and_gradients = nn.value_and_grad(self.model, mean_loss)
 
-        def take(inputs: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-            loss, gradients = loss_and_gradients(self.model, inputs, targets)
-            gradients, norm = optim.clip_grad_norm(gradients, self.config.max_gradient_norm)
-            self.optimizer.update(self.model, gradients)
+        def update(parts: list[Gradients]) -> tuple[mx.array, mx.array]:
+            (loss, gradients), *others = parts
+            for other_loss, other in others:
+                loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
+            weights, norm = self.optimizer.update(self.model.trainable_parameters(), gradients)
+            self.model.update(weights)
             return loss, norm
 
-        self._take = mx.compile(take, inputs=captured, outputs=captured)
-        self._captured = captured
+        self._captured = [self.model.state, self.optimizer.state]
+        self._update = mx.compile(update, inputs=self._captured, outputs=self._captured)
+        self._of_thread = threading.local()
         self._previous: mx.array | None = None
 
     @property
@@ -71,15 +86,41 @@ class Trainer:
         drawn = batch(
             self._text, seed=config.seed, step=self.step, rows=config.batch_size, context_length=config.context_length
         )
-        mx.random.seed((config.seed << 32) | self.step)
-        loss, norm = self._take(mx.array(drawn.inputs), mx.array(drawn.targets))
+        weights = self.model.trainable_parameters()
+
+        def work(part: int) -> Gradients:
+            rows = slice(*(config.batch_size * edge // parts for edge in (part, part + 1)))
+            seed = np.random.SeedSequence((config.seed, self.step, part)).generate_state(1, np.uint64)[0]
+            return self._gradients(weights, Batch(drawn.inputs[rows], drawn.targets[rows]), int(seed))
+
+        parts = min(self.workers.count, config.batch_size)
+        loss, norm = self._update(self.workers.map(work, range(parts)))
         mx.async_eval(loss, norm, self._captured)
-        if self._previous is not None:
-            mx.eval(self._previous)
+        if self._previous is not None or parts > 1:
+            # Other threads may use the new weights only once they are there.
+            mx.eval(loss if parts > 1 else self._previous, self._captured if parts > 1 else [])
         self._previous = loss
         self.step += 1
         self.tokens += config.tokens_per_step
         return StepResult(loss, norm)
+
+    def _gradients(self, weights: dict[str, Any], drawn: Batch, seed: int) -> Gradients:
+        """This thread's share of a step's mean loss and of its gradients: those of some of its rows."""
+        if not hasattr(self._of_thread, "add"):
+            self._of_thread.add = _compile_gradients(self.config)
+        mx.random.seed(seed)
+        rows = len(drawn.inputs)
+        pieces = min(rows, -(-drawn.inputs.size // _MICRO_BATCH_TOKENS)) if on_cpu() else 1
+        total: Gradients | None = None
+        for piece in range(pieces):
+            some = slice(*(rows * edge // pieces for edge in (piece, piece + 1)))
+            inputs, targets = mx.array(drawn.inputs[some]), mx.array(drawn.targets[some])
+            share = mx.array(inputs.size / self.config.tokens_per_step)
+            total = self._of_thread.add(total, weights, inputs, targets, share)
+            if on_cpu():
+                mx.eval(total)  # what only this piece needed is free again
+        assert total is not None
+        return total
 
     def record_evaluation(self, validation_loss: float) -> None:
         """Remembers the best held-out loss."""
@@ -114,6 +155,41 @@ class Trainer:
         self.step, self.tokens = position["step"], position["tokens"]
         self.best_validation_loss = position["best_validation_loss"]
         self._start()
+
+
+def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:
+    """A function that adds a share of the loss and its gradients to what there is (None: nothing yet).
+
+    It runs a model of its own, which takes the weights that it is given.
+    """
+    model = GPT(config.gpt)
+    model.train()
+
+    def share_of_loss(weights: dict[str, Any], inputs: mx.array, targets: mx.array, share: mx.array) -> mx.array:
+        model.update(weights)
+        return mean_loss(model, inputs, targets) * share
+
+    loss_and_gradients = mx.value_and_grad(share_of_loss)
+
+    def add(
+        total: Gradients | None, weights: dict[str, Any], inputs: mx.array, targets: mx.array, share: mx.array
+    ) -> Gradients:
+        loss, gradients = loss_and_gradients(_in_compute_type(weights), inputs, targets, share)
+        return (loss, gradients) if total is None else (total[0] + loss, tree_map(mx.add, total[1], gradients))
+
+    compiled: Callable[..., Gradients] = mx.compile(add, inputs=[mx.random.state], outputs=[mx.random.state])
+    return compiled
+
+
+def _in_compute_type(weights: dict[str, Any]) -> dict[str, Any]:
+    """The weights as the device computes with them: on an NVIDIA GPU in bf16, but for the embeddings, whose gradients
+    add up over many tokens."""
+    if not mx.cuda.is_available():
+        return weights
+    cast: dict[str, Any] = tree_map_with_path(
+        lambda name, weight: weight if "embedding" in name else weight.astype(mx.bfloat16), weights
+    )
+    return cast
 
 
 def scalar(array: mx.array) -> float:

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument
@@ -25,25 +25,113 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        SamplingParameters(temperature=1.0),
-        SamplingParameters(temperature=0.5),
-        SamplingParameters(temperature=2.0, top_k=4),
-        SamplingParameters(temperature=1.0, top_p=0.9),
-        SamplingParameters(temperature=1.0, min_p=0.2),
-    ],
+def exact_distribution(logits: np.ndarray, parameters: SamplingParameters, seen: list[int]) -> np.ndarray:
+    """The order of Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p, each on what the
+    one before left. Written token by token, with 64 bits."""
+    values = [float(value) for value in logits]
+    for token in set(seen):
+        penalty = parameters.repetition_penalty
+        values[token] = values[token] / penalty if values[token] > 0 else values[token] * penalty
+    weights = [math.exp((value - max(values)) / parameters.temperature) for value in values]
+    kept = sorted(range(len(values)), key=lambda token: -weights[token])[: parameters.top_k or None]
+    enough = parameters.top_p * sum(weights[token] for token in kept)
+    mass, nucleus = 0.0, []
+    for token in kept:
+        if mass >= enough:
+            break
+        mass += weights[token]
+        nucleus.append(token)
+    likely = [token for token in nucleus if weights[token] >= parameters.min_p * max(weights)]
+    total = sum(weights[token] for token in likely)
+    result = np.zeros(len(values))
+    for token in likely:
+        result[token] = weights[token] / total
+    return result
+
+
+def highest_chance_chi_square(freedom: int) -> float:
+    """What a chi-square of so many degrees of freedom exceeds once in a million times
+    (Wilson & Hilferty 1931, "The distribution of chi-square")."""
+    normal = 4.753424
+    spread = 2 / (9 * freedom)
+    return float(freedom * (1 - spread + normal * spread**0.5) ** 3)
+
+
+def assert_drawn_from(probabilities: np.ndarray, counts: np.ndarray) -> None:
+    """Counts follow probabilities (Pearson 1900); what is too rare for the statistic is counted together."""
+    assert counts[probabilities == 0].sum() == 0
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    observed = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    if expected.size > 1:
+        assert ((observed - expected) ** 2 / expected).sum() < highest_chance_chi_square(expected.size - 1)
+
+
+PARAMETERS = [
+    SamplingParameters(temperature=1.0),
+    SamplingParameters(temperature=0.4),
+    SamplingParameters(temperature=3.0),
+    SamplingParameters(temperature=1.5, top_k=5),
+    SamplingParameters(temperature=1.0, top_p=0.8),
+    SamplingParameters(temperature=1.0, min_p=0.15),
+    SamplingParameters(temperature=1.0, repetition_penalty=1.7),
+    SamplingParameters(temperature=1.0, repetition_penalty=0.6),
+    SamplingParameters(temperature=2.0, top_k=6, top_p=0.7),
+    SamplingParameters(temperature=2.0, top_p=0.9, min_p=0.3),
+    SamplingParameters(temperature=0.7, top_k=9, top_p=0.95, min_p=0.02, repetition_penalty=1.3),
+]
+TWELVE = np.array([1.9, -0.3, 0.8, 0.1, -1.2, 1.4, -2.5, 0.5, -0.7, 2.2, 1.1, -4.0], np.float32)
+SEEN = [9, 4, 9, 0, 11]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
+def test_draws_over_seeds_and_positions_follow_the_exact_distribution(parameters: SamplingParameters) -> None:
+    logits = penalise_repetition(TWELVE, np.array(SEEN, np.int32), parameters.repetition_penalty)
+    drawn = [sample(logits, parameters, seed, position) for seed in range(60) for position in range(50)]
+    assert_drawn_from(exact_distribution(TWELVE, parameters, SEEN), np.bincount(drawn, minlength=TWELVE.size))
+
+
+@pytest.mark.parametrize("size", [256, 257, 1000])
+def test_draws_from_many_tokens_follow_the_exact_distribution(size: int) -> None:
+    logits = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    logits[300:600] = -np.inf
+    parameters = SamplingParameters(temperature=1.0)
+    drawn = [sample(logits, parameters, seed, position) for seed in range(200) for position in range(50)]
+    assert_drawn_from(exact_distribution(logits, parameters, []), np.bincount(drawn, minlength=size))
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 0.05, 0.4, 1.0, 3.0, 100.0])
+def test_a_draw_is_the_one_that_the_distribution_gives(temperature: float) -> None:
+    logits = (4 * np.random.default_rng(1).standard_normal(1000)).astype(np.float32)
+    parameters = SamplingParameters(temperature=temperature)
+    probabilities = distribution(logits, parameters)
+    places = [(seed, position) for seed in range(50) for position in range(40)]
+    other = sum(sample(logits, parameters, *place) != draw(probabilities, uniform(*place)) for place in places)
+    # Rounding may shift a border by a millionth.
+    assert other <= 2
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 700),
+    st.builds(
+        SamplingParameters,
+        temperature=st.floats(0.05, 5),
+        top_k=st.integers(0, 40) | st.integers(0, 800),
+        top_p=st.floats(0.001, 1),
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(0.5, 2),
+    ),
 )
-def test_draws_follow_the_exact_distribution(parameters: SamplingParameters) -> None:
-    count = 20_000
-    expected = distribution(LOGITS, parameters)
-    counts = np.bincount([sample(LOGITS, parameters, 1234, i) for i in range(count)], minlength=LOGITS.size)
-    possible = expected > 0
-    assert counts[~possible].sum() == 0
-    chi_square = ((counts - count * expected)[possible] ** 2 / (count * expected[possible])).sum()
-    # The 99.9 % point of five degrees of freedom; fewer only lower it.
-    assert chi_square < 20.5
+def test_the_filters_apply_in_their_order(seed: int, size: int, parameters: SamplingParameters) -> None:
+    generator = np.random.default_rng(seed)
+    logits = (4 * generator.standard_normal(size)).astype(np.float32)
+    seen = generator.integers(0, size, generator.integers(0, 30))
+    actual = distribution(penalise_repetition(logits, seen.astype(np.int32), parameters.repetition_penalty), parameters)
+    assert actual == pytest.approx(exact_distribution(logits, parameters, seen.tolist()), rel=1e-4, abs=1e-12)
 
 
 def test_temperature_divides_the_logits() -> None:
@@ -55,12 +143,33 @@ def test_temperature_zero_takes_the_likeliest_token() -> None:
     assert distribution(LOGITS, SamplingParameters(temperature=0.0)).tolist() == [1, 0, 0, 0, 0, 0]
 
 
-def test_top_k_keeps_the_k_likeliest() -> None:
-    kept = distribution(LOGITS, SamplingParameters(temperature=1.0, top_k=2))
-    assert kept[:2] == pytest.approx(softmax(LOGITS[:2]))
-    assert not kept[2:].any()
+def test_of_equally_likely_tokens_temperature_zero_takes_the_first() -> None:
+    tied = np.array([0.0, 3.0, -1.0, 3.0, 3.0], np.float32)
+    greedy = SamplingParameters(temperature=0.0, top_k=2, top_p=0.1, min_p=0.5)
+    assert {sample(tied, greedy, seed, position) for seed in range(10) for position in range(10)} == {1}
+    assert sample(np.zeros(50_257, np.float32), greedy, 1, 1) == 0
 
 
+def test_temperature_zero_follows_the_repetition_penalty() -> None:
+    penalised = penalise_repetition(LOGITS, np.array([0], np.int32), 3.0)
+    assert sample(penalised, SamplingParameters(temperature=0.0), 1, 1) == 1
+
+
+@pytest.mark.parametrize("top_k", range(1, 8))
+def test_top_k_keeps_the_k_likeliest(top_k: int) -> None:
+    kept = distribution(LOGITS, SamplingParameters(temperature=1.0, top_k=top_k))
+    assert kept[:top_k] == pytest.approx(softmax(LOGITS[:top_k]))
+    assert not kept[top_k:].any()
+
+
+def test_top_p_of_a_flat_distribution_keeps_its_share_of_the_tokens() -> None:
+    logits = np.linspace(1e-3, 0, 5000, dtype=np.float32)
+    kept = distribution(logits, SamplingParameters(temperature=1.0, top_p=0.9)) > 0
+    assert kept.sum() == pytest.approx(4500, abs=2)
+    assert kept[:4490].all()
+
+
+@settings(deadline=None)
 @given(st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=600), st.floats(0.01, 0.99))
 def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass(values: list[float], top_p: float) -> None:
     logits = np.array(values, np.float32)
@@ -89,17 +198,80 @@ def test_a_masked_token_is_never_drawn() -> None:
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
-    assert uniform(7, 3) == uniform(7, 3)
-    assert len({uniform(seed, position) for seed in range(50) for position in range(50)}) == 2500
+    logits = TWELVE.copy()
+    logits.flags.writeable = False
+    parameters = SamplingParameters(temperature=2.0, top_p=0.9)
+    places = [(seed, position) for seed in range(20) for position in range(20)]
+    first = {place: sample(logits, parameters, *place) for place in places}
+    # In another order, after other draws, whatever NumPy's own generator holds.
+    for seed, position in reversed(places):
+        np.random.seed(position)
+        sample(logits, SamplingParameters(temperature=1.0), position, seed)
+        assert sample(logits, parameters, seed, position) == first[seed, position]
 
 
-def test_uniform_numbers_fill_the_unit_interval_evenly() -> None:
-    numbers = np.array([uniform(seed, position) for seed in range(100) for position in range(100)])
-    counts = np.histogram(numbers, bins=20, range=(0.0, 1.0))[0]
-    # The 99.9 % point of 19 degrees of freedom.
-    assert ((counts - 500.0) ** 2 / 500.0).sum() < 43.8
+def test_no_two_seeds_and_positions_share_a_number() -> None:
+    assert len({uniform(seed, position) for seed in range(100) for position in range(100)}) == 10_000
 
 
+def test_every_bit_of_the_seed_counts() -> None:
+    assert len({uniform(1 << bit, 0) for bit in range(64)} | {uniform(0, 0)}) == 65
+
+
+@pytest.mark.parametrize(("seed_step", "position_step"), [(0, 1), (1, 0), (1, 1), (64, 64), (1 << 50, 0)])
+def test_uniform_numbers_fill_the_unit_interval_evenly(seed_step: int, position_step: int) -> None:
+    numbers = [uniform(7 + i * seed_step, 7 + i * position_step) for i in range(10_000)]
+    assert min(numbers) >= 0.0 and max(numbers) < 1.0
+    assert_drawn_from(np.full(100, 0.01), np.histogram(numbers, bins=100, range=(0.0, 1.0))[0])
+
+
+def assert_independent(first: list[float], second: list[float]) -> None:
+    """Pairs fill the unit square evenly, and are not correlated."""
+    counts = np.histogram2d(first, second, bins=10, range=[(0.0, 1.0)] * 2)[0]
+    assert_drawn_from(np.full(100, 0.01), counts.reshape(-1))
+    # The correlation of independent numbers has the standard deviation 1 / sqrt(count).
+    assert abs(np.corrcoef(first, second)[0, 1]) < 5 / len(first) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("seed_step", "position_step"), [(1, 0), (0, 1), (1, 1), (1, -1), (0, 2), (2, 0), (1 << 63, 0)]
+)
+def test_uniform_numbers_do_not_follow_from_their_neighbours(seed_step: int, position_step: int) -> None:
+    places = [(seed, position) for seed in range(100) for position in range(1, 101)]
+    assert_independent(
+        [uniform(*place) for place in places],
+        [uniform(seed + seed_step, position + position_step) for seed, position in places],
+    )
+
+
+def test_seed_and_position_swapped_give_another_number() -> None:
+    places = [(seed, position) for seed in range(150) for position in range(seed)]
+    assert_independent([uniform(*place) for place in places], [uniform(position, seed) for seed, position in places])
+
+
+def test_the_highest_number_draws_a_possible_token_and_a_late_one() -> None:
+    for seed in range(200):
+        weights = np.random.default_rng(seed).random(300 + seed, np.float32)
+        weights[-40:] = 0.0
+        token = draw(weights, 1 - 2**-53)
+        assert weights[token] > 0
+        assert weights[token + 1 :].sum() < 1e-3
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2000), st.floats(0, 1), st.floats(0, 1, exclude_max=True))
+def test_a_number_draws_the_token_at_which_the_sum_passes_it(seed: int, size: int, zeros: float, number: float) -> None:
+    generator = np.random.default_rng(seed)
+    weights = generator.random(size) * (generator.random(size) >= zeros)
+    weights[generator.integers(size)] = 1.0
+    token = draw(weights, number)
+    target = number * weights.sum()
+    assert weights[token] > 0
+    assert weights[:token].sum() <= target * (1 + 1e-9)
+    assert weights[: token + 1].sum() >= target * (1 - 1e-9)
+
+
+@settings(deadline=None)
 @given(st.floats(0, 1, exclude_max=True))
 def test_no_number_draws_an_impossible_token(number: float) -> None:
     probabilities = np.array([0.0, 0.3, 0.0, 0.7, 0.0])

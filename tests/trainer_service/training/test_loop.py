@@ -15,6 +15,7 @@ from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evalua
 from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.overfitting import OverfittingWatch
 from trainer_service.training.trainer import Trainer
+from trainer_service.training.workers import Workers
 
 CONFIG = TrainingConfig(
     tokenizer="bpe",
@@ -123,7 +124,7 @@ def test_held_out_loss_is_exact_whatever_the_rows_at_a_time() -> None:
     trainer = Trainer(CONFIG, TEXT)
     trainer.model.load_weights([("token_embedding.weight", mx.zeros((300, 16)))], strict=False)
     for rows in (1, 7, 64):
-        held_out = evaluate(trainer.model, evaluation_set(), rows)
+        held_out = evaluate(trainer.model, evaluation_set(), rows, Workers())
         # With a tied head of zeros every token is as likely as any other.
         assert held_out.nats_per_token == pytest.approx(math.log(300), rel=1e-5)
         assert held_out.bits_per_byte == pytest.approx(math.log2(300) / 2, rel=1e-5)
@@ -132,7 +133,9 @@ def test_held_out_loss_is_exact_whatever_the_rows_at_a_time() -> None:
 
 def test_evaluation_uses_no_dropout_and_leaves_training_on() -> None:
     trainer = Trainer(CONFIG, TEXT)
-    assert evaluate(trainer.model, evaluation_set(), 4) == evaluate(trainer.model, evaluation_set(), 4)
+    assert evaluate(trainer.model, evaluation_set(), 4, Workers()) == evaluate(
+        trainer.model, evaluation_set(), 4, Workers()
+    )
     assert trainer.model.training
 
 

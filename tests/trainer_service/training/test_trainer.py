@@ -8,10 +8,12 @@ import pytest
 from shared.errors import InvalidArgument
 from shared.gpt.model import parameters_of
 from trainer_service.presets import find_preset
+from trainer_service.training import trainer as trainer_module
 from trainer_service.training.batches import batch
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.optimizer import learning_rate
 from trainer_service.training.trainer import Trainer, scalar
+from trainer_service.training.workers import Workers
 
 
 def tiny(**values: object) -> TrainingConfig:
@@ -119,3 +121,38 @@ def test_targets_are_the_inputs_one_token_later() -> None:
 def test_a_text_of_one_window_is_enough() -> None:
     drawn = batch(TEXT[:9], seed=1, step=1, rows=2, context_length=8)
     np.testing.assert_array_equal(drawn.inputs, np.stack([TEXT[:8]] * 2))
+
+
+def test_several_workers_take_the_same_step_as_one() -> None:
+    # 5 rows among 2 workers: parts of 2 and 3.
+    config = tiny(batch_size=5, dropout=0.0)
+    alone = Trainer(config, TEXT)
+    with Workers(2) as workers:
+        together, again = Trainer(config, TEXT, workers), Trainer(config, TEXT, workers)
+        for _ in range(3):
+            losses = [scalar(trainer.take_step().loss) for trainer in (alone, together, again)]
+            assert losses[1] == losses[2] == pytest.approx(losses[0], abs=1e-5)
+    for name, value in weights(alone).items():
+        np.testing.assert_allclose(weights(together)[name], value, atol=2e-5)
+        np.testing.assert_array_equal(weights(together)[name], weights(again)[name])
+
+
+def test_a_batch_in_pieces_takes_the_same_step_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(batch_size=7, dropout=0.0)
+    whole = Trainer(config, TEXT)
+    whole.take_step()
+    monkeypatch.setattr(trainer_module, "_MICRO_BATCH_TOKENS", 3 * config.context_length)
+    pieces = Trainer(config, TEXT)
+    pieces.take_step()
+    for name, value in weights(whole).items():
+        np.testing.assert_allclose(weights(pieces)[name], value, atol=2e-5)
+
+
+def test_workers_draw_different_dropout() -> None:
+    # Every row holds the same tokens, so that only dropout can tell the parts' losses apart.
+    config = tiny(dropout=0.5, batch_size=2)
+    text = np.full(9, 5, np.uint16)
+    with Workers(2) as workers:
+        both = Trainer(config, text, workers).take_step().loss
+    one = Trainer(replace(config, batch_size=1), text).take_step().loss
+    assert scalar(both) != scalar(one)

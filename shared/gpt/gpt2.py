@@ -1,0 +1,208 @@
+"""GPT-2 in Hugging Face's layout: config.json and model.safetensors, into our model and out of it.
+
+Source: the published GPT-2, and `GPT2LMHeadModel` of the library transformers, which reads and writes such folders.
+Shapes: C width, F hidden width, S positions of the context, V vocabulary.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
+from shared.gpt.config import GPTConfig
+from shared.gpt.model import GPT, parameters_of
+from shared.gpt.weights import load_arrays
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREFIX = "transformer."
+EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
+# Masks that older files hold beside the weights.
+BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
+# Where our model has no choice, what config.json may say; what it leaves out is the first.
+SUPPORTED: dict[str, tuple[object, ...]] = {
+    "model_type": ("gpt2",),
+    "architectures": (["GPT2LMHeadModel"],),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "reorder_and_upcast_attn": (False,),
+    "add_cross_attention": (False,),
+}
+
+
+@dataclass(frozen=True)
+class PublishedConfig:
+    """The shape that a config.json describes, and the ids that it says end a text."""
+
+    gpt: GPTConfig
+    end_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A parameter under both names, the published one without `transformer.`, and with its published shape: the
+    matrices of a block are (in, out) there."""
+
+    published: str
+    ours: str
+    shape: tuple[int, ...]
+
+    def stored(self, prefix: str) -> str:
+        """Its name in a file in which all names but the head's begin with a prefix."""
+        return self.published if self.published == HEAD else prefix + self.published
+
+    def turned(self, array: mx.array) -> mx.array:
+        """The array in the other layout, either way."""
+        return array.T if self.published.startswith("h.") else array
+
+
+def tensors(config: GPTConfig) -> Iterator[Tensor]:
+    """Every parameter of a model; a tied head is none."""
+    C, F = config.width, config.hidden_width
+    modules = [
+        ("ln_1", "attention_norm", (C,)),
+        ("attn.c_attn", "attention.qkv", (C, 3 * C)),
+        ("attn.c_proj", "attention.output", (C, C)),
+        ("ln_2", "feed_forward_norm", (C,)),
+        ("mlp.c_fc", "feed_forward.up", (C, F)),
+        ("mlp.c_proj", "feed_forward.down", (F, C)),
+    ]
+    yield Tensor(EMBEDDING, "token_embedding.weight", (config.vocabulary_size, C))
+    yield Tensor("wpe.weight", "position_embedding.weight", (config.context_length, C))
+    for layer in range(config.layers):
+        for published, ours, shape in modules:
+            yield Tensor(f"h.{layer}.{published}.weight", f"blocks.{layer}.{ours}.weight", shape)
+            yield Tensor(f"h.{layer}.{published}.bias", f"blocks.{layer}.{ours}.bias", shape[-1:])
+    yield Tensor("ln_f.weight", "final_norm.weight", (C,))
+    yield Tensor("ln_f.bias", "final_norm.bias", (C,))
+    if not config.tied_head:
+        yield Tensor(HEAD, "head.weight", (config.vocabulary_size, C))
+
+
+def read_config(directory: Path) -> PublishedConfig:
+    """What a folder's config.json says. Dropout is `resid_pdrop`; our model has none where `attn_pdrop` would act.
+
+    Raises `NotFound` where the folder or a file is missing, and `InvalidArgument` where our model cannot be like that.
+    """
+    if not directory.is_dir():
+        raise NotFound(f"The folder {directory} does not exist.")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise NotFound(f"{directory} has no {name}, so it is no GPT-2 with its weights in one safetensors file.")
+    path = directory / CONFIG_FILE
+    settings = read_json(path)
+
+    def unsupported(name: str, right: str) -> InvalidArgument:
+        return InvalidArgument(f"{path} says that {name} is {json.dumps(settings.get(name))}, but it must be {right}.")
+
+    def number(name: str) -> int:
+        value = settings.get(name)
+        if type(value) is not int:
+            raise unsupported(name, "a whole number")
+        return value
+
+    for name, supported in SUPPORTED.items():
+        if settings.get(name, supported[0]) not in (None, *supported):
+            raise unsupported(name, " or ".join(map(json.dumps, supported)))
+    dropout = settings.get("resid_pdrop", 0.1)
+    if not isinstance(dropout, int | float):
+        raise unsupported("resid_pdrop", "a number")
+    if settings.get("embd_pdrop", 0.1) != dropout:
+        raise unsupported("embd_pdrop", f"{dropout} like resid_pdrop")
+    tied = settings.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise unsupported("tie_word_embeddings", "true or false")
+    width, end = number("n_embd"), settings.get("eos_token_id")
+    config = GPTConfig(
+        layers=number("n_layer"),
+        width=width,
+        heads=number("n_head"),
+        hidden_width=4 * width if settings.get("n_inner") is None else number("n_inner"),
+        context_length=number("n_positions"),
+        vocabulary_size=number("vocab_size"),
+        tied_head=tied,
+        dropout=float(dropout),
+    )
+    ends = end if isinstance(end, list) else [end]
+    return PublishedConfig(config, tuple(each for each in ends if isinstance(each, int)))
+
+
+def read_model(directory: Path, config: GPTConfig) -> GPT:
+    """The model of a folder in fp32, evaluated and in evaluation mode; fp16 and bf16 become fp32.
+
+    Raises `CorruptCheckpoint` where names or shapes do not fit the configuration or a value is not finite, and
+    `InvalidArgument` where the numbers are of another type.
+    """
+    path = directory / WEIGHTS_FILE
+    arrays = {name: array for name, array in load_arrays(path).items() if not BUFFER.fullmatch(name)}
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in arrays) else ""
+    # A configuration may claim a million layers, which are better not listed.
+    layers = len({name.removeprefix(prefix).split(".")[1] for name in arrays if name.startswith(f"{prefix}h.")})
+    if layers != config.layers:
+        raise CorruptCheckpoint(f"{path} holds {layers} layers, but n_layer is {config.layers} in {CONFIG_FILE}.")
+    head = arrays.pop(HEAD, None) if config.tied_head else None
+    expected = {tensor.stored(prefix): tensor for tensor in tensors(config)}
+    if odd := sorted(set(arrays) ^ set(expected)):
+        raise CorruptCheckpoint(
+            f"{path} does not hold the weights that {CONFIG_FILE} describes: missing or extra are {', '.join(odd[:5])}."
+        )
+    for name, tensor in expected.items():
+        array = arrays[name]
+        if array.shape != tensor.shape:
+            raise CorruptCheckpoint(f"{path} holds {name} as {array.shape}, but {CONFIG_FILE} makes it {tensor.shape}.")
+        if array.dtype not in (mx.float32, mx.float16, mx.bfloat16):
+            raise InvalidArgument(f"{path} holds {name} as {array.dtype}, but only fp32, fp16 and bf16 can be read.")
+    if head is not None and not mx.array_equal(head, arrays[prefix + EMBEDDING]):
+        raise CorruptCheckpoint(f"{path} holds another {HEAD} than {EMBEDDING}, but tie_word_embeddings is true.")
+    if not mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in arrays.values()])):
+        raise CorruptCheckpoint(f"{path} holds values that are not finite.")
+    model = GPT(config)
+    model.load_weights(
+        [(tensor.ours, tensor.turned(arrays[name]).astype(mx.float32)) for name, tensor in expected.items()]
+    )
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def write_model(model: GPT, end_token: int, directory: Path) -> None:
+    """Writes config.json and model.safetensors, in fp32, into a folder."""
+    config, parameters = model.config, parameters_of(model)
+    settings = {name: supported[0] for name, supported in SUPPORTED.items()} | {
+        "n_layer": config.layers,
+        "n_embd": config.width,
+        "n_head": config.heads,
+        "n_inner": config.hidden_width,
+        "n_positions": config.context_length,
+        "vocab_size": config.vocabulary_size,
+        "tie_word_embeddings": config.tied_head,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": 0.0,
+        "bos_token_id": end_token,
+        "eos_token_id": end_token,
+    }
+    (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    arrays = {tensor.stored(PREFIX): tensor.turned(parameters[tensor.ours]) for tensor in tensors(config)}
+    # transformers reads no file whose metadata do not name a framework.
+    mx.save_safetensors(str(directory / WEIGHTS_FILE), arrays, metadata={"format": "pt"})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises `InvalidArgument` where it holds none."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InvalidArgument(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{path} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise InvalidArgument(f"{path} holds no JSON object.")
+    return values

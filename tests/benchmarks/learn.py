@@ -1,0 +1,138 @@
+"""Does the training learn as well as PyTorch's? The classic recipe on real stories, side by side, several seeds each.
+
+python -m tests.benchmarks.learn prepare --help, then python -m tests.benchmarks.learn run --help
+"""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from shared import accelerator
+from tests.benchmarks.side_by_side import ROOT, print_table
+from trainer_service.presets import PRESETS
+from trainer_service.training.batches import Tokens, batch
+from trainer_service.training.config import TrainingConfig
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+# 53M parameters, untied, dropout 0.1, 12 x 512, 3e-4 after 2000 steps of warm-up, a cosine down to a tenth.
+RECIPE = PRESETS["tinystories-53m"]
+Folder = Annotated[Path, typer.Argument(help="Where the tokens are kept.")]
+
+
+@app.command()
+def prepare(
+    folder: Folder,
+    dataset: Annotated[list[str], typer.Option(help="Files of training text. Repeatable.")],
+    validation: Annotated[list[str], typer.Option(help="Files of held-out text. Repeatable.")],
+) -> None:
+    """Tokenise the text with GPT-2's tokenizer, all of it, into two files."""
+    from trainer_service.training.corpus import DatasetSpec
+    from trainer_service.training.tokens import prepare
+
+    config = replace(RECIPE, max_train_tokens=10**9, max_validation_tokens=10**9)
+    data = prepare(DatasetSpec(tuple(dataset), tuple(validation)), config, folder, lambda _: None)
+    np.save(folder / "train.npy", data.train)
+    np.save(folder / "validation.npy", data.validation)
+    print(f"{data.train.size:,} training and {data.validation.size:,} held-out tokens")
+
+
+@app.command()
+def run(folder: Folder, seeds: int = 2, steps: int = 8000, interval: int = 250) -> None:
+    """Train with both, one after the other, and print the best held-out loss of each run in nats per token."""
+    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    train, held_out = (np.load(folder / name) for name in ("train.npy", "validation.npy"))
+    count = (held_out.size - 1) // RECIPE.context_length
+    windows = np.stack([held_out[start : start + RECIPE.context_length + 1] for start in range(0, count * 512, 512)])
+    rows: list[list[str]] = []
+    best: dict[str, list[float]] = {}
+    for implementation in (with_gptloop, with_pytorch):
+        for seed in range(1, seeds + 1):
+            config = replace(RECIPE, max_steps=steps, warmup_steps=min(2000, steps // 4), seed=seed)
+            start_s = time.perf_counter()
+            losses = implementation(config, train, windows, interval)
+            seconds = time.perf_counter() - start_s
+            step, loss = min(losses, key=lambda each: each[1])
+            best.setdefault(implementation.__name__, []).append(loss)
+            print(implementation.__name__, seed, " ".join(f"{at}:{value:.4f}" for at, value in losses), flush=True)
+            rows.append([implementation.__name__[5:], str(seed), f"{loss:.4f}", str(step), f"{seconds:.0f} s"])
+    print_table(["implementation", "seed", "best held-out loss", "at step", "time"], rows)
+    ours, theirs = (sum(losses) / seeds for losses in best.values())
+    print(f"mean of the best: {ours:.4f} here, {theirs:.4f} in PyTorch, difference {ours - theirs:+.4f} nats")
+
+
+def with_gptloop(config: TrainingConfig, train: Tokens, windows: Tokens, interval: int) -> list[tuple[int, float]]:
+    from trainer_service.training.evaluate import EvaluationSet, evaluate
+    from trainer_service.training.trainer import Trainer
+
+    trainer = Trainer(config, train)
+    evaluation_set = EvaluationSet(windows, 1, "")
+    losses = []
+    while trainer.step < config.max_steps:
+        trainer.take_step()
+        if trainer.step % interval == 0:
+            loss = evaluate(trainer.model, evaluation_set, 32, trainer.workers).nats_per_token
+            losses.append((trainer.step, loss))
+    return losses
+
+
+def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interval: int) -> list[tuple[int, float]]:
+    import torch
+
+    from tests.benchmarks.peers.pytorch import GPT, make_optimizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    values: dict[str, Any] = config.to_dict()
+    padded = -(-config.vocabulary_size // 64) * 64
+    model = GPT(values, padded).to(device)
+    optimizer = make_optimizer(model, values)
+    compiled = torch.compile(model.loss)
+
+    def tensor(tokens: Any) -> Any:
+        return torch.from_numpy(tokens.astype(np.int64)).to(device, non_blocking=True)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def held_out() -> float:
+        model.eval()
+        losses = []
+        for start in range(0, len(windows), 32):
+            some = tensor(windows[start : start + 32])
+            logits = model(some[:, :-1])[..., : config.vocabulary_size]
+            losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten()).item())
+        model.train()
+        sizes = [len(windows[start : start + 32]) for start in range(0, len(windows), 32)]
+        return float(np.average(losses, weights=sizes))
+
+    results = []
+    for step in range(config.max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(config, step)
+        drawn = batch(train, seed=config.seed, step=step, rows=config.batch_size, context_length=config.context_length)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = compiled(tensor(drawn.inputs), tensor(drawn.targets))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % interval == 0:
+            results.append((step + 1, held_out()))
+    return results
+
+
+def _learning_rate(config: TrainingConfig, step: int) -> float:
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+    final = config.final_learning_rate_ratio
+    return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+if __name__ == "__main__":
+    app()

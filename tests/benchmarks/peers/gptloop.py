@@ -1,0 +1,92 @@
+"""This project, through the classes that its services run."""
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from shared import accelerator
+from tests.benchmarks.side_by_side import ROOT, cores
+from tests.benchmarks.worker import resident_peak
+
+# Training shares the cores out itself, decoding leaves them to the BLAS.
+_ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=sys.argv[1] == "Training")
+
+import mlx.core as mx  # noqa: E402
+
+from inference_service.engine.request import GenerationRequest  # noqa: E402
+from inference_service.engine.runner import Runner  # noqa: E402
+from inference_service.engine.scheduler import Scheduler  # noqa: E402
+from inference_service.engine.sequence import Sequence  # noqa: E402
+from shared.gpt.model import GPT  # noqa: E402
+from shared.gpt.sampling import SamplingParameters  # noqa: E402
+from trainer_service.training.config import TrainingConfig  # noqa: E402
+from trainer_service.training.trainer import Trainer  # noqa: E402
+from trainer_service.training.workers import Workers  # noqa: E402
+
+
+class Training:
+    def __init__(self, config: dict[str, Any], rows: int, variant: str) -> None:
+        whole = TrainingConfig.from_dict({**config, "batch_size": rows})
+        tokens = np.random.default_rng(1).integers(whole.vocabulary_size, size=1_000_000, dtype=np.uint16)
+        self._workers = Workers(_ACCELERATOR.threads)
+        self._trainer = Trainer(whole, tokens, self._workers)
+
+    def step(self) -> None:
+        self._last = self._trainer.take_step()
+
+    def wait(self) -> None:
+        mx.eval(self._last.loss, self._trainer.model.parameters())
+
+    def end(self) -> None:
+        self._workers.__exit__()
+
+    def peak_bytes(self) -> int:
+        return resident_peak() if mx.default_device() == mx.Device(mx.cpu) else mx.get_peak_memory()
+
+
+class Decoding:
+    """Decoding of `rows` sequences from a context of `position` tokens on, as the engine's thread does it.
+
+    `variant` "" draws at temperature 0.8, "greedy" takes the likeliest token, "forward" draws nothing.
+    """
+
+    def __init__(self, config: dict[str, Any], rows: int, position: int, variant: str) -> None:
+        whole = TrainingConfig.from_dict(config)
+        self._position, self._last, self._draws = position, whole.context_length, variant != "forward"
+        mx.random.seed(1)
+        model = GPT(whole.gpt)
+        model.eval()
+        mx.eval(model.parameters())
+        slots = max(2, rows)
+        self._runner, self._scheduler = Runner(model, slots, threads=cores()), Scheduler(slots)
+        sampling = SamplingParameters(temperature=0.0 if variant == "greedy" else 0.8)
+        for seed in range(rows):
+            prompt = tuple(np.random.default_rng(seed).integers(whole.vocabulary_size, size=position).tolist())
+            request = GenerationRequest(str(seed), 1, prompt, seed, whole.context_length, time.monotonic(), sampling)
+            self._scheduler.add(Sequence(request, whole.context_length, -1, lambda token: b"a"))
+        self._sequences = self._scheduler.admit()
+        while not all(sequence.prefilled for sequence in self._sequences):
+            self.step()
+
+    def step(self) -> None:
+        plan = self._scheduler.plan()
+        assert plan is not None
+        if self._draws:
+            for sequence, draw in self._runner.run(plan):
+                assert draw is not None
+                sequence.generated.append(draw.token)
+        else:
+            for sequence in self._runner.forward(plan):
+                sequence.generated.append(0)
+        self._scheduler.record(plan)
+        for sequence in self._sequences:
+            if sequence.read == self._last:
+                sequence.read = self._position
+
+    def wait(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return resident_peak()

@@ -1,0 +1,146 @@
+"""The same model, loss and optimizer in PyTorch, as nanoGPT writes them."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from tests.benchmarks.side_by_side import cores
+from tests.benchmarks.worker import resident_peak
+
+Config = dict[str, Any]
+Cache = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config["width"]
+        self.heads = config["heads"]
+        self.ln_1 = nn.LayerNorm(width)
+        self.c_attn = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+        self.ln_2 = nn.LayerNorm(width)
+        self.c_fc = nn.Linear(width, config["hidden_width"])
+        self.mlp_proj = nn.Linear(config["hidden_width"], width)
+        self.dropout = nn.Dropout(config["dropout"])
+
+    def forward(self, x: torch.Tensor, cache: Any = None, position: int = 0) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
+        q, k, v = (a.view(B, T, self.heads, C // self.heads).transpose(1, 2) for a in (q, k, v))
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            keys, values = cache
+            keys[:, :, position : position + T] = k
+            values[:, :, position : position + T] = v
+            end = position + T
+            y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], is_causal=T > 1)
+        x = x + self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return x + self.dropout(self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x)), approximate="tanh")))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config, vocabulary: int) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(vocabulary, config["width"])
+        self.wpe = nn.Embedding(config["context_length"], config["width"])
+        self.dropout = nn.Dropout(config["dropout"])
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config["layers"]))
+        self.ln_f = nn.LayerNorm(config["width"])
+        self.head = nn.Linear(config["width"], vocabulary, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                residual = name.endswith(("c_proj.weight", "mlp_proj.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config["layers"]) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        if config["tied_head"]:
+            self.head.weight = self.wte.weight
+
+    def forward(self, tokens: torch.Tensor, cache: Cache | None = None, position: int = 0) -> torch.Tensor:
+        positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.wte(tokens) + self.wpe(positions))
+        for number, block in enumerate(self.blocks):
+            x = block(x, cache[number] if cache else None, position)
+        return self.head(self.ln_f(x))  # type: ignore[no-any-return]
+
+    def loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [one for one in parameters if one.ndim >= 2], "weight_decay": config["weight_decay"]},
+        {"params": [one for one in parameters if one.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=config["learning_rate"], betas=(config["beta1"], config["beta2"]), eps=1e-8, fused=True
+    )
+
+
+class Training:
+    """`variant` "eager" or "compiled". On a GPU in bf16 by autocast over fp32 weights, the vocabulary padded to 64."""
+
+    def __init__(self, config: Config, rows: int, variant: str) -> None:
+        torch.set_num_threads(cores())
+        torch.manual_seed(1)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_float32_matmul_precision("high")
+        vocabulary = config["vocabulary_size"]
+        padded = -(-vocabulary // 64) * 64 if self._device == "cuda" else vocabulary
+        self.model = GPT(config, padded).to(self._device)
+        self._loss = torch.compile(self.model.loss) if variant == "compiled" else self.model.loss
+        self._optimizer = make_optimizer(self.model, config)
+        self._clip = config["max_gradient_norm"]
+        shape = (rows, config["context_length"] + 1)
+        tokens = torch.randint(vocabulary, shape, device=self._device)
+        self._inputs, self._targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step(self) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=self._device == "cuda"):
+            loss = self._loss(self._inputs, self._targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def wait(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() if self._device == "cuda" else resident_peak()
+
+
+class Decoding:
+    """Greedy decoding of `rows` rows from a context of `position` tokens on; every step reads the tokens back."""
+
+    def __init__(self, config: Config, rows: int, position: int, variant: str) -> None:
+        torch.set_num_threads(cores())
+        torch.manual_seed(1)
+        self._model = GPT(config, config["vocabulary_size"]).eval()
+        shape = (rows, config["heads"], config["context_length"], config["width"] // config["heads"])
+        self._cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config["layers"])]
+        self._tokens = torch.zeros((rows, 1), dtype=torch.long)
+        self._start = self._position = position
+        self._last = config["context_length"]
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        if self._position == self._last:
+            self._position = self._start
+        logits = self._model(self._tokens, self._cache, self._position)
+        self._tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
+        self._tokens.tolist()
+        self._position += 1
+
+    def wait(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return resident_peak()

@@ -1,0 +1,96 @@
+"""Measures several implementations of one task in turn, round by round, each in a process of its own.
+
+So drifts of a shared machine meet all of them alike, and no thread pool or allocator disturbs another.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The median seconds of a step, the peak of memory in bytes, and the floor in seconds by the products' own speed.
+
+    On a CPU the memory is all that is resident, on a GPU all that is allocated there.
+    """
+
+    step_s: float
+    spread: float
+    peak_bytes: int
+    details: Mapping[str, float]
+
+
+class Peer:
+    """One implementation in its own process, which steps when told."""
+
+    def __init__(self, task: str, name: str, specification: Mapping[str, object]) -> None:
+        self.name = name
+        command = [sys.executable, "-m", "tests.benchmarks.worker", task, name, json.dumps(specification)]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, steps: int) -> dict[str, float]:
+        """Takes `steps` steps; their seconds, and whatever else the implementation tells."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(steps, file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}.")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+    def end(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def measure(
+    task: str, names: Sequence[str], specification: Mapping[str, object], *, rounds: int, steps: int
+) -> dict[str, Measured]:
+    """The median over `rounds` of `steps` steps by each peer in turn, after one round that is not counted."""
+    peers = [Peer(task, name, specification) for name in names]
+    try:
+        answers: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for number in range(rounds + 1):
+            for peer in peers:
+                print(f"\r{peer.name}: round {number} of {rounds}      ", end="", file=sys.stderr, flush=True)
+                answers[peer.name].append(peer.run(steps))
+        print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
+    finally:
+        for peer in peers:
+            peer.end()
+    results = {}
+    for name, rows in answers.items():
+        times = [row["seconds"] / steps for row in rows[1:]]
+        middle = statistics.median(times)
+        details = {
+            key: statistics.median(row[key] for row in rows[1:])
+            for key in rows[-1]
+            if key not in ("seconds", "peak_bytes")
+        }
+        results[name] = Measured(middle, (max(times) - min(times)) / middle, int(rows[-1]["peak_bytes"]), details)
+    return results
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table, so that a result can be kept as it is printed."""
+    widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
+    for number, row in enumerate((columns, *rows)):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
+        if number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

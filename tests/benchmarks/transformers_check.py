@@ -1,0 +1,64 @@
+"""Compares an exported folder in transformers and here: python -m tests.benchmarks.transformers_check DIR
+
+Prints the largest difference of logits, on one row that fills the context, and compares the token ids of several texts.
+Exit code 1 where logits differ by more than 1e-4, or ids at all. Run it where torch and transformers are installed
+beside the packages of this project.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from shared.accelerator import prepare
+from shared.settings import read_directories
+
+TOLERANCE = 1e-4
+TEXTS = (
+    "Once upon a time, there was a little fox who couldn't sleep.",
+    "  Don't WE'LL they've  12345 6.78e-9\t\ttabs\n\n\nand lines \n ",
+    "naïve café — “quoted” … 日本語 Ελληνικά العربية 🙂👩‍👩‍👧 \u00a0\u2003\u0085\x00\x7f",
+    "def f(x):\n    return x  # ###### ------ ======\r\n",
+    "",
+)
+
+
+def check(directory: Path) -> bool:
+    """Prints what differs; whether everything is equal."""
+    # Only now, as MLX must load after its fast BLAS.
+    import mlx.core as mx
+
+    from shared.gpt.gpt2 import read_config, read_model
+    from shared.gpt.gpt2_tokenizer import read_tokenizer
+
+    torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(directory).eval()
+    config = read_config(directory).gpt
+    tokens = np.random.default_rng(0).integers(0, config.vocabulary_size, (1, config.context_length))  # (1, T)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()  # (1, T, V)
+    ours = np.array(read_model(directory, config)(mx.array(tokens)))  # (1, T, V)
+    difference = float(np.abs(ours - expected).max())
+    print(f"logits    {difference:.1e} at most apart, of {np.abs(expected).max():.3g}; {TOLERANCE:.0e} is allowed")
+
+    tokenizer, their_tokenizer = (
+        read_tokenizer(directory, config.vocabulary_size),
+        transformers.GPT2TokenizerFast.from_pretrained(directory),
+    )
+    other = [text for text in TEXTS if tokenizer.encode(text) != their_tokenizer(text)["input_ids"]]
+    print(
+        f"token ids {len(TEXTS) - len(other)} of {len(TEXTS)} texts alike"
+        + "".join(f"\n  not {text!r}" for text in other)
+    )
+    ends = their_tokenizer.eos_token_id, theirs.config.eos_token_id
+    print(f"end token {tokenizer.end_token} here, {ends[0]} and {ends[1]} there")
+    return difference <= TOLERANCE and not other and set(ends) == {tokenizer.end_token}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tests.benchmarks.transformers_check DIR")
+    prepare(read_directories(os.environ).cache / "transformers_check")
+    sys.exit(0 if check(Path(sys.argv[1])) else 1)

@@ -1,0 +1,81 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from shared.gpt.cache import KVCache
+from shared.gpt.config import GPTConfig
+from shared.gpt.cpu_decode import Threads, decode, product
+from shared.gpt.model import GPT
+from shared.gpt.operations import on_cpu
+from tests.fakes import tiny_model
+
+pytestmark = pytest.mark.skipif(not on_cpu(), reason="MLX does not compute on the CPU")
+
+# Large enough for its products to be shared among threads.
+WIDE = GPTConfig(2, 96, 3, 384, 40, 3001, tied_head=False)
+
+
+def filled_cache(config: GPTConfig, slots: int, threads: int = 1) -> KVCache:
+    cache = KVCache(config, slots, threads)
+    for number, layer in enumerate(cache.layers):
+        keys, values = mx.random.split(mx.random.key(number))
+        layer.keys = mx.random.normal(layer.keys.shape, key=keys)
+        layer.values = mx.random.normal(layer.values.shape, key=values)
+    return cache
+
+
+def tokens_and_positions(config: GPTConfig, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(rows)
+    tokens = generator.integers(config.vocabulary_size, size=rows, dtype=np.int32)
+    return tokens, generator.integers(config.context_length, size=rows, dtype=np.int32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 70])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 2), (7, 31), (48, 32), (384, 97), (1536, 50), (40_000, 3)])
+def test_a_product_is_that_of_the_whole_matrices(rows: int, inputs: int, outputs: int) -> None:
+    generator = np.random.default_rng(rows)
+    x = generator.standard_normal((rows, inputs), np.float32)
+    weight = generator.standard_normal((outputs, inputs), np.float32)
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
+    assert np.abs(product(x, weight, Threads(1)) - expected).max() < 1e-5 * inputs
+
+
+@pytest.mark.parametrize("rows", [1, 3, 34])
+def test_logits_and_cache_are_those_of_mlx(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(1, WIDE)
+    here, there = filled_cache(WIDE, rows), filled_cache(WIDE, rows)
+    tokens, positions = tokens_and_positions(WIDE, rows)
+    logits = decode(model, tokens, here, positions)
+    monkeypatch.setattr("shared.gpt.model.on_cpu", lambda: False)
+    expected = model.decode(mx.array(tokens), there, mx.array(positions))
+    assert mx.allclose(mx.array(logits), expected, rtol=0, atol=1e-5)
+    for one, other in zip(here.arrays, there.arrays, strict=True):
+        assert mx.allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_changes_not_one_bit(threads: int) -> None:
+    model = tiny_model(1, WIDE)
+    tokens, positions = tokens_and_positions(WIDE, 9)
+    alone, together = filled_cache(WIDE, 9), filled_cache(WIDE, 9, threads)
+    assert np.array_equal(decode(model, tokens, alone, positions), decode(model, tokens, together, positions))
+    assert all(map(mx.array_equal, alone.arrays, together.arrays))
+
+
+def test_slots_beyond_the_tokens_are_left_alone() -> None:
+    model: GPT = tiny_model(1, WIDE)
+    tokens, positions = tokens_and_positions(WIDE, 2)
+    cache, untouched = filled_cache(WIDE, 4), filled_cache(WIDE, 4)
+    decode(model, tokens, cache, positions)
+    for one, other in zip(cache.arrays, untouched.arrays, strict=True):
+        assert not mx.array_equal(one[:2], other[:2])
+        assert mx.array_equal(one[2:], other[2:])
+
+
+def test_a_layer_of_a_new_cache_has_memory_of_its_own() -> None:
+    model: GPT = tiny_model(1, WIDE)
+    cache = KVCache(WIDE, 2)
+    decode(model, np.array([1, 2], np.int32), cache, np.array([0, 0], np.int32))
+    written = [np.array(array[:, :, 0]) for array in cache.arrays]
+    assert len({array.tobytes() for array in written}) == len(written)
+    assert not any(np.array(array[:, :, 1:]).any() for array in cache.arrays)

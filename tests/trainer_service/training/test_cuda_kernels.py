@@ -1,0 +1,58 @@
+"""The NVIDIA kernels of training against the plain formulas in fp32."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from shared.gpt.config import GPTConfig
+from shared.gpt.model import GPT
+from trainer_service.training import cuda_adamw, cuda_loss
+from trainer_service.training.loss import mean_loss
+
+pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="There is no NVIDIA GPU.")
+
+
+@pytest.mark.parametrize("vocabulary_size", [257, 4096, 50257])
+def test_cross_entropy(vocabulary_size: int) -> None:
+    rows, padded = 65, -(-vocabulary_size // 64) * 64
+    logits = (mx.random.normal((rows, padded)) * 5).astype(mx.bfloat16)
+    targets = mx.random.randint(0, vocabulary_size, (rows,))
+    losses, difference = cuda_loss.cross_entropy(logits, targets, vocabulary_size)
+    plain = logits[:, :vocabulary_size].astype(mx.float32)
+    assert (mx.abs(losses - nn.losses.cross_entropy(plain, targets)).max() < 1e-4).item()
+    expected = mx.softmax(plain, axis=-1) - (mx.arange(vocabulary_size) == targets[:, None])
+    assert (mx.abs(difference[:, :vocabulary_size].astype(mx.float32) - expected).max() < 2**-8).item()
+    assert mx.all(difference[:, vocabulary_size:] == 0).item()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_in_bf16_is_that_in_fp32_within_a_hundredth(tied: bool) -> None:
+    config = GPTConfig(
+        layers=4, width=256, heads=4, hidden_width=1024, context_length=128, vocabulary_size=5003, tied_head=tied
+    )
+    mx.random.seed(1)
+    model = GPT(config)
+    tokens = mx.random.randint(0, config.vocabulary_size, (8, 129))
+    wide = mean_loss(model, tokens[:, :-1], tokens[:, 1:]).item()
+    model.apply(lambda array: array.astype(mx.bfloat16))
+    narrow = mean_loss(model, tokens[:, :-1], tokens[:, 1:]).item()
+    assert narrow == pytest.approx(wide, abs=1e-2)
+
+
+def test_adamw_over_more_arrays_than_a_kernel_takes() -> None:
+    shapes = [(1000, 37), (5001,), (13,), (1,)] * 20
+    parameters, first, second = ([mx.random.normal(shape) for shape in shapes] for _ in range(3))
+    second = [mx.abs(array) for array in second]
+    gradients = [mx.random.normal(shape).astype([mx.bfloat16, mx.float32][i % 2]) for i, shape in enumerate(shapes)]
+    norm = cuda_adamw.squared_norm(gradients).item()
+    assert norm == pytest.approx(sum(mx.square(array.astype(mx.float32)).sum().item() for array in gradients), rel=1e-5)
+    scalars = mx.array([1e-2, 0.5, 0.7, 0.8])
+    results = cuda_adamw.update(
+        parameters, gradients, first, second, scalars, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1
+    )
+    for p, g, m, v, *new in zip(parameters, gradients, first, second, *results, strict=True):
+        gradient = g.astype(mx.float32) * 0.5
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient * gradient
+        p = p * (1 - 1e-2 * (0.1 if p.ndim >= 2 else 0)) - 1e-2 * (m / 0.7) / (mx.sqrt(v / 0.8) + 1e-8)
+        for ours, theirs in zip(new, (p, m, v), strict=True):
+            assert (mx.abs(ours - theirs).max() < 1e-5).item()

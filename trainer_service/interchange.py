@@ -1,0 +1,181 @@
+"""Models from elsewhere as versions, and versions as folders for elsewhere: GPT-2 in Hugging Face's layout."""
+
+import json
+import math
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from shared.gpt.config import GPTConfig, count_parameters
+from shared.gpt.gpt2 import read_config, read_model, write_model
+from shared.gpt.gpt2_tokenizer import read_tokenizer, write_tokenizer
+from shared.gpt.model import parameters_of
+from shared.gpt.tokenizer import Tokenizer
+from shared.gpt.weights import load_model, save_model
+from shared.registry.commit import sync
+from shared.registry.fence import Fence
+from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.retention import prune
+from shared.registry.store import Registry
+from shared.settings import Directories
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec, absolute
+from trainer_service.training.evaluate import EvaluationSet, evaluate
+from trainer_service.training.tokens import prepare
+from trainer_service.training.trainer import Trainer
+from trainer_service.training.workers import Workers
+
+# Stands where a version names its preset, and begins the names of the runs that continue it.
+PRESET = "imported"
+
+# Tells a stage of the work, and how much of it is done, from 0 to 1.
+Report = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A version that was made, and sentences that a person should see."""
+
+    version: VersionManifest
+    notices: tuple[str, ...]
+
+
+def import_folder(
+    directory: Path, data: DatasetSpec, directories: Directories, workers: Workers, report: Report
+) -> Imported:
+    """Publishes the model of a folder as a version, judged on the held-out part of a data set, with a state from which
+    training continues it: at step 0, with the optimizer's moments at zero.
+
+    Its training loss is that of one batch of the training text. Raises as `read_config`, `read_tokenizer`, `read_model`
+    and `prepare` do, `InvalidArgument` where a loss is not finite, and `FailedPrecondition` where the disk is full.
+    """
+    data = absolute(data)
+    report("reading the model", None)
+    published = read_config(directory)
+    tokenizer = read_tokenizer(directory, published.gpt.vocabulary_size)
+    config = _training_config(published.gpt, tokenizer)
+    model = read_model(directory, published.gpt)
+
+    # Of the training text, no more than the one batch.
+    few = replace(config, max_train_tokens=config.tokens_per_step + 1)
+    prepared = prepare(data, few, directories.data, lambda each: report(each.stage, each.fraction), tokenizer)
+    trainer = Trainer(config, prepared.train, workers)
+    trainer.model.load_weights(list(parameters_of(model).items()))
+    report("measuring the loss", None)
+    training_set, evaluation_set = (
+        EvaluationSet.from_tokens(tokens, tokenizer, windows=windows, context_length=config.context_length)
+        for tokens, windows in ((prepared.train, config.batch_size), (prepared.validation, config.evaluation_windows))
+    )
+    training_loss = evaluate(trainer.model, training_set, config.batch_size, workers).nats_per_token
+    held_out = evaluate(trainer.model, evaluation_set, config.batch_size, workers)
+    if not math.isfinite(training_loss + held_out.nats_per_token):
+        raise InvalidArgument(
+            f"The model in {directory} cannot be used: its loss is {held_out.nats_per_token} on the held-out text and "
+            f"{training_loss} on the training text, but both must be finite."
+        )
+    trainer.record_evaluation(held_out.nats_per_token)
+
+    report("writing the version", None)
+    run = f"{PRESET}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+
+    def write(folder: Path) -> None:
+        save_model(model, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config.gpt.to_dict(), indent=2), encoding="utf-8")
+        tokenizer.save(folder / "tokenizer.json")
+        np.save(folder / "evaluation.npy", evaluation_set.carried)
+
+    def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
+        return VersionManifest(
+            version=number,
+            run=run,
+            step=trainer.step,
+            parent=None,
+            created_at=time.time(),
+            preset=PRESET,
+            model=config.gpt.to_dict(),
+            parameters=count_parameters(config.gpt).total,
+            training=config.to_dict(),
+            tokenizer=tokenizer.name,
+            tokenizer_digest=tokenizer.digest,
+            dataset=prepared.source,
+            dataset_revision=prepared.revision,
+            dataset_files=data.dataset,
+            validation_files=data.validation,
+            evaluation_set=evaluation_set.digest,
+            training_loss=training_loss,
+            validation_loss=held_out.nats_per_token,
+            bits_per_byte=held_out.bits_per_byte,
+            claimed_loss=held_out.claimed,
+            files=files,
+        )
+
+    registry = Registry(directories.registry)
+    registry.sweep()
+    with _writing(registry.root):
+        fence = Fence.raise_for(registry.run_directory(run))
+        # The state first, so that there is no version which cannot be continued.
+        registry.write_state(fence, run, trainer.step, trainer.save)
+        version = registry.publish_version(fence, write, manifest)
+    prune(registry, run)
+    notices = prepared.notices
+    if published.end_tokens not in ((), (tokenizer.end_token,)):
+        ids = ", ".join(map(str, published.end_tokens))
+        notices += (f"eos_token_id is {ids}, but a text ends with the tokenizer's last token, {tokenizer.end_token}.",)
+    return Imported(version, notices)
+
+
+def export_version(number: int, directory: Path, registry: Registry) -> list[Path]:
+    """Writes a version's model and tokenizer into a new or empty folder, all of it or nothing; returns its files.
+
+    Raises `AlreadyExists` where the folder holds something, `NotFound` or `CorruptCheckpoint` for a version that is
+    not there or not whole, and `InvalidArgument` for a tokenizer that GPT-2's files cannot describe.
+    """
+    version = registry.version(number)
+    target = directory.resolve()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise AlreadyExists(f"{directory} is there already and not empty; name a new or an empty folder.")
+    registry.verify(version)
+    source = registry.version_directory(number)
+    tokenizer = Tokenizer.load(source / "tokenizer.json")
+    model = load_model(source / "model.safetensors", GPTConfig.from_dict(version.model))
+    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    staging.mkdir(parents=True)
+    try:
+        with _writing(directory):
+            write_model(model, tokenizer.end_token, staging)
+        write_tokenizer(tokenizer, model.config.context_length, staging)
+        for path in (*staging.iterdir(), staging):
+            sync(path)
+        staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sync(target.parent)
+    return sorted(target.iterdir())
+
+
+def _training_config(gpt: GPTConfig, tokenizer: Tokenizer) -> TrainingConfig:
+    """What continues an imported version where nothing else is set: a fine-tuning at a low rate."""
+    return TrainingConfig(
+        tokenizer="gpt2" if tokenizer.name == "gpt2" else "bpe",
+        max_steps=1000,
+        batch_size=4,
+        learning_rate=5e-5,
+        warmup_steps=100,
+        **gpt.to_dict(),  # type: ignore[arg-type]
+    )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """MLX's errors of the disk as sentences; others have their own."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise FailedPrecondition(f"{folder} cannot be written: {error}") from None
