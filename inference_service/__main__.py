@@ -51,13 +51,13 @@ def serve() -> None:
 
     settings = read_settings(os.environ)
     logs.configure("inference")
-    # Training runs on the same cores, so one thread is enough unless somebody says more.
+    # Training runs on the same cores, and BLAS threads that wait there for one another make a step ten times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    device = accelerator.prepare(settings.directories.cache / "inference", own_threads=True)
+    accelerator.prepare(settings.directories.cache / "inference")
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service import server
 
-    if not asyncio.run(server.serve(settings, device.threads)):
+    if not asyncio.run(server.serve(settings)):
         raise typer.Exit(1)
 
 

@@ -25,10 +25,8 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_nam
 _DRAIN_S = 10.0
 
 
-async def serve(settings: Settings, threads: int) -> bool:
+async def serve(settings: Settings) -> bool:
     """Serves until SIGTERM or SIGINT; whether it ended as asked, and not because a part failed.
-
-    `threads` share a decode step on a CPU.
 
     Raises `AlreadyExists` where a port is in use.
     """
@@ -46,7 +44,7 @@ async def serve(settings: Settings, threads: int) -> bool:
     metrics = InferenceMetrics(collectors, accelerator.memory)
     registry = Registry(settings.directories.registry)
     server = GrpcServer([SERVICE])
-    engine = Engine(settings.slots, threads, deliver, fail)
+    engine = Engine(settings.slots, deliver, fail)
     versions = HotLoader(registry, engine, settings.resident_versions, metrics, lambda: server.set_serving(True))
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
     servicer = InferenceServicer(registry, engine, versions, admission, metrics)

@@ -52,9 +52,8 @@ class Engine:
     `failed` is called there once if the thread dies of an error; every open stream has ended with `Unavailable` then.
     """
 
-    def __init__(self, slots: int, threads: int, outbox: Outbox, failed: Callable[[], None]) -> None:
+    def __init__(self, slots: int, outbox: Outbox, failed: Callable[[], None]) -> None:
         self._slots = slots
-        self._threads = threads
         self._outbox = outbox
         self._failed = failed
         self._thread = threading.Thread(target=self._work, name="engine")
@@ -82,7 +81,7 @@ class Engine:
 
         def add() -> None:
             try:
-                runner = Runner(model, self._slots, self._threads)
+                runner = Runner(model, self._slots)
             except Exception as error:
                 ready.set_exception(error)
                 return

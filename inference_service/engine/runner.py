@@ -21,13 +21,12 @@ class Runner:
     """A model with a cache of fixed slots. The slots that go through a decode forward never show in a row's numbers.
 
     At least two slots: a product of one row is computed in another way than that of several, with other last digits.
-    `threads` share the work of a decode step on a CPU.
     """
 
-    def __init__(self, model: GPT, slots: int, threads: int) -> None:
+    def __init__(self, model: GPT, slots: int) -> None:
         assert slots >= 2
         self._model = model
-        self._cache = KVCache(model.config, slots, threads)
+        self._cache = KVCache(model.config, slots)
         self._slots = slots
         self._counts = self._warm_up()
 

@@ -6,7 +6,6 @@ Shapes: B slots, T tokens, S positions of the context, H heads, D head width.
 import mlx.core as mx
 
 from shared.gpt.config import GPTConfig
-from shared.gpt.cpu_decode import Threads
 
 
 class LayerCache:
@@ -37,10 +36,9 @@ class LayerCache:
 
 
 class KVCache:
-    """The cache of a whole model for a fixed number of slots, and the threads that decode with it on a CPU."""
+    """The cache of a whole model for a fixed number of slots."""
 
-    def __init__(self, config: GPTConfig, slots: int, threads: int = 1) -> None:
-        self.threads = Threads(threads)
+    def __init__(self, config: GPTConfig, slots: int) -> None:
         self.layers = [
             LayerCache(slots, config.heads, config.context_length, config.head_width) for _ in range(config.layers)
         ]

@@ -8,8 +8,6 @@ Shapes: R rows, T tokens, S positions of the context, H heads, D head width, C w
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -25,44 +23,16 @@ Array = NDArray[np.float32]
 # OpenBLAS multiplies without copying what gives at most 1200 numbers from at most a million products, and there gives a
 # row of two or more the same bits in any number (its file sgemm_small_kernel_permit_skylakex.c).
 _MOST_ROWS, _MOST_OUTPUTS, _MOST_PRODUCTS = 32, 32, 1_000_000
-# Below, another thread is not worth its waking.
-_FEWEST_PRODUCTS = 500_000
-
-
-class Threads:
-    """The threads that share a step's work; what each computes does not depend on their number."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._others = ThreadPoolExecutor(count - 1, "decode") if count > 1 else None
-
-    def share(self, work: Callable[[int, int], None], size: int) -> None:
-        """Calls `work(start, end)` for as many ranges as there are threads, which together are range(size)."""
-        if self._others is None:
-            work(0, size)
-            return
-
-        def work_beside(start: int, end: int) -> None:
-            # NumPy's handling of errors is each thread's own.
-            with np.errstate(all="ignore"):
-                work(start, end)
-
-        borders = [size * number // self.count for number in range(self.count + 1)]
-        waits = [self._others.submit(work_beside, *borders[number : number + 2]) for number in range(1, self.count)]
-        work(0, borders[1])
-        for wait in waits:
-            wait.result()
 
 
 def decode(model: "GPT", tokens: NDArray[np.int32], cache: "KVCache", positions: NDArray[np.int32]) -> Array:
     """One token (R,) at its position (R,) for each of the first R slots of the cache; logits (R, V)."""
-    threads = cache.threads
     x: Array = view(model.token_embedding.weight)[tokens] + view(model.position_embedding.weight)[positions]  # (R, C)
     # Numbers that are not finite are the caller's to find, in the logits.
     with np.errstate(all="ignore"):
         for block, layer in zip(model.blocks, cache.layers, strict=True):
-            _add_block(x, block, view(layer.keys), view(layer.values), positions, threads)
-        return product(_norm(x, model.final_norm), view(model.head_weight), threads)
+            _add_block(x, block, view(layer.keys), view(layer.values), positions)
+        return product(_norm(x, model.final_norm), view(model.head_weight))
 
 
 def view(array: mx.array) -> Any:
@@ -70,7 +40,7 @@ def view(array: mx.array) -> Any:
     return np.asarray(array)
 
 
-def product(x: Array, weight: Array, threads: Threads) -> Array:
+def product(x: Array, weight: Array) -> Array:
     """x @ weight.T of (R, C) and (N, C): (R, N), in blocks of outputs so small that OpenBLAS reads the weight in place.
 
     On a CPU with AVX-512 a row's bits do not depend on how many rows there are, from two on.
@@ -87,14 +57,8 @@ def product(x: Array, weight: Array, threads: Threads) -> Array:
     parts = -(-R // _MOST_ROWS)
     rows = [slice(R * part // parts, R * (part + 1) // parts) for part in range(parts)]
 
-    def multiply(start: int, end: int) -> None:
-        for some in rows:
-            np.matmul(x[some], blocks[start:end], out=by_block[start:end, some])
-
-    if R * N * C < _FEWEST_PRODUCTS:
-        multiply(0, len(blocks))
-    else:
-        threads.share(multiply, len(blocks))
+    for some in rows:
+        np.matmul(x[some], blocks, out=by_block[:, some])
     if whole < N:
         # A block like the others, for a product of one column has other bits.
         last = slice(max(0, N - size), N)
@@ -103,44 +67,37 @@ def product(x: Array, weight: Array, threads: Threads) -> Array:
     return result
 
 
-def _add_block(
-    x: Array, block: "Block", keys: Array, values: Array, positions: NDArray[np.int32], threads: Threads
-) -> None:
+def _add_block(x: Array, block: "Block", keys: Array, values: Array, positions: NDArray[np.int32]) -> None:
     """Adds a layer's two halves to (R, C), and its keys and values to (B, H, S, D) caches."""
     R, C = x.shape
     attention, feed_forward = block.attention, block.feed_forward
-    qkv = _linear(_norm(x, block.attention_norm), attention.qkv, threads)
+    qkv = _linear(_norm(x, block.attention_norm), attention.qkv)
     q, k, v = qkv.reshape(R, 3, attention.heads, -1).swapaxes(0, 1)  # each (R, H, D)
     for row, position in enumerate(positions.tolist()):
         keys[row, :, position] = k[row]
         values[row, :, position] = v[row]
-    attended = _attend(q, keys, values, positions, threads)  # (R, H, D)
-    x += _linear(attended.reshape(R, C), attention.output, threads)
-    hidden = _gelu(_linear(_norm(x, block.feed_forward_norm), feed_forward.up, threads))
-    x += _linear(hidden, feed_forward.down, threads)
+    attended = _attend(q, keys, values, positions)  # (R, H, D)
+    x += _linear(attended.reshape(R, C), attention.output)
+    hidden = _gelu(_linear(_norm(x, block.feed_forward_norm), feed_forward.up))
+    x += _linear(hidden, feed_forward.down)
 
 
-def _attend(q: Array, keys: Array, values: Array, positions: NDArray[np.int32], threads: Threads) -> Array:
+def _attend(q: Array, keys: Array, values: Array, positions: NDArray[np.int32]) -> Array:
     """Each row of (R, H, D) attends to its own slot of (B, H, S, D) up to its position; (R, H, D)."""
     q = q[:, :, None] * np.float32(q.shape[2] ** -0.5)  # (R, H, 1, D)
     attended = np.empty_like(q)
 
-    def attend(start: int, end: int) -> None:
-        """Some heads of all rows, so that threads have equal shares whatever the rows' lengths."""
-        heads = slice(start, end)
-        for row, length in enumerate((positions + 1).tolist()):
-            weights = q[row, heads] @ keys[row, heads, :length].swapaxes(1, 2)  # (H, 1, length)
-            weights -= np.maximum.reduce(weights, axis=2, keepdims=True)
-            np.exp(weights, out=weights)
-            np.matmul(weights, values[row, heads, :length], out=attended[row, heads])
-            attended[row, heads] /= np.add.reduce(weights, axis=2, keepdims=True)
-
-    threads.share(attend, q.shape[1])
+    for row, length in enumerate((positions + 1).tolist()):
+        weights = q[row] @ keys[row, :, :length].swapaxes(1, 2)  # (H, 1, length)
+        weights -= np.maximum.reduce(weights, axis=2, keepdims=True)
+        np.exp(weights, out=weights)
+        np.matmul(weights, values[row, :, :length], out=attended[row])
+        attended[row] /= np.add.reduce(weights, axis=2, keepdims=True)
     return attended[:, :, 0]
 
 
-def _linear(x: Array, layer: Any, threads: Threads) -> Array:
-    result = product(x, view(layer.weight), threads)
+def _linear(x: Array, layer: Any) -> Array:
+    result = product(x, view(layer.weight))
     result += view(layer.bias)
     return result
 

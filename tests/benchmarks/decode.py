@@ -26,7 +26,7 @@ def main(
 
     gptloop draws at temperature 0.8, the others take the likeliest token; `gptloop forward` draws nothing.
     """
-    # gptloop decodes on threads of its own; where NumPy's products had threads too, they would wait for one another.
+    # gptloop decodes on one core, as its server does.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     config = PRESETS[preset]
     print(f"{cores()} cores")

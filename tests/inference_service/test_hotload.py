@@ -29,7 +29,7 @@ class World:
         self.registry = Registry(root)
         self.collectors = CollectorRegistry()
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0))
-        self.engine = Engine(2, 1, lambda outputs: None, lambda: None)
+        self.engine = Engine(2, lambda outputs: None, lambda: None)
         self.served: list[int] = []
         self.loader = HotLoader(self.registry, self.engine, 2, self.metrics, self._note)
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from shared import accelerator
-from tests.benchmarks.side_by_side import ROOT, cores
+from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
-# Training shares the cores out itself, decoding leaves them to the BLAS.
+# As the services do.
 _ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=sys.argv[1] == "Training")
 
 import mlx.core as mx  # noqa: E402
@@ -60,7 +60,7 @@ class Decoding:
         model.eval()
         mx.eval(model.parameters())
         slots = max(2, rows)
-        self._runner, self._scheduler = Runner(model, slots, threads=cores()), Scheduler(slots)
+        self._runner, self._scheduler = Runner(model, slots), Scheduler(slots)
         sampling = SamplingParameters(temperature=0.0 if variant == "greedy" else 0.8)
         for seed in range(rows):
             prompt = tuple(np.random.default_rng(seed).integers(whole.vocabulary_size, size=position).tolist())

@@ -60,7 +60,7 @@ class Harness:
         self.failures = 0
         self._outbox: queue.Queue[list[Output]] = queue.Queue()
         self._results: dict[str, Result] = {}
-        self.engine = Engine(SLOTS, 1, self._outbox.put, self._fail)
+        self.engine = Engine(SLOTS, self._outbox.put, self._fail)
         self.engine.start()
 
     def _fail(self) -> None:

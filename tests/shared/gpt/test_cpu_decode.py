@@ -4,19 +4,18 @@ import pytest
 
 from shared.gpt.cache import KVCache
 from shared.gpt.config import GPTConfig
-from shared.gpt.cpu_decode import Threads, decode, product
+from shared.gpt.cpu_decode import decode, product
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
 from tests.fakes import tiny_model
 
 pytestmark = pytest.mark.skipif(not on_cpu(), reason="MLX does not compute on the CPU")
 
-# Large enough for its products to be shared among threads.
 WIDE = GPTConfig(2, 96, 3, 384, 40, 3001, tied_head=False)
 
 
-def filled_cache(config: GPTConfig, slots: int, threads: int = 1) -> KVCache:
-    cache = KVCache(config, slots, threads)
+def filled_cache(config: GPTConfig, slots: int) -> KVCache:
+    cache = KVCache(config, slots)
     for number, layer in enumerate(cache.layers):
         keys, values = mx.random.split(mx.random.key(number))
         layer.keys = mx.random.normal(layer.keys.shape, key=keys)
@@ -37,7 +36,7 @@ def test_a_product_is_that_of_the_whole_matrices(rows: int, inputs: int, outputs
     x = generator.standard_normal((rows, inputs), np.float32)
     weight = generator.standard_normal((outputs, inputs), np.float32)
     expected = x.astype(np.float64) @ weight.T.astype(np.float64)
-    assert np.abs(product(x, weight, Threads(1)) - expected).max() < 1e-5 * inputs
+    assert np.abs(product(x, weight) - expected).max() < 1e-5 * inputs
 
 
 @pytest.mark.parametrize("rows", [1, 3, 34])
@@ -51,15 +50,6 @@ def test_logits_and_cache_are_those_of_mlx(rows: int, monkeypatch: pytest.Monkey
     assert mx.allclose(mx.array(logits), expected, rtol=0, atol=1e-5)
     for one, other in zip(here.arrays, there.arrays, strict=True):
         assert mx.allclose(one, other, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("threads", [2, 3])
-def test_the_number_of_threads_changes_not_one_bit(threads: int) -> None:
-    model = tiny_model(1, WIDE)
-    tokens, positions = tokens_and_positions(WIDE, 9)
-    alone, together = filled_cache(WIDE, 9), filled_cache(WIDE, 9, threads)
-    assert np.array_equal(decode(model, tokens, alone, positions), decode(model, tokens, together, positions))
-    assert all(map(mx.array_equal, alone.arrays, together.arrays))
 
 
 def test_slots_beyond_the_tokens_are_left_alone() -> None:

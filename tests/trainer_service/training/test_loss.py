@@ -136,6 +136,16 @@ def test_loss_and_gradients_agree_where_logits_are_large(tied_head: bool, monkey
     assert_agrees(model, inputs, mx.argmin(logits, axis=-1))
 
 
+@pytest.mark.parametrize("outlier", [0, 3000, 5000])
+def test_one_token_of_a_large_vocabulary_may_outdo_all_others(outlier: int) -> None:
+    model, inputs = random_model(False, vocabulary_size=5001), random_tokens(1, 3, 16)
+    weight, bias = model.head.weight, model.final_norm.bias
+    weight[outlier] = 200 * bias / (bias * bias).sum()
+    model.head.weight = weight
+    assert float(model(inputs)[..., outlier].min()) > 100
+    assert_agrees(model, inputs, random_tokens(2, 3, 16))
+
+
 class GivenLogits(GPT):
     """A model whose logits (1, T, V) are a parameter, so that not one bit of them is rounded."""
 
