@@ -1,7 +1,13 @@
 import os
 from pathlib import Path
 
+import hypothesis
+
 from shared.accelerator import prepare
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.load_profile("default")
 
 # On CUDA, products of fp32 are computed with fewer bits unless this says otherwise; tests compare in full fp32.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
