@@ -1,36 +1,34 @@
 """Models from elsewhere as versions, and versions as folders for elsewhere: GPT-2 in Hugging Face's layout."""
 
-import json
 import math
 import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument
-from shared.gpt.config import GPTConfig, count_parameters
+from shared.gpt.config import GPTConfig
 from shared.gpt.gpt2 import read_config, read_model, write_model
 from shared.gpt.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from shared.gpt.model import parameters_of
 from shared.gpt.tokenizer import Tokenizer
-from shared.gpt.weights import load_model, save_model
+from shared.gpt.weights import load_model
 from shared.registry.commit import sync
 from shared.registry.fence import Fence
-from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.manifest import VersionManifest
 from shared.registry.retention import prune
 from shared.registry.store import Registry
 from shared.settings import Directories
+from trainer_service.spec import JobSpec, new_run
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec, absolute
 from trainer_service.training.evaluate import EvaluationSet, evaluate
 from trainer_service.training.tokens import prepare
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
+from trainer_service.versions import publish
 
 # Stands where a version names its preset, and begins the names of the runs that continue it.
 PRESET = "imported"
@@ -83,47 +81,15 @@ def import_folder(
     trainer.record_evaluation(held_out.nats_per_token)
 
     report("writing the version", None)
-    run = f"{PRESET}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-
-    def write(folder: Path) -> None:
-        save_model(model, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config.gpt.to_dict(), indent=2), encoding="utf-8")
-        tokenizer.save(folder / "tokenizer.json")
-        np.save(folder / "evaluation.npy", evaluation_set.carried)
-
-    def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
-        return VersionManifest(
-            version=number,
-            run=run,
-            step=trainer.step,
-            parent=None,
-            created_at=time.time(),
-            preset=PRESET,
-            model=config.gpt.to_dict(),
-            parameters=count_parameters(config.gpt).total,
-            training=config.to_dict(),
-            tokenizer=tokenizer.name,
-            tokenizer_digest=tokenizer.digest,
-            dataset=prepared.source,
-            dataset_revision=prepared.revision,
-            dataset_files=data.dataset,
-            validation_files=data.validation,
-            evaluation_set=evaluation_set.digest,
-            training_loss=training_loss,
-            validation_loss=held_out.nats_per_token,
-            bits_per_byte=held_out.bits_per_byte,
-            claimed_loss=held_out.claimed,
-            files=files,
-        )
-
+    spec = JobSpec(new_run(PRESET), PRESET, config, data, resume=None)
     registry = Registry(directories.registry)
     registry.sweep()
     with _writing(registry.root):
-        fence = Fence.raise_for(registry.run_directory(run))
+        fence = Fence.raise_for(registry.run_directory(spec.run))
         # The state first, so that there is no version which cannot be continued.
-        registry.write_state(fence, run, trainer.step, trainer.save)
-        version = registry.publish_version(fence, write, manifest)
-    prune(registry, run)
+        registry.write_state(fence, spec.run, trainer.step, trainer.save)
+        version = publish(registry, fence, spec, prepared, trainer, evaluation_set, training_loss, held_out)
+    prune(registry, spec.run)
     notices = prepared.notices
     if published.end_tokens not in ((), (tokenizer.end_token,)):
         ids = ", ".join(map(str, published.end_tokens))

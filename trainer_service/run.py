@@ -1,20 +1,14 @@
 """One training run: where the registry, the text and the training loop meet."""
 
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from shared import accelerator
 from shared.accelerator import Accelerator
 from shared.errors import CorruptCheckpoint
 from shared.gpt.config import count_parameters
 from shared.gpt.tokenizer import Tokenizer
-from shared.gpt.weights import save_model
 from shared.registry.fence import Fence
-from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.retention import prune
 from shared.registry.store import Registry
 from shared.settings import Directories
@@ -25,6 +19,7 @@ from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
+from trainer_service.versions import publish
 
 
 class StoppedInPreparation(Exception):
@@ -148,11 +143,15 @@ class TrainingRun:
         prune(self._registry, self._spec.run)
 
     def _publish(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
-        def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
-            return self._manifest(number, files, trainer.step, training_loss, held_out)
-
-        version = self._registry.publish_version(
-            self._fence, lambda folder: self._write_version(trainer, folder), manifest
+        version = publish(
+            self._registry,
+            self._fence,
+            self._spec,
+            self._data,
+            trainer,
+            self._evaluation_set,
+            training_loss,
+            held_out,
         )
         best = self._registry.labels()["best"] == version.version
         self._tell(
@@ -166,38 +165,3 @@ class TrainingRun:
     def notice(self, text: str) -> None:
         """Tells something that a person should know."""
         self._tell(Notice(text))
-
-    def _write_version(self, trainer: Trainer, folder: Path) -> None:
-        save_model(trainer.model, folder / "model.safetensors")
-        config = json.dumps(self._spec.config.gpt.to_dict(), indent=2)
-        (folder / "config.json").write_text(config, encoding="utf-8")
-        self._data.tokenizer.save(folder / "tokenizer.json")
-        np.save(folder / "evaluation.npy", self._evaluation_set.carried)
-
-    def _manifest(
-        self, number: int, files: tuple[FileRecord, ...], step: int, training_loss: float, held_out: HeldOutLoss
-    ) -> VersionManifest:
-        spec = self._spec
-        return VersionManifest(
-            version=number,
-            run=spec.run,
-            step=step,
-            parent=spec.resume,
-            created_at=time.time(),
-            preset=spec.preset,
-            model=spec.config.gpt.to_dict(),
-            parameters=count_parameters(spec.config.gpt).total,
-            training=spec.config.to_dict(),
-            tokenizer=self._data.tokenizer.name,
-            tokenizer_digest=self._data.tokenizer.digest,
-            dataset=self._data.source,
-            dataset_revision=self._data.revision,
-            dataset_files=spec.data.dataset,
-            validation_files=spec.data.validation,
-            evaluation_set=self._evaluation_set.digest,
-            training_loss=training_loss,
-            validation_loss=held_out.nats_per_token,
-            bits_per_byte=held_out.bits_per_byte,
-            claimed_loss=held_out.claimed,
-            files=files,
-        )

@@ -65,8 +65,12 @@ def resolve(request: TrainingRequest, registry: Registry) -> JobSpec:
     else:
         preset, config, data = _continued(request, request.resume, registry)
     check_spec(data)
-    run = f"{preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-    return JobSpec(run, preset, config, absolute(data), request.resume)
+    return JobSpec(new_run(preset), preset, config, absolute(data), request.resume)
+
+
+def new_run(preset: str) -> str:
+    """A name that no run had before."""
+    return f"{preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
 def _continued(request: TrainingRequest, resume: int, registry: Registry) -> tuple[str, TrainingConfig, DatasetSpec]:

@@ -18,11 +18,8 @@ _STRIP = 256
 # Rows whose gradients of a LayerNorm's weights one block adds up.
 _NORM_STRIP = 128
 
-_HEADER = """
-__device__ float gate(float x) {
-  return 1.0f / (1.0f + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
-}
-
+# Vectors of 8 numbers of bf16 in 16 bytes, as fp32 and back.
+VECTORS_HEADER = """
 __device__ void unpack(uint4 held, float* numbers) {
   const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&held);
   #pragma unroll
@@ -39,6 +36,14 @@ __device__ uint4 pack(const float* numbers) {
   #pragma unroll
   for (int j = 0; j < 4; ++j) pairs[j] = __floats2bfloat162_rn(numbers[2 * j], numbers[2 * j + 1]);
   return held;
+}
+"""
+
+_HEADER = (
+    VECTORS_HEADER
+    + """
+__device__ float gate(float x) {
+  return 1.0f / (1.0f + __expf(-1.5957691216f * (x + 0.044715f * x * x * x)));
 }
 
 __device__ float over_warp(float value) {
@@ -95,6 +100,7 @@ __device__ void moments(const float* numbers, int lane, float* mean, float* scal
   *scale = rsqrtf(over_warp(squares) / (VECTORS * 8) + 1e-5f);
 }
 """
+)
 
 _GELU = """
   const long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;

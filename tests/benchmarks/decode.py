@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tests.benchmarks.side_by_side import cores, measure, print_table
+from tests.benchmarks.side_by_side import cores, measure, print_results
 from trainer_service.presets import PRESETS
 
 
@@ -30,24 +30,12 @@ def main(
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     config = PRESETS[preset]
     print(f"{cores()} cores")
-    table = []
+    results = []
     for count in rows:
         specification = {"config": config.to_dict(), "rows": count, "position": config.context_length // 2}
-        results = measure("Decoding", peer, specification, rounds=rounds, steps=steps)
-        first = results[peer[0]].step_s
-        for one, result in results.items():
-            table.append(
-                [
-                    f"{preset} x{count}",
-                    one,
-                    f"{result.step_s * 1e3:,.1f} ms",
-                    f"{count / result.step_s:,.0f}",
-                    f"{first / result.step_s:.2f}",
-                    f"{result.spread:.0%}",
-                    f"{result.peak_bytes / 2**30:.2f} GiB",
-                ]
-            )
-    print_table(["model", "implementation", "step", "tokens/s", "ratio", "spread", "peak memory"], table)
+        peers = measure("Decoding", peer, specification, rounds=rounds, steps=steps)
+        results.append((f"{preset} x{count}", count, peers))
+    print_results(results)
 
 
 if __name__ == "__main__":

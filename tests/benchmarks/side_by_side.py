@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Measured:
-    """The median seconds of a step, the peak of memory in bytes, and the floor in seconds by the products' own speed.
+    """The median seconds of a step, how far rounds lie apart relative to it, and the peak of memory in bytes.
 
     On a CPU the memory is all that is resident, on a GPU all that is allocated there.
     """
@@ -25,7 +25,6 @@ class Measured:
     step_s: float
     spread: float
     peak_bytes: int
-    details: Mapping[str, float]
 
 
 class Peer:
@@ -37,7 +36,7 @@ class Peer:
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, steps: int) -> dict[str, float]:
-        """Takes `steps` steps; their seconds, and whatever else the implementation tells."""
+        """Takes `steps` steps; their seconds, and the peak of memory so far."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(steps, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -73,13 +72,29 @@ def measure(
     for name, rows in answers.items():
         times = [row["seconds"] / steps for row in rows[1:]]
         middle = statistics.median(times)
-        details = {
-            key: statistics.median(row[key] for row in rows[1:])
-            for key in rows[-1]
-            if key not in ("seconds", "peak_bytes")
-        }
-        results[name] = Measured(middle, (max(times) - min(times)) / middle, int(rows[-1]["peak_bytes"]), details)
+        results[name] = Measured(middle, (max(times) - min(times)) / middle, int(rows[-1]["peak_bytes"]))
     return results
+
+
+def print_results(results: Sequence[tuple[str, int, Mapping[str, Measured]]]) -> None:
+    """A table of what was measured: for each task its name, the tokens of a step, and the peers, the first of which is
+    the measure of the others."""
+    rows = []
+    for task, tokens, peers in results:
+        first = next(iter(peers.values())).step_s
+        for name, measured in peers.items():
+            rows.append(
+                [
+                    task,
+                    name,
+                    f"{measured.step_s * 1e3:,.1f} ms",
+                    f"{tokens / measured.step_s:,.0f}",
+                    f"{first / measured.step_s:.2f}",
+                    f"{measured.spread:.0%}",
+                    f"{measured.peak_bytes / 2**30:.2f} GiB",
+                ]
+            )
+    print_table(["model", "implementation", "step", "tokens/s", "ratio", "spread", "peak memory"], rows)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tests.benchmarks.side_by_side import cores, measure, print_table
+from tests.benchmarks.side_by_side import cores, measure, print_results
 from trainer_service.presets import PRESETS
 
 
@@ -23,26 +23,14 @@ def main(
 ) -> None:
     """Print a table of tokens per second, peak memory and the ratio to the first peer, for each preset."""
     print(f"{cores()} cores")
-    table = []
+    results = []
     for name, wanted in itertools.product(preset, rows):
         config = PRESETS[name]
         values = config.to_dict() | ({"dropout": dropout} if dropout >= 0 else {})
         batch = wanted or config.batch_size
-        results = measure("Training", peer, {"config": values, "rows": batch}, rounds=rounds, steps=steps)
-        first = results[peer[0]].step_s
-        for one, result in results.items():
-            table.append(
-                [
-                    f"{name} {batch}x{config.context_length}",
-                    one,
-                    f"{result.step_s * 1e3:,.1f} ms",
-                    f"{batch * config.context_length / result.step_s:,.0f}",
-                    f"{first / result.step_s:.2f}",
-                    f"{result.spread:.0%}",
-                    f"{result.peak_bytes / 2**30:.2f} GiB",
-                ]
-            )
-    print_table(["model", "implementation", "step", "tokens/s", "ratio", "spread", "peak memory"], table)
+        peers = measure("Training", peer, {"config": values, "rows": batch}, rounds=rounds, steps=steps)
+        results.append((f"{name} {batch}x{config.context_length}", batch * config.context_length, peers))
+    print_results(results)
 
 
 if __name__ == "__main__":

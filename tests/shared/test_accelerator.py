@@ -1,5 +1,6 @@
 import ctypes
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,22 @@ def test_the_report_says_what_is_missing() -> None:
     assert "A processor" in text
     assert "16.0 GiB" in text
     assert "libopenblas0-pthread" in text
+
+
+_THREADS = """
+import os, sys
+from pathlib import Path
+from shared.accelerator import prepare
+print(prepare(Path(sys.argv[1]), own_threads=True).threads, os.environ["OPENBLAS_NUM_THREADS"])
+"""
+
+
+@linux_only
+@pytest.mark.parametrize(("limit", "threads"), [("3", "3"), ("none", None), ("0", None)])
+def test_who_computes_in_threads_is_told_how_many_and_gets_products_on_one_core(
+    tmp_path: Path, limit: str, threads: str | None
+) -> None:
+    command = [sys.executable, "-c", _THREADS, str(tmp_path)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": limit}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    assert answer == [threads or str(len(os.sched_getaffinity(0))), "1"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from shared.gpt import cuda
 from shared.gpt.autograd import differentiable
 
 # Widths that are a multiple of this have fast products.
@@ -55,31 +56,19 @@ _SOURCE = """
   for (int vector = threadIdx.x; vector < VECTORS; vector += THREADS) {
     float numbers[8];
     unpack(from[vector], numbers);
-    uint4 result;
-    __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&result);
     #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int token = vector * 8 + j;
       numbers[j] = token < VOCABULARY ? __expf(numbers[j] - log_sum) : 0.0f;
       if (token == target) numbers[j] -= 1.0f;
     }
-    #pragma unroll
-    for (int j = 0; j < 4; ++j) pairs[j] = __floats2bfloat162_rn(numbers[2 * j], numbers[2 * j + 1]);
-    __stcs(to + vector, result);
+    __stcs(to + vector, pack(numbers));
   }
 """
 
-_HEADER = """
-__device__ void unpack(uint4 held, float* numbers) {
-  const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&held);
-  #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float2 pair = __bfloat1622float2(pairs[j]);
-    numbers[2 * j] = pair.x;
-    numbers[2 * j + 1] = pair.y;
-  }
-}
-
+_HEADER = (
+    cuda.VECTORS_HEADER
+    + """
 template <int THREADS, typename Combine>
 __device__ float over_block(float value, Combine combine) {
   __shared__ float warps[32];
@@ -96,6 +85,7 @@ __device__ float over_block(float value, Combine combine) {
   return value;
 }
 """
+)
 
 
 @differentiable

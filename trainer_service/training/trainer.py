@@ -96,9 +96,10 @@ class Trainer:
         parts = min(self.workers.count, config.batch_size)
         loss, norm = self._update(self.workers.map(work, range(parts)))
         mx.async_eval(loss, norm, self._captured)
-        if self._previous is not None or parts > 1:
-            # Other threads may use the new weights only once they are there.
-            mx.eval(loss if parts > 1 else self._previous, self._captured if parts > 1 else [])
+        if parts > 1:
+            mx.eval(self._captured)  # other threads may use the new weights only once they are there
+        elif self._previous is not None:
+            mx.eval(self._previous)
         self._previous = loss
         self.step += 1
         self.tokens += config.tokens_per_step

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from trainer_service.presets import find_preset
 from trainer_service.training import trainer as trainer_module
 from trainer_service.training.batches import batch
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.optimizer import learning_rate
+from trainer_service.training.optimizer import AdamW, learning_rate
 from trainer_service.training.trainer import Trainer, scalar
 from trainer_service.training.workers import Workers
 
@@ -156,3 +157,23 @@ def test_workers_draw_different_dropout() -> None:
         both = Trainer(config, text, workers).take_step().loss
     one = Trainer(replace(config, batch_size=1), text).take_step().loss
     assert scalar(both) != scalar(one)
+
+
+def test_the_optimizer_is_clipped_adamw_as_mlx_has_it() -> None:
+    config = tiny(warmup_steps=0, max_steps=10, learning_rate=0.1, max_gradient_norm=0.5)
+    parameters = {"matrix": mx.random.normal((5, 3)), "bias": mx.random.normal((7,))}
+    expected = dict(parameters)
+    ours = AdamW(config, parameters)
+    theirs = {
+        name: optim.AdamW(0.0, betas=[0.9, 0.95], weight_decay=0.1 * (name == "matrix"), bias_correction=True)
+        for name in parameters
+    }
+    for step in range(4):
+        gradients = {name: mx.random.normal(array.shape) * 10**-step for name, array in parameters.items()}
+        parameters, norm = ours.update(parameters, gradients)
+        clipped, plain_norm = optim.clip_grad_norm(gradients, 0.5)
+        assert norm.item() == pytest.approx(plain_norm.item(), rel=1e-6)
+        for name, optimizer in theirs.items():
+            optimizer.learning_rate = learning_rate(config, mx.array(step))
+            expected[name] = optimizer.apply_gradients({name: clipped[name]}, {name: expected[name]})[name]
+            assert mx.allclose(parameters[name], expected[name], rtol=1e-5, atol=1e-6)

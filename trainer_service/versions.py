@@ -1,0 +1,63 @@
+"""A version of a model in training: its files and what its manifest says."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from shared.gpt.config import count_parameters
+from shared.gpt.weights import save_model
+from shared.registry.fence import Fence
+from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.store import Registry
+from trainer_service.spec import JobSpec
+from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
+from trainer_service.training.tokens import PreparedData
+from trainer_service.training.trainer import Trainer
+
+
+def publish(
+    registry: Registry,
+    fence: Fence,
+    spec: JobSpec,
+    data: PreparedData,
+    trainer: Trainer,
+    evaluation_set: EvaluationSet,
+    training_loss: float,
+    held_out: HeldOutLoss,
+) -> VersionManifest:
+    """Publishes the model as it is now under the next number; raises `RunOwnershipLost` where the run is another's."""
+
+    def write(folder: Path) -> None:
+        save_model(trainer.model, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(spec.config.gpt.to_dict(), indent=2), encoding="utf-8")
+        data.tokenizer.save(folder / "tokenizer.json")
+        np.save(folder / "evaluation.npy", evaluation_set.carried)
+
+    def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
+        return VersionManifest(
+            version=number,
+            run=spec.run,
+            step=trainer.step,
+            parent=spec.resume,
+            created_at=time.time(),
+            preset=spec.preset,
+            model=spec.config.gpt.to_dict(),
+            parameters=count_parameters(spec.config.gpt).total,
+            training=spec.config.to_dict(),
+            tokenizer=data.tokenizer.name,
+            tokenizer_digest=data.tokenizer.digest,
+            dataset=data.source,
+            dataset_revision=data.revision,
+            dataset_files=spec.data.dataset,
+            validation_files=spec.data.validation,
+            evaluation_set=evaluation_set.digest,
+            training_loss=training_loss,
+            validation_loss=held_out.nats_per_token,
+            bits_per_byte=held_out.bits_per_byte,
+            claimed_loss=held_out.claimed,
+            files=files,
+        )
+
+    return registry.publish_version(fence, write, manifest)
