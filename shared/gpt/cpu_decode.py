@@ -3,11 +3,12 @@
 A step is many small operations, and hands each weight once to few rows. MLX's CPU backend spends more time between such
 operations than in them, and its products copy a whole weight into another order first.
 What a row gets depends on nothing beside it: it attends on its own, exactly as far as it was read, and all else acts on
-single rows except the products, whose rows come out alike as `product` says.
+single rows except the products, whose rows come out alike.
 Shapes: R rows, T tokens, S positions of the context, H heads, D head width, C width, N outputs, V vocabulary.
 """
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 
-# OpenBLAS multiplies without copying what gives at most 1200 numbers from at most a million products, and there gives a
-# row of two or more the same bits in any number (its file sgemm_small_kernel_permit_skylakex.c).
+# With AVX-512, OpenBLAS multiplies without copying what gives at most 1200 numbers from at most a million products, and
+# there gives a row of two or more the same bits in any number (its file sgemm_small_kernel_permit_skylakex.c).
 _MOST_ROWS, _MOST_OUTPUTS, _MOST_PRODUCTS = 32, 32, 1_000_000
+# Without, a row's bits hang on its place among 4 or 12, but not among exactly so many.
+_ROWS_ALIKE = 8
 
 
 def decode(model: "GPT", tokens: NDArray[np.int32], cache: "KVCache", positions: NDArray[np.int32]) -> Array:
@@ -43,20 +46,23 @@ def view(array: mx.array) -> Any:
 def product(x: Array, weight: Array) -> Array:
     """x @ weight.T of (R, C) and (N, C): (R, N), in blocks of outputs so small that OpenBLAS reads the weight in place.
 
-    On a CPU with AVX-512 a row's bits do not depend on how many rows there are, from two on.
+    A row's bits depend neither on how many rows there are, from two on, nor on which of them it is.
     """
     R, C = x.shape
     N = weight.shape[0]
+    if _alike_in_any_number():
+        # Halves, thirds and so on rather than a short rest, for a product of one row has other bits.
+        parts = -(-R // _MOST_ROWS)
+        rows = [slice(R * part // parts, R * (part + 1) // parts) for part in range(parts)]
+    else:
+        x = np.concatenate([x, np.zeros((-R % _ROWS_ALIKE, C), np.float32)])
+        rows = [slice(start, start + _ROWS_ALIKE) for start in range(0, len(x), _ROWS_ALIKE)]
     most = max(1, _MOST_PRODUCTS // (_MOST_ROWS * C))
     size = min(_MOST_OUTPUTS, 1 << int(math.log2(most)))
     whole = N // size * size
     blocks = weight[:whole].reshape(-1, size, C).swapaxes(1, 2)  # (N/size, C, size)
-    result = np.empty((R, N), np.float32)
-    by_block = result[:, :whole].reshape(R, -1, size).swapaxes(0, 1)  # (N/size, R, size)
-    # Halves, thirds and so on rather than a short rest, for a product of one row has other bits.
-    parts = -(-R // _MOST_ROWS)
-    rows = [slice(R * part // parts, R * (part + 1) // parts) for part in range(parts)]
-
+    result = np.empty((len(x), N), np.float32)
+    by_block = result[:, :whole].reshape(len(x), -1, size).swapaxes(0, 1)  # (N/size, R, size)
     for some in rows:
         np.matmul(x[some], blocks, out=by_block[:, some])
     if whole < N:
@@ -64,7 +70,16 @@ def product(x: Array, weight: Array) -> Array:
         last = slice(max(0, N - size), N)
         for some in rows:
             np.matmul(x[some], weight[last].T, out=result[some, last])
-    return result
+    return result[:R]
+
+
+@cache
+def _alike_in_any_number() -> bool:
+    """Whether rows of a product have the same bits wherever they stand, and however many they are, from two on."""
+    generator = np.random.default_rng(0)
+    row, weight = (generator.standard_normal((rows, 384), np.float32) for rows in (1, _MOST_OUTPUTS))
+    products = [np.repeat(row, count, axis=0) @ weight.T for count in range(2, _MOST_ROWS + 1)]
+    return all((product == products[0][0]).all() for product in products)
 
 
 def _add_block(x: Array, block: "Block", keys: Array, values: Array, positions: NDArray[np.int32]) -> None:

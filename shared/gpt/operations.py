@@ -73,8 +73,13 @@ def gelu(x: mx.array) -> mx.array:
 
 def linear(x: mx.array, layer: nn.Linear) -> mx.array:
     """A layer's product and bias, of (..., C)."""
-    fits = cuda.usable(x) and layer.weight.shape[0] % 8 == 0
-    result: mx.array = cuda.linear(x, layer.weight, layer.bias) if fits else layer(x)
+    if cuda.usable(x) and layer.weight.shape[0] % 8 == 0:
+        product = cuda.linear(x, layer.weight, layer.bias)
+    elif on_cpu():
+        product = _cpu_linear(x, layer.weight, layer.bias)
+    else:
+        product = layer(x)
+    result: mx.array = product
     return result
 
 
@@ -192,6 +197,20 @@ def _cpu_gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.arra
 
 
 @differentiable
+def _cpu_linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    return mx.addmm(bias, x, weight.T)
+
+
+@_cpu_linear.vjp  # type: ignore[untyped-decorator]
+def _cpu_linear_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    x, weight, _ = primals
+    rows = cotangent.reshape(-1, cotangent.shape[-1])  # (N, V)
+    # MLX would give the weight's slopes column by column, and the optimizer's pass over them would use no vectors.
+    weight_slope = rows.T @ x.reshape(-1, x.shape[-1])  # (V, C)
+    return cotangent @ weight, weight_slope, _column_sums(cotangent)
+
+
+@differentiable
 def _cpu_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> tuple[mx.array, ...]:
     """LayerNorm (Ba et al. 2016, equation 4) of (..., C), what it multiplies by the weights, and the inverse of the
     standard deviation, (..., 1)."""
@@ -203,15 +222,18 @@ def _cpu_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> t
 
 @_cpu_norm.vjp  # type: ignore[untyped-decorator]
 def _cpu_norm_vjp(primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]) -> tuple[mx.array, ...]:
-    x, weight, _, eps = primals
+    _, weight, _, eps = primals
     _, scaled, inverse = outputs
-    C = x.shape[-1]
-    ones = mx.ones((1, x.size // C))
-    weight_slope = (ones @ (cotangents[0] * scaled).reshape(-1, C))[0]
-    bias_slope = (ones @ cotangents[0].reshape(-1, C))[0]
+    weight_slope, bias_slope = _column_sums(cotangents[0] * scaled), _column_sums(cotangents[0])
     slopes = cotangents[0] * weight
     slopes = inverse * (slopes - _means(slopes) - scaled * _means(slopes * scaled))
     return slopes, weight_slope, bias_slope, mx.zeros_like(eps)
+
+
+def _column_sums(x: mx.array) -> mx.array:
+    """The sums (C,) of (..., C) over all but the last axis, by a product."""
+    rows = x.reshape(-1, x.shape[-1])
+    return (mx.ones((1, rows.shape[0])) @ rows)[0]
 
 
 def _means(x: mx.array) -> mx.array:

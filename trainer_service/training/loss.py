@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, N = B x T predictions, n of them in a chunk, C width, 
 from functools import reduce
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from shared.gpt import cuda
 from shared.gpt.autograd import differentiable
@@ -33,7 +34,11 @@ def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     hidden = model.hidden(inputs)
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     weight = model.head_weight
-    losses = [_losses(chunk, weight, wanted)[0] for chunk, wanted in _chunks(rows, targets.reshape(-1), weight)]
+    chunks = _chunks(rows, targets.reshape(-1), weight)
+    if on_cpu():
+        losses = [_losses(chunk, weight, wanted)[0] for chunk, wanted in chunks]
+    else:
+        losses = [nn.losses.cross_entropy(chunk @ weight.T, wanted) for chunk, wanted in chunks]
     return mx.concatenate(losses).reshape(targets.shape).mean(axis=1)  # (B,)
 
 

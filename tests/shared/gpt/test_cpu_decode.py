@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -37,6 +42,24 @@ def test_a_product_is_that_of_the_whole_matrices(rows: int, inputs: int, outputs
     weight = generator.standard_normal((outputs, inputs), np.float32)
     expected = x.astype(np.float64) @ weight.T.astype(np.float64)
     assert np.abs(product(x, weight) - expected).max() < 1e-5 * inputs
+
+
+_ROWS_ALIKE = """
+import numpy as np
+from shared.gpt.cpu_decode import product
+generator = np.random.default_rng(1)
+for inputs, outputs in ((160, 480), (384, 1000), (1536, 384)):
+    row, weight = (generator.standard_normal((rows, inputs), np.float32) for rows in (1, outputs))
+    rows = [each for count in range(2, 41) for each in product(np.repeat(row, count, axis=0), weight)]
+    assert all((each == rows[0]).all() for each in rows)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the named cores are of another architecture")
+@pytest.mark.parametrize("core", ["Sandybridge", "Haswell", "Zen"])
+def test_a_row_has_the_same_bits_in_every_product_on_cores_without_avx512(core: str) -> None:
+    environment = {**os.environ, "OPENBLAS_CORETYPE": core, "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", _ROWS_ALIKE], env=environment, check=True)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 34])
