@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tests.benchmarks.side_by_side import cores, measure, print_results
+from tests.benchmarks.floor import Machine
+from tests.benchmarks.side_by_side import Task, cores, measure, print_results
 from trainer_service.presets import PRESETS
 
 
@@ -22,20 +23,23 @@ def main(
     rounds: int = 5,
     steps: int = 10,
 ) -> None:
-    """Print a table of a step's time, tokens per second and the ratio to the first peer, from half a context on.
+    """Print a table of a step's time, tokens per second, the ratio to the first peer and the share of the floor,
+    from half a context on.
 
     gptloop draws at temperature 0.8, the others take the likeliest token; `gptloop forward` draws nothing.
     """
     # gptloop decodes on one core, as its server does.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     config = PRESETS[preset]
-    print(f"{cores()} cores")
-    results = []
+    machine = Machine.measured()
+    print(f"{cores()} cores, {machine}")
+    tasks = []
     for count in rows:
-        specification = {"config": config.to_dict(), "rows": count, "position": config.context_length // 2}
+        position = config.context_length // 2
+        specification = {"config": config.to_dict(), "rows": count, "position": position}
         peers = measure("Decoding", peer, specification, rounds=rounds, steps=steps)
-        results.append((f"{preset} x{count}", count, peers))
-    print_results(results)
+        tasks.append(Task(f"{preset} x{count}", count, machine.decode_s(config.gpt, count, position), peers))
+    print_results(tasks)
 
 
 if __name__ == "__main__":

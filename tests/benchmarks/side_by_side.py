@@ -76,25 +76,37 @@ def measure(
     return results
 
 
-def print_results(results: Sequence[tuple[str, int, Mapping[str, Measured]]]) -> None:
-    """A table of what was measured: for each task its name, the tokens of a step, and the peers, the first of which is
-    the measure of the others."""
+@dataclass(frozen=True)
+class Task:
+    """A step that peers took: its name, its tokens, the least seconds that it can take, and what each peer needed, the
+    first of which is the measure of the others."""
+
+    name: str
+    tokens: int
+    floor_s: float
+    peers: Mapping[str, Measured]
+
+
+def print_results(tasks: Sequence[Task]) -> None:
+    """A table of what was measured."""
     rows = []
-    for task, tokens, peers in results:
+    for task in tasks:
+        peers = task.peers
         first = next(iter(peers.values())).step_s
         for name, measured in peers.items():
             rows.append(
                 [
-                    task,
+                    task.name,
                     name,
                     f"{measured.step_s * 1e3:,.1f} ms",
-                    f"{tokens / measured.step_s:,.0f}",
+                    f"{task.tokens / measured.step_s:,.0f}",
                     f"{first / measured.step_s:.2f}",
+                    f"{task.floor_s / measured.step_s:.0%}",
                     f"{measured.spread:.0%}",
                     f"{measured.peak_bytes / 2**30:.2f} GiB",
                 ]
             )
-    print_table(["model", "implementation", "step", "tokens/s", "ratio", "spread", "peak memory"], rows)
+    print_table(["model", "implementation", "step", "tokens/s", "ratio", "of floor", "spread", "peak memory"], rows)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

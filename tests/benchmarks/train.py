@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from tests.benchmarks.side_by_side import cores, measure, print_results
+from tests.benchmarks.floor import Machine
+from tests.benchmarks.side_by_side import Task, cores, measure, print_results
 from trainer_service.presets import PRESETS
 
 
@@ -21,16 +22,18 @@ def main(
     steps: int = 1,
     dropout: Annotated[float, typer.Option(help="Below 0: the preset's own.")] = -1.0,
 ) -> None:
-    """Print a table of tokens per second, peak memory and the ratio to the first peer, for each preset."""
-    print(f"{cores()} cores")
-    results = []
+    """Print a table of tokens per second, the ratio to the first peer, the share of the floor and peak memory."""
+    machine = Machine.measured()
+    print(f"{cores()} cores, {machine}")
+    tasks = []
     for name, wanted in itertools.product(preset, rows):
         config = PRESETS[name]
         values = config.to_dict() | ({"dropout": dropout} if dropout >= 0 else {})
         batch = wanted or config.batch_size
         peers = measure("Training", peer, {"config": values, "rows": batch}, rounds=rounds, steps=steps)
-        results.append((f"{name} {batch}x{config.context_length}", batch * config.context_length, peers))
-    print_results(results)
+        label, tokens = f"{name} {batch}x{config.context_length}", batch * config.context_length
+        tasks.append(Task(label, tokens, machine.training_s(config.gpt, batch), peers))
+    print_results(tasks)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""The least time that a step can take: its products at the speed of large ones, or its bytes at the speed of a copy."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from shared.gpt.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How fast this machine multiplies large matrices, in FLOP/s, and copies, in bytes read and written per second."""
+
+    flops: float
+    bytes_per_s: float
+
+    @classmethod
+    def measured(cls) -> "Machine":
+        """By PyTorch in a process of its own: in bf16 on an NVIDIA GPU, else in fp32 on the cores of this process."""
+        answer = subprocess.run([sys.executable, "-m", "tests.benchmarks.floor"], capture_output=True, check=True)
+        return cls(*json.loads(answer.stdout))
+
+    def __str__(self) -> str:
+        return f"products {self.flops / 1e9:,.0f} GFLOP/s, copies {self.bytes_per_s / 1e9:,.0f} GB/s"
+
+    def training_s(self, config: GPTConfig, rows: int) -> float:
+        """The seconds of a training step of `rows` whole contexts: six operations for each weight of a product and each
+        token (Kaplan et al. 2020, section 2.1), and attention to the tokens before."""
+        T, C = config.context_length, config.width
+        attention = config.layers * 6 * T * C  # two products of 2 x T/2 x C, forward, and twice that backward
+        return rows * T * (6 * _weights(config) + attention) / self.flops
+
+    def decode_s(self, config: GPTConfig, rows: int, position: int) -> float:
+        """The seconds of a decode step in fp32: every weight and every key and value is read."""
+        C = config.width
+        held = 2 * config.layers * position * C
+        operations = 2 * rows * (_weights(config) + held)
+        return max(operations / self.flops, 4 * (_weights(config) + rows * held) / self.bytes_per_s)
+
+
+def _weights(config: GPTConfig) -> int:
+    """The weights of all products."""
+    C = config.width
+    return config.layers * (4 * C * C + 2 * C * config.hidden_width) + config.vocabulary_size * C
+
+
+def main() -> None:
+    import torch
+
+    from tests.benchmarks.side_by_side import cores
+
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(cores())
+    device, kind, size = ("cuda", torch.bfloat16, 8192) if on_gpu else ("cpu", torch.float32, 2048)
+    matrix = torch.ones((size, size), dtype=kind, device=device)
+    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def best_s(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(10):
+            start_s = time.perf_counter()
+            work()
+            if on_gpu:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start_s)
+        return min(times)
+
+    flops = 2 * size**3 / best_s(lambda: matrix @ matrix)
+    print(json.dumps([flops, 2 * source.numel() / best_s(lambda: target.copy_(source))]))
+
+
+if __name__ == "__main__":
+    main()
