@@ -1,7 +1,7 @@
 # Thin lines over `python -m trainer_service`, `python -m inference_service` and `python -m deploy.stack`.
 # Values may hold quotes, dollar signs and line breaks: they travel through the environment, never through a command line.
 
-VALUES := PRESET DATASET VALIDATION RESUME SET FOLLOW JOB PROMPT PROMPTS VERSION DIR SEED TEMPERATURE MAX_TOKENS
+VALUES := PRESET DATASET VALIDATION RESUME SET AFTER FOLLOW JOB PROMPT PROMPTS VERSION DIR SEED TEMPERATURE MAX_TOKENS DRY_RUN
 $(foreach name,$(VALUES),$(if $(filter-out undefined,$(origin $(name))),\
   $(eval override $(name) := $$(value $(name)))$(eval export $(name))))
 
@@ -14,12 +14,13 @@ RUN := .venv/bin/python -m
 DATA := $${PRESET:+--preset="$$PRESET"} $${SET:+--set="$$SET"} "$$@"
 FILES := set -f; for name in $$DATASET; do set -- "$$@" --dataset="$$name"; done; \
   for name in $$VALIDATION; do set -- "$$@" --validation="$$name"; done;
+QUEUED := for name in $$AFTER; do set -- "$$@" --after="$$name"; done; [ "$$FOLLOW" != 0 ] || set -- "$$@" --no-follow;
 GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-.PHONY: help demo up down status train jobs watch cancel data checkpoints import export generate chat info test bench check \
-  fix proto lock
+.PHONY: help demo up down status train eval jobs watch cancel data checkpoints verify prune import export generate chat info \
+  test bench soak check fix proto lock
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,9 +37,11 @@ down: $(VENV) ## Stop what `make up` started.
 status: $(VENV) ## Show the state of each process.
 	@$(RUN) deploy.stack status
 
-train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" FOLLOW=0
-	@$(FILES) [ "$$FOLLOW" != 0 ] || set -- "$$@" --no-follow; \
-	$(RUN) trainer_service train $${RESUME:+--resume="$$RESUME"} $(DATA)
+train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" AFTER=<jobs> FOLLOW=0
+	@$(FILES) $(QUEUED) $(RUN) trainer_service train $${RESUME:+--resume="$$RESUME"} $(DATA)
+
+eval: $(VENV) ## Measure a version's held-out loss: VERSION= DATASET= VALIDATION= AFTER=<jobs> FOLLOW=0
+	@$(FILES) $(QUEUED) $(RUN) trainer_service evaluate "$$@" $${VERSION:+"$$VERSION"}
 
 jobs: $(VENV) ## List the training jobs.
 	@$(RUN) trainer_service jobs
@@ -54,6 +57,12 @@ data: $(VENV) ## Prepare a data set and show a sample: PRESET= DATASET= VALIDATI
 
 checkpoints: $(VENV) ## List the versions that training has published.
 	@$(RUN) trainer_service checkpoints
+
+verify: $(VENV) ## Compare every file of every version and state with its hash.
+	@$(RUN) trainer_service verify
+
+prune: $(VENV) ## Remove the versions and states that need not be kept: DRY_RUN=1 only shows them.
+	@$(RUN) trainer_service prune $${DRY_RUN:+--dry-run}
 
 import: $(VENV) ## Make a version of a GPT-2 folder in Hugging Face's layout: DIR= DATASET= VALIDATION=
 	@$(FILES) $(RUN) trainer_service import "$$@" $${DIR:+"$$DIR"}
@@ -78,6 +87,10 @@ test: $(VENV) ## Run all tests.
 bench: .venv/benchmarks ## Compare training and decoding with PyTorch and mlx-lm, side by side (a quarter of an hour).
 	@$(RUN) tests.benchmarks.train
 	@$(RUN) tests.benchmarks.decode
+
+soak: $(VENV) ## Kill publishers and training, again and again, and see that nothing is lost (a quarter of an hour).
+	@$(RUN) tests.soak.publish
+	@$(RUN) tests.soak.kills
 
 check: $(VENV) ## Verify format, types, imports, contracts and README; edit nothing.
 	.venv/bin/ruff check .

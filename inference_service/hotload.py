@@ -147,7 +147,12 @@ class HotLoader:
             logger.info("version %d is freed", number)
 
     async def _follow_best(self) -> None:
-        manifest = self._target(await asyncio.to_thread(self._registry.versions))
+        try:
+            versions = await asyncio.to_thread(self._registry.versions)
+        except OSError as error:
+            logger.warning("the registry cannot be read now: %s", error)
+            return
+        manifest = self._target(versions)
         if manifest is None or (self.serving is not None and self.serving.manifest == manifest):
             return
         resident = self._residents.get(manifest.version) or await self._load(manifest)

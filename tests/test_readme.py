@@ -18,6 +18,7 @@ from inference_service.metrics import InferenceMetrics
 from shared.accelerator import Memory
 from shared.gpt.config import count_parameters
 from trainer_service.events import JobState
+from trainer_service.kinds import Kind
 from trainer_service.metrics import make_metrics
 from trainer_service.presets import PRESETS
 from trainer_service.queue import JobQueue, JobRecord
@@ -64,8 +65,10 @@ class EmptyQueue(JobQueue):
     def __init__(self) -> None:
         pass
 
-    def jobs(self, states: Sequence[JobState] = ()) -> list[JobRecord]:
-        return []
+    def jobs(
+        self, states: Sequence[JobState] = (), kinds: Sequence[Kind] = (), before: float | None = None
+    ) -> Iterator[JobRecord]:
+        return iter(())
 
     def live_workers(self) -> int:
         return 0

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +14,20 @@ from rich.table import Table
 from shared import accelerator, cli, logs
 from shared.errors import Unavailable
 from shared.registry.store import Registry
+from trainer_service import registry_commands
 from trainer_service.events import JobState
 from trainer_service.follow import describe_job, follow
+from trainer_service.kinds import JobRequest, Kind, complete
+from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS, find_preset
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect, run
 from trainer_service.settings import TrainerSettings, read_settings
-from trainer_service.spec import DEFAULT_DATASET, DEFAULT_PRESET, TrainingRequest, parse_overrides, resolve
+from trainer_service.spec import DEFAULT_DATASET, DEFAULT_PRESET, JobSpec, TrainingRequest, parse_overrides
 from trainer_service.training.corpus import DatasetSpec, check_spec
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.add_typer(registry_commands.app)
 
 PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]
 DatasetOption = Annotated[
@@ -41,6 +46,15 @@ ValidationOption = Annotated[
 OverridesOption = Annotated[
     str, typer.Option("--set", help='Values that replace the preset\'s, as in "max_steps=500 batch_size=8".')
 ]
+ResumeOption = Annotated[int | None, typer.Option(help="The version to continue from.")]
+AfterOption = Annotated[
+    list[str] | None, typer.Option("--after", help="A job that must finish first. Repeatable.", metavar="JOB")
+]
+FollowOption = Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the job until it ends.")]
+
+
+# The newest, from which a plan takes speed and size of text.
+_JOBS_TO_LEARN_FROM = 200
 
 
 @app.command()
@@ -48,9 +62,10 @@ def train(
     preset: PresetOption = "",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
-    resume: Annotated[int | None, typer.Option(help="The version to continue from.")] = None,
+    resume: ResumeOption = None,
     overrides: OverridesOption = "",
-    wait: Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the job until it ends.")] = True,
+    after: AfterOption = None,
+    wait: FollowOption = True,
 ) -> None:
     """Put a training job on the queue and follow it.
 
@@ -60,12 +75,64 @@ def train(
 
     train --resume 3 --set "max_steps=1200"
     """
+    request = TrainingRequest(preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides))
+    _enqueue(JobRequest(Kind.TRAIN, request, after=tuple(after or ())), wait)
+
+
+@app.command()
+def prepare(
+    preset: PresetOption = "",
+    dataset: DatasetOption = None,
+    validation: ValidationOption = None,
+    resume: ResumeOption = None,
+    overrides: OverridesOption = "",
+    after: AfterOption = None,
+    wait: FollowOption = True,
+) -> None:
+    """Put a job on the queue that prepares the data of a run, so that the run finds them; `data` does it here and now.
+
+    Example, three jobs that follow each other:
+
+    prepare --preset small --no-follow; train --preset small --after PREPARE_JOB --no-follow; evaluate --after TRAIN_JOB
+    """
+    request = TrainingRequest(preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides))
+    _enqueue(JobRequest(Kind.PREPARE, request, after=tuple(after or ())), wait)
+
+
+@app.command()
+def evaluate(
+    version: Annotated[
+        str, typer.Argument(help="A number, best or latest, as it stands when the job begins.")
+    ] = "best",
+    dataset: DatasetOption = None,
+    validation: ValidationOption = None,
+    after: AfterOption = None,
+    wait: FollowOption = True,
+) -> None:
+    """Put a job on the queue that measures a version's loss on up to 1000 windows of held-out text.
+
+    Examples:
+
+    evaluate
+
+    evaluate 3 --dataset builtin --validation letters.txt
+    """
+    request = TrainingRequest(dataset=tuple(dataset or ()), validation=tuple(validation or ()))
+    _enqueue(JobRequest(Kind.EVALUATE, request, version, tuple(after or ())), wait)
+
+
+def _enqueue(request: JobRequest, wait: bool) -> None:
     settings = _settings()
     queue = _queue(settings)
-    request = TrainingRequest(preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides))
-    record = queue.enqueue(resolve(request, Registry(settings.directories.registry)))
+    registry = Registry(settings.directories.registry)
+    spec = complete(request, registry)
+    lines = []
+    if request.kind is Kind.TRAIN and isinstance(spec, JobSpec):
+        lines = Plan.of(spec, registry, islice(queue.jobs(), _JOBS_TO_LEARN_FROM), Machine.here()).lines()
+    record = queue.enqueue(request.kind, spec, request.after)
     console = Console()
-    console.print(f"job {record.id} queued, run {record.spec.run}", markup=False, highlight=False, soft_wrap=True)
+    for line in (f"job {record.id} queued: {record.kind.value} {record.spec.run}", *lines):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not queue.live_workers():
         raise Unavailable(f"No worker is alive. Start one with `make up`; the job {record.id} stays queued until then.")
     if wait:
@@ -90,15 +157,17 @@ def cancel(job: Annotated[str, typer.Argument(help="The job's id, as `jobs` list
 @app.command()
 def jobs() -> None:
     """List every job, the newest first."""
-    records = _queue(_settings()).jobs()
+    records = list(_queue(_settings()).jobs())
     if not records:
         print("No job yet: put one on the queue with `make train`.")
         return
-    table = Table("job", "state", "run", "data", "enqueued", "last progress", box=None)
+    table = Table("job", "kind", "state", "run", "data", "enqueued", "last progress", box=None)
     for record in records:
         data = ", ".join(name.rpartition("/")[2] for name in record.spec.data.dataset)
         age = f"{cli.duration(time.time() - record.enqueued_at)} ago"
-        table.add_row(record.id, record.state.value, record.spec.run, data, age, describe_job(record))
+        table.add_row(
+            record.id, record.kind.value, record.state.value, record.spec.run, data, age, describe_job(record)
+        )
     cli.print_table(table)
 
 
@@ -136,13 +205,15 @@ def data(
     overrides: OverridesOption = "",
 ) -> None:
     """Prepare a data set for a preset: train its tokenizer where it has none, tokenise, count, and show a sample."""
-    from trainer_service.training.tokens import prepare
+    from trainer_service.training import tokens
 
     config = find_preset(preset).override(parse_overrides(overrides))
     spec = DatasetSpec(tuple(dataset or (DEFAULT_DATASET,)), tuple(validation or ()))
     check_spec(spec)
     with cli.Stages() as stages:
-        prepared = prepare(spec, config, _settings().directories.data, lambda p: stages.show(p.stage, p.fraction))
+        prepared = tokens.prepare(
+            spec, config, _settings().directories.data, lambda p: stages.show(p.stage, p.fraction)
+        )
     for notice in prepared.notices:
         print(f"note: {notice}")
     steps = prepared.train.size / config.tokens_per_step
@@ -178,7 +249,7 @@ def import_(
     from trainer_service.training.workers import Workers
 
     with Workers(device.threads) as workers, cli.Stages() as stages:
-        imported = import_folder(directory, spec, settings.directories, workers, stages.show)
+        imported = import_folder(directory, spec, settings.directories, settings.retention, workers, stages.show)
     for notice in imported.notices:
         print(f"note: {notice}")
     version = imported.version

@@ -85,10 +85,13 @@ def describe(event: Event) -> str | None:
 
 def describe_job(record: JobRecord) -> str:
     """Where a job stands, in a few words."""
-    if record.failure:
-        return record.failure
-    progress = record.progress
-    return f"step {progress.step}/{progress.max_steps}, loss {progress.loss:.3f}" if progress else ""
+    if record.reason:
+        return record.reason
+    if record.state is JobState.QUEUED and record.after:
+        return "after " + ", ".join(record.after)
+    if progress := record.progress:
+        return f"step {progress.step}/{progress.max_steps}, loss {progress.loss:.3f}"
+    return f"held-out loss {record.evaluation.validation_loss:.4f}" if record.evaluation else ""
 
 
 class _PlainView:

@@ -3,9 +3,9 @@
 import math
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument
@@ -18,7 +18,7 @@ from shared.gpt.weights import load_model
 from shared.registry.commit import sync
 from shared.registry.fence import Fence
 from shared.registry.manifest import VersionManifest
-from shared.registry.retention import prune
+from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
 from shared.settings import Directories
 from trainer_service.spec import JobSpec, new_run
@@ -46,7 +46,12 @@ class Imported:
 
 
 def import_folder(
-    directory: Path, data: DatasetSpec, directories: Directories, workers: Workers, report: Report
+    directory: Path,
+    data: DatasetSpec,
+    directories: Directories,
+    retention: Retention,
+    workers: Workers,
+    report: Report,
 ) -> Imported:
     """Publishes the model of a folder as a version, judged on the held-out part of a data set, with a state from which
     training continues it: at step 0, with the optimizer's moments at zero.
@@ -71,12 +76,14 @@ def import_folder(
         EvaluationSet.from_tokens(tokens, tokenizer, windows=windows, context_length=config.context_length)
         for tokens, windows in ((prepared.train, config.batch_size), (prepared.validation, config.evaluation_windows))
     )
-    training_loss = evaluate(trainer.model, training_set, config.batch_size, workers).nats_per_token
-    held_out = evaluate(trainer.model, evaluation_set, config.batch_size, workers)
-    if not math.isfinite(training_loss + held_out.nats_per_token):
+    trainer.training_loss = evaluate(trainer.model, training_set, config.batch_size, workers).nats_per_token
+    held_out = evaluate(
+        trainer.model, evaluation_set, config.batch_size, workers, partial(report, "measuring the loss")
+    )
+    if not math.isfinite(trainer.training_loss + held_out.nats_per_token):
         raise InvalidArgument(
             f"The model in {directory} cannot be used: its loss is {held_out.nats_per_token} on the held-out text and "
-            f"{training_loss} on the training text, but both must be finite."
+            f"{trainer.training_loss} on the training text, but both must be finite."
         )
     trainer.record_evaluation(held_out.nats_per_token)
 
@@ -84,12 +91,11 @@ def import_folder(
     spec = JobSpec(new_run(PRESET), PRESET, config, data, resume=None)
     registry = Registry(directories.registry)
     registry.sweep()
-    with _writing(registry.root):
-        fence = Fence.raise_for(registry.run_directory(spec.run))
-        # The state first, so that there is no version which cannot be continued.
-        registry.write_state(fence, spec.run, trainer.step, trainer.save)
-        version = publish(registry, fence, spec, prepared, trainer, evaluation_set, training_loss, held_out)
-    prune(registry, spec.run)
+    fence = Fence.raise_for(registry.run_directory(spec.run))
+    # The state first, so that there is no version which cannot be continued.
+    registry.write_state(fence, spec.run, trainer.step, trainer.save)
+    version = publish(registry, fence, spec, prepared, trainer, evaluation_set, held_out)
+    prune(registry, retention=retention)
     notices = prepared.notices
     if published.end_tokens not in ((), (tokenizer.end_token,)):
         ids = ", ".join(map(str, published.end_tokens))
@@ -112,14 +118,15 @@ def export_version(number: int, directory: Path, registry: Registry) -> list[Pat
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     model = load_model(source / "model.safetensors", GPTConfig.from_dict(version.model))
     staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    staging.mkdir(parents=True)
     try:
-        with _writing(directory):
-            write_model(model, tokenizer.end_token, staging)
+        staging.mkdir(parents=True)
+        write_model(model, tokenizer.end_token, staging)
         write_tokenizer(tokenizer, model.config.context_length, staging)
         for path in (*staging.iterdir(), staging):
             sync(path)
         staging.rename(target)
+    except OSError as error:
+        raise FailedPrecondition(f"{directory} cannot be written: {error.strerror}.") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     sync(target.parent)
@@ -136,12 +143,3 @@ def _training_config(gpt: GPTConfig, tokenizer: Tokenizer) -> TrainingConfig:
         warmup_steps=100,
         **gpt.to_dict(),  # type: ignore[arg-type]
     )
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """MLX's errors of the disk as sentences; others have their own."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise FailedPrecondition(f"{folder} cannot be written: {error}") from None

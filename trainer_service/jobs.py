@@ -1,74 +1,90 @@
-"""What RQ calls, in a process of its own for each job."""
+"""What RQ calls, in a process of its own for each attempt at a job. There is nothing else that a job can make it do."""
 
 import logging
 import os
 import signal
 
-from rq import Retry
-
 from shared import accelerator, logs
 from shared.errors import GptloopError, RunOwnershipLost
-from trainer_service.events import JobState, Notice, StateChanged
-from trainer_service.queue import JobQueue
+from trainer_service.attempt import Attempt, Stopped
+from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.kinds import EvaluationSpec, Kind
+from trainer_service.queue import JobQueue, JobRecord
 from trainer_service.redis_server import connect
-from trainer_service.reporter import Reporter
+from trainer_service.reporter import End, Reporter
 from trainer_service.settings import read_settings
-from trainer_service.spec import JobSpec
 
 logger = logging.getLogger(__name__)
 
-# A run that is interrupted goes back to the queue as often as that happens.
-_INTERRUPTIONS = 1_000_000
 
-
-def run_training(job_id: str, spec_json: str) -> Retry | None:
-    """Trains the run of a job to its end; returns `Retry` where it was interrupted and is to go on later.
+def run_attempt(job_id: str, attempt: int) -> None:
+    """Works on a job until it has finished, or until somebody or something ends the attempt.
 
     An error of the job itself (bad data, a diverging loss) fails the job and is not tried again.
     """
     logs.configure("trainer")
     settings = read_settings(os.environ)
-    reporter = Reporter(JobQueue(connect(settings.redis_url)), job_id)
+    queue = JobQueue(connect(settings.redis_url))
+    if not queue.tell(job_id, attempt, [TimedEvent(StateChanged(JobState.RUNNING))]):
+        logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
+        return
+    reporter = Reporter(queue, job_id, attempt, settings.stuck_s)
     terminated = False
 
     def terminate(_signal: int, _frame: object) -> None:
         nonlocal terminated
         terminated = True
 
+    def stop_requested() -> bool:
+        return reporter.stop_requested() or terminated
+
+    def told(event: StateChanged) -> End:
+        return lambda queue: queue.tell(job_id, attempt, [TimedEvent(event)])
+
     signal.signal(signal.SIGTERM, terminate)
-    reporter.tell(StateChanged(JobState.RUNNING))
+    end: End | None = None
     try:
         device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
-        if device.backend == "cpu" and device.blas is None:
-            reporter.tell(Notice(accelerator.NO_BLAS))
-        # Only now, as MLX must load after its fast BLAS.
-        from trainer_service.run import StoppedInPreparation, TrainingRun
-
-        def stop_requested() -> bool:
-            return terminated or reporter.cancelled or reporter.orphaned
-
-        try:
-            run = TrainingRun(JobSpec.from_json(spec_json), settings.directories, reporter.tell, stop_requested)
-            completed = run.train(device)
-        except StoppedInPreparation:
-            completed = False
+        completed = _work(
+            queue.get(job_id), Attempt(settings.directories, settings.retention, device, reporter.tell, stop_requested)
+        )
     except RunOwnershipLost as error:
         # Whoever owns the run now tells how it goes on.
         logger.warning("job %s: %s", job_id, error)
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
-        reporter.tell(StateChanged(JobState.FAILED, str(error)))
+        end = told(StateChanged(JobState.FAILED, str(error)))
     except Exception as error:
         logger.exception("job %s failed", job_id)
-        reporter.tell(StateChanged(JobState.FAILED, f"{type(error).__name__}: {error} (the worker's log has more)"))
+        reason = f"{type(error).__name__}: {error} (the worker's log has more)"
+        end = told(StateChanged(JobState.FAILED, reason))
     else:
         if completed:
-            reporter.tell(StateChanged(JobState.FINISHED))
+            end = told(StateChanged(JobState.FINISHED))
         elif reporter.cancelled:
-            reporter.tell(StateChanged(JobState.CANCELLED))
+            end = told(StateChanged(JobState.CANCELLED))
         else:
-            reporter.tell(StateChanged(JobState.QUEUED, "The worker was stopped; the run goes on when one is back."))
-            return Retry(max=_INTERRUPTIONS)
+            reason = "The worker was stopped; the job goes on when one is back."
+            end = lambda queue: queue.give_back(job_id, attempt, reason)  # noqa: E731
     finally:
-        reporter.close()
-    return None
+        reporter.close(end)
+
+
+def _work(record: JobRecord, attempt: Attempt) -> bool:
+    """Does what the job says; whether it came to its end."""
+    if attempt.device.backend == "cpu" and attempt.device.blas is None:
+        attempt.tell(Notice(accelerator.NO_BLAS))
+    # Only now, as MLX must load after its fast BLAS.
+    from trainer_service.evaluation import evaluate_version
+    from trainer_service.run import TrainingRun, prepare_data
+
+    try:
+        if isinstance(record.spec, EvaluationSpec):
+            evaluate_version(record.spec, attempt)
+        elif record.kind is Kind.PREPARE:
+            prepare_data(record.spec, attempt)
+        else:
+            return TrainingRun(record.spec, attempt).train()
+    except Stopped:
+        return False
+    return True

@@ -26,14 +26,18 @@ class TrainingCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Every metric family of the page."""
         try:
-            records = self._queue.jobs()
+            records = list(self._queue.jobs())
             tokens, waiting, workers = self._queue.tokens(), self._queue.waiting(), self._queue.live_workers()
         except Unavailable:
             yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
             return
         yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=1)
         yield CounterMetricFamily("gptloop_training_tokens", "Tokens trained on by all jobs ever.", value=tokens)
-        yield GaugeMetricFamily("gptloop_training_queue_depth", "Jobs that wait for a worker.", value=waiting)
+        yield GaugeMetricFamily(
+            "gptloop_training_queue_depth",
+            "Jobs that wait for a worker, for others or for their next attempt.",
+            value=waiting,
+        )
         yield GaugeMetricFamily("gptloop_training_workers", "Workers that are alive.", value=workers)
         yield _jobs(records)
         yield from _runs(_shown(records))

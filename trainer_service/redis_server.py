@@ -59,7 +59,7 @@ def connect(url: str) -> Redis:
 
 
 def run(directories: Directories) -> NoReturn:
-    """Becomes the embedded redis-server, in the foreground; every write is in its file within a second.
+    """Becomes the embedded redis-server, in the foreground; a write is on the disk when it is answered.
 
     Raises `Unavailable` where there is no redis-server, and `AlreadyExists` where one runs on the same data.
     """
@@ -80,7 +80,7 @@ def run(directories: Directories) -> NoReturn:
         "unixsocketperm": "700",
         "dir": str(directories.redis),
         "appendonly": "yes",
-        "appendfsync": "everysec",
+        "appendfsync": "always",
         "save": "",
         "daemonize": "no",
     }

@@ -1,12 +1,13 @@
-"""What a training process tells Redis, from a thread of its own, so that training never waits for Redis."""
+"""What an attempt at a job tells Redis, from a thread of its own, so that training never waits for Redis."""
 
 import logging
 import os
 import threading
+import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Callable
 
-from shared.errors import Unavailable
+from shared.errors import NotFound, Unavailable
 from trainer_service.events import Event, Progress, RunStarted, TimedEvent
 from trainer_service.queue import JobQueue
 
@@ -14,27 +15,35 @@ logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
 _LAST_TRY_S = 20.0
-_ORPHAN_LIMIT_S = 10.0
+_ORPHAN_LIMIT_S = 8.0
 # Reports of a Redis outage of many hours; older ones are dropped first.
 _KEPT_EVENTS = 50_000
 
+# Says how an attempt ended; False where the job was another attempt's by then.
+End = Callable[[JobQueue], bool]
+
 
 class Reporter:
-    """Carries events to the queue, renews the job's lease, and learns whether to stop.
+    """Carries events to the queue, keeps the job's lease while there is progress, and learns whether to stop.
 
-    The thread owns the connection; `tell`, `cancelled` and `orphaned` may be called from any thread and return at once.
-    Where Redis is gone, events wait and are told when it is back.
+    The thread owns the connection; everything else may be called from any thread and returns at once, but for `close`.
+    Where Redis is gone, events wait and are told when it is back. `stuck_s` without progress end the lease.
     """
 
-    def __init__(self, queue: JobQueue, job_id: str) -> None:
+    def __init__(self, queue: JobQueue, job_id: str, attempt: int, stuck_s: float) -> None:
         self._queue = queue
         self._job_id = job_id
+        self._attempt = attempt
+        self._stuck_s = stuck_s
         self._events: deque[TimedEvent] = deque(maxlen=_KEPT_EVENTS)
         self._lock = threading.Lock()
         self._new_tokens = 0
         self._counted_tokens = 0
+        self._progressed_s = time.monotonic()
         self._cancelled = threading.Event()
+        self._superseded = threading.Event()
         self._closing = threading.Event()
+        self._end: End | None = None
         self._parent = os.getppid()
         self._reachable = True
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
@@ -50,59 +59,85 @@ class Reporter:
                 self._new_tokens += event.tokens - self._counted_tokens
                 self._counted_tokens = event.tokens
 
+    def stop_requested(self) -> bool:
+        """Whether the attempt is to end. Asked between any two pieces of work, and so it proves progress too."""
+        self._progressed_s = time.monotonic()
+        return self.cancelled or self.superseded or self.orphaned
+
     @property
     def cancelled(self) -> bool:
         """Whether somebody asked the job to end."""
         return self._cancelled.is_set()
 
     @property
+    def superseded(self) -> bool:
+        """Whether the job has ended or is another attempt's by now."""
+        return self._superseded.is_set()
+
+    @property
     def orphaned(self) -> bool:
         """Whether the worker that started this process is gone; the process ends within some seconds then."""
         return os.getppid() != self._parent
 
-    def close(self) -> None:
-        """Tells what is left and gives the lease back; tries for some seconds where Redis is gone."""
+    def close(self, end: End | None) -> None:
+        """Tells what is left and how the attempt ended, and gives the lease back; tries for some seconds where Redis is
+        gone."""
+        self._end = end
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._closing.wait(_INTERVAL_S):
-            self._try_exchange()
-            if self.orphaned:
-                # The loop may end its step and write its state, but nobody waits for a step that takes longer.
-                if not self._closing.wait(_ORPHAN_LIMIT_S):
-                    logger.error("job %s: the worker is gone, and so this process ends within its step", self._job_id)
-                    os._exit(1)
-                break
+            self._try(self._exchange)
+            # The loop may end its step and write its state, but nobody waits for a step that takes longer.
+            if self.orphaned and not self._closing.wait(_ORPHAN_LIMIT_S):
+                logger.error("job %s: the worker is gone, and so this process ends within its step", self._job_id)
+                self._try(self._lose)
+                os._exit(1)
         for _ in range(round(_LAST_TRY_S / _INTERVAL_S)):
-            if self._try_exchange():
-                # Redis may be gone by now; the lease ends by itself then.
-                with suppress(Unavailable):
-                    self._queue.end_job_lease(self._job_id)
+            if self._try(self._finish):
                 return
-            threading.Event().wait(_INTERVAL_S)
+            time.sleep(_INTERVAL_S)
         logger.error("job %s: Redis does not answer, %d events are lost", self._job_id, len(self._events))
 
-    def _try_exchange(self) -> bool:
+    def _try(self, action: Callable[[], None]) -> bool:
         try:
-            self._exchange()
+            action()
         except Unavailable as error:
             if self._reachable:
                 logger.warning("job %s: %s Training goes on.", self._job_id, error)
             self._reachable = False
             return False
+        except NotFound as error:
+            logger.warning("job %s: %s", self._job_id, error)
+            self._superseded.set()
         self._reachable = True
         return True
 
     def _exchange(self) -> None:
-        self._queue.renew_job_lease(self._job_id)
+        if self.superseded:
+            return
+        if time.monotonic() - self._progressed_s < self._stuck_s:
+            self._queue.renew_job_lease(self._job_id, self._attempt)
         if self._queue.cancel_requested(self._job_id):
             self._cancelled.set()
         with self._lock:
             events, new_tokens = list(self._events), self._new_tokens
-        if events:
-            self._queue.tell(self._job_id, events, new_tokens)
-            with self._lock:
-                self._new_tokens -= new_tokens
-                for _ in events:
-                    self._events.popleft()
+        if not self._queue.tell(self._job_id, self._attempt, events, new_tokens):
+            logger.warning("job %s: another attempt has taken over", self._job_id)
+            self._superseded.set()
+        with self._lock:
+            self._new_tokens -= new_tokens
+            for _ in events:
+                self._events.popleft()
+
+    def _finish(self) -> None:
+        self._exchange()
+        if not self.superseded:
+            if self._end:
+                self._end(self._queue)
+                self._end = None
+            self._queue.end_job_lease(self._job_id)
+
+    def _lose(self) -> None:
+        self._queue.lose(self._job_id, self._attempt, "The worker was killed")

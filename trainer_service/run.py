@@ -1,18 +1,16 @@
 """One training run: where the registry, the text and the training loop meet."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from shared import accelerator
-from shared.accelerator import Accelerator
-from shared.errors import CorruptCheckpoint
+from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
 from shared.gpt.config import count_parameters
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.fence import Fence
 from shared.registry.retention import prune
 from shared.registry.store import Registry
-from shared.settings import Directories
-from trainer_service.events import Evaluation, Event, Notice, Preparation, Progress, RunStarted, VersionPublished
+from trainer_service.attempt import Attempt, Stopped
+from trainer_service.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.spec import JobSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, Report, train
@@ -22,32 +20,40 @@ from trainer_service.training.workers import Workers
 from trainer_service.versions import publish
 
 
-class StoppedInPreparation(Exception):
-    """Somebody asked the run to stop before its first step, so there is no state to keep."""
+def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
+    """The tokens of a run, made where they are not there yet; raises `Stopped` where somebody asks for the end."""
+    registry = Registry(attempt.directories.registry)
+    tokenizer = None
+    if spec.resume is not None:
+        tokenizer = Tokenizer.load(registry.version_directory(spec.resume) / "tokenizer.json")
+
+    def report(progress: PrepareProgress) -> None:
+        if attempt.stop_requested():
+            raise Stopped
+        attempt.tell(Preparation(progress.stage, progress.fraction))
+
+    data = prepare(spec.data, spec.config, attempt.directories.data, report, tokenizer)
+    for text in data.notices:
+        attempt.tell(Notice(text))
+    return data
 
 
 class TrainingRun:
     """Brings a run to its end, from the start, from the version that it continues, or from its own last state.
 
-    Whoever asks it to stop while it prepares its data gets `StoppedInPreparation`.
+    Whoever asks it to stop while it prepares its data gets `Stopped`.
 
     It is the loop's observer: reports and evaluations become events, checkpoints become states and versions.
     """
 
-    def __init__(
-        self,
-        spec: JobSpec,
-        directories: Directories,
-        tell: Callable[[Event], None],
-        stop_requested: Callable[[], bool],
-    ) -> None:
+    def __init__(self, spec: JobSpec, attempt: Attempt) -> None:
         self._spec = spec
-        self._tell = tell
-        self._stop_requested = stop_requested
-        self._registry = Registry(directories.registry)
+        self._attempt = attempt
+        self._tell = attempt.tell
+        self._registry = Registry(attempt.directories.registry)
         self._registry.sweep()
         self._parent = self._registry.version(spec.resume) if spec.resume is not None else None
-        self._data = self._prepare(directories.data)
+        self._data = prepare_data(spec, attempt)
         config = spec.config
         self._evaluation_set = EvaluationSet.from_tokens(
             self._data.validation,
@@ -57,31 +63,20 @@ class TrainingRun:
         )
         self._fence = Fence.raise_for(self._registry.run_directory(spec.run))
 
-    def _prepare(self, directory: Path) -> PreparedData:
-        tokenizer = None
-        if self._parent:
-            tokenizer = Tokenizer.load(self._registry.version_directory(self._parent.version) / "tokenizer.json")
-        data = prepare(self._spec.data, self._spec.config, directory, self._report_preparation, tokenizer)
-        for text in data.notices:
-            self.notice(text)
-        return data
+    def train(self) -> bool:
+        """Trains; True where the schedule came to its end, False where somebody asked for the end before."""
+        with Workers(self._attempt.device.threads) as workers:
+            return self._train(workers)
 
-    def _report_preparation(self, progress: PrepareProgress) -> None:
-        if self._stop_requested():
-            raise StoppedInPreparation
-        self._tell(Preparation(progress.stage, progress.fraction))
-
-    def train(self, device: Accelerator) -> bool:
-        """Trains; True where the schedule came to its end, False where `stop_requested` ended it before."""
-        with Workers(device.threads) as workers:
-            return self._train(device, workers)
-
-    def _train(self, device: Accelerator, workers: Workers) -> bool:
+    def _train(self, workers: Workers) -> bool:
         config = self._spec.config
         self._tell(Preparation("building the model"))
         trainer = Trainer(config, self._data.train, workers)
         if state := self._last_state():
             trainer.restore(state)
+        parent = self._parent
+        if parent and parent.step == trainer.step and parent.evaluation_set != self._evaluation_set.digest:
+            trainer.best_validation_loss = None  # losses on different sets do not compare
         parameters = count_parameters(config.gpt)
         self._tell(
             RunStarted(
@@ -93,10 +88,10 @@ class TrainingRun:
                 first_step=trainer.step + 1,
                 first_tokens=trainer.tokens,
                 max_steps=config.max_steps,
-                device=device.device,
+                device=self._attempt.device.device,
             )
         )
-        return train(trainer, self._evaluation_set, self, self._stop_requested) is Outcome.COMPLETED
+        return train(trainer, self._evaluation_set, self, self._attempt.stop_requested) is Outcome.COMPLETED
 
     def _last_state(self) -> Path | None:
         """The newest state that is whole: the run's own, else that of the version it continues."""
@@ -104,7 +99,7 @@ class TrainingRun:
         for step in reversed(self._registry.states(run)):
             try:
                 return self._registry.verified_state(run, step)
-            except CorruptCheckpoint as error:
+            except (CorruptCheckpoint, NotFound) as error:
                 self.notice(f"{error} An older state is used.")
         if self._parent:
             return self._registry.verified_state(self._parent.run, self._parent.step)
@@ -133,16 +128,27 @@ class TrainingRun:
             )
         )
 
-    def checkpoint(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
-        """Publishes a version, keeps the state, and removes what is too old."""
-        self._tell(Evaluation(trainer.step, training_loss, held_out.nats_per_token, held_out.bits_per_byte))
-        # The version first: a run that dies between the two goes on from an older state and comes by here again.
-        if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
-            self._publish(trainer, training_loss, held_out)
-        self.save(trainer)
-        prune(self._registry, self._spec.run)
+    def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
+        """Publishes a version, keeps the state, and removes what is too old.
 
-    def _publish(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
+        A registry that cannot be written now may be at the next evaluation; at the end of the schedule there is none.
+        """
+        self._tell(Evaluation(trainer.step, trainer.training_loss, held_out.nats_per_token, held_out.bits_per_byte))
+        try:
+            # The version first: a run that dies between the two goes on from an older state and comes by here again.
+            if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
+                self._publish(trainer, held_out)
+            self.save(trainer)
+        except FailedPrecondition as error:
+            if trainer.step == self._spec.config.max_steps:
+                raise
+            self.notice(f"{error} Training goes on without this checkpoint.")
+        try:
+            prune(self._registry, retention=self._attempt.retention)
+        except GptloopError as error:
+            self.notice(f"Nothing old was removed: {error}")
+
+    def _publish(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
         version = publish(
             self._registry,
             self._fence,
@@ -150,7 +156,6 @@ class TrainingRun:
             self._data,
             trainer,
             self._evaluation_set,
-            training_loss,
             held_out,
         )
         best = self._registry.labels()["best"] == version.version

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import logging
 from collections.abc import AsyncIterator
+from itertools import islice
 from typing import Any
 
 from shared.errors import InvalidArgument, Unavailable
@@ -13,12 +14,12 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
 from trainer_service.events import StateChanged
+from trainer_service.kinds import complete
 from trainer_service.metrics import make_metrics
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings
-from trainer_service.spec import resolve
-from trainer_service.translate import STATES, event_to_pb, job_to_pb, request_from_pb
+from trainer_service.translate import STATES, event_to_pb, job_to_pb, kinds_from_pb, request_from_pb
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
 
 _DEFAULT_PAGE_SIZE = 50
 _MAX_PAGE_SIZE = 1000
-_WATCH_WAIT_S = 1.0
+_WATCH_INTERVAL_S = 0.25
 _HEALTH_INTERVAL_S = 1.0
 _DRAIN_S = 2.0
 
@@ -40,8 +41,9 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
     async def EnqueueJob(self, request: pb.EnqueueJobRequest, context: Any) -> pb.EnqueueJobResponse:  # noqa: N802
         """Checks a request, completes it and puts it on the queue."""
-        spec = await asyncio.to_thread(resolve, request_from_pb(request), self._registry)
-        record = await asyncio.to_thread(self._queue.enqueue, spec)
+        wanted = request_from_pb(request)
+        spec = await asyncio.to_thread(complete, wanted, self._registry)
+        record = await asyncio.to_thread(self._queue.enqueue, wanted.kind, spec, wanted.after)
         live_workers = await asyncio.to_thread(self._queue.live_workers)
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
 
@@ -57,12 +59,11 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         size = request.page_size or _DEFAULT_PAGE_SIZE
         if not 1 <= size <= _MAX_PAGE_SIZE:
             raise InvalidArgument(f"page_size is {size}, but must be from 1 to {_MAX_PAGE_SIZE}.")
-        after = _read_page_token(request.page_token)
-        records = await asyncio.to_thread(self._queue.jobs, states)
-        if after:
-            records = [record for record in records if (record.enqueued_at, record.id) < after]
+        kinds = kinds_from_pb(request.kinds)
+        before = _read_page_token(request.page_token)
+        records = await asyncio.to_thread(lambda: list(islice(self._queue.jobs(states, kinds, before), size + 1)))
         page = records[:size]
-        token = _page_token(page[-1].enqueued_at, page[-1].id) if len(records) > size else ""
+        token = _page_token(page[-1].enqueued_at) if len(records) > size else ""
         return pb.ListJobsResponse(jobs=[job_to_pb(record) for record in page], next_page_token=token)
 
     async def WatchJob(  # noqa: N802
@@ -72,12 +73,13 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         await asyncio.to_thread(self._queue.get, request.job_id)
         last = "0"
         while True:
-            news = await asyncio.to_thread(self._queue.read_events, request.job_id, last, _WATCH_WAIT_S)
-            for event_id, timed in news:
+            # Without waiting in Redis: a thread is held for a moment only, however many watch.
+            for event_id, timed in await asyncio.to_thread(self._queue.read_events, request.job_id, last):
                 last = event_id
                 yield event_to_pb(timed)
                 if isinstance(timed.event, StateChanged) and timed.event.state.is_final:
                     return
+            await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:  # noqa: N802
         """Asks a job to end."""
@@ -112,15 +114,14 @@ async def _follow_redis(server: GrpcServer, queue: JobQueue) -> None:
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
-def _page_token(enqueued_at: float, job_id: str) -> str:
-    return base64.urlsafe_b64encode(f"{enqueued_at!r} {job_id}".encode()).decode()
+def _page_token(enqueued_at: float) -> str:
+    return base64.urlsafe_b64encode(repr(enqueued_at).encode()).decode()
 
 
-def _read_page_token(token: str) -> tuple[float, str] | None:
+def _read_page_token(token: str) -> float | None:
     if not token:
         return None
     try:
-        enqueued_at, job_id = base64.urlsafe_b64decode(token.encode()).decode().split(" ")
-        return float(enqueued_at), job_id
+        return float(base64.urlsafe_b64decode(token.encode()).decode())
     except ValueError:
         raise InvalidArgument("page_token is not one that ListJobs gave.") from None

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from shared.settings import Directories, Environment, read_directories, read_port, read_str
+from shared.registry.retention import Retention, read_retention
+from shared.settings import Directories, Environment, read_directories, read_float, read_port, read_str
 from trainer_service.redis_server import redis_url
 
 
@@ -13,6 +14,8 @@ class TrainerSettings:
     host: `GPTLOOP_TRAINER_HOST`, the address that gRPC and metrics listen on.
     port: `GPTLOOP_TRAINER_PORT`, the gRPC port; 0 chooses a free one.
     metrics_port: `GPTLOOP_TRAINER_METRICS_PORT`, the port of `/metrics`; 0 chooses a free one.
+    stuck_s: `GPTLOOP_TRAINER_STUCK_S`, how long a job may show no progress before it is started anew.
+    retention: `GPTLOOP_KEEP_*`, what of the registry is kept.
     redis_url: `REDIS_URL`, the Redis server; without it the embedded one below `GPTLOOP_VAR`.
     directories: `GPTLOOP_VAR`, the folder of all state.
     """
@@ -20,6 +23,8 @@ class TrainerSettings:
     host: str
     port: int
     metrics_port: int
+    stuck_s: float
+    retention: Retention
     redis_url: str
     directories: Directories
 
@@ -31,6 +36,8 @@ def read_settings(environment: Environment) -> TrainerSettings:
         host=read_str(environment, "GPTLOOP_TRAINER_HOST", "127.0.0.1"),
         port=read_port(environment, "GPTLOOP_TRAINER_PORT", 50052),
         metrics_port=read_port(environment, "GPTLOOP_TRAINER_METRICS_PORT", 9102),
+        stuck_s=read_float(environment, "GPTLOOP_TRAINER_STUCK_S", 600.0, minimum=1.0, maximum=86400.0),
+        retention=read_retention(environment),
         redis_url=redis_url(environment, directories),
         directories=directories,
     )

@@ -1,10 +1,11 @@
 """What a job is asked to do, complete: nothing else defines the run."""
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from shared.errors import InvalidArgument
 from shared.registry.store import Registry
@@ -48,7 +49,11 @@ class JobSpec:
             values = json.loads(text)
             data = DatasetSpec(tuple(values["data"]["dataset"]), tuple(values["data"]["validation"]))
             config = TrainingConfig.from_dict(values["config"])
-            return cls(values["run"], values["preset"], config, data, values["resume"])
+            run = values["run"]
+            # It names a folder.
+            if not re.fullmatch(r"\w[\w.-]*", run):
+                raise ValueError(f"{run!r} is no name of a run")
+            return cls(run, values["preset"], config, data, values["resume"])
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgument(f"The job cannot be understood: {error!r}.") from error
 
@@ -80,7 +85,7 @@ def _continued(request: TrainingRequest, resume: int, registry: Registry) -> tup
             f"Version {resume} was trained with the preset {parent.preset}; leave PRESET out to continue it."
         )
     begun = TrainingConfig.from_dict(parent.training)
-    config = begun.override(request.overrides)
+    config = replace(begun, schedule_start=0).override(request.overrides)
     fixed = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
     for name in fixed:
         if getattr(config, name) != getattr(begun, name):
@@ -97,7 +102,7 @@ def _continued(request: TrainingRequest, resume: int, registry: Registry) -> tup
         request.dataset or parent.dataset_files,
         request.validation or (() if request.dataset else parent.validation_files),
     )
-    return parent.preset, config, data
+    return parent.preset, config.continuing(begun, parent.step), data
 
 
 def parse_overrides(text: str) -> dict[str, str]:

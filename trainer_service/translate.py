@@ -1,10 +1,14 @@
 """Jobs and events as protobuf messages; protobuf stops here."""
 
+from collections.abc import Sequence
+
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from shared.errors import InvalidArgument
 from shared.pb.training.v1 import training_pb2 as pb
 from trainer_service import events
 from trainer_service.events import JobState, TimedEvent
+from trainer_service.kinds import EvaluationSpec, JobRequest, Kind
 from trainer_service.queue import JobRecord
 from trainer_service.spec import TrainingRequest
 
@@ -18,30 +22,52 @@ STATES = {
 }
 
 
-def request_from_pb(message: pb.EnqueueJobRequest) -> TrainingRequest:
-    """What a client asks to be trained."""
-    return TrainingRequest(
+KINDS = {
+    Kind.PREPARE: pb.JOB_KIND_PREPARE,
+    Kind.TRAIN: pb.JOB_KIND_TRAIN,
+    Kind.EVALUATE: pb.JOB_KIND_EVALUATE,
+}
+
+
+def request_from_pb(message: pb.EnqueueJobRequest) -> JobRequest:
+    """What a client asks for; raises `InvalidArgument` on a kind that does not exist."""
+    training = TrainingRequest(
         preset=message.preset,
         dataset=tuple(message.dataset),
         validation=tuple(message.validation),
         resume=message.resume if message.HasField("resume") else None,
         overrides=dict(message.overrides),
     )
+    (kind,) = kinds_from_pb([message.kind or pb.JOB_KIND_TRAIN])
+    return JobRequest(kind, training, message.version, tuple(message.after))
+
+
+def kinds_from_pb(numbers: Sequence[int]) -> list[Kind]:
+    """Kinds of jobs; raises `InvalidArgument` where one does not exist."""
+    kinds = [kind for kind, number in KINDS.items() if number in numbers]
+    if len(kinds) != len(set(numbers)):
+        raise InvalidArgument("There is no such kind of job.")
+    return kinds
 
 
 def job_to_pb(record: JobRecord) -> pb.Job:
     """A job as it stands."""
+    spec = record.spec
+    named = {"version": spec.version} if isinstance(spec, EvaluationSpec) else {"run": spec.run, "preset": spec.preset}
     return pb.Job(
         id=record.id,
-        run=record.spec.run,
+        **named,
+        kind=KINDS[record.kind],
+        after=record.after,
+        attempt=record.attempt,
         state=STATES[record.state],
-        preset=record.spec.preset,
-        dataset=record.spec.data.dataset,
+        dataset=spec.data.dataset,
         enqueued_at=_timestamp(record.enqueued_at),
         started_at=_timestamp(record.started_at) if record.started_at else None,
         ended_at=_timestamp(record.ended_at) if record.ended_at else None,
         progress=_progress(record.progress) if record.progress else None,
-        failure=record.failure,
+        evaluation=pb.Evaluation(**vars(record.evaluation)) if record.evaluation else None,
+        reason=record.reason,
     )
 
 

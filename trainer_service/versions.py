@@ -24,7 +24,6 @@ def publish(
     data: PreparedData,
     trainer: Trainer,
     evaluation_set: EvaluationSet,
-    training_loss: float,
     held_out: HeldOutLoss,
 ) -> VersionManifest:
     """Publishes the model as it is now under the next number; raises `RunOwnershipLost` where the run is another's."""
@@ -53,7 +52,7 @@ def publish(
             dataset_files=spec.data.dataset,
             validation_files=spec.data.validation,
             evaluation_set=evaluation_set.digest,
-            training_loss=training_loss,
+            training_loss=trainer.training_loss,
             validation_loss=held_out.nats_per_token,
             bits_per_byte=held_out.bits_per_byte,
             claimed_loss=held_out.claimed,

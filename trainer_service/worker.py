@@ -1,36 +1,42 @@
-"""The RQ worker: takes one job at a time and runs each in a process of its own, as MLX does not survive a fork."""
+"""The RQ worker: takes one job at a time, each into a process of its own, as MLX does not survive a fork."""
 
 import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
+from rq import Queue
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
 
-from shared.errors import Unavailable
-from trainer_service.events import JobState, StateChanged, TimedEvent
-from trainer_service.queue import LEASE_S, JobQueue
+from shared.errors import NotFound, Unavailable
+from trainer_service.queue import AttemptJob, JobQueue
 
 logger = logging.getLogger(__name__)
 
-# How often RQ looks for jobs whose worker died, and how often a worker with a job says that it lives.
-_MAINTENANCE_INTERVAL_S = 15
+# How often RQ clears up after itself, and how often a worker with a job says to RQ that it lives.
+_MAINTENANCE_INTERVAL_S = 60
 _HEARTBEAT_INTERVAL_S = 10
 _REDIS_LIMIT_S = 30.0
 _POLL_S = 0.1
+_WATCH_INTERVAL_S = 1.0
+# A job without a lease is given up only after so long: where Redis was gone, its process is about to renew it.
+_GRACE_S = 3.0
+# A training process that has lost its job ends by itself after its step.
+_USELESS_LIMIT_S = 10.0
 
 
 class TrainingWorker(SpawnWorker):
     """RQ's worker with two differences: a shutdown is passed on to the training process, which writes its state and
-    goes back to the queue, and a training process that dies is told to whoever follows the job."""
+    gives its job back, and a training process that dies is told to the queue, which decides how it goes on."""
 
     def handle_warm_shutdown_request(self) -> None:
         """Asks the training process to end after its step."""
@@ -39,6 +45,18 @@ class TrainingWorker(SpawnWorker):
             # That process alone: RQ would signal its group, and with it a compiler at work for MLX.
             with suppress(ProcessLookupError):
                 os.kill(self.horse_pid, signal.SIGTERM)
+
+    # The job and the number of the attempt that runs here, and since when it is of no use.
+    attempt: tuple[str, int] | None = None
+    _useless_since_s: float | None = None
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Runs an attempt; it has its lease from the first moment on."""
+        with suppress(Unavailable):
+            JobQueue(self.connection).renew_job_lease(*job.args)
+        self.attempt = (job.args[0], job.args[1])
+        super().execute_job(job, queue)
+        self.attempt = None
 
     def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
         """Tells Redis that the job goes on; where Redis is gone, training goes on all the same."""
@@ -53,16 +71,24 @@ class TrainingWorker(SpawnWorker):
         reason = f"was killed by signal {-ended}" if ended < 0 else f"ended with exit code {ended}"
         if ended == -signal.SIGKILL:
             reason += " (is the machine out of memory? a smaller batch_size needs less)"
-        if job.retries_left:
-            event = StateChanged(JobState.QUEUED, f"The training process {reason}; it goes on from its last state.")
-        else:
-            event = StateChanged(JobState.FAILED, f"The training process {reason}, too often to be started again.")
-        queue = JobQueue(self.connection)
         try:
-            queue.end_job_lease(job.id)
-            queue.tell(job.id, [TimedEvent(event)])
-        except Unavailable as error:
-            logger.warning("job %s: %s %s", job.id, event.reason, error)
+            job_id, attempt = job.args
+            JobQueue(self.connection).lose(job_id, attempt, f"The training process {reason}")
+        except (Unavailable, NotFound) as error:
+            logger.warning("job %s: %s %s", job.id, reason, error)
+
+    def end_useless(self, given_up: Collection[tuple[str, int]]) -> None:
+        """Kills the training process where its attempt was given up, or does not end after another took its place."""
+        attempt, now_s = self.attempt, time.monotonic()
+        if attempt is None or attempt in given_up or JobQueue(self.connection).is_current(*attempt):
+            self._useless_since_s = None
+        elif self._useless_since_s is None:
+            self._useless_since_s = now_s
+        useless = self._useless_since_s is not None and now_s - self._useless_since_s > _USELESS_LIMIT_S
+        if attempt and self.horse_pid and (useless or attempt in given_up):
+            logger.error("job %s: its process is stuck or has lost its job, and is killed", attempt[0])
+            with suppress(ProcessLookupError):
+                os.kill(self.horse_pid, signal.SIGKILL)
 
 
 def work(connection: Redis) -> None:
@@ -76,18 +102,19 @@ def work(connection: Redis) -> None:
         [queue.rq],
         connection=connection,
         serializer=JSONSerializer,
+        job_class=AttemptJob,
         worker_ttl=60,
         maintenance_interval=_MAINTENANCE_INTERVAL_S,
         job_monitoring_interval=_HEARTBEAT_INTERVAL_S,
     )
     ended = threading.Event()
-    lease = threading.Thread(target=_keep_lease, args=(queue, worker.name, ended), name="lease", daemon=True)
-    lease.start()
+    watch = threading.Thread(target=_watch, args=(queue, worker, ended), name="watch", daemon=True)
+    watch.start()
     try:
         worker.work(logging_level="WARNING")
     finally:
         ended.set()
-        lease.join()
+        watch.join()
 
 
 def _wait_for_redis(queue: JobQueue) -> None:
@@ -102,12 +129,27 @@ def _wait_for_redis(queue: JobQueue) -> None:
             time.sleep(_POLL_S)
 
 
-def _keep_lease(queue: JobQueue, name: str, ended: threading.Event) -> None:
-    while True:
-        # Redis may be restarting; the lease is renewed when it is back.
-        with suppress(Unavailable):
-            queue.renew_worker_lease(name)
-        if ended.wait(LEASE_S / 5):
-            with suppress(Unavailable):
-                queue.end_worker_lease(name)
-            return
+def _watch(queue: JobQueue, worker: TrainingWorker, ended: threading.Event) -> None:
+    """Keeps this worker's lease; hands over the jobs whose time has come, and takes those that nobody attends to away
+    from whoever had them. Every worker does so for all of them."""
+    since_s: dict[tuple[str, int], float] = {}
+    while not ended.is_set():
+        try:
+            queue.renew_worker_lease(worker.name)
+            queue.send_ready()
+            unattended = queue.unattended()
+            now_s = time.monotonic()
+            since_s = {job: since_s.get(job, now_s) for job in unattended.items()}
+            given_up = {job for job, first_s in since_s.items() if now_s - first_s >= _GRACE_S}
+            worker.end_useless(given_up)
+            for job_id, attempt in given_up:
+                if queue.lose(job_id, attempt, "The process that worked on the job is gone, or stuck"):
+                    logger.warning("job %s: attempt %d is given up", job_id, attempt)
+        except Unavailable:
+            # Redis may be restarting; leases are renewed when it is back, and nobody is given up before.
+            since_s.clear()
+        except Exception:
+            logger.exception("The watch over the jobs failed; it goes on.")
+        ended.wait(_WATCH_INTERVAL_S)
+    with suppress(Unavailable):
+        queue.end_worker_lease(worker.name)

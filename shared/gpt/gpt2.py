@@ -16,7 +16,7 @@ import mlx.core as mx
 from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
-from shared.gpt.weights import load_arrays
+from shared.gpt.weights import load_arrays, save_arrays
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -192,7 +192,7 @@ def write_model(model: GPT, end_token: int, directory: Path) -> None:
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
     arrays = {tensor.stored(PREFIX): tensor.turned(parameters[tensor.ours]) for tensor in tensors(config)}
     # transformers reads no file whose metadata do not name a framework.
-    mx.save_safetensors(str(directory / WEIGHTS_FILE), arrays, metadata={"format": "pt"})
+    save_arrays(arrays, directory / WEIGHTS_FILE, {"format": "pt"})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Models in and out of safetensors files."""
 
+import errno
+import os
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,8 +13,19 @@ from shared.gpt.model import GPT, parameters_of
 
 
 def save_model(model: GPT, path: Path) -> None:
-    """Writes every parameter under its module name, in fp32."""
-    mx.save_safetensors(str(path), parameters_of(model))
+    """Writes every parameter under its module name, in fp32; raises `OSError` as `save_arrays` does."""
+    save_arrays(parameters_of(model), path)
+
+
+def save_arrays(arrays: dict[str, mx.array], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes arrays under their names into a safetensors file; raises `OSError` where the disk does not take it."""
+    try:
+        mx.save_safetensors(str(path), arrays, metadata=metadata)
+    except RuntimeError as error:
+        # MLX says only that it could not.
+        is_full = shutil.disk_usage(path.parent).free < sum(array.nbytes for array in arrays.values())
+        number = errno.ENOSPC if is_full else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def load_model(path: Path, config: GPTConfig) -> GPT:

@@ -1,41 +1,115 @@
-"""Making a folder of files appear whole or not at all."""
+"""Making a folder of files appear whole or not at all, and stay after a power failure."""
 
+import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from fcntl import LOCK_EX, LOCK_UN, flock
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shared.errors import AlreadyExists, CorruptCheckpoint
+from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
 
 _CHUNK_BYTES = 1 << 20
 
+# The macOS Finder leaves it in folders that a person has looked at.
+IGNORED_NAMES = frozenset({".DS_Store"})
 
-def seal(staging: Path, manifest: Callable[[tuple[FileRecord, ...]], str]) -> None:
-    """Makes a staging folder durable: every file synced, then the manifest, which records them, then the folder."""
+# What file systems without the call for a full flush, or without a flush of folders, answer.
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
+
+_NO_SPACE = "free space on its disk, for example with `python -m trainer_service prune`"
+_NO_ACCESS = "make it writable for this user, or name another folder in GPTLOOP_VAR"
+_IN_THE_WAY = "take away what stands where the registry needs a folder"
+_ADVICE = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EROFS: _NO_ACCESS,
+    errno.EACCES: _NO_ACCESS,
+    errno.EPERM: _NO_ACCESS,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOTDIR: _IN_THE_WAY,
+}
+
+
+@contextmanager
+def writing(root: Path) -> Iterator[None]:
+    """Turns errors of the file system into `FailedPrecondition`, which names the registry and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "see whether its disk is there and in order")
+        place = f" ({error.filename})" if error.filename else ""
+        raise FailedPrecondition(
+            f"The registry {root} cannot be written: {error.strerror or error}{place}; {advice}."
+        ) from error
+
+
+def make_folder(folder: Path, root: Path) -> None:
+    """Makes a folder of the registry at `root` and those above it, each of which keeps its name after a power failure.
+
+    Those of the registry are synced even where they exist: who made them may have died before that.
+    """
+    for path in reversed((folder, *folder.parents)):
+        if path.is_relative_to(root) or not path.exists():
+            path.mkdir(exist_ok=True)
+            sync(path.parent)
+
+
+def seal(staging: Path, manifest: Callable[[tuple[FileRecord, ...]], str]) -> str:
+    """Makes a staging folder durable: every file synced, then the manifest, which records them, then the folder.
+
+    Returns the manifest's text.
+    """
     records = []
     for path in sorted(staging.iterdir()):
         sync(path)
         records.append(FileRecord(path.name, path.stat().st_size, sha256(path)))
-    write_synced(staging / MANIFEST_NAME, manifest(tuple(records)))
+    text = manifest(tuple(records))
+    write_synced(staging / MANIFEST_NAME, text)
     sync(staging)
+    return text
 
 
 def reveal(staging: Path, final: Path) -> None:
     """Gives a sealed folder its final name in one rename; raises `AlreadyExists` where that name is taken."""
-    final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
         raise AlreadyExists(f"{final} exists already, and a checkpoint is never replaced.")
     staging.rename(final)
-    sync(final.parent)
+    try:
+        sync(final.parent)
+    except OSError:
+        # What may be gone after a power failure must not be seen before it.
+        with suppress(OSError):
+            final.rename(staging)
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a text file whole, so that readers and power failures find the old text or the new one."""
+    replacement = path.with_name(f"{path.name}.new")
+    try:
+        write_synced(replacement, text)
+        replacement.replace(path)
+    except OSError:
+        with suppress(OSError):
+            replacement.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
     """Compares a folder with its manifest; raises `CorruptCheckpoint` and names the first file that differs."""
+    try:
+        _verify_files(directory, records)
+    except OSError as error:
+        raise CorruptCheckpoint(f"{error.filename or directory} cannot be read: {error.strerror}.") from error
+
+
+def _verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
     expected = {record.name for record in records} | {MANIFEST_NAME}
-    present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    present = {path.name for path in directory.iterdir()} - IGNORED_NAMES if directory.is_dir() else set()
     if present != expected:
         odd = ", ".join(sorted(present ^ expected))
         raise CorruptCheckpoint(f"{directory} does not hold the files of its manifest: missing or extra are {odd}.")
@@ -61,7 +135,11 @@ def sync(path: Path) -> None:
     """Forces a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _force(descriptor)
+    except OSError as error:
+        # Some file systems, as those that a virtual machine shares, cannot sync a folder.
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -71,17 +149,43 @@ def write_synced(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        _force(file.fileno())
+
+
+def _force(descriptor: int) -> None:
+    # On macOS, fsync leaves what was written in the drive's own cache.
+    full_flush = getattr(fcntl, "F_FULLFSYNC", None)
+    if full_flush is not None:
+        try:
+            fcntl.fcntl(descriptor, full_flush)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    os.fsync(descriptor)
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the exclusive lock of a lock file, which is made where it is missing; waits for whoever holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        flock(descriptor, LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        flock(descriptor, LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock of a lock file; False where there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import RunOwnershipLost
-from shared.registry.commit import locked, write_synced
+from shared.errors import FailedPrecondition, RunOwnershipLost
+from shared.registry.commit import locked, make_folder, replace_text, writing
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,18 @@ class Fence:
 
     @classmethod
     def raise_for(cls, run_directory: Path) -> "Fence":
-        """Takes the run over: from now on every earlier owner's writes are refused."""
-        with locked(run_directory / "lock"):
-            path = run_directory / "fence"
-            token = _read(path) + 1
-            replacement = run_directory / "fence.new"
-            write_synced(replacement, str(token))
-            replacement.replace(path)
-            return cls(run_directory, token)
+        """Takes the run over: from now on every earlier owner's writes are refused.
+
+        Raises `FailedPrecondition` where the run's folder, `<registry>/runs/<run>`, cannot be written.
+        """
+        root = run_directory.parents[1]
+        with writing(root):
+            make_folder(run_directory, root)
+            with locked(run_directory / "lock"):
+                path = run_directory / "fence"
+                token = _read(path) + 1
+                replace_text(path, str(token))
+        return cls(run_directory, token)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -37,4 +41,9 @@ class Fence:
 
 
 def _read(path: Path) -> int:
-    return int(path.read_text(encoding="utf-8")) if path.exists() else 0
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "0"
+    if not (text.isascii() and text.isdecimal()):
+        raise FailedPrecondition(
+            f"{path} holds {text[:20]!r}, but must hold a whole number; write 1 into it while nobody trains this run."
+        )
+    return int(text)

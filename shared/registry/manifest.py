@@ -1,14 +1,18 @@
 """What a checkpoint says of itself: one `manifest.json` in every state and every version."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
 
 from shared.errors import CorruptCheckpoint
 
 MANIFEST_NAME = "manifest.json"
+# Under this name a manifest holds the SHA-256 of all its other values.
+_DIGEST_NAME = "sha256"
 
 
 @dataclass(frozen=True)
@@ -25,26 +29,57 @@ class _Manifest:
 
     files: tuple[FileRecord, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        """The size of all files but the manifest."""
+        return sum(record.size_bytes for record in self.files)
+
     def to_json(self) -> str:
         """As `manifest.json` holds it."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True)  # type: ignore[call-overload]
+        values = asdict(self)  # type: ignore[call-overload]
+        return json.dumps(values | {_DIGEST_NAME: _digest(values)}, indent=2, sort_keys=True)
 
     @classmethod
     def read(cls, directory: Path) -> Self:
         """The manifest of a checkpoint's folder; raises `CorruptCheckpoint` where it cannot be understood."""
         path = directory / MANIFEST_NAME
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls.from_values(values)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CorruptCheckpoint(f"{path} cannot be read: {error}.") from error
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CorruptCheckpoint(f"{path} cannot be understood: {error}.") from error
 
     @classmethod
-    def from_values(cls, values: Mapping[str, object]) -> Self:
-        """From what JSON holds; unknown names are left out, so that a newer writer can add some."""
-        known = {field.name: values[field.name] for field in fields(cls)}  # type: ignore[arg-type]
-        known["files"] = tuple(FileRecord(**record) for record in known["files"])  # type: ignore[attr-defined]
-        return cls(**known)
+    def from_json(cls, text: str) -> Self:
+        """From what `manifest.json` holds; unknown names are left out, so that a newer writer can add some.
+
+        Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError` for anything else.
+        """
+        values = json.loads(text)
+        if values.pop(_DIGEST_NAME) != _digest(values):
+            raise ValueError("it was changed after it was written")
+        values["files"] = [FileRecord(**_typed(FileRecord, record)) for record in values["files"]]
+        return cls(**_typed(cls, values))
+
+
+def _digest(values: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass from what JSON holds; raises `KeyError` or `TypeError` where one is missing or odd."""
+    typed = {}
+    for field in fields(owner):
+        value, kind = values[field.name], get_origin(field.type) or field.type
+        if kind is tuple and isinstance(value, list):
+            value = tuple(value)
+        # A float that was whole may stand as a whole number.
+        kinds = get_args(field.type) if kind is UnionType else (kind, int if kind is float else kind)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{field.name} is {value!r}")
+        typed[field.name] = value
+    return typed
 
 
 @dataclass(frozen=True)
@@ -86,8 +121,3 @@ class VersionManifest(_Manifest):
     bits_per_byte: float
     claimed_loss: float
     files: tuple[FileRecord, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        """The size of all files but the manifest."""
-        return sum(record.size_bytes for record in self.files)

@@ -2,21 +2,33 @@
 
 versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
-staging/<process>-<id>/    what is being written
+evaluations/<n>/           what later evaluations of a version found
+staging/<id>/              files/ is what is being written, lock is held by its writer; or what is being removed
 """
 
 import logging
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import CorruptCheckpoint, NotFound
 from shared.registry import policy
-from shared.registry.commit import locked, reveal, seal, verify_files
+from shared.registry.commit import (
+    IGNORED_NAMES,
+    is_locked,
+    locked,
+    make_folder,
+    replace_text,
+    reveal,
+    seal,
+    sync,
+    verify_files,
+    writing,
+)
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, StateManifest, VersionManifest
 
@@ -26,8 +38,23 @@ logger = logging.getLogger(__name__)
 Write = Callable[[Path], None]
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Names a version by its number, or a state by its step and its run."""
+
+    number: int
+    run: str | None = None
+
+    def __str__(self) -> str:
+        return f"version {self.number}" if self.run is None else f"state {self.number} of {self.run}"
+
+
 class Registry:
-    """One registry on disk. Readers need no lock: what they can see is whole and never changes."""
+    """One registry on disk. Readers need no lock: what they can see is whole and never changes.
+
+    What writes raises `FailedPrecondition` where the disk is full or the folder cannot be written; nothing is visible
+    of a checkpoint then.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -45,7 +72,7 @@ class Registry:
                 manifests.append(self._manifest(number))
             except FileNotFoundError:
                 continue
-            except CorruptCheckpoint as error:
+            except (CorruptCheckpoint, OSError) as error:
                 if number not in self._reported:
                     self._reported.add(number)
                     logger.warning("version %d is left out: %s", number, error)
@@ -60,18 +87,37 @@ class Registry:
 
     def _manifest(self, number: int) -> VersionManifest:
         directory = self.version_directory(number)
-        inode = directory.stat().st_ino
-        if self._manifests.get(number, (None, None))[0] != inode:
-            self._manifests[number] = (inode, VersionManifest.read(directory))
-        return self._manifests[number][1]
+        try:
+            inode = directory.stat().st_ino
+            if self._manifests.get(number, (None, None))[0] != inode:
+                self._manifests[number] = (inode, self._read_manifest(number))
+            return self._manifests[number][1]
+        except CorruptCheckpoint:
+            # It can have been removed meanwhile.
+            directory.stat()
+            raise
+
+    def _read_manifest(self, number: int) -> VersionManifest:
+        directory = self.version_directory(number)
+        manifest = VersionManifest.read(directory)
+        if manifest.version != number:
+            raise CorruptCheckpoint(f"{directory} holds the manifest of version {manifest.version}.")
+        return manifest
 
     def version_directory(self, number: int) -> Path:
         """The folder of a version, whether or not it exists."""
         return self.root / "versions" / str(number)
 
     def verify(self, manifest: VersionManifest) -> None:
-        """Compares every file of a version with its manifest; raises `CorruptCheckpoint`."""
-        verify_files(self.version_directory(manifest.version), manifest.files)
+        """Compares every file of a version with its manifest; raises `CorruptCheckpoint`, or `NotFound` where the
+        version was removed meanwhile."""
+        directory = self.version_directory(manifest.version)
+        try:
+            verify_files(directory, manifest.files)
+        except CorruptCheckpoint:
+            if directory.exists():
+                raise
+            raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
 
     def best(self) -> VersionManifest | None:
         """The version with the lowest bits per byte on the newest version's evaluation set."""
@@ -100,17 +146,28 @@ class Registry:
 
         Raises `RunOwnershipLost` where another process took the run over meanwhile; nothing is visible then.
         """
-        with self._staging() as staging:
+        with self._staging(self.root / "versions") as staging:
             write(staging)
             with locked(self.root / "versions.lock"), fence.held():
                 number = 1 + max(_numbers(self.root / "versions"), default=0)
-                seal(staging, lambda files: manifest(number, files).to_json())
+                text = seal(staging, lambda files: manifest(number, files).to_json())
                 reveal(staging, self.version_directory(number))
-        return self.version(number)
+        return VersionManifest.from_json(text)
+
+    def keep_evaluation(self, number: int, evaluation_set: str, text: str) -> None:
+        """Keeps what an evaluation of a version on a set found, beside the version, which never changes."""
+        folder = self._evaluations(number)
+        with writing(self.root):
+            make_folder(folder, self.root)
+            replace_text(folder / f"{evaluation_set}.json", text)
+
+    def _evaluations(self, number: int) -> Path:
+        return self.root / "evaluations" / str(number)
 
     def remove_version(self, number: int) -> None:
-        """Takes a version away whole; who has it open keeps what is open."""
+        """Takes a version away whole, and its evaluations; who has it open keeps what is open."""
         self._remove(self.version_directory(number))
+        self._remove(self._evaluations(number))
         self._manifests.pop(number, None)
 
     # States.
@@ -118,6 +175,10 @@ class Registry:
     def run_directory(self, run: str) -> Path:
         """The folder of a run, whether or not it exists."""
         return self.root / "runs" / run
+
+    def runs(self) -> list[str]:
+        """Every run that has a folder, in alphabetical order."""
+        return sorted(path.name for path in _children(self.root / "runs") if path.is_dir())
 
     def states(self, run: str) -> list[int]:
         """The steps that have a state, ascending."""
@@ -130,10 +191,18 @@ class Registry:
     def verified_state(self, run: str, step: int) -> Path:
         """The folder of a state whose files were compared with its manifest; raises `NotFound`, `CorruptCheckpoint`."""
         directory = self.state_directory(run, step)
-        if not directory.is_dir():
+        try:
+            manifest = StateManifest.read(directory)
+            if (manifest.run, manifest.step) != (run, step):
+                raise CorruptCheckpoint(f"{directory} holds the state of step {manifest.step} of {manifest.run}.")
+            verify_files(directory, manifest.files)
+        except CorruptCheckpoint:
+            if directory.exists():
+                raise
             kept = ", ".join(map(str, self.states(run))) or "none"
-            raise NotFound(f"The run {run} has no state of step {step} any more; its states are of the steps: {kept}.")
-        verify_files(directory, StateManifest.read(directory).files)
+            raise NotFound(
+                f"The run {run} has no state of step {step} any more; its states are of the steps: {kept}."
+            ) from None
         return directory
 
     def write_state(self, fence: Fence, run: str, step: int, write: Write) -> Path:
@@ -142,53 +211,131 @@ class Registry:
         Raises `RunOwnershipLost` where another process took the run over meanwhile; nothing is visible then.
         """
         final = self.state_directory(run, step)
-        try:
-            return self.verified_state(run, step)
-        except NotFound:
-            pass
-        except CorruptCheckpoint as error:
-            logger.warning("a state is written anew: %s", error)
-            self.remove_state(run, step)
-        with self._staging() as staging:
-            write(staging)
-            seal(staging, lambda files: StateManifest(run, step, time.time(), files).to_json())
-            with fence.held():
-                reveal(staging, final)
+        with writing(self.root):
+            try:
+                return self.verified_state(run, step)
+            except NotFound:
+                pass
+            except CorruptCheckpoint as error:
+                logger.warning("a state is written anew: %s", error)
+            with self._staging(final.parent) as staging:
+                write(staging)
+                seal(staging, lambda files: StateManifest(run, step, time.time(), files).to_json())
+                with fence.held():
+                    self._remove(final)
+                    reveal(staging, final)
         return final
 
     def remove_state(self, run: str, step: int) -> None:
         """Takes a state away whole."""
         self._remove(self.state_directory(run, step))
 
+    # Both kinds.
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every version and every state, whole or not."""
+        versions = [Checkpoint(number) for number in sorted(_numbers(self.root / "versions"))]
+        return versions + [Checkpoint(step, run) for run in self.runs() for step in self.states(run)]
+
+    def strangers(self) -> list[Path]:
+        """What stands among versions and states under a name that is no number; nothing reads it."""
+        folders = (self.root / "versions", *(self.run_directory(run) / "states" for run in self.runs()))
+        paths = [path for folder in folders for path in _children(folder) if _number(path) is None]
+        return [path for path in paths if path.name not in IGNORED_NAMES]
+
+    def directory(self, checkpoint: Checkpoint) -> Path:
+        """The folder of a checkpoint, whether or not it exists."""
+        if checkpoint.run is None:
+            return self.version_directory(checkpoint.number)
+        return self.state_directory(checkpoint.run, checkpoint.number)
+
+    def size_bytes(self, checkpoint: Checkpoint) -> int:
+        """The size of a checkpoint's files; 0 where it is gone."""
+        try:
+            return sum(path.stat().st_size for path in _children(self.directory(checkpoint)))
+        except FileNotFoundError:
+            return 0
+
+    def written_at(self, checkpoint: Checkpoint) -> float:
+        """When a checkpoint was written, in seconds since the epoch; 0 where it is gone."""
+        try:
+            # A rename of the folder leaves it as it was.
+            return self.directory(checkpoint).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Compares a checkpoint's files with its manifest; raises `CorruptCheckpoint`, or `NotFound` where it is
+        gone."""
+        if checkpoint.run is None:
+            self.verify(self.version(checkpoint.number))
+        else:
+            self.verified_state(checkpoint.run, checkpoint.number)
+
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """Takes a checkpoint away whole; who has it open keeps what is open."""
+        if checkpoint.run is None:
+            self.remove_version(checkpoint.number)
+        else:
+            self.remove_state(checkpoint.run, checkpoint.number)
+
     # Staging.
 
     def sweep(self) -> None:
-        """Removes what processes that are gone left half-written."""
-        for path in _children(self.root / "staging"):
-            process = path.name.partition("-")[0]
-            if process.isdigit() and not _is_alive(int(process)):
-                shutil.rmtree(path, ignore_errors=True)
+        """Removes what processes that are gone left half-written or half-removed."""
+        if not _children(self.root / "staging"):
+            return
+        with writing(self.root), locked(self.root / "staging.lock"):
+            # Who died while removing something may not have come to this.
+            for folder in (self.root / "versions", *self.root.glob("runs/*/states")):
+                if folder.is_dir():
+                    sync(folder)
+            for place in _children(self.root / "staging"):
+                if not is_locked(place / "lock"):
+                    _discard(place)
 
     @contextmanager
-    def _staging(self) -> Iterator[Path]:
-        staging = self._staging_path()
-        staging.mkdir(parents=True)
-        try:
-            yield staging
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    def _staging(self, parent: Path) -> Iterator[Path]:
+        """An empty folder, to be filled and then moved into `parent`; it is gone afterwards in any case."""
+        place = self._new_place()
+        with writing(self.root), ExitStack() as stack:
+            make_folder(parent, self.root)
+            place.parent.mkdir(exist_ok=True)
+            stack.callback(_discard, place)
+            # Or a sweep could come by before the writer's own lock is held.
+            with locked(self.root / "staging.lock"):
+                (place / "files").mkdir(parents=True)
+                stack.enter_context(locked(place / "lock"))
+            yield place / "files"
 
-    def _staging_path(self) -> Path:
-        return self.root / "staging" / f"{os.getpid()}-{uuid.uuid4().hex}"
+    def _new_place(self) -> Path:
+        return self.root / "staging" / uuid.uuid4().hex
 
     def _remove(self, directory: Path) -> None:
-        grave = self._staging_path()
-        grave.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            directory.rename(grave)
-        except FileNotFoundError:
+        if not directory.exists():
             return
-        shutil.rmtree(grave, ignore_errors=True)
+        grave = self._new_place()
+        with writing(self.root):
+            grave.parent.mkdir(exist_ok=True)
+            try:
+                directory.rename(grave)
+            except FileNotFoundError:
+                return
+            try:
+                # Or a power failure could bring the folder back with some of its files missing.
+                sync(directory.parent)
+            except OSError:
+                with suppress(OSError):
+                    grave.rename(directory)
+                raise
+        _discard(grave)
+
+
+def _discard(path: Path) -> None:
+    """Removes a folder, or a file; what cannot be removed is left to the next sweep."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.is_file():
+        path.unlink(missing_ok=True)
 
 
 def _children(directory: Path) -> list[Path]:
@@ -196,20 +343,16 @@ def _children(directory: Path) -> list[Path]:
 
 
 def _numbers(directory: Path) -> list[int]:
-    return [int(path.name) for path in _children(directory) if path.name.isdigit()]
+    return [number for path in _children(directory) if (number := _number(path)) is not None]
+
+
+def _number(path: Path) -> int | None:
+    """The number that is a folder's name, in the one way in which the registry writes it."""
+    name = path.name
+    return int(name) if name.isascii() and name.isdecimal() and name == str(int(name)) else None
 
 
 def _existing(labels: dict[str, int]) -> str:
     if not labels:
         return "the registry is still empty"
     return "the labels are " + ", ".join(f"{label} (version {number})" for label, number in labels.items())
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -4,146 +4,22 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.ports import Ports, free_ports
-from deploy.stack import Stack
-from inference_service.client import InferenceClient
 from shared.errors import NotFound, Unavailable
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
-from shared.settings import Directories
-
-PROJECT = Path(__file__).parents[2]
-# Small enough for a step in some hundredths of a second, long enough for streams that outlast a swap.
-TINY = {
-    "vocabulary_size": "400",
-    "layers": "1",
-    "width": "32",
-    "heads": "2",
-    "hidden_width": "64",
-    "context_length": "256",
-    "batch_size": "2",
-    "max_train_tokens": "40000",
-    "evaluation_windows": "4",
-    "report_interval": "5",
-    "warmup_steps": "1",
-}
+from tests.end_to_end.conftest import System, is_progress, wait_until
 
 # A step is so long then that what a test does between two evaluations happens between them.
 LARGE_BATCH = "8"
-
-
-@dataclass
-class System:
-    """Everything that runs, and ways to talk to it."""
-
-    stack: Stack
-    ports: Ports
-    directories: Directories
-    environment: dict[str, str]
-    trainer: training_pb2_grpc.TrainingServiceStub = field(init=False)
-    channel: grpc.Channel = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.ports.trainer}")
-        self.trainer = training_pb2_grpc.TrainingServiceStub(self.channel)
-
-    def client(self) -> InferenceClient:
-        return InferenceClient(f"127.0.0.1:{self.ports.inference}")
-
-    def enqueue(self, resume: int | None = None, **values: str) -> str:
-        overrides = (TINY if resume is None else {}) | values
-        response = self.trainer.EnqueueJob(pb.EnqueueJobRequest(overrides=overrides, resume=resume))
-        assert response.live_workers == 1
-        job: str = response.job.id
-        return job
-
-    def watch(self, job: str, until: Callable[[pb.WatchJobResponse], bool]) -> list[pb.WatchJobResponse]:
-        """The events of a job up to the first that is waited for; fails where the job ends before."""
-        events = []
-        for event in self.trainer.WatchJob(pb.WatchJobRequest(job_id=job), timeout=120):
-            events.append(event)
-            if until(event):
-                return events
-        raise AssertionError(f"The job ended before: {events[-3:]}")
-
-    def finish(self, job: str) -> list[pb.WatchJobResponse]:
-        return self.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FINISHED)
-
-    def scrape(self, port: int) -> tuple[str, dict[str, float]]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-            text = page.read().decode()
-        samples = {
-            " ".join([sample.name, *(value for name, value in sample.labels.items() if name in ("kind", "state"))]): (
-                sample.value
-            )
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-        return text, samples
-
-    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", *arguments],
-            cwd=PROJECT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-
-@pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    directories = Directories(tmp_path_factory.mktemp("system"))
-    # Compiled kernels outlive the run, as those of the tests do.
-    kernels = PROJECT / ".pytest_cache" / "system"
-    kernels.mkdir(parents=True, exist_ok=True)
-    directories.cache.symlink_to(kernels)
-    ports = free_ports()
-    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    stack = Stack(directories, ports, environment, worker_stop_s=20)
-    stack.up(lambda _: None)
-    everything = System(
-        stack, ports, directories, environment | ports.to_environment() | {"GPTLOOP_VAR": str(directories.var)}
-    )
-    yield everything
-    everything.channel.close()
-    stack.down()
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "The condition did not come true."
-        time.sleep(0.05)
-
-
-def is_progress(step: int) -> Callable[[pb.WatchJobResponse], bool]:
-    return lambda event: bool(event.progress.step >= step)
-
-
-def training_processes(system: System) -> list[int]:
-    """The pids of the children of the worker."""
-    statuses = {status.name: status.process for status in system.stack.status() or []}
-    worker = statuses["worker"]
-    assert worker is not None
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(worker.pid)], capture_output=True, text=True)
-    return [int(line) for line in found.stdout.split()]
 
 
 def test_with_an_empty_registry_it_starts_and_says_that_nothing_serves(system: System) -> None:
@@ -277,8 +153,7 @@ def test_a_text_shorter_than_one_context_fails_the_job_with_a_sentence(system: S
 def test_a_training_process_that_is_killed_goes_on_from_its_last_state(system: System) -> None:
     job = system.enqueue(max_steps="300", evaluation_interval="100", batch_size=LARGE_BATCH)
     system.watch(job, is_progress(110))
-    (process,) = training_processes(system)
-    os.kill(process, signal.SIGKILL)
+    os.kill(system.training_process(), signal.SIGKILL)
     events = system.finish(job)
     assert [event.run_started.first_step for event in events if event.HasField("run_started")] == [1, 101]
     assert any("signal 9" in event.state_changed.reason for event in events)
@@ -287,9 +162,7 @@ def test_a_training_process_that_is_killed_goes_on_from_its_last_state(system: S
 def test_a_worker_that_is_asked_to_stop_gives_its_job_back_with_its_state(system: System) -> None:
     job = system.enqueue(max_steps="200", evaluation_interval="100", batch_size=LARGE_BATCH)
     system.watch(job, is_progress(10))
-    statuses = {status.name: status.process for status in system.stack.status() or []}
-    assert statuses["worker"] is not None
-    os.kill(statuses["worker"].pid, signal.SIGTERM)
+    os.kill(system.pid("worker"), signal.SIGTERM)
     events = system.finish(job)
     starts = [event.run_started.first_step for event in events if event.HasField("run_started")]
     assert len(starts) == 2 and 10 < starts[1] < 100
@@ -298,19 +171,8 @@ def test_a_worker_that_is_asked_to_stop_gives_its_job_back_with_its_state(system
 def test_training_goes_on_while_redis_is_gone(system: System) -> None:
     job = system.enqueue(max_steps="1500", evaluation_interval="1500")
     system.watch(job, is_progress(10))
-    statuses = {status.name: status.process for status in system.stack.status() or []}
-    assert statuses["redis"] is not None
-    os.kill(statuses["redis"].pid, signal.SIGKILL)
-
-    def finished() -> bool:
-        try:
-            state = system.trainer.GetJob(pb.GetJobRequest(job_id=job)).job.state
-        except grpc.RpcError:
-            return False  # the supervisor is starting Redis again
-        assert state != pb.JOB_STATE_FAILED
-        return bool(state == pb.JOB_STATE_FINISHED)
-
-    wait_until(finished, limit_s=120.0)
+    os.kill(system.pid("redis"), signal.SIGKILL)
+    assert system.end(job).state == pb.JOB_STATE_FINISHED
     events = system.finish(job)
     assert len([event for event in events if event.HasField("run_started")]) == 1
 
@@ -342,7 +204,7 @@ def test_jobs_can_be_listed_in_pages(system: System) -> None:
     ids = [job.id for page in (first, rest) for job in page.jobs]
     assert len(first.jobs) == 2 and len(ids) == len(set(ids)) >= 6 and not rest.next_page_token
     failed = system.trainer.ListJobs(pb.ListJobsRequest(states=[pb.JOB_STATE_FAILED])).jobs
-    assert len(failed) == 2 and all(job.failure for job in failed)
+    assert len(failed) == 2 and all(job.reason for job in failed)
 
 
 def test_without_a_worker_a_job_waits_and_the_command_says_so(system: System) -> None:

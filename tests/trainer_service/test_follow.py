@@ -20,6 +20,7 @@ from trainer_service.events import (
     VersionPublished,
 )
 from trainer_service.follow import follow
+from trainer_service.kinds import Kind
 from trainer_service.metrics import make_metrics
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
@@ -28,11 +29,11 @@ from trainer_service.spec import TrainingRequest, resolve
 
 @pytest.fixture
 def job(queue: JobQueue, tmp_path: Path) -> str:
-    return queue.enqueue(resolve(TrainingRequest(), Registry(tmp_path / "registry"))).id
+    return queue.enqueue(Kind.TRAIN, resolve(TrainingRequest(), Registry(tmp_path / "registry"))).id
 
 
 def tell(queue: JobQueue, job: str, *events: Event) -> None:
-    queue.tell(job, [TimedEvent(event) for event in events])
+    assert queue.tell(job, 1, [TimedEvent(event) for event in events])
 
 
 def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) -> None:
@@ -85,7 +86,7 @@ def test_metrics_show_the_run_while_it_runs_and_its_last_numbers_afterwards(
     assert metrics.get_sample_value("gptloop_training_jobs", {"state": "queued"}) == 1
     assert metrics.get_sample_value("gptloop_training_queue_depth") == 1
     assert metrics.get_sample_value("gptloop_training_loss", run) is None
-    queue.renew_job_lease(job)
+    queue.renew_job_lease(job, 1)
     tell(queue, job, StateChanged(JobState.RUNNING), PROGRESS, Evaluation(1, 10.8, 10.7, 3.5))
     assert metrics.get_sample_value("gptloop_training_tokens_per_second", run) == 1234.5
     assert metrics.get_sample_value("gptloop_training_validation_loss", run) == 10.7

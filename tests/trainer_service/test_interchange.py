@@ -24,10 +24,12 @@ from shared.gpt.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from shared.gpt.model import GPT, parameters_of
 from shared.gpt.tokenizer import PATTERN, Tokenizer
 from shared.gpt.weights import load_arrays
+from shared.registry.retention import Retention
 from shared.registry.store import Registry
 from shared.settings import Directories
 from tests.fakes import byte_tokenizer, publish_tiny_version
 from trainer_service import interchange
+from trainer_service.attempt import Attempt
 from trainer_service.events import Event, RunStarted, VersionPublished
 from trainer_service.interchange import Imported, export_version, import_folder
 from trainer_service.run import TrainingRun
@@ -78,7 +80,7 @@ def data(tmp_path: Path) -> DatasetSpec:
 
 
 def bring(folder: Path, data: DatasetSpec, directories: Directories) -> Imported:
-    return import_folder(folder, data, directories, Workers(), lambda stage, fraction: None)
+    return import_folder(folder, data, directories, Retention(), Workers(), lambda stage, fraction: None)
 
 
 def same_weights(one: GPT, other: GPT) -> bool:
@@ -144,7 +146,7 @@ def test_training_continues_an_imported_version(
     spec = resolve(TrainingRequest(resume=1, overrides=overrides), registry)
     assert spec.data == data
     told: list[Event] = []
-    assert TrainingRun(spec, directories, told.append, lambda: False).train(HERE)
+    assert TrainingRun(spec, Attempt(directories, Retention(), HERE, told.append, lambda: False)).train()
     (started,) = [event for event in told if isinstance(event, RunStarted)]
     assert (started.first_step, started.first_tokens) == (1, 0)
     (published,) = [event for event in told if isinstance(event, VersionPublished)]
@@ -245,7 +247,7 @@ def test_an_export_that_fails_leaves_nothing(
     folder = tmp_path / "folder"
     folder.mkdir()
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise RuntimeError("[write] Unable to write 100 bytes to file.")
 
     def refuse(_tokenizer: object, _context_length: int, directory: Path) -> None:
@@ -255,8 +257,8 @@ def test_an_export_that_fails_leaves_nothing(
     monkeypatch.setattr(interchange, "write_tokenizer", refuse)
     with pytest.raises(InvalidArgument):
         export_version(1, folder / "target", registry)
-    monkeypatch.setattr(interchange, "write_model", full)
-    with pytest.raises(FailedPrecondition, match=r"target cannot be written: .* Unable to write 100 bytes"):
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(FailedPrecondition, match="target cannot be written: Input/output error"):
         export_version(1, folder / "target", registry)
     assert list(folder.iterdir()) == []
 

@@ -5,6 +5,7 @@ Shapes: N windows, T tokens of context, V vocabulary.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -57,20 +58,32 @@ class HeldOutLoss:
     claimed: float
 
 
-def evaluate(model: GPT, evaluation_set: EvaluationSet, rows: int, workers: Workers) -> HeldOutLoss:
-    """The loss on the whole set, `rows` windows at a time by all workers; leaves the model in the mode it was in."""
+def evaluate(
+    model: GPT,
+    evaluation_set: EvaluationSet,
+    rows: int,
+    workers: Workers,
+    report: Callable[[float], object] = lambda _: None,
+) -> HeldOutLoss:
+    """The loss on the whole set, `rows` windows at a time by all workers; leaves the model in the mode it was in.
+
+    `report` is told the share that is done, from any thread; what it raises ends the evaluation.
+    """
+    windows = evaluation_set.windows
     was_training = model.training
     model.eval()
     mx.eval(model.parameters())
     share = -(-rows // workers.count)
-    losses = np.concatenate(
-        workers.map(
-            lambda start: _window_losses(model, evaluation_set.windows[start : start + share]),
-            range(0, len(evaluation_set.windows), share),
-        )
-    )
-    model.train(was_training)
-    tokens = evaluation_set.windows[:, 1:].size
+
+    def losses_from(start: int) -> NDArray[np.float64]:
+        report(start / len(windows))
+        return _window_losses(model, windows[start : start + share])
+
+    try:
+        losses = np.concatenate(workers.map(losses_from, range(0, len(windows), share)))
+    finally:
+        model.train(was_training)
+    tokens = windows[:, 1:].size
     nats = float(losses.mean()) * tokens
     return HeldOutLoss(
         nats_per_token=nats / tokens,

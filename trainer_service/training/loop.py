@@ -43,7 +43,7 @@ class Observer(Protocol):
     def report(self, report: Report) -> None:
         """Some steps were taken."""
 
-    def checkpoint(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
+    def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
         """An evaluation is done: the state and a version are to be kept."""
 
     def save(self, trainer: Trainer) -> None:
@@ -58,29 +58,49 @@ def train(
 ) -> Outcome:
     """Runs to the end of the schedule, or to the end of the step in which `stop_requested` says so.
 
-    Raises `TrainingDiverged` where a loss is not finite; nothing is written then, so the last checkpoint stays good.
+    An evaluation that is interrupted is made when the run goes on. Raises `TrainingDiverged` where a loss is not
+    finite; nothing is written then, so the last checkpoint stays good.
     """
     config = trainer.config
     meter = _Meter(trainer)
     watch = OverfittingWatch()
-    while trainer.step < config.max_steps:
-        meter.add(trainer.take_step())
-        evaluation_due = trainer.step % config.evaluation_interval == 0 or trainer.step == config.max_steps
-        stopping = trainer.step < config.max_steps and stop_requested()
-        if evaluation_due or stopping or meter.due:
-            observer.report(meter.report())
-        if evaluation_due:
-            held_out = evaluate(trainer.model, evaluation_set, config.batch_size, trainer.workers)
+
+    def go_on(_: float) -> None:
+        if stop_requested():
+            raise _Interrupted
+
+    while True:
+        if _is_due(trainer):
+            try:
+                held_out = evaluate(trainer.model, evaluation_set, config.batch_size, trainer.workers, go_on)
+            except _Interrupted:
+                observer.save(trainer)
+                return Outcome.STOPPED
             _require_finite("held-out loss", held_out.nats_per_token, trainer.step)
             trainer.record_evaluation(held_out.nats_per_token)
-            observer.checkpoint(trainer, meter.loss, held_out)
-            if warning := watch.check(meter.loss, held_out.nats_per_token):
+            observer.checkpoint(trainer, held_out)
+            if warning := watch.check(trainer.training_loss, held_out.nats_per_token):
                 observer.notice(warning)
             meter.restart()
+        if trainer.step >= config.max_steps:
+            return Outcome.COMPLETED
+        meter.add(trainer.take_step())
+        stopping = stop_requested()
+        if stopping or _is_due(trainer) or meter.due:
+            observer.report(meter.report())
         if stopping:
             observer.save(trainer)
             return Outcome.STOPPED
-    return Outcome.COMPLETED
+
+
+class _Interrupted(Exception):
+    pass
+
+
+def _is_due(trainer: Trainer) -> bool:
+    step, config = trainer.step, trainer.config
+    at_border = step % config.evaluation_interval == 0 or step == config.max_steps
+    return at_border and step != trainer.evaluated_step
 
 
 class _Meter:
@@ -91,7 +111,6 @@ class _Meter:
         self._first_step = trainer.step + 1
         self._results: list[StepResult] = []
         self._began_s = self._window_began_s = time.monotonic()
-        self.loss = math.nan
 
     def add(self, result: StepResult) -> None:
         self._results.append(result)
@@ -111,10 +130,10 @@ class _Meter:
             _require_finite("training loss", loss, step)
         _require_finite("gradient norm", norm, trainer.step)
         now_s = time.monotonic()
-        self.loss = math.fsum(losses) / len(losses)
+        trainer.training_loss = math.fsum(losses) / len(losses)
         report = Report(
             step=trainer.step,
-            loss=self.loss,
+            loss=trainer.training_loss,
             learning_rate=trainer.learning_rate,
             gradient_norm=norm,
             tokens=trainer.tokens,

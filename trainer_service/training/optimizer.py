@@ -1,6 +1,6 @@
-"""AdamW as GPTs are trained with it: clipped gradients, bias correction, decay on matrices only, warm-up and cosine.
+"""AdamW as GPTs are trained with it: clipped gradients, bias correction, decay on matrices only, a schedule.
 
-Sources: Loshchilov & Hutter 2019 (AdamW), Brown et al. 2020, appendix B (betas, decay, clipping, schedule).
+Sources: Loshchilov & Hutter 2019 (AdamW), Brown et al. 2020, appendix B (betas, decay, clipping).
 """
 
 import math
@@ -16,12 +16,13 @@ _EPSILON = 1e-8
 
 
 def learning_rate(config: TrainingConfig, step: mx.array) -> mx.array:
-    """The rate of a step, counted from 0: linear up over `warmup_steps`, then a cosine down to the final share."""
-    warming = config.learning_rate * (step + 1) / max(config.warmup_steps, 1)
-    progress = (step - config.warmup_steps) / max(config.max_steps - config.warmup_steps, 1)
-    final = config.final_learning_rate_ratio
-    cosine = final + (1 - final) * 0.5 * (1 + mx.cos(math.pi * mx.clip(progress, 0, 1)))
-    return mx.where(step < config.warmup_steps, warming, config.learning_rate * cosine)
+    """`config.learning_rate_at` a step, for a step that a compiled function holds."""
+    start, final = config.schedule_start_ratio, config.final_learning_rate_ratio
+    warmed = (step + 1 - config.schedule_start) / max(config.warmup_end - config.schedule_start, 1)
+    progress = mx.clip((step - config.decay_start) / (config.max_steps - config.decay_start), 0, 1)
+    kept = 0.5 * (1 + mx.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    share = mx.where(step + 1 < config.warmup_end, start + (1 - start) * warmed, final + (1 - final) * kept)
+    return config.learning_rate * share
 
 
 class AdamW:

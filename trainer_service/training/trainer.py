@@ -4,6 +4,7 @@ Shapes: B rows, T tokens.
 """
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
-from shared.gpt.weights import load_arrays, save_model
+from shared.gpt.weights import load_arrays, save_arrays, save_model
 from trainer_service.training.batches import Batch, Tokens, batch
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.loss import mean_loss
@@ -51,6 +52,8 @@ class Trainer:
         self.workers = workers or Workers()
         self.step = 0
         self.tokens = 0
+        self.training_loss = math.nan
+        self.evaluated_step = 0
         self.best_validation_loss: float | None = None
         self._text = tokens
         mx.random.seed(config.seed)
@@ -124,17 +127,20 @@ class Trainer:
         return total
 
     def record_evaluation(self, validation_loss: float) -> None:
-        """Remembers the best held-out loss."""
+        """Remembers that this step was evaluated, and the best held-out loss."""
+        self.evaluated_step = self.step
         if self.best_validation_loss is None or validation_loss < self.best_validation_loss:
             self.best_validation_loss = validation_loss
 
     def save(self, directory: Path) -> None:
-        """Writes everything that a step depends on into an empty folder."""
+        """Writes everything that a step depends on into an empty folder; raises `OSError` where the disk does not."""
         save_model(self.model, directory / "model.safetensors")
-        mx.save_safetensors(str(directory / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+        save_arrays(dict(tree_flatten(self.optimizer.state)), directory / "optimizer.safetensors")
         position = {
             "step": self.step,
             "tokens": self.tokens,
+            "training_loss": self.training_loss,
+            "evaluated_step": self.evaluated_step,
             "best_validation_loss": self.best_validation_loss,
             "config": self.config.to_dict(),
         }
@@ -146,6 +152,9 @@ class Trainer:
         try:
             position = json.loads((directory / "position.json").read_text(encoding="utf-8"))
             saved = TrainingConfig.from_dict(position["config"])
+            self.step, self.tokens = position["step"], position["tokens"]
+            self.training_loss, self.evaluated_step = position["training_loss"], position["evaluated_step"]
+            self.best_validation_loss = position["best_validation_loss"]
         except (OSError, ValueError, KeyError) as error:
             raise CorruptCheckpoint(f"{directory / 'position.json'} cannot be read: {error}.") from error
         if saved.gpt.to_dict() | {"dropout": 0} != self.config.gpt.to_dict() | {"dropout": 0}:
@@ -153,8 +162,6 @@ class Trainer:
         self.model.load_weights(list(load_arrays(directory / "model.safetensors").items()))
         self.optimizer.state = tree_unflatten(list(load_arrays(directory / "optimizer.safetensors").items()))
         mx.eval(self.model.parameters(), self.optimizer.state)
-        self.step, self.tokens = position["step"], position["tokens"]
-        self.best_validation_loss = position["best_validation_loss"]
         self._start()
 
 

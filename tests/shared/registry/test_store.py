@@ -1,59 +1,41 @@
+import errno
+import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from shared.errors import AlreadyExists, CorruptCheckpoint, NotFound, RunOwnershipLost
+from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, NotFound, RunOwnershipLost
 from shared.registry.commit import reveal
 from shared.registry.fence import Fence
-from shared.registry.manifest import FileRecord, VersionManifest
-from shared.registry.retention import KEPT_NEWEST_VERSIONS, prune
-from shared.registry.store import Registry
-
-
-def make_manifest(version: int, files: tuple[FileRecord, ...] = (), **values: object) -> VersionManifest:
-    manifest = VersionManifest(
-        version=version,
-        run="run-1",
-        step=10 * version,
-        parent=None,
-        created_at=1.0,
-        preset="demo",
-        model={"layers": 1},
-        parameters=1,
-        training={},
-        tokenizer="bpe",
-        tokenizer_digest="d",
-        dataset="builtin",
-        dataset_revision="1",
-        dataset_files=("builtin",),
-        validation_files=(),
-        evaluation_set="set-a",
-        training_loss=2.0,
-        validation_loss=2.0,
-        bits_per_byte=1.0,
-        claimed_loss=2.0,
-        files=files,
-    )
-    return replace(manifest, **values)  # type: ignore[arg-type]
-
-
-def publish(registry: Registry, fence: Fence | None = None, **values: object) -> VersionManifest:
-    return registry.publish_version(
-        fence or Fence.raise_for(registry.run_directory("run-1")),
-        lambda folder: _write(folder / "model.safetensors", "weights"),
-        lambda number, files: make_manifest(number, files, **values),
-    )
+from shared.registry.manifest import VersionManifest
+from shared.registry.store import Checkpoint, Registry
+from tests.shared.registry.scenarios import RUN, make_manifest, observe
 
 
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
+
+
+def _write_weights(folder: Path) -> None:
+    _write(folder / "model.safetensors", "weights")
+
+
+def publish(registry: Registry, fence: Fence | None = None, **values: object) -> VersionManifest:
+    return registry.publish_version(
+        fence or Fence.raise_for(registry.run_directory(RUN)),
+        _write_weights,
+        lambda number, files: make_manifest(number, files, **values),
+    )
 
 
 @pytest.fixture
@@ -124,18 +106,32 @@ def test_a_version_with_an_unreadable_manifest_is_left_out(
     assert publish(fresh).version == 3
 
 
-def test_a_failed_write_leaves_nothing(registry: Registry) -> None:
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable"), (errno.EIO, "whether its disk is there")],
+)
+def test_a_failed_write_leaves_nothing_and_says_what_to_do(registry: Registry, number: int, advice: str) -> None:
     def fail(folder: Path) -> None:
         _write(folder / "model.safetensors", "half")
-        raise OSError("No space left on device")
+        raise OSError(number, os.strerror(number))
 
-    fence = Fence.raise_for(registry.run_directory("run-1"))
-    with pytest.raises(OSError, match="No space"):
+    fence = Fence.raise_for(registry.run_directory(RUN))
+    expected = f"{re.escape(str(registry.root))} cannot be written: {os.strerror(number)}; .*{advice}"
+    with pytest.raises(FailedPrecondition, match=expected):
         registry.publish_version(fence, fail, make_manifest)
-    with pytest.raises(OSError, match="No space"):
-        registry.write_state(fence, "run-1", 5, fail)
-    assert registry.versions() == [] and registry.states("run-1") == []
+    with pytest.raises(FailedPrecondition, match=expected):
+        registry.write_state(fence, RUN, 5, fail)
+    assert registry.versions() == [] and registry.states(RUN) == []
     assert list((registry.root / "staging").iterdir()) == []
+
+
+def test_a_file_where_the_registry_needs_a_folder_is_named(registry: Registry) -> None:
+    registry.root.mkdir()
+    (registry.root / "versions").touch()
+    assert registry.versions() == []
+    with pytest.raises(FailedPrecondition, match=r"/versions\); take away what stands where"):
+        publish(registry)
+    assert not list(registry.root.glob("staging/*"))
 
 
 def test_a_checkpoint_is_never_replaced(registry: Registry, tmp_path: Path) -> None:
@@ -188,31 +184,16 @@ def test_a_killed_writer_leaves_no_version_and_is_swept(registry: Registry) -> N
     ended = subprocess.run([sys.executable, "-c", program, str(registry.root)], cwd=Path(__file__).parents[3])
     assert ended.returncode == -signal.SIGKILL
     assert registry.states("run-1") == []
-    own = registry.root / "staging" / f"{os.getpid()}-living"
-    own.mkdir()
-    assert len(list((registry.root / "staging").iterdir())) == 2
-    registry.sweep()
-    assert list((registry.root / "staging").iterdir()) == [own]
+    (left,) = (registry.root / "staging").iterdir()
 
+    def sweep_meanwhile(folder: Path) -> None:
+        _write_weights(folder)
+        registry.sweep()
+        assert list((registry.root / "staging").iterdir()) == [folder.parent]
 
-def test_retention_keeps_the_newest_the_best_and_what_a_label_needs(registry: Registry) -> None:
-    fence = Fence.raise_for(registry.run_directory("run-1"))
-    for version in range(1, 21):
-        registry.write_state(fence, "run-1", 10 * version, lambda folder: _write(folder / "state", "s"))
-        publish(registry, fence, bits_per_byte=0.5 if version == 2 else 1.0 + version / 100)
-        prune(registry, "run-1")
-    kept = [manifest.version for manifest in registry.versions()]
-    assert kept[-KEPT_NEWEST_VERSIONS:] == list(range(11, 21))
-    assert kept[0:2] == [1, 2] and registry.labels()["best"] == 2
-    assert registry.states("run-1") == [20, 190, 200]
-
-
-def test_retention_keeps_the_best_of_another_text(registry: Registry) -> None:
-    publish(registry, bits_per_byte=0.5, evaluation_set="another text")
-    for _ in range(2 * KEPT_NEWEST_VERSIONS):
-        publish(registry)
-    prune(registry, "run-1")
-    assert registry.versions()[0].version == 1
+    assert left.is_dir()
+    registry.write_state(Fence.raise_for(registry.run_directory(RUN)), RUN, 1, sweep_meanwhile)
+    assert registry.states(RUN) == [1]
 
 
 def test_a_registry_that_was_emptied_and_filled_again_is_read_anew(registry: Registry) -> None:
@@ -223,8 +204,145 @@ def test_a_registry_that_was_emptied_and_filled_again_is_read_anew(registry: Reg
     assert registry.versions()[0].dataset == "new"
 
 
+def _rewrite(directory: Path, **values: object) -> None:
+    """Writes a manifest as another program would, with the digest of what is in it."""
+    path = directory / "manifest.json"
+    changed = json.loads(path.read_text()) | values
+    del changed["sha256"]
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(changed | {"sha256": digest}))
+
+
 def test_a_newer_programs_manifest_can_be_read(registry: Registry) -> None:
     publish(registry)
-    path = registry.version_directory(1) / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_later": 1}))
+    _rewrite(registry.version_directory(1), added_later=1)
     assert Registry(registry.root).version(1).version == 1
+
+
+@given(place=st.integers(min_value=0), bit=st.integers(0, 7))
+def test_a_manifest_in_which_a_bit_was_flipped_is_never_believed(place: int, bit: int) -> None:
+    text = bytearray(make_manifest(1).to_json().encode())
+    text[place % len(text)] ^= 1 << bit
+    try:
+        read = VersionManifest.from_json(text.decode())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return
+    # The name of the digest itself is what was hit.
+    assert read == make_manifest(1)
+
+
+@pytest.mark.parametrize("values", [{"bits_per_byte": None}, {"version": "1"}, {"model": []}, {"step": True}])
+def test_a_manifest_with_a_value_of_another_type_is_left_out(registry: Registry, values: dict[str, object]) -> None:
+    publish(registry)
+    _rewrite(registry.version_directory(1), **values)
+    (name,) = values
+    with pytest.raises(CorruptCheckpoint, match=f"cannot be understood: {name} is "):
+        Registry(registry.root).version(1)
+    assert Registry(registry.root).versions() == []
+
+
+def test_what_is_no_checkpoint_is_named_and_left_alone(registry: Registry) -> None:
+    publish(registry)
+    versions = registry.root / "versions"
+    for name in ("007", "²", "backup", ".DS_Store"):
+        (versions / name).mkdir()
+    (versions / "5").touch()
+    shutil.copytree(versions / "1", versions / "3")
+    fresh = Registry(registry.root)
+    assert [manifest.version for manifest in fresh.versions()] == [1]
+    assert sorted(path.name for path in fresh.strangers()) == ["007", "backup", "²"]
+    with pytest.raises(CorruptCheckpoint, match="Not a directory"):
+        fresh.version(5)
+    with pytest.raises(CorruptCheckpoint, match="holds the manifest of version 1"):
+        fresh.version(3)
+    assert publish(fresh).version == 6
+
+
+def test_what_the_finder_leaves_in_a_folder_does_no_harm(registry: Registry) -> None:
+    manifest = publish(registry)
+    (registry.version_directory(1) / ".DS_Store").touch()
+    registry.verify(manifest)
+
+
+def test_a_file_that_cannot_be_read_is_named(registry: Registry) -> None:
+    manifest = publish(registry)
+    weights = registry.version_directory(1) / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(weights)
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors cannot be read: Too many levels"):
+        registry.verify(manifest)
+
+
+def test_a_version_that_goes_while_it_is_read_is_not_called_broken(registry: Registry) -> None:
+    first, second = publish(registry), publish(registry)
+    reader = Registry(registry.root)
+    assert reader.versions() == [first, second]
+    registry.remove_version(2)
+    with pytest.raises(NotFound, match="Version 2 was removed"):
+        reader.verify(second)
+    with pytest.raises(NotFound, match="There is no version 2"):
+        reader.version(2)
+    assert reader.versions() == [first]
+
+
+def test_a_damaged_state_is_replaced_only_by_a_whole_one(registry: Registry) -> None:
+    fence = Fence.raise_for(registry.run_directory(RUN))
+    directory = registry.write_state(fence, RUN, 5, _write_weights)
+    (directory / "model.safetensors").write_text("weight")
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(FailedPrecondition):
+        registry.write_state(fence, RUN, 5, fail)
+    assert (directory / "model.safetensors").read_text() == "weight"
+    registry.write_state(fence, RUN, 5, _write_weights)
+    registry.check(Checkpoint(5, RUN))
+    assert not list((registry.root / "staging").iterdir())
+
+
+def test_a_state_in_the_wrong_place_is_not_continued(registry: Registry) -> None:
+    fence = Fence.raise_for(registry.run_directory(RUN))
+    directory = registry.write_state(fence, RUN, 5, _write_weights)
+    directory.rename(registry.state_directory(RUN, 6))
+    with pytest.raises(CorruptCheckpoint, match="holds the state of step 5"):
+        registry.verified_state(RUN, 6)
+
+
+def test_a_damaged_fence_is_named(registry: Registry) -> None:
+    fence = Fence.raise_for(registry.run_directory(RUN))
+    (fence.directory / "fence").write_text("")
+    with pytest.raises(FailedPrecondition, match="fence holds '', but must hold a whole number"):
+        Fence.raise_for(fence.directory)
+
+
+def test_two_publishers_at_once_never_share_a_number(registry: Registry) -> None:
+    program = textwrap.dedent(
+        """
+        import sys
+        from concurrent.futures import ThreadPoolExecutor
+        from pathlib import Path
+        from shared.registry.fence import Fence
+        from shared.registry.store import Registry
+        from tests.shared.registry.scenarios import make_manifest, write_model
+
+        registry = Registry(Path(sys.argv[1]))
+        fence = Fence.raise_for(registry.run_directory(sys.argv[2]))
+
+        def publish(_):
+            return registry.publish_version(fence, write_model, lambda n, files: make_manifest(n, files)).version
+
+        with ThreadPoolExecutor(4) as threads:
+            print(*threads.map(publish, range(10)))
+        """
+    )
+    command = [sys.executable, "-c", program, str(registry.root)]
+    writers = [
+        subprocess.Popen([*command, run], cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True)
+        for run in ("run-1", "run-2")
+    ]
+    numbers = [int(number) for writer in writers for number in writer.communicate()[0].split()]
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert sorted(numbers) == list(range(1, 21))
+    assert len(observe(registry.root)) == 20 + 2
+    assert not list((registry.root / "staging").iterdir())

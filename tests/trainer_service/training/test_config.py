@@ -1,9 +1,44 @@
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument
 from shared.gpt.config import count_parameters
 from trainer_service.presets import PRESETS, find_preset
 from trainer_service.training.config import TrainingConfig
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> TrainingConfig:
+    """Any schedule, from its first step on or from a later one."""
+    max_steps = draw(st.integers(1, 300))
+    start = draw(st.integers(0, max_steps - 1))
+    return replace(
+        find_preset("demo"),
+        schedule=draw(st.sampled_from(["cosine", "wsd"])),
+        max_steps=max_steps,
+        warmup_steps=draw(st.integers(0, 400)),
+        learning_rate=draw(st.floats(1e-5, 1.0)),
+        final_learning_rate_ratio=draw(st.floats(0.0, 1.0)),
+        decay_ratio=draw(st.floats(0.001, 1.0)),
+        schedule_start=start,
+        schedule_start_ratio=draw(st.floats(0.0, 1.0)) if start else 0.0,
+    )
+
+
+def rates(config: TrainingConfig) -> list[float]:
+    """Of every step of a schedule, and of the end, to which no step is taken."""
+    return [config.learning_rate_at(step) for step in range(config.schedule_start, config.max_steps + 1)]
+
+
+def largest_change(config: TrainingConfig) -> float:
+    """The most by which the rate of one step may differ from that of the one before: by the slope of its warm-up or of
+    its decay; half a cosine is pi / 2 times as steep as a line."""
+    warmup_steps, decay_steps = config.warmup_end - config.schedule_start, config.max_steps - config.decay_start
+    return config.learning_rate * max(1 / max(warmup_steps, 1), 1.5708 / decay_steps) + 1e-12
 
 
 def test_the_presets_have_the_sizes_that_their_names_promise() -> None:
@@ -21,7 +56,7 @@ def test_an_unknown_preset_is_refused_with_those_that_exist() -> None:
 
 def test_every_value_can_be_overridden_as_text() -> None:
     for preset in PRESETS.values():
-        values = {name: str(value) for name, value in preset.to_dict().items()}
+        values = {name: str(value) for name, value in preset.to_dict().items() if "schedule_start" not in name}
         assert preset.override(values) == preset
     changed = find_preset("demo").override({"max_steps": "1_000", "tied_head": "false", "learning_rate": "1e-4"})
     assert (changed.max_steps, changed.tied_head, changed.learning_rate) == (1000, False, 1e-4)
@@ -46,6 +81,11 @@ def test_every_value_can_be_overridden_as_text() -> None:
         ({"seed": "4294967296"}, "from 0 to 4294967295"),
         ({"beta2": "1"}, "beta2"),
         ({"weight_decay": "inf"}, "weight_decay"),
+        ({"schedule": "linear"}, "schedule is 'linear', but must be cosine or wsd"),
+        ({"decay_ratio": "0"}, "decay_ratio is 0.0"),
+        ({"decay_ratio": "1.1"}, "decay_ratio is 1.1"),
+        ({"schedule_start": "5"}, "Unknown override 'schedule_start'"),
+        ({"schedule_start_ratio": "0.5"}, "Unknown override 'schedule_start_ratio'"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(values: dict[str, str], message: str) -> None:
@@ -58,3 +98,92 @@ def test_a_configuration_survives_json() -> None:
     assert TrainingConfig.from_dict(preset.to_dict()) == preset
     with pytest.raises(InvalidArgument, match="width"):
         TrainingConfig.from_dict({name: value for name, value in preset.to_dict().items() if name != "width"})
+
+
+def test_a_schedule_begins_before_it_ends() -> None:
+    with pytest.raises(InvalidArgument, match="schedule_start is 400, but must be from 0 to below max_steps, 400"):
+        replace(find_preset("demo"), schedule_start=400)
+
+
+@given(schedules())
+def test_the_rate_is_never_above_the_highest_and_ends_at_the_final_share(config: TrainingConfig) -> None:
+    assert all(0 <= rate <= config.learning_rate * (1 + 1e-9) for rate in rates(config))
+    assert rates(config)[-1] == pytest.approx(config.learning_rate * config.final_learning_rate_ratio, abs=1e-12)
+
+
+@given(schedules())
+def test_the_warm_up_reaches_the_highest_rate_and_the_decay_begins_there(config: TrainingConfig) -> None:
+    assert config.schedule_start <= config.warmup_end <= config.decay_start < config.max_steps
+    for step in (config.warmup_end, config.decay_start, *range(max(config.warmup_end - 1, config.schedule_start))[-1:]):
+        if step >= config.warmup_end - 1:
+            assert config.learning_rate_at(step) == pytest.approx(config.learning_rate)
+
+
+@given(schedules())
+def test_the_rate_never_jumps(config: TrainingConfig) -> None:
+    # Without a warm-up the first rate is the highest by itself.
+    before = config.learning_rate * config.schedule_start_ratio
+    each = [before, *rates(config)] if config.warmup_end > config.schedule_start else rates(config)
+    assert all(abs(after - before) <= largest_change(config) for before, after in pairwise(each))
+
+
+@given(schedules(), st.data())
+def test_the_rate_does_not_jump_where_a_run_goes_on_to_another_end(begun: TrainingConfig, data: st.DataObject) -> None:
+    step = data.draw(st.integers(begun.schedule_start + 1, begun.max_steps))
+    other = replace(begun, schedule_start=0, max_steps=data.draw(st.integers(step + 1, 600)))
+    config = other.continuing(begun, step)
+    if other.max_steps == begun.max_steps:
+        assert config == begun
+    else:
+        assert config.schedule_start == step
+        change = abs(config.learning_rate_at(step) - begun.learning_rate_at(step - 1))
+        assert change <= largest_change(config) or config.warmup_end == step
+
+
+@given(schedules(), st.data())
+def test_a_stable_phase_that_goes_on_is_that_of_a_run_planned_to_the_new_end(
+    planned: TrainingConfig, data: st.DataObject
+) -> None:
+    begun = replace(planned, schedule="wsd", warmup_steps=20, schedule_start=0, schedule_start_ratio=0.0, max_steps=200)
+    stable = data.draw(st.integers(20, max(begun.decay_start, 20)))
+    longer = replace(begun, max_steps=data.draw(st.integers(201, 600)))
+    config = longer.continuing(begun, stable)
+    for step in range(stable, longer.max_steps + 1):
+        expected = replace(longer, schedule_start=stable, schedule_start_ratio=1.0).learning_rate_at(step)
+        assert config.learning_rate_at(step) == expected
+        if longer.decay_start >= stable:
+            assert config.learning_rate_at(step) == longer.learning_rate_at(step)
+
+
+def test_a_cosine_that_goes_on_is_warmed_up_again_from_the_rate_it_reached() -> None:
+    begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
+    config = replace(begun, max_steps=800).continuing(begun, 400)
+    assert (config.schedule_start, config.warmup_end) == (400, 450)
+    assert config.schedule_start_ratio == pytest.approx(0.1, rel=1e-3)
+    expected = [1e-4 + 9e-4 / 50, 1e-3, 1e-3, 5.5e-4, 1e-4]
+    assert [config.learning_rate_at(step) for step in (400, 449, 450, 625, 800)] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_linear_decay_that_goes_on_is_warmed_up_again() -> None:
+    begun = replace(find_preset("demo"), schedule="wsd", max_steps=400, warmup_steps=50, learning_rate=1e-3)
+    assert begun.decay_start == 320
+    config = replace(begun, max_steps=1000).continuing(begun, 361)
+    assert config.schedule_start_ratio == pytest.approx(0.55)
+    assert (config.warmup_end, config.decay_start) == (411, 800)
+
+
+def test_a_warm_up_takes_half_of_a_short_schedule() -> None:
+    begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50)
+    assert replace(begun, max_steps=410).continuing(begun, 400).warmup_end == 405
+    assert replace(begun, max_steps=30).warmup_end == 15
+
+
+def test_a_lower_rate_begins_a_schedule_too_and_nothing_else_does() -> None:
+    begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
+    lower = replace(begun, learning_rate=1e-4).continuing(begun, 100)
+    assert (lower.schedule_start, lower.schedule_start_ratio) == (100, 1.0)
+    same = replace(begun, dropout=0.2, batch_size=3, max_gradient_norm=0.5)
+    assert same.continuing(begun, 100) == same
+    # A version at step 0 was not trained yet.
+    fresh = replace(begun, warmup_steps=0)
+    assert begun.continuing(fresh, 0) == begun

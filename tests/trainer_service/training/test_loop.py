@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
@@ -50,8 +51,8 @@ class Recorder:
     def report(self, report: Report) -> None:
         self.reports.append(report)
 
-    def checkpoint(self, trainer: Trainer, training_loss: float, held_out: HeldOutLoss) -> None:
-        self.checkpoints.append((trainer.step, training_loss, held_out))
+    def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
+        self.checkpoints.append((trainer.step, trainer.training_loss, held_out))
 
     def save(self, trainer: Trainer) -> None:
         self.saved.append(trainer.step)
@@ -97,9 +98,25 @@ def test_a_stop_ends_the_step_and_keeps_the_state() -> None:
     assert recorder.saved == [7] and recorder.reports[-1].step == 7
 
 
-def test_a_stop_in_the_last_step_changes_nothing() -> None:
+@pytest.mark.parametrize("asked", [range(12, 13), range(13, 15)], ids=["in the last step", "in its evaluation"])
+def test_a_stop_before_the_evaluation_leaves_it_to_whoever_goes_on(asked: range, tmp_path: Path) -> None:
     trainer = Trainer(CONFIG, TEXT)
-    assert run(trainer, lambda: trainer.step == 12)[0] is Outcome.COMPLETED
+    questions = 0
+
+    def stop_requested() -> bool:
+        nonlocal questions
+        questions += trainer.step == 12
+        return trainer.step == 12 and 11 + questions in asked
+
+    outcome, recorder = run(trainer, stop_requested)
+    assert outcome is Outcome.STOPPED and recorder.saved == [12]
+    assert [step for step, _, _ in recorder.checkpoints] == [5, 10]
+    trainer.save(tmp_path)
+    resumed = Trainer(CONFIG, TEXT)
+    resumed.restore(tmp_path)
+    outcome, recorder = run(resumed)
+    assert outcome is Outcome.COMPLETED
+    assert [(step, loss) for step, loss, _ in recorder.checkpoints] == [(12, trainer.training_loss)]
 
 
 def test_a_loss_that_is_not_finite_ends_training_before_anything_is_kept() -> None:

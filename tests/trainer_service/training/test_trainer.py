@@ -60,6 +60,29 @@ def test_a_restored_run_ends_with_the_same_bits_as_one_that_never_stopped(tmp_pa
         np.testing.assert_array_equal(value, expected[name])
 
 
+def test_a_run_on_a_schedule_of_its_own_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+    begun = Trainer(tiny(), TEXT)
+    for _ in range(20):
+        begun.take_step()
+    begun.save(tmp_path)
+    config = tiny(max_steps=30).continuing(tiny(), 20)
+
+    def restored(directory: Path, steps: int) -> Trainer:
+        trainer = Trainer(config, TEXT)
+        trainer.restore(directory)
+        for _ in range(steps):
+            trainer.take_step()
+        return trainer
+
+    whole = restored(tmp_path, 6)
+    interrupted = tmp_path / "interrupted"
+    interrupted.mkdir()
+    restored(tmp_path, 2).save(interrupted)
+    expected = weights(whole)
+    for name, value in weights(restored(interrupted, 4)).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
 def test_training_learns_a_regular_text() -> None:
     trainer = Trainer(tiny(max_steps=200, learning_rate=2e-2, dropout=0.0), TEXT)
     first = scalar(trainer.take_step().loss)
@@ -102,6 +125,40 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine() -> None:
     config = tiny(max_steps=110, warmup_steps=10, learning_rate=1.0)
     rates = [learning_rate(config, mx.array(step)).item() for step in (0, 9, 10, 60, 110, 500)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.55, 0.1, 0.1], rel=1e-5)
+
+
+def test_the_learning_rate_is_stable_and_then_falls_along_a_line() -> None:
+    config = tiny(max_steps=110, warmup_steps=10, learning_rate=1.0, schedule="wsd", decay_ratio=0.2)
+    rates = [learning_rate(config, mx.array(step)).item() for step in (0, 9, 10, 88, 99, 110, 500)]
+    assert rates == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.55, 0.1, 0.1], rel=1e-5)
+
+
+SCHEDULES = [
+    tiny(),
+    tiny(warmup_steps=0),
+    tiny(schedule="wsd", decay_ratio=0.4),
+    tiny(max_steps=35).continuing(tiny(), 20),
+    tiny(schedule="wsd", max_steps=30).continuing(tiny(schedule="wsd"), 10),
+]
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+def test_a_compiled_step_takes_the_rate_of_the_schedule(config: TrainingConfig, tmp_path: Path) -> None:
+    # Without memory of earlier gradients AdamW moves every number by the rate, up or down; vectors do not decay.
+    config = replace(config, beta1=0.0, beta2=0.0)
+    trainer = Trainer(config, TEXT)
+    trainer.step = config.schedule_start
+    trainer.optimizer.state["step"] = mx.array(config.schedule_start)
+    trainer.save(tmp_path)
+    trainer.restore(tmp_path)
+    before = weights(trainer)["final_norm.bias"]
+    for step in range(config.schedule_start, config.max_steps):
+        trainer.take_step()
+        after = weights(trainer)["final_norm.bias"]
+        expected = config.learning_rate_at(step)
+        assert np.abs(after - before).max() == pytest.approx(expected, rel=1e-3)
+        assert trainer.learning_rate == pytest.approx(expected, rel=1e-5)
+        before = after
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:

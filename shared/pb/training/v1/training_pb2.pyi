@@ -19,6 +19,13 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATE_FINISHED: _ClassVar[JobState]
     JOB_STATE_FAILED: _ClassVar[JobState]
     JOB_STATE_CANCELLED: _ClassVar[JobState]
+
+class JobKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    JOB_KIND_UNSPECIFIED: _ClassVar[JobKind]
+    JOB_KIND_PREPARE: _ClassVar[JobKind]
+    JOB_KIND_TRAIN: _ClassVar[JobKind]
+    JOB_KIND_EVALUATE: _ClassVar[JobKind]
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
@@ -26,9 +33,13 @@ JOB_STATE_CANCELLING: JobState
 JOB_STATE_FINISHED: JobState
 JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
+JOB_KIND_UNSPECIFIED: JobKind
+JOB_KIND_PREPARE: JobKind
+JOB_KIND_TRAIN: JobKind
+JOB_KIND_EVALUATE: JobKind
 
 class EnqueueJobRequest(_message.Message):
-    __slots__ = ("preset", "dataset", "validation", "resume", "overrides")
+    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version")
     class OverridesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -41,12 +52,18 @@ class EnqueueJobRequest(_message.Message):
     VALIDATION_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     OVERRIDES_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     preset: str
     dataset: _containers.RepeatedScalarFieldContainer[str]
     validation: _containers.RepeatedScalarFieldContainer[str]
     resume: int
     overrides: _containers.ScalarMap[str, str]
-    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    kind: JobKind
+    after: _containers.RepeatedScalarFieldContainer[str]
+    version: str
+    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
 
 class EnqueueJobResponse(_message.Message):
     __slots__ = ("job", "live_workers")
@@ -69,14 +86,16 @@ class GetJobResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
-    __slots__ = ("states", "page_size", "page_token")
+    __slots__ = ("states", "page_size", "page_token", "kinds")
     STATES_FIELD_NUMBER: _ClassVar[int]
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
     states: _containers.RepeatedScalarFieldContainer[JobState]
     page_size: int
     page_token: str
-    def __init__(self, states: _Optional[_Iterable[_Union[JobState, str]]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ...) -> None: ...
+    kinds: _containers.RepeatedScalarFieldContainer[JobKind]
+    def __init__(self, states: _Optional[_Iterable[_Union[JobState, str]]] = ..., page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., kinds: _Optional[_Iterable[_Union[JobKind, str]]] = ...) -> None: ...
 
 class ListJobsResponse(_message.Message):
     __slots__ = ("jobs", "next_page_token")
@@ -125,7 +144,7 @@ class CancelJobResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "run", "state", "preset", "dataset", "enqueued_at", "started_at", "ended_at", "progress", "failure")
+    __slots__ = ("id", "run", "state", "preset", "dataset", "enqueued_at", "started_at", "ended_at", "progress", "reason", "kind", "after", "attempt", "version", "evaluation")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -135,7 +154,12 @@ class Job(_message.Message):
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     ENDED_AT_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
-    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     id: str
     run: str
     state: JobState
@@ -145,8 +169,13 @@ class Job(_message.Message):
     started_at: _timestamp_pb2.Timestamp
     ended_at: _timestamp_pb2.Timestamp
     progress: Progress
-    failure: str
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., enqueued_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
+    reason: str
+    kind: JobKind
+    after: _containers.RepeatedScalarFieldContainer[str]
+    attempt: int
+    version: str
+    evaluation: Evaluation
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., enqueued_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., reason: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
 
 class StateChanged(_message.Message):
     __slots__ = ("state", "reason")

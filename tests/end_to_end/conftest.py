@@ -1,0 +1,233 @@
+"""The whole system as its users run it: real processes, a real Redis, real signals."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from redis import Redis
+
+from deploy.launch import holder
+from deploy.ports import Ports, free_ports
+from deploy.stack import Stack
+from inference_service.client import InferenceClient
+from shared.gpt.weights import load_arrays
+from shared.pb.training.v1 import training_pb2 as pb
+from shared.pb.training.v1 import training_pb2_grpc
+from shared.registry.store import Registry
+from shared.settings import Directories
+from trainer_service.events import TimedEvent
+from trainer_service.queue import JobQueue
+from trainer_service.redis_server import connect, redis_url
+
+PROJECT = Path(__file__).parents[2]
+# Small enough for a step in some hundredths of a second, long enough for streams that outlast a swap.
+TINY = {
+    "vocabulary_size": "400",
+    "layers": "1",
+    "width": "32",
+    "heads": "2",
+    "hidden_width": "64",
+    "context_length": "256",
+    "batch_size": "2",
+    "max_train_tokens": "40000",
+    "evaluation_windows": "4",
+    "report_interval": "5",
+    "warmup_steps": "1",
+}
+_FINAL = (pb.JOB_STATE_FINISHED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves, as bytes, so that two can be compared bit for bit: the weights of each step's version, and all
+    arrays of the last state."""
+
+    weights: dict[int, dict[str, bytes]]
+    last_step: int
+    state: dict[str, bytes]
+
+
+@dataclass
+class System:
+    """Everything that runs, and ways to talk to it."""
+
+    stack: Stack
+    ports: Ports
+    directories: Directories
+    environment: dict[str, str]
+    trainer: training_pb2_grpc.TrainingServiceStub = field(init=False)
+    channel: grpc.Channel = field(init=False)
+    redis: Redis = field(init=False)
+    queue: JobQueue = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.ports.trainer}")
+        self.trainer = training_pb2_grpc.TrainingServiceStub(self.channel)
+        self.redis = connect(redis_url(self.environment, self.directories))
+        self.queue = JobQueue(self.redis)
+
+    @property
+    def registry(self) -> Registry:
+        return Registry(self.directories.registry)
+
+    def client(self) -> InferenceClient:
+        return InferenceClient(f"127.0.0.1:{self.ports.inference}")
+
+    def enqueue(self, resume: int | None = None, **values: str) -> str:
+        overrides = (TINY if resume is None else {}) | values
+        response = self.trainer.EnqueueJob(pb.EnqueueJobRequest(overrides=overrides, resume=resume))
+        assert response.live_workers >= 1
+        job: str = response.job.id
+        return job
+
+    def watch(self, job: str, until: Callable[[pb.WatchJobResponse], bool]) -> list[pb.WatchJobResponse]:
+        """The events of a job up to the first that is waited for; fails where the job ends before."""
+        events = []
+        for event in self.trainer.WatchJob(pb.WatchJobRequest(job_id=job), timeout=120):
+            events.append(event)
+            if until(event):
+                return events
+        raise AssertionError(f"The job ended before: {events[-3:]}")
+
+    def finish(self, job: str) -> list[pb.WatchJobResponse]:
+        return self.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FINISHED)
+
+    def end(self, job: str, limit_s: float = 120.0) -> pb.Job:
+        """The job when it has ended, however that was, and whatever was down meanwhile."""
+        answer = pb.GetJobResponse()
+
+        def ended() -> bool:
+            with suppress(grpc.RpcError):  # the supervisor is starting Redis or the API again
+                answer.CopyFrom(self.trainer.GetJob(pb.GetJobRequest(job_id=job)))
+            return answer.job.state in _FINAL
+
+        wait_until(ended, limit_s)
+        return answer.job
+
+    def events(self, job: str) -> list[TimedEvent]:
+        """Everything that Redis holds of what a job told, also after its end."""
+        events, last = [], "0"
+        while found := self.queue.read_events(job, last):
+            events += [timed for _, timed in found]
+            last = found[-1][0]
+        return events
+
+    def step(self, job: str) -> int:
+        """The last step that a job told of."""
+        progress = self.queue.get(job).progress
+        return progress.step if progress else 0
+
+    def run(self, job: str) -> str:
+        return self.queue.get(job).spec.run
+
+    def result(self, job: str) -> Result:
+        registry, run = self.registry, self.run(job)
+        versions = [version for version in registry.versions() if version.run == run]
+        steps = [version.step for version in versions]
+        assert len(steps) == len(set(steps)), f"A step has two versions: {steps}"
+        last_step = registry.states(run)[-1]
+        state = registry.verified_state(run, last_step)
+        return Result(
+            {
+                version.step: _bytes(registry.version_directory(version.version) / "model.safetensors")
+                for version in versions
+            },
+            last_step,
+            _bytes(state / "model.safetensors") | _bytes(state / "optimizer.safetensors"),
+        )
+
+    def pid(self, name: str) -> int:
+        """The pid of the supervisor or of one of its programs."""
+        pid = holder(self.directories.var / "run" / f"{name}.lock")
+        assert pid is not None
+        return pid
+
+    def training_process(self) -> int:
+        (process,) = children(self.pid("worker"))
+        return process
+
+    def scrape(self, port: int) -> tuple[str, dict[str, float]]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+            text = page.read().decode()
+        samples = {
+            " ".join([sample.name, *(value for name, value in sample.labels.items() if name in ("kind", "state"))]): (
+                sample.value
+            )
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        return text, samples
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=PROJECT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+
+@contextmanager
+def running(directories: Directories) -> Iterator[System]:
+    """The system, all of it healthy; it is stopped at the end."""
+    # Compiled kernels outlive the run, as those of the tests do.
+    kernels = PROJECT / ".pytest_cache" / "system"
+    kernels.mkdir(parents=True, exist_ok=True)
+    directories.cache.symlink_to(kernels)
+    ports = free_ports()
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    stack = Stack(directories, ports, environment, worker_stop_s=20)
+    stack.up(lambda _: None)
+    everything = System(
+        stack, ports, directories, environment | ports.to_environment() | {"GPTLOOP_VAR": str(directories.var)}
+    )
+    try:
+        yield everything
+    finally:
+        everything.channel.close()
+        everything.redis.close()
+        stack.down()
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    with running(Directories(tmp_path_factory.mktemp("system"))) as everything:
+        yield everything
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+    deadline_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "The condition did not come true."
+        time.sleep(0.05)
+
+
+def is_progress(step: int) -> Callable[[pb.WatchJobResponse], bool]:
+    return lambda event: bool(event.progress.step >= step)
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return found.stdout.strip()[:1] in ("", "Z")
+
+
+def _bytes(path: Path) -> dict[str, bytes]:
+    return {f"{path.stem}/{name}": np.array(array).tobytes() for name, array in load_arrays(path).items()}

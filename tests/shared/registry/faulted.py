@@ -1,0 +1,111 @@
+"""Runs in a process of its own, which faults.c was loaded into: python -m tests.shared.registry.faulted --help"""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.errors import GptloopError
+from shared.registry.fence import Fence
+from shared.registry.store import Registry
+from tests.shared.registry.faults import DEATH, Faults, Mode
+from tests.shared.registry.scenarios import BEGINNINGS, RUN, SCENARIOS, Scenario, observe, publish, write_state
+
+app = typer.Typer(pretty_exceptions_enable=False)
+
+Act = Callable[[], object]
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
+
+
+@app.command()
+def sweep(
+    library: Path,
+    root: Path,
+    scenario: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS)}.")],
+) -> None:
+    """Disturbs each operation of a scenario in turn, in every way, and prints which ones there were."""
+    faults = Faults(library)
+    for mode in (Mode.FAIL_ONCE, Mode.FAIL_ON, Mode.DIE):
+        hits: list[str] = []
+        while hit := _disturb(faults, SCENARIOS[scenario], Registry(root), mode, len(hits)):
+            hits.append(hit)
+        print(mode.name, *hits)
+
+
+def _disturb(faults: Faults, scene: Scenario, registry: Registry, mode: Mode, n: int) -> str:
+    """Disturbs the n-th operation; returns its name, or nothing where there are fewer."""
+    fence = scene.prepare(registry)
+    old = observe(registry.root)
+    if mode is Mode.DIE:
+        hit, failed = _die(faults, registry, partial(scene.act, registry, fence), n), True
+    else:
+        hit, failed = _fail(faults, registry, partial(scene.act, registry, fence), mode, n)
+    place = f"operation {n}, {hit}: "
+    new = observe(registry.root)
+    assert scene.may_change(old, new), f"{place}{sorted(new ^ old)}"
+    leftovers = list((registry.root / "staging").iterdir())
+    if mode is Mode.FAIL_ONCE and failed:
+        assert not leftovers, place + "a failing write left something in staging"
+        assert scene is SCENARIOS["fence"] or scene is SCENARIOS["prune"] or new == old, place + "visible"
+        assert not list(registry.root.glob("runs/*/*.new")), place + "a half-written fence"
+    if not failed:
+        assert new != old, place + "nothing was done, but nothing was said"
+    # The same process where it lives, or the next one.
+    next_registry = registry if n % 2 else Registry(registry.root)
+    fence = Fence.raise_for(next_registry.run_directory(RUN))
+    before = max(each.version for each in next_registry.versions())
+    assert publish(next_registry, fence).version == before + 1, place + "the next version"
+    write_state(next_registry, fence)
+    Registry(registry.root).sweep()
+    assert not any((registry.root / "staging").iterdir()), place + "a leftover was not swept"
+    return hit
+
+
+def _fail(faults: Faults, registry: Registry, act: Act, mode: Mode, n: int) -> tuple[str, bool]:
+    faults.arm(registry.root, mode, n, ERRORS[n % len(ERRORS)])
+    try:
+        act()
+    except GptloopError as raised:
+        faults.disarm()
+        assert str(registry.root) in str(raised), f"operation {n}: {raised}"
+        return faults.hit(), True
+    finally:
+        faults.disarm()
+    return faults.hit(), False
+
+
+def _die(faults: Faults, registry: Registry, act: Act, n: int) -> str:
+    child = os.fork()
+    if child == 0:
+        faults.arm(registry.root, Mode.DIE, n)
+        act()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, DEATH), f"operation {n} ended with {code}"
+    return "death" if code == DEATH else ""
+
+
+@app.command()
+def record(
+    library: Path,
+    world: Annotated[Path, typer.Argument(help="A folder in which the registry is var/registry.")],
+    scenario: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS | BEGINNINGS)}.")],
+    log: Path,
+    before: Annotated[Path, typer.Argument(help="Where a copy of the folder goes, as it is before the scenario.")],
+) -> None:
+    """Writes every file operation of a scenario into a log."""
+    scene, registry = (SCENARIOS | BEGINNINGS)[scenario], Registry(world / "var" / "registry")
+    fence = scene.prepare(registry)
+    shutil.copytree(world, before)
+    with Faults(library).logged(world, log):
+        scene.act(registry, fence)
+
+
+if __name__ == "__main__":
+    app()

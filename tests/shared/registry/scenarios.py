@@ -1,0 +1,181 @@
+"""What the registry does to its files, as short scenes, and what a reader must find whenever one is cut off."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shared.registry.fence import Fence
+from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.retention import Retention, prune
+from shared.registry.store import Registry
+
+RUN = "run-1"
+# Little, so that there is much to remove; the runs of a week stay, with the last state of each.
+SPARING = Retention(states=1, best=1, newest=2, runs=0)
+
+# What stands in a registry, each thing as a word: two readers that see the same have the same set.
+View = frozenset[str]
+
+
+def make_manifest(version: int, files: tuple[FileRecord, ...] = (), **values: object) -> VersionManifest:
+    manifest = VersionManifest(
+        version=version,
+        run=RUN,
+        step=10 * version,
+        parent=None,
+        created_at=1.0,
+        preset="demo",
+        model={"layers": 1},
+        parameters=1,
+        training={},
+        tokenizer="bpe",
+        tokenizer_digest="d",
+        dataset="builtin",
+        dataset_revision="1",
+        dataset_files=("builtin",),
+        validation_files=(),
+        evaluation_set="set-a",
+        training_loss=2.0,
+        validation_loss=2.0,
+        bits_per_byte=1.0,
+        claimed_loss=2.0,
+        files=files,
+    )
+    return replace(manifest, **values)  # type: ignore[arg-type]
+
+
+def write_model(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 40)
+    (folder / "config.json").write_text("{}")
+
+
+def publish(registry: Registry, fence: Fence | None = None, **values: object) -> VersionManifest:
+    return registry.publish_version(
+        fence or Fence.raise_for(registry.run_directory(RUN)),
+        write_model,
+        lambda number, files: make_manifest(number, files, **values),
+    )
+
+
+def write_state(registry: Registry, fence: Fence | None = None, step: int | None = None) -> Path:
+    """A state of a step, by default of the one after the last."""
+    if step is None:
+        step = max(registry.states(RUN), default=0) + 1
+    return registry.write_state(fence or Fence.raise_for(registry.run_directory(RUN)), RUN, step, write_model)
+
+
+def observe(root: Path) -> View:
+    """What a fresh reader sees; fails where anything visible is not whole, or a label names nothing."""
+    registry = Registry(root)
+    view = set()
+    for checkpoint in registry.checkpoints():
+        registry.check(checkpoint)
+        view.add(f"{checkpoint}: {(registry.directory(checkpoint) / 'manifest.json').read_text()}")
+    assert not registry.strangers()
+    numbers = [manifest.version for manifest in registry.versions()]
+    labels = registry.labels()
+    assert set(labels) == ({"best", "latest"} if numbers else set())
+    assert set(labels.values()) <= set(numbers)
+    for path in (root / "runs").glob("*/fence"):
+        view.add(f"fence of {path.parent.name}: {int(path.read_text())}")
+    return frozenset(view)
+
+
+def things(view: View, kind: str) -> View:
+    """What of a view is a `version`, a `state` or a `fence`."""
+    return frozenset(word for word in view if word.startswith(kind))
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Something that the registry does.
+
+    prepare: brings about what `act` needs, undisturbed; returns the fence of the run.
+    act: is cut off.
+    may_change: whether what there is before and after an `act` that was cut off is right.
+    """
+
+    prepare: Callable[[Registry], Fence]
+    act: Callable[[Registry, Fence], object]
+    may_change: Callable[[View, View], bool]
+
+
+def _adds_one(kind: str) -> Callable[[View, View], bool]:
+    def may_change(old: View, new: View) -> bool:
+        return old <= new and len(new - old) <= 1 and new - old == things(new - old, kind)
+
+    return may_change
+
+
+def _raises_one(old: View, new: View) -> bool:
+    added, lost = new - old, old - new
+    return added == things(added, "fence") and lost == things(lost, "fence") and len(added) <= 1 and len(lost) <= 1
+
+
+def _only_removes(old: View, new: View) -> bool:
+    # Of versions the two newest stay, of states the last one, and the fence.
+    return new <= old and len(things(new, "version")) >= 2 and bool(things(new, "state")) and bool(things(new, "fence"))
+
+
+def _prepare(registry: Registry) -> Fence:
+    fence = Fence.raise_for(registry.run_directory(RUN))
+    prune(registry, RUN, SPARING)
+    while len(registry.versions()) < 2:
+        publish(registry, fence)
+        write_state(registry, fence)
+    return fence
+
+
+def _prepare_prune(registry: Registry) -> Fence:
+    fence = _prepare(registry)
+    publish(registry, fence)
+    write_state(registry, fence)
+    return fence
+
+
+def _prepare_nothing(registry: Registry) -> Fence:
+    return Fence(registry.root, 0)
+
+
+def _prepare_parent(registry: Registry) -> Fence:
+    registry.root.parent.mkdir()
+    return Fence(registry.root, 0)
+
+
+def _begin(registry: Registry, _: Fence) -> None:
+    fence = Fence.raise_for(registry.run_directory(RUN))
+    publish(registry, fence)
+    write_state(registry, fence)
+
+
+def _begin_again(registry: Registry, fence: Fence) -> None:
+    for folder in (registry.root / "versions", registry.run_directory(RUN) / "states"):
+        folder.mkdir(parents=True)
+    _begin(registry, fence)
+
+
+def _sweep_a_removal(registry: Registry, _: Fence) -> None:
+    registry.version_directory(registry.versions()[0].version).rename(registry.root / "staging" / "removed")
+    registry.sweep()
+
+
+def _fills_an_empty_registry(old: View, new: View) -> bool:
+    # A fence, a version and a state, each of them or not.
+    return not old and len(new) <= 3
+
+
+# What the registry does.
+SCENARIOS = {
+    "version": Scenario(_prepare, publish, _adds_one("version")),
+    # Its step follows from the fence, as nothing may be read here that is not read by the registry itself.
+    "state": Scenario(_prepare, lambda r, fence: write_state(r, fence, 1000 * fence.token), _adds_one("state")),
+    "fence": Scenario(_prepare, lambda registry, _: Fence.raise_for(registry.run_directory(RUN)), _raises_one),
+    "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, RUN, SPARING), _only_removes),
+}
+
+# The same where nothing was there yet, and where a process was killed before it had synced what it did.
+BEGINNINGS = {
+    "first": Scenario(_prepare_nothing, _begin, _fills_an_empty_registry),
+    "first-after-a-kill": Scenario(_prepare_parent, _begin_again, _fills_an_empty_registry),
+    "sweep-after-a-kill": Scenario(_prepare_prune, _sweep_a_removal, _only_removes),
+}

@@ -1,0 +1,11 @@
+from pathlib import Path
+
+from rich.progress import Progress
+
+from tests.soak.publish import kill_often
+
+
+def test_a_process_that_is_killed_at_any_moment_leaves_a_whole_registry(tmp_path: Path) -> None:
+    outcome = kill_often(tmp_path / "registry", kills=8, seed=1, progress=Progress(disable=True))
+    assert not outcome.violations
+    assert outcome.kills == 8

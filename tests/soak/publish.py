@@ -1,0 +1,155 @@
+"""Kills a publishing process at random moments, and checks the registry: python -m tests.soak.publish --help"""
+
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shared import cli
+from shared.errors import RunOwnershipLost
+from shared.registry.fence import Fence
+from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.retention import Retention, prune
+from shared.registry.store import Registry
+from tests.shared.registry.scenarios import RUN, make_manifest, observe
+
+PROJECT = Path(__file__).parents[2]
+# Few, so that there is always something to remove.
+RETENTION = Retention(states=2, best=2, newest=3, runs=0)
+# From the child's first word; a round of a version, a state and a pruning takes about a third of it.
+LONGEST_LIFE_S = 0.3
+
+
+@dataclass
+class Outcome:
+    """What the kills came to."""
+
+    kills: int = 0
+    publishes: int = 0
+    removals: int = 0
+    leftovers: int = 0
+    seconds: float = 0.0
+    violations: list[str] = field(default_factory=list)
+
+
+def publish_for_ever(root: Path) -> None:
+    """What the child does until it is killed: takes the run over, then versions, states and prunings in turn."""
+    registry = Registry(root)
+    registry.sweep()
+    fence = Fence.raise_for(registry.run_directory(RUN))
+    chance = random.Random(fence.token)
+    step = max(registry.states(RUN), default=0)
+    print("begun", flush=True)
+
+    def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
+        return make_manifest(number, files, bits_per_byte=chance.uniform(1, 2))
+
+    while True:
+        step += 1
+        registry.publish_version(fence, _write_model, manifest)
+        registry.write_state(fence, RUN, step, _write_model)
+        prune(registry, RUN, RETENTION)
+
+
+def _write_model(folder: Path) -> None:
+    chance = random.Random()
+    (folder / "model.safetensors").write_bytes(chance.randbytes(1 << 20))
+    (folder / "tokenizer.json").write_bytes(chance.randbytes(1 << 16))
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+
+
+def kill_often(root: Path, kills: int, seed: int, progress: Progress) -> Outcome:
+    """Kills a child so many times, and looks at the registry after each."""
+    chance, outcome, begin = random.Random(seed), Outcome(), time.monotonic()
+    newest = 0
+    for _ in progress.track(range(kills), description="kills"):
+        before = Fence.raise_for(Registry(root).run_directory(RUN))
+        child = subprocess.Popen(
+            [sys.executable, "-m", "tests.soak.publish", "--child", root], cwd=PROJECT, stdout=subprocess.PIPE
+        )
+        with child:
+            assert child.stdout is not None
+            begun = child.stdout.readline()
+            time.sleep(chance.uniform(0, LONGEST_LIFE_S))
+            child.kill()
+        outcome.kills += 1
+        if not begun:
+            outcome.violations.append(f"kill {outcome.kills}: the process did not begin on what the one before left")
+        try:
+            newest = _look(root, before, newest, outcome)
+        except Exception as error:
+            outcome.violations.append(f"kill {outcome.kills}: {type(error).__name__}: {error}")
+    outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def _look(root: Path, before: Fence, newest: int, outcome: Outcome) -> int:
+    """Checks what a kill left; returns the number of the newest version."""
+    observe(root)
+    registry = Registry(root)
+    present = [manifest.version for manifest in registry.versions()]
+    assert max(present, default=0) >= newest, f"version {newest} was there, but the newest is now {present}"
+    outcome.publishes += max(present, default=0) - newest
+    outcome.removals = max(present, default=0) - len(present)
+    try:
+        registry.write_state(before, RUN, 10**9, _write_model)
+    except RunOwnershipLost:
+        pass
+    else:
+        raise AssertionError("who lost the run could write it")
+    leftovers = len(_staging(root))
+    registry.sweep()
+    assert not _staging(root), "a leftover was not swept"
+    outcome.leftovers += leftovers
+    return max(present, default=0)
+
+
+def _staging(root: Path) -> list[Path]:
+    staging = root / "staging"
+    return list(staging.iterdir()) if staging.is_dir() else []
+
+
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="How often a process is killed.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the moments at which it is killed.")] = 0,
+    child: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Print what the kills came to; exit code 1 where the registry was not whole after one of them."""
+    if child is not None:
+        publish_for_ever(child)
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    folder = Path(tempfile.mkdtemp(prefix="registry-"))
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            outcome = kill_often(folder / "registry", kills, seed, progress)
+    finally:
+        shutil.rmtree(folder)
+    table = Table("kills", "publishes seen", "versions removed", "leftovers swept", "seconds", "violations", box=None)
+    counts = (outcome.kills, outcome.publishes, outcome.removals, outcome.leftovers)
+    table.add_row(*map(str, counts), f"{outcome.seconds:.0f}", str(len(outcome.violations)))
+    cli.print_table(table)
+    for violation in outcome.violations:
+        print(violation)
+    if outcome.violations:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

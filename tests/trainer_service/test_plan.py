@@ -1,0 +1,141 @@
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from trainer_service import plan
+from trainer_service.plan import Machine, Plan, flops_per_token, memory_bytes
+from trainer_service.presets import find_preset
+from trainer_service.spec import JobSpec
+from trainer_service.training import loss, trainer
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec
+
+CPU, GPU = Machine(16 << 30, 4), Machine(16 << 30, None)
+DEMO = replace(find_preset("demo"), learning_rate=1e-3, warmup_steps=100, max_steps=2000)
+
+
+def make(
+    config: TrainingConfig = DEMO,
+    first_step: int = 0,
+    text_tokens: int | None = None,
+    speed: float | None = None,
+    machine: Machine = CPU,
+) -> Plan:
+    spec = JobSpec("run", "demo", config, DatasetSpec(("builtin",)), 3 if first_step else None)
+    return Plan(spec, first_step, text_tokens, speed, machine)
+
+
+def line(plan: Plan, subject: str) -> str:
+    (found,) = [each for each in plan.lines() if each.startswith(subject)]
+    return found
+
+
+def test_steps_tokens_and_epochs() -> None:
+    assert line(make(), "steps") == "steps       1 to 2,000: 4,096,000 tokens"
+    planned = make(first_step=1000, text_tokens=1_024_000)
+    assert line(planned, "steps") == "steps       1,001 to 2,000: 2,048,000 tokens, 2.0 epochs of 1,024,000"
+
+
+WSD = replace(DEMO, schedule="wsd")
+# The same model, and a version at its end, continued to another.
+AGAIN = replace(DEMO, max_steps=8000).continuing(DEMO, 2000)
+STABLE = replace(WSD, max_steps=8000).continuing(WSD, 1000)
+
+
+@pytest.mark.parametrize(
+    ("config", "first_step", "text"),
+    [
+        (DEMO, 0, "warm-up to 1.0e-03 at step 100, cosine to 1.0e-04 at step 2,000"),
+        (replace(DEMO, warmup_steps=0), 0, "cosine to 1.0e-04 at step 2,000"),
+        (
+            WSD,
+            0,
+            "warm-up to 1.0e-03 at step 100, stable at 1.0e-03 to step 1,600, linear to 1.0e-04 at step 2,000",
+        ),
+        (DEMO, 1050, "goes on from version 3 at step 1,050 with 5.5e-04; cosine to 1.0e-04 at step 2,000"),
+        (
+            AGAIN,
+            2000,
+            "goes on from version 3 at step 2,000 with 1.1e-04; re-warm to 1.0e-03 at step 2,100, "
+            "cosine to 1.0e-04 at step 8,000",
+        ),
+        (
+            STABLE,
+            1000,
+            "goes on from version 3 at step 1,000 with 1.0e-03; stable at 1.0e-03 to step 6,400, "
+            "linear to 1.0e-04 at step 8,000",
+        ),
+    ],
+)
+def test_the_schedule_is_told_by_the_phases_that_are_to_come(
+    config: TrainingConfig, first_step: int, text: str
+) -> None:
+    assert line(make(config, first_step), "schedule") == f"schedule    {text}"
+
+
+def test_time_follows_from_an_earlier_job_or_is_a_guess() -> None:
+    assert line(make(speed=4096.0), "time") == "time        about 17 min, at the 4,096 tokens/s of an earlier job"
+    assert line(make(), "time").endswith("; a guess, known after the first steps")
+    assert make().time_s == pytest.approx(4_096_000 * flops_per_token(DEMO) / 120e9)
+    assert line(make(machine=GPU), "time") == "time        known after the first steps"
+
+
+def test_training_takes_6_operations_for_a_weight_and_token_and_those_of_attention() -> None:
+    # 4 blocks of 3 matrices' weights each and a head that is tied, with LayerNorms and biases beside.
+    products = 4 * (12 * 160 * 160) + 2048 * 160
+    attention = 12 * 4 * 160 * 64
+    assert flops_per_token(DEMO) == pytest.approx(6 * products + attention, rel=0.02)
+    assert flops_per_token(replace(DEMO, tied_head=False)) == flops_per_token(DEMO)
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary_size", "threads", "measured_mib"),
+    [
+        ("demo", 2048, 4, 345),
+        ("demo", 2048, 2, 410),
+        ("demo", 2048, 1, 444),
+        ("small", 2048, 4, 1207),
+        ("small", 2048, 2, 1276),
+        ("small", 2048, 1, 1058),
+        ("tinystories-53m", 50257, 4, 5320),
+    ],
+)
+def test_memory_is_about_what_was_measured(preset: str, vocabulary_size: int, threads: int, measured_mib: int) -> None:
+    # The most that was ever resident in a run of some steps and evaluations, on a machine of 23.4 GiB.
+    config = replace(find_preset(preset), vocabulary_size=vocabulary_size)
+    expected = memory_bytes(config, Machine(round(23.4 * 2**30), threads))
+    assert expected is not None
+    assert expected / 2**20 == pytest.approx(measured_mib, rel=0.3)
+
+
+def test_the_sizes_of_pieces_are_those_of_training() -> None:
+    assert (plan._MICRO_BATCH_TOKENS, plan._CHUNK_ELEMENTS) == (trainer._MICRO_BATCH_TOKENS, loss._CHUNK_ELEMENTS)
+
+
+def test_too_little_memory_is_a_warning() -> None:
+    big = find_preset("gpt2-124m")
+    assert not any(text.startswith("warning") for text in make(big, machine=Machine(64 << 30, 4)).lines())
+    assert "this machine has 4.0 GiB" in line(make(big, machine=Machine(4 << 30, 4)), "warning")
+    few = make(big, machine=Machine(4 << 30, None)).lines()
+    assert not any(text.startswith(("warning", "memory")) for text in few)
+
+
+def test_here_is_a_machine_with_memory() -> None:
+    assert Machine.here().memory_bytes > 1 << 20
+
+
+def test_threads_are_those_that_the_worker_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "distribution", lambda name: name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    assert Machine.here().threads == 2
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+    assert Machine.here().threads == 3
+
+
+def test_a_plan_loads_no_model_framework() -> None:
+    code = "import sys, trainer_service.plan; sys.exit('mlx.core' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

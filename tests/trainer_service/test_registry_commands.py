@@ -1,0 +1,90 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from shared.errors import InvalidArgument
+from shared.registry.fence import Fence
+from shared.registry.store import Registry
+from shared.settings import Directories
+from tests.shared.registry.scenarios import make_manifest, write_model
+from trainer_service.registry_commands import app
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """Four versions with their states, the second of them the best."""
+    registry = Registry(Directories(tmp_path).registry)
+    fence = Fence.raise_for(registry.run_directory("run-1"))
+    for number in range(1, 5):
+        registry.write_state(fence, "run-1", 10 * number, write_model)
+        registry.publish_version(
+            fence,
+            write_model,
+            lambda number, files: make_manifest(number, files, bits_per_byte=0.5 if number == 2 else 1.0),
+        )
+    return registry
+
+
+def run(registry: Registry, *arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"GPTLOOP_VAR": str(registry.root.parent)} | environment)
+
+
+def rows(result: Result) -> dict[str, str]:
+    """The rows of a table, by their first two words."""
+    return {" ".join(line.split()[:2]): " ".join(line.split()) for line in result.output.splitlines() if line.strip()}
+
+
+def test_verify_says_that_all_is_whole(registry: Registry) -> None:
+    result = run(registry, "verify")
+    assert (result.exit_code, result.output) == (0, "Whole: 4 versions and 4 states.\n")
+
+
+def test_verify_names_all_that_is_broken_and_what_to_do(registry: Registry) -> None:
+    (registry.version_directory(1) / "config.json").write_text("{ }")
+    (registry.version_directory(3) / "manifest.json").write_bytes(b"\xff")
+    (registry.state_directory("run-1", 20) / "model.safetensors").unlink()
+    (registry.root / "versions" / "backup").mkdir()
+    result = run(registry, "verify")
+    assert result.exit_code == 1
+    table = rows(result)
+    assert "config.json has 3 bytes, but its manifest says 2." in table["version 1"]
+    assert "manifest.json cannot be understood" in table["version 3"]
+    assert "missing or extra are model.safetensors." in table["state 20"]
+    assert "no number" in table["backup Its"]
+    assert "version 2" not in table and "version 4" not in table
+    assert "4 broken, looked at 4 versions and 4 states." in result.output
+    for path in (registry.version_directory(1), registry.state_directory("run-1", 20)):
+        assert f"  {path}\n" in result.output
+
+
+def test_prune_shows_why_each_stays_or_goes_and_removes_what_goes(registry: Registry) -> None:
+    result = run(registry, "prune", "--dry-run", "--newest", "1", "--best", "1", "--states", "1")
+    assert result.exit_code == 0
+    table = rows(result)
+    assert table["version 1"].endswith("MiB would go nothing keeps it")
+    assert table["version 2"].endswith("stays label best, best 1 of its evaluation set")
+    assert table["version 4"].endswith("stays label latest, newest 1")
+    assert table["state 20"].endswith("stays state of version 2")
+    assert "2 versions and 2 states would be removed: 0.0 MiB." in result.output
+    assert len(registry.versions()) == 4
+
+    result = run(registry, "prune", "--newest", "1", GPTLOOP_KEEP_BEST="1", GPTLOOP_KEEP_STATES="1")
+    assert rows(result)["version 1"].endswith("goes nothing keeps it")
+    assert "2 versions and 2 states removed" in result.output
+    assert [manifest.version for manifest in registry.versions()] == [2, 4]
+    assert registry.states("run-1") == [20, 40]
+
+
+def test_prune_names_a_value_that_cannot_be(registry: Registry) -> None:
+    result = run(registry, "prune", "--states", "0")
+    assert isinstance(result.exception, InvalidArgument)
+    assert str(result.exception) == "states is 0, but must be from 1 to 1000000."
+    assert len(registry.versions()) == 4
+
+
+def test_an_empty_registry_is_whole_and_has_nothing_to_prune(tmp_path: Path) -> None:
+    registry = Registry(Directories(tmp_path).registry)
+    assert run(registry, "verify").output == "Whole: 0 versions and 0 states.\n"
+    assert "Nothing to prune" in run(registry, "prune").output
+    assert not registry.root.exists()

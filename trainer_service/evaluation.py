@@ -1,0 +1,78 @@
+"""Measuring the loss of a version on other text, or on more of it, than training did."""
+
+import json
+import time
+from dataclasses import replace
+
+from shared.gpt.tokenizer import Tokenizer
+from shared.gpt.weights import load_model
+from shared.registry.store import Registry
+from trainer_service.attempt import Attempt, Stopped
+from trainer_service.events import Evaluation, Notice, Preparation
+from trainer_service.kinds import EvaluationSpec
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec
+from trainer_service.training.evaluate import EvaluationSet, evaluate
+from trainer_service.training.tokens import PrepareProgress, prepare
+from trainer_service.training.workers import Workers
+
+# At most; there may be less text.
+_WINDOWS = 1000
+
+
+def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
+    """Tells the loss of a version on up to 1000 windows of held-out text, and keeps it beside the versions.
+
+    Raises `NotFound` or `CorruptCheckpoint` for a version that is not there or not whole, what `prepare` does for the
+    text, and `Stopped` where somebody asks for the end.
+    """
+    registry = Registry(attempt.directories.registry)
+    version = registry.version(int(spec.version)) if spec.version.isdecimal() else registry.resolve(spec.version)
+    registry.verify(version)
+    directory = registry.version_directory(version.version)
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    config = TrainingConfig.from_dict(version.training)
+    wanted = replace(
+        config,
+        max_train_tokens=config.context_length + 1,
+        max_validation_tokens=_WINDOWS * config.context_length + 1,
+    )
+
+    def report(stage: str, fraction: float | None) -> None:
+        if attempt.stop_requested():
+            raise Stopped
+        attempt.tell(Preparation(stage, fraction))
+
+    def report_preparation(progress: PrepareProgress) -> None:
+        report(progress.stage, progress.fraction)
+
+    data = spec.data if spec.data.dataset else DatasetSpec(version.dataset_files, version.validation_files)
+    prepared = prepare(data, wanted, attempt.directories.data, report_preparation, tokenizer)
+    for text in prepared.notices:
+        attempt.tell(Notice(text))
+    evaluation_set = EvaluationSet.from_tokens(
+        prepared.validation, tokenizer, windows=_WINDOWS, context_length=config.context_length
+    )
+    model = load_model(directory / "model.safetensors", config.gpt)
+    with Workers(attempt.device.threads) as workers:
+        held_out = evaluate(
+            model, evaluation_set, config.batch_size, workers, lambda share: report("measuring the loss", share)
+        )
+    result = {
+        "version": version.version,
+        "dataset": prepared.source,
+        "dataset_revision": prepared.revision,
+        "evaluation_set": evaluation_set.digest,
+        "windows": len(evaluation_set.windows),
+        "validation_loss": held_out.nats_per_token,
+        "bits_per_byte": held_out.bits_per_byte,
+        "created_at": time.time(),
+    }
+    registry.keep_evaluation(version.version, evaluation_set.digest, json.dumps(result, indent=2))
+    attempt.tell(
+        Notice(
+            f"Version {version.version} on {len(evaluation_set.windows)} windows of {prepared.source}: "
+            f"{held_out.nats_per_token:.4f} nats per token, {held_out.bits_per_byte:.4f} bits per byte."
+        )
+    )
+    attempt.tell(Evaluation(version.step, version.training_loss, held_out.nats_per_token, held_out.bits_per_byte))

@@ -1,0 +1,207 @@
+"""What a job will do and what it takes, told before it starts. Loads no model framework."""
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+
+from shared import cli
+from shared.gpt.config import count_parameters
+from shared.registry.store import Registry
+from trainer_service.queue import JobRecord
+from trainer_service.spec import JobSpec
+from trainer_service.training.config import TrainingConfig
+
+# Tokens that a CPU thread takes through the model at a time, and numbers of logits that exist at a time, as in
+# `training.trainer` and `training.loss`, which load MLX.
+_MICRO_BATCH_TOKENS = 1024
+_CHUNK_ELEMENTS = 1 << 25
+# MLX keeps freed arrays up to such a part of the memory, see `shared.accelerator`.
+_CACHE_SHARE = 8
+# What a training process holds before its first step: interpreter, libraries, compiled kernels.
+_PROCESS_BYTES = 120 << 20
+# An evaluation, which keeps nothing for gradients, was seen to hold about so many layers' arrays at once.
+_EVALUATED_LAYERS = 4
+# What a CPU thread reaches at least where it is not disturbed: 35 to 50 were measured with the presets.
+_GUESSED_FLOPS_PER_THREAD = 30e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the job will run: its memory, and the threads that compute on a CPU, None where a GPU does."""
+
+    memory_bytes: int
+    threads: int | None
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """This machine, as the worker will use it."""
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if sys.platform != "linux":
+            return cls(memory_bytes, None)
+        try:
+            distribution("mlx-cpu")
+        except PackageNotFoundError:
+            return cls(memory_bytes, None)
+        limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
+        threads = int(limit) if limit.isdecimal() and int(limit) > 0 else len(os.sched_getaffinity(0))
+        return cls(memory_bytes, threads)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do, and what is known of it beforehand; None for what is not.
+
+    `tokens` are those to train on, `text_tokens` those of the prepared text, and `tokens_per_second` the speed of an
+    earlier job with the same model and batch.
+    """
+
+    spec: JobSpec
+    first_step: int
+    text_tokens: int | None
+    tokens_per_second: float | None
+    machine: Machine
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens from the first step to the last."""
+        return (self.spec.config.max_steps - self.first_step) * self.spec.config.tokens_per_step
+
+    @property
+    def time_s(self) -> float | None:
+        """How long the steps take: from the earlier speed, else a guess for a CPU."""
+        if self.tokens_per_second:
+            return self.tokens / self.tokens_per_second
+        if self.machine.threads is None:
+            return None
+        threads = min(self.machine.threads, self.spec.config.batch_size)
+        return self.tokens * flops_per_token(self.spec.config) / (threads * _GUESSED_FLOPS_PER_THREAD)
+
+    @classmethod
+    def of(cls, spec: JobSpec, registry: Registry, jobs: Iterable[JobRecord], machine: Machine) -> "Plan":
+        """The plan of a job, with what earlier ones, the newest first, tell of the same text and of the same model."""
+        first_step = registry.version(spec.resume).step if spec.resume is not None else 0
+        text_tokens, tokens_per_second = None, None
+        for job in jobs:
+            if isinstance(job.spec, JobSpec):
+                if job.started and not text_tokens and _text(job.spec) == _text(spec):
+                    text_tokens = job.started.train_tokens
+                if job.progress and not tokens_per_second and _work(job.spec) == _work(spec):
+                    tokens_per_second = job.progress.tokens_per_second
+        return cls(spec, first_step, text_tokens, tokens_per_second, machine)
+
+    def lines(self) -> list[str]:
+        """The plan as text for a person, one line a subject."""
+        config = self.spec.config
+        text = f"{self.tokens:,} tokens"
+        if self.text_tokens:
+            text += f", {self.tokens / self.text_tokens:.1f} epochs of {self.text_tokens:,}"
+        lines = [
+            f"steps       {self.first_step + 1:,} to {config.max_steps:,}: {text}",
+            f"schedule    {self._schedule()}",
+        ]
+        memory = memory_bytes(config, self.machine)
+        if memory is not None:
+            lines.append(f"memory      about {_gib(memory)}, on {self.machine.threads} CPU threads")
+        lines.append(f"time        {self._time()}")
+        if memory is not None and memory > self.machine.memory_bytes:
+            lines.append(
+                f"warning: this machine has {_gib(self.machine.memory_bytes)} of memory, less than the job is expected "
+                "to need. Set a smaller batch_size, or OPENBLAS_NUM_THREADS to fewer threads."
+            )
+        return lines
+
+    def _schedule(self) -> str:
+        """The phases that are still to come."""
+        config, phases = self.spec.config, []
+        peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_ratio
+        if self.first_step < config.warmup_end:
+            again = "re-warm" if config.schedule_start else "warm-up"
+            phases.append(f"{again} to {peak:.1e} at step {config.warmup_end:,}")
+        if self.first_step < config.decay_start and config.warmup_end < config.decay_start:
+            phases.append(f"stable at {peak:.1e} to step {config.decay_start:,}")
+        decay = "cosine" if config.schedule == "cosine" else "linear"
+        phases.append(f"{decay} to {final:.1e} at step {config.max_steps:,}")
+        text = ", ".join(phases)
+        if self.spec.resume is None:
+            return text
+        rate = config.learning_rate_at(self.first_step)
+        return f"goes on from version {self.spec.resume} at step {self.first_step:,} with {rate:.1e}; {text}"
+
+    def _time(self) -> str:
+        if self.time_s is None:
+            return "known after the first steps"
+        about = f"about {cli.duration(self.time_s)}"
+        if self.tokens_per_second:
+            return f"{about}, at the {self.tokens_per_second:,.0f} tokens/s of an earlier job"
+        return f"{about}; a guess, known after the first steps"
+
+
+def _text(spec: JobSpec) -> tuple[object, ...]:
+    """What decides how many tokens are prepared."""
+    config = spec.config
+    limit = config.max_train_tokens or config.max_steps * config.batch_size * (config.context_length + 1)
+    return spec.data, config.tokenizer, config.vocabulary_size, config.validation_share, limit
+
+
+def _work(spec: JobSpec) -> tuple[object, ...]:
+    """What decides how fast a step is."""
+    return spec.config.gpt, spec.config.batch_size
+
+
+def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
+    """The most that a training process holds on a CPU, within about 30 % of what was measured; None where a GPU
+    computes.
+
+    In fp32: weights and two moments; for each thread the gradients of the pieces before, where it takes its rows in
+    several, and the activations of a piece, or its gradients where they are more. An evaluation takes a thread's whole
+    share of the rows at once, and its arrays have other sizes than training's, which stay in MLX's cache meanwhile.
+    """
+    if machine.threads is None:
+        return None
+    T, L = config.context_length, config.layers
+    threads = min(machine.threads, config.batch_size)
+    rows = -(-config.batch_size // threads)
+    pieces = min(rows, -(-rows * T // _MICRO_BATCH_TOKENS))
+    parameters = count_parameters(config.gpt).total
+    # What the layers keep for their gradients, and as much again for the one at work.
+    activations = _activations(config, -(-rows // pieces) * T, L + 1)
+    training = 4 * threads * ((pieces > 1) * parameters + max(activations, parameters))
+    evaluating = min(threads, -(-config.evaluation_windows // rows))
+    evaluation = 4 * evaluating * _activations(config, rows * T, _EVALUATED_LAYERS)
+    return (
+        _PROCESS_BYTES
+        + 4 * 3 * parameters
+        + max(training, min(training, machine.memory_bytes // _CACHE_SHARE) + evaluation)
+    )
+
+
+def _activations(config: TrainingConfig, tokens: int, layers: int) -> int:
+    """Numbers that stand at once in a pass over some tokens: those of some layers, and the logits, their exponentials,
+    and about half as many on the way from one to the other.
+
+    A layer's are for each token both LayerNorms before and after their weights (4 widths), queries, keys, values and
+    what is attended (4), both dropout masks (2), GELU's input and output, and for each head a weight for every key that
+    the token's block of 64 queries sees.
+    """
+    T, C = config.context_length, config.width
+    keys = (T + min(T, 64)) // 2
+    layer = (8 + 2 * (config.dropout > 0)) * C + 2 * config.hidden_width + config.heads * keys
+    logits = min(tokens * config.vocabulary_size, _CHUNK_ELEMENTS)
+    return tokens * layers * layer + logits * 5 // 2
+
+
+def flops_per_token(config: TrainingConfig) -> int:
+    """Floating-point operations of training on one token: 6 for each weight of a product, 12 for each layer, number of
+    the width and key that is seen, half of the context on average.
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
+    count = count_parameters(config.gpt)
+    weights = count.total - count.embedding + (config.vocabulary_size * config.width if config.tied_head else 0)
+    return 6 * weights + 12 * config.layers * config.width * config.context_length // 2
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,124 @@
+"""Commands on what the registry holds: whether it is whole, and what is kept of it."""
+
+import os
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shared import cli
+from shared.errors import CorruptCheckpoint, NotFound
+from shared.registry.retention import Verdict, judge, read_retention
+from shared.registry.store import Checkpoint, Registry
+from shared.settings import read_directories
+
+app = typer.Typer()
+
+
+@app.command()
+def verify() -> None:
+    """Check every file of every version and state against its manifest.
+
+    Reads all of the registry, so it takes as long as its disk needs for that. Nothing is changed. Exit code 1 where
+    something is broken.
+    """
+    registry = Registry(read_directories(os.environ).registry)
+    checkpoints = registry.checkpoints()
+    broken = [(path.name, "Its name is no number: nothing reads it.", str(path)) for path in registry.strangers()]
+    for checkpoint, reason in _check(registry, checkpoints):
+        broken.append((str(checkpoint), reason, str(registry.directory(checkpoint))))
+    if not broken:
+        print(f"Whole: {_count(checkpoints)}.")
+        return
+    table = Table("broken", "reason", box=None)
+    for name, reason, _ in broken:
+        table.add_row(name, reason)
+    cli.print_table(table)
+    print(
+        f"{len(broken)} broken, looked at {_count(checkpoints)}. What is broken is never served and never continued: "
+        "others take its place. Bring its files back from a copy, or remove its folder:"
+    )
+    for _, _, place in broken:
+        print(f"  {place}")
+    raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go and remove nothing.")] = False,
+    states: Annotated[int | None, typer.Option(help="Last states of each run; GPTLOOP_KEEP_STATES.")] = None,
+    best: Annotated[int | None, typer.Option(help="Best of each evaluation set; GPTLOOP_KEEP_BEST.")] = None,
+    newest: Annotated[int | None, typer.Option(help="Newest versions; GPTLOOP_KEEP_NEWEST.")] = None,
+    every: Annotated[int | None, typer.Option(help="Multiples of this number, 0: none; GPTLOOP_KEEP_EVERY.")] = None,
+    runs: Annotated[int | None, typer.Option(help="Runs that wrote a state last; GPTLOOP_KEEP_RUNS.")] = None,
+) -> None:
+    """Remove the versions and states that nothing keeps. Training does the same after each version.
+
+    What a label names stays, with the state that continues it, and so do the last states of a run that wrote one within
+    a week. A version that serves keeps serving, as it is in memory. What an option leaves out comes from its variable.
+
+    Examples:
+
+    prune --dry-run
+
+    prune --newest 3 --best 1
+    """
+    registry = Registry(read_directories(os.environ).registry)
+    given = {"states": states, "best": best, "newest": newest, "every": every, "runs": runs}
+    values = {name: value for name, value in given.items() if value is not None}
+    retention = replace(read_retention(os.environ), **values)
+    verdicts = judge(registry, retention)
+    if not verdicts:
+        print("Nothing to prune: the registry holds no version and no state.")
+        return
+    sizes = {verdict.checkpoint: registry.size_bytes(verdict.checkpoint) for verdict in verdicts}
+    table = Table("checkpoint", "size", "", "why", box=None)
+    for verdict in verdicts:
+        outcome = "stays" if verdict.reasons else "would go" if dry_run else "goes"
+        table.add_row(str(verdict.checkpoint), _mebibytes(sizes[verdict.checkpoint]), outcome, _why(verdict))
+    cli.print_table(table)
+    gone = [verdict.checkpoint for verdict in verdicts if not verdict.reasons]
+    if not dry_run:
+        for checkpoint in gone:
+            registry.remove(checkpoint)
+    verb = "would be removed" if dry_run else "removed"
+    print(f"{_count(gone)} {verb}: {_mebibytes(sum(sizes[each] for each in gone))}.")
+
+
+def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, str]]:
+    """What is broken, and why; shows how far it is, with the time that is left."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    broken = []
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+        sizes = [registry.size_bytes(checkpoint) for checkpoint in checkpoints]
+        task = progress.add_task("", total=sum(sizes))
+        for checkpoint, size_bytes in zip(checkpoints, sizes, strict=True):
+            progress.update(task, description=str(checkpoint))
+            try:
+                registry.check(checkpoint)
+            except NotFound:
+                # It was removed meanwhile.
+                pass
+            except CorruptCheckpoint as error:
+                broken.append((checkpoint, str(error)))
+            progress.advance(task, size_bytes)
+    return broken
+
+
+def _why(verdict: Verdict) -> str:
+    return ", ".join(verdict.reasons) or "nothing keeps it"
+
+
+def _count(checkpoints: list[Checkpoint]) -> str:
+    versions = sum(checkpoint.run is None for checkpoint in checkpoints)
+    states = len(checkpoints) - versions
+    return f"{versions} version{'s' * (versions != 1)} and {states} state{'s' * (states != 1)}"
+
+
+def _mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.1f} MiB"
