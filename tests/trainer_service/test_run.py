@@ -1,25 +1,180 @@
-from pathlib import Path
+"""Runs and evaluations from their jobs on, without queue or worker: a tiny model on a text file."""
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import mlx.core as mx
 import pytest
 
 from shared.accelerator import Accelerator
+from shared.errors import FailedPrecondition, NotFound
 from shared.registry.retention import Retention
 from shared.registry.store import Registry
 from shared.settings import Directories
 from trainer_service.attempt import Attempt, Stopped
-from trainer_service.events import Event
+from trainer_service.evaluation import evaluate_version
+from trainer_service.events import Evaluation, Event, Notice, Progress, VersionPublished
+from trainer_service.kinds import EvaluationSpec
 from trainer_service.run import TrainingRun
-from trainer_service.spec import TrainingRequest, resolve
+from trainer_service.spec import JobSpec, TrainingRequest, resolve
+from trainer_service.training.corpus import DatasetSpec
+
+Told = TypeVar("Told", bound=Event)
 
 DEVICE = Accelerator("cpu", "cpu", "", blas=None, memory_bytes=0)
+TINY = {
+    "vocabulary_size": "300",
+    "layers": "1",
+    "width": "16",
+    "heads": "2",
+    "hidden_width": "32",
+    "context_length": "16",
+    "batch_size": "2",
+    "max_steps": "9",
+    "warmup_steps": "1",
+    "evaluation_interval": "3",
+    "evaluation_windows": "4",
+}
+
+
+class Site:
+    """A folder for everything, what was told, and jobs in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.directories = Directories(folder / "var")
+        self.registry = Registry(self.directories.registry)
+        self.text = self.write(folder / "text.txt", 0)
+        self.other_text = self.write(folder / "other.txt", 1000)
+        self.told: list[Event] = []
+
+    @staticmethod
+    def write(path: Path, first: int) -> str:
+        path.write_text("<|endoftext|>".join(f"Tale {n} of the {n * n} foxes." for n in range(first, first + 400)))
+        return str(path)
+
+    def spec(self, resume: int | None = None, dataset: str = "", **values: str) -> JobSpec:
+        text = dataset or (self.text if resume is None else "")
+        overrides = values if resume is not None else TINY | values
+        return resolve(TrainingRequest("", (text,) if text else (), (), resume, overrides), self.registry)
+
+    def attempt(
+        self, stop_requested: Callable[[], bool] = lambda: False, retention: Retention | None = None
+    ) -> Attempt:
+        return Attempt(self.directories, retention or Retention(), DEVICE, self.told.append, stop_requested)
+
+    def train(self, spec: JobSpec, **given: object) -> bool:
+        return TrainingRun(spec, self.attempt(**given)).train()  # type: ignore[arg-type]
+
+    def all_told(self, kind: type[Told]) -> list[Told]:
+        return [event for event in self.told if isinstance(event, kind)]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("[write] Unable to write 100 bytes to file.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", refuse)
+        yield
 
 
 def test_a_stop_while_the_data_are_prepared_leaves_nothing(tmp_path: Path) -> None:
-    directories = Directories(tmp_path)
-    spec = resolve(TrainingRequest(), Registry(directories.registry))
-    told: list[Event] = []
+    site = Site(tmp_path)
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
-        TrainingRun(spec, Attempt(directories, Retention(), DEVICE, told.append, lambda: next(asked)))
-    assert len(told) == 2
-    assert not list(directories.data.rglob("*.bin")) and not directories.registry.exists()
+        site.train(resolve(TrainingRequest(), site.registry), stop_requested=lambda: next(asked))
+    assert len(site.told) == 2
+    assert not list(site.directories.data.rglob("*.bin")) and not site.directories.registry.exists()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = site.spec()
+    with full_disk(monkeypatch):
+
+        def stop_at(step: int) -> bool:
+            return any(event.step >= step for event in site.all_told(Progress))
+
+        with pytest.raises(FailedPrecondition, match="cannot be written"):
+            site.train(spec, stop_requested=lambda: stop_at(6))  # the state to stop with is needed
+    (notice,) = (event.text for event in site.all_told(Notice) if "without this checkpoint" in event.text)
+    assert str(site.directories.registry) in notice
+    assert site.registry.versions() == [] and site.registry.states(spec.run) == []
+    assert site.train(spec)
+    assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+
+
+def test_the_last_checkpoint_must_be_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with full_disk(monkeypatch), pytest.raises(FailedPrecondition, match="cannot be written"):
+        site.train(site.spec(max_steps="3"))
+
+
+def test_what_is_kept_is_what_the_settings_say(site: Site) -> None:
+    spec = site.spec(evaluation_interval="1")
+    site.train(spec, retention=Retention(states=1, best=1, newest=2, every=4))
+    numbers = [version.version for version in site.registry.versions()]
+    best = site.registry.labels()["best"]
+    assert set(numbers) == {4, 8, 9, best}
+    kept = {version.step for version in site.registry.versions() if version.version == best}
+    assert set(site.registry.states(spec.run)) == {9} | kept
+
+
+def test_a_run_on_other_text_has_no_best_loss_yet(site: Site) -> None:
+    site.train(site.spec())
+    site.told.clear()
+    site.train(site.spec(resume=3, max_steps="12"))
+    assert site.all_told(Progress)[0].best_validation_loss is not None
+    site.told.clear()
+    site.train(site.spec(resume=3, dataset=site.other_text, max_steps="12"))
+    assert site.all_told(Progress)[0].best_validation_loss is None
+
+
+def test_a_run_that_has_come_to_its_end_does_nothing_more(site: Site) -> None:
+    spec = site.spec()
+    assert site.train(spec)
+    site.told.clear()
+    assert site.train(spec)
+    assert site.all_told(Progress) == [] and site.all_told(VersionPublished) == []
+
+
+def evaluations(site: Site, version: int) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in site.registry.root.glob(f"evaluations/{version}/*.json")]
+
+
+def test_a_version_is_measured_on_more_of_its_text_and_on_other_text(site: Site) -> None:
+    site.train(site.spec())
+    best = site.registry.version(site.registry.labels()["best"])
+    site.told.clear()
+    evaluate_version(EvaluationSpec("best", DatasetSpec(())), site.attempt())
+    evaluate_version(EvaluationSpec(str(best.version), DatasetSpec((site.other_text,))), site.attempt())
+    own, other = site.all_told(Evaluation)
+    assert own.step == best.step and own.training_loss == best.training_loss
+    assert abs(own.validation_loss - best.validation_loss) < 0.5 and own.validation_loss != other.validation_loss
+    kept = {found["validation_loss"]: found for found in evaluations(site, best.version)}
+    assert set(kept) == {own.validation_loss, other.validation_loss}
+    assert int(str(kept[own.validation_loss]["windows"])) > 4  # as many as training looks at
+    # Again, the same.
+    evaluate_version(EvaluationSpec("best", DatasetSpec(())), site.attempt())
+    assert site.all_told(Evaluation)[-1] == own and len(evaluations(site, best.version)) == 2
+    site.registry.remove_version(best.version)
+    assert evaluations(site, best.version) == []
+
+
+def test_an_evaluation_can_be_stopped_and_needs_its_version(site: Site) -> None:
+    site.train(site.spec())
+    asked = iter([False] * 5)
+    with pytest.raises(Stopped):
+        evaluate_version(EvaluationSpec("best", DatasetSpec(())), site.attempt(lambda: next(asked, True)))
+    assert not list(site.registry.root.glob("evaluations/*/*"))
+    with pytest.raises(NotFound, match="no version 9"):
+        evaluate_version(EvaluationSpec("9", DatasetSpec(())), site.attempt())
