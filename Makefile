@@ -43,13 +43,13 @@ train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_
 eval: $(VENV) ## Measure a version's held-out loss: VERSION= DATASET= VALIDATION= AFTER=<jobs> FOLLOW=0
 	@$(FILES) $(QUEUED) $(RUN) trainer_service evaluate "$$@" $${VERSION:+"$$VERSION"}
 
-jobs: $(VENV) ## List the training jobs.
+jobs: $(VENV) ## List the jobs.
 	@$(RUN) trainer_service jobs
 
-watch: $(VENV) ## Follow a training job: JOB=<id>
+watch: $(VENV) ## Follow a job: JOB=<id>
 	@$(RUN) trainer_service watch $${JOB:+"$$JOB"}
 
-cancel: $(VENV) ## End a training job after its step: JOB=<id>
+cancel: $(VENV) ## End a job after its step: JOB=<id>
 	@$(RUN) trainer_service cancel $${JOB:+"$$JOB"}
 
 data: $(VENV) ## Prepare a data set and show a sample: PRESET= DATASET= VALIDATION= SET=

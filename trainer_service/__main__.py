@@ -297,7 +297,7 @@ def work() -> None:
     from trainer_service import worker
 
     logs.configure("worker")
-    worker.work(connect(_settings().redis_url))
+    worker.work(_settings().redis_url)
 
 
 @app.command()

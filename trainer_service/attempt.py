@@ -11,11 +11,12 @@ from trainer_service.events import Event
 
 @dataclass(frozen=True)
 class Attempt:
-    """Where it computes and writes, what it leaves of what was written before, and whom it tells.
+    """Which attempt it is, where it computes and writes, what it leaves of what was written before, and whom it tells.
 
     It asks `stop_requested` between any two pieces of work, and ends where that says so.
     """
 
+    number: int
     directories: Directories
     retention: Retention
     device: Accelerator

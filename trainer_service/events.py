@@ -24,7 +24,7 @@ class JobState(Enum):
 
 @dataclass(frozen=True)
 class StateChanged:
-    """The job is in another state; `reason` says why it failed."""
+    """The job is in another state; `reason` says why, where that is not plain."""
 
     state: JobState
     reason: str = ""

@@ -95,7 +95,7 @@ def import_folder(
     # The state first, so that there is no version which cannot be continued.
     registry.write_state(fence, spec.run, trainer.step, trainer.save)
     version = publish(registry, fence, spec, prepared, trainer, evaluation_set, held_out)
-    prune(registry, retention=retention)
+    prune(registry, retention)
     notices = prepared.notices
     if published.end_tokens not in ((), (tokenizer.end_token,)):
         ids = ", ".join(map(str, published.end_tokens))

@@ -1,15 +1,16 @@
-"""What RQ calls, in a process of its own for each attempt at a job. There is nothing else that a job can make it do."""
+"""An attempt at a job, in a process that a worker starts: `python -m trainer_service.jobs JOB ATTEMPT WORKER`."""
 
 import logging
 import os
 import signal
+import sys
 
 from shared import accelerator, logs
-from shared.errors import GptloopError, RunOwnershipLost
+from shared.errors import GptloopError, RunOwnershipLost, Unavailable
 from trainer_service.attempt import Attempt, Stopped
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.kinds import EvaluationSpec, Kind
-from trainer_service.queue import JobQueue, JobRecord
+from trainer_service.queue import STOPPED, JobQueue, JobRecord
 from trainer_service.redis_server import connect
 from trainer_service.reporter import End, Reporter
 from trainer_service.settings import read_settings
@@ -17,23 +18,26 @@ from trainer_service.settings import read_settings
 logger = logging.getLogger(__name__)
 
 
-def run_attempt(job_id: str, attempt: int) -> None:
-    """Works on a job until it has finished, or until somebody or something ends the attempt.
+def run_attempt(job_id: str, attempt: int, worker: int) -> None:
+    """Works on a job until it has finished, or until somebody or something ends the attempt; `worker` is the pid of the
+    process that started this one.
 
     An error of the job itself (bad data, a diverging loss) fails the job and is not tried again.
     """
+    terminated = False
+
+    def terminate(_signal: int, _frame: object) -> None:
+        nonlocal terminated
+        terminated = True
+
+    signal.signal(signal.SIGTERM, terminate)
     logs.configure("trainer")
     settings = read_settings(os.environ)
     queue = JobQueue(connect(settings.redis_url))
     if not queue.tell(job_id, attempt, [TimedEvent(StateChanged(JobState.RUNNING))]):
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
         return
-    reporter = Reporter(queue, job_id, attempt, settings.stuck_s)
-    terminated = False
-
-    def terminate(_signal: int, _frame: object) -> None:
-        nonlocal terminated
-        terminated = True
+    reporter = Reporter(queue, job_id, attempt, worker, settings.stuck_s)
 
     def stop_requested() -> bool:
         return reporter.stop_requested() or terminated
@@ -41,31 +45,32 @@ def run_attempt(job_id: str, attempt: int) -> None:
     def told(event: StateChanged) -> End:
         return lambda queue: queue.tell(job_id, attempt, [TimedEvent(event)])
 
-    signal.signal(signal.SIGTERM, terminate)
     end: End | None = None
     try:
         device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
-        completed = _work(
-            queue.get(job_id), Attempt(settings.directories, settings.retention, device, reporter.tell, stop_requested)
-        )
+        given = Attempt(attempt, settings.directories, settings.retention, device, reporter.tell, stop_requested)
+        completed = _work(queue.get(job_id), given)
     except RunOwnershipLost as error:
         # Whoever owns the run now tells how it goes on.
         logger.warning("job %s: %s", job_id, error)
+    except Unavailable as error:
+        # What is gone may be there again for the next attempt.
+        logger.warning("job %s: %s", job_id, error)
+        reason = str(error).rstrip(".")
+        end = lambda queue: queue.lose(job_id, attempt, reason)  # noqa: E731
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
         end = told(StateChanged(JobState.FAILED, str(error)))
     except Exception as error:
         logger.exception("job %s failed", job_id)
-        reason = f"{type(error).__name__}: {error} (the worker's log has more)"
-        end = told(StateChanged(JobState.FAILED, reason))
+        end = told(StateChanged(JobState.FAILED, f"{type(error).__name__}: {error} (the worker's log has more)"))
     else:
         if completed:
             end = told(StateChanged(JobState.FINISHED))
         elif reporter.cancelled:
             end = told(StateChanged(JobState.CANCELLED))
         else:
-            reason = "The worker was stopped; the job goes on when one is back."
-            end = lambda queue: queue.give_back(job_id, attempt, reason)  # noqa: E731
+            end = lambda queue: queue.give_back(job_id, attempt, STOPPED)  # noqa: E731
     finally:
         reporter.close(end)
 
@@ -88,3 +93,7 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
     except Stopped:
         return False
     return True
+
+
+if __name__ == "__main__":
+    run_attempt(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -4,7 +4,7 @@ gptloop:jobs            sorted set of job ids, by the time they were enqueued
 gptloop:open            set of the ids of those that have not ended
 gptloop:job:<id>        hash: kind, spec, after, state, attempt, times, reason, the last of some events
 gptloop:events:<id>     stream of everything that the job told
-gptloop:lease:<id>      there while an attempt makes progress
+gptloop:lease:<id>      the number of the attempt that makes progress, there while it does
 gptloop:worker:<name>   there while a worker lives
 gptloop:tokens          tokens that all jobs ever trained on
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from redis import Redis
 from redis.client import Pipeline
@@ -36,13 +36,19 @@ from trainer_service.kinds import Kind, Spec, spec_from_json
 logger = logging.getLogger(__name__)
 
 QUEUE_NAME = "gptloop"
+# What RQ holds as the function of every attempt; the worker calls nothing by its name.
 JOB_FUNCTION = "trainer_service.jobs.run_attempt"
 
 # A lease is renewed every second or so; whoever does not renew it for so long is gone.
-LEASE_S = 10
+LEASE_S = 8
+# A process that is about to start has longer until it renews its lease for the first time.
+START_LEASE_S = 30
 # A crash is followed by another attempt after so many seconds, and the last by none. A run that got further than at its
 # last crash begins anew to count.
 BACKOFF_S = (0.0, 10.0, 60.0)
+
+# Why a job is given back by a worker that ends.
+STOPPED = "The worker was stopped; the job goes on when one is back."
 
 _KEPT_EVENTS = 100_000
 # Of jobs that ended, for so long.
@@ -80,22 +86,23 @@ class JobRecord:
 
 
 class AttemptJob(Job):
-    """What RQ reads of an attempt. Anything but the one function with the id of a job is no job: RQ would import and
-    call whatever name Redis holds."""
+    """What RQ reads of an attempt. Anything but the one function with a job and a number is none: RQ imports and calls
+    what it reads, callbacks too."""
 
     def restore(self, raw_data: Any) -> Any:
         """As RQ has it; raises `NoSuchJobError`, on which RQ drops the job."""
-        names = {key.decode() for key in raw_data}
-        super().restore(raw_data)
-        calls = names & {"success_callback_name", "failure_callback_name", "stopped_callback_name", "webhooks"}
-        arguments = self.args
-        understood = (
-            self.func_name == JOB_FUNCTION
-            and self.instance is None
-            and not self.kwargs
-            and not any(raw_data[name.encode()] for name in calls)
-            and [type(argument) for argument in arguments] == [str, int]
-        )
+        try:
+            super().restore(raw_data)
+            calls = (b"success_callback_name", b"failure_callback_name", b"stopped_callback_name", b"webhooks")
+            understood = (
+                self.func_name == JOB_FUNCTION
+                and self.instance is None
+                and not self.kwargs
+                and not any(raw_data.get(name) for name in calls)
+                and [type(argument) for argument in self.args] == [str, int]
+            )
+        except Exception as error:
+            raise NoSuchJobError(f"{self.id} cannot be understood: {error!r}") from error
         if not understood:
             logger.error("%r in the queue is not a job of this project, and is dropped", self.id)
             raise NoSuchJobError(f"{self.id} is not a job of this project.")
@@ -167,12 +174,13 @@ class JobQueue:
             pipeline = self._redis.pipeline(transaction=False)
             for job_id in ids:
                 pipeline.hgetall(_job_key(job_id))
-                pipeline.exists(_lease_key(job_id))
+                pipeline.get(_lease_key(job_id))
             answers = pipeline.execute()
-        return [
-            _record(job_id, _decoded(fields), bool(leased))
-            for job_id, fields, leased in zip(ids, answers[::2], answers[1::2], strict=True)
-        ]
+        records = []
+        for job_id, found, lease in zip(ids, answers[::2], answers[1::2], strict=True):
+            fields = _decoded(found)
+            records.append(_record(job_id, fields, _is_leased(fields, lease)))
+        return records
 
     def cancel(self, job_id: str) -> JobRecord:
         """Asks a job to end: a waiting one ends now. Raises `NotFound`, or `FailedPrecondition` where it has ended."""
@@ -214,8 +222,11 @@ class JobQueue:
 
     def is_current(self, job_id: str, attempt: int) -> bool:
         """Whether an attempt is the job's latest, and the job has not ended."""
-        (record,) = self._read([job_id])
-        return record is not None and not record.state.is_final and record.attempt == attempt
+        with _reachable():
+            state, latest = cast(list[bytes | None], self._redis.hmget(_job_key(job_id), ["state", "attempt"]))
+        if state is None or latest is None:
+            return False
+        return not JobState(state.decode()).is_final and int(latest) == attempt
 
     def cancel_requested(self, job_id: str) -> bool:
         """Whether somebody asked the job to end."""
@@ -237,8 +248,9 @@ class JobQueue:
         def change(pipeline: Pipeline, fields: Fields) -> None:
             if self._ends_cancelled(pipeline, job_id, fields):
                 return
-            progress = _last(Progress, fields)
-            step = progress.step if progress else 0
+            # What an attempt began with is what those before it have kept.
+            started = _last(RunStarted, fields)
+            step = started.first_step if started else 0
             further = step > int(fields.get("crash_step", -1))
             crashes = 1 if further else 1 + int(fields["crashes"])
             pipeline.hset(_job_key(job_id), mapping={"crashes": crashes, "crash_step": step})
@@ -253,15 +265,10 @@ class JobQueue:
 
         return self._change(job_id, attempt, change)
 
-    def renew_job_lease(self, job_id: str, attempt: int) -> None:
+    def renew_job_lease(self, job_id: str, attempt: int, seconds: int = LEASE_S) -> None:
         """Says that an attempt makes progress."""
         with _reachable():
-            self._redis.set(_lease_key(job_id), attempt, ex=LEASE_S)
-
-    def end_job_lease(self, job_id: str) -> None:
-        """Says that no process works on the job any more."""
-        with _reachable():
-            self._redis.delete(_lease_key(job_id))
+            self._redis.set(_lease_key(job_id), attempt, ex=seconds)
 
     # What workers do for all.
 
@@ -270,7 +277,9 @@ class JobQueue:
         for job_id, fields in self._open_jobs().items():
             if int(fields.get("sent", 0)) == int(fields["attempt"]) or float(fields.get("ready_at", 0)) > time.time():
                 continue
-            others = dict(zip(after := fields["after"].split(), self._read(after), strict=True))
+            # Once a job has begun it waits for no other.
+            after = [] if "sent" in fields else fields["after"].split()
+            others = dict(zip(after, self._read(after), strict=True))
             if lost := [name for name, other in others.items() if not other or _can_finish_no_more(other)]:
                 reason = f"The job {lost[0]}, which comes before it, has not finished."
                 self.tell(job_id, int(fields["attempt"]), [TimedEvent(StateChanged(JobState.CANCELLED, reason))])
@@ -325,12 +334,14 @@ class JobQueue:
             pipeline = self._redis.pipeline(transaction=False)
             for job_id in ids:
                 pipeline.hgetall(_job_key(job_id.decode()))
-                pipeline.exists(_lease_key(job_id.decode()))
+                pipeline.get(_lease_key(job_id.decode()))
             answers = pipeline.execute()
         found = {}
-        for job_id, fields, leased in zip(ids, answers[::2], answers[1::2], strict=True):
-            if fields:
-                found[job_id.decode()] = _decoded(fields) | ({"leased": "1"} if leased else {})
+        for job_id, values, lease in zip(ids, answers[::2], answers[1::2], strict=True):
+            fields = _decoded(values)
+            # Others than this program may have written to Redis.
+            if {"state", "attempt", "after"} <= fields.keys() and fields["attempt"].isdecimal():
+                found[job_id.decode()] = fields | ({"leased": "1"} if _is_leased(fields, lease) else {})
         return found
 
     def _change(self, job_id: str, attempt: int | None, change: Callable[[Pipeline, Fields], None]) -> bool:
@@ -368,10 +379,10 @@ class JobQueue:
                     pipeline.hsetnx(key, "started_at", str(timed.time))
                 elif event.state.is_final:
                     pipeline.hset(key, "ended_at", timed.time)
+                    pipeline.delete(_lease_key(job_id))
                     pipeline.srem("gptloop:open", job_id)
                     for each in (key, _events_key(job_id)):
                         pipeline.expire(each, _KEPT_S)
-                    pipeline.zremrangebyscore("gptloop:jobs", 0, timed.time - 2 * _KEPT_S)
 
     def _send(self, pipeline: Pipeline, job_id: str, attempt: int) -> None:
         job = self.rq.create_job(
@@ -438,6 +449,11 @@ def _last(kind: type[Told], fields: Fields) -> Told | None:
     event = TimedEvent.from_json(fields[kind.__name__]).event
     assert isinstance(event, kind)
     return event
+
+
+def _is_leased(fields: Fields, lease: bytes | None) -> bool:
+    """Whether the job's latest attempt holds a lease; one of an earlier attempt is none."""
+    return lease is not None and lease.decode() == fields.get("attempt")
 
 
 def _can_finish_no_more(record: JobRecord) -> bool:

@@ -55,7 +55,7 @@ def redis_url(environment: Environment, directories: Directories) -> str:
 
 def connect(url: str) -> Redis:
     """A client of the server at a URL; it connects when it is first used."""
-    return Redis.from_url(url, socket_connect_timeout=5, socket_timeout=30, health_check_interval=30)
+    return Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, health_check_interval=30)
 
 
 def run(directories: Directories) -> NoReturn:

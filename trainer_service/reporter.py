@@ -27,10 +27,11 @@ class Reporter:
     """Carries events to the queue, keeps the job's lease while there is progress, and learns whether to stop.
 
     The thread owns the connection; everything else may be called from any thread and returns at once, but for `close`.
-    Where Redis is gone, events wait and are told when it is back. `stuck_s` without progress end the lease.
+    Where Redis is gone, events wait and are told when it is back. `stuck_s` without progress end the lease. `worker` is
+    the pid of the process that started this one.
     """
 
-    def __init__(self, queue: JobQueue, job_id: str, attempt: int, stuck_s: float) -> None:
+    def __init__(self, queue: JobQueue, job_id: str, attempt: int, worker: int, stuck_s: float) -> None:
         self._queue = queue
         self._job_id = job_id
         self._attempt = attempt
@@ -44,7 +45,7 @@ class Reporter:
         self._superseded = threading.Event()
         self._closing = threading.Event()
         self._end: End | None = None
-        self._parent = os.getppid()
+        self._worker = worker
         self._reachable = True
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
@@ -77,11 +78,10 @@ class Reporter:
     @property
     def orphaned(self) -> bool:
         """Whether the worker that started this process is gone; the process ends within some seconds then."""
-        return os.getppid() != self._parent
+        return os.getppid() != self._worker
 
     def close(self, end: End | None) -> None:
-        """Tells what is left and how the attempt ended, and gives the lease back; tries for some seconds where Redis is
-        gone."""
+        """Tells what is left and how the attempt ended; tries for some seconds where Redis is gone."""
         self._end = end
         self._closing.set()
         self._thread.join()
@@ -117,27 +117,25 @@ class Reporter:
     def _exchange(self) -> None:
         if self.superseded:
             return
-        if time.monotonic() - self._progressed_s < self._stuck_s:
-            self._queue.renew_job_lease(self._job_id, self._attempt)
-        if self._queue.cancel_requested(self._job_id):
-            self._cancelled.set()
         with self._lock:
             events, new_tokens = list(self._events), self._new_tokens
         if not self._queue.tell(self._job_id, self._attempt, events, new_tokens):
-            logger.warning("job %s: another attempt has taken over", self._job_id)
+            logger.warning("job %s: it has ended, or another attempt has taken over", self._job_id)
             self._superseded.set()
+            return
         with self._lock:
             self._new_tokens -= new_tokens
             for _ in events:
                 self._events.popleft()
+        if time.monotonic() - self._progressed_s < self._stuck_s:
+            self._queue.renew_job_lease(self._job_id, self._attempt)
+        if self._queue.cancel_requested(self._job_id):
+            self._cancelled.set()
 
     def _finish(self) -> None:
         self._exchange()
-        if not self.superseded:
-            if self._end:
-                self._end(self._queue)
-                self._end = None
-            self._queue.end_job_lease(self._job_id)
+        if self._end and not self.superseded:
+            self._end(self._queue)
 
     def _lose(self) -> None:
         self._queue.lose(self._job_id, self._attempt, "The worker was killed")

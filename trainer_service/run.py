@@ -17,21 +17,28 @@ from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
-from trainer_service.versions import publish
+from trainer_service.versions import TOKENIZER_FILE, publish
 
 
 def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
-    """The tokens of a run, made where they are not there yet; raises `Stopped` where somebody asks for the end."""
+    """The tokens of a run, made where they are not there yet; raises `Stopped` where somebody asks for the end.
+
+    The tokenizer is that of the run so far, of the version that it continues, or the one that the configuration asks
+    for.
+    """
     registry = Registry(attempt.directories.registry)
-    tokenizer = None
-    if spec.resume is not None:
-        tokenizer = Tokenizer.load(registry.version_directory(spec.resume) / "tokenizer.json")
+    source = None
+    if states := registry.states(spec.run):
+        source = registry.state_directory(spec.run, states[-1])
+    elif spec.resume is not None:
+        source = registry.version_directory(registry.version(spec.resume).version)
 
     def report(progress: PrepareProgress) -> None:
         if attempt.stop_requested():
             raise Stopped
         attempt.tell(Preparation(progress.stage, progress.fraction))
 
+    tokenizer = Tokenizer.load(source / TOKENIZER_FILE) if source else None
     data = prepare(spec.data, spec.config, attempt.directories.data, report, tokenizer)
     for text in data.notices:
         attempt.tell(Notice(text))
@@ -52,7 +59,6 @@ class TrainingRun:
         self._tell = attempt.tell
         self._registry = Registry(attempt.directories.registry)
         self._registry.sweep()
-        self._parent = self._registry.version(spec.resume) if spec.resume is not None else None
         self._data = prepare_data(spec, attempt)
         config = spec.config
         self._evaluation_set = EvaluationSet.from_tokens(
@@ -61,7 +67,7 @@ class TrainingRun:
             windows=config.evaluation_windows,
             context_length=config.context_length,
         )
-        self._fence = Fence.raise_for(self._registry.run_directory(spec.run))
+        self._fence = Fence.raise_for(self._registry.run_directory(spec.run), attempt.number)
 
     def train(self) -> bool:
         """Trains; True where the schedule came to its end, False where somebody asked for the end before."""
@@ -72,11 +78,7 @@ class TrainingRun:
         config = self._spec.config
         self._tell(Preparation("building the model"))
         trainer = Trainer(config, self._data.train, workers)
-        if state := self._last_state():
-            trainer.restore(state)
-        parent = self._parent
-        if parent and parent.step == trainer.step and parent.evaluation_set != self._evaluation_set.digest:
-            trainer.best_validation_loss = None  # losses on different sets do not compare
+        self._restore(trainer)
         parameters = count_parameters(config.gpt)
         self._tell(
             RunStarted(
@@ -93,17 +95,29 @@ class TrainingRun:
         )
         return train(trainer, self._evaluation_set, self, self._attempt.stop_requested) is Outcome.COMPLETED
 
-    def _last_state(self) -> Path | None:
-        """The newest state that is whole: the run's own, else that of the version it continues."""
+    def _restore(self, trainer: Trainer) -> None:
+        """Goes on from the newest state that is whole: the run's own, else that of the version it continues."""
         run = self._spec.run
         for step in reversed(self._registry.states(run)):
             try:
-                return self._registry.verified_state(run, step)
+                trainer.restore(self._registry.verified_state(run, step))
             except (CorruptCheckpoint, NotFound) as error:
                 self.notice(f"{error} An older state is used.")
-        if self._parent:
-            return self._registry.verified_state(self._parent.run, self._parent.step)
-        return None
+                continue
+            for version in self._registry.versions():
+                if (version.run, version.step) == (run, step):
+                    # The state may be of a moment before that.
+                    trainer.record_evaluation(version.validation_loss)
+            return
+        if self._spec.resume is None:
+            return
+        parent = self._registry.version(self._spec.resume)
+        trainer.restore(self._registry.verified_state(parent.run, parent.step))
+        trainer.record_evaluation(parent.validation_loss)
+        if parent.evaluation_set != self._evaluation_set.digest:
+            trainer.best_validation_loss = None  # losses on different sets do not compare
+        # From here on the run does not need the version any more, which may be removed.
+        self._keep_state(trainer)
 
     # The loop's observer.
 
@@ -138,13 +152,13 @@ class TrainingRun:
             # The version first: a run that dies between the two goes on from an older state and comes by here again.
             if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
                 self._publish(trainer, held_out)
-            self.save(trainer)
+            self._keep_state(trainer)
         except FailedPrecondition as error:
             if trainer.step == self._spec.config.max_steps:
                 raise
             self.notice(f"{error} Training goes on without this checkpoint.")
         try:
-            prune(self._registry, retention=self._attempt.retention)
+            prune(self._registry, self._attempt.retention)
         except GptloopError as error:
             self.notice(f"Nothing old was removed: {error}")
 
@@ -164,8 +178,18 @@ class TrainingRun:
         )
 
     def save(self, trainer: Trainer) -> None:
-        """Keeps the state."""
-        self._registry.write_state(self._fence, self._spec.run, trainer.step, trainer.save)
+        """Keeps the state; where the registry cannot be written, the run goes on from an older one."""
+        try:
+            self._keep_state(trainer)
+        except FailedPrecondition as error:
+            self.notice(f"{error} The run goes on from an older state.")
+
+    def _keep_state(self, trainer: Trainer) -> None:
+        def write(folder: Path) -> None:
+            trainer.save(folder)
+            self._data.tokenizer.save(folder / TOKENIZER_FILE)
+
+        self._registry.write_state(self._fence, self._spec.run, trainer.step, write)
 
     def notice(self, text: str) -> None:
         """Tells something that a person should know."""

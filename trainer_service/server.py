@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import logging
+import math
 from collections.abc import AsyncIterator
 from itertools import islice
 from typing import Any
@@ -70,15 +71,18 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: pb.WatchJobRequest, context: Any
     ) -> AsyncIterator[pb.WatchJobResponse]:
         """Every event of a job until it ends."""
-        await asyncio.to_thread(self._queue.get, request.job_id)
         last = "0"
         while True:
+            # Asked before, so that nothing can be told after; raises where the job is gone.
+            ended = (await asyncio.to_thread(self._queue.get, request.job_id)).state.is_final
             # Without waiting in Redis: a thread is held for a moment only, however many watch.
             for event_id, timed in await asyncio.to_thread(self._queue.read_events, request.job_id, last):
                 last = event_id
                 yield event_to_pb(timed)
                 if isinstance(timed.event, StateChanged) and timed.event.state.is_final:
                     return
+            if ended:
+                return
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:  # noqa: N802
@@ -122,6 +126,9 @@ def _read_page_token(token: str) -> float | None:
     if not token:
         return None
     try:
-        return float(base64.urlsafe_b64decode(token.encode()).decode())
+        before = float(base64.urlsafe_b64decode(token.encode()).decode())
     except ValueError:
-        raise InvalidArgument("page_token is not one that ListJobs gave.") from None
+        before = math.nan
+    if not math.isfinite(before):
+        raise InvalidArgument("page_token is not one that ListJobs gave.")
+    return before

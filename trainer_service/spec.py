@@ -53,7 +53,8 @@ class JobSpec:
             # It names a folder.
             if not re.fullmatch(r"\w[\w.-]*", run):
                 raise ValueError(f"{run!r} is no name of a run")
-            return cls(run, values["preset"], config, data, values["resume"])
+            resume = values["resume"]
+            return cls(run, values["preset"], config, data, None if resume is None else int(resume))
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgument(f"The job cannot be understood: {error!r}.") from error
 

@@ -16,6 +16,8 @@ from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.tokens import PreparedData
 from trainer_service.training.trainer import Trainer
 
+TOKENIZER_FILE = "tokenizer.json"
+
 
 def publish(
     registry: Registry,
@@ -31,7 +33,7 @@ def publish(
     def write(folder: Path) -> None:
         save_model(trainer.model, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(spec.config.gpt.to_dict(), indent=2), encoding="utf-8")
-        data.tokenizer.save(folder / "tokenizer.json")
+        data.tokenizer.save(folder / TOKENIZER_FILE)
         np.save(folder / "evaluation.npy", evaluation_set.carried)
 
     def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:

@@ -3,22 +3,23 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
-from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
-from rq.worker import SpawnWorker
+from rq.worker import Worker, WorkerStatus
 
 from shared.errors import NotFound, Unavailable
-from trainer_service.queue import AttemptJob, JobQueue
+from trainer_service.queue import START_LEASE_S, STOPPED, AttemptJob, JobQueue
+from trainer_service.redis_server import connect
 
 logger = logging.getLogger(__name__)
 
@@ -29,34 +30,61 @@ _REDIS_LIMIT_S = 30.0
 _POLL_S = 0.1
 _WATCH_INTERVAL_S = 1.0
 # A job without a lease is given up only after so long: where Redis was gone, its process is about to renew it.
-_GRACE_S = 3.0
+_GRACE_S = 2.0
 # A training process that has lost its job ends by itself after its step.
 _USELESS_LIMIT_S = 10.0
 
 
-class TrainingWorker(SpawnWorker):
-    """RQ's worker with two differences: a shutdown is passed on to the training process, which writes its state and
-    gives its job back, and a training process that dies is told to the queue, which decides how it goes on."""
+class TrainingWorker(Worker):
+    """RQ's worker, which takes attempts from the queue in their order, and watches over their processes.
 
-    def handle_warm_shutdown_request(self) -> None:
-        """Asks the training process to end after its step."""
-        super().handle_warm_shutdown_request()
-        if self.horse_pid:
-            # That process alone: RQ would signal its group, and with it a compiler at work for MLX.
-            with suppress(ProcessLookupError):
-                os.kill(self.horse_pid, signal.SIGTERM)
+    The process is this project's own: it knows its job and where to look for it, and RQ neither imports nor calls
+    anything there. A shutdown is passed on to it. Where it dies, the queue decides how the job goes on.
+    """
 
     # The job and the number of the attempt that runs here, and since when it is of no use.
     attempt: tuple[str, int] | None = None
     _useless_since_s: float | None = None
 
+    def handle_warm_shutdown_request(self) -> None:
+        """Asks the training process to end after its step."""
+        super().handle_warm_shutdown_request()
+        if self.horse_pid:
+            self._ask_to_end()
+
+    def set_shutdown_requested_date(self) -> None:
+        """Tells Redis when the shutdown was asked for, if it is there."""
+        with suppress(RedisError):
+            super().set_shutdown_requested_date()
+
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Runs an attempt; it has its lease from the first moment on."""
+        job_id, number = job.args
         with suppress(Unavailable):
-            JobQueue(self.connection).renew_job_lease(*job.args)
-        self.attempt = (job.args[0], job.args[1])
-        super().execute_job(job, queue)
+            JobQueue(self.connection).renew_job_lease(job_id, number, START_LEASE_S)
+        self.attempt = (job_id, number)
+        execution = self.prepare_execution(job)
+        self.prepare_job_execution(job, remove_from_intermediate_queue=True)
+        self.fork_work_horse(job, queue)
+        self.monitor_work_horse(job, queue, execution)
         self.attempt = None
+        with self.connection.pipeline() as pipeline:
+            self.cleanup_execution(job, pipeline, execution)
+            job.delete(pipeline, remove_from_queue=False)
+            pipeline.execute()
+        self.set_state(WorkerStatus.IDLE)
+
+    def fork_work_horse(self, job: Job, queue: Queue) -> None:
+        """Starts the process of an attempt, in a group of its own; Redis's address stays in the environment."""
+        command = [sys.executable, "-m", "trainer_service.jobs", *map(str, job.args), str(os.getpid())]
+        self._horse_pid = os.posix_spawn(sys.executable, command, os.environ, setpgroup=0)
+        if self._stop_requested:  # since it was taken from the queue
+            self._ask_to_end()
+
+    def _ask_to_end(self) -> None:
+        # That process alone: RQ would signal its group, and with it a compiler at work for MLX.
+        with suppress(ProcessLookupError):
+            os.kill(self.horse_pid, signal.SIGTERM)
 
     def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
         """Tells Redis that the job goes on; where Redis is gone, training goes on all the same."""
@@ -71,35 +99,39 @@ class TrainingWorker(SpawnWorker):
         reason = f"was killed by signal {-ended}" if ended < 0 else f"ended with exit code {ended}"
         if ended == -signal.SIGKILL:
             reason += " (is the machine out of memory? a smaller batch_size needs less)"
+        job_id, attempt = job.args
         try:
-            job_id, attempt = job.args
-            JobQueue(self.connection).lose(job_id, attempt, f"The training process {reason}")
+            if ended == -signal.SIGTERM and self._stop_requested:  # before it could do more about it
+                JobQueue(self.connection).give_back(job_id, attempt, STOPPED)
+            else:
+                JobQueue(self.connection).lose(job_id, attempt, f"The training process {reason}")
         except (Unavailable, NotFound) as error:
             logger.warning("job %s: %s %s", job.id, reason, error)
 
     def end_useless(self, given_up: Collection[tuple[str, int]]) -> None:
         """Kills the training process where its attempt was given up, or does not end after another took its place."""
-        attempt, now_s = self.attempt, time.monotonic()
+        attempt, process, now_s = self.attempt, self.horse_pid, time.monotonic()
         if attempt is None or attempt in given_up or JobQueue(self.connection).is_current(*attempt):
             self._useless_since_s = None
         elif self._useless_since_s is None:
             self._useless_since_s = now_s
         useless = self._useless_since_s is not None and now_s - self._useless_since_s > _USELESS_LIMIT_S
-        if attempt and self.horse_pid and (useless or attempt in given_up):
+        if attempt and process and (useless or attempt in given_up) and self.attempt == attempt:
             logger.error("job %s: its process is stuck or has lost its job, and is killed", attempt[0])
             with suppress(ProcessLookupError):
-                os.kill(self.horse_pid, signal.SIGKILL)
+                os.kill(process, signal.SIGKILL)
 
 
-def work(connection: Redis) -> None:
-    """Takes jobs until SIGTERM or SIGINT; a second one kills the job that runs.
+def work(url: str) -> None:
+    """Takes jobs from the Redis at a URL until SIGTERM or SIGINT; a second one kills the job that runs.
 
     Waits some seconds for a Redis that starts beside it; raises `Unavailable` where none answers.
     """
-    queue = JobQueue(connection)
+    # RQ waits on its connection, and so the watch has one of its own.
+    queue, connection = JobQueue(connect(url)), connect(url)
     _wait_for_redis(queue)
     worker = TrainingWorker(
-        [queue.rq],
+        [JobQueue(connection).rq],
         connection=connection,
         serializer=JSONSerializer,
         job_class=AttemptJob,
@@ -141,10 +173,10 @@ def _watch(queue: JobQueue, worker: TrainingWorker, ended: threading.Event) -> N
             now_s = time.monotonic()
             since_s = {job: since_s.get(job, now_s) for job in unattended.items()}
             given_up = {job for job, first_s in since_s.items() if now_s - first_s >= _GRACE_S}
-            worker.end_useless(given_up)
             for job_id, attempt in given_up:
                 if queue.lose(job_id, attempt, "The process that worked on the job is gone, or stuck"):
                     logger.warning("job %s: attempt %d is given up", job_id, attempt)
+            worker.end_useless(given_up)
         except Unavailable:
             # Redis may be restarting; leases are renewed when it is back, and nobody is given up before.
             since_s.clear()

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -57,19 +57,19 @@ def make_folder(folder: Path, root: Path) -> None:
             sync(path.parent)
 
 
-def seal(staging: Path, manifest: Callable[[tuple[FileRecord, ...]], str]) -> str:
-    """Makes a staging folder durable: every file synced, then the manifest, which records them, then the folder.
-
-    Returns the manifest's text.
-    """
+def record_files(staging: Path) -> tuple[FileRecord, ...]:
+    """What a staging folder holds, each file on the disk; this takes as long as the files are large."""
     records = []
     for path in sorted(staging.iterdir()):
         sync(path)
         records.append(FileRecord(path.name, path.stat().st_size, sha256(path)))
-    text = manifest(tuple(records))
-    write_synced(staging / MANIFEST_NAME, text)
+    return tuple(records)
+
+
+def seal(staging: Path, manifest: str) -> None:
+    """Makes a staging folder whole and durable: the manifest, which records its files, then the folder."""
+    write_synced(staging / MANIFEST_NAME, manifest)
     sync(staging)
-    return text
 
 
 def reveal(staging: Path, final: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ownership of a run: whoever raised the fence last may write, and nobody before."""
+"""Ownership of a run: whoever has raised the fence highest may write, and nobody before."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,23 +11,28 @@ from shared.registry.commit import locked, make_folder, replace_text, writing
 
 @dataclass(frozen=True)
 class Fence:
-    """A token of a run, higher than all before it."""
+    """A token of a run, no lower than any before it."""
 
     directory: Path
     token: int
 
     @classmethod
-    def raise_for(cls, run_directory: Path) -> "Fence":
+    def raise_for(cls, run_directory: Path, token: int | None = None) -> "Fence":
         """Takes the run over: from now on every earlier owner's writes are refused.
 
-        Raises `FailedPrecondition` where the run's folder, `<registry>/runs/<run>`, cannot be written.
+        `token` is the number of an owner who has one among others, else it is one more than the last. Raises
+        `RunOwnershipLost` where a later one has the run, and `FailedPrecondition` where its folder,
+        `<registry>/runs/<run>`, cannot be written.
         """
         root = run_directory.parents[1]
         with writing(root):
             make_folder(run_directory, root)
             with locked(run_directory / "lock"):
                 path = run_directory / "fence"
-                token = _read(path) + 1
+                last = _read(path)
+                token = last + 1 if token is None else token
+                if token < last:
+                    raise _lost(run_directory)
                 replace_text(path, str(token))
         return cls(run_directory, token)
 
@@ -36,8 +41,12 @@ class Fence:
         """The run's lock, in which the owner may write; raises `RunOwnershipLost` where the fence was raised since."""
         with locked(self.directory / "lock"):
             if _read(self.directory / "fence") != self.token:
-                raise RunOwnershipLost(f"Another process took over the run {self.directory.name}; this one ends.")
+                raise _lost(self.directory)
             yield
+
+
+def _lost(run_directory: Path) -> RunOwnershipLost:
+    return RunOwnershipLost(f"Another process took over the run {run_directory.name}; this one ends.")
 
 
 def _read(path: Path) -> int:

@@ -89,16 +89,10 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
     return verdicts
 
 
-def removals(registry: Registry, run: str | None = None, retention: Retention | None = None) -> list[Checkpoint]:
-    """What would go: versions, and states of one run, or of all for None."""
-    verdicts = judge(registry, retention or Retention())
-    return [each.checkpoint for each in verdicts if not each.reasons and run in (None, each.checkpoint.run or run)]
-
-
-def prune(registry: Registry, run: str | None = None, retention: Retention | None = None) -> list[Checkpoint]:
-    """Removes what `removals` names, each whole, and returns it; raises `FailedPrecondition` where that fails."""
+def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
+    """Removes what nothing keeps, each whole, and returns it; raises `FailedPrecondition` where that fails."""
     with writing(registry.root):
-        gone = removals(registry, run, retention)
+        gone = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
         for checkpoint in gone:
             registry.remove(checkpoint)
     return gone

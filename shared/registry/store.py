@@ -22,6 +22,7 @@ from shared.registry.commit import (
     is_locked,
     locked,
     make_folder,
+    record_files,
     replace_text,
     reveal,
     seal,
@@ -148,15 +149,19 @@ class Registry:
         """
         with self._staging(self.root / "versions") as staging:
             write(staging)
+            files = record_files(staging)
             with locked(self.root / "versions.lock"), fence.held():
                 number = 1 + max(_numbers(self.root / "versions"), default=0)
-                text = seal(staging, lambda files: manifest(number, files).to_json())
+                version = manifest(number, files)
+                seal(staging, version.to_json())
                 reveal(staging, self.version_directory(number))
-        return VersionManifest.from_json(text)
+        return version
 
     def keep_evaluation(self, number: int, evaluation_set: str, text: str) -> None:
         """Keeps what an evaluation of a version on a set found, beside the version, which never changes."""
         folder = self._evaluations(number)
+        if not self.version_directory(number).is_dir():
+            return  # it was removed meanwhile
         with writing(self.root):
             make_folder(folder, self.root)
             replace_text(folder / f"{evaluation_set}.json", text)
@@ -220,7 +225,7 @@ class Registry:
                 logger.warning("a state is written anew: %s", error)
             with self._staging(final.parent) as staging:
                 write(staging)
-                seal(staging, lambda files: StateManifest(run, step, time.time(), files).to_json())
+                seal(staging, StateManifest(run, step, time.time(), record_files(staging)).to_json())
                 with fence.held():
                     self._remove(final)
                     reveal(staging, final)

@@ -1,8 +1,6 @@
 """The whole system as its users run it: real processes, a real Redis, real signals."""
 
-import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -17,9 +15,6 @@ from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.store import Registry
 from tests.end_to_end.conftest import System, is_progress, wait_until
-
-# A step is so long then that what a test does between two evaluations happens between them.
-LARGE_BATCH = "8"
 
 
 def test_with_an_empty_registry_it_starts_and_says_that_nothing_serves(system: System) -> None:
@@ -150,33 +145,6 @@ def test_a_text_shorter_than_one_context_fails_the_job_with_a_sentence(system: S
     assert "one window of context_length takes 513" in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_a_training_process_that_is_killed_goes_on_from_its_last_state(system: System) -> None:
-    job = system.enqueue(max_steps="300", evaluation_interval="100", batch_size=LARGE_BATCH)
-    system.watch(job, is_progress(110))
-    os.kill(system.training_process(), signal.SIGKILL)
-    events = system.finish(job)
-    assert [event.run_started.first_step for event in events if event.HasField("run_started")] == [1, 101]
-    assert any("signal 9" in event.state_changed.reason for event in events)
-
-
-def test_a_worker_that_is_asked_to_stop_gives_its_job_back_with_its_state(system: System) -> None:
-    job = system.enqueue(max_steps="200", evaluation_interval="100", batch_size=LARGE_BATCH)
-    system.watch(job, is_progress(10))
-    os.kill(system.pid("worker"), signal.SIGTERM)
-    events = system.finish(job)
-    starts = [event.run_started.first_step for event in events if event.HasField("run_started")]
-    assert len(starts) == 2 and 10 < starts[1] < 100
-
-
-def test_training_goes_on_while_redis_is_gone(system: System) -> None:
-    job = system.enqueue(max_steps="1500", evaluation_interval="1500")
-    system.watch(job, is_progress(10))
-    os.kill(system.pid("redis"), signal.SIGKILL)
-    assert system.end(job).state == pb.JOB_STATE_FINISHED
-    events = system.finish(job)
-    assert len([event for event in events if event.HasField("run_started")]) == 1
-
-
 def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> None:
     job = system.enqueue(max_steps="100000", evaluation_interval="50000")
     system.watch(job, is_progress(5))
@@ -202,7 +170,7 @@ def test_jobs_can_be_listed_in_pages(system: System) -> None:
     first = system.trainer.ListJobs(pb.ListJobsRequest(page_size=2))
     rest = system.trainer.ListJobs(pb.ListJobsRequest(page_token=first.next_page_token))
     ids = [job.id for page in (first, rest) for job in page.jobs]
-    assert len(first.jobs) == 2 and len(ids) == len(set(ids)) >= 6 and not rest.next_page_token
+    assert len(first.jobs) == 2 and len(ids) == len(set(ids)) >= 5 and not rest.next_page_token
     failed = system.trainer.ListJobs(pb.ListJobsRequest(states=[pb.JOB_STATE_FAILED])).jobs
     assert len(failed) == 2 and all(job.reason for job in failed)
 

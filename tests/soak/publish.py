@@ -58,7 +58,7 @@ def publish_for_ever(root: Path) -> None:
         step += 1
         registry.publish_version(fence, _write_model, manifest)
         registry.write_state(fence, RUN, step, _write_model)
-        prune(registry, RUN, RETENTION)
+        prune(registry, RETENTION)
 
 
 def _write_model(folder: Path) -> None:

@@ -146,7 +146,7 @@ def test_training_continues_an_imported_version(
     spec = resolve(TrainingRequest(resume=1, overrides=overrides), registry)
     assert spec.data == data
     told: list[Event] = []
-    assert TrainingRun(spec, Attempt(directories, Retention(), HERE, told.append, lambda: False)).train()
+    assert TrainingRun(spec, Attempt(1, directories, Retention(), HERE, told.append, lambda: False)).train()
     (started,) = [event for event in told if isinstance(event, RunStarted)]
     assert (started.first_step, started.first_tokens) == (1, 0)
     (published,) = [event for event in told if isinstance(event, VersionPublished)]

@@ -1,3 +1,4 @@
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -170,19 +171,21 @@ def test_crashes_at_one_step_are_followed_by_attempts_ever_later_and_then_by_non
 def test_a_run_that_gets_further_may_crash_again(queue: JobQueue, redis: Redis, job: str) -> None:
     for attempt in range(1, 3 * len(BACKOFF_S)):
         start(queue, job, attempt)
-        queue.tell(job, attempt, [TimedEvent(replace(PROGRESS, step=attempt))])
+        queue.tell(job, attempt, [TimedEvent(replace(STARTED, first_step=10 * attempt))])
         queue.lose(job, attempt, "It crashed")
         assert queue.get(job).state is JobState.QUEUED and queue.rq.job_ids == [f"{job}-{attempt + 1}"]
 
 
-def test_a_job_is_unattended_when_it_neither_waits_nor_has_a_lease(queue: JobQueue, job: str) -> None:
+def test_a_job_is_unattended_when_it_neither_waits_nor_has_a_lease(queue: JobQueue, redis: Redis, job: str) -> None:
     assert queue.unattended() == {}
     queue.rq.remove(f"{job}-1")  # a worker took it, and died before its process said anything
     assert queue.unattended() == {job: 1}
     queue.renew_job_lease(job, 1)
     assert queue.unattended() == {}
     start(queue, job)
-    queue.end_job_lease(job)
+    redis.delete(f"gptloop:lease:{job}")
+    assert queue.unattended() == {job: 1}
+    queue.renew_job_lease(job, 2)  # not of this attempt
     assert queue.unattended() == {job: 1}
     queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
     assert queue.unattended() == {}
@@ -248,7 +251,7 @@ def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQ
     assert queue.live_workers() == 1 and queue.get(job).is_held
     assert 0 < int(str(redis.ttl("gptloop:worker:a"))) <= LEASE_S
     queue.end_worker_lease("a")
-    queue.end_job_lease(job)
+    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
     assert queue.live_workers() == 0 and not queue.get(job).is_held
 
 
@@ -267,7 +270,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(queue: JobQueue, job: str) -> None:
     start(queue, job)
-    reporter = Reporter(queue, job, 1, stuck_s=60)
+    reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
     reporter.tell(STARTED)
     reporter.tell(PROGRESS)
     wait_until(lambda: queue.get(job).is_held)
@@ -283,7 +286,7 @@ def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(que
 
 def test_the_lease_is_kept_only_while_there_is_progress(queue: JobQueue, redis: Redis, job: str) -> None:
     start(queue, job)
-    reporter = Reporter(queue, job, 1, stuck_s=1.0)
+    reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=1.0)
     wait_until(lambda: queue.get(job).is_held)
     time.sleep(1.5)  # without progress
     redis.delete(f"gptloop:lease:{job}")
@@ -296,7 +299,7 @@ def test_the_lease_is_kept_only_while_there_is_progress(queue: JobQueue, redis: 
 
 def test_a_reporter_whose_job_is_anothers_says_nothing_and_asks_for_the_end(queue: JobQueue, job: str) -> None:
     start(queue, job)
-    reporter = Reporter(queue, job, 1, stuck_s=60)
+    reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
     queue.lose(job, 1, "The worker is gone")
     before = told(queue, job)
     reporter.tell(PROGRESS)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from shared.accelerator import Accelerator
-from shared.errors import FailedPrecondition, NotFound
+from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost
 from shared.registry.retention import Retention
 from shared.registry.store import Registry
 from shared.settings import Directories
@@ -63,7 +64,7 @@ class Site:
     def attempt(
         self, stop_requested: Callable[[], bool] = lambda: False, retention: Retention | None = None
     ) -> Attempt:
-        return Attempt(self.directories, retention or Retention(), DEVICE, self.told.append, stop_requested)
+        return Attempt(1, self.directories, retention or Retention(), DEVICE, self.told.append, stop_requested)
 
     def train(self, spec: JobSpec, **given: object) -> bool:
         return TrainingRun(spec, self.attempt(**given)).train()  # type: ignore[arg-type]
@@ -105,10 +106,10 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
         def stop_at(step: int) -> bool:
             return any(event.step >= step for event in site.all_told(Progress))
 
-        with pytest.raises(FailedPrecondition, match="cannot be written"):
-            site.train(spec, stop_requested=lambda: stop_at(6))  # the state to stop with is needed
-    (notice,) = (event.text for event in site.all_told(Notice) if "without this checkpoint" in event.text)
-    assert str(site.directories.registry) in notice
+        assert not site.train(spec, stop_requested=lambda: stop_at(6))
+    lost, left = (event.text for event in site.all_told(Notice) if "cannot be written" in event.text)
+    assert str(site.directories.registry) in lost and lost.endswith("Training goes on without this checkpoint.")
+    assert left.endswith("The run goes on from an older state.")
     assert site.registry.versions() == [] and site.registry.states(spec.run) == []
     assert site.train(spec)
     assert [version.step for version in site.registry.versions()] == [3, 6, 9]
@@ -178,3 +179,23 @@ def test_an_evaluation_can_be_stopped_and_needs_its_version(site: Site) -> None:
     assert not list(site.registry.root.glob("evaluations/*/*"))
     with pytest.raises(NotFound, match="no version 9"):
         evaluate_version(EvaluationSpec("9", DatasetSpec(())), site.attempt())
+
+
+def test_a_run_that_has_begun_does_not_need_the_version_that_it_continues(site: Site) -> None:
+    site.train(site.spec())
+    spec = site.spec(resume=3, max_steps="12")
+    asked = iter([False] * 20)
+    site.train(spec, stop_requested=lambda: next(asked, True) and bool(site.registry.states(spec.run)))
+    parent = site.registry.version(3)
+    site.registry.remove_version(3)
+    site.registry.remove_state(parent.run, parent.step)
+    assert site.train(spec)
+    assert site.registry.version(4).step == 12
+
+
+def test_an_earlier_attempt_cannot_take_a_run_back(site: Site) -> None:
+    spec = site.spec()
+    later = replace(site.attempt(), number=2)
+    assert TrainingRun(spec, later).train()
+    with pytest.raises(RunOwnershipLost):
+        site.train(spec)

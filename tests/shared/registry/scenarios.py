@@ -119,7 +119,7 @@ def _only_removes(old: View, new: View) -> bool:
 
 def _prepare(registry: Registry) -> Fence:
     fence = Fence.raise_for(registry.run_directory(RUN))
-    prune(registry, RUN, SPARING)
+    prune(registry, SPARING)
     while len(registry.versions()) < 2:
         publish(registry, fence)
         write_state(registry, fence)
@@ -170,7 +170,7 @@ SCENARIOS = {
     # Its step follows from the fence, as nothing may be read here that is not read by the registry itself.
     "state": Scenario(_prepare, lambda r, fence: write_state(r, fence, 1000 * fence.token), _adds_one("state")),
     "fence": Scenario(_prepare, lambda registry, _: Fence.raise_for(registry.run_directory(RUN)), _raises_one),
-    "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, RUN, SPARING), _only_removes),
+    "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, SPARING), _only_removes),
 }
 
 # The same where nothing was there yet, and where a process was killed before it had synced what it did.

@@ -40,7 +40,7 @@ def numbers(registry: Registry) -> list[int]:
 def test_the_newest_the_best_and_what_a_label_needs_stay(registry: Registry) -> None:
     for version in range(1, 21):
         evaluate(registry, "run-1", 10 * version, 0.5 if version == 2 else 1.0 + version / 100)
-        prune(registry)
+        prune(registry, Retention())
     assert numbers(registry) == [1, 2, 3, 4, 5, *range(11, 21)]
     assert registry.labels() == {"best": 2, "latest": 20}
     assert registry.states("run-1") == [20, 190, 200]
@@ -49,10 +49,10 @@ def test_the_newest_the_best_and_what_a_label_needs_stay(registry: Registry) -> 
 def test_every_value_keeps_what_it_says(registry: Registry) -> None:
     for version in range(1, 13):
         evaluate(registry, "run-1", version, bits=2.0 - version / 100)
-    prune(registry, retention=Retention(states=3, best=2, newest=1, every=4))
+    prune(registry, Retention(states=3, best=2, newest=1, every=4))
     assert numbers(registry) == [4, 8, 11, 12]
     assert registry.states("run-1") == [10, 11, 12]
-    prune(registry, retention=Retention(states=1, best=0, newest=0))
+    prune(registry, Retention(states=1, best=0, newest=0))
     assert numbers(registry) == [12] and registry.states("run-1") == [12]
 
 
@@ -62,10 +62,10 @@ def test_a_model_of_another_text_stays_as_long_as_its_run_does(registry: Registr
     for run in range(2):
         for step in range(1, 5):
             evaluate(registry, f"run-{run}", step, days_ago=20)
-    prune(registry, retention=retention)
+    prune(registry, retention)
     assert numbers(registry)[0] == other and registry.states("other") == [10]
     evaluate(registry, "run-2", 1, days_ago=10)
-    prune(registry, retention=retention)
+    prune(registry, retention)
     assert numbers(registry)[0] != other and registry.states("other") == []
     assert registry.states("run-0") == [3, 4]
 
@@ -74,7 +74,7 @@ def test_a_run_that_may_still_train_keeps_its_states_whatever_others_do(registry
     evaluate(registry, "slow", 10, days_ago=6)
     for run in range(3):
         evaluate(registry, f"run-{run}", 1)
-    prune(registry, retention=Retention(newest=1, best=1, runs=1))
+    prune(registry, Retention(newest=1, best=1, runs=1))
     assert registry.states("slow") == [10]
 
 
@@ -82,7 +82,7 @@ def test_the_state_of_a_labelled_version_outlives_its_run(registry: Registry) ->
     evaluate(registry, "good", 10, bits=0.5, days_ago=30)
     evaluate(registry, "good", 20, days_ago=30)
     evaluate(registry, "late", 10)
-    gone = prune(registry, retention=Retention(states=1, runs=0, newest=1, best=1))
+    gone = prune(registry, Retention(states=1, runs=0, newest=1, best=1))
     assert set(gone) == {Checkpoint(2), Checkpoint(20, "good")}
     assert registry.labels()["best"] == 1 and registry.states("good") == [10]
 
@@ -100,7 +100,7 @@ def test_what_is_damaged_is_not_judged(registry: Registry) -> None:
     for step in range(1, 4):
         evaluate(registry, "run-1", step)
     (registry.version_directory(1) / "manifest.json").write_text("{")
-    prune(registry, retention=Retention(newest=1, best=1))
+    prune(registry, Retention(newest=1, best=1))
     assert registry.version_directory(1).is_dir() and numbers(registry) == [3]
 
 
@@ -111,7 +111,7 @@ def test_nothing_goes_while_the_disk_does_not_yield_a_manifest(registry: Registr
     path.unlink()
     path.symlink_to(path)
     with pytest.raises(CorruptCheckpoint, match="cannot be read"):
-        prune(registry, retention=Retention(states=1, newest=1, best=1))
+        prune(registry, Retention(states=1, newest=1, best=1))
     assert registry.states("run-1") == [1, 2, 3]
 
 

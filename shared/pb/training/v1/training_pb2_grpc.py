@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TrainingServiceStub:
-    """Queues training jobs and tells how they go on.
+    """Queues jobs, which prepare, train and evaluate, and tells how they go on.
     """
 
     def __init__(self, channel):
@@ -63,7 +63,7 @@ class TrainingServiceStub:
 
 
 class TrainingServiceServicer:
-    """Queues training jobs and tells how they go on.
+    """Queues jobs, which prepare, train and evaluate, and tells how they go on.
     """
 
     def EnqueueJob(self, request, context):
@@ -137,7 +137,7 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
-    """Queues training jobs and tells how they go on.
+    """Queues jobs, which prepare, train and evaluate, and tells how they go on.
     """
 
     @staticmethod

@@ -1,0 +1,219 @@
+"""Kills what takes part in a run again and again, and compares the end with an uninterrupted run, bit for bit.
+
+`python -m tests.soak.kills --kills 30`
+"""
+
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from shared import cli
+from shared.errors import GptloopError, Unavailable
+from shared.settings import Directories
+from tests.end_to_end.conftest import Result, System, children, running
+from trainer_service.events import JobState
+from trainer_service.queue import JobRecord
+
+_STEPS_PER_KILL = 100
+_STALLED_S = 180.0
+_POLL_S = 0.05
+# A kill is followed by another one at once, as often as this and after at most so long.
+_AGAIN_SHARE = 0.25
+_AGAIN_S = 4.0
+
+_PROGRAMS = ("redis", "trainer", "inference", "worker")
+_TARGETS = {
+    "training process": (),
+    "worker": ("worker",),
+    "worker and training process": ("worker",),
+    "Redis": ("redis",),
+    "trainer API": ("trainer",),
+    "inference": ("inference",),
+    "everything but the supervisor": _PROGRAMS,
+}
+_WITH_TRAINING = ("training process", "worker and training process", "everything but the supervisor")
+
+
+class Violation(Exception):
+    """Something that must never happen has happened."""
+
+
+@dataclass
+class Kill:
+    """What was killed, when, how far the run was, and how long it took to get further."""
+
+    target: str
+    step: int
+    at_s: float
+    recovered_s: float | None = None
+
+
+class Soak:
+    """One run that is killed at random steps."""
+
+    def __init__(self, system: System, kills: int, seed: int) -> None:
+        self._system = system
+        self._random = random.Random(seed)
+        self._count = kills
+        steps = kills * _STEPS_PER_KILL
+        self._max_steps = steps
+        # The last tenth is left for what the last kill needs to show.
+        self._planned = sorted(self._random.randrange(1, steps * 9 // 10) for _ in range(kills))
+        # Each about equally often.
+        self._targets = (list(_TARGETS) * kills)[:kills]
+        self._random.shuffle(self._targets)
+        self.kills: list[Kill] = []
+
+    def train(self) -> str:
+        """Enqueues the run."""
+        return self._system.enqueue(
+            context_length="64", dropout="0.1", max_steps=str(self._max_steps), evaluation_interval="25"
+        )
+
+    def kill(self, job: str) -> None:
+        """Kills until there were enough; raises `Violation` where the job ends or does not get any further."""
+        began_s = time.monotonic()
+        while len(self.kills) < self._count:
+            again = bool(self.kills) and self._random.random() < _AGAIN_SHARE
+            if again:
+                time.sleep(self._random.uniform(0.0, _AGAIN_S))
+            else:
+                self._wait(job, self._planned[len(self.kills)])
+            self._strike(job)
+            left_s = (time.monotonic() - began_s) / len(self.kills) * (self._count - len(self.kills))
+            print(
+                f"kill {len(self.kills)} of {self._count} at step {self.kills[-1].step} of {self._max_steps}: "
+                f"{self.kills[-1].target}; about {cli.duration(left_s)} left",
+                flush=True,
+            )
+        self._wait(job, 0)
+
+    def _wait(self, job: str, step: int) -> None:
+        """Returns when the run is at a step and beyond the last kill's."""
+        beyond = max(step, self.kills[-1].step + 1 if self.kills else 1)
+        reached, changed_s = 0, time.monotonic()
+        while reached < beyond:
+            if time.monotonic() - changed_s > _STALLED_S:
+                raise Violation(f"The run is at step {reached} since {_STALLED_S:.0f} s.")
+            time.sleep(_POLL_S)
+            record = self.record(job)
+            if record is None:
+                continue
+            if record.state.is_final:
+                raise Violation(f"The job is {record.state.value} before its end: {record.reason}")
+            now = record.progress.step if record.progress else 0
+            if now != reached:
+                reached, changed_s = now, time.monotonic()
+            for kill in self.kills:
+                if kill.recovered_s is None and now > kill.step:
+                    kill.recovered_s = time.monotonic() - kill.at_s
+
+    def _strike(self, job: str) -> None:
+        target = self._targets[len(self.kills)]
+        record = self.record(job)
+        step = record.progress.step if record and record.progress else self.kills[-1].step if self.kills else 0
+        pids = []
+        # What is just being started anew has no pid.
+        for name in _TARGETS[target]:
+            with suppress(AssertionError):
+                pids.append(self._system.pid(name))
+        if target in _WITH_TRAINING:
+            with suppress(AssertionError):
+                pids += children(self._system.pid("worker"))
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.kills.append(Kill(target, step, time.monotonic()))
+
+    def record(self, job: str) -> JobRecord | None:
+        """The job as it stands, None while Redis is gone."""
+        with suppress(Unavailable):
+            return self._system.queue.get(job)
+        return None
+
+    def print_summary(self) -> None:
+        """What was killed, and how long it took until the run got further."""
+        table = Table("killed", "times", "median until further", "longest", box=None)
+        for target in _TARGETS:
+            kills = [kill for kill in self.kills if kill.target == target]
+            times_s = [kill.recovered_s for kill in kills if kill.recovered_s is not None]
+            figures = [f"{median(times_s):.1f} s", f"{max(times_s):.1f} s"] if times_s else ["", ""]
+            table.add_row(target, str(len(kills)), *figures)
+        cli.print_table(table)
+
+
+def check(system: System, job: str, reference: Result) -> list[str]:
+    """Every way in which the end differs from what it has to be."""
+    violations = []
+    result = system.result(job)
+    if result.last_step != reference.last_step or result.state != reference.state:
+        violations.append("The last state differs from the uninterrupted run's.")
+    if reference.last_step not in result.weights:
+        violations.append("The last step has no version.")
+    for step in sorted(result.weights.keys() & reference.weights.keys()):
+        if result.weights[step] != reference.weights[step]:
+            violations.append(f"The weights of the version of step {step} differ from the uninterrupted run's.")
+    registry = system.registry
+    for checkpoint in registry.checkpoints():
+        try:
+            registry.check(checkpoint)
+        except GptloopError as error:
+            violations.append(f"{checkpoint} is not whole: {error}")
+    return violations + [f"{path} is no checkpoint." for path in registry.strangers()]
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    kills: Annotated[int, typer.Option(min=1, help="How often something is killed.")] = 30,
+    seed: Annotated[
+        int | None, typer.Option(help="Draws what is killed, and when; random where it is not set.")
+    ] = None,
+) -> None:
+    seed = random.SystemRandom().randrange(1000) if seed is None else seed
+    var = Path(tempfile.mkdtemp(prefix="gptloop-soak-"))
+    print(f"seed {seed}, everything below {var}", flush=True)
+    with running(Directories(var)) as system:
+        soak = Soak(system, kills, seed)
+        began_s = time.monotonic()
+        uninterrupted = soak.train()
+        system.end(uninterrupted, limit_s=3600.0)
+        reference = system.result(uninterrupted)
+        reference_s = time.monotonic() - began_s
+        print(f"uninterrupted: {reference.last_step} steps in {cli.duration(reference_s)}", flush=True)
+        began_s = time.monotonic()
+        job = soak.train()
+        violations = []
+        try:
+            soak.kill(job)
+            ended = system.end(job, limit_s=3600.0)
+            if system.queue.get(job).state is not JobState.FINISHED:
+                violations.append(f"The job has not finished: {ended.reason}")
+            violations += check(system, job, reference)
+        except Violation as violation:
+            violations.append(str(violation))
+        soak.print_summary()
+        print(f"{cli.duration(time.monotonic() - began_s)}, {system.queue.get(job).attempt} attempts")
+    for text in violations:
+        print(f"violation: {text}")
+    if violations:
+        raise typer.Exit(1)
+    print("The end equals that of the uninterrupted run, bit for bit.")
+    shutil.rmtree(var)
+
+
+if __name__ == "__main__":
+    cli.run(app)
