@@ -12,6 +12,7 @@ from rich.table import Table
 
 from shared import cli
 from shared.errors import CorruptCheckpoint, NotFound
+from shared.registry import retention as retention_module
 from shared.registry.retention import Verdict, judge, read_retention
 from shared.registry.store import Checkpoint, Registry
 from shared.settings import read_directories
@@ -83,8 +84,7 @@ def prune(
     cli.print_table(table)
     gone = [verdict.checkpoint for verdict in verdicts if not verdict.reasons]
     if not dry_run:
-        for checkpoint in gone:
-            registry.remove(checkpoint)
+        gone = retention_module.prune(registry, retention)
     verb = "would be removed" if dry_run else "removed"
     print(f"{_count(gone)} {verb}: {_mebibytes(sum(sizes[each] for each in gone))}.")
 

@@ -6,7 +6,7 @@ import pytest
 
 from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.registry.fence import Fence
-from shared.registry.retention import Retention, judge, prune, read_retention, removals
+from shared.registry.retention import Retention, judge, prune, read_retention
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, write_model
 
@@ -85,15 +85,6 @@ def test_the_state_of_a_labelled_version_outlives_its_run(registry: Registry) ->
     gone = prune(registry, Retention(states=1, runs=0, newest=1, best=1))
     assert set(gone) == {Checkpoint(2), Checkpoint(20, "good")}
     assert registry.labels()["best"] == 1 and registry.states("good") == [10]
-
-
-def test_removals_of_one_run_leave_the_states_of_others(registry: Registry) -> None:
-    for run in ("run-1", "run-2"):
-        for step in range(1, 4):
-            evaluate(registry, run, step)
-    retention = Retention(newest=6)
-    assert removals(registry, "run-1", retention) == [Checkpoint(1, "run-1")]
-    assert removals(registry, None, retention) == [Checkpoint(1, "run-1"), Checkpoint(1, "run-2")]
 
 
 def test_what_is_damaged_is_not_judged(registry: Registry) -> None:
