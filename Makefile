@@ -88,7 +88,7 @@ bench: .venv/benchmarks ## Compare training and decoding with PyTorch and mlx-lm
 	@$(RUN) tests.benchmarks.train
 	@$(RUN) tests.benchmarks.decode
 
-soak: $(VENV) ## Kill publishers and training, again and again, and see that nothing is lost (a quarter of an hour).
+soak: $(VENV) ## Kill publishers and training, again and again, and see that nothing is lost (seven minutes).
 	@$(RUN) tests.soak.publish
 	@$(RUN) tests.soak.kills
 
