@@ -194,8 +194,10 @@ class JobQueue:
         if not self._change(job_id, None, change):
             raise FailedPrecondition(f"The job {job_id} is {self.get(job_id).state.value} already.")
         record = self.get(job_id)
+        waiting = _rq_id(job_id, record.attempt)
         with _reachable():
-            self.rq.remove(_rq_id(job_id, record.attempt))
+            if self.rq.remove(waiting):
+                self._redis.delete(AttemptJob.key_for(waiting))
         return record
 
     def read_events(self, job_id: str, after: str = "0", wait_s: float = 0.0) -> list[tuple[str, TimedEvent]]:
@@ -266,9 +268,8 @@ class JobQueue:
         return self._change(job_id, attempt, change)
 
     def renew_job_lease(self, job_id: str, attempt: int, seconds: int = LEASE_S) -> None:
-        """Says that an attempt makes progress."""
-        with _reachable():
-            self._redis.set(_lease_key(job_id), attempt, ex=seconds)
+        """Says that an attempt makes progress; nothing happens where there is a later one."""
+        self._change(job_id, attempt, lambda pipeline, _: pipeline.set(_lease_key(job_id), attempt, ex=seconds))
 
     # What workers do for all.
 
@@ -344,7 +345,7 @@ class JobQueue:
                 found[job_id.decode()] = fields | ({"leased": "1"} if _is_leased(fields, lease) else {})
         return found
 
-    def _change(self, job_id: str, attempt: int | None, change: Callable[[Pipeline, Fields], None]) -> bool:
+    def _change(self, job_id: str, attempt: int | None, change: Callable[[Pipeline, Fields], object]) -> bool:
         """Makes a change in one transaction, unless the job has ended or is at another attempt; raises `NotFound`."""
         key = _job_key(job_id)
         with _reachable():

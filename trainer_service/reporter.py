@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 from shared.errors import NotFound, Unavailable
 from trainer_service.events import Event, Progress, RunStarted, TimedEvent
@@ -18,6 +19,7 @@ _LAST_TRY_S = 20.0
 _ORPHAN_LIMIT_S = 8.0
 # Reports of a Redis outage of many hours; older ones are dropped first.
 _KEPT_EVENTS = 50_000
+_TOLD_AT_ONCE = 1000
 
 # Says how an attempt ended; False where the job was another attempt's by then.
 End = Callable[[JobQueue], bool]
@@ -117,20 +119,27 @@ class Reporter:
     def _exchange(self) -> None:
         if self.superseded:
             return
+        # After an outage there may be very many: the lease does not wait for them all.
+        while self._tell_some() and self._events:
+            pass
+        if not self.superseded and self._queue.cancel_requested(self._job_id):
+            self._cancelled.set()
+
+    def _tell_some(self) -> bool:
+        """Tells the oldest events and renews the lease; False where the job is another attempt's."""
         with self._lock:
-            events, new_tokens = list(self._events), self._new_tokens
+            events, new_tokens = list(islice(self._events, _TOLD_AT_ONCE)), self._new_tokens
         if not self._queue.tell(self._job_id, self._attempt, events, new_tokens):
             logger.warning("job %s: it has ended, or another attempt has taken over", self._job_id)
             self._superseded.set()
-            return
+            return False
         with self._lock:
             self._new_tokens -= new_tokens
             for _ in events:
                 self._events.popleft()
         if time.monotonic() - self._progressed_s < self._stuck_s:
             self._queue.renew_job_lease(self._job_id, self._attempt)
-        if self._queue.cancel_requested(self._job_id):
-            self._cancelled.set()
+        return True
 
     def _finish(self) -> None:
         self._exchange()

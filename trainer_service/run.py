@@ -1,5 +1,6 @@
 """One training run: where the registry, the text and the training loop meet."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from shared import accelerator
@@ -26,23 +27,27 @@ def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
     The tokenizer is that of the run so far, of the version that it continues, or the one that the configuration asks
     for.
     """
-    registry = Registry(attempt.directories.registry)
-    source = None
-    if states := registry.states(spec.run):
-        source = registry.state_directory(spec.run, states[-1])
-    elif spec.resume is not None:
-        source = registry.version_directory(registry.version(spec.resume).version)
+    tokenizer = _tokenizer_so_far(spec, Registry(attempt.directories.registry))
 
     def report(progress: PrepareProgress) -> None:
         if attempt.stop_requested():
             raise Stopped
         attempt.tell(Preparation(progress.stage, progress.fraction))
 
-    tokenizer = Tokenizer.load(source / TOKENIZER_FILE) if source else None
     data = prepare(spec.data, spec.config, attempt.directories.data, report, tokenizer)
     for text in data.notices:
         attempt.tell(Notice(text))
     return data
+
+
+def _tokenizer_so_far(spec: JobSpec, registry: Registry) -> Tokenizer | None:
+    for step in reversed(registry.states(spec.run)):
+        # A state that is not whole is no state; an older one, or the version that is continued, has the same tokenizer.
+        with suppress(CorruptCheckpoint, NotFound):
+            return Tokenizer.load(registry.verified_state(spec.run, step) / TOKENIZER_FILE)
+    if spec.resume is None:
+        return None
+    return Tokenizer.load(registry.version_directory(registry.version(spec.resume).version) / TOKENIZER_FILE)
 
 
 class TrainingRun:
@@ -100,10 +105,11 @@ class TrainingRun:
         run = self._spec.run
         for step in reversed(self._registry.states(run)):
             try:
-                trainer.restore(self._registry.verified_state(run, step))
+                state = self._registry.verified_state(run, step)
             except (CorruptCheckpoint, NotFound) as error:
                 self.notice(f"{error} An older state is used.")
                 continue
+            trainer.restore(state)
             for version in self._registry.versions():
                 if (version.run, version.step) == (run, step):
                     # The state may be of a moment before that.

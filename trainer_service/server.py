@@ -76,14 +76,16 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             # Asked before, so that nothing can be told after; raises where the job is gone.
             ended = (await asyncio.to_thread(self._queue.get, request.job_id)).state.is_final
             # Without waiting in Redis: a thread is held for a moment only, however many watch.
-            for event_id, timed in await asyncio.to_thread(self._queue.read_events, request.job_id, last):
+            batch = await asyncio.to_thread(self._queue.read_events, request.job_id, last)
+            for event_id, timed in batch:
                 last = event_id
                 yield event_to_pb(timed)
                 if isinstance(timed.event, StateChanged) and timed.event.state.is_final:
                     return
-            if ended:
-                return
-            await asyncio.sleep(_WATCH_INTERVAL_S)
+            if not batch:
+                if ended:
+                    return
+                await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:  # noqa: N802
         """Asks a job to end."""

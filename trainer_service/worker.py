@@ -60,7 +60,7 @@ class TrainingWorker(Worker):
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Runs an attempt; it has its lease from the first moment on."""
         job_id, number = job.args
-        with suppress(Unavailable):
+        with suppress(Unavailable, NotFound):
             JobQueue(self.connection).renew_job_lease(job_id, number, START_LEASE_S)
         self.attempt = (job_id, number)
         execution = self.prepare_execution(job)
@@ -70,7 +70,8 @@ class TrainingWorker(Worker):
         self.attempt = None
         with self.connection.pipeline() as pipeline:
             self.cleanup_execution(job, pipeline, execution)
-            job.delete(pipeline, remove_from_queue=False)
+            # Without a look at what Redis still has of it.
+            pipeline.delete(job.key, job.execution_registry.key)
             pipeline.execute()
         self.set_state(WorkerStatus.IDLE)
 
@@ -95,7 +96,7 @@ class TrainingWorker(Worker):
 
     def handle_work_horse_killed(self, job: Job, retpid: int, ret_val: int, rusage: Any) -> None:
         """Says why the training process is gone, and whether it is started anew."""
-        ended = os.waitstatus_to_exitcode(ret_val)
+        ended = 0 if ret_val is None else os.waitstatus_to_exitcode(ret_val)
         reason = f"was killed by signal {-ended}" if ended < 0 else f"ended with exit code {ended}"
         if ended == -signal.SIGKILL:
             reason += " (is the machine out of memory? a smaller batch_size needs less)"

@@ -284,6 +284,19 @@ def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(que
     assert not queue.get(job).is_held
 
 
+def test_after_an_outage_a_reporter_tells_everything_in_its_order(queue: JobQueue, job: str) -> None:
+    start(queue, job)
+    reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
+    for number in range(2500):
+        reporter.tell(Notice(str(number)))
+    reporter.close(None)
+    last, notices = "0", []
+    while batch := queue.read_events(job, last):
+        last = batch[-1][0]
+        notices += [timed.event.text for _, timed in batch if isinstance(timed.event, Notice)]
+    assert notices == [str(number) for number in range(2500)]
+
+
 def test_the_lease_is_kept_only_while_there_is_progress(queue: JobQueue, redis: Redis, job: str) -> None:
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=1.0)

@@ -199,3 +199,24 @@ def test_an_earlier_attempt_cannot_take_a_run_back(site: Site) -> None:
     assert TrainingRun(spec, later).train()
     with pytest.raises(RunOwnershipLost):
         site.train(spec)
+
+
+@pytest.mark.parametrize("spoil", ["tokenizer.json", "optimizer.safetensors", "manifest.json"])
+@pytest.mark.parametrize("how", ["truncated", "missing"])
+def test_a_state_that_is_damaged_costs_the_steps_since_the_one_before(site: Site, spoil: str, how: str) -> None:
+    spec = site.spec()
+    seen: list[int] = []
+
+    def stop_requested() -> bool:
+        seen[:] = site.registry.states(spec.run)
+        return seen == [3, 6]
+
+    assert not site.train(spec, stop_requested=stop_requested)
+    newest = site.registry.state_directory(spec.run, site.registry.states(spec.run)[-1]) / spoil
+    if how == "missing":
+        newest.unlink()
+    else:
+        newest.write_bytes(newest.read_bytes()[:-7])
+    assert site.train(spec)
+    assert any("An older state is used." in notice.text for notice in site.all_told(Notice))
+    assert [version.step for version in site.registry.versions()] == [3, 6, 9]

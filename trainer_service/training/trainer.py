@@ -152,16 +152,21 @@ class Trainer:
         try:
             position = json.loads((directory / "position.json").read_text(encoding="utf-8"))
             saved = TrainingConfig.from_dict(position["config"])
-            self.step, self.tokens = position["step"], position["tokens"]
-            self.training_loss, self.evaluated_step = position["training_loss"], position["evaluated_step"]
-            self.best_validation_loss = position["best_validation_loss"]
+            step, tokens = position["step"], position["tokens"]
+            training_loss, evaluated_step = position["training_loss"], position["evaluated_step"]
+            best_validation_loss = position["best_validation_loss"]
         except (OSError, ValueError, KeyError) as error:
             raise CorruptCheckpoint(f"{directory / 'position.json'} cannot be read: {error}.") from error
         if saved.gpt.to_dict() | {"dropout": 0} != self.config.gpt.to_dict() | {"dropout": 0}:
             raise InvalidArgument("A run can only be continued with the model's shape that it began with.")
-        self.model.load_weights(list(load_arrays(directory / "model.safetensors").items()))
-        self.optimizer.state = tree_unflatten(list(load_arrays(directory / "optimizer.safetensors").items()))
+        weights = load_arrays(directory / "model.safetensors")
+        moments = load_arrays(directory / "optimizer.safetensors")
+        self.model.load_weights(list(weights.items()))
+        self.optimizer.state = tree_unflatten(list(moments.items()))
         mx.eval(self.model.parameters(), self.optimizer.state)
+        self.step, self.tokens = step, tokens
+        self.training_loss, self.evaluated_step = training_loss, evaluated_step
+        self.best_validation_loss = best_validation_loss
         self._start()
 
 
