@@ -20,10 +20,10 @@ PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=
   $(GENERATED:%=shared/pb/%.proto)
 
 .PHONY: help demo up down status train eval jobs watch cancel data checkpoints verify prune import export generate chat info \
-  test bench soak check fix proto lock
+  test bench bench-serve soak soak-serve soak-swap check fix proto lock
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (six minutes on two cores).
 	@$(RUN) deploy.demo
@@ -88,9 +88,20 @@ bench: .venv/benchmarks ## Compare training and decoding with PyTorch and mlx-lm
 	@$(RUN) tests.benchmarks.train
 	@$(RUN) tests.benchmarks.decode
 
+bench-serve: .venv/benchmarks ## Compare generating and serving with mlx-lm and CTranslate2 (a quarter of an hour).
+	@$(RUN) tests.benchmarks.engine
+	@$(RUN) tests.benchmarks.latency
+	@$(RUN) tests.benchmarks.serve
+
 soak: $(VENV) ## Kill publishers and training, again and again, and see that nothing is lost (seven minutes).
 	@$(RUN) tests.soak.publish
 	@$(RUN) tests.soak.kills
+
+soak-serve: $(VENV) ## Ask a server for everything at once, break and pause it, and see that nothing leaks (ten minutes).
+	@$(RUN) tests.soak.serve
+
+soak-swap: $(VENV) ## Let a hundred versions take over from one another under 64 streams, and see that none notices (ten minutes).
+	@$(RUN) tests.soak.swap
 
 check: $(VENV) ## Verify format, types, imports, contracts and README; edit nothing.
 	.venv/bin/ruff check .

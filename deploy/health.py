@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 
 from deploy.ports import Ports, listening_host
 from shared.errors import Unavailable
-from shared.settings import Directories, Environment
+from shared.settings import Directories, Environment, to_address
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
 
@@ -70,5 +70,4 @@ def _check_grpc(address: str, *, needs_serving: bool) -> Health:
 
 def _address(host: str, port: int) -> str:
     # A server that listens everywhere is asked on this machine.
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return to_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

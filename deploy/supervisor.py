@@ -23,9 +23,9 @@ from shared.sockets import make_socket_folder, short_socket_path
 _ROOT = Path(__file__).parent.parent
 
 # Longer than all waits of the configuration together.
-_STOP_LIMIT_S = 160.0
+_STOP_LIMIT_S = 190.0
 # A program that supervisord does not watch any more gets as long as the longest wait of the configuration.
-_ORPHAN_LIMIT_S = 60.0
+_ORPHAN_LIMIT_S = 75.0
 _START_LIMIT_S = 20.0
 _POLL_S = 0.1
 

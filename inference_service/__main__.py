@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inference_service.settings import read_settings
+from inference_service.settings import prefill_tokens_on, read_settings
 from shared import cli, logs
 from shared.errors import InvalidArgument
+from shared.settings import to_address
 
 if TYPE_CHECKING:
+    from inference_service.admin_client import AdminClient
     from inference_service.client import Parameters
 
 app = typer.Typer(
@@ -26,7 +28,8 @@ Address = Annotated[
     str | None, typer.Option(help="Where the server is; otherwise as GPTLOOP_INFERENCE_HOST and _PORT say.")
 ]
 Version = Annotated[int | None, typer.Option(min=1, help="The number of the version that answers.")]
-Label = Annotated[str | None, typer.Option(help="best or latest; without a choice the serving version answers.")]
+Label = Annotated[str | None, typer.Option(help="best, latest, stable or pinned:<version>; else what serves.")]
+Number = Annotated[int, typer.Argument(min=1, help="The number of a version.")]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**64 - 1, help="With the same version and prompt: the same text.")
 ]
@@ -35,7 +38,15 @@ TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0: 
 TopP = Annotated[float | None, typer.Option(help="Only the likeliest tokens that together reach this probability.")]
 MinP = Annotated[float | None, typer.Option(help="Only tokens at least this fraction as likely as the likeliest.")]
 RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens that were seen less likely.")]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="From -2 to 2; above 0 makes tokens that were generated less likely.")
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="From -2 to 2; the same, once for each time that a token was generated.")
+]
 MaxTokens = Annotated[int | None, typer.Option(help="At most this many tokens. Default 256.")]
+MinTokens = Annotated[int | None, typer.Option(min=0, help="The end token is not drawn before so many tokens.")]
+Samples = Annotated[int | None, typer.Option("--n", min=1, help="How many texts continue each prompt. Default 1.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; can be given up to 16 times.")]
 
 
@@ -53,11 +64,14 @@ def serve() -> None:
     logs.configure("inference")
     # Training runs on the same cores, and BLAS threads that wait there for one another make a step ten times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    accelerator.prepare(settings.directories.cache / "inference")
+    # The threads of a step wait for one another only for moments, but between steps they would keep cores busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    device = accelerator.prepare(settings.directories.cache / "inference")
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service import server
 
-    if not asyncio.run(server.serve(settings)):
+    prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
+    if not asyncio.run(server.serve(settings, device.backend, prefill_tokens)):
         raise typer.Exit(1)
 
 
@@ -86,8 +100,12 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     max_tokens: MaxTokens = None,
+    min_tokens: MinTokens = None,
     stop: Stop = None,
+    n: Samples = None,
     address: Address = None,
 ) -> None:
     """Continues a prompt, or every line of a file. The text, its prompt first, goes to standard output.
@@ -109,8 +127,12 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
         "stop": stop,
+        "n": n,
     }
     from inference_service.client import InferenceClient
     from inference_service.terminal import Terminal
@@ -149,9 +171,131 @@ def chat(
         Terminal(client).chat(parameters)
 
 
+@app.command()
+def versions(address: Address = None) -> None:
+    """Lists every version: whether it serves, is in memory or was refused, and why.
+
+    available: in the registry, not in memory.
+    waiting: to be loaded once there is room in memory.
+    loading: its files are read, and it is examined.
+    resident: in memory, for those who name it.
+    serving: in memory, for all who name none.
+    refused: must not serve; a line below the table says why.
+
+    streams: requests that it answers now; held, where load keeps it.
+    loss: nats a token on held-out text, as this server measured it;
+    in parentheses, as training did.
+    policy: the label whose version is to serve.
+
+    Example: python -m inference_service versions
+    """
+    from inference_service.operator_terminal import print_versions
+
+    with _admin(address) as client:
+        print_versions(client.versions())
+
+
+@app.command()
+def promote(version: Number, address: Address = None) -> None:
+    """Makes a version the stable one, which the label stable names; it serves where that is the policy.
+
+    Example: python -m inference_service promote 7
+    """
+    from inference_service.operator_terminal import describe
+
+    with _admin(address) as client:
+        typer.echo(f"{describe(client.promote(version))} is the stable one now.")
+
+
+@app.command()
+def pin(version: Number, address: Address = None) -> None:
+    """Lets a version serve, whatever training publishes, until follow names a label again.
+
+    The one before it serves until it is in memory.
+
+    Example: python -m inference_service pin 7
+    """
+    _set_policy(f"pinned:{version}", address)
+
+
+@app.command()
+def follow(label: Annotated[str, typer.Argument(help="best, latest or stable.")], address: Address = None) -> None:
+    """Lets the version of a label serve, and the next one as soon as the label names it.
+
+    best: the fewest bits per byte of all that were not refused.
+    latest: published last.
+    stable: what promote made so.
+
+    Example: python -m inference_service follow best
+    """
+    _set_policy(label, address)
+
+
+@app.command()
+def rollback(
+    version: Annotated[
+        int | None, typer.Argument(min=1, help="The version to serve, which is pinned then; else the policy's next.")
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Refuses the serving version, so that another one serves: at once where it is in memory.
+
+    Streams that run on the refused version go on to their end.
+    Only load gives it another chance.
+
+    Example: python -m inference_service rollback
+
+    Example, to a version of your choice: python -m inference_service rollback 7
+    """
+    from inference_service.operator_terminal import describe_rollback
+
+    with _admin(address) as client:
+        typer.echo(describe_rollback(client.roll_back(version)))
+
+
+@app.command()
+def load(version: Number, address: Address = None) -> None:
+    """Brings a version into memory, so that it answers at once; one that was refused is examined again.
+
+    It stays until unload, or until the version that is to serve needs its room.
+
+    Example: python -m inference_service load 7
+    """
+    from inference_service.operator_terminal import describe_loaded
+
+    with _admin(address) as client:
+        typer.echo(describe_loaded(client.load(version)))
+
+
+@app.command()
+def unload(version: Number, address: Address = None) -> None:
+    """Lets a loaded version go, once its last stream has ended.
+
+    Example: python -m inference_service unload 7
+    """
+    from inference_service.operator_terminal import describe_unloaded
+
+    with _admin(address) as client:
+        typer.echo(describe_unloaded(client.unload(version)))
+
+
+def _set_policy(label: str, address: str | None) -> None:
+    from inference_service.operator_terminal import describe_policy
+
+    with _admin(address) as client:
+        client.set_policy(label)
+        typer.echo(describe_policy(client.versions()))
+
+
+def _admin(address: str | None) -> "AdminClient":
+    from inference_service.admin_client import AdminClient
+
+    return AdminClient(address or _default_address(), read_settings(os.environ).admin_token)
+
+
 def _default_address() -> str:
     settings = read_settings(os.environ)
-    return f"{settings.host}:{settings.port}"
+    return to_address(settings.host, settings.port)
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    Summary,
 )
 
 from shared.accelerator import Memory
@@ -21,6 +22,7 @@ _STEP_BUCKETS = (
     *(0.0005 * count for count in range(1, 21)),
     *(0.0125, 0.015, 0.0175, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5),
 )
+_SWAP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _FIRST_TOKEN_BUCKETS = (*_STEP_BUCKETS, 5.0, 10.0, 30.0)
 # The span over which tokens per second are counted.
 _RATE_WINDOW_S = 3.0
@@ -29,14 +31,27 @@ _RATE_WINDOW_S = 3.0
 class InferenceMetrics:
     """Counts what the service does, in a collector registry that is passed in. Not thread-safe but for the page."""
 
-    def __init__(self, registry: CollectorRegistry, memory: Callable[[], Memory]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        memory: Callable[[], Memory],
+        compiled_shapes: Callable[[], int],
+        active_streams: Callable[[], int],
+    ) -> None:
         def name(suffix: str) -> str:
             return f"gptloop_inference_{suffix}"
 
+        # A version from before this server cannot tell how long a swap takes.
+        self._since = time.time()
         self._rate = TokenRate()
         self._infos: set[tuple[str, ...]] = set()
         self._generated = Counter(name("generated_tokens_total"), "Tokens that were generated.", registry=registry)
         self._prompt = Counter(name("prompt_tokens_total"), "Prompt tokens of accepted requests.", registry=registry)
+        self._cached = Counter(
+            name("cached_prompt_tokens_total"),
+            "Prompt tokens that were not read again, as an earlier prompt began with them.",
+            registry=registry,
+        )
         Gauge(
             name("tokens_per_second"),
             f"Tokens generated a second, over the last {_RATE_WINDOW_S:g} s.",
@@ -57,8 +72,8 @@ class InferenceMetrics:
         self._requests = Counter(
             name("requests_total"), "Generate requests that ended, by how they ended.", ["reason"], registry=registry
         )
-        self.active_streams = Gauge(name("active_streams"), "Streams that have a slot.", registry=registry)
-        self.waiting_requests = Gauge(name("waiting_requests"), "Requests that wait for a slot.", registry=registry)
+        Gauge(name("active_streams"), "Streams that have a slot.", registry=registry).set_function(active_streams)
+        self.waiting_requests = Gauge(name("waiting_requests"), "Samples that wait for a slot.", registry=registry)
         memory_bytes = Gauge(
             name("memory_bytes"),
             "Memory: active and cached by MLX, its peak, and resident in this process.",
@@ -67,18 +82,65 @@ class InferenceMetrics:
         )
         for kind in ("active", "cache", "peak", "resident"):
             memory_bytes.labels(kind).set_function(lambda kind=kind: getattr(memory(), f"{kind}_bytes"))  # type: ignore[misc]
+        Gauge(
+            name("compiled_shapes"),
+            "Programs that were compiled; no request adds one.",
+            registry=registry,
+        ).set_function(compiled_shapes)
         self._model_info = Gauge(
             name("model_info"),
             "1 for each version in memory; serving is true for the one that answers new requests.",
             ["version", "run", "step", "preset", "tokenizer", "parameters", "serving"],
             registry=registry,
         )
-        self.swaps = Counter(
+        self._swaps = Counter(
             name("swaps_total"), "Times that another version took over as the serving one.", registry=registry
+        )
+        self._swap_seconds = Histogram(
+            name("swap_duration_seconds"),
+            "From the moment at which a version should serve to the one at which it does.",
+            buckets=_SWAP_BUCKETS,
+            registry=registry,
+        )
+        self._commit_to_token = Histogram(
+            name("commit_to_first_token_seconds"),
+            "From the commit of a version to the first token that it generated as the serving one.",
+            buckets=_SWAP_BUCKETS,
+            registry=registry,
         )
         self._refused = Counter(
             name("refused_versions_total"), "Versions that were refused, by why.", ["reason"], registry=registry
         )
+        # These are of versions in memory only: what is gone leaves the page.
+        self._version_streams = Gauge(
+            name("version_streams"), "Requests that a version in memory answers.", ["version"], registry=registry
+        )
+        self._version_requests = Counter(
+            name("version_requests_total"),
+            "Requests to a version in memory that ended, by how they ended.",
+            ["version", "reason"],
+            registry=registry,
+        )
+        self._version_tokens = Counter(
+            name("version_generated_tokens_total"),
+            "Tokens that a version in memory has generated.",
+            ["version"],
+            registry=registry,
+        )
+        self._version_first_token = Summary(
+            name("version_time_to_first_token_seconds"),
+            "From the arrival of a request to a version in memory to its first token.",
+            ["version"],
+            registry=registry,
+        )
+        self._version_inter_token = Summary(
+            name("version_inter_token_latency_seconds"),
+            "From one token of a stream of a version in memory to the next.",
+            ["version"],
+            registry=registry,
+        )
+        # Versions that began to serve and have not generated a token since: when they were committed.
+        self._committed_at: dict[int, float] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
 
@@ -86,18 +148,43 @@ class InferenceMetrics:
         """A request was encoded and handed to the engine."""
         self._prompt.inc(prompt_tokens)
 
-    def token(self, arrived: float, last_at: float | None, at: float) -> None:
-        """A token was generated `at` a time; the one before it in its stream `last_at`, if there was one."""
+    def token(self, version: int, arrived: float, last_at: float | None, at: float) -> None:
+        """A version generated a token `at` a time; the one before it in its stream `last_at`, if there was one."""
         self._generated.inc()
         self._rate.add()
+        self._version_tokens.labels(version).inc()
+        if (committed_at := self._committed_at.pop(version, None)) is not None:
+            self._commit_to_token.observe(time.time() - committed_at)
         if last_at is None:
             self._first_token.observe(at - arrived)
+            self._version_first_token.labels(version).observe(at - arrived)
         else:
             self._inter_token.observe(at - last_at)
+            self._version_inter_token.labels(version).observe(at - last_at)
+
+    def cached(self, cached_prompt_tokens: int) -> None:
+        """So many tokens of a request's prompt were not read again."""
+        self._cached.inc(cached_prompt_tokens)
 
     def ended(self, reason: str) -> None:
         """A Generate call ended: a finish reason, or the status code of its error."""
         self._requests.labels(reason.lower()).inc()
+
+    def answered(self, version: int, reason: str) -> None:
+        """A version's answer to a Generate call ended, in the same words."""
+        self._version_requests.labels(version, reason.lower()).inc()
+
+    def streams(self, version: int, streams: int) -> None:
+        """So many requests are answered by a version now."""
+        self._version_streams.labels(version).set(streams)
+
+    def serves(self, manifest: VersionManifest, seconds: float, *, swap: bool, first: bool) -> None:
+        """A version serves, so long after it should: in the place of another one, for the first time."""
+        if swap:
+            self._swaps.inc()
+            self._swap_seconds.observe(seconds)
+        if first and manifest.created_at > self._since:
+            self._committed_at = {manifest.version: manifest.created_at}
 
     def refused(self, reason: str) -> None:
         """A version was found unfit to serve."""
@@ -119,9 +206,24 @@ class InferenceMetrics:
         }
         for info in infos:
             self._model_info.labels(*info).set(1)
+            # A version without streams shows that it has none.
+            self._version_streams.labels(info[0])
         for info in self._infos - infos:
             self._model_info.remove(*info)
+        for number in {info[0] for info in self._infos} - {info[0] for info in infos}:
+            self._forget(number)
         self._infos = infos
+
+    def _forget(self, version: str) -> None:
+        self._committed_at.pop(int(version), None)
+        for metric in (
+            self._version_streams,
+            self._version_requests,
+            self._version_tokens,
+            self._version_first_token,
+            self._version_inter_token,
+        ):
+            metric.remove_by_labels({"version": version})
 
 
 class TokenRate:

@@ -2,17 +2,25 @@
 
 import asyncio
 import logging
+import os
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from inference_service.admin import AdminServicer
 from inference_service.admission import Admission
+from inference_service.catalogue import Catalogue
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Output
 from inference_service.hotload import HotLoader
+from inference_service.interceptors import CredentialInterceptor
 from inference_service.metrics import InferenceMetrics
 from inference_service.servicer import InferenceServicer
 from inference_service.settings import METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
+from inference_service.watchdog import Watchdog
 from shared import accelerator
+from shared.gpt.decoder import make_decoder
+from shared.gpt.mlx_decoder import compiled_shapes
 from shared.grpc_server import GrpcServer, Signals
 from shared.metrics_page import metrics_page
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -21,14 +29,17 @@ from shared.registry.store import Registry
 logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-# So long running streams may go on after the first signal.
-_DRAIN_S = 10.0
+ADMIN_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["ModelAdminService"].full_name
+# So long the engine may take to finish its last step.
+_LAST_STEP_S = 5.0
+_STUCK = "The engine is stuck and the server restarts; ask again in a moment."
 
 
-async def serve(settings: Settings) -> bool:
-    """Serves until SIGTERM or SIGINT; whether it ended as asked, and not because a part failed.
+async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
+    """Serves until SIGTERM or SIGINT; whether it ended as asked, and not because a part failed. `device` is the kind of
+    device that computes.
 
-    Raises `AlreadyExists` where a port is in use.
+    Raises `AlreadyExists` where a port is in use. The process ends here, with code 1, where the engine is stuck.
     """
     loop = asyncio.get_running_loop()
     signals = Signals()
@@ -40,28 +51,63 @@ async def serve(settings: Settings) -> bool:
     def fail() -> None:
         loop.call_soon_threadsafe(engine_failed.set)
 
+    def give_up(watching: asyncio.Task[None]) -> None:
+        if watching.cancelled():
+            return
+        if (error := watching.exception()) is not None:
+            logger.error("watching the engine failed", exc_info=error)
+        # The engine may never end a stream again, so there is nothing to wait for.
+        engine.close(_STUCK)
+        servicer.fail_all(_STUCK)
+        signals.forced.set()
+
     collectors = CollectorRegistry()
-    metrics = InferenceMetrics(collectors, accelerator.memory)
     registry = Registry(settings.directories.registry)
-    server = GrpcServer([SERVICE])
-    engine = Engine(settings.slots, deliver, fail)
-    versions = HotLoader(registry, engine, settings.resident_versions, metrics, lambda: server.set_serving(True))
+    protected = [CredentialInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
+    server = GrpcServer([SERVICE, ADMIN_SERVICE], protected)
+    engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
+    metrics = InferenceMetrics(collectors, accelerator.memory, compiled_shapes, lambda: engine.active_streams)
+    decoders = partial(make_decoder, slots=settings.slots, threads=settings.threads)
+    catalogue = Catalogue(registry, device)
+    versions = HotLoader(
+        registry,
+        catalogue,
+        engine,
+        decoders,
+        limit=settings.resident_versions,
+        margin=settings.gate_margin,
+        metrics=metrics,
+    )
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
-    servicer = InferenceServicer(registry, engine, versions, admission, metrics)
+    servicer = InferenceServicer(
+        *(registry, catalogue, engine, versions, admission, metrics),
+        slots=settings.slots,
+        slow_reader_s=settings.slow_reader_s,
+    )
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
+    inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(AdminServicer(catalogue, versions), server.server)
+    watchdog = Watchdog(engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s)
 
     with metrics_page(collectors, settings.host, settings.metrics_port, METRICS_PORT_VARIABLE) as metrics_port:
         port = await server.start(settings.host, settings.port, PORT_VARIABLE)
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", settings.host, port, settings.host, metrics_port)
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))
-        ends = [loading, asyncio.create_task(signals.asked.wait()), asyncio.create_task(engine_failed.wait())]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        watching = asyncio.create_task(watchdog.run())
+        watching.add_done_callback(give_up)
+        asked = asyncio.create_task(signals.asked.wait())
+        failing = asyncio.create_task(engine_failed.wait())
+        parts = [loading, watching, asked, failing]
+        await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             logger.error("loading versions failed", exc_info=loading.exception())
-        await server.stop(_DRAIN_S, servicer.cancel_all, signals.forced)
-        for task in ends:
-            task.cancel()
-        await asyncio.wait(ends)
-        engine.stop()
-    return signals.asked.is_set() and not engine_failed.is_set()
+        await server.stop(settings.drain_s, servicer.cancel_all, signals.forced)
+        ended_as_asked = not (loading.done() or watching.done() or failing.done())
+        for part in parts:
+            part.cancel()
+        await asyncio.wait(parts)
+        if not await asyncio.to_thread(engine.stop, _LAST_STEP_S):
+            logger.error("the engine's last step does not end, so the process ends without it")
+            logging.shutdown()
+            os._exit(1)
+    return ended_as_asked

@@ -2,16 +2,32 @@
 
 import asyncio
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import grpc.aio
 
 from inference_service import translate
 from inference_service.admission import Admission, Place
+from inference_service.catalogue import Catalogue
 from inference_service.engine.engine import Engine
-from inference_service.engine.request import Admitted, Delta, Event, Failed, Finished, Output
-from inference_service.hotload import HotLoader
+from inference_service.engine.request import (
+    Admitted,
+    Delta,
+    Failed,
+    Finished,
+    GenerationRequest,
+    NotFinite,
+    Output,
+    StepFailed,
+)
+from inference_service.hotload import HotLoader, Resident
 from inference_service.metrics import InferenceMetrics
-from inference_service.translate import Selection
-from shared.errors import GptloopError, Unavailable
+from inference_service.translate import Draft, Selection
+from shared.errors import GptloopError, ResourceExhausted, Unavailable
 from shared.gpt.tokenizer import Tokenizer
 from shared.grpc_status import code_of
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -26,43 +42,46 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(
         self,
         registry: Registry,
+        catalogue: Catalogue,
         engine: Engine,
         versions: HotLoader,
         admission: Admission,
         metrics: InferenceMetrics,
+        *,
+        slots: int,
+        slow_reader_s: float,
     ) -> None:
         self._registry = registry
+        self._catalogue = catalogue
         self._engine = engine
         self._versions = versions
         self._admission = admission
         self._metrics = metrics
-        self._events: dict[str, asyncio.Queue[Event]] = {}
+        self._slots = slots
+        self._slow_reader_s = slow_reader_s
+        self._outputs: dict[str, asyncio.Queue[Output]] = {}
 
     def deliver(self, outputs: list[Output]) -> None:
-        """Gives the engine's events to their streams; those of a stream that is gone go nowhere."""
+        """Gives the engine's events to their requests; those of a request that is gone go nowhere."""
         for output in outputs:
-            if (events := self._events.get(output.request_id)) is not None:
-                events.put_nowait(output.event)
+            if (queue := self._outputs.get(output.request_id)) is not None:
+                queue.put_nowait(output)
 
     def cancel_all(self) -> None:
-        """Ends every stream with the reason CANCELLED."""
-        for request_id in self._events:
+        """Ends every request with the reason CANCELLED."""
+        for request_id in self._outputs:
             self._engine.cancel(request_id)
+
+    def fail_all(self, reason: str) -> None:
+        """Ends every request with `Unavailable`, for an engine that does not answer any more."""
+        self.deliver([Output(request_id, 0, Failed(Unavailable(reason))) for request_id in self._outputs])
 
     async def Generate(self, message: pb.GenerateRequest, context: Any) -> None:  # noqa: N802
         """Streams one generation. A coroutine, not a generator: so gRPC cancels it wherever it stands."""
-        ended = "internal"
-        try:
-            with self._admission.enter() as place:
-                ended = (await self._generate(message, context, place)).reason.name
-        except asyncio.CancelledError:
-            ended = "cancelled"
-            raise
-        except GptloopError as error:
-            ended = code_of(error).name
-            raise
-        finally:
-            self._metrics.ended(ended)
+        with _ending(self._metrics.ended) as end:
+            draft = translate.read_generate(message, context.time_remaining(), self._slots)
+            with self._admission.enter(draft.samples) as place:
+                end.reason = await self._generate(draft, context, place)
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which need not be in memory."""
@@ -79,54 +98,75 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GetModel(self, message: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describes a version, which need not be in memory."""
         manifest = await self._choose(translate.read_selection(message.model)) or self._serving()
-        labels = await asyncio.to_thread(self._registry.labels)
+        await self._catalogue.look()
+        labels = self._catalogue.labels()
         return translate.write_model(
             manifest, [label for label, number in labels.items() if number == manifest.version]
         )
 
-    async def _generate(self, message: pb.GenerateRequest, context: Any, place: Place) -> Finished:
-        draft = translate.read_generate(message, context.time_remaining())
-        async with self._versions.stream(await self._choose(draft.selection)) as resident:
-            seed = secrets.randbits(64) if draft.seed is None else draft.seed
-            # On another thread: a long text takes a while to encode.
-            request = await asyncio.to_thread(
-                draft.complete, resident.manifest.version, resident.tokenizer, resident.context_length, seed
-            )
-            place.weigh(len(request.prompt))
-            self._metrics.accepted(len(request.prompt))
-            events = self._events[request.id] = asyncio.Queue()
-            try:
-                await context.write(translate.write_started(request))
-                self._engine.submit(request)
-                return await self._relay(events, request.arrived, context, place)
-            finally:
-                del self._events[request.id]
-                self._engine.cancel(request.id)
+    async def _generate(self, draft: Draft, context: Any, place: Place) -> str:
+        """Answers a checked request; how its last sample ended."""
+        chosen = await self._choose(draft.selection)
+        async with self._versions.stream(chosen) as resident:
+            with _ending(partial(self._metrics.answered, resident.manifest.version)) as end:
+                end.reason = await self._answer(draft, resident, context, place)
+            return end.reason
 
-    async def _relay(self, events: asyncio.Queue[Event], arrived: float, context: Any, place: Place) -> Finished:
-        """Writes a stream's events until its end; raises the error of one that failed."""
-        last_at = None
-        admitted = False
+    async def _answer(self, draft: Draft, resident: Resident, context: Any, place: Place) -> str:
+        """Answers a request with a version; how its last sample ended."""
+        manifest = resident.manifest
+        seed = secrets.randbits(64) if draft.seed is None else draft.seed
+        # On another thread: a long text takes a while to encode.
+        request = await asyncio.to_thread(
+            draft.complete, manifest.version, resident.tokenizer, resident.context_length, seed
+        )
+        place.weigh(len(request.prompt))
+        self._metrics.accepted(len(request.prompt))
+        queue = self._outputs[request.id] = asyncio.Queue()
         try:
-            while True:
-                match await events.get():
-                    case Admitted():
-                        place.leave()
-                        admitted = True
-                        self._metrics.active_streams.inc()
-                    case Delta() as delta:
-                        for _ in delta.draws:
-                            self._metrics.token(arrived, last_at, delta.at)
-                            last_at = delta.at
-                        await context.write(translate.write_delta(delta))
-                    case Finished() as finished:
-                        await context.write(translate.write_finished(finished))
-                        return finished
-                    case Failed(error):
-                        raise error
+            await self._write(context, translate.write_started(request, manifest.digest))
+            self._engine.submit(request)
+            return await self._relay(queue, request, context, place)
         finally:
-            if admitted:
-                self._metrics.active_streams.dec()
+            del self._outputs[request.id]
+            self._engine.cancel(request.id)
+
+    async def _relay(self, queue: asyncio.Queue[Output], request: GenerationRequest, context: Any, place: Place) -> str:
+        """Writes a request's events until the end of its last sample; raises the error of one that failed."""
+        last_at: dict[int, float] = {}
+        remaining = request.samples
+        ended = ""
+        while remaining:
+            for output in await _take(queue):
+                match output.event:
+                    case Admitted():
+                        place.admitted()
+                    case Delta() as delta:
+                        for at in delta.times:
+                            self._metrics.token(request.version, request.arrived, last_at.get(output.index), at)
+                            last_at[output.index] = at
+                        await self._write(context, translate.write_delta(delta, output.index))
+                    case Finished() as finished:
+                        remaining -= 1
+                        if output.index == 0:
+                            self._metrics.cached(finished.cached_prompt_tokens)
+                        ended = finished.reason.name
+                        await self._write(context, translate.write_finished(finished, output.index))
+                    case Failed(error):
+                        if isinstance(error, NotFinite | StepFailed):
+                            self._versions.failed(request.version, error)
+                        raise error
+        return ended
+
+    async def _write(self, context: Any, message: pb.GenerateResponse) -> None:
+        """Writes a message as soon as the client takes it; raises `ResourceExhausted` where it does not."""
+        try:
+            async with asyncio.timeout(self._slow_reader_s):
+                await context.write(message)
+        except TimeoutError:
+            raise ResourceExhausted(
+                f"The client has not read a message for {self._slow_reader_s:g} s, so its stream is ended."
+            ) from None
 
     async def _choose(self, selection: Selection) -> VersionManifest | None:
         """The version that a call asks for, None for the serving one.
@@ -134,14 +174,50 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         Raises `NotFound` on one that does not exist and `Unavailable` on a label while there is no version at all.
         """
         if selection.version is not None:
-            return await asyncio.to_thread(self._registry.version, selection.version)
-        if selection.label is None:
-            return None
-        if not await asyncio.to_thread(self._registry.versions):
-            raise Unavailable(f"The label {selection.label!r} names no version yet: the registry is empty.")
-        return await asyncio.to_thread(self._registry.resolve, selection.label)
+            return await self._catalogue.manifest(selection.version)
+        return None if selection.label is None else await self._catalogue.resolve(selection.label)
 
     def _serving(self) -> VersionManifest:
         if self._versions.serving is None:
             raise Unavailable("No version serves yet: the first one does a moment after training has published it.")
         return self._versions.serving.manifest
+
+
+@dataclass
+class _End:
+    reason: str = "internal"
+
+
+@contextmanager
+def _ending(tell: Callable[[str], None]) -> Iterator[_End]:
+    """Tells how a call ended: as is noted within, or by the status code of its error."""
+    end = _End()
+    try:
+        yield end
+    except (asyncio.CancelledError, grpc.aio.InternalError):
+        # The latter is a client that left in the very moment in which a message was written.
+        end.reason = "cancelled"
+        raise
+    except GptloopError as error:
+        end.reason = code_of(error).name
+        raise
+    finally:
+        tell(end.reason)
+
+
+async def _take(queue: asyncio.Queue[Output]) -> list[Output]:
+    """What has come since, at least one event. What a slow reader has not taken yet becomes one delta a sample."""
+    taken: list[Output] = [await queue.get()]
+    while not queue.empty():
+        taken.append(queue.get_nowait())
+    deltas: dict[int, list[Delta]] = {}
+    for output in taken:
+        if isinstance(output.event, Delta):
+            deltas.setdefault(output.index, []).append(output.event)
+    merged: list[Output] = []
+    for output in taken:
+        if not isinstance(output.event, Delta):
+            merged.append(output)
+        elif (together := deltas.pop(output.index, None)) is not None:
+            merged.append(Output(output.request_id, output.index, Delta.joined(together)))
+    return merged

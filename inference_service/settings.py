@@ -1,11 +1,13 @@
 """The settings of the inference service."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from shared.errors import InvalidArgument
 from shared.settings import Directories, Environment, read_directories, read_float, read_int, read_port, read_str
 
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
 METRICS_PORT_VARIABLE = "GPTLOOP_INFERENCE_METRICS_PORT"
+ADMIN_TOKEN_VARIABLE = "GPTLOOP_ADMIN_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,13 @@ class Settings:
     metrics_port: int = 9101
     # Streams that one version decodes together.
     slots: int = 8
-    # Requests that may wait for a slot; one more is refused with RESOURCE_EXHAUSTED.
+    # Threads in which a CPU computes a step. One leaves the other cores to training.
+    threads: int = 1
+    # Prompt tokens that a step reads at most, between the tokens of running streams. None: what suits the device.
+    prefill_tokens: int | None = None
+    # Memory in MiB in which each version keeps what prompts began with, so that they are not read again.
+    prefix_cache_mib: int = 128
+    # Samples that may wait for a slot; one more is refused with RESOURCE_EXHAUSTED.
     max_waiting_requests: int = 256
     # Prompt tokens that may wait for a slot, all requests together.
     max_waiting_prompt_tokens: int = 65536
@@ -29,6 +37,28 @@ class Settings:
     poll_interval_s: float = 1.0
     # Versions in memory at once: the serving one, and those on which streams still run.
     resident_versions: int = 2
+    # Nats a token by which the held-out loss of a version may be above that of the one whose place it takes.
+    gate_margin: float = 0.05
+    # How long a client may take to read a message before its stream is ended.
+    slow_reader_s: float = 10.0
+    # How long a step of the engine may take before it counts as stuck, and the process ends.
+    stuck_after_s: float = 10.0
+    # What calls of the admin service must bring; empty: nothing.
+    admin_token: str = field(default="", repr=False)
+    # How long running streams may go on after the first signal to end.
+    drain_s: float = 30.0
+
+
+def prefill_tokens_on(backend: str) -> int:
+    """The prompt tokens of a step where no setting says: a CPU reads so many in about the time of a decode step."""
+    return 64 if backend == "cpu" else 512
+
+
+def check_credential(name: str, credential: str) -> str:
+    """A credential that the metadata of a call can carry; raises `InvalidArgument`, which does not repeat it."""
+    if credential.isascii() and credential.isprintable():
+        return credential
+    raise InvalidArgument(f"{name} holds a character that no call can carry: it must be printable ASCII, on one line.")
 
 
 def read_settings(environment: Environment) -> Settings:
@@ -38,18 +68,30 @@ def read_settings(environment: Environment) -> Settings:
     def read_count(name: str, value: int, minimum: int, maximum: int) -> int:
         return read_int(environment, f"GPTLOOP_INFERENCE_{name}", value, minimum=minimum, maximum=maximum)
 
+    def read_seconds(name: str, value: float, minimum: float, maximum: float = 3600.0) -> float:
+        return read_float(environment, f"GPTLOOP_INFERENCE_{name}", value, minimum=minimum, maximum=maximum)
+
     return Settings(
         directories=default.directories,
         host=read_str(environment, "GPTLOOP_INFERENCE_HOST", default.host),
         port=read_port(environment, PORT_VARIABLE, default.port),
         metrics_port=read_port(environment, METRICS_PORT_VARIABLE, default.metrics_port),
         slots=read_count("SLOTS", default.slots, 2, 1024),
+        threads=read_count("THREADS", default.threads, 1, 1024),
+        prefill_tokens=read_int(environment, "GPTLOOP_INFERENCE_PREFILL_TOKENS", None, minimum=64, maximum=1 << 20),
+        prefix_cache_mib=read_count("PREFIX_CACHE_MIB", default.prefix_cache_mib, 0, 1 << 20),
         max_waiting_requests=read_count("MAX_WAITING_REQUESTS", default.max_waiting_requests, 1, 1_000_000),
         max_waiting_prompt_tokens=read_count(
             "MAX_WAITING_PROMPT_TOKENS", default.max_waiting_prompt_tokens, 1, 1_000_000_000
         ),
-        poll_interval_s=read_float(
-            environment, "GPTLOOP_INFERENCE_POLL_INTERVAL_S", default.poll_interval_s, minimum=0.01, maximum=3600.0
-        ),
+        poll_interval_s=read_seconds("POLL_INTERVAL_S", default.poll_interval_s, 0.01),
         resident_versions=read_count("RESIDENT_VERSIONS", default.resident_versions, 2, 16),
+        gate_margin=read_float(
+            environment, "GPTLOOP_INFERENCE_GATE_MARGIN", default.gate_margin, minimum=0.0, maximum=100.0
+        ),
+        slow_reader_s=read_seconds("SLOW_READER_S", default.slow_reader_s, 0.1),
+        stuck_after_s=read_seconds("STUCK_AFTER_S", default.stuck_after_s, 1.0),
+        admin_token=check_credential(ADMIN_TOKEN_VARIABLE, read_str(environment, ADMIN_TOKEN_VARIABLE, "")),
+        # `deploy/supervisord.conf` waits a little longer.
+        drain_s=read_seconds("DRAIN_S", default.drain_s, 0.0, 60.0),
     )

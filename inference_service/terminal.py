@@ -3,9 +3,9 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inference_service.client import InferenceClient, Parameters
+from inference_service.completion import Event, sample_seed
 from shared.errors import GptloopError, InvalidArgument
 from shared.pb.inference.v1 import inference_pb2 as pb
 
@@ -27,29 +28,76 @@ CHAT_HELP = """The model continues what you type; each line stands alone.
 
 
 @dataclass
-class Stream:
-    """What came of one prompt so far."""
+class Answer:
+    """What came of one prompt so far; `texts` has one for each sample, as long as it is now."""
 
     prompt: str
-    text: str = ""
+    texts: list[str]
     started: pb.Started | None = None
-    finished: pb.Finished | None = None
+    finished: dict[int, pb.Finished] = field(default_factory=dict)
     error: GptloopError | None = None
 
-    def summary(self, seconds: float) -> str:
-        """One line: version, seed, tokens, speed, time to the first token, reason."""
+    def add(self, event: Event) -> None:
+        """Takes in what came next."""
+        match event:
+            case pb.Started():
+                self.started = event
+            case pb.Delta():
+                self.texts[event.index] += event.text
+            case pb.Finished():
+                self.finished[event.index] = event
+
+    def summary(self, index: int, seconds: float) -> str:
+        """One line on a sample: version, seed, tokens, speed, time to the first token, reason."""
         assert self.started is not None
-        head = f"version {self.started.model_version} · seed {self.started.seed}"
-        if self.finished is None:
+        head = f"version {self.started.model_version} · seed {sample_seed(self.started, index)}"
+        if (finished := self.finished.get(index)) is None:
             return f"{head} · stopped after {seconds:.1f} s"
-        finished = self.finished
         decode_s = finished.total_seconds - finished.time_to_first_token_seconds
-        rate = f" · {(finished.generated_tokens - 1) / decode_s:.0f} tokens/s" if finished.generated_tokens > 1 else ""
+        rate = ""
+        if finished.generated_tokens > 1 and decode_s > 0:
+            rate = f" · {(finished.generated_tokens - 1) / decode_s:.0f} tokens/s"
         reason = pb.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_")
         return (
             f"{head} · {finished.generated_tokens} tokens{rate} · "
             f"first token {finished.time_to_first_token_seconds * 1000:.0f} ms · {reason}"
         )
+
+
+class Page:
+    """Prints the samples of an answer one after another while they come, each with a line about it."""
+
+    def __init__(self, answer: Answer, notes: Console) -> None:
+        self._answer = answer
+        self._notes = notes
+        self._begin_s = time.monotonic()
+        self._index = 0
+        # How many characters of the sample are printed; None before it has begun.
+        self._shown: int | None = None
+
+    def show(self) -> None:
+        """Prints what is new."""
+        while self._answer.started is not None and self._index < len(self._answer.texts):
+            if self._shown is None:
+                self._shown = 0
+                if len(self._answer.texts) > 1:
+                    self._notes.print(f"--- {self._index + 1} of {len(self._answer.texts)}", style="dim")
+            story = self._answer.prompt + self._answer.texts[self._index]
+            sys.stdout.write(story[self._shown :])
+            sys.stdout.flush()
+            self._shown = len(story)
+            if self._index not in self._answer.finished:
+                return
+            self.end()
+
+    def end(self) -> None:
+        """Ends the sample that is printed now, whole or not."""
+        if self._shown is not None:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._notes.print(self._answer.summary(self._index, time.monotonic() - self._begin_s), style="dim")
+            self._index += 1
+            self._shown = None
 
 
 class Terminal:
@@ -60,54 +108,69 @@ class Terminal:
         self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def generate(self, prompt: str, parameters: Parameters) -> None:
-        """Streams one story, its prompt first; then a line about it, and how to have it again."""
-        started = self._stream(prompt, parameters)
-        if started is not None:
-            again = f"VERSION={started.model_version} SEED={started.seed}"
-            for name in ("temperature", "max_tokens"):
+        """Streams one story, its prompt first; then a line about it, and how to have it again.
+
+        Several samples follow one another.
+        """
+        answer = self._stream(prompt, parameters)
+        if answer.started is None:
+            return
+        settings = ("temperature", "max_tokens")
+        others = set(parameters) - {*settings, "version", "label", "seed", "n", "timeout_s"}
+        same = sorted(name for name in others if parameters.get(name) is not None)
+        for index in sorted(answer.finished):
+            what = "The same text" if len(answer.texts) == 1 else f"Sample {index + 1}"
+            again = f"VERSION={answer.started.model_version} SEED={sample_seed(answer.started, index)}"
+            for name in settings:
                 if (value := parameters.get(name)) is not None:
                     again += f" {name.upper()}={value}"
-            self._notes.print(f"The same text again: {again}", style="dim")
+            if same:
+                again += f", and the same {', '.join(same)}"
+            self._notes.print(f"{what} again: {again}", style="dim")
 
     def generate_all(self, prompts: Sequence[str], parameters: Parameters) -> None:
         """Streams a story for each prompt, together; each is printed when it and those before it are whole.
 
         Raises the first error after everything else was printed.
         """
-        streams = [Stream(prompt) for prompt in prompts]
+        answers = [_answer(prompt, parameters) for prompt in prompts]
         begin = time.monotonic()
         left = False
 
-        def run(stream: Stream) -> None:
+        def run(answer: Answer) -> None:
             try:
-                self._collect(stream, parameters, lambda: left)
+                with self._client.generate(answer.prompt, **parameters) as stream:
+                    for event in stream:
+                        answer.add(event)
+                        if left:
+                            return
             except GptloopError as error:
-                stream.error = error
+                answer.error = error
 
         with contextlib.ExitStack() as stack:
             if self._notes.is_terminal:
                 stack.enter_context(
-                    Live(get_renderable=lambda: _overview(streams), console=self._notes, transient=True)
+                    Live(get_renderable=lambda: _overview(answers), console=self._notes, transient=True)
                 )
             pool = stack.enter_context(ThreadPoolExecutor(_TOGETHER))
             try:
-                runs = [pool.submit(run, stream) for stream in streams]
-                for number, (stream, done) in enumerate(zip(streams, runs, strict=True), start=1):
+                runs = [pool.submit(run, answer) for answer in answers]
+                for number, (answer, done) in enumerate(zip(answers, runs, strict=True), start=1):
                     done.result()
-                    self._print_whole(number, stream)
+                    self._print_whole(number, answer)
             except KeyboardInterrupt:
                 left = True
                 pool.shutdown(cancel_futures=True)
                 raise
-        tokens = sum(stream.finished.generated_tokens for stream in streams if stream.finished is not None)
+        tokens = sum(finished.generated_tokens for answer in answers for finished in answer.finished.values())
         seconds = time.monotonic() - begin
         self._notes.print(
-            f"{len(streams)} prompts · {tokens} tokens in {seconds:.1f} s · {tokens / seconds:.0f} tokens/s",
+            f"{len(answers)} prompts · {tokens} tokens in {seconds:.1f} s · {tokens / seconds:.0f} tokens/s",
             style="dim",
         )
-        for stream in streams:
-            if stream.error is not None:
-                raise stream.error
+        for answer in answers:
+            if answer.error is not None:
+                raise answer.error
 
     def chat(self, parameters: Parameters) -> None:
         """Reads lines and continues each of them, until the end of the input."""
@@ -152,55 +215,38 @@ class Terminal:
             raise InvalidArgument(f"{name} needs a number, but {value!r} is none.") from None
         raise InvalidArgument(f"Unknown command {name!r}: /help says what can be typed.")
 
-    def _stream(self, prompt: str, parameters: Parameters) -> pb.Started | None:
+    def _stream(self, prompt: str, parameters: Parameters) -> Answer:
         """Prints a story while it comes."""
-        stream = Stream(prompt)
-        begin = time.monotonic()
-        shown = 0
-
-        def show() -> bool:
-            nonlocal shown
-            if stream.started is not None:
-                story = prompt + stream.text
-                sys.stdout.write(story[shown:])
-                sys.stdout.flush()
-                shown = len(story)
-            return False
-
+        answer = _answer(prompt, parameters)
+        page = Page(answer, self._notes)
         try:
-            self._collect(stream, parameters, show)
+            with self._client.generate(prompt, **parameters) as stream:
+                for event in stream:
+                    answer.add(event)
+                    page.show()
         finally:
-            if stream.started is not None:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
-                self._notes.print(stream.summary(time.monotonic() - begin), style="dim")
-        return stream.started
+            page.end()
+        return answer
 
-    def _collect(self, stream: Stream, parameters: Parameters, leave: Callable[[], bool]) -> None:
-        """Fills a stream until its end, or until `leave`, asked after every event, says so."""
-        for event in self._client.generate(stream.prompt, **parameters):
-            match event:
-                case pb.Started():
-                    stream.started = event
-                case pb.Delta():
-                    stream.text += event.text
-                case pb.Finished():
-                    stream.finished = event
-            if leave():
-                return
-
-    def _print_whole(self, number: int, stream: Stream) -> None:
-        if stream.error is None:
-            self._notes.print(f"--- {number}: {stream.summary(0.0)}", style="dim")
-            print(stream.prompt + stream.text, flush=True)
-        else:
-            self._notes.print(f"--- {number}: error: {stream.error}", markup=False)
+    def _print_whole(self, number: int, answer: Answer) -> None:
+        if answer.error is not None:
+            self._notes.print(f"--- {number}: error: {answer.error}", markup=False)
+            return
+        for index, text in enumerate(answer.texts):
+            sample = "" if len(answer.texts) == 1 else f", {index + 1} of {len(answer.texts)}"
+            self._notes.print(f"--- {number}{sample}: {answer.summary(index, 0.0)}", style="dim")
+            print(answer.prompt + text, flush=True)
 
 
-def _overview(streams: Sequence[Stream]) -> Table:
-    """One line for each stream that runs: its end."""
+def _answer(prompt: str, parameters: Parameters) -> Answer:
+    return Answer(prompt, [""] * (parameters.get("n") or 1))
+
+
+def _overview(answers: Sequence[Answer]) -> Table:
+    """One line for each answer that is under way: the end of a sample's text."""
     table = Table.grid(padding=(0, 1))
-    for number, stream in enumerate(streams, start=1):
-        if stream.started is not None and stream.finished is None:
-            table.add_row(str(number), Text((stream.prompt + stream.text)[-72:].replace("\n", " ")))
+    for number, answer in enumerate(answers, start=1):
+        running = [text for index, text in enumerate(answer.texts) if index not in answer.finished]
+        if answer.started is not None and running:
+            table.add_row(str(number), Text((answer.prompt + running[0])[-72:].replace("\n", " ")))
     return table

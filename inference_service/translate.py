@@ -6,7 +6,9 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from inference_service.engine.request import Delta, Finished, FinishReason, GenerationRequest
 from shared.errors import InvalidArgument
@@ -43,6 +45,7 @@ class Draft:
     stop: tuple[str, ...]
     ignore_eos: bool
     logprobs: int | None
+    samples: int
     arrived: float
     deadline: float | None
 
@@ -56,18 +59,21 @@ class Draft:
             _check_characters(prompt, tokenizer, context_length)
             prompt = tuple(tokenizer.encode(prompt))
         else:
+            _check_length(len(prompt), version, context_length)
             for token in prompt:
                 if not 0 <= token < tokenizer.vocabulary_size:
                     raise InvalidArgument(
                         f"prompt_tokens holds {token}, but version {version} has the tokens 0 to "
                         f"{tokenizer.vocabulary_size - 1}."
                     )
+        for token, _ in self.sampling.logit_bias:
+            if not 0 <= token < tokenizer.vocabulary_size:
+                raise InvalidArgument(
+                    f"logit_bias holds token {token}, but version {version} has the tokens 0 to "
+                    f"{tokenizer.vocabulary_size - 1}."
+                )
         prompt = prompt or (tokenizer.end_token,)
-        if len(prompt) >= context_length:
-            raise InvalidArgument(
-                f"The prompt has {len(prompt)} tokens, but must have fewer than the {context_length} of the context of "
-                f"version {version}."
-            )
+        _check_length(len(prompt), version, context_length)
         return GenerationRequest(
             id=self.id,
             version=version,
@@ -75,6 +81,7 @@ class Draft:
             seed=seed,
             max_tokens=self.max_tokens,
             arrived=self.arrived,
+            samples=self.samples,
             sampling=self.sampling,
             min_tokens=self.min_tokens,
             stop=self.stop,
@@ -84,9 +91,11 @@ class Draft:
         )
 
 
-def read_generate(message: pb.GenerateRequest, remaining_s: float | None) -> Draft:
+def read_generate(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
     """Checks a request as far as it can be without a version; raises `InvalidArgument` and names the field."""
     arrived = time.monotonic()
+    for name, part in (("", message), ("sampling.", message.sampling), ("model.", message.model)):
+        _refuse_unknown(name, part)
     max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens is {max_tokens}, but must be at least 1.")
@@ -95,6 +104,9 @@ def read_generate(message: pb.GenerateRequest, remaining_s: float | None) -> Dra
     logprobs = message.logprobs if message.HasField("logprobs") else None
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise InvalidArgument(f"logprobs is {logprobs}, but must be from 0 to {MAX_LOGPROBS}.")
+    samples = message.n if message.HasField("n") else 1
+    if not 1 <= samples <= slots:
+        raise InvalidArgument(f"n is {samples}, but must be from 1 to the {slots} slots of this server.")
     return Draft(
         id=uuid.uuid4().hex,
         selection=read_selection(message.model),
@@ -106,6 +118,7 @@ def read_generate(message: pb.GenerateRequest, remaining_s: float | None) -> Dra
         stop=_read_stops(message.stop),
         ignore_eos=message.ignore_eos,
         logprobs=logprobs,
+        samples=samples,
         arrived=arrived,
         deadline=None if remaining_s is None else arrived + remaining_s,
     )
@@ -124,33 +137,35 @@ def read_selection(message: pb.ModelSelector) -> Selection:
             return Selection()
 
 
-def write_started(request: GenerationRequest) -> pb.GenerateResponse:
-    """The first message of a stream."""
+def write_started(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
+    """The first message of a stream; `digest` is that of its version."""
     started = pb.Started(
         request_id=request.id,
         model_version=request.version,
         seed=request.seed,
         prompt_tokens=len(request.prompt),
+        model_digest=digest,
     )
     return pb.GenerateResponse(started=started)
 
 
-def write_delta(delta: Delta) -> pb.GenerateResponse:
-    """What a step added to a stream."""
+def write_delta(delta: Delta, index: int) -> pb.GenerateResponse:
+    """What steps added to a sample."""
     logprobs = [
         pb.TokenLogprobs(
             logprob=draw.logprob,
+            rank=draw.rank or 0,
             alternatives=[pb.TokenLogprob(token_id=other.token, logprob=other.logprob) for other in draw.alternatives],
         )
         for draw in delta.draws
         if draw.logprob is not None
     ]
     token_ids = [draw.token for draw in delta.draws]
-    return pb.GenerateResponse(delta=pb.Delta(text=delta.text, token_ids=token_ids, logprobs=logprobs))
+    return pb.GenerateResponse(delta=pb.Delta(text=delta.text, token_ids=token_ids, logprobs=logprobs, index=index))
 
 
-def write_finished(finished: Finished) -> pb.GenerateResponse:
-    """The last message of a stream."""
+def write_finished(finished: Finished, index: int) -> pb.GenerateResponse:
+    """The last message of a sample."""
     message = pb.Finished(
         reason=_REASONS[finished.reason],
         matched_stop=finished.matched_stop or "",
@@ -159,6 +174,8 @@ def write_finished(finished: Finished) -> pb.GenerateResponse:
         queue_seconds=finished.total_s if finished.queue_s is None else finished.queue_s,
         time_to_first_token_seconds=finished.first_token_s or 0.0,
         total_seconds=finished.total_s,
+        index=index,
+        cached_prompt_tokens=finished.cached_prompt_tokens,
     )
     return pb.GenerateResponse(finished=message)
 
@@ -184,6 +201,14 @@ def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModel
 
 
 _REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
+
+
+def _check_length(tokens: int, version: int, context_length: int) -> None:
+    if tokens >= context_length:
+        raise InvalidArgument(
+            f"The prompt has {tokens} tokens, but must have fewer than the {context_length} of the context of version "
+            f"{version}."
+        )
 
 
 def _check_characters(prompt: str, tokenizer: Tokenizer, context_length: int) -> None:
@@ -212,10 +237,22 @@ def _read_prompt(message: pb.GenerateRequest) -> str | tuple[int, ...]:
 def _read_sampling(message: pb.Sampling) -> SamplingParameters:
     given = {
         name: getattr(message, name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        for name in (
+            *("temperature", "top_k", "top_p", "min_p"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+        )
         if message.HasField(name)
     }
-    return SamplingParameters(**given)
+    return SamplingParameters(**given, logit_bias=tuple(sorted(message.logit_bias.items())))
+
+
+def _refuse_unknown(name: str, message: Message) -> None:
+    fields = UnknownFieldSet(message)
+    if len(fields):
+        raise InvalidArgument(
+            f"The request has a field {name}{fields[0].field_number} that this server does not know: the client's "
+            "contract is newer."
+        )
 
 
 def _read_stops(stops: Sequence[str]) -> tuple[str, ...]:

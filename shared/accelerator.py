@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from shared.blas import load_blas
+from shared.blas import cpu_threads, load_blas
 from shared.kernel_compiler import speed_up_compiler
 
 _log = logging.getLogger(__name__)
@@ -61,8 +61,7 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
     blas = None
     threads = 1
     if own_threads:
-        limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
-        threads = int(limit) if limit.isdecimal() and int(limit) > 0 else _cores()
+        threads = cpu_threads()
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
     if sys.platform == "linux":
         _make_kernel_cache(cache)
@@ -109,10 +108,6 @@ def report(accelerator: Accelerator) -> str:
         lines.append(("BLAS", accelerator.blas or f"none. {NO_BLAS}"))
         lines.append(("compiler", compiler or "none. MLX compiles kernels with g++: apt-get install g++."))
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _make_kernel_cache(cache: Path) -> None:

@@ -1,13 +1,13 @@
 """A fast BLAS for MLX on a Linux CPU: the library that MLX's wheel brings multiplies about fifty times slower."""
 
 import ctypes
-import hashlib
 import importlib.util
 import os
-import shutil
-import subprocess
-import tempfile
+import sys
 from pathlib import Path
+
+from shared.errors import FailedPrecondition
+from shared.native import build_library
 
 # Fedora's plain libopenblas is its single-threaded build, so the threaded names come first.
 _SYSTEM_LIBRARIES = ("libopenblasp.so.0", "libopenblaso.so.0", "libopenblas.so.0")
@@ -44,24 +44,17 @@ def load_blas(cache: Path) -> str | None:
         return None
     try:
         ctypes.CDLL(str(Path(wheel.origin).parent / "lib" / "libscipy_openblas.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(_build_forwarder(cache)), mode=ctypes.RTLD_GLOBAL)
-    except (OSError, subprocess.SubprocessError):
+        ctypes.CDLL(str(build_library(_FORWARDER, "c", ["-O2"], cache)), mode=ctypes.RTLD_GLOBAL)
+    except (OSError, FailedPrecondition):
         return None
     return "OpenBLAS of the scipy-openblas32 wheel"
 
 
-def _build_forwarder(cache: Path) -> Path:
-    machine = os.uname().machine
-    library = cache / f"blas-{machine}-{hashlib.sha256(_FORWARDER.encode()).hexdigest()[:12]}.so"
-    if library.exists():
-        return library
-    compiler = next((path for name in ("gcc", "cc", "clang") if (path := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError("There is no C compiler.")
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        built = Path(folder) / library.name
-        command = [compiler, "-O2", "-shared", "-fPIC", "-x", "c", "-", "-o", str(built)]
-        subprocess.run(command, input=_FORWARDER.encode(), check=True, capture_output=True, timeout=60)
-        built.replace(library)
-    return library
+def cpu_threads() -> int:
+    """In how many threads a process may compute: as many as OPENBLAS_NUM_THREADS says, else as there are cores."""
+    limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    return (
+        int(limit)
+        if limit.isdecimal() and int(limit) > 0
+        else (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    )

@@ -22,7 +22,19 @@ class FailedPrecondition(GptloopError):
 
 
 class ResourceExhausted(GptloopError):
-    """A limit is reached; the same call may succeed later."""
+    """A limit is reached; the same call may succeed in `retry_after_s`, where that is known."""
+
+    def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
+        super().__init__(sentence)
+        self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(GptloopError):
+    """The call needs a credential that the caller did not bring."""
+
+
+class DeadlineExceeded(GptloopError):
+    """The caller's own deadline passed before the call had ended."""
 
 
 class Unavailable(GptloopError):

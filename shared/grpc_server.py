@@ -16,7 +16,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shared.errors import AlreadyExists, GptloopError, InvalidArgument
-from shared.grpc_status import code_of
+from shared.grpc_status import code_of, details_of
+from shared.settings import to_address
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,11 @@ class GrpcServer:
     Every service, and the server as a whole (the name ""), is NOT_SERVING until `set_serving`.
     """
 
-    def __init__(self, services: Sequence[str]) -> None:
+    def __init__(self, services: Sequence[str], interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
         # gRPC logs a trace where a client leaves in the moment in which its call ends.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_concerns_the_server)
-        self.server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=[("grpc.so_reuseport", 0)])
+        interceptors = [_ErrorInterceptor(), *interceptors]
+        self.server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
         self._services = ("", *services)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -54,9 +56,9 @@ class GrpcServer:
         # gRPC would only say that binding failed, and would print its own trace of it.
         _check_address(host, port, port_variable)
         try:
-            port = self.server.add_insecure_port(_address(host, port))
+            port = self.server.add_insecure_port(to_address(host, port))
         except RuntimeError as error:
-            raise InvalidArgument(f"{_address(host, port)} cannot be listened on: {error}.") from None
+            raise InvalidArgument(f"{to_address(host, port)} cannot be listened on: {error}.") from None
         await self.server.start()
         return port
 
@@ -108,7 +110,7 @@ def port_in_use(host: str, port: int, port_variable: str) -> AlreadyExists:
 def cannot_listen(host: str, port: int, port_variable: str, error: OSError) -> InvalidArgument:
     """The error of a service whose address is not one of this machine."""
     return InvalidArgument(
-        f"{_address(host, port)} cannot be listened on ({port_variable} sets the port): {error.strerror}."
+        f"{to_address(host, port)} cannot be listened on ({port_variable} sets the port): {error.strerror}."
     )
 
 
@@ -118,18 +120,14 @@ def _concerns_the_server(record: logging.LogRecord) -> bool:
 
 def _check_address(host: str, port: int, port_variable: str) -> None:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind(place)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise port_in_use(host, port, port_variable) from None
         raise cannot_listen(host, port, port_variable, error) from None
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -168,10 +166,11 @@ def _wrap_generator(handler: Handler, method: str) -> Handler:
 
 
 async def _abort(context: Any, method: str, error: Exception) -> None:
-    if isinstance(error, grpc.aio.AbortError):
+    # The latter is a client that left in the very moment in which a message was written.
+    if isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError):
         raise error
     if isinstance(error, GptloopError):
-        await context.abort(code_of(error), str(error))
+        await context.abort(code_of(error), str(error), details_of(error))
     request_id = uuid.uuid4().hex
     logger.error("%s failed, request %s", method, request_id, exc_info=error)
     await context.abort(

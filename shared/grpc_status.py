@@ -1,8 +1,15 @@
 """Errors and gRPC status codes: one table, read both ways."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 
 from shared import errors
+
+# Where a status carries its details (gRPC's richer error model).
+_DETAILS_KEY = "grpc-status-details-bin"
 
 _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -10,6 +17,8 @@ _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
     errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.CorruptCheckpoint: grpc.StatusCode.DATA_LOSS,
     # Last, so that its code reads back as `InvalidArgument`.
@@ -19,18 +28,41 @@ _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
 
 def code_of(error: errors.GptloopError) -> grpc.StatusCode:
     """The status code of an error; INTERNAL for one that no caller can mend."""
-    return _CODES.get(type(error), grpc.StatusCode.INTERNAL)
+    return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), grpc.StatusCode.INTERNAL)
+
+
+def details_of(error: errors.GptloopError) -> Sequence[tuple[str, bytes]]:
+    """The trailing metadata of an error: a google.rpc.RetryInfo where it says when to call again."""
+    if not isinstance(error, errors.ResourceExhausted) or error.retry_after_s is None:
+        return ()
+    status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMilliseconds(round(error.retry_after_s * 1000))
+    status.details.add().Pack(info)
+    return ((_DETAILS_KEY, status.SerializeToString()),)
 
 
 def error_of(call: grpc.RpcError, address: str) -> errors.GptloopError:
     """What a failed call to a server says, as the error that the server raised."""
     code, details = call.code(), call.details() or ""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return errors.ResourceExhausted(details, _retry_after_s(call))
     if code is grpc.StatusCode.UNAVAILABLE and _has_no_server(details):
         return errors.Unavailable(f"No server answers at {address}: start it with make up.")
     for kind, kind_code in _CODES.items():
         if kind_code is code:
             return kind(details)
     return errors.GptloopError(f"The server at {address} ended the call with {code.name}: {details}")
+
+
+def _retry_after_s(call: Any) -> float | None:
+    for key, value in call.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            for detail in status_pb2.Status.FromString(value).details:
+                info = error_details_pb2.RetryInfo()
+                if detail.Unpack(info):
+                    return float(info.retry_delay.ToMilliseconds()) / 1000
+    return None
 
 
 def _has_no_server(details: str) -> bool:

@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from shared.errors import InvalidArgument
 
 Environment = Mapping[str, str]
 
 
-def read_int(environment: Environment, name: str, default: int, *, minimum: int, maximum: int) -> int:
+Default = TypeVar("Default", int, None)
+
+
+def read_int(environment: Environment, name: str, default: Default, *, minimum: int, maximum: int) -> int | Default:
     """The integer in a variable; raises `InvalidArgument` outside [minimum, maximum]."""
     text = environment.get(name, "").strip()
     if not text:
@@ -45,6 +49,11 @@ def read_str(environment: Environment, name: str, default: str) -> str:
 def read_port(environment: Environment, name: str, default: int) -> int:
     """A TCP port; 0 lets the system choose a free one."""
     return read_int(environment, name, default, minimum=0, maximum=65535)
+
+
+def to_address(host: str, port: int) -> str:
+    """A host and a port as one text."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True)

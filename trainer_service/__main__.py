@@ -46,7 +46,6 @@ ValidationOption = Annotated[
 OverridesOption = Annotated[
     str, typer.Option("--set", help='Values that replace the preset\'s, as in "max_steps=500 batch_size=8".')
 ]
-ResumeOption = Annotated[int | None, typer.Option(help="The version to continue from.")]
 AfterOption = Annotated[
     list[str] | None, typer.Option("--after", help="A job that must finish first. Repeatable.", metavar="JOB")
 ]
@@ -62,8 +61,11 @@ def train(
     preset: PresetOption = "",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
-    resume: ResumeOption = None,
+    resume: Annotated[int | None, typer.Option(help="The version to continue from.")] = None,
     overrides: OverridesOption = "",
+    only_prepare: Annotated[
+        bool, typer.Option("--only-prepare", help="Make the run's tokens, so that it finds them, and do not train.")
+    ] = False,
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -74,29 +76,14 @@ def train(
     train --preset small --dataset stories.txt --set "max_steps=500 batch_size=8"
 
     train --resume 3 --set "max_steps=1200"
+
+    Three jobs that follow each other:
+
+    train --only-prepare --no-follow; train --after PREPARE_JOB --no-follow; evaluate --after TRAIN_JOB
     """
     request = TrainingRequest(preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides))
-    _enqueue(JobRequest(Kind.TRAIN, request, after=tuple(after or ())), wait)
-
-
-@app.command()
-def prepare(
-    preset: PresetOption = "",
-    dataset: DatasetOption = None,
-    validation: ValidationOption = None,
-    resume: ResumeOption = None,
-    overrides: OverridesOption = "",
-    after: AfterOption = None,
-    wait: FollowOption = True,
-) -> None:
-    """Put a job on the queue that prepares the data of a run, so that the run finds them; `data` does it here and now.
-
-    Example, three jobs that follow each other:
-
-    prepare --preset small --no-follow; train --preset small --after PREPARE_JOB --no-follow; evaluate --after TRAIN_JOB
-    """
-    request = TrainingRequest(preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides))
-    _enqueue(JobRequest(Kind.PREPARE, request, after=tuple(after or ())), wait)
+    kind = Kind.PREPARE if only_prepare else Kind.TRAIN
+    _enqueue(JobRequest(kind, request, after=tuple(after or ())), wait)
 
 
 @app.command()

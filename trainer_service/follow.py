@@ -9,7 +9,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from shared.errors import GptloopError, Unavailable
 from trainer_service import events
 from trainer_service.events import Event, JobState
-from trainer_service.queue import JobQueue, JobRecord
+from trainer_service.queue import JobQueue
+from trainer_service.records import JobRecord
 
 _WAIT_S = 1.0
 # A job that nobody works on while no worker lives does not go on by itself.

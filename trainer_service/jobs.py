@@ -10,7 +10,8 @@ from shared.errors import GptloopError, RunOwnershipLost, Unavailable
 from trainer_service.attempt import Attempt, Stopped
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.kinds import EvaluationSpec, Kind
-from trainer_service.queue import STOPPED, JobQueue, JobRecord
+from trainer_service.queue import STOPPED, JobQueue
+from trainer_service.records import JobRecord
 from trainer_service.redis_server import connect
 from trainer_service.reporter import End, Reporter
 from trainer_service.settings import read_settings

@@ -9,7 +9,8 @@ from prometheus_client.registry import Collector
 
 from shared.errors import Unavailable
 from trainer_service.events import JobState, Progress
-from trainer_service.queue import JobQueue, JobRecord
+from trainer_service.queue import JobQueue
+from trainer_service.records import JobRecord
 
 _WORKING = (JobState.RUNNING, JobState.CANCELLING)
 

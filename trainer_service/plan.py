@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 
 from shared import cli
+from shared.blas import cpu_threads
 from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
-from trainer_service.queue import JobRecord
+from trainer_service.records import JobRecord
 from trainer_service.spec import JobSpec
-from trainer_service.training.config import TrainingConfig
+from trainer_service.training.config import CHUNK_ELEMENTS, MICRO_BATCH_TOKENS, TrainingConfig
 
-# Tokens that a CPU thread takes through the model at a time, and numbers of logits that exist at a time, as in
-# `training.trainer` and `training.loss`, which load MLX.
-_MICRO_BATCH_TOKENS = 1024
-_CHUNK_ELEMENTS = 1 << 25
 # MLX keeps freed arrays up to such a part of the memory, see `shared.accelerator`.
 _CACHE_SHARE = 8
 # What a training process holds before its first step: interpreter, libraries, compiled kernels.
@@ -44,9 +41,7 @@ class Machine:
             distribution("mlx-cpu")
         except PackageNotFoundError:
             return cls(memory_bytes, None)
-        limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
-        threads = int(limit) if limit.isdecimal() and int(limit) > 0 else len(os.sched_getaffinity(0))
-        return cls(memory_bytes, threads)
+        return cls(memory_bytes, cpu_threads())
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
     T, L = config.context_length, config.layers
     threads = min(machine.threads, config.batch_size)
     rows = -(-config.batch_size // threads)
-    pieces = min(rows, -(-rows * T // _MICRO_BATCH_TOKENS))
+    pieces = min(rows, -(-rows * T // MICRO_BATCH_TOKENS))
     parameters = count_parameters(config.gpt).total
     # What the layers keep for their gradients, and as much again for the one at work.
     activations = _activations(config, -(-rows // pieces) * T, L + 1)
@@ -188,7 +183,7 @@ def _activations(config: TrainingConfig, tokens: int, layers: int) -> int:
     T, C = config.context_length, config.width
     keys = (T + min(T, 64)) // 2
     layer = (8 + 2 * (config.dropout > 0)) * C + 2 * config.hidden_width + config.heads * keys
-    logits = min(tokens * config.vocabulary_size, _CHUNK_ELEMENTS)
+    logits = min(tokens * config.vocabulary_size, CHUNK_ELEMENTS)
     return tokens * layers * layer + logits * 5 // 2
 
 

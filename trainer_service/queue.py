@@ -13,31 +13,23 @@ attempt that it works on, and nothing happens where there is a later one. So a p
 lives, can say nothing any more.
 """
 
-import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import RedisError, WatchError
 from rq import Queue
-from rq.exceptions import NoSuchJobError
-from rq.job import Job
 from rq.serializers import JSONSerializer
 
-from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from shared.errors import FailedPrecondition, NotFound, Unavailable
 from trainer_service.events import Evaluation, JobState, Progress, RunStarted, StateChanged, TimedEvent
-from trainer_service.kinds import Kind, Spec, spec_from_json
-
-logger = logging.getLogger(__name__)
-
-QUEUE_NAME = "gptloop"
-# What RQ holds as the function of every attempt; the worker calls nothing by its name.
-JOB_FUNCTION = "trainer_service.jobs.run_attempt"
+from trainer_service.kinds import Kind, Spec
+from trainer_service.records import Fields, JobRecord, last_told, read_record
+from trainer_service.rq_jobs import JOB_FUNCTION, QUEUE_NAME, AttemptJob
 
 # A lease is renewed every second or so; whoever does not renew it for so long is gone.
 LEASE_S = 8
@@ -54,58 +46,6 @@ _KEPT_EVENTS = 100_000
 # Of jobs that ended, for so long.
 _KEPT_S = 30 * 24 * 3600
 _READ_AT_ONCE = 200
-
-# A job's fields as Redis holds them.
-Fields = dict[str, str]
-
-Told = TypeVar("Told", RunStarted, Progress, Evaluation)
-
-
-@dataclass(frozen=True)
-class JobRecord:
-    """A job as it stands; times in seconds since the epoch, None for what has not happened.
-
-    `attempt` counts from 1. `after` names the jobs that must finish first. `is_held` says whether a process works on it
-    now.
-    """
-
-    id: str
-    kind: Kind
-    spec: Spec
-    after: tuple[str, ...]
-    state: JobState
-    attempt: int
-    enqueued_at: float
-    started_at: float | None
-    ended_at: float | None
-    started: RunStarted | None
-    progress: Progress | None
-    evaluation: Evaluation | None
-    reason: str
-    is_held: bool
-
-
-class AttemptJob(Job):
-    """What RQ reads of an attempt. Anything but the one function with a job and a number is none: RQ imports and calls
-    what it reads, callbacks too."""
-
-    def restore(self, raw_data: Any) -> Any:
-        """As RQ has it; raises `NoSuchJobError`, on which RQ drops the job."""
-        try:
-            super().restore(raw_data)
-            calls = (b"success_callback_name", b"failure_callback_name", b"stopped_callback_name", b"webhooks")
-            understood = (
-                self.func_name == JOB_FUNCTION
-                and self.instance is None
-                and not self.kwargs
-                and not any(raw_data.get(name) for name in calls)
-                and [type(argument) for argument in self.args] == [str, int]
-            )
-        except Exception as error:
-            raise NoSuchJobError(f"{self.id} cannot be understood: {error!r}") from error
-        if not understood:
-            logger.error("%r in the queue is not a job of this project, and is dropped", self.id)
-            raise NoSuchJobError(f"{self.id} is not a job of this project.")
 
 
 class JobQueue:
@@ -179,7 +119,7 @@ class JobQueue:
         records = []
         for job_id, found, lease in zip(ids, answers[::2], answers[1::2], strict=True):
             fields = _decoded(found)
-            records.append(_record(job_id, fields, _is_leased(fields, lease)))
+            records.append(read_record(job_id, fields, _is_leased(fields, lease)))
         return records
 
     def cancel(self, job_id: str) -> JobRecord:
@@ -251,7 +191,7 @@ class JobQueue:
             if self._ends_cancelled(pipeline, job_id, fields):
                 return
             # What an attempt began with is what those before it have kept.
-            started = _last(RunStarted, fields)
+            started = last_told(RunStarted, fields)
             step = started.first_step if started else 0
             further = step > int(fields.get("crash_step", -1))
             crashes = 1 if further else 1 + int(fields["crashes"])
@@ -411,45 +351,6 @@ class JobQueue:
         if "cancel" in fields:
             self._tell(pipeline, job_id, [TimedEvent(StateChanged(JobState.CANCELLED))])
         return "cancel" in fields
-
-
-def _record(job_id: str, fields: Fields, is_held: bool) -> JobRecord | None:
-    def moment(name: str) -> float | None:
-        return float(fields[name]) if name in fields else None
-
-    if not fields:
-        return None
-    try:
-        kind = Kind(fields["kind"])
-        spec = spec_from_json(kind, fields["spec"])
-    except (InvalidArgument, ValueError, KeyError) as error:
-        logger.warning("job %s is left out: %s", job_id, error)
-        return None
-    return JobRecord(
-        id=job_id,
-        kind=kind,
-        spec=spec,
-        after=tuple(fields["after"].split()),
-        state=JobState(fields["state"]),
-        attempt=int(fields["attempt"]),
-        enqueued_at=float(fields["enqueued_at"]),
-        started_at=moment("started_at"),
-        ended_at=moment("ended_at"),
-        started=_last(RunStarted, fields),
-        progress=_last(Progress, fields),
-        evaluation=_last(Evaluation, fields),
-        reason=fields.get("reason", ""),
-        is_held=is_held,
-    )
-
-
-def _last(kind: type[Told], fields: Fields) -> Told | None:
-    """The last event of a kind that a job told."""
-    if kind.__name__ not in fields:
-        return None
-    event = TimedEvent.from_json(fields[kind.__name__]).event
-    assert isinstance(event, kind)
-    return event
 
 
 def _is_leased(fields: Fields, lease: bytes | None) -> bool:

@@ -9,7 +9,7 @@ from shared.pb.training.v1 import training_pb2 as pb
 from trainer_service import events
 from trainer_service.events import JobState, TimedEvent
 from trainer_service.kinds import EvaluationSpec, JobRequest, Kind
-from trainer_service.queue import JobRecord
+from trainer_service.records import JobRecord
 from trainer_service.spec import TrainingRequest
 
 STATES = {

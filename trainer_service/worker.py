@@ -18,8 +18,9 @@ from rq.serializers import JSONSerializer
 from rq.worker import Worker, WorkerStatus
 
 from shared.errors import NotFound, Unavailable
-from trainer_service.queue import START_LEASE_S, STOPPED, AttemptJob, JobQueue
+from trainer_service.queue import START_LEASE_S, STOPPED, JobQueue
 from trainer_service.redis_server import connect
+from trainer_service.rq_jobs import AttemptJob
 
 logger = logging.getLogger(__name__)
 

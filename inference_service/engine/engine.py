@@ -4,93 +4,168 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
+from collections.abc import Sequence as Many
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
+from inference_service.engine.examination import Window, examine
 from inference_service.engine.request import (
     Admitted,
-    Draw,
     Event,
     Failed,
     Finished,
     FinishReason,
     GenerationRequest,
-    NotFinite,
     Output,
+    StepFailed,
 )
 from inference_service.engine.runner import Runner
-from inference_service.engine.scheduler import Scheduler
+from inference_service.engine.scheduler import Plan, Scheduler
 from inference_service.engine.sequence import Sequence
-from shared.errors import Unavailable
-from shared.gpt.model import GPT
+from shared.errors import GptloopError, Unavailable
+from shared.gpt.decoder import Decoder
+from shared.gpt.spans import SCORED_TOKENS, SPAN_TOKENS
 from shared.gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# So many steps of a version may fail within such a time.
+_MAX_FAILURES = 3
+_FAILURES_WITHIN_S = 60.0
 
 Outbox = Callable[[list[Output]], None]
 Command = Callable[[], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Lane:
-    """What serves one version."""
+    """What serves one version. A broken one takes no streams any more."""
 
     tokenizer: Tokenizer
     context_length: int
     runner: Runner
     scheduler: Scheduler
+    failures: deque[float] = field(default_factory=lambda: deque(maxlen=_MAX_FAILURES))
+    broken: bool = False
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A version that is being examined."""
+
+    version: int
+    lane: _Lane
+    pieces: Generator[None, None, float]
+    loss: Future[float]
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A request that has not ended, and those of its samples that have not."""
+
+    lane: _Lane
+    samples: list[Sequence]
 
 
 class Engine:
     """Generates for many streams at once, with several versions side by side.
 
+    A step reads at most `prefill_tokens` prompt tokens, of all versions together; where several have prompts to read,
+    they take turns, and the scheduler's promises count a version's own turns. `prefix_bytes` is the memory in which a
+    version keeps what prompts began with.
     The public methods may be called from any thread and return at once; what they ask for happens between two steps, in
     the order in which it was asked. `outbox` is called on the engine's thread, once a step, and must return at once.
-    `failed` is called there once if the thread dies of an error; every open stream has ended with `Unavailable` then.
+    A step that fails ends the streams that took part in it with `StepFailed`, and what serves their version begins
+    anew. A version of which too many steps fail takes no more streams. `failed` is called on the engine's thread once
+    where that is so of every version, or where the thread dies of another error; every open stream has ended with
+    `Unavailable` then.
     """
 
-    def __init__(self, slots: int, outbox: Outbox, failed: Callable[[], None]) -> None:
+    def __init__(
+        self, slots: int, prefill_tokens: int, prefix_bytes: int, outbox: Outbox, failed: Callable[[], None]
+    ) -> None:
         self._slots = slots
+        self._prefill_tokens = prefill_tokens
+        self._prefix_bytes = prefix_bytes
         self._outbox = outbox
         self._failed = failed
-        self._thread = threading.Thread(target=self._work, name="engine")
-        # Guards the three below: they are all that other threads touch.
+        # A stuck one must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        # Guards the four below: they are all that other threads change.
         self._changed = threading.Condition()
         self._inbox: list[Command] = []
-        self._open: set[str] = set()
+        self._open: dict[str, int] = {}
+        self._promises: set[Future[Any]] = set()
         self._closed: str | None = None
+        self._busy_since: float | None = None
         # The engine thread's own.
         self._lanes: dict[int, _Lane] = {}
+        self._arriving: deque[_Arriving] = deque()
+        self._requests: dict[str, _Running] = {}
         self._outputs: list[Output] = []
 
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the thread and waits for it; open streams end with `Unavailable`."""
-        self._close("The server is stopping.")
-        self._thread.join()
+    def stop(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread and waits for it; open streams end with `Unavailable`. Whether it has ended."""
+        self.close("The server is stopping.")
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
-    def add_version(self, version: int, model: GPT, tokenizer: Tokenizer) -> Future[None]:
-        """Makes an evaluated model ready; the future tells when, or why not."""
-        ready: Future[None] = Future()
+    def close(self, reason: str) -> None:
+        """Takes nothing more, and fails what was promised with `Unavailable`; open streams end when the thread does."""
+        with self._changed:
+            self._closed = self._closed or reason
+            for promise in self._promises:
+                promise.set_exception(Unavailable(self._closed))
+            self._promises.clear()
+            self._changed.notify()
+
+    @property
+    def stalled_s(self) -> float:
+        """For how long a single step, one command or one piece of a warm-up has been under way; 0 where there is
+        nothing to do."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def active_streams(self) -> int:
+        """How many streams have a slot."""
+        return sum(len(lane.scheduler.running) for lane in self._lanes.copy().values())
+
+    def add_version(
+        self,
+        version: int,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        context_length: int,
+        windows: Many[Window] = (),
+    ) -> Future[float]:
+        """Makes a version ready, piece by piece between the steps of the others.
+
+        The future tells when, with the mean loss in nats of the windows' tokens (T+1 each) as the version would serve
+        them; or why not. A version without windows goes before those that are examined.
+        """
+        loss: Future[float] = Future()
 
         def add() -> None:
-            try:
-                runner = Runner(model, self._slots)
-            except Exception as error:
-                ready.set_exception(error)
-                return
-            self._lanes[version] = _Lane(tokenizer, model.config.context_length, runner, Scheduler(self._slots))
-            ready.set_result(None)
+            blocks = self._prefix_bytes // (SPAN_TOKENS * decoder.token_bytes)
+            lane = _Lane(tokenizer, context_length, Runner(decoder, blocks), Scheduler(self._slots))
+            arriving = _Arriving(version, lane, examine(decoder, windows, self._scored_tokens), loss)
+            if windows:
+                self._arriving.append(arriving)
+            else:
+                self._arriving.appendleft(arriving)
 
-        if not self._post(add):
-            ready.set_exception(Unavailable("The engine has ended."))
-        return ready
+        self._promise(loss, add)
+        return loss
 
     def remove_version(self, version: int) -> Future[None]:
         """Frees the weights and the cache of a version without streams; the future tells when that is done."""
@@ -101,119 +176,226 @@ class Engine:
             del self._lanes[version]
             gc.collect()
             mx.clear_cache()
-            gone.set_result(None)
+            self._keep_promise(gone, None)
 
-        if not self._post(remove):
-            gone.set_result(None)
+        self._promise(gone, remove)
         return gone
 
     def submit(self, request: GenerationRequest) -> None:
-        """Starts a stream on a version that was added; raises `Unavailable` where the engine does not run any more."""
+        """Starts the samples of a request on a version that was added, no more of them than there are slots.
+
+        Raises `Unavailable` where the engine does not run any more.
+        """
 
         def add() -> None:
             lane = self._lanes[request.version]
-            lane.scheduler.add(Sequence(request, lane.context_length, lane.tokenizer.end_token, lane.tokenizer.piece))
+            samples = [
+                Sequence(request, index, lane.context_length, lane.tokenizer.end_token, lane.tokenizer.piece)
+                for index in range(request.samples)
+            ]
+            lane.scheduler.add(tuple(samples))
+            self._requests[request.id] = _Running(lane, samples)
+            if lane.broken:
+                self._fail(samples, StepFailed("Too many steps of this version failed; ask for another one."))
 
-        if not self._post(add, opens=request.id):
+        if not self._post(add, opens=request):
             raise Unavailable(self._closed)
 
     def cancel(self, request_id: str) -> None:
-        """Ends a stream with the reason CANCELLED; nothing happens where it has ended."""
+        """Ends a request with the reason CANCELLED; nothing happens where it has ended."""
 
         def cancel() -> None:
-            for lane in self._lanes.values():
-                for sequence in lane.scheduler.sequences:
-                    if sequence.request.id == request_id:
-                        self._end(lane, sequence, FinishReason.CANCELLED, time.monotonic())
+            if (running := self._requests.get(request_id)) is not None:
+                self._end(running, FinishReason.CANCELLED, time.monotonic())
 
         self._post(cancel)
 
-    def _post(self, command: Command, opens: str | None = None) -> bool:
+    def _post(self, command: Command, opens: GenerationRequest | None = None) -> bool:
         with self._changed:
             if self._closed is None:
                 self._inbox.append(command)
                 if opens is not None:
-                    self._open.add(opens)
+                    self._open[opens.id] = opens.samples
                 self._changed.notify()
             return self._closed is None
 
-    def _close(self, reason: str) -> None:
+    def _promise(self, promise: Future[Any], command: Command) -> None:
+        # Whoever waits for it may give up, but cannot take it back.
+        promise.set_running_or_notify_cancel()
         with self._changed:
-            self._closed = self._closed or reason
-            self._changed.notify()
+            if self._post(command):
+                self._promises.add(promise)
+            else:
+                promise.set_exception(Unavailable(self._closed))
+
+    def _keep_promise(self, promise: Future[Any], result: object) -> None:
+        with self._changed:
+            # Where it is not there, it was broken when the engine was closed.
+            if promise in self._promises:
+                self._promises.remove(promise)
+                if isinstance(result, Exception):
+                    promise.set_exception(result)
+                else:
+                    promise.set_result(result)
 
     def _work(self) -> None:
         try:
             while (commands := self._take_inbox()) is not None:
-                for command in commands:
-                    command()
-                for lane in self._lanes.values():
-                    self._step(lane)
+                while commands:
+                    self._busy_since = time.monotonic()
+                    # None is kept: it can hold the weights of a version.
+                    commands.pop(0)()
+                self._expire()
+                self._step()
+                self._examine()
                 self._send()
         except BaseException:
             logger.exception("the engine failed")
-            self._close("The engine failed and the server restarts; ask again in a moment.")
+            self.close("The engine failed and the server restarts; ask again in a moment.")
             self._end_open()
             self._failed()
         else:
             self._end_open()
         finally:
+            self._busy_since = None
             # MLX aborts the process where it ends before this thread's stream does.
+            self._requests.clear()
+            self._arriving.clear()
             self._lanes.clear()
             mx.clear_streams()
 
     def _take_inbox(self) -> list[Command] | None:
         """What was asked since; waits while there is nothing to do. None: the engine is to end."""
-        busy = any(lane.scheduler.sequences for lane in self._lanes.values())
+        self._busy_since = None
         with self._changed:
-            self._changed.wait_for(lambda: busy or self._inbox or self._closed)
+            self._changed.wait_for(lambda: self._requests or self._arriving or self._inbox or self._closed)
             commands, self._inbox = self._inbox, []
             return None if self._closed else commands
 
-    def _step(self, lane: _Lane) -> None:
+    def _expire(self) -> None:
         now = time.monotonic()
-        for sequence in lane.scheduler.sequences:
-            if sequence.request.deadline is not None and sequence.request.deadline <= now:
-                self._end(lane, sequence, FinishReason.DEADLINE, now)
-        for sequence in lane.scheduler.admit():
-            sequence.admitted_at = now
-            self._emit(sequence, [Admitted(now)])
-        plan = lane.scheduler.plan()
-        if plan is not None:
-            draws = lane.runner.run(plan)
-            lane.scheduler.record(plan)
-            now = time.monotonic()
-            for sequence, draw in draws:
-                self._accept(lane, sequence, draw, now)
+        for running in list(self._requests.values()):
+            deadline = running.samples[0].request.deadline
+            if deadline is not None and deadline <= now:
+                self._end(running, FinishReason.DEADLINE, now)
 
-    def _accept(self, lane: _Lane, sequence: Sequence, draw: Draw | None, now: float) -> None:
-        events: list[Event]
-        if draw is None:
-            lane.runner.clear(lane.scheduler.slot_of(sequence))
-            version = sequence.request.version
-            events = [Failed(NotFinite(f"Version {version} computes no finite numbers for this text."))]
-        else:
-            events = sequence.accept(draw, now)
+    def _step(self) -> None:
+        budget = self._prefill_tokens
+        for version, lane in list(self._lanes.items()):
+            self._busy_since = time.monotonic()
+            self._admit(lane)
+            plan = lane.scheduler.plan(budget)
+            if plan is None:
+                continue
+            budget -= plan.prompt_tokens
+            if plan.chunks:
+                # Whoever reads goes to the end, so that each version can have the whole budget in its turn.
+                others = {other: self._lanes[other] for other in self._lanes if other != version}
+                self._lanes = {**others, version: lane}
+            self._run(lane, plan)
+
+    def _examine(self) -> None:
+        """A piece of what the next version goes through before it is ready."""
+        if not self._arriving:
+            return
+        arriving = self._arriving[0]
+        self._busy_since = time.monotonic()
+        try:
+            next(arriving.pieces)
+            return
+        except StopIteration as end:
+            result: object = end.value
+            self._lanes[arriving.version] = arriving.lane
+        except Exception as failure:
+            logger.exception("version %d cannot be made ready", arriving.version)
+            # Its frames hold the weights.
+            result = failure.with_traceback(None)
+        self._arriving.popleft()
+        self._keep_promise(arriving.loss, result)
+        if isinstance(result, Exception):
+            del arriving
+            gc.collect()
+            mx.clear_cache()
+
+    def _scored_tokens(self) -> int:
+        """How long a piece of an examination may be: short as long as streams wait for it."""
+        return SCORED_TOKENS if self._requests else SPAN_TOKENS
+
+    def _admit(self, lane: _Lane) -> None:
+        for group in lane.scheduler.admit():
+            try:
+                lane.runner.reuse(group[0], lane.scheduler.slot_of(group[0]))
+            except Exception:
+                self._recover(lane, lane.scheduler.running)
+                return
+            now = time.monotonic()
+            for sequence in group:
+                sequence.cached = group[0].cached
+                sequence.admitted_at = now
+            self._emit(group[0], [Admitted(now)])
+
+    def _run(self, lane: _Lane, plan: Plan) -> None:
+        try:
+            draws = lane.runner.run(plan)
+        except Exception:
+            self._recover(lane, plan.sequences)
+            return
+        lane.scheduler.record(plan)
+        now = time.monotonic()
+        for sequence, draw in draws:
+            events: list[Event] = [Failed(draw)] if isinstance(draw, GptloopError) else sequence.accept(draw, now)
+            self._finish_step(sequence, events)
+
+    def _recover(self, lane: _Lane, sequences: Many[Sequence]) -> None:
+        """After a step that failed: its streams end, the others go on, and nothing of what the slots held is used."""
+        now = time.monotonic()
+        logger.exception("a step of %d streams failed", len(sequences))
+        if len(lane.failures) == _MAX_FAILURES and now - lane.failures[0] < _FAILURES_WITHIN_S:
+            lane.broken = True
+            if all(each.broken for each in self._lanes.values()):
+                raise
+            sequences = lane.scheduler.sequences
+        lane.failures.append(now)
+        self._fail(sequences, StepFailed("The step that this stream was in failed; ask again."))
+        lane.scheduler.forget_prompts()
+        lane.runner.reset()
+
+    def _fail(self, sequences: Many[Sequence], error: GptloopError) -> None:
+        for sequence in tuple(sequences):
+            self._finish_step(sequence, [Failed(error)])
+
+    def _end(self, running: _Running, reason: FinishReason, now: float) -> None:
+        for sequence in running.samples.copy():
+            if sequence.read > 0 and not sequence.prefilled:
+                running.lane.runner.drop(running.lane.scheduler.slot_of(sequence))
+            self._finish_step(sequence, sequence.end(reason, now))
+
+    def _finish_step(self, sequence: Sequence, events: list[Event]) -> None:
+        """Sends what a step gave to a sequence, and lets it go where that was its end."""
         self._emit(sequence, events)
         if isinstance(events[-1], Finished | Failed):
-            lane.scheduler.remove(sequence)
-
-    def _end(self, lane: _Lane, sequence: Sequence, reason: FinishReason, now: float) -> None:
-        lane.scheduler.remove(sequence)
-        self._emit(sequence, sequence.end(reason, now))
+            running = self._requests[sequence.request.id]
+            running.lane.scheduler.remove(sequence)
+            running.samples.remove(sequence)
+            if not running.samples:
+                del self._requests[sequence.request.id]
 
     def _emit(self, sequence: Sequence, events: list[Event]) -> None:
-        self._outputs += [Output(sequence.request.id, event) for event in events]
+        self._outputs += [Output(sequence.request.id, sequence.index, event) for event in events]
 
     def _send(self) -> None:
         outputs, self._outputs = self._outputs, []
         if not outputs:
             return
         with self._changed:
-            self._open -= {output.request_id for output in outputs if isinstance(output.event, Finished | Failed)}
+            for output in outputs:
+                if isinstance(output.event, Finished | Failed):
+                    self._open[output.request_id] -= 1
+                    if self._open[output.request_id] == 0:
+                        del self._open[output.request_id]
         self._outbox(outputs)
 
     def _end_open(self) -> None:
         self._send()
         error = Unavailable(self._closed)
-        self._outbox([Output(request_id, Failed(error)) for request_id in self._open])
+        self._outbox([Output(request_id, 0, Failed(error)) for request_id in self._open])

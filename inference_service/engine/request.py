@@ -1,5 +1,6 @@
 """What goes into the engine and what comes out. Importing this loads no model framework."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -22,10 +23,15 @@ class NotFinite(GptloopError):
     """The model's logits for a row are not finite, so nothing can be drawn from them."""
 
 
+class StepFailed(GptloopError):
+    """The step in which the stream took part failed."""
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One stream to generate: `prompt` holds at least one token and fewer than the context, in the tokens of `version`.
+    """What to generate: `prompt` holds at least one token and fewer than the context, in the tokens of `version`.
 
+    `samples` streams continue it, at most as many as there are slots; the one of index i draws with the seed + i.
     `arrived` and `deadline` are times of `time.monotonic`. `logprobs` is the number of alternatives that come with each
     token, None for no log-probabilities at all.
     """
@@ -36,6 +42,7 @@ class GenerationRequest:
     seed: int
     max_tokens: int
     arrived: float
+    samples: int = 1
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
@@ -54,36 +61,45 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Draw:
-    """A token that was drawn; `alternatives` are the likeliest ones, likeliest first."""
+    """A token that was drawn; `alternatives` are the likeliest ones, likeliest first, and `rank` is 1 for the first."""
 
     token: int
     logprob: float | None = None
+    rank: int | None = None
     alternatives: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """The request has its first turn: it does not wait any more."""
+    """The request has its first turn, with all of its samples: it does not wait any more."""
 
     at: float
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Drawn tokens, and the text that is certain since; either can be empty."""
+    """Drawn tokens, each with its time, and the text that is certain since; either can be empty."""
 
-    at: float
+    times: tuple[float, ...]
     text: str
     draws: tuple[Draw, ...]
+
+    @classmethod
+    def joined(cls, deltas: Sequence["Delta"]) -> "Delta":
+        """Several that follow one another as one."""
+        times = tuple(at for delta in deltas for at in delta.times)
+        return cls(times, "".join(delta.text for delta in deltas), tuple(draw for d in deltas for draw in d.draws))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a stream. Times are in seconds from the arrival of the request; None where it did not come so far."""
+    """The end of a stream. `cached_prompt_tokens` were not read again. Times are in seconds from the arrival of the
+    request; None where it did not come so far."""
 
     reason: FinishReason
     matched_stop: str | None
     prompt_tokens: int
+    cached_prompt_tokens: int
     generated_tokens: int
     queue_s: float | None
     first_token_s: float | None
@@ -102,7 +118,8 @@ Event = Admitted | Delta | Finished | Failed
 
 @dataclass(frozen=True)
 class Output:
-    """An event of one stream."""
+    """An event of one sample of a request."""
 
     request_id: str
+    index: int
     event: Event

@@ -1,112 +1,139 @@
-"""One version's model and its cache: carries out the scheduler's plans. Belongs to the engine's thread.
+"""One version's decoder: carries out the scheduler's plans and draws. Belongs to the engine's thread.
 
-Shapes: B slots, T tokens, V vocabulary.
+Shapes: V vocabulary.
 """
 
+import logging
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from inference_service.engine.request import Draw, TokenLogprob
-from inference_service.engine.scheduler import Plan
+from inference_service.engine.prefix_cache import PrefixCache
+from inference_service.engine.request import Draw, NotFinite, StepFailed, TokenLogprob
+from inference_service.engine.scheduler import Chunk, Plan
 from inference_service.engine.sequence import Sequence
-from shared.gpt.cache import KVCache
-from shared.gpt.model import GPT
-from shared.gpt.operations import on_cpu
-from shared.gpt.sampling import Logits, log_probabilities, penalise_repetition, sample
+from shared.errors import GptloopError
+from shared.gpt.decoder import Decoder
+from shared.gpt.sampling import Logits, PlainDraw, adjust, is_finite, log_probabilities, sample
+from shared.gpt.spans import SPAN_TOKENS, Span
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class After:
+    """A sequence that draws its next token, and from what: logits as the decoder returned them."""
+
+    sequence: Sequence
+    slot: int
+    logits: Any
+
+    def plain_draw(self) -> PlainDraw:
+        """For a sequence that draws plainly."""
+        one = self.sequence
+        return PlainDraw(self.logits, one.request.sampling.temperature, one.seed, one.generated, one.masked_token)
 
 
 class Runner:
-    """A model with a cache of fixed slots. The slots that go through a decode forward never show in a row's numbers.
+    """A decoder, and the beginnings of prompts that it has read. A row's numbers never depend on its neighbours."""
 
-    At least two slots: a product of one row is computed in another way than that of several, with other last digits.
-    """
+    def __init__(self, decoder: Decoder, prefix_blocks: int) -> None:
+        self._decoder = decoder
+        self._prefixes = PrefixCache(prefix_blocks)
 
-    def __init__(self, model: GPT, slots: int) -> None:
-        assert slots >= 2
-        self._model = model
-        self._cache = KVCache(model.config, slots)
-        self._slots = slots
-        self._counts = self._warm_up()
+    def reuse(self, first: Sequence, slot: int) -> None:
+        """Brings into a slot what an earlier prompt began alike with."""
+        for block in self._prefixes.find(first.request.prompt):
+            self._decoder.write(slot, first.read, block)
+            first.read += SPAN_TOKENS
+        first.cached = first.read
 
-    def run(self, plan: Plan) -> list[tuple[Sequence, Draw | None]]:
-        """Carries a plan out: the next token of each sequence that decodes or whose prompt is read to its end.
+    def run(self, plan: Plan) -> list[tuple[Sequence, Draw | GptloopError]]:
+        """Carries a plan out: the next token of each sequence that draws, or what keeps this one sequence from it."""
+        after = self.forward(plan)
+        return list(zip((one.sequence for one in after), self.draw(after), strict=True))
 
-        None instead of a token where the logits are not finite.
-        """
-        return [(sequence, draw_token(sequence, row)) for sequence, row in self.forward(plan).items()]
-
-    def forward(self, plan: Plan) -> dict[Sequence, Logits]:
-        """The logits (V,) that `run` draws from."""
-        logits: dict[Sequence, mx.array] = {}
+    def forward(self, plan: Plan) -> list[After]:
+        """The first half of `run`: what is drawn from."""
+        spans, after = [], []
         for chunk in plan.chunks:
-            tokens = mx.array(chunk.sequence.request.prompt[chunk.start : chunk.end])  # (T,)
-            after = self._model.prefill(tokens, self._cache, chunk.slot, chunk.start)  # (V,)
-            if chunk.end == len(chunk.sequence.request.prompt):
-                logits[chunk.sequence] = after
-        if plan.rows:
-            needed = 1 + max(row.slot for row in plan.rows)
-            count = next(count for count in self._counts if count >= needed)
-            last = [0] * count
-            for row in plan.rows:
-                last[row.slot] = row.sequence.generated[-1]
-            decoded = self._model.decode(mx.array(last), self._cache, mx.array(plan.positions[:count]))  # (B, V)
-        # On a GPU the step's only wait for the device.
-        mx.eval(self._cache.arrays, *logits.values(), *([decoded] if plan.rows else []))
-        rows = {sequence: np.asarray(array) for sequence, array in logits.items()}
-        if plan.rows:
-            block = np.asarray(decoded)  # (B, V)
-            rows |= {row.sequence: block[row.slot] for row in plan.rows}
-        return rows
+            spans.append(Span(chunk.slots[0], chunk.start, chunk.group[0].request.prompt[chunk.start : chunk.end]))
+        for row in plan.rows:
+            assert row.sequence.last_token is not None
+            spans.append(Span(row.slot, row.sequence.read, (row.sequence.last_token,)))
+        logits = self._decoder.forward(spans)
+        for chunk, end in zip(plan.chunks, logits, strict=False):
+            self._keep(chunk)
+            if chunk.ends_prompt:
+                if len(chunk.group) > 1:
+                    self._decoder.copy(chunk.slots[0], chunk.slots[1:], chunk.end)
+                after += [After(sequence, slot, end) for sequence, slot in zip(chunk.group, chunk.slots, strict=True)]
+        for row, end in zip(plan.rows, logits[len(plan.chunks) :], strict=True):
+            after.append(After(row.sequence, row.slot, end))
+        return after
 
-    def clear(self, slot: int) -> None:
-        """Overwrites a slot: what is not finite would reach its next sequence even through the attention mask."""
-        for layer in self._cache.layers:
-            layer.keys[slot] = 0.0
-            layer.values[slot] = 0.0
+    def draw(self, after: Many[After]) -> list[Draw | GptloopError]:
+        """The second half of `run`."""
+        draws: dict[Sequence, Draw | GptloopError] = {}
+        plain = [one for one in after if one.sequence.draws_plainly]
+        tokens = self._decoder.draw([one.plain_draw() for one in plain]) if plain else []
+        plainly = {one.sequence: token for one, token in zip(plain, tokens, strict=True)}
+        for one in after:
+            if one.sequence in plainly and one.sequence.request.logprobs is None:
+                token = plainly[one.sequence]
+                draws[one.sequence] = not_finite(one.sequence) if token is None else Draw(token)
+            else:
+                logits = np.asarray(one.logits)
+                try:
+                    draws[one.sequence] = draw_token(one.sequence, logits, plainly.get(one.sequence))
+                except Exception as error:
+                    logger.exception("drawing for request %s failed", one.sequence.request.id)
+                    draws[one.sequence] = StepFailed(f"The next token of this stream could not be drawn: {error!r}.")
+            if isinstance(draws[one.sequence], NotFinite):
+                self._decoder.clear(one.slot)
+        return [draws[one.sequence] for one in after]
 
-    def _warm_up(self) -> list[int]:
-        """Compiles what the first request would wait for; returns how many slots a decode may have, ascending.
+    def drop(self, slot: int) -> None:
+        """A sequence leaves its slot with its prompt half read: nothing has told whether its numbers are finite."""
+        self._decoder.clear(slot)
 
-        Fewer than all only where each row has the same bits then, which hangs on how products are computed.
-        """
-        first = self._model.prefill(mx.array([0]), self._cache, 0, 0)  # (V,)
-        tokens = mx.arange(self._slots) % self._model.config.vocabulary_size  # (B,)
-        positions = mx.zeros(self._slots, mx.int32)  # (B,)
-        logits = self._model.decode(tokens, self._cache, positions)  # (B, V)
-        mx.eval(first, logits, self._cache.arrays)
-        counts = [1 << power for power in range(1, self._slots.bit_length()) if 1 << power < self._slots]
-        if not on_cpu():
-            counts = []
+    def reset(self) -> None:
+        """Begins anew: what slots and prefixes hold may be wrong."""
+        self._prefixes.clear()
+        self._decoder.reset()
 
-        def agrees(count: int) -> bool:
-            fewer = self._model.decode(tokens[:count], self._cache, positions[:count])
-            return bool(mx.array_equal(fewer, logits[:count]))
-
-        return [*filter(agrees, counts), self._slots]
+    def _keep(self, chunk: Chunk) -> None:
+        if chunk.end % SPAN_TOKENS == 0:
+            slot, start, end = chunk.slots[0], chunk.end - SPAN_TOKENS, chunk.end
+            self._prefixes.keep(chunk.group[0].request.prompt[:end], lambda: self._decoder.read(slot, start, end))
 
 
-def draw_token(sequence: Sequence, logits: Logits) -> Draw | None:
-    """Draws a sequence's next token from (V,) logits; None where they are not finite."""
-    # Either is not a number where any of them is not.
-    if not (np.isfinite(logits.max()) and np.isfinite(logits.min())):
-        return None
+def not_finite(sequence: Sequence) -> NotFinite:
+    """The error of a sequence from whose logits nothing can be drawn."""
+    return NotFinite(f"Version {sequence.request.version} computes no finite numbers for this text.")
+
+
+def draw_token(sequence: Sequence, logits: Logits, token: int | None) -> Draw | NotFinite:
+    """Draws a sequence's next token from (V,) logits, unless it is drawn already, and tells what the request asks."""
+    if not is_finite(logits):
+        return not_finite(sequence)
     request = sequence.request
-    choice = logits
-    if request.sampling.repetition_penalty != 1.0:
-        seen = np.array([*request.prompt, *sequence.generated], np.int32)
-        choice = penalise_repetition(choice, seen, request.sampling.repetition_penalty)
-    if sequence.masked_token is not None:
-        choice = choice.copy()
-        choice[sequence.masked_token] = -np.inf
-    token = sample(choice, request.sampling, request.seed, len(sequence.generated))
+    if token is None:
+        choice = adjust(logits, request.sampling, request.prompt, sequence.counts)
+        if sequence.masked_token is not None:
+            choice = choice.copy()
+            choice[sequence.masked_token] = -np.inf
+        token = sample(choice, request.sampling, sequence.seed, sequence.generated)
     if request.logprobs is None:
         return Draw(token)
     logprobs = log_probabilities(logits)
-    likeliest = _likeliest(logprobs, request.logprobs)
     return Draw(
-        token, float(logprobs[token]), tuple(TokenLogprob(other, float(logprobs[other])) for other in likeliest)
+        token,
+        float(logprobs[token]),
+        int(np.count_nonzero(logits > logits[token])) + 1,
+        tuple(TokenLogprob(other, float(logprobs[other])) for other in _likeliest(logprobs, request.logprobs)),
     )
 
 

@@ -302,19 +302,6 @@ def _row_template(rows: int, width: int) -> list[tuple[str, int]]:
     return [("ROWS", rows), ("VECTORS", width // _VECTOR), ("PER_LANE", -(-width // (32 * _VECTOR)))]
 
 
-@differentiable
-def linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """x (..., C) times the transposed weight (F, C), plus the bias (F,); (..., F)."""
-    return mx.addmm(bias, x, weight.T)
-
-
-@linear.vjp  # type: ignore[untyped-decorator]
-def _linear_vjp(primals: list[mx.array], cotangent: mx.array, _output: mx.array) -> tuple[mx.array, ...]:
-    x, weight, bias = primals
-    rows = cotangent.reshape(-1, weight.shape[0])  # (N, F)
-    return cotangent @ weight, rows.T @ x.reshape(-1, weight.shape[1]), column_sums(rows).astype(bias.dtype)
-
-
 def column_sums(x: mx.array) -> mx.array:
     """The sums (F,) in fp32 of (N, F) over its rows."""
     rows, width = x.shape

@@ -6,18 +6,14 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from shared.errors import InvalidArgument
-from shared.gpt import cpu_decode
-from shared.gpt.cache import KVCache
 from shared.gpt.config import GPTConfig
-from shared.gpt.operations import add_norm, causal_attention, dropout, gelu, linear, on_cpu
+from shared.gpt.operations import add_norm, causal_attention, dropout, gelu, linear
 
 # (queries, keys, values), each (B, H, T, D), to the attended values (B, H, T, D).
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
@@ -136,9 +132,9 @@ class GPT(nn.Module):
         def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             return causal_attention(q, k, v, scale)
 
-        return self._through_blocks(self._embed(tokens, mx.arange(tokens.shape[1])), [attend] * self.config.layers)
+        return self.through_blocks(self.embed(tokens, mx.arange(tokens.shape[1])), [attend] * self.config.layers)
 
-    def _through_blocks(self, x: mx.array, attends: Sequence[Attend]) -> mx.array:
+    def through_blocks(self, x: mx.array, attends: Sequence[Attend]) -> mx.array:
         """The final hidden states (B, T, C) of embedded tokens (B, T, C); each block has its own way to attend."""
         normed = self.blocks[0].attention_norm(x)
         norms = [*(block.attention_norm for block in self.blocks[1:]), self.final_norm]
@@ -157,25 +153,8 @@ class GPT(nn.Module):
         weight: mx.array = self.token_embedding.weight if self.config.tied_head else self.head.weight
         return weight
 
-    def prefill(self, tokens: mx.array, cache: KVCache, slot: int, start: int) -> mx.array:
-        """Reads (T,) tokens of one row into its slot from position `start` on; logits (V,) after the last one."""
-        T = tokens.shape[0]
-        x = self._embed(tokens[None], mx.arange(start, start + T))  # (1, T, C)
-        attends = [partial(layer.prefill, slot=slot, start=start) for layer in cache.layers]
-        return self.logits(self._through_blocks(x, attends)[:, -1])[0]
-
-    def decode(self, tokens: mx.array, cache: KVCache, positions: mx.array) -> mx.array:
-        """One token (B,) at its position (B,) for every slot of the cache; logits (B, V).
-
-        On a CPU the first slots can be decoded alone, as many as there are tokens.
-        """
-        if on_cpu():
-            return mx.array(cpu_decode.decode(self, np.asarray(tokens), cache, np.asarray(positions)))
-        x = self._embed(tokens[:, None], positions[:, None])  # (B, 1, C)
-        attends = [partial(layer.decode, positions=positions) for layer in cache.layers]
-        return self.logits(self._through_blocks(x, attends)[:, 0])
-
-    def _embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
+    def embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
+        """Tokens (B, T) at positions that broadcast to them, embedded: (B, T, C)."""
         embedded = self.token_embedding(tokens) + self.position_embedding(positions)
         # The type in which the layers compute: the embeddings may be kept in a wider one.
         dropped: mx.array = self.dropout(embedded.astype(self.final_norm.weight.dtype))

@@ -73,13 +73,8 @@ def gelu(x: mx.array) -> mx.array:
 
 def linear(x: mx.array, layer: nn.Linear) -> mx.array:
     """A layer's product and bias, of (..., C)."""
-    if cuda.usable(x) and layer.weight.shape[0] % 8 == 0:
-        product = cuda.linear(x, layer.weight, layer.bias)
-    elif on_cpu():
-        product = _cpu_linear(x, layer.weight, layer.bias)
-    else:
-        product = layer(x)
-    result: mx.array = product
+    own = on_cpu() or (cuda.usable(x) and layer.weight.shape[0] % 8 == 0)
+    result: mx.array = _linear(x, layer.weight, layer.bias) if own else layer(x)
     return result
 
 
@@ -197,17 +192,20 @@ def _cpu_gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.arra
 
 
 @differentiable
-def _cpu_linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+def _linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    """x (..., C) times the transposed weight (F, C), plus the bias (F,); (..., F)."""
     return mx.addmm(bias, x, weight.T)
 
 
-@_cpu_linear.vjp  # type: ignore[untyped-decorator]
-def _cpu_linear_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-    x, weight, _ = primals
-    rows = cotangent.reshape(-1, cotangent.shape[-1])  # (N, V)
-    # MLX would give the weight's slopes column by column, and the optimizer's pass over them would use no vectors.
-    weight_slope = rows.T @ x.reshape(-1, x.shape[-1])  # (V, C)
-    return cotangent @ weight, weight_slope, _column_sums(cotangent)
+@_linear.vjp  # type: ignore[untyped-decorator]
+def _linear_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+    x, weight, bias = primals
+    rows = cotangent.reshape(-1, cotangent.shape[-1])  # (N, F)
+    # MLX would give the weight's slopes column by column, and on a CPU the optimizer's pass over them would use no
+    # vectors; its sums for the bias are slow on a CPU and on CUDA alike.
+    weight_slope = rows.T @ x.reshape(-1, x.shape[-1])  # (F, C)
+    sums = cuda.column_sums(rows).astype(bias.dtype) if cuda.usable(rows) else _column_sums(rows)
+    return cotangent @ weight, weight_slope, sums
 
 
 @differentiable

@@ -5,6 +5,7 @@ Shapes: V vocabulary.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,14 @@ Logits = NDArray[np.float32]
 
 _MASK = (1 << 64) - 1
 # So many of the likeliest tokens hold the top-p mass in nearly every case, and finding them needs no full sort.
-_TOP_P_GUESS = 256
+_TOP_P_GUESSES = (256, 4096)
 # Tokens whose weights are summed first, to find the block that a number falls into.
 _DRAW_BLOCK = 256
+_MAX_BIASES = 300
+_HIGHEST_LOGIT = float(np.finfo(np.float32).max)
 # The lowest temperature at which logits can be scaled in fp32 and stay finite as far as they matter.
 _FP32_TEMPERATURE = 1e-3
+_HIGHEST_INVERSE = 1e30
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class SamplingParameters:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    # Pairs of a token and what is added to its logit.
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
@@ -47,6 +55,14 @@ class SamplingParameters:
             raise InvalidArgument(
                 f"repetition_penalty is {self.repetition_penalty:g}, but must be above 0 and at most 100."
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2.0 <= getattr(self, name) <= 2.0:
+                raise InvalidArgument(f"{name} is {getattr(self, name):g}, but must be from -2 to 2.")
+        if len(self.logit_bias) > _MAX_BIASES:
+            raise InvalidArgument(f"logit_bias has {len(self.logit_bias)} tokens, but may have at most {_MAX_BIASES}.")
+        for token, bias in self.logit_bias:
+            if not -100.0 <= bias <= 100.0:
+                raise InvalidArgument(f"logit_bias of token {token} is {bias:g}, but must be from -100 to 100.")
 
 
 def uniform(seed: int, position: int) -> float:
@@ -55,35 +71,66 @@ def uniform(seed: int, position: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def penalise_repetition(logits: Logits, seen: NDArray[np.int32], penalty: float) -> Logits:
-    """A copy of (V,) logits with those of seen tokens made less likely (Keskar et al. 2019, CTRL, section 4.1)."""
-    penalised = logits.copy()
-    values = penalised[seen]
-    penalised[seen] = np.where(values > 0, values / penalty, values * penalty)
-    return penalised
+def adjust(
+    logits: Logits, parameters: SamplingParameters, prompt: Sequence[int], generated: Mapping[int, int]
+) -> Logits:
+    """The (V,) logits after penalties and bias, a copy where anything changes; `generated` counts each drawn token.
+
+    Repetition first (Keskar et al. 2019, CTRL, section 4.1), over prompt and generated tokens; then presence and
+    frequency over generated ones, and the bias, as OpenAI's API defines them.
+    """
+    if parameters.repetition_penalty != 1.0:
+        seen = np.array([*prompt, *generated], np.intp)
+        values, penalty = logits[seen].astype(np.float64), parameters.repetition_penalty
+        # A penalty of next to nothing would make a logit infinite, and nothing could be drawn.
+        with np.errstate(over="ignore"):
+            penalised = np.where(values > 0, values / penalty, values * penalty).clip(-_HIGHEST_LOGIT, _HIGHEST_LOGIT)
+        logits = logits.copy()
+        logits[seen] = penalised
+    if generated and (parameters.presence_penalty or parameters.frequency_penalty):
+        tokens = np.fromiter(generated.keys(), np.intp)
+        counts = np.fromiter(generated.values(), np.float32)
+        logits = logits.copy()
+        logits[tokens] -= np.float32(parameters.presence_penalty) + np.float32(parameters.frequency_penalty) * counts
+    if parameters.logit_bias:
+        logits = logits.copy()
+        for token, bias in parameters.logit_bias:
+            logits[token] += np.float32(bias)
+    return logits
 
 
 def distribution(logits: Logits, parameters: SamplingParameters) -> NDArray[np.float64]:
-    """The probabilities (V,) that a draw follows: temperature first, then top-k, top-p and min-p, each on what is left.
-
-    Temperature 0 is the likeliest token with certainty. A logit of minus infinity has probability 0.
-    Sources: Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p).
-    """
+    """The probabilities (V,) that a draw follows. Temperature 0 is the likeliest token with certainty."""
+    probabilities = np.zeros(logits.shape, np.float64)
     if parameters.temperature == 0.0:
-        probabilities = np.zeros(logits.shape, np.float64)
         probabilities[np.argmax(logits)] = 1.0
-        return probabilities
-    scaled = (logits.astype(np.float64) - logits.max()) / parameters.temperature
-    probabilities = np.exp(scaled)
-    if 0 < parameters.top_k < probabilities.size:
-        kept = np.argpartition(probabilities, -parameters.top_k)[-parameters.top_k :]
-        probabilities = _only(probabilities, kept)
+    else:
+        tokens, weights = candidates(logits, parameters)
+        probabilities[slice(None) if tokens is None else tokens] = weights / weights.sum(dtype=np.float64)
+    return probabilities
+
+
+def candidates(
+    logits: Logits, parameters: SamplingParameters
+) -> tuple[NDArray[np.intp] | None, NDArray[np.floating[Any]]]:
+    """The tokens that can be drawn at a temperature above 0, ascending (None: all), and their weights.
+
+    Temperature first, then top-k, top-p and min-p, each on what is left; of equals at a border the first.
+    A logit of minus infinity has weight 0. Sources: Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p).
+    """
+    tokens: NDArray[np.intp] | None = None
+    highest = logits.max()
+    if 0 < parameters.top_k < logits.size:
+        tokens = _first_above(logits, np.partition(logits, -parameters.top_k)[-parameters.top_k], parameters.top_k)
+        logits = logits[tokens]
+    weights = _weights(logits, highest, parameters.temperature)
     if parameters.top_p < 1.0:
-        probabilities = _only(probabilities, _nucleus(probabilities, parameters.top_p))
+        kept = _nucleus(weights, parameters.top_p)
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
     if parameters.min_p > 0.0:
-        probabilities[probabilities < parameters.min_p * probabilities.max()] = 0.0
-    normalised: NDArray[np.float64] = probabilities / probabilities.sum()
-    return normalised
+        kept = np.flatnonzero(weights >= parameters.min_p)
+        tokens, weights = kept if tokens is None else tokens[kept], weights[kept]
+    return tokens, weights
 
 
 def draw(weights: NDArray[np.floating[Any]], number: float) -> int:
@@ -104,16 +151,31 @@ def sample(logits: Logits, parameters: SamplingParameters, seed: int, position: 
     """One token drawn from (V,) logits."""
     if parameters.temperature == 0.0:
         return int(np.argmax(logits))
-    number = uniform(seed, position)
-    filtered = parameters.top_k > 0 or parameters.top_p < 1.0 or parameters.min_p > 0.0
-    if filtered or parameters.temperature < _FP32_TEMPERATURE:
-        return draw(distribution(logits, parameters), number)
-    # Nothing is to be compared, so fp32 is exact enough, and several times faster. What overflows has weight 0.
-    with np.errstate(over="ignore"):
-        weights = logits - logits.max()
-        weights *= np.float32(1 / parameters.temperature)
-    np.exp(weights, out=weights)
-    return draw(weights, number)
+    tokens, weights = candidates(logits, parameters)
+    drawn = draw(weights, uniform(seed, position))
+    return drawn if tokens is None else int(tokens[drawn])
+
+
+def is_finite(logits: Logits) -> bool:
+    """Whether all of (V,) logits are."""
+    # Either is not a number where any of them is not.
+    return bool(np.isfinite(logits.max()) and np.isfinite(logits.min()))
+
+
+@dataclass(frozen=True)
+class PlainDraw:
+    """A draw with nothing but a temperature, from logits as a decoder returned them; `masked` is not drawn."""
+
+    logits: Any
+    temperature: float
+    seed: int
+    position: int
+    masked: int | None
+
+    @property
+    def inverse_temperature(self) -> float:
+        """0 where the likeliest token is taken; at the least temperatures still a number in fp32."""
+        return min(1 / self.temperature, _HIGHEST_INVERSE) if self.temperature else 0.0
 
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:
@@ -123,21 +185,37 @@ def log_probabilities(logits: Logits) -> NDArray[np.float64]:
     return result
 
 
-def _only(probabilities: NDArray[np.float64], kept: NDArray[np.intp]) -> NDArray[np.float64]:
-    result = np.zeros_like(probabilities)
-    result[kept] = probabilities[kept]
-    return result
+def _weights(logits: Logits, highest: np.float32, temperature: float) -> NDArray[np.floating[Any]]:
+    """What each token's probability is to that of the likeliest."""
+    # What overflows has weight 0.
+    with np.errstate(over="ignore"):
+        if temperature < _FP32_TEMPERATURE:
+            precise: NDArray[np.float64] = np.exp((logits.astype(np.float64) - highest) / temperature)
+            return precise
+        weights = logits - highest
+        weights *= np.float32(1 / temperature)
+    np.exp(weights, out=weights)
+    return weights
 
 
-def _nucleus(probabilities: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    """The fewest likeliest tokens that together reach `top_p` of the mass."""
-    mass = top_p * probabilities.sum()
-    likely = np.argpartition(probabilities, -min(_TOP_P_GUESS, probabilities.size))[-_TOP_P_GUESS:]
-    if probabilities[likely].sum() < mass:
-        likely = np.arange(probabilities.size)
-    order = likely[np.argsort(-probabilities[likely], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(probabilities[order]), mass)) + 1
-    return order[:count]
+def _nucleus(weights: NDArray[np.floating[Any]], top_p: float) -> NDArray[np.intp]:
+    """The fewest likeliest tokens that together reach `top_p` of the mass, ascending."""
+    mass = top_p * weights.sum(dtype=np.float64)
+    for guess in (*_TOP_P_GUESSES, weights.size):
+        count = min(guess, weights.size)
+        likeliest = np.sort(np.partition(weights, -count)[-count:])[::-1]
+        sums = np.cumsum(likeliest, dtype=np.float64)
+        if sums[-1] >= mass:
+            break
+    needed = min(int(np.searchsorted(sums, mass)) + 1, sums.size)
+    return _first_above(weights, likeliest[needed - 1], needed)
+
+
+def _first_above(values: NDArray[np.floating[Any]], lowest: np.floating[Any], count: int) -> NDArray[np.intp]:
+    """The places of the `count` highest values, ascending, of which `lowest` is the last; of equals the first."""
+    above = np.flatnonzero(values > lowest)
+    equal = np.flatnonzero(values == lowest)[: count - above.size]
+    return np.sort(np.concatenate([above, equal]))
 
 
 def _split_mix(state: int) -> int:

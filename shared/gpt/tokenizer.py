@@ -119,7 +119,7 @@ class Tokenizer:
             if values["special_tokens"] != {END_OF_TEXT: len(ranks)}:
                 raise ValueError("its special tokens are not the end token alone, as the last id")
         except OSError as error:
-            raise InvalidArgument(f"The tokenizer {path} cannot be read: {error.strerror}.") from None
+            raise InvalidArgument(f"The tokenizer {path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidArgument(f"The file {path} holds no tokenizer of this program: {error}.") from None
         return cls(name, pattern, ranks)

@@ -12,6 +12,10 @@ from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
 
 
+class NotFiniteWeights(CorruptCheckpoint):
+    """Weights of which some are infinite or no numbers."""
+
+
 def save_model(model: GPT, path: Path) -> None:
     """Writes every parameter under its module name, in fp32; raises `OSError` as `save_arrays` does."""
     save_arrays(parameters_of(model), path)
@@ -31,7 +35,8 @@ def save_arrays(arrays: dict[str, mx.array], path: Path, metadata: dict[str, str
 def load_model(path: Path, config: GPTConfig) -> GPT:
     """The model of a file, evaluated and in evaluation mode.
 
-    Raises `CorruptCheckpoint` where names, shapes or types do not fit the configuration or a value is not finite.
+    Raises `CorruptCheckpoint` where names, shapes or types do not fit the configuration, and `NotFiniteWeights` where a
+    value is not finite.
     """
     model = GPT(config)
     expected = parameters_of(model)
@@ -49,7 +54,7 @@ def load_model(path: Path, config: GPTConfig) -> GPT:
             )
     finite = mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in arrays.values()]))
     if not finite.item():
-        raise CorruptCheckpoint(f"{path} holds values that are not finite.")
+        raise NotFiniteWeights(f"{path} holds values that are not finite.")
     model.load_weights(list(arrays.items()))
     model.eval()
     mx.eval(model.parameters())

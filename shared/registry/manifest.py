@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
@@ -11,6 +12,8 @@ from typing import Any, Self, get_args, get_origin
 from shared.errors import CorruptCheckpoint
 
 MANIFEST_NAME = "manifest.json"
+# The end of the year 9999, in seconds since the epoch.
+_LATEST_S = 253402300800
 # Under this name a manifest holds the SHA-256 of all its other values.
 _DIGEST_NAME = "sha256"
 
@@ -34,10 +37,15 @@ class _Manifest:
         """The size of all files but the manifest."""
         return sum(record.size_bytes for record in self.files)
 
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of all values, those of the files among them, in hexadecimal."""
+        return _digest(asdict(self))  # type: ignore[call-overload]
+
     def to_json(self) -> str:
         """As `manifest.json` holds it."""
         values = asdict(self)  # type: ignore[call-overload]
-        return json.dumps(values | {_DIGEST_NAME: _digest(values)}, indent=2, sort_keys=True)
+        return json.dumps(values | {_DIGEST_NAME: self.digest}, indent=2, sort_keys=True)
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -47,7 +55,7 @@ class _Manifest:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CorruptCheckpoint(f"{path} cannot be understood: {error}.") from error
 
     @classmethod
@@ -59,15 +67,17 @@ class _Manifest:
         values = json.loads(text)
         if values.pop(_DIGEST_NAME) != _digest(values):
             raise ValueError("it was changed after it was written")
-        values["files"] = [FileRecord(**_typed(FileRecord, record)) for record in values["files"]]
-        return cls(**_typed(cls, values))
+        if not 0 <= values["created_at"] < _LATEST_S:
+            raise ValueError(f"created_at is {values['created_at']}")
+        values["files"] = [FileRecord(**typed(FileRecord, record)) for record in values["files"]]
+        return cls(**typed(cls, values))
 
 
 def _digest(values: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass from what JSON holds; raises `KeyError` or `TypeError` where one is missing or odd."""
     typed = {}
     for field in fields(owner):

@@ -1,6 +1,6 @@
-"""Which version a label names. Nothing is stored: labels follow from the manifests."""
+"""Which version a label names."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from shared.registry.manifest import VersionManifest
 
@@ -17,9 +17,27 @@ def ranking(versions: Sequence[VersionManifest]) -> list[VersionManifest]:
     return sorted(comparable, key=lambda version: (version.bits_per_byte, -version.version))
 
 
-def labels(versions: Sequence[VersionManifest]) -> dict[str, int]:
-    """The label of each kind that names a version now: `best` and `latest`."""
+def labels(
+    versions: Sequence[VersionManifest],
+    refused: Collection[int] = (),
+    stable: int | None = None,
+    pinned: int | None = None,
+) -> dict[str, int]:
+    """Every label that names a version now.
+
+    `best` and `latest` follow from the manifests, but `best` never names a version that must not serve; `stable` and
+    `pinned` are what somebody decided.
+    """
+    named: dict[str, int] = {}
+    deserving = ranking([version for version in versions if version.version not in refused])
     newest = latest(versions)
-    if newest is None:
-        return {}
-    return {"best": ranking(versions)[0].version, "latest": newest.version}
+    if deserving:
+        named["best"] = deserving[0].version
+    if newest is not None:
+        named["latest"] = newest.version
+    numbers = {version.version for version in versions}
+    if stable in numbers:
+        named["stable"] = stable
+    if pinned in numbers:
+        named[f"pinned:{pinned}"] = pinned
+    return named

@@ -71,12 +71,14 @@ class Verdict:
 def judge(registry: Registry, retention: Retention) -> list[Verdict]:
     """What a retention says of every version and state, but for versions with a damaged manifest: they need a person.
 
-    Raises `CorruptCheckpoint` where the disk does not yield a manifest.
+    Raises `CorruptCheckpoint` where the disk does not yield a manifest, or what was decided about labels.
     """
     versions = _versions(registry)
-    labels = policy.labels(versions)
+    refused, stable, pinned = registry.decided(versions)
+    labels = policy.labels(versions, refused, stable, pinned)
+    deserving = [each for each in versions if each.version not in refused]
     runs = _kept_runs(registry, retention)
-    verdicts = _judge_versions(versions, labels, runs, retention)
+    verdicts = _judge_versions(versions, deserving, labels, runs, retention)
     labelled = {(each.run, each.step): each.version for each in versions if each.version in labels.values()}
     for run in registry.runs():
         steps = registry.states(run)
@@ -123,13 +125,17 @@ def _kept_runs(registry: Registry, retention: Retention) -> set[str]:
 
 
 def _judge_versions(
-    versions: list[VersionManifest], labels: dict[str, int], runs: set[str], retention: Retention
+    versions: list[VersionManifest],
+    deserving: list[VersionManifest],
+    labels: dict[str, int],
+    runs: set[str],
+    retention: Retention,
 ) -> list[Verdict]:
     newest = {each.version for each in versions[max(0, len(versions) - retention.newest) :]}
     sets = {each.evaluation_set for each in versions if each.run in runs or each is versions[-1]}
     best: set[int] = set()
     for evaluation_set in sets:
-        judged_alike = [each for each in versions if each.evaluation_set == evaluation_set]
+        judged_alike = [each for each in deserving if each.evaluation_set == evaluation_set]
         best |= {each.version for each in policy.ranking(judged_alike)[: retention.best]}
     verdicts = []
     for number in (each.version for each in versions):

@@ -3,6 +3,7 @@
 versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
 evaluations/<n>/           what later evaluations of a version found
+serving/                   what servers found out and operators decided, as `decisions.py` has it
 staging/<id>/              files/ is what is being written, lock is held by its writer; or what is being removed
 """
 
@@ -10,7 +11,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from shared.registry.commit import (
     verify_files,
     writing,
 )
+from shared.registry.decisions import Decisions, pinned_number
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, StateManifest, VersionManifest
 
@@ -59,6 +61,7 @@ class Registry:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.decisions = Decisions(root)
         # A version never changes, so its manifest is read once; the inode tells a new registry at the same place.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}
         self._reported: set[int] = set()
@@ -120,18 +123,27 @@ class Registry:
                 raise
             raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
 
-    def best(self) -> VersionManifest | None:
-        """The version with the lowest bits per byte on the newest version's evaluation set."""
-        ranking = policy.ranking(self.versions())
-        return ranking[0] if ranking else None
-
-    def latest(self) -> VersionManifest | None:
-        """The newest version."""
-        return policy.latest(self.versions())
-
     def labels(self) -> dict[str, int]:
-        """Every label with the number of the version that it names now."""
-        return policy.labels(self.versions())
+        """Every label with the number of the version that it names now; without those of files that cannot be read."""
+        versions = self.versions()
+        try:
+            return policy.labels(versions, *self.decided(versions))
+        except CorruptCheckpoint as error:
+            logger.warning("only the labels that follow from the manifests are known: %s", error)
+            return policy.labels(versions)
+
+    def decided(self, versions: Sequence[VersionManifest]) -> tuple[set[int], int | None, int | None]:
+        """The versions that must not serve, the stable one and the pinned one; raises `CorruptCheckpoint` where some
+        decision cannot be read."""
+        findings = self.decisions.findings([version.version for version in versions])
+        refused = {
+            version.version
+            for version in versions
+            if (finding := findings.get(version.version)) is not None
+            and finding.refusal is not None
+            and finding.digest == version.digest
+        }
+        return refused, self.decisions.stable(), pinned_number(self.decisions.policy())
 
     def resolve(self, label: str) -> VersionManifest:
         """The version that a label names; raises `NotFound`."""
@@ -171,6 +183,7 @@ class Registry:
 
     def remove_version(self, number: int) -> None:
         """Takes a version away whole, and its evaluations; who has it open keeps what is open."""
+        self.decisions.forget(number)
         self._remove(self.version_directory(number))
         self._remove(self._evaluations(number))
         self._manifests.pop(number, None)

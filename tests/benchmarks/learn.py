@@ -1,12 +1,12 @@
 """Does the training learn as well as PyTorch's? The classic recipe on real stories, side by side, several seeds each.
 
-python -m tests.benchmarks.learn prepare --help, then python -m tests.benchmarks.learn run --help
+python -m tests.benchmarks.learn prepare --help, then python -m tests.benchmarks.learn run --help, or resume --help
 """
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -66,6 +66,46 @@ def run(folder: Folder, seeds: int = 2, steps: int = 8000, interval: int = 250) 
     print(f"mean of the best: {ours:.4f} here, {theirs:.4f} in PyTorch, difference {ours - theirs:+.4f} nats")
 
 
+@app.command()
+def resume(folder: Folder, steps: int = 400) -> None:
+    """Train twice from one seed, and once with a save and a restore halfway; print how far apart the ends are."""
+    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    from shared.gpt.model import parameters_of
+    from trainer_service.training.evaluate import EvaluationSet, evaluate
+    from trainer_service.training.trainer import Trainer
+
+    train, held_out = (np.load(folder / name) for name in ("train.npy", "validation.npy"))
+    length = RECIPE.context_length
+    windows = np.stack([held_out[start : start + length + 1] for start in range(0, 64 * length, length)])
+    config = replace(RECIPE, max_steps=steps, warmup_steps=steps // 8)
+
+    def trained(trainer: Trainer, until: int) -> Trainer:
+        while trainer.step < until:
+            trainer.take_step()
+        return trainer
+
+    def weights(trainer: Trainer) -> dict[str, Any]:
+        return {name: np.array(array) for name, array in parameters_of(trainer.model).items()}
+
+    first, second = (trained(Trainer(config, train), steps) for _ in range(2))
+    half = trained(Trainer(config, train), steps // 2)
+    resumed = Trainer(config, train)
+    with TemporaryDirectory() as state:
+        half.save(Path(state))
+        resumed.restore(Path(state))
+    pairs = {"again": (first, second), "restored": (half, resumed), "resumed": (first, resumed)}
+    rows = []
+    for name, (one, other) in pairs.items():
+        if name == "resumed":
+            trained(other, steps)
+        here, there = weights(one), weights(other)
+        apart = max(float(np.abs(here[each] - there[each]).max()) for each in here)
+        losses = [evaluate(each.model, EvaluationSet(windows, 1, ""), 32, each.workers) for each in (one, other)]
+        nats = losses[1].nats_per_token - losses[0].nats_per_token
+        rows.append([name, f"{one.step}", f"{apart:.1e}", f"{losses[0].nats_per_token:.6f}", f"{nats:+.6f}"])
+    print_table(["run", "step", "weights at most apart", "held-out loss", "difference"], rows)
+
+
 def with_gptloop(config: TrainingConfig, train: Tokens, windows: Tokens, interval: int) -> list[tuple[int, float]]:
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.trainer import Trainer
@@ -113,7 +153,7 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
     results = []
     for step in range(config.max_steps):
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config, step)
+            group["lr"] = config.learning_rate_at(step)
         drawn = batch(train, seed=config.seed, step=step, rows=config.batch_size, context_length=config.context_length)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = compiled(tensor(drawn.inputs), tensor(drawn.targets))
@@ -124,14 +164,6 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
         if (step + 1) % interval == 0:
             results.append((step + 1, held_out()))
     return results
-
-
-def _learning_rate(config: TrainingConfig, step: int) -> float:
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
-    final = config.final_learning_rate_ratio
-    return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 if __name__ == "__main__":

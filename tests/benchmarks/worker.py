@@ -3,6 +3,7 @@
 import importlib
 import json
 import resource
+import signal
 import sys
 import time
 
@@ -11,15 +12,18 @@ def main() -> None:
     task, peer, specification = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     module = importlib.import_module(f"tests.benchmarks.peers.{peer.partition(' ')[0].replace('-', '_')}")
     measured = getattr(module, task)(variant=peer.partition(" ")[2], **specification)
-    for line in sys.stdin:
-        start_s = time.perf_counter()
-        for _ in range(int(line)):
-            measured.step()
-        measured.wait()
-        seconds = time.perf_counter() - start_s
-        print(json.dumps({"seconds": seconds, "peak_bytes": measured.peak_bytes()}), flush=True)
-    if hasattr(measured, "end"):
-        measured.end()
+    try:
+        for line in sys.stdin:
+            start_s = time.perf_counter()
+            for _ in range(int(line)):
+                measured.step()
+            measured.wait()
+            seconds = time.perf_counter() - start_s
+            print(json.dumps({"seconds": seconds, "peak_bytes": measured.peak_bytes()}), flush=True)
+    finally:
+        # Threads that go on would keep the process.
+        if hasattr(measured, "end"):
+            measured.end()
 
 
 def resident_peak() -> int:
@@ -29,4 +33,8 @@ def resident_peak() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        # Ctrl-C reaches whoever measures too, who says so.
+        sys.exit(128 + signal.SIGINT)

@@ -20,7 +20,7 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.commit import is_locked
 from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress, wait_until
 from trainer_service.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
-from trainer_service.queue import JOB_FUNCTION, QUEUE_NAME
+from trainer_service.rq_jobs import JOB_FUNCTION, QUEUE_NAME
 
 # With random numbers in every step, and several states and versions on the way.
 RUN = TINY | {"context_length": "64", "dropout": "0.1", "max_steps": "250", "evaluation_interval": "60"}

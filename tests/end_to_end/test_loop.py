@@ -9,7 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from prometheus_client.parser import text_string_to_metric_families
 
+from inference_service.admin_client import AdminClient
 from shared.errors import NotFound, Unavailable
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
@@ -26,18 +28,39 @@ def test_with_an_empty_registry_it_starts_and_says_that_nothing_serves(system: S
 
 def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
     job = system.enqueue(max_steps="240", evaluation_interval="60")
+    # Of each: the version that answered, the one that served when most of the text was there, and the ends.
     streams: list[tuple[int, int, list[inference_pb2.Finished]]] = []
     failures: list[BaseException] = []
+    truths = 0
     done = threading.Event()
+
+    def compare() -> None:
+        """What the listing and the page say of versions at one instant: what stood before and after it."""
+        nonlocal truths
+        with AdminClient(f"127.0.0.1:{system.ports.inference}") as admin:
+            while not done.is_set():
+                listings = [admin.versions()]
+                text, _ = system.scrape(system.ports.inference_metrics)
+                listings.append(admin.versions())
+                before, after = ({status.version: status.state for status in listing.versions} for listing in listings)
+                if before == after:
+                    truths += 1
+                    assert serving_on(text) == {
+                        version: state == inference_pb2.VERSION_STATE_SERVING
+                        for version, state in before.items()
+                        if state in (inference_pb2.VERSION_STATE_SERVING, inference_pb2.VERSION_STATE_RESIDENT)
+                    }
+                time.sleep(0.05)
 
     def stream() -> None:
         with system.client() as client:
             while not done.is_set():
                 try:
-                    events = []
+                    events, tokens, serving = [], 0, 0
                     for event in client.generate("Once upon a time", ignore_eos=True, max_tokens=200):
                         events.append(event)
-                        if len(events) == 150:  # some time before the end
+                        tokens += len(event.token_ids) if isinstance(event, inference_pb2.Delta) else 0
+                        if serving == 0 and 150 <= tokens < 200:
                             serving = client.model().version
                 except Unavailable:
                     time.sleep(0.05)  # nothing serves yet
@@ -50,7 +73,7 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
                 ends = [event for event in events if isinstance(event, inference_pb2.Finished)]
                 streams.append((started.model_version, serving, ends))
 
-    readers = [threading.Thread(target=stream) for _ in range(3)]
+    readers = [threading.Thread(target=stream) for _ in range(32)] + [threading.Thread(target=compare)]
     for reader in readers:
         reader.start()
     try:
@@ -63,6 +86,7 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
         for reader in readers:
             reader.join()
     assert failures == []
+    assert truths > 10
     published = [event.version_published for event in events if event.HasField("version_published")]
     assert [version.version for version in published] == [1, 2, 3, 4]
     losses = [version.bits_per_byte for version in published]
@@ -72,6 +96,16 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
     for _, _, ends in streams:
         assert [(end.reason, end.generated_tokens) for end in ends] == [(inference_pb2.FINISH_REASON_LENGTH, 200)]
     assert next(event.progress.step for event in events if event.HasField("progress")) == 1
+
+
+def serving_on(page: str) -> dict[int, bool]:
+    """The versions in memory, and whether each serves."""
+    return {
+        int(sample.labels["version"]): sample.labels["serving"] == "true"
+        for family in text_string_to_metric_families(page)
+        if family.name == "gptloop_inference_model_info"
+        for sample in family.samples
+    }
 
 
 def test_a_version_and_a_seed_give_the_same_text_again(system: System) -> None:

@@ -1,97 +1,18 @@
 """Following the registry with a real engine and tiny versions."""
 
 import asyncio
+import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
 
-from inference_service import hotload
-from inference_service.engine.engine import Engine
-from inference_service.hotload import HotLoader
-from inference_service.metrics import InferenceMetrics
-from shared.accelerator import Memory
-from shared.errors import CorruptCheckpoint, FailedPrecondition, NotFound, Unavailable
+from inference_service import gate, hotload
+from shared.errors import FailedPrecondition, NotFound, Unavailable
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
-
-LIMIT_S = 30.0
-
-
-class World:
-    """A registry, an engine and a loader that polls often."""
-
-    def __init__(self, root: Path) -> None:
-        self.registry = Registry(root)
-        self.collectors = CollectorRegistry()
-        self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0))
-        self.engine = Engine(2, lambda outputs: None, lambda: None)
-        self.served: list[int] = []
-        self.loader = HotLoader(self.registry, self.engine, 2, self.metrics, self._note)
-
-    async def _note(self) -> None:
-        assert self.loader.serving is not None
-        self.served.append(self.loader.serving.manifest.version)
-
-    @property
-    def serving(self) -> int | None:
-        return self.loader.serving.manifest.version if self.loader.serving is not None else None
-
-    def resident(self) -> set[str]:
-        return {
-            sample.labels["version"]
-            for family in self.collectors.collect()
-            if family.name == "gptloop_inference_model_info"
-            for sample in family.samples
-        }
-
-    def value(self, name: str, **labels: str) -> float:
-        return self.collectors.get_sample_value(f"gptloop_inference_{name}", labels) or 0.0
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        self.engine.start()
-        task = asyncio.create_task(self.loader.run(0.01))
-        try:
-            yield
-            assert not task.done(), task.exception()
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
-            self.engine.stop()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-async def polls(world: World, count: int = 3) -> None:
-    """Waits until the registry was looked at so many times more."""
-    seen = 0
-    versions = world.registry.versions
-
-    def counted() -> Any:
-        nonlocal seen
-        seen += 1
-        return versions()
-
-    world.registry.versions = counted  # type: ignore[method-assign]
-    await until(lambda: seen >= count)
-    world.registry.versions = versions  # type: ignore[method-assign]
-
-
-def run(world: World, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    async def body() -> None:
-        async with world.running():
-            await test()
-
-    asyncio.run(body())
+from tests.inference_service.world import LIMIT_S, World, polls, run, served, until
 
 
 @pytest.fixture
@@ -99,7 +20,9 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path / "registry")
 
 
-def test_the_best_version_serves_as_it_changes(world: World) -> None:
+def test_the_best_version_serves_as_it_changes(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
     async def test() -> None:
         with pytest.raises(Unavailable):
             async with world.loader.stream(None):
@@ -110,13 +33,17 @@ def test_the_best_version_serves_as_it_changes(world: World) -> None:
         publish_tiny_version(world.registry, 1.0)
         await until(lambda: world.serving == 3)
         await until(lambda: world.resident() == {"3"})
-        assert world.served == [1, 3]
+        assert served(caplog) == [1, 3]
         assert world.value("swaps_total") == 1
 
     run(world, test)
 
 
-def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(world: World) -> None:
+def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def test() -> None:
         publish_tiny_version(world.registry, 5.0)
         await until(lambda: world.serving == 1)
@@ -132,7 +59,7 @@ def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(world:
                 assert world.resident() == {"1", "2"}
         await until(lambda: world.serving == 4)
         await until(lambda: world.resident() == {"4"})
-        assert world.served == [1, 2, 4]
+        assert served(caplog) == [1, 2, 4]
 
     run(world, test)
 
@@ -199,7 +126,7 @@ def test_a_changed_file_is_refused_once_and_the_version_before_stays(
         await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
         await polls(world)
         assert world.serving == 1
-        with pytest.raises(CorruptCheckpoint, match="SHA-256"):
+        with pytest.raises(FailedPrecondition, match=r"Version 2 cannot serve: .* SHA-256"):
             async with world.loader.stream(bad):
                 pass
         publish_tiny_version(world.registry, 1.5)
@@ -246,7 +173,7 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
     old = publish_tiny_version(world.registry, 5.0)
     publish_tiny_version(world.registry, 1.0)
     entered, go_on = threading.Event(), threading.Event()
-    load = hotload.load_version
+    load = gate.read_content
 
     def slow(*arguments: Any) -> Any:
         if arguments[1] == old:
@@ -254,7 +181,7 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
             assert go_on.wait(LIMIT_S)
         return load(*arguments)
 
-    monkeypatch.setattr(hotload, "load_version", slow)
+    monkeypatch.setattr(hotload, "read_content", slow)
 
     async def test() -> None:
         await until(lambda: world.serving == 2)

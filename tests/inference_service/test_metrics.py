@@ -1,9 +1,13 @@
+from pathlib import Path
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from inference_service.metrics import InferenceMetrics, TokenRate
 from shared.accelerator import Memory
+from shared.registry.store import Registry
+from tests.fakes import publish_tiny_version
 
 
 @pytest.fixture
@@ -13,20 +17,22 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def metrics(registry: CollectorRegistry) -> InferenceMetrics:
-    return InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4))
+    return InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 0)
 
 
 def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: CollectorRegistry) -> None:
     metrics.accepted(7)
-    metrics.token(arrived=1.0, last_at=None, at=1.25)
-    metrics.token(arrived=1.0, last_at=1.25, at=1.5)
+    metrics.token(7, arrived=1.0, last_at=None, at=1.25)
+    metrics.token(7, arrived=1.0, last_at=1.25, at=1.5)
+    metrics.cached(3)
     metrics.ended("LENGTH")
     metrics.refused("corrupt")
-    families = text_string_to_metric_families(generate_latest(registry).decode())
-    values = {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+    values = page(registry)
     prefix = "gptloop_inference"
     assert values[f"{prefix}_generated_tokens_total",] == 2
     assert values[f"{prefix}_prompt_tokens_total",] == 7
+    assert values[f"{prefix}_cached_prompt_tokens_total",] == 3
+    assert (values[f"{prefix}_compiled_shapes",], values[f"{prefix}_active_streams",]) == (5, 0)
     assert values[f"{prefix}_tokens_per_second",] > 0
     assert values[f"{prefix}_time_to_first_token_seconds_sum",] == 0.25
     assert values[f"{prefix}_inter_token_latency_seconds_count",] == 1
@@ -36,6 +42,42 @@ def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: Co
     assert values[f"{prefix}_active_streams",] == values[f"{prefix}_waiting_requests",] == 0
     kinds = [values[f"{prefix}_memory_bytes", kind] for kind in ("active", "cache", "peak", "resident")]
     assert kinds == [1, 2, 3, 4]
+
+
+def test_a_version_that_is_gone_leaves_no_series(
+    metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
+) -> None:
+    one, two = (publish_tiny_version(Registry(tmp_path), 1.0) for _ in range(2))
+    before = set(page(registry))
+    metrics.resident([one], 1)
+    metrics.serves(one, 0.5, swap=False, first=True)
+    for manifest in (one, two):
+        metrics.resident([one, two], manifest.version)
+        metrics.streams(manifest.version, 1)
+        metrics.token(manifest.version, arrived=1.0, last_at=None, at=1.25)
+        metrics.token(manifest.version, arrived=1.0, last_at=1.25, at=1.5)
+        metrics.answered(manifest.version, "LENGTH")
+    values = page(registry)
+    prefix = "gptloop_inference_version"
+    for number in ("1", "2"):
+        assert values[f"{prefix}_streams", number] == values[f"{prefix}_requests_total", "length", number] == 1
+        assert values[f"{prefix}_generated_tokens_total", number] == 2
+        assert values[f"{prefix}_time_to_first_token_seconds_sum", number] == 0.25
+        assert values[f"{prefix}_inter_token_latency_seconds_sum", number] == 0.25
+    metrics.serves(two, 2.0, swap=True, first=True)
+    metrics.resident([two], 2)
+    assert not any(name.startswith("gptloop_inference_version_") and "1" in labels for name, *labels in page(registry))
+    metrics.resident([], None)
+    assert set(page(registry)) == before
+    # The first token of version 1 came after it was committed; version 2 began to serve after its last one.
+    assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 1
+    assert page(registry)["gptloop_inference_swap_duration_seconds_sum",] == 2.0
+    assert page(registry)["gptloop_inference_swaps_total",] == 1
+
+
+def page(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
 
 
 def test_the_rate_is_that_of_the_last_seconds_and_zero_when_idle() -> None:

@@ -2,104 +2,23 @@
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
 
 from inference_service.client import InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.pb.inference.v1 import inference_pb2_grpc
-from shared.registry.store import Registry
-from tests.fakes import TINY, publish_tiny_version
-
-ROOT = Path(__file__).parent.parent.parent
-LIMIT_S = 60.0
-
-
-class Server:
-    """A server process on ports that the system chose, with an empty registry."""
-
-    def __init__(self, var: Path, **settings: str) -> None:
-        var.mkdir()
-        # Kernels that other runs compiled.
-        (ROOT / ".pytest_cache" / "server").mkdir(parents=True, exist_ok=True)
-        (var / "cache").symlink_to(ROOT / ".pytest_cache" / "server")
-        self.registry = Registry(var / "registry")
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "inference_service", "serve"],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "GPTLOOP_VAR": str(var),
-                "GPTLOOP_INFERENCE_PORT": "0",
-                "GPTLOOP_INFERENCE_METRICS_PORT": "0",
-                "GPTLOOP_INFERENCE_POLL_INTERVAL_S": "0.05",
-                **settings,
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stderr is not None
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or []))
-        self._reader.start()
-        until(lambda: self._address() is not None or self.process.poll() is not None)
-        found = self._address()
-        assert found is not None, self.lines
-        self.address, self.metrics_url = found.group(1), found.group(2)
-
-    def _address(self) -> re.Match[str] | None:
-        return re.search(r"gRPC on (\S+), metrics on (\S+)", "".join(self.lines.copy()))
-
-    def client(self) -> InferenceClient:
-        return InferenceClient(self.address)
-
-    def health(self, service: str = "") -> int:
-        with grpc.insecure_channel(self.address) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            return int(stub.Check(health_pb2.HealthCheckRequest(service=service)).status)
-
-    def serves(self) -> bool:
-        return self.health() == health_pb2.HealthCheckResponse.SERVING
-
-    def metrics(self) -> dict[tuple[str, ...], float]:
-        with urllib.request.urlopen(self.metrics_url, timeout=LIMIT_S) as page:
-            families = list(text_string_to_metric_families(page.read().decode()))
-        return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        code = self.process.wait(LIMIT_S)
-        self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return code
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.01)
-
-
-def text_of(events: Iterator[Any]) -> str:
-    return "".join(event.text for event in events if isinstance(event, pb.Delta))
+from tests.fakes import publish_tiny_version
+from tests.inference_service.process import LIMIT_S, ROOT, Server, text_of, until
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +64,11 @@ def test_a_stream_starts_tells_and_finishes(server: Server) -> None:
         model = client.model()
     assert isinstance(first, pb.Started)
     assert (first.model_version, first.seed, first.prompt_tokens) == (2, 2**64 - 1, 4)
+    assert first.model_digest == server.registry.version(2).digest
     counts = [(len(delta.token_ids), len(delta.logprobs)) for delta in deltas if isinstance(delta, pb.Delta)]
-    assert counts == [(1, 1)] * 12
+    # What is drawn while a message is on its way comes with the next one.
+    assert [sum(column) for column in zip(*counts, strict=True)] == [12, 12]
+    assert all(tokens == logprobs > 0 for tokens, logprobs in counts)
     assert isinstance(last, pb.Finished)
     assert (last.reason, last.generated_tokens) == (pb.FINISH_REASON_LENGTH, 12)
     assert 0 <= last.queue_seconds <= last.time_to_first_token_seconds <= last.total_seconds
@@ -173,7 +95,9 @@ def test_tokens_are_those_of_the_tokenizer(server: Server) -> None:
     ("parameters", "kind", "sentence"),
     [
         ({"version": 99}, errors.NotFound, "no version 99"),
-        ({"label": "worst"}, errors.NotFound, "'worst'.*best.*latest"),
+        ({"label": "worst"}, errors.InvalidArgument, "'worst' is no label.*best, latest, stable and pinned:"),
+        ({"label": "stable"}, errors.NotFound, "No version has the label 'stable' now"),
+        ({"label": "pinned:9"}, errors.NotFound, "no version 9"),
         ({"max_tokens": 0}, errors.InvalidArgument, "max_tokens is 0"),
         ({"top_p": 1.5}, errors.InvalidArgument, "top_p is 1.5"),
         ({"prompt": "x" * 96}, errors.InvalidArgument, "96 .*96 of the context"),
@@ -201,38 +125,6 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
         assert server.metrics()["gptloop_inference_requests_total", "cancelled"] >= 1
 
 
-def test_a_deadline_ends_a_call(server: Server) -> None:
-    with grpc.insecure_channel(server.address) as channel:
-        request = pb.GenerateRequest(prompt="x", max_tokens=90, ignore_eos=True)
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        # Too little for 90 tokens; whichever of the two sides notices first.
-        try:
-            *_, last = stub.Generate(request, timeout=0.005)
-        except grpc.RpcError as error:
-            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        else:
-            assert last.finished.reason == pb.FINISH_REASON_DEADLINE
-            assert last.finished.generated_tokens < 90
-    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
-
-
-def test_many_streams_decode_together(server: Server) -> None:
-    results: dict[int, str] = {}
-
-    def run(seed: int) -> None:
-        with server.client() as client:
-            results[seed] = text_of(client.generate("Once", seed=seed, max_tokens=40))
-
-    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT_S)
-    with server.client() as client:
-        assert results[3] == text_of(client.generate("Once", seed=3, max_tokens=40))
-    assert len(results) == 20
-
-
 def test_the_metrics_page_has_every_name(server: Server) -> None:
     with server.client() as client:
         list(client.generate("x", max_tokens=3))
@@ -256,33 +148,6 @@ def test_the_metrics_page_has_every_name(server: Server) -> None:
     assert values["gptloop_inference_swaps_total",] == 1
     assert values["gptloop_inference_memory_bytes", "active"] > 0
     assert values["gptloop_inference_memory_bytes", "resident"] > 50e6
-
-
-def test_a_stream_ends_whole_when_the_server_is_asked_to_end(tmp_path: Path) -> None:
-    server = Server(tmp_path / "var")
-    publish_tiny_version(server.registry, 1.0)
-    until(server.serves)
-    with server.client() as client:
-        stream = client.generate("Once", max_tokens=TINY.context_length - 5, ignore_eos=True)
-        assert isinstance(next(stream), pb.Started)
-        server.process.send_signal(signal.SIGINT)
-        *_, last = stream
-    assert isinstance(last, pb.Finished)
-    assert last.reason == pb.FINISH_REASON_LENGTH
-    assert server.end() == 0
-
-
-def test_too_many_waiting_requests_are_refused(tmp_path: Path) -> None:
-    server = Server(tmp_path / "var", GPTLOOP_INFERENCE_MAX_WAITING_PROMPT_TOKENS="50")
-    try:
-        publish_tiny_version(server.registry, 1.0)
-        until(server.serves)
-        with server.client() as client, pytest.raises(errors.ResourceExhausted, match="limit of 50"):
-            list(client.generate("x" * 60))
-        assert server.metrics()["gptloop_inference_requests_total", "resource_exhausted"] == 1
-        assert server.metrics()["gptloop_inference_waiting_requests",] == 0
-    finally:
-        server.end()
 
 
 def test_a_port_in_use_is_one_sentence_and_exit_1(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     settings = read_settings({})
     assert (settings.host, settings.port, settings.metrics_port, settings.slots) == ("127.0.0.1", 50051, 9101, 8)
     assert settings.directories.var.name == "var"
+    assert (settings.gate_margin, settings.admin_token) == (0.05, "")
 
 
 def test_every_setting_is_read_from_its_variable() -> None:
@@ -22,12 +23,23 @@ def test_every_setting_is_read_from_its_variable() -> None:
             "GPTLOOP_INFERENCE_MAX_WAITING_PROMPT_TOKENS": "4",
             "GPTLOOP_INFERENCE_POLL_INTERVAL_S": "0.5",
             "GPTLOOP_INFERENCE_RESIDENT_VERSIONS": "6",
+            "GPTLOOP_INFERENCE_GATE_MARGIN": "0.25",
+            "GPTLOOP_INFERENCE_THREADS": "7",
+            "GPTLOOP_INFERENCE_PREFILL_TOKENS": "128",
+            "GPTLOOP_INFERENCE_PREFIX_CACHE_MIB": "0",
+            "GPTLOOP_INFERENCE_SLOW_READER_S": "1.5",
+            "GPTLOOP_INFERENCE_STUCK_AFTER_S": "2.5",
+            "GPTLOOP_INFERENCE_DRAIN_S": "0",
+            "GPTLOOP_ADMIN_TOKEN": " open sesame\n",
         }
     )
     assert str(settings.directories.var) == "/elsewhere"
     assert (settings.host, settings.port, settings.metrics_port, settings.slots) == ("::1", 0, 1, 2)
     assert (settings.max_waiting_requests, settings.max_waiting_prompt_tokens) == (3, 4)
     assert (settings.poll_interval_s, settings.resident_versions) == (0.5, 6)
+    assert (settings.threads, settings.prefill_tokens, settings.prefix_cache_mib) == (7, 128, 0)
+    assert (settings.slow_reader_s, settings.stuck_after_s, settings.drain_s) == (1.5, 2.5, 0.0)
+    assert (settings.gate_margin, settings.admin_token) == (0.25, "open sesame")
 
 
 @pytest.mark.parametrize(
@@ -37,8 +49,27 @@ def test_every_setting_is_read_from_its_variable() -> None:
         ("GPTLOOP_INFERENCE_SLOTS", "1"),
         ("GPTLOOP_INFERENCE_POLL_INTERVAL_S", "often"),
         ("GPTLOOP_INFERENCE_RESIDENT_VERSIONS", "1"),
+        ("GPTLOOP_INFERENCE_GATE_MARGIN", "-0.1"),
+        ("GPTLOOP_INFERENCE_GATE_MARGIN", "nan"),
     ],
 )
 def test_a_bad_value_is_refused_with_the_variable(variable: str, value: str) -> None:
     with pytest.raises(InvalidArgument, match=variable):
         read_settings({variable: value})
+
+
+@pytest.mark.parametrize(
+    "token", ["öffne-dich", "open\nsesame", "open\tsesame", "sesame\x7f", "sesame\udcff", "\x00sesame"]
+)
+def test_a_credential_that_no_call_can_carry_is_refused_and_not_repeated(token: str) -> None:
+    with pytest.raises(
+        InvalidArgument, match="GPTLOOP_ADMIN_TOKEN holds a character that no call can carry"
+    ) as refused:
+        read_settings({"GPTLOOP_ADMIN_TOKEN": token})
+    assert "dich" not in str(refused.value) and "sesame" not in str(refused.value)
+
+
+def test_settings_can_be_shown_without_the_credential() -> None:
+    settings = read_settings({"GPTLOOP_ADMIN_TOKEN": "sesame"})
+    assert settings.admin_token == "sesame"
+    assert "sesame" not in repr(settings)

@@ -15,11 +15,11 @@ CONTEXT = 16
 
 
 def complete(message: pb.GenerateRequest) -> GenerationRequest:
-    return translate.read_generate(message, None).complete(3, byte_tokenizer(), CONTEXT, seed=5)
+    return translate.read_generate(message, None, slots=4).complete(3, byte_tokenizer(), CONTEXT, seed=5)
 
 
 def test_absent_fields_have_the_defaults_of_the_contract() -> None:
-    draft = translate.read_generate(pb.GenerateRequest(prompt="Once"), None)
+    draft = translate.read_generate(pb.GenerateRequest(prompt="Once"), None, slots=4)
     assert draft.selection == Selection()
     assert (draft.max_tokens, draft.min_tokens, draft.stop, draft.seed) == (256, 0, (), None)
     assert (draft.ignore_eos, draft.logprobs, draft.deadline) == (False, None, None)
@@ -30,7 +30,7 @@ def test_absent_fields_have_the_defaults_of_the_contract() -> None:
 
 def test_zeros_that_are_given_are_no_defaults() -> None:
     message = pb.GenerateRequest(prompt="x", logprobs=0, sampling=pb.Sampling(temperature=0.0, seed=0))
-    draft = translate.read_generate(message, None)
+    draft = translate.read_generate(message, None, slots=4)
     assert (draft.logprobs, draft.sampling.temperature, draft.seed) == (0, 0.0, 0)
 
 
@@ -45,7 +45,7 @@ def test_every_field_arrives() -> None:
         ignore_eos=True,
         logprobs=20,
     )
-    draft = translate.read_generate(message, 10.0)
+    draft = translate.read_generate(message, 10.0, slots=4)
     assert (draft.prompt, draft.selection) == ((1, 2), Selection(version=4))
     sampling = draft.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 3, 0.25)
@@ -68,6 +68,12 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("top_p is 1.5", {"sampling": pb.Sampling(top_p=1.5)}),
     ("temperature is -1", {"sampling": pb.Sampling(temperature=-1)}),
     ("temperature is nan", {"sampling": pb.Sampling(temperature=float("nan"))}),
+    ("presence_penalty is 2.5", {"sampling": pb.Sampling(presence_penalty=2.5)}),
+    ("frequency_penalty is nan", {"sampling": pb.Sampling(frequency_penalty=float("nan"))}),
+    ("logit_bias of token 7 is 101", {"sampling": pb.Sampling(logit_bias={7: 101.0})}),
+    ("logit_bias has 301 tokens", {"sampling": pb.Sampling(logit_bias=dict.fromkeys(range(301), 1.0))}),
+    ("n is 0", {"n": 0}),
+    ("n is 5, but must be from 1 to the 4 slots", {"n": 5}),
     ("model.version is 0", {"model": pb.ModelSelector(version=0)}),
 ]
 
@@ -75,12 +81,12 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("sentence", "fields"), WRONG, ids=[sentence for sentence, _ in WRONG])
 def test_a_wrong_field_is_named(sentence: str, fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
-        translate.read_generate(pb.GenerateRequest(prompt="x", **fields), None)
+        translate.read_generate(pb.GenerateRequest(prompt="x", **fields), None, slots=4)
 
 
 def test_a_request_without_a_prompt_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="neither prompt nor prompt_tokens"):
-        translate.read_generate(pb.GenerateRequest(), None)
+        translate.read_generate(pb.GenerateRequest(), None, slots=4)
 
 
 @pytest.mark.parametrize(
@@ -113,18 +119,40 @@ def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
         complete(pb.GenerateRequest(prompt_tokens=pb.TokenIds(ids=[1, token])))
 
 
+@pytest.mark.parametrize("token", [-1, 257])
+def test_a_bias_outside_the_vocabulary_is_refused(token: int) -> None:
+    with pytest.raises(InvalidArgument, match=f"logit_bias holds token {token}, but version 3 has the tokens 0 to 256"):
+        complete(pb.GenerateRequest(prompt="x", sampling=pb.Sampling(logit_bias={token: 1.0})))
+
+
+@pytest.mark.parametrize(("field", "part"), [("99", "request"), ("sampling.99", "sampling"), ("model.99", "model")])
+def test_a_field_of_a_newer_contract_is_refused_and_named(field: str, part: str) -> None:
+    unknown = b"\x98\x06\x01"  # Field 99, a number.
+    message = pb.GenerateRequest(prompt="x")
+    (message if part == "request" else getattr(message, part)).MergeFromString(unknown)
+    with pytest.raises(InvalidArgument, match=f"a field {field} that this server does not know"):
+        complete(message)
+
+
 def test_a_delta_carries_text_tokens_and_logprobs() -> None:
-    draws = (Draw(5, -0.5, (TokenLogprob(6, -0.25),)), Draw(7, -1.0))
-    delta = translate.write_delta(Delta(0.0, "hé", draws)).delta
-    assert (delta.text, list(delta.token_ids)) == ("hé", [5, 7])
+    draws = (Draw(5, -0.5, 2, (TokenLogprob(6, -0.25),)), Draw(7, -1.0, 4))
+    delta = translate.write_delta(Delta((0.0, 1.0), "hé", draws), index=3).delta
+    assert (delta.text, list(delta.token_ids), delta.index) == ("hé", [5, 7], 3)
+    assert [one.rank for one in delta.logprobs] == [2, 4]
     assert [one.logprob for one in delta.logprobs] == [-0.5, -1.0]
     assert delta.logprobs[0].alternatives[0] == pb.TokenLogprob(token_id=6, logprob=-0.25)
-    assert not translate.write_delta(Delta(0.0, "a", (Draw(5),))).delta.logprobs
+    assert not translate.write_delta(Delta((0.0,), "a", (Draw(5),)), index=0).delta.logprobs
 
 
 @pytest.mark.parametrize("reason", FinishReason)
 def test_every_reason_has_its_number(reason: FinishReason) -> None:
-    finished = Finished(reason, None, 1, 2, 0.5, 0.75, 1.0)
-    message = translate.write_finished(finished).finished
+    finished = Finished(reason, None, 9, 8, 2, 0.5, 0.75, 1.0)
+    message = translate.write_finished(finished, index=1).finished
+    assert (message.index, message.prompt_tokens, message.cached_prompt_tokens, message.generated_tokens) == (
+        1,
+        9,
+        8,
+        2,
+    )
     assert pb.FinishReason.Name(message.reason) == f"FINISH_REASON_{reason.name}"
     assert (message.queue_seconds, message.time_to_first_token_seconds, message.total_seconds) == (0.5, 0.75, 1.0)

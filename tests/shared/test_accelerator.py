@@ -83,15 +83,40 @@ def test_the_fast_blas_is_the_one_that_mlx_finds_first() -> None:
     assert ctypes.CDLL(None).cblas_sgemm
 
 
+_WITHOUT_THE_SYSTEMS = """
+import sys
+from pathlib import Path
+import shared.blas
+from shared.accelerator import prepare
+shared.blas._SYSTEM_LIBRARIES = ()
+print(prepare(Path(sys.argv[1])).blas)
+"""
+
+
 @linux_only
-def test_no_blas_is_a_loud_warning(tmp_path: Path) -> None:
-    hidden = "import importlib.util; importlib.util.find_spec = lambda name: None\n"
-    hidden += "import shared.blas; shared.blas._SYSTEM_LIBRARIES = ()\n"
-    code = (
-        hidden
-        + "from pathlib import Path; from shared.accelerator import prepare; prepare(Path(__import__('sys').argv[1]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+def test_the_blas_of_the_wheel_is_loaded_through_a_library_that_is_built_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        command = [sys.executable, "-c", _WITHOUT_THE_SYSTEMS, str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert (done.stdout, done.stderr) == ("OpenBLAS of the scipy-openblas32 wheel\n", "")
+        (forwarder,) = tmp_path.glob("native-*.so")
+    assert ctypes.CDLL(str(forwarder)).cblas_sgemm
+
+
+@linux_only
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        "import importlib.util; importlib.util.find_spec = lambda name: None",
+        # There is no compiler for the forwarder.
+        "import os; os.environ['PATH'] = ''",
+    ],
+    ids=["wheel", "compiler"],
+)
+def test_no_blas_is_a_loud_warning(tmp_path: Path, lacking: str) -> None:
+    command = [sys.executable, "-c", f"{lacking}\n{_WITHOUT_THE_SYSTEMS}", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"
     assert "No fast BLAS was found" in done.stderr
 
 

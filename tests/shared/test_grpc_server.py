@@ -57,6 +57,9 @@ class FakeError(grpc.RpcError):
     def details(self) -> str:
         return self._details
 
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
 
 class Raising(health_pb2_grpc.HealthServicer):
     """`Check` raises the error that was given, `Watch` sends one message and raises it."""

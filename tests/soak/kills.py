@@ -23,7 +23,7 @@ from shared.errors import GptloopError, Unavailable
 from shared.settings import Directories
 from tests.end_to_end.conftest import Result, System, children, running
 from trainer_service.events import JobState
-from trainer_service.queue import JobRecord
+from trainer_service.records import JobRecord
 
 _STEPS_PER_KILL = 100
 _STALLED_S = 180.0

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from inference_service.hotload import load_version
+from inference_service.gate import read_content
 from shared.accelerator import Accelerator
 from shared.errors import (
     AlreadyExists,
@@ -98,7 +98,8 @@ def test_an_imported_version_is_served_with_its_weights_and_its_tokenizer(
     assert (version.version, version.step, version.parent, version.preset) == (1, 0, None, "imported")
     assert version.parameters == count_parameters(config).total
     assert registry.labels() == {"best": 1, "latest": 1}
-    model, tokenizer = load_version(registry, version)
+    content = read_content(registry, version)
+    model, tokenizer = content.model, content.tokenizer
     assert model.config == config and same_weights(model, read_model(folder, config))
     assert tokenizer.digest == read_tokenizer(folder, 257).digest == version.tokenizer_digest
 
@@ -169,7 +170,7 @@ def test_a_version_that_is_exported_and_imported_has_the_same_bits(
     assert second.version == 2
     for name in ("model", "tokenizer_digest", "evaluation_set", "validation_loss", "bits_per_byte", "training"):
         assert getattr(first, name) == getattr(second, name)
-    assert same_weights(load_version(registry, first)[0], load_version(registry, second)[0])
+    assert same_weights(read_content(registry, first).model, read_content(registry, second).model)
     assert files[2].read_bytes() == (tmp_path / "gpt2" / "model.safetensors").read_bytes()
 
 

@@ -8,7 +8,6 @@ from trainer_service import plan
 from trainer_service.plan import Machine, Plan, flops_per_token, memory_bytes
 from trainer_service.presets import find_preset
 from trainer_service.spec import JobSpec
-from trainer_service.training import loss, trainer
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec
 
@@ -108,10 +107,6 @@ def test_memory_is_about_what_was_measured(preset: str, vocabulary_size: int, th
     expected = memory_bytes(config, Machine(round(23.4 * 2**30), threads))
     assert expected is not None
     assert expected / 2**20 == pytest.approx(measured_mib, rel=0.3)
-
-
-def test_the_sizes_of_pieces_are_those_of_training() -> None:
-    assert (plan._MICRO_BATCH_TOKENS, plan._CHUNK_ELEMENTS) == (trainer._MICRO_BATCH_TOKENS, loss._CHUNK_ELEMENTS)
 
 
 def test_too_little_memory_is_a_warning() -> None:

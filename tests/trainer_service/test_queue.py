@@ -24,9 +24,11 @@ from trainer_service.events import (
     VersionPublished,
 )
 from trainer_service.kinds import EvaluationSpec, JobRequest, Kind, complete, spec_from_json
-from trainer_service.queue import BACKOFF_S, JOB_FUNCTION, LEASE_S, AttemptJob, JobQueue, JobRecord
+from trainer_service.queue import BACKOFF_S, LEASE_S, JobQueue
+from trainer_service.records import JobRecord
 from trainer_service.redis_server import connect
 from trainer_service.reporter import Reporter
+from trainer_service.rq_jobs import JOB_FUNCTION, AttemptJob
 from trainer_service.settings import TrainerSettings
 from trainer_service.spec import JobSpec, TrainingRequest, parse_overrides, resolve
 from trainer_service.training.corpus import DatasetSpec

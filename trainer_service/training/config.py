@@ -8,6 +8,11 @@ from typing import get_type_hints
 from shared.errors import InvalidArgument
 from shared.gpt.config import GPTConfig
 
+# On a CPU, a thread takes its rows through the model so many tokens at a time: what is computed stays near the caches.
+MICRO_BATCH_TOKENS = 1024
+# Logits of so many numbers exist at a time, and as many exponentials: 128 MiB each in fp32.
+CHUNK_ELEMENTS = 1 << 25
+
 # What shapes the schedule: a run that continues a version with others of these begins a new one.
 _SHAPE = ("schedule", "max_steps", "learning_rate", "warmup_steps", "decay_ratio", "final_learning_rate_ratio")
 # Where the schedule began, which nobody sets.

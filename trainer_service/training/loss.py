@@ -13,9 +13,8 @@ from shared.gpt.autograd import differentiable
 from shared.gpt.model import GPT
 from shared.gpt.operations import exp_below, on_cpu
 from trainer_service.training import cuda_loss
+from trainer_service.training.config import CHUNK_ELEMENTS
 
-# Logits of so many numbers exist at a time, and as many exponentials: 128 MiB each in fp32.
-_CHUNK_ELEMENTS = 1 << 25
 # On a CPU, those of so many tokens are computed together: then they pass from one operation to the next in its cache.
 _BLOCK_TOKENS = 2048
 
@@ -86,7 +85,7 @@ def _losses(rows: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.arr
 
 
 def _chunks(hidden: mx.array, targets: mx.array, weight: mx.array) -> list[tuple[mx.array, mx.array]]:
-    rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     return [(hidden[start : start + rows], targets[start : start + rows]) for start in range(0, targets.size, rows)]
 
 

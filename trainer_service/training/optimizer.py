@@ -1,9 +1,8 @@
-"""AdamW as GPTs are trained with it: clipped gradients, bias correction, decay on matrices only, a schedule.
+"""AdamW as GPTs are trained with it: clipped gradients, bias correction, decay on matrices only.
 
 Sources: Loshchilov & Hutter 2019 (AdamW), Brown et al. 2020, appendix B (betas, decay, clipping).
 """
 
-import math
 from typing import Any
 
 import mlx.core as mx
@@ -13,16 +12,6 @@ from trainer_service.training import cuda_adamw
 from trainer_service.training.config import TrainingConfig
 
 _EPSILON = 1e-8
-
-
-def learning_rate(config: TrainingConfig, step: mx.array) -> mx.array:
-    """`config.learning_rate_at` a step, for a step that a compiled function holds."""
-    start, final = config.schedule_start_ratio, config.final_learning_rate_ratio
-    warmed = (step + 1 - config.schedule_start) / max(config.warmup_end - config.schedule_start, 1)
-    progress = mx.clip((step - config.decay_start) / (config.max_steps - config.decay_start), 0, 1)
-    kept = 0.5 * (1 + mx.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
-    share = mx.where(step + 1 < config.warmup_end, start + (1 - start) * warmed, final + (1 - final) * kept)
-    return config.learning_rate * share
 
 
 class AdamW:
@@ -40,8 +29,13 @@ class AdamW:
             "v": tree_map(mx.zeros_like, parameters),
         }
 
-    def update(self, parameters: dict[str, Any], gradients: dict[str, Any]) -> tuple[dict[str, Any], mx.array]:
-        """New parameters, and the norm of the gradients before they were clipped; the moments move on."""
+    def update(
+        self, parameters: dict[str, Any], gradients: dict[str, Any], rate: mx.array
+    ) -> tuple[dict[str, Any], mx.array]:
+        """New parameters at a learning rate, and the norm of the gradients before they were clipped.
+
+        The moments move on.
+        """
         config = self._config
         names, old = zip(*tree_flatten(parameters), strict=True)
         new = dict(tree_flatten(gradients))
@@ -49,7 +43,6 @@ class AdamW:
         first, second = (dict(tree_flatten(self.state[moment])) for moment in "mv")
         step = self.state["step"]
         corrections = [1 - mx.power(beta, step + 1) for beta in (config.beta1, config.beta2)]
-        rate = learning_rate(config, step)
         if mx.cuda.is_available():
             norm = mx.sqrt(cuda_adamw.squared_norm(changes))
             scalars = mx.stack([rate, self._clip(norm), *corrections])

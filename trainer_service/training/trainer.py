@@ -20,13 +20,10 @@ from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
 from trainer_service.training.batches import Batch, Tokens, batch
-from trainer_service.training.config import TrainingConfig
+from trainer_service.training.config import MICRO_BATCH_TOKENS, TrainingConfig
 from trainer_service.training.loss import mean_loss
-from trainer_service.training.optimizer import AdamW, learning_rate
+from trainer_service.training.optimizer import AdamW
 from trainer_service.training.workers import Workers
-
-# On a CPU, the rows of a batch go through the model so many tokens at a time: what is computed stays near the caches.
-_MICRO_BATCH_TOKENS = 1024
 
 # A loss and its gradients, as a tree of the parameters' shape.
 Gradients = tuple[mx.array, dict[str, Any]]
@@ -65,11 +62,11 @@ class Trainer:
     def _start(self) -> None:
         """Compiles the step over the state that stands now; a state that is put in place later would not be seen."""
 
-        def update(parts: list[Gradients]) -> tuple[mx.array, mx.array]:
+        def update(parts: list[Gradients], rate: mx.array) -> tuple[mx.array, mx.array]:
             (loss, gradients), *others = parts
             for other_loss, other in others:
                 loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
-            weights, norm = self.optimizer.update(self.model.trainable_parameters(), gradients)
+            weights, norm = self.optimizer.update(self.model.trainable_parameters(), gradients, rate)
             self.model.update(weights)
             return loss, norm
 
@@ -81,7 +78,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """The rate of the step that was taken last."""
-        return scalar(learning_rate(self.config, mx.array(max(self.step - 1, 0))))
+        return self.config.learning_rate_at(max(self.step - 1, 0))
 
     def take_step(self) -> StepResult:
         """Starts the next step and waits for the one before it, so that the device always has work."""
@@ -97,7 +94,8 @@ class Trainer:
             return self._gradients(weights, Batch(drawn.inputs[rows], drawn.targets[rows]), int(seed))
 
         parts = min(self.workers.count, config.batch_size)
-        loss, norm = self._update(self.workers.map(work, range(parts)))
+        rate = mx.array(config.learning_rate_at(self.step))
+        loss, norm = self._update(self.workers.map(work, range(parts)), rate)
         mx.async_eval(loss, norm, self._captured)
         if parts > 1:
             mx.eval(self._captured)  # other threads may use the new weights only once they are there
@@ -114,7 +112,7 @@ class Trainer:
             self._of_thread.add = _compile_gradients(self.config)
         mx.random.seed(seed)
         rows = len(drawn.inputs)
-        pieces = min(rows, -(-drawn.inputs.size // _MICRO_BATCH_TOKENS)) if on_cpu() else 1
+        pieces = min(rows, -(-drawn.inputs.size // MICRO_BATCH_TOKENS)) if on_cpu() else 1
         total: Gradients | None = None
         for piece in range(pieces):
             some = slice(*(rows * edge // pieces for edge in (piece, piece + 1)))

@@ -15,12 +15,14 @@ _ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_th
 
 import mlx.core as mx  # noqa: E402
 
-from inference_service.engine.request import GenerationRequest  # noqa: E402
+from inference_service.engine.request import Draw, GenerationRequest  # noqa: E402
 from inference_service.engine.runner import Runner  # noqa: E402
 from inference_service.engine.scheduler import Scheduler  # noqa: E402
 from inference_service.engine.sequence import Sequence  # noqa: E402
+from shared.gpt.decoder import make_decoder  # noqa: E402
 from shared.gpt.model import GPT  # noqa: E402
 from shared.gpt.sampling import SamplingParameters  # noqa: E402
+from shared.gpt.spans import SPAN_TOKENS  # noqa: E402
 from trainer_service.training.config import TrainingConfig  # noqa: E402
 from trainer_service.training.trainer import Trainer  # noqa: E402
 from trainer_service.training.workers import Workers  # noqa: E402
@@ -60,27 +62,26 @@ class Decoding:
         model.eval()
         mx.eval(model.parameters())
         slots = max(2, rows)
-        self._runner, self._scheduler = Runner(model, slots), Scheduler(slots)
+        self._runner, self._scheduler = Runner(make_decoder(model, slots, threads=1), prefix_blocks=0), Scheduler(slots)
         sampling = SamplingParameters(temperature=0.0 if variant == "greedy" else 0.8)
         for seed in range(rows):
             prompt = tuple(np.random.default_rng(seed).integers(whole.vocabulary_size, size=position).tolist())
-            request = GenerationRequest(str(seed), 1, prompt, seed, whole.context_length, time.monotonic(), sampling)
-            self._scheduler.add(Sequence(request, whole.context_length, -1, lambda token: b"a"))
-        self._sequences = self._scheduler.admit()
+            request = GenerationRequest(str(seed), 1, prompt, seed, whole.context_length, time.monotonic(), 1, sampling)
+            self._scheduler.add((Sequence(request, 0, whole.context_length, -1, lambda token: b"a"),))
+        self._sequences = [one for group in self._scheduler.admit() for one in group]
         while not all(sequence.prefilled for sequence in self._sequences):
             self.step()
 
     def step(self) -> None:
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(SPAN_TOKENS)
         assert plan is not None
-        if self._draws:
-            for sequence, draw in self._runner.run(plan):
-                assert draw is not None
-                sequence.generated.append(draw.token)
-        else:
-            for sequence in self._runner.forward(plan):
-                sequence.generated.append(0)
+        after = self._runner.forward(plan)
+        draws = self._runner.draw(after) if self._draws else [Draw(0)] * len(after)
         self._scheduler.record(plan)
+        for one, draw in zip(after, draws, strict=True):
+            assert isinstance(draw, Draw)
+            one.sequence.generated += 1
+            one.sequence.last_token = draw.token
         for sequence in self._sequences:
             if sequence.read == self._last:
                 sequence.read = self._position

@@ -1,132 +1,49 @@
-"""The engine on a tiny real model, with its real thread."""
+"""What a stream of the engine gives."""
 
 import math
-import queue
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from inference_service.engine.engine import Engine
-from inference_service.engine.request import (
-    Admitted,
-    Delta,
-    Draw,
-    Event,
-    Failed,
-    Finished,
-    FinishReason,
-    GenerationRequest,
-    NotFinite,
-    Output,
-)
-from shared.errors import Unavailable
+from inference_service.engine.request import FinishReason
 from shared.gpt.sampling import SamplingParameters
-from tests.fakes import TINY, byte_tokenizer, tiny_model
-
-LIMIT_S = 30.0
-SLOTS = 4
+from tests.fakes import TINY, tiny_model
+from tests.inference_service.engine.harness import Harness, request
 
 
-@dataclass
-class Result:
-    events: list[Event]
-
-    @property
-    def text(self) -> str:
-        return "".join(event.text for event in self.events if isinstance(event, Delta))
-
-    @property
-    def draws(self) -> list[Draw]:
-        return [draw for event in self.events if isinstance(event, Delta) for draw in event.draws]
-
-    @property
-    def tokens(self) -> list[int]:
-        return [draw.token for draw in self.draws]
-
-    @property
-    def finished(self) -> Finished:
-        assert isinstance(self.events[-1], Finished), self.events[-1]
-        return self.events[-1]
+def test_bias_and_penalties_change_what_is_drawn(harness: Harness) -> None:
+    greedy = SamplingParameters(temperature=0.0)
+    certain = replace(greedy, logit_bias=((ord("q"), 100.0),))
+    tired = replace(certain, logit_bias=((ord("q"), 20.0),), frequency_penalty=2.0)
+    (biased,) = harness.generate(request("biased", sampling=certain))
+    (plain,) = harness.generate(request("plain", sampling=greedy))
+    (penalised,) = harness.generate(request("penalised", sampling=tired))
+    assert biased.tokens == [ord("q")] * 20
+    assert ord("q") not in plain.tokens
+    # After so many times the penalty outweighs the bias.
+    assert penalised.tokens[0] == ord("q") != penalised.tokens[-1]
+    assert penalised.tokens.count(ord("q")) < 15
 
 
-class Harness:
-    """An engine whose events are read by the test's thread."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self._outbox: queue.Queue[list[Output]] = queue.Queue()
-        self._results: dict[str, Result] = {}
-        self.engine = Engine(SLOTS, self._outbox.put, self._fail)
-        self.engine.start()
-
-    def _fail(self) -> None:
-        self.failures += 1
-
-    def add(self, version: int, seed: int) -> None:
-        self.engine.add_version(version, tiny_model(seed), byte_tokenizer()).result(LIMIT_S)
-
-    def submit(self, *requests: GenerationRequest) -> None:
-        for request in requests:
-            self._results[request.id] = Result([])
-            self.engine.submit(request)
-
-    def wait(self, request_id: str, kind: type[Event] | tuple[type[Event], ...] = (Finished, Failed)) -> Result:
-        """Reads events until this stream has one of a kind."""
-        result = self._results[request_id]
-        while not any(isinstance(event, kind) for event in result.events):
-            for output in self._outbox.get(timeout=LIMIT_S):
-                self._results[output.request_id].events.append(output.event)
-        return result
-
-    def generate(self, *requests: GenerationRequest) -> list[Result]:
-        self.submit(*requests)
-        return [self.wait(request.id) for request in requests]
-
-
-@pytest.fixture
-def harness() -> Iterator[Harness]:
-    harness = Harness()
-    harness.add(1, seed=0)
-    yield harness
-    harness.engine.stop()
-
-
-def request(name: str, prompt: str = "Once", **values: object) -> GenerationRequest:
-    base = GenerationRequest(
-        id=name,
-        version=1,
-        prompt=tuple(prompt.encode()),
-        seed=1234,
-        max_tokens=20,
-        arrived=time.monotonic(),
-        sampling=SamplingParameters(temperature=1.0),
-        ignore_eos=True,
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 3.0])
+def test_whatever_comes_with_the_tokens_they_are_the_same(harness: Harness, temperature: float) -> None:
+    sampling = SamplingParameters(temperature=temperature)
+    plain, told, filtered = harness.generate(
+        request("plain", sampling=sampling),
+        request("told", sampling=sampling, logprobs=1),
+        request("filtered", sampling=replace(sampling, top_k=256)),
     )
-    return replace(base, **values)  # type: ignore[arg-type]
+    assert plain.tokens == told.tokens == filtered.tokens
 
 
-def test_streams_together_equal_each_alone(harness: Harness) -> None:
-    prompts = ["Once", "x" * 70, "The dog", "A", "Then they", "z" * 30]
-    together = harness.generate(*(request(f"t{i}", prompt, seed=i) for i, prompt in enumerate(prompts)))
-    for i, prompt in enumerate(prompts):
-        (alone,) = harness.generate(request(f"a{i}", prompt, seed=i))
-        assert together[i].tokens == alone.tokens
-        assert together[i].text == alone.text
-
-
-def test_a_stream_that_joins_others_equals_itself_alone(harness: Harness) -> None:
-    long = "x" * 80
-    (alone,) = harness.generate(request("alone", long, max_tokens=10))
-    endless = [request(f"e{i}", long[:70], max_tokens=20) for i in range(SLOTS - 1)]
-    harness.submit(*endless)
-    for one in endless:
-        harness.wait(one.id, Delta)
-    (joined,) = harness.generate(request("joined", long, max_tokens=10))
-    assert joined.tokens == alone.tokens
+def test_the_rank_is_that_among_all_tokens(harness: Harness) -> None:
+    (result,) = harness.generate(request("a", logprobs=20, sampling=SamplingParameters(temperature=3.0)))
+    for draw in result.draws:
+        better = [other for other in draw.alternatives if draw.logprob is not None and other.logprob > draw.logprob]
+        assert draw.rank is not None
+        assert len(better) == min(draw.rank - 1, 20)
 
 
 def test_the_same_seed_gives_the_same_tokens_and_another_one_others(harness: Harness) -> None:
@@ -143,54 +60,6 @@ def test_greedy_tokens_equal_those_of_a_full_forward(harness: Harness) -> None:
         logits[256] = -mx.inf
         assert int(mx.argmax(logits)) == token
         tokens.append(token)
-
-
-def test_an_old_stream_survives_a_swap(harness: Harness) -> None:
-    (alone,) = harness.generate(request("alone", max_tokens=60))
-    harness.submit(request("old", max_tokens=60))
-    harness.wait("old", Delta)
-    harness.add(2, seed=7)
-    harness.submit(request("new", version=2, max_tokens=60))
-    assert harness.wait("old").tokens == alone.tokens
-    assert harness.wait("new").tokens != alone.tokens
-    harness.engine.remove_version(1).result(LIMIT_S)
-    (after,) = harness.generate(request("after", version=2, max_tokens=60))
-    assert after.tokens == harness.wait("new").tokens
-
-
-def test_a_removed_version_leaves_no_memory_behind(harness: Harness) -> None:
-    harness.add(2, seed=1)
-    harness.engine.remove_version(2).result(LIMIT_S)
-    before = mx.get_active_memory()
-    for version in range(3, 6):
-        harness.add(version, seed=version)
-        harness.engine.remove_version(version).result(LIMIT_S)
-    assert mx.get_active_memory() <= before
-
-
-def test_a_cancelled_stream_frees_its_slot(harness: Harness) -> None:
-    endless = [request(f"e{i}", max_tokens=90) for i in range(SLOTS)]
-    harness.submit(*endless, request("waiting", max_tokens=2))
-    harness.wait("e0", Admitted)
-    harness.engine.cancel("e0")
-    assert harness.wait("e0").finished.reason is FinishReason.CANCELLED
-    assert harness.wait("waiting").finished.reason is FinishReason.LENGTH
-
-
-def test_a_waiting_stream_can_be_cancelled(harness: Harness) -> None:
-    harness.submit(*(request(f"e{i}", max_tokens=90) for i in range(SLOTS)), request("waiting"))
-    harness.engine.cancel("waiting")
-    finished = harness.wait("waiting").finished
-    assert finished.reason is FinishReason.CANCELLED
-    assert finished.queue_s is None
-    assert finished.generated_tokens == 0
-
-
-def test_a_deadline_ends_a_stream_where_it_is(harness: Harness) -> None:
-    past = time.monotonic() - 1.0
-    harness.submit(request("running", max_tokens=90), request("late", deadline=past))
-    assert harness.wait("late").finished.reason is FinishReason.DEADLINE
-    assert harness.wait("running").finished.reason is FinishReason.LENGTH
 
 
 def test_generation_ends_before_a_stop_text(harness: Harness) -> None:
@@ -246,53 +115,3 @@ def test_counts_and_times_are_those_of_the_stream(harness: Harness) -> None:
     assert (finished.prompt_tokens, finished.generated_tokens) == (4, 20)
     assert finished.queue_s is not None and finished.first_token_s is not None
     assert 0 <= finished.queue_s <= finished.first_token_s <= finished.total_s
-
-
-def test_numbers_that_are_not_finite_end_their_stream_alone() -> None:
-    harness = Harness()
-    model = tiny_model(0)
-    weight = model.token_embedding.weight
-    weight[ord("!")] = 1e38
-    model.token_embedding.weight = weight
-    mx.eval(model)
-    harness.engine.add_version(1, model, byte_tokenizer()).result(LIMIT_S)
-    greedy = SamplingParameters(temperature=0.0)
-    try:
-        before, bad, beside = harness.generate(
-            request("before", sampling=greedy), request("bad", "a" * 30 + "!" * 30), request("beside", sampling=greedy)
-        )
-        again = harness.generate(*(request(f"again{i}", sampling=greedy) for i in range(SLOTS)))
-    finally:
-        harness.engine.stop()
-    assert isinstance(bad.events[-1], Failed)
-    assert isinstance(bad.events[-1].error, NotFinite)
-    assert before.tokens == beside.tokens
-    assert all(result.tokens == before.tokens for result in again)
-
-
-def test_a_failing_engine_leaves_no_stream_hanging(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    harness.submit(request("a", max_tokens=90))
-    harness.wait("a", Delta)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr("inference_service.engine.runner.Runner.run", fail)
-    harness.submit(request("b"))
-    for name in ("a", "b"):
-        last = harness.wait(name).events[-1]
-        assert isinstance(last, Failed)
-        assert isinstance(last.error, Unavailable)
-    with pytest.raises(Unavailable, match="engine failed"):
-        harness.engine.submit(request("c"))
-    harness.engine.stop()
-    assert harness.failures == 1
-
-
-def test_stopping_ends_open_streams(harness: Harness) -> None:
-    harness.submit(request("a", max_tokens=90))
-    harness.wait("a", Admitted)
-    harness.engine.stop()
-    last = harness.wait("a").events[-1]
-    assert isinstance(last, Failed)
-    assert harness.failures == 0

@@ -3,8 +3,9 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from inference_service.translate import read_generate
 from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
-from shared.gpt.cache import KVCache
 from shared.gpt.config import GPTConfig
+from shared.gpt.cpu_decoder import CpuDecoder
+from shared.gpt.decoder import Decoder
 from shared.gpt.gpt2 import read_config, read_model, write_model
+from shared.gpt.mlx_decoder import MlxDecoder
 from shared.gpt.model import GPT, parameters_of
-from shared.pb.inference.v1 import inference_pb2 as pb
-from tests.fakes import byte_tokenizer
+from shared.gpt.spans import SPAN_TOKENS, Span
+from tests.shared.gpt.random_models import forward
 
 TIED = GPTConfig(
     layers=3, width=48, heads=3, hidden_width=100, context_length=20, vocabulary_size=97, tied_head=True, dropout=0.1
@@ -335,33 +337,37 @@ def test_published_logits_are_met(golden: dict[str, Any], published: GPT) -> Non
         assert logits.argmax(-1).tolist() == case["argmax_per_position"]
 
 
-def test_the_serving_path_meets_published_logits_and_greedy_tokens(golden: dict[str, Any], published: GPT) -> None:
+def spans_of(prompt: tuple[int, ...]) -> list[Span]:
+    return [Span(1, start, prompt[start : start + SPAN_TOKENS]) for start in range(0, len(prompt), SPAN_TOKENS)]
+
+
+decoders = pytest.mark.parametrize("make", [partial(CpuDecoder, threads=1), MlxDecoder], ids=["cpu", "mlx"])
+MakeDecoder = Callable[[GPT, int], Decoder]
+
+
+@decoders
+def test_the_serving_path_meets_published_logits_and_greedy_tokens(
+    golden: dict[str, Any], published: GPT, make: MakeDecoder
+) -> None:
+    decoder = make(published, 2)
     for case in golden["cases"]:
-        cache = KVCache(published.config, 2)
-        prompt = mx.array(case["prompt"])
-        logits = published.prefill(prompt, cache, 1, 0)
-        np.testing.assert_allclose(np.asarray(logits), case["last_logits"], rtol=0, atol=1e-5)
+        prompt = tuple(case["prompt"])
+        logits = forward(decoder, spans_of(prompt))[-1]
+        np.testing.assert_allclose(logits, case["last_logits"], rtol=0, atol=1e-5)
         greedy: list[int] = []
         expected = case.get("greedy_24", [])
         while len(greedy) < len(expected):
-            greedy.append(int(np.asarray(logits).argmax()))
-            positions = mx.array([0, len(case["prompt"]) + len(greedy) - 1])
-            logits = published.decode(mx.array([0, greedy[-1]]), cache, positions)[1]
+            greedy.append(int(logits.argmax()))
+            (logits,) = forward(decoder, [Span(1, len(prompt) + len(greedy) - 1, (greedy[-1],))])
         assert greedy == expected
 
 
-def test_the_last_position_is_decoded_and_one_more_is_refused(golden: dict[str, Any], published: GPT) -> None:
+@decoders
+def test_the_last_position_of_the_context_is_decoded(golden: dict[str, Any], published: GPT, make: MakeDecoder) -> None:
     case = max(golden["cases"], key=lambda case: len(case["prompt"]))
-    prompt, context_length = case["prompt"], published.config.context_length
-    assert len(prompt) == context_length == 512
-    cache = KVCache(published.config, 2)
-    published.prefill(mx.array(prompt[:-1]), cache, 0, 0)
-    logits = published.decode(mx.array([prompt[-1], 0]), cache, mx.array([511, 0]))[0]
-    np.testing.assert_allclose(np.asarray(logits), case["last_logits"], rtol=0, atol=1e-5)
-
-    def request(tokens: int) -> pb.GenerateRequest:
-        return pb.GenerateRequest(prompt_tokens=pb.TokenIds(ids=[1] * tokens))
-
-    assert len(read_generate(request(511), None).complete(1, byte_tokenizer(), 512, seed=0).prompt) == 511
-    with pytest.raises(InvalidArgument, match="512 tokens, but must have fewer than the 512"):
-        read_generate(request(512), None).complete(1, byte_tokenizer(), 512, seed=0)
+    prompt = tuple(case["prompt"])
+    assert len(prompt) == published.config.context_length == 512
+    decoder = make(published, 2)
+    forward(decoder, spans_of(prompt[:-1]))
+    (logits,) = forward(decoder, [Span(1, 511, prompt[-1:])])
+    np.testing.assert_allclose(logits, case["last_logits"], rtol=0, atol=1e-5)

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from shared.gpt.operations import add_norm, causal_attention, dropout, exp_below, gelu
+from shared.gpt.operations import add_norm, causal_attention, dropout, exp_below, gelu, linear
 
 # Relative to the largest element.
 TOLERANCE = 1e-4
@@ -119,6 +119,18 @@ def test_attention_agrees_with_the_sums_in_64_bits() -> None:
         expected[t] = weights @ v[: t + 1] / weights.sum()
     inputs = [mx.array(x.astype(np.float32))[None, None] for x in (q, k, v)]  # (1, 1, T, D)
     assert_close(causal_attention(inputs[0], inputs[1], inputs[2], 0.5)[0, 0], expected, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)])
+def test_a_linear_layer_and_its_slopes_agree_with_mlx(shape: tuple[int, ...]) -> None:
+    x, weight, bias = (mx.random.normal(each, key=mx.random.key(7)) for each in (shape, (40, 24), (40,)))
+
+    def ours(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        layer = nn.Linear(24, 40)
+        layer.weight, layer.bias = weight, bias
+        return linear(x, layer)
+
+    assert_agree(ours, lambda x, weight, bias: x @ weight.T + bias, x, weight, bias)
 
 
 def plain_add_norm(x: mx.array, delta: mx.array, weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:

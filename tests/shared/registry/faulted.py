@@ -52,8 +52,8 @@ def _disturb(faults: Faults, scene: Scenario, registry: Registry, mode: Mode, n:
     leftovers = list((registry.root / "staging").iterdir())
     if mode is Mode.FAIL_ONCE and failed:
         assert not leftovers, place + "a failing write left something in staging"
-        assert scene is SCENARIOS["fence"] or scene is SCENARIOS["prune"] or new == old, place + "visible"
-        assert not list(registry.root.glob("runs/*/*.new")), place + "a half-written fence"
+        assert scene in [SCENARIOS[name] for name in ("fence", "finding", "prune")] or new == old, place + "visible"
+        assert not list(registry.root.glob("**/*.new")), place + "a half-written text"
     if not failed:
         assert new != old, place + "nothing was done, but nothing was said"
     # The same process where it lives, or the next one.

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from shared.registry.decisions import Finding
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.retention import Retention, prune
@@ -78,11 +79,14 @@ def observe(root: Path) -> View:
     assert set(labels.values()) <= set(numbers)
     for path in (root / "runs").glob("*/fence"):
         view.add(f"fence of {path.parent.name}: {int(path.read_text())}")
+    for path in (root / "serving" / "findings").glob("*.json"):
+        number = int(path.stem)
+        view.add(f"finding of {number}: {registry.decisions.findings([number])[number]}")
     return frozenset(view)
 
 
 def things(view: View, kind: str) -> View:
-    """What of a view is a `version`, a `state` or a `fence`."""
+    """What of a view is a `version`, a `state`, a `fence` or a `finding`."""
     return frozenset(word for word in view if word.startswith(kind))
 
 
@@ -112,6 +116,11 @@ def _raises_one(old: View, new: View) -> bool:
     return added == things(added, "fence") and lost == things(lost, "fence") and len(added) <= 1 and len(lost) <= 1
 
 
+def _replaces_one(old: View, new: View) -> bool:
+    added, lost = new - old, old - new
+    return len(added) == len(lost) <= 1 and added | lost == things(added | lost, "finding")
+
+
 def _only_removes(old: View, new: View) -> bool:
     # Of versions the two newest stay, of states the last one, and the fence.
     return new <= old and len(things(new, "version")) >= 2 and bool(things(new, "state")) and bool(things(new, "fence"))
@@ -133,6 +142,16 @@ def _prepare_prune(registry: Registry) -> Fence:
     return fence
 
 
+def _find_out(registry: Registry, at: float) -> None:
+    registry.decisions.keep(1, Finding("digest", "cpu", loss=2.0, refusal=None, sentence="", at=at))
+
+
+def _prepare_finding(registry: Registry) -> Fence:
+    fence = _prepare(registry)
+    _find_out(registry, 0)
+    return fence
+
+
 def _prepare_nothing(registry: Registry) -> Fence:
     return Fence(registry.root, 0)
 
@@ -146,10 +165,12 @@ def _begin(registry: Registry, _: Fence) -> None:
     fence = Fence.raise_for(registry.run_directory(RUN))
     publish(registry, fence)
     write_state(registry, fence)
+    _find_out(registry, 0)
 
 
 def _begin_again(registry: Registry, fence: Fence) -> None:
-    for folder in (registry.root / "versions", registry.run_directory(RUN) / "states"):
+    root = registry.root
+    for folder in (root / "versions", registry.run_directory(RUN) / "states", root / "serving" / "findings"):
         folder.mkdir(parents=True)
     _begin(registry, fence)
 
@@ -160,8 +181,8 @@ def _sweep_a_removal(registry: Registry, _: Fence) -> None:
 
 
 def _fills_an_empty_registry(old: View, new: View) -> bool:
-    # A fence, a version and a state, each of them or not.
-    return not old and len(new) <= 3
+    # A fence, a version, a state and a finding, each of them or not.
+    return not old and len(new) <= 4
 
 
 # What the registry does.
@@ -170,6 +191,7 @@ SCENARIOS = {
     # Its step follows from the fence, as nothing may be read here that is not read by the registry itself.
     "state": Scenario(_prepare, lambda r, fence: write_state(r, fence, 1000 * fence.token), _adds_one("state")),
     "fence": Scenario(_prepare, lambda registry, _: Fence.raise_for(registry.run_directory(RUN)), _raises_one),
+    "finding": Scenario(_prepare_finding, lambda registry, fence: _find_out(registry, fence.token), _replaces_one),
     "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, SPARING), _only_removes),
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import CorruptCheckpoint, InvalidArgument
+from shared.registry.decisions import Finding
 from shared.registry.fence import Fence
 from shared.registry.retention import Retention, judge, prune, read_retention
 from shared.registry.store import Checkpoint, Registry
@@ -35,6 +36,10 @@ def evaluate(
 
 def numbers(registry: Registry) -> list[int]:
     return [manifest.version for manifest in registry.versions()]
+
+
+def reasons(registry: Registry, retention: Retention) -> dict[Checkpoint, tuple[str, ...]]:
+    return {verdict.checkpoint: verdict.reasons for verdict in judge(registry, retention)}
 
 
 def test_the_newest_the_best_and_what_a_label_needs_stay(registry: Registry) -> None:
@@ -87,6 +92,40 @@ def test_the_state_of_a_labelled_version_outlives_its_run(registry: Registry) ->
     assert registry.labels()["best"] == 1 and registry.states("good") == [10]
 
 
+def test_the_stable_and_the_pinned_version_stay_with_their_states(registry: Registry) -> None:
+    for step in (10, 20, 30):
+        evaluate(registry, "old", step, bits=1.1, days_ago=30)
+    evaluate(registry, "new", 10)
+    sparing = Retention(states=1, runs=0, newest=0, best=0)
+    registry.decisions.set_stable(1)
+    registry.decisions.set_policy("pinned:2")
+    assert set(prune(registry, sparing)) == {Checkpoint(3), Checkpoint(30, "old")}
+    assert reasons(registry, sparing) == {
+        Checkpoint(1): ("label stable",),
+        Checkpoint(10, "old"): ("state of version 1",),
+        Checkpoint(2): ("label pinned:2",),
+        Checkpoint(20, "old"): ("state of version 2",),
+        Checkpoint(4): ("label best", "label latest"),
+        Checkpoint(10, "new"): ("last 1 of its run", "state of version 4"),
+    }
+    registry.decisions.set_stable(2)
+    registry.decisions.set_policy("best")
+    assert set(prune(registry, sparing)) == {Checkpoint(1), Checkpoint(10, "old")}
+    assert reasons(registry, sparing)[Checkpoint(2)] == ("label stable",)
+
+
+def test_a_refused_version_does_not_hold_the_label_best(registry: Registry) -> None:
+    refused = evaluate(registry, "old", 10, bits=0.5, days_ago=30)
+    evaluate(registry, "old", 20, bits=0.6, days_ago=30)
+    evaluate(registry, "new", 10)
+    sparing = Retention(states=1, runs=0, newest=0, best=0)
+    assert reasons(registry, sparing)[Checkpoint(refused)] == ("label best",)
+    digest = registry.version(refused).digest
+    registry.decisions.keep(refused, Finding(digest, "cpu", None, "lying", "It claims too much.", at=1.0))
+    assert reasons(registry, sparing)[Checkpoint(2)] == ("label best",)
+    assert set(prune(registry, sparing)) == {Checkpoint(refused), Checkpoint(10, "old")}
+
+
 def test_what_is_damaged_is_not_judged(registry: Registry) -> None:
     for step in range(1, 4):
         evaluate(registry, "run-1", step)
@@ -133,3 +172,29 @@ def test_the_environment_sets_each_value() -> None:
     assert read_retention(environment | {"GPTLOOP_KEEP_RUNS": "7"}) == Retention(3, 4, 5, 6, 7)
     with pytest.raises(InvalidArgument, match="GPTLOOP_KEEP_STATES is 0"):
         read_retention({"GPTLOOP_KEEP_STATES": "0"})
+
+
+@pytest.mark.parametrize("content", [b"\0", None])
+def test_nothing_is_removed_while_nobody_can_tell_what_is_stable(registry: Registry, content: bytes | None) -> None:
+    for step in (10, 20, 30):
+        evaluate(registry, "run-1", step)
+    registry.decisions.set_stable(1)
+    path = registry.root / "serving" / "stable"
+    path.unlink()
+    if content is None:
+        path.symlink_to(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match="stable cannot be"):
+        prune(registry, Retention(states=1, runs=0, newest=0, best=0))
+    assert numbers(registry) == [1, 2, 3]
+
+
+def test_refused_versions_are_not_among_the_best(registry: Registry) -> None:
+    for step, bits in ((10, 0.9), (20, 0.1), (30, 0.2), (40, 0.8)):
+        evaluate(registry, "run-1", step, bits)
+    for number in (2, 3):
+        digest = registry.version(number).digest
+        registry.decisions.keep(number, Finding(digest, "cpu", None, "lying", "It lies.", at=1.0))
+    prune(registry, Retention(newest=0, best=2))
+    assert numbers(registry) == [1, 4]

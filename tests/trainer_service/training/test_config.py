@@ -187,3 +187,16 @@ def test_a_lower_rate_begins_a_schedule_too_and_nothing_else_does() -> None:
     # A version at step 0 was not trained yet.
     fresh = replace(begun, warmup_steps=0)
     assert begun.continuing(fresh, 0) == begun
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"schedule": "cosine"}, {0: 0.1, 9: 1.0, 10: 1.0, 60: 0.55, 110: 0.1, 500: 0.1}),
+        ({"schedule": "wsd", "decay_ratio": "0.2"}, {0: 0.1, 9: 1.0, 88: 1.0, 99: 0.55, 110: 0.1, 500: 0.1}),
+    ],
+)
+def test_the_rate_of_a_step(values: dict[str, str], expected: dict[int, float]) -> None:
+    shape = {"max_steps": "110", "warmup_steps": "10", "learning_rate": "1.0"}
+    config = find_preset("demo").override(shape | values)
+    assert {step: config.learning_rate_at(step) for step in expected} == pytest.approx(expected)

@@ -110,7 +110,7 @@ def test_loss_and_gradients_agree_with_the_plain_formula(
     tied_head: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In chunks that are a row, that leave a rest, that are all rows, and that are more than there are."""
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", chunk_rows * VOCABULARY)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_rows * VOCABULARY)
     assert_agrees(random_model(tied_head), random_tokens(1, 3, 16), random_tokens(2, 3, 16))
 
 
@@ -125,7 +125,7 @@ def test_batches_and_vocabularies_may_have_any_size(shape: tuple[int, int], voca
 
 @pytest.mark.parametrize("tied_head", [True, False])
 def test_loss_and_gradients_agree_where_logits_are_large(tied_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 7 * VOCABULARY)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     model, inputs = random_model(tied_head), random_tokens(1, 3, 16)
     model.final_norm.bias = mx.zeros_like(model.final_norm.bias)
     logits = model(inputs)
@@ -165,7 +165,7 @@ def test_the_gradient_is_the_probabilities_less_the_target_even_where_logits_are
     rows = [[80, -80, 0], [-80, 80, 79], [80, 80, 80], [-80, -80, -80], [80, -80, -80], [-80, -79, -78], [0.5, 0, -9]]
     logits = np.repeat(np.array(rows, np.float64), 3, axis=0)[None]  # (1, T, V)
     targets = np.tile([0, 1, 2], len(rows))[None]  # (1, T), each row with each target
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 4 * logits.shape[-1])
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * logits.shape[-1])
     model, batch = GivenLogits(logits), (mx.zeros(targets.shape, mx.int32), mx.array(targets))
     value, gradients = value_and_gradients(mean_loss, model, *batch)
     probabilities = np.exp(logits - 80) / np.exp(logits - 80).sum(-1, keepdims=True)
@@ -193,7 +193,7 @@ def test_gradients_follow_what_is_done_with_the_loss() -> None:
 
 def test_a_compiled_step_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As training takes it; what is compiled is computed by other kernels."""
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", 7 * VOCABULARY)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     model, batch = random_model(tied_head=True), (random_tokens(1, 3, 16), random_tokens(2, 3, 16))
 
     expected_value, expected = value_and_gradients(plain_loss, model, *batch)
@@ -210,10 +210,12 @@ def test_a_compiled_step_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("tied_head", [True, False])
 @pytest.mark.parametrize("chunk_rows", [7, 1000])
+@pytest.mark.parametrize("as_on_cpu", [True, False])
 def test_losses_of_windows_agree_with_the_formula_in_64_bits(
-    tied_head: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+    tied_head: bool, chunk_rows: int, as_on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_ELEMENTS", chunk_rows * VOCABULARY)
+    monkeypatch.setattr(loss, "on_cpu", lambda: as_on_cpu)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_rows * VOCABULARY)
     model, inputs, targets = random_model(tied_head), random_tokens(1, 3, 16), random_tokens(2, 3, 16)
     weights = {name: np.array(value, np.float64) for name, value in parameters_of(model).items()}
     expected = exact_losses(model, weights, np.array(inputs), np.array(targets))

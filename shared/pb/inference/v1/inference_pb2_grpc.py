@@ -57,9 +57,10 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams one generation: `started`, any number of `delta`, then `finished`.
-        INVALID_ARGUMENT names the field that is wrong, NOT_FOUND an unknown version,
-        UNAVAILABLE an empty registry, RESOURCE_EXHAUSTED a full queue.
+        """Streams one generation: `started`, any number of `delta`, then `finished`, the latter once for
+        each sample. INVALID_ARGUMENT names the field that is wrong, NOT_FOUND an unknown version,
+        UNAVAILABLE an empty registry or a server that ends. RESOURCE_EXHAUSTED is a full queue, with a
+        google.rpc.RetryInfo in the status that says when to ask again, or a client that reads too slowly.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +181,309 @@ class InferenceService:
             '/inference.v1.InferenceService/GetModel',
             shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
             shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class ModelAdminServiceStub:
+    """Says which version serves, and lets another one serve. Where the server has a credential for it,
+    calls need the metadata "authorization: Bearer <credential>", or end with UNAUTHENTICATED.
+    NOT_FOUND is an unknown version, FAILED_PRECONDITION one that must not serve, with the reason.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListVersions = channel.unary_unary(
+                '/inference.v1.ModelAdminService/ListVersions',
+                request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
+        self.LoadVersion = channel.unary_unary(
+                '/inference.v1.ModelAdminService/LoadVersion',
+                request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.LoadVersionRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.LoadVersionResponse.FromString,
+                _registered_method=True)
+        self.UnloadVersion = channel.unary_unary(
+                '/inference.v1.ModelAdminService/UnloadVersion',
+                request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.UnloadVersionRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.UnloadVersionResponse.FromString,
+                _registered_method=True)
+        self.PromoteVersion = channel.unary_unary(
+                '/inference.v1.ModelAdminService/PromoteVersion',
+                request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.PromoteVersionRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.PromoteVersionResponse.FromString,
+                _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/inference.v1.ModelAdminService/SetPolicy',
+                request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.SetPolicyRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.SetPolicyResponse.FromString,
+                _registered_method=True)
+        self.RollBack = channel.unary_unary(
+                '/inference.v1.ModelAdminService/RollBack',
+                request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.RollBackRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.RollBackResponse.FromString,
+                _registered_method=True)
+
+
+class ModelAdminServiceServicer:
+    """Says which version serves, and lets another one serve. Where the server has a credential for it,
+    calls need the metadata "authorization: Bearer <credential>", or end with UNAUTHENTICATED.
+    NOT_FOUND is an unknown version, FAILED_PRECONDITION one that must not serve, with the reason.
+    """
+
+    def ListVersions(self, request, context):
+        """Every version in the registry, by ascending number.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadVersion(self, request, context):
+        """Brings a version into memory, where it stays until it is unloaded or the version that is to serve
+        needs its room. One that was refused is examined again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadVersion(self, request, context):
+        """Lets a loaded version go when its last stream has ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PromoteVersion(self, request, context):
+        """Makes a version the stable one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Lets the version of a label serve from now on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollBack(self, request, context):
+        """Takes the serving version away for good, and lets another one serve.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ModelAdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.ListVersionsRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'LoadVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadVersion,
+                    request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.LoadVersionRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.LoadVersionResponse.SerializeToString,
+            ),
+            'UnloadVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadVersion,
+                    request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.UnloadVersionRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.UnloadVersionResponse.SerializeToString,
+            ),
+            'PromoteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.PromoteVersion,
+                    request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.PromoteVersionRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.PromoteVersionResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.SetPolicyRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.SetPolicyResponse.SerializeToString,
+            ),
+            'RollBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBack,
+                    request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.RollBackRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.RollBackResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'inference.v1.ModelAdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('inference.v1.ModelAdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ModelAdminService:
+    """Says which version serves, and lets another one serve. Where the server has a credential for it,
+    calls need the metadata "authorization: Bearer <credential>", or end with UNAUTHENTICATED.
+    NOT_FOUND is an unknown version, FAILED_PRECONDITION one that must not serve, with the reason.
+    """
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.v1.ModelAdminService/ListVersions',
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.ListVersionsRequest.SerializeToString,
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.v1.ModelAdminService/LoadVersion',
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.LoadVersionRequest.SerializeToString,
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.LoadVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.v1.ModelAdminService/UnloadVersion',
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.UnloadVersionRequest.SerializeToString,
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.UnloadVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PromoteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.v1.ModelAdminService/PromoteVersion',
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.PromoteVersionRequest.SerializeToString,
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.PromoteVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.v1.ModelAdminService/SetPolicy',
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.SetPolicyRequest.SerializeToString,
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.SetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.v1.ModelAdminService/RollBack',
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.RollBackRequest.SerializeToString,
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.RollBackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,97 @@
+"""A whole generation as a value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from shared.pb.inference.v1 import inference_pb2 as pb
+
+Event = pb.Started | pb.Delta | pb.Finished
+
+
+class FinishReason(Enum):
+    """Why a sample ended, as the contract numbers it."""
+
+    EOS = pb.FINISH_REASON_EOS
+    LENGTH = pb.FINISH_REASON_LENGTH
+    STOP = pb.FINISH_REASON_STOP
+    CONTEXT_LENGTH = pb.FINISH_REASON_CONTEXT_LENGTH
+    CANCELLED = pb.FINISH_REASON_CANCELLED
+    DEADLINE = pb.FINISH_REASON_DEADLINE
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text that continues the prompt. Times count from the arrival of the request at the server.
+
+    `logprobs` has one entry for each token where they were asked for, and is empty otherwise. Alone, with n = 1, `seed`
+    gives the same text again.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[pb.TokenLogprobs, ...]
+    finish_reason: FinishReason
+    matched_stop: str | None
+    seed: int
+    generated_tokens: int
+    cached_prompt_tokens: int
+    queue_s: float
+    time_to_first_token_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one request gave: its samples by index, and which version drew them from which seed."""
+
+    request_id: str
+    version: int
+    seed: int
+    prompt_tokens: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def text(self) -> str:
+        """The text of the first sample."""
+        return self.samples[0].text
+
+
+def complete(events: Sequence[Event]) -> Completion:
+    """The value of a stream that was read to its end."""
+    (started,) = (event for event in events if isinstance(event, pb.Started))
+    deltas = [event for event in events if isinstance(event, pb.Delta)]
+    ends = [event for event in events if isinstance(event, pb.Finished)]
+    return Completion(
+        request_id=started.request_id,
+        version=started.model_version,
+        seed=started.seed,
+        prompt_tokens=started.prompt_tokens,
+        samples=tuple(
+            _sample(started, [delta for delta in deltas if delta.index == end.index], end)
+            for end in sorted(ends, key=lambda end: end.index)
+        ),
+    )
+
+
+def sample_seed(started: pb.Started, index: int) -> int:
+    """The seed that gives a sample alone; seeds have 64 bits."""
+    return (started.seed + index) % 2**64
+
+
+def _sample(started: pb.Started, deltas: Sequence[pb.Delta], end: pb.Finished) -> Sample:
+    return Sample(
+        index=end.index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+        logprobs=tuple(logprobs for delta in deltas for logprobs in delta.logprobs),
+        finish_reason=FinishReason(end.reason),
+        matched_stop=end.matched_stop or None,
+        seed=sample_seed(started, end.index),
+        generated_tokens=end.generated_tokens,
+        cached_prompt_tokens=end.cached_prompt_tokens,
+        queue_s=end.queue_seconds,
+        time_to_first_token_s=end.time_to_first_token_seconds,
+        total_s=end.total_seconds,
+    )

@@ -1,0 +1,116 @@
+"""What a version must be before it serves: whole, fit, finite, and as good as it says."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from inference_service.engine.examination import Window
+from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, NotFound
+from shared.gpt.config import GPTConfig
+from shared.gpt.model import GPT
+from shared.gpt.tokenizer import Tokenizer
+from shared.gpt.weights import NotFiniteWeights, load_model
+from shared.registry.manifest import VersionManifest
+from shared.registry.store import Registry
+
+MODEL_FILE, TOKENIZER_FILE, WINDOWS_FILE = "model.safetensors", "tokenizer.json", "evaluation.npy"
+# Nats a token by which the loss that a server measures may differ from the one that training measured: on another
+# device, in other formats.
+TOLERANCE = 0.02
+
+
+class Refused(FailedPrecondition):
+    """A version must not serve; `reason` says why in a word. `loss` is that of its held-out windows, if it is known."""
+
+    def __init__(self, reason: str, clause: str, loss: float | None = None) -> None:
+        super().__init__(clause)
+        self.reason = reason
+        self.loss = loss
+
+
+@dataclass(frozen=True)
+class Content:
+    """A version's files, read and compared with its manifest; every array is evaluated."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    windows: tuple[Window, ...]
+
+
+def read_content(registry: Registry, manifest: VersionManifest) -> Content:
+    """Reads a version; raises `Refused` where it cannot serve, and `NotFound` or `OSError` where it cannot be read."""
+    directory = registry.version_directory(manifest.version)
+    try:
+        registry.verify(manifest)
+    except CorruptCheckpoint as error:
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise Refused("corrupt", _clause(error)) from None
+    missing = {MODEL_FILE, TOKENIZER_FILE, WINDOWS_FILE} - {record.name for record in manifest.files}
+    if missing:
+        raise Refused("unfit", f"it has no {', '.join(sorted(missing))}")
+    try:
+        config = GPTConfig.from_dict(manifest.model)
+        tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+        if tokenizer.vocabulary_size != config.vocabulary_size:
+            raise Refused(
+                "unfit",
+                f"its tokenizer has {tokenizer.vocabulary_size} tokens, but its model has {config.vocabulary_size}",
+            )
+        windows = _read_windows(directory / WINDOWS_FILE, config)
+        return Content(load_model(directory / MODEL_FILE, config), tokenizer, windows)
+    except NotFiniteWeights as error:
+        raise Refused("not_finite", _clause(error)) from None
+    except (CorruptCheckpoint, InvalidArgument, TypeError) as error:
+        if isinstance(error.__cause__, OSError | RuntimeError):
+            # The files are whole, so there is no memory for them now, or the disk does not yield them.
+            raise OSError(str(error.__cause__)) from error
+        if not directory.is_dir():
+            raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
+        raise Refused("unfit", _clause(error)) from None
+
+
+def check_loss(manifest: VersionManifest, loss: float) -> None:
+    """Compares the loss of the carried windows, as the version would serve them, with its claim; raises `Refused`."""
+    if not math.isfinite(loss):
+        raise Refused("not_finite", "its predictions of held-out text are not finite")
+    if not abs(loss - manifest.claimed_loss) <= TOLERANCE:
+        raise Refused(
+            "lying",
+            f"it claims a held-out loss of {manifest.claimed_loss:.4f} nats a token, but has {loss:.4f} as served",
+            loss,
+        )
+
+
+def check_progress(
+    manifest: VersionManifest, loss: float, serving: VersionManifest, serving_loss: float, margin: float
+) -> None:
+    """Compares two versions that were judged on the same windows; raises `Refused` where the new one is worse by more
+    than a margin in nats a token."""
+    if manifest.evaluation_set == serving.evaluation_set and loss > serving_loss + margin:
+        raise Refused(
+            "worse",
+            f"its held-out loss is {loss:.4f} nats a token, but that of version {serving.version}, which serves, is "
+            f"{serving_loss:.4f}",
+        )
+
+
+def _read_windows(path: Path, config: GPTConfig) -> tuple[Window, ...]:
+    try:
+        windows = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise Refused("unfit", f"its held-out windows cannot be read: {error}") from None
+    if not isinstance(windows, np.ndarray):
+        raise Refused("unfit", "its held-out windows are no table of tokens")
+    if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or len(windows) == 0:
+        raise Refused("unfit", "its held-out windows are no table of tokens")
+    tokens = windows.shape[1] - 1
+    if not 1 <= tokens <= config.context_length or not 0 <= windows.min() <= windows.max() < config.vocabulary_size:
+        raise Refused("unfit", "its held-out windows do not fit its model")
+    return tuple(tuple(window) for window in windows.tolist())
+
+
+def _clause(error: Exception) -> str:
+    return str(error).removesuffix(".")

@@ -1,0 +1,46 @@
+"""Health that is true: SERVING only while a version serves and the engine moves on."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from inference_service.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+_INTERVAL_S = 0.1
+# A step that takes longer turns health to NOT_SERVING, within a second of its beginning, until it ends.
+_SLOW_S = 0.7
+
+
+class Watchdog:
+    """Watches one engine. `serves` says whether there is a version to serve, `set_serving` changes health."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        serves: Callable[[], bool],
+        set_serving: Callable[[bool], Awaitable[None]],
+        stuck_after_s: float,
+    ) -> None:
+        self._engine = engine
+        self._serves = serves
+        self._set_serving = set_serving
+        self._stuck_after_s = stuck_after_s
+
+    async def run(self) -> None:
+        """Returns when a step has taken so long that it will not end."""
+        healthy = False
+        while True:
+            serves, stalled_s = self._serves(), self._engine.stalled_s
+            if stalled_s > self._stuck_after_s:
+                logger.error("the engine is stuck: a step has taken %.1f s", stalled_s)
+                return
+            if (serves and stalled_s < _SLOW_S) != healthy:
+                healthy = not healthy
+                await self._set_serving(healthy)
+                if healthy:
+                    logger.info("health is SERVING")
+                else:
+                    logger.warning("health is NOT_SERVING: %s", "a step takes long" if serves else "no version serves")
+            await asyncio.sleep(_INTERVAL_S)

@@ -1,0 +1,51 @@
+"""Small libraries in C and C++ that a compiler of this machine builds once, for this machine."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.errors import FailedPrecondition
+
+# Characters of what a compiler says that an error shows, from the end.
+_MOST_SAID = 2000
+
+
+def build_library(source: str, language: str, options: Sequence[str], cache: Path) -> Path:
+    """Compiles source, "c" or "c++", to a shared library in `cache`, unless it is there already.
+
+    Raises `FailedPrecondition` where there is no compiler or where it fails.
+    """
+    names = ("gcc", "cc", "clang") if language == "c" else ("g++", "c++", "clang++")
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise FailedPrecondition(f"There is no {language} compiler: install one of {', '.join(names)}.")
+    # A cache may be on a disk that machines of several kinds share.
+    key = hashlib.sha256("\0".join((language, source, *options, _processor())).encode()).hexdigest()[:16]
+    library = cache / f"native-{key}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / library.name
+            command = [compiler, *options, "-shared", "-fPIC", "-x", language, "-", "-o", str(built)]
+            try:
+                subprocess.run(command, input=source.encode(), check=True, capture_output=True, timeout=120)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                said = (error.stderr or b"").decode(errors="replace")[-_MOST_SAID:]
+                raise FailedPrecondition(f"The compiler failed: {error}\n{said}".rstrip()) from None
+            built.replace(library)
+    return library
+
+
+def _processor() -> str:
+    """What distinguishes processors that cannot run each other's code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{os.uname().machine} {features}"

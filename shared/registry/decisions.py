@@ -1,0 +1,127 @@
+"""What servers found out about versions and what their operators decided: small files beside the versions.
+
+serving/policy             the label whose version serves those who name none; best where there is no such file
+serving/stable             the number of the stable version
+serving/findings/<n>.json  what a server found out about a version
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shared.errors import CorruptCheckpoint, InvalidArgument
+from shared.registry.commit import locked, make_folder, replace_text, writing
+from shared.registry.manifest import typed
+
+LABELS = ("best", "latest", "stable")
+_PINNED = "pinned:"
+# A version's number as it is written.
+_NUMBER = re.compile("[1-9][0-9]{0,17}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a server found out about a version, before or while it served it.
+
+    `digest` is that of the version's manifest, `device` what computed. `loss` is that of the carried windows in nats a
+    token, as the version was served, None where it did not come so far. `refusal` says in a word why the version must
+    not serve, None where it may, and `sentence` in a sentence. `at` is in seconds since the epoch.
+    """
+
+    digest: str
+    device: str
+    loss: float | None
+    refusal: str | None
+    sentence: str
+    at: float
+
+
+def check_label(label: str) -> str:
+    """A label that can name a version; raises `InvalidArgument`."""
+    if label in LABELS or (label.startswith(_PINNED) and _NUMBER.fullmatch(label.removeprefix(_PINNED))):
+        return label
+    raise InvalidArgument(f"{label!r} is no label: the labels are {', '.join(LABELS)} and pinned:<version>.")
+
+
+def pinned(number: int) -> str:
+    """The label of a version that is to stay."""
+    return f"{_PINNED}{number}"
+
+
+def pinned_number(label: str) -> int | None:
+    """The version of such a label; None for another one."""
+    return int(label.removeprefix(_PINNED)) if label.startswith(_PINNED) else None
+
+
+class Decisions:
+    """The files of one registry. What writes raises `FailedPrecondition` where the disk does not take it; what was
+    decided and cannot be read, or understood, raises `CorruptCheckpoint`."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = root / "serving"
+
+    def policy(self) -> str:
+        """The label whose version serves those who name none."""
+        try:
+            return check_label(_read(self._folder / "policy") or LABELS[0])
+        except InvalidArgument as error:
+            raise CorruptCheckpoint(f"{self._folder / 'policy'} cannot be understood: {error}") from None
+
+    def set_policy(self, label: str) -> None:
+        """Lets the version of a label serve; raises `InvalidArgument` on what is none."""
+        self._write("policy", check_label(label))
+
+    def stable(self) -> int | None:
+        """The number of the stable version, if there is one."""
+        text = _read(self._folder / "stable")
+        if text is not None and not _NUMBER.fullmatch(text):
+            raise CorruptCheckpoint(f"{self._folder / 'stable'} cannot be understood: {text[:40]!r} is no version.")
+        return None if text is None else int(text)
+
+    def set_stable(self, number: int) -> None:
+        """Makes a version the stable one."""
+        self._write("stable", str(number))
+
+    def findings(self, numbers: Sequence[int]) -> dict[int, Finding]:
+        """What was found out about versions, as far as anything was; what cannot be read is found out again."""
+        findings = {}
+        for number in numbers:
+            try:
+                if (text := _read(self._finding(number))) is not None:
+                    findings[number] = Finding(**typed(Finding, json.loads(text)))
+            except (CorruptCheckpoint, ValueError, TypeError, KeyError, RecursionError):
+                continue
+        return findings
+
+    def keep(self, number: int, finding: Finding) -> None:
+        """Keeps what was found out about a version, in the place of what was found out before."""
+        self._write(f"findings/{number}.json", json.dumps(asdict(finding), indent=2))
+
+    def forget(self, number: int) -> None:
+        """Lets a version be judged anew."""
+        with writing(self._root), suppress(NotADirectoryError):
+            self._finding(number).unlink(missing_ok=True)
+
+    def _finding(self, number: int) -> Path:
+        return self._folder / "findings" / f"{number}.json"
+
+    def _write(self, name: str, text: str) -> None:
+        path = self._folder / name
+        with writing(self._root):
+            make_folder(path.parent, self._root)
+            with locked(self._root / "serving.lock"):
+                replace_text(path, text)
+
+
+def _read(path: Path) -> str | None:
+    """What a file holds; None where there is none."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error}.") from error

@@ -1,0 +1,124 @@
+"""Closed-loop decoding through the engine and over gRPC, side by side: python -m tests.benchmarks.engine --help"""
+
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from shared import cli
+from shared.errors import InvalidArgument
+from tests.benchmarks.checkpoint import Checkpoint
+from tests.benchmarks.closed_loop import ClosedLoop
+from tests.benchmarks.implementations import Implementation, find_implementations
+from tests.benchmarks.server import Server
+from tests.benchmarks.setup import Setup, limit_threads
+from tests.benchmarks.side_by_side import Measured, cores, measure, print_table
+from trainer_service.presets import find_preset
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+MEASURABLE = ("gptloop-engine", "gptloop-grpc", "mlx-lm-batch", "ctranslate2")
+BARE, STREAMED = "gptloop-engine", "gptloop-grpc"
+
+
+@app.command()
+def main(
+    preset: Annotated[str, typer.Option(help="The shape of the model; weights are random, the head is tied.")] = (
+        "tinystories-53m"
+    ),
+    rows: Annotated[list[int], typer.Option(min=1, help="Requests that decode together. Repeatable.")] = [1, 8, 32],  # noqa: B006
+    peer: Annotated[list[str], typer.Option(help="Repeatable; the first is the measure of the others.")] = [  # noqa: B006
+        "mlx-lm-batch",
+        "ctranslate2",
+        "gptloop-engine",
+        "gptloop-engine greedy",
+        "gptloop-grpc",
+    ],
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 16,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Threads in which each implementation computes.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one that is not.")] = 3,
+) -> None:
+    """Print tokens per second where so many requests begin together, and again when all of them have ended.
+
+    gptloop-engine is the engine with its thread and its outbox, gptloop-grpc the real server, asked by a client in
+    another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 computes in fp32, a whole batch at once: it
+    does not stream. gptloop draws at temperature 0.8, as it does by itself; the others take the likeliest token, unless
+    they are called "mlx-lm-batch sampled" and "ctranslate2 sampled". "gptloop-engine greedy" and "gptloop-grpc greedy"
+    take it too. The time of a step is the whole time, prompts and all, divided by the tokens of one request.
+
+    Example: python -m tests.benchmarks.engine --preset demo --rows 4 --peer gptloop-engine --peer gptloop-grpc
+    """
+    chosen = find_implementations(peer, MEASURABLE)
+    config = find_preset(preset).gpt
+    if prompt_tokens + output_tokens > config.context_length:
+        raise InvalidArgument(
+            f"{prompt_tokens} tokens of prompt and {output_tokens} of output do not fit the context of {preset}, which "
+            f"has {config.context_length}."
+        )
+    # SIGTERM ends what was started, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    limit_threads(threads)
+    print(f"{cores()} cores, {threads} threads each; {prompt_tokens} tokens of prompt, {output_tokens} of output")
+    results = []
+    with TemporaryDirectory(prefix="gptloop-bench-") as folder:
+        for_ctranslate2 = any("ctranslate2" in each.packages for each in chosen)
+        checkpoint = Checkpoint.make(Path(folder), preset, for_ctranslate2=for_ctranslate2)
+        for count in rows:
+            work = ClosedLoop(count, prompt_tokens, output_tokens, config.vocabulary_size)
+            results.append((work, _measure(work, chosen, checkpoint, threads, rounds)))
+    _print_speeds(preset, results, {each.name: each.draws for each in chosen})
+    _print_cost_of_grpc(results)
+
+
+def _measure(
+    work: ClosedLoop, chosen: tuple[Implementation, ...], checkpoint: Checkpoint, threads: int, rounds: int
+) -> dict[str, Measured]:
+    """Each in a process of its own, in turn; a server is started for it where one is asked."""
+    names = [each.name for each in chosen]
+    # The engine has at least two.
+    slots = max(2, work.rows)
+    log = checkpoint.folder / "server.log"
+    asked = any(name.startswith(STREAMED) for name in names)
+    with Server(checkpoint, slots=slots, threads=threads, log=log) if asked else nullcontext() as server:
+        address, metrics_port = ("", 0) if server is None else (server.address, server.metrics_port)
+        setup = Setup(str(checkpoint.folder), slots, threads, address, metrics_port)
+        specification = {"setup": asdict(setup), "work": asdict(work)}
+        return measure("Generation", names, specification, rounds=rounds, steps=1)
+
+
+def _print_speeds(preset: str, results: list[tuple[ClosedLoop, dict[str, Measured]]], draws: dict[str, str]) -> None:
+    rows = []
+    for work, measured in results:
+        first = next(iter(measured.values())).step_s
+        rows += [
+            [
+                f"{preset} x{work.rows}",
+                name,
+                draws[name],
+                f"{1e3 * each.step_s / work.output_tokens:,.1f} ms",
+                f"{work.rows * work.output_tokens / each.step_s:,.0f}",
+                f"{first / each.step_s:.2f}",
+                f"{each.spread:.0%}",
+                f"{each.peak_bytes / 2**30:.2f} GiB",
+            ]
+            for name, each in measured.items()
+        ]
+    print_table(["model", "implementation", "draws", "step", "tokens/s", "ratio", "spread", "memory"], rows)
+
+
+def _print_cost_of_grpc(results: list[tuple[ClosedLoop, dict[str, Measured]]]) -> None:
+    for work, measured in results:
+        for variant in ("", " greedy"):
+            if {BARE + variant, STREAMED + variant} <= set(measured):
+                more = measured[STREAMED + variant].step_s / measured[BARE + variant].step_s - 1
+                print(f"Streaming over gRPC adds {more:.1%} to the time of {work.rows} rows{variant}.")
+
+
+if __name__ == "__main__":
+    cli.run(app)

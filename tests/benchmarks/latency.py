@@ -1,0 +1,160 @@
+"""What prompts cost those who wait for them and those who do not: python -m tests.benchmarks.latency
+
+Prompts that share their first half, with and without the blocks that are kept of them; and streams that decode while
+long prompts are read, with several budgets of prompt tokens a step.
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from queue import SimpleQueue
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from shared import accelerator
+from shared.gpt.config import GPTConfig
+from shared.gpt.spans import SPAN_TOKENS
+from tests.benchmarks.checkpoint import tokenizer_for
+from tests.benchmarks.side_by_side import ROOT, print_table
+from trainer_service.presets import PRESETS
+
+Tokens = tuple[int, ...]
+
+
+class Client:
+    """An engine, and the times of its tokens."""
+
+    def __init__(self, engine: Any, outputs: "SimpleQueue[Any]") -> None:
+        self._engine = engine
+        self._outputs = outputs
+        self.times: dict[str, list[float]] = {}
+
+    def ask(self, prompt: Tokens, max_tokens: int) -> str:
+        """Submits a prompt; its name."""
+        from inference_service.engine.request import GenerationRequest
+
+        name = str(len(self.times))
+        self.times[name] = []
+        request = GenerationRequest(name, 1, prompt, 0, max_tokens, time.monotonic(), ignore_eos=True)
+        self._engine.submit(request)
+        return name
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Reads events until something is so."""
+        from inference_service.engine.request import Delta
+
+        while not until():
+            for output in self._outputs.get():
+                if isinstance(output.event, Delta):
+                    self.times[output.request_id] += output.event.times
+
+    def first_token_s(self, prompt: Tokens) -> float:
+        """The time to the first token of a prompt."""
+        begin = time.monotonic()
+        name = self.ask(prompt, 1)
+        self.wait(lambda: len(self.times[name]) == 1)
+        return self.times[name][0] - begin
+
+    def gaps_s(self, names: list[str], begin: float, end: float) -> list[float]:
+        """The times between two tokens of a stream, both of which fell between two moments."""
+        within = [[at for at in self.times[name] if begin <= at <= end] for name in names]
+        return [later - earlier for times in within for earlier, later in pairwise(times)]
+
+
+def main(
+    preset: Annotated[str, typer.Option()] = "tinystories-53m",
+    rounds: Annotated[int, typer.Option(help="Prompts of each kind.")] = 7,
+    budget: Annotated[list[int], typer.Option(help="Prompt tokens a step; repeatable.")] = [64, 128, 256],  # noqa: B006
+) -> None:
+    """Print the time to the first token of prompts that share their first half, and the gaps between tokens."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
+    config = PRESETS[preset].gpt
+    half = config.context_length * 3 // 8
+    print(f"{preset}, prompts of {2 * half} tokens that share their first {half}, one core, {rounds} of each in turn")
+    print_shared(config, half, rounds)
+    print(f"\n{preset}, seven streams that decode while prompts of {2 * half} tokens are read in the eighth slot")
+    print_gaps(config, 2 * half, rounds, budget)
+
+
+def print_shared(config: GPTConfig, half: int, rounds: int) -> None:
+    """The time to the first token where half of a prompt is known already."""
+    text = texts(config)
+    with engine(config, SPAN_TOKENS, 0) as plain, engine(config, SPAN_TOKENS, 128 << 20) as keeping:
+        times: dict[str, list[float]] = {"nothing kept": [], "beginnings kept": []}
+        begin = text(half)
+        keeping.first_token_s(begin + text(half))
+        for _ in range(rounds):
+            prompt = begin + text(half)
+            times["nothing kept"].append(plain.first_token_s(prompt))
+            times["beginnings kept"].append(keeping.first_token_s(prompt))
+    middle_s = {name: statistics.median(values) for name, values in times.items()}
+    whole_s = middle_s["nothing kept"]
+    rows = [[name, f"{value * 1e3:.0f} ms", f"{value / whole_s:.2f}"] for name, value in middle_s.items()]
+    print_table(["prefixes", "time to first token", "ratio"], rows)
+
+
+def print_gaps(config: GPTConfig, length: int, rounds: int, budgets: list[int]) -> None:
+    """The gaps between the tokens of running streams, and how soon a prompt beside them has its first token."""
+    text = texts(config)
+    rows = []
+    for budget in budgets:
+        with engine(config, budget, 0) as client:
+            names = [client.ask(text(16), config.context_length - 16) for _ in range(7)]
+
+            def decoded(count: int, client: Client = client, names: list[str] = names) -> Callable[[], bool]:
+                return lambda: all(len(client.times[name]) >= count for name in names)
+
+            client.wait(decoded(5))
+            quiet = time.monotonic()
+            client.wait(decoded(25))
+            busy = time.monotonic()
+            firsts_s = [client.first_token_s(text(length)) for _ in range(rounds)]
+            quiet_s, busy_s = client.gaps_s(names, quiet, busy), client.gaps_s(names, busy, time.monotonic())
+        figures = [statistics.median(quiet_s), statistics.median(busy_s), max(busy_s), statistics.median(firsts_s)]
+        steps = math.ceil(math.ceil(length / SPAN_TOKENS) / (budget // SPAN_TOKENS))
+        rows.append([str(budget), *(f"{figure * 1e3:.0f} ms" for figure in figures), str(steps)])
+    columns = ["prompt tokens a step", "gap without", "gap", "longest gap", "time to first token", "in steps"]
+    print_table(columns, rows)
+
+
+def texts(config: GPTConfig) -> Callable[[int], Tokens]:
+    """A source of random tokens."""
+    generator = np.random.default_rng(1)
+    return lambda length: tuple(generator.integers(config.vocabulary_size, size=length).tolist())
+
+
+@contextmanager
+def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterator[Client]:
+    """An engine of eight slots on random weights, warmed up."""
+    import mlx.core as mx
+
+    from inference_service.engine.engine import Engine
+    from shared.gpt.decoder import make_decoder
+    from shared.gpt.model import GPT
+
+    mx.random.seed(1)
+    model = GPT(config)
+    model.eval()
+    mx.eval(model.parameters())
+    outputs: SimpleQueue[Any] = SimpleQueue()
+    running = Engine(8, prefill_tokens, prefix_bytes, outputs.put, lambda: None)
+    running.start()
+    try:
+        decoder = make_decoder(model, 8, threads=1)
+        running.add_version(1, decoder, tokenizer_for(config.vocabulary_size), config.context_length).result()
+        client = Client(running, outputs)
+        client.first_token_s(texts(config)(config.context_length // 2))
+        yield client
+    finally:
+        running.stop()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,84 @@
+"""Requests that arrive at a rate, whether or not those before them have ended."""
+
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens prompts or answers have: log-normal around a median, clipped."""
+
+    median: int
+    sigma: float
+    minimum: int
+    maximum: int
+
+    def draw(self, generator: np.random.Generator, count: int) -> list[int]:
+        """So many lengths."""
+        drawn = self.median * np.exp(self.sigma * generator.standard_normal(count))
+        lengths: list[int] = np.clip(drawn.round(), self.minimum, self.maximum).astype(int).tolist()
+        return lengths
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that is due `at_s` after the beginning; exactly `output_tokens` are to be generated for it."""
+
+    at_s: float
+    prompt: tuple[int, ...]
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Arrivals in their order. A request that takes longer than `limit_s` is given up."""
+
+    arrivals: tuple[Arrival, ...]
+    limit_s: float
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> "Schedule":
+        """The inverse of `to_json`."""
+        values = json.loads(line)
+        arrivals = (Arrival(each["at_s"], tuple(each["prompt"]), each["output_tokens"]) for each in values["arrivals"])
+        return cls(tuple(arrivals), values["limit_s"])
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What all rates have in common. Prompts are random tokens below `vocabulary_size`."""
+
+    prompt: Lengths
+    output: Lengths
+    limit_s: float
+    vocabulary_size: int
+    seed: int
+
+    def poisson(self, rate_per_s: float, duration_s: float) -> Schedule:
+        """The arrivals of a Poisson process in which exactly `rate_per_s` arrive: their gaps are exponential, scaled to
+        fill the duration (Devroye 1986, section V.2.2).
+
+        The same seed gives the same, and the same lengths in the same order at every rate. Prompts differ between
+        rates, so that nothing can be kept from one to the next.
+        """
+        count = max(1, round(rate_per_s * duration_s))
+        gaps, prompts, outputs = (np.random.default_rng([self.seed, stream]) for stream in range(3))
+        elapsed = np.cumsum(gaps.exponential(size=count + 1))
+        at_s = duration_s * elapsed[:-1] / elapsed[-1]
+        tokens = np.random.default_rng([self.seed, 3, round(1000 * rate_per_s)])
+        return Schedule(
+            tuple(
+                # The last token of a vocabulary is its end token.
+                Arrival(at, tuple(tokens.integers(self.vocabulary_size - 1, size=length).tolist()), output_tokens)
+                for at, length, output_tokens in zip(
+                    at_s.tolist(), self.prompt.draw(prompts, count), self.output.draw(outputs, count), strict=True
+                )
+            ),
+            self.limit_s,
+        )

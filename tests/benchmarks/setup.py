@@ -1,0 +1,30 @@
+"""What an implementation is given to generate with."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The folder of a `Checkpoint`, how many streams decode together, in how many threads a step computes, and where a
+    server has the same model, for those that ask one."""
+
+    folder: str
+    slots: int
+    threads: int
+    address: str
+    metrics_port: int
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model."""
+        return Checkpoint(Path(self.folder))
+
+
+def limit_threads(threads: int) -> None:
+    """Makes processes that are started from now on compute in so many threads, whatever they multiply with."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[name] = str(threads)

@@ -1,0 +1,43 @@
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from inference_service.client import AsyncInferenceClient, InferenceClient
+from inference_service.stream import AsyncStream, Stream
+from tests.inference_service.scripted_server import Script, ScriptedServer
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., ScriptedServer]]:
+    servers: list[ScriptedServer] = []
+
+    def start(*scripts: Script, port: int = 0) -> ScriptedServer:
+        servers.append(ScriptedServer(*scripts, port=port))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def use_sync(address: str, method: str, *arguments: Any, retries: int = 2, **parameters: Any) -> Any:
+    with InferenceClient(address, retries) as client:
+        result = getattr(client, method)(*arguments, **parameters)
+        return list(result) if isinstance(result, Stream) else result
+
+
+def use_async(address: str, method: str, *arguments: Any, retries: int = 2, **parameters: Any) -> Any:
+    async def run() -> Any:
+        async with AsyncInferenceClient(address, retries) as client:
+            result = getattr(client, method)(*arguments, **parameters)
+            return [event async for event in result] if isinstance(result, AsyncStream) else await result
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(params=[use_sync, use_async], ids=["sync", "async"])
+def use(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Calls a method with either client; of a stream it reads all events."""
+    return request.param  # type: ignore[no-any-return]

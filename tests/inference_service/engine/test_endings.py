@@ -1,0 +1,349 @@
+"""How streams end: cancelled, too late, broken, stuck."""
+
+import gc
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from inference_service.engine import engine, runner
+from inference_service.engine.request import Admitted, Delta, Failed, FinishReason, NotFinite, StepFailed
+from inference_service.engine.runner import draw_token
+from shared import accelerator
+from shared.errors import Unavailable
+from shared.gpt.cpu_decoder import CpuDecoder
+from shared.gpt.mlx_decoder import MlxDecoder
+from shared.gpt.sampling import Logits, SamplingParameters
+from shared.gpt.spans import Span
+from tests.fakes import byte_tokenizer, tiny_model
+from tests.inference_service.engine.harness import LIMIT_S, SLOTS, Harness, Result, break_forward, request, slow_steps
+
+# Where a stream stands: its prompt of two chunks, read in one step each.
+STAGES = ["waiting", "reading", "decoding"]
+PROMPT = "x" * 80
+
+
+def end_in_stage(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, stage: str, deadline: float | None, act: Callable[[], None]
+) -> Result:
+    """Lets `act` happen on the engine's thread, in a step in which the stream "gone" is in a stage; what came of it.
+
+    Another request waits for its slot. Checks that what follows happens in the next step.
+    """
+    acted = threading.Event()
+
+    def hook(spans: Sequence[Span]) -> bool:
+        now = {
+            "waiting": True,
+            "reading": any(span.start == 0 and span.tokens[0] == ord("x") for span in spans),
+            "decoding": any(span.start == len(PROMPT) + 1 for span in spans),
+        }
+        if now[stage] and not acted.is_set():
+            acted.set()
+            act()
+        return False
+
+    break_forward(monkeypatch, hook)
+    others = SLOTS if stage == "waiting" else SLOTS - 1
+    harness.submit(
+        *(request(f"other{number}", max_tokens=90) for number in range(others)),
+        request("gone", PROMPT, max_tokens=15, deadline=deadline),
+        request("next", max_tokens=2),
+    )
+    gone = harness.wait("gone")
+    assert acted.is_set()
+    (last,) = [step for step in harness.steps if any(output.event is gone.finished for output in step)]
+    admitted = [output.request_id for output in last if isinstance(output.event, Admitted)]
+    assert admitted == ([] if stage == "waiting" else ["next"])
+    assert harness.wait("next").finished.reason is FinishReason.LENGTH
+    generated = {"waiting": 0, "reading": 0, "decoding": 3}[stage]
+    assert gone.finished.generated_tokens == len(gone.tokens) == generated
+    assert (gone.finished.queue_s is None) == (stage == "waiting")
+    return gone
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_cancel_gives_everything_back_within_a_step(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    gone = end_in_stage(harness, monkeypatch, stage, None, lambda: harness.engine.cancel("gone"))
+    assert gone.finished.reason is FinishReason.CANCELLED
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_deadline_ends_a_request_at_every_stage(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    deadline = time.monotonic() + 0.3
+    gone = end_in_stage(
+        harness, monkeypatch, stage, deadline, lambda: time.sleep(max(0.0, deadline - time.monotonic()))
+    )
+    assert gone.finished.reason is FinishReason.DEADLINE
+
+
+def test_a_prompt_left_half_read_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device whose attention multiplies what it masks: what is not finite there would reach the next stream."""
+    harness = Harness(slots=2)
+    model = tiny_model(0)
+    model.position_embedding.weight[40] = mx.nan
+    mx.eval(model)
+    harness.add_model(1, model, MlxDecoder(model, 2))
+    read = MlxDecoder.forward
+
+    def cancel(self: MlxDecoder, spans: Sequence[Span]) -> Sequence[Any]:
+        if spans[0].tokens[0] == ord("!"):
+            harness.engine.cancel("bad")
+        return read(self, spans)
+
+    try:
+        (alone,) = harness.generate(request("alone"))
+        monkeypatch.setattr(MlxDecoder, "forward", cancel)
+        (bad,) = harness.generate(request("bad", "!" * 80))
+        after = harness.generate(request("after0"), request("after1"))
+    finally:
+        harness.engine.stop()
+    assert bad.finished.reason is FinishReason.CANCELLED
+    assert [one.tokens for one in after] == [alone.tokens] * 2
+
+
+def test_what_fails_while_a_stream_gets_its_slot_ends_the_streams_of_that_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    harness = Harness(prefix_bytes=1 << 20)
+    harness.add(1, seed=0)
+    harness.add(2, seed=0)
+    try:
+        (alone,) = harness.generate(request("alone", "y" * 80, max_tokens=10))
+        slow_steps(monkeypatch)
+        harness.submit(request("beside", max_tokens=90), request("elsewhere", version=2, max_tokens=90))
+        for name in ("beside", "elsewhere"):
+            harness.wait(name, Delta)
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuDecoder, "write", fail)
+            (bad,) = harness.generate(request("bad", "y" * 80))
+        for result in (bad, harness.wait("beside")):
+            last = result.events[-1]
+            assert isinstance(last, Failed) and isinstance(last.error, StepFailed)
+        assert harness.generate(request("after", "y" * 80, max_tokens=10))[0].tokens == alone.tokens
+        assert harness.wait("elsewhere").finished.generated_tokens == 90
+        assert harness.failures == 0
+    finally:
+        harness.engine.stop()
+
+
+def test_numbers_that_are_not_finite_end_their_stream_alone() -> None:
+    harness = Harness()
+    model = tiny_model(0)
+    weight = model.token_embedding.weight
+    weight[ord("!")] = 1e38
+    model.token_embedding.weight = weight
+    mx.eval(model)
+    harness.add_model(1, model)
+    greedy = SamplingParameters(temperature=0.0)
+    try:
+        before, bad, beside = harness.generate(
+            request("before", sampling=greedy), request("bad", "a" * 30 + "!" * 30), request("beside", sampling=greedy)
+        )
+        again = harness.generate(*(request(f"again{i}", sampling=greedy) for i in range(SLOTS)))
+    finally:
+        harness.engine.stop()
+    assert isinstance(bad.events[-1], Failed)
+    assert isinstance(bad.events[-1].error, NotFinite)
+    assert before.tokens == beside.tokens
+    assert all(result.tokens == before.tokens for result in again)
+
+
+def test_a_failed_step_ends_its_own_streams_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(slots=2)
+    harness.add(1, seed=0)
+    try:
+        long = "x" * 90
+        alone = {
+            one.id: result.tokens
+            for one in (request("p", long, max_tokens=3), request("w"))
+            for result in harness.generate(one)
+        }
+        broken = iter([True])
+        # The second chunk of a prompt, while another stream decodes and a third one waits.
+        break_forward(monkeypatch, lambda spans: any(span.start == 64 for span in spans) and next(broken, False))
+        harness.submit(request("decodes", max_tokens=90))
+        harness.wait("decodes", Delta)
+        harness.submit(request("prompt", long, max_tokens=3), request("waits"))
+        for name in ("decodes", "prompt"):
+            last = harness.wait(name).events[-1]
+            assert isinstance(last, Failed) and isinstance(last.error, StepFailed)
+        assert harness.wait("waits").tokens == alone["w"]
+        assert harness.generate(request("again", long, max_tokens=3))[0].tokens == alone["p"]
+        assert harness.failures == 0
+    finally:
+        harness.engine.stop()
+
+
+def test_a_prompt_that_was_not_in_the_failed_step_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(slots=3, prefix_bytes=1 << 20)
+    harness.add(1, seed=0)
+    try:
+        # The later one has its first chunk from the cache, and waits for the first chunk of the other.
+        (alone,) = harness.generate(request("alone", "y" * 80, max_tokens=3))
+        broken = iter([True])
+        break_forward(
+            monkeypatch,
+            lambda spans: spans[0].tokens[0] == ord("x") and next(broken, False),
+        )
+        harness.submit(request("first", "x" * 80, max_tokens=3), request("second", "y" * 80, max_tokens=3))
+        assert isinstance(harness.wait("first").events[-1], Failed)
+        assert harness.wait("second").tokens == alone.tokens
+        assert harness.wait("second").finished.cached_prompt_tokens == 0
+    finally:
+        harness.engine.stop()
+
+
+def test_what_fails_in_one_draw_ends_one_stream(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(sequence: Any, logits: Logits, token: int | None) -> Any:
+        if sequence.request.id == "bad" and sequence.generated == 3:
+            raise ValueError("no")
+        return draw_token(sequence, logits, token)
+
+    monkeypatch.setattr(runner, "draw_token", fail)
+    bad, good = harness.generate(request("bad", logprobs=0), request("good", logprobs=0))
+    assert isinstance(bad.events[-1], Failed) and isinstance(bad.events[-1].error, StepFailed)
+    assert len(bad.tokens) == 3
+    assert good.finished.reason is FinishReason.LENGTH
+
+
+def test_an_engine_whose_steps_keep_failing_ends(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_forward(monkeypatch, lambda spans: True)
+    kinds = []
+    for number in range(4):
+        (result,) = harness.generate(request(f"r{number}"))
+        assert isinstance(result.events[-1], Failed)
+        kinds.append(type(result.events[-1].error))
+    assert kinds == [StepFailed, StepFailed, StepFailed, Unavailable]
+    with pytest.raises(Unavailable, match="engine failed"):
+        harness.engine.submit(request("after"))
+    with pytest.raises(Unavailable, match="engine failed"):
+        harness.add(2, seed=0)
+    assert harness.engine.stop()
+    assert harness.failures == 1
+
+
+def test_a_step_that_does_not_end_shows(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def hang(spans: Sequence[Span]) -> bool:
+        go_on.wait(LIMIT_S)
+        return False
+
+    assert harness.engine.stalled_s == 0.0
+    with monkeypatch.context() as patch:
+        break_forward(patch, hang)
+        harness.submit(request("a"))
+        deadline = time.monotonic() + LIMIT_S
+        while harness.engine.stalled_s < 0.05:
+            assert time.monotonic() < deadline
+        waiting = harness.engine.remove_version(1)
+        assert not harness.engine.stop(timeout_s=0.0)
+        # Nobody waits for what a stuck engine never does.
+        with pytest.raises(Unavailable, match="stopping"):
+            waiting.result(LIMIT_S)
+        go_on.set()
+        assert isinstance(harness.wait("a").events[-1], Failed)
+    assert harness.engine.stop()
+    assert harness.engine.stalled_s == 0.0
+
+
+def test_ten_thousand_cancels_leave_memory_flat(harness: Harness) -> None:
+    def cancel_many(count: int) -> None:
+        for number in range(0, count, 8):
+            names = [f"{number}-{one}" for one in range(8)]
+            harness.submit(
+                *(
+                    request(name, "x" * (10 * one + 1), samples=1 + one % 2, max_tokens=90)
+                    for one, name in enumerate(names)
+                )
+            )
+            if number % 3 == 0:
+                harness.wait(names[0], Admitted)
+            for name in names:
+                harness.engine.cancel(name)
+            for name in names:
+                assert harness.wait(name).finished.reason is FinishReason.CANCELLED
+                del harness._results[name]
+            harness.steps.clear()
+
+    cancel_many(2000)
+    gc.collect()
+    before = accelerator.memory()
+    cancel_many(10_000)
+    gc.collect()
+    after = accelerator.memory()
+    assert after.active_bytes <= before.active_bytes
+    assert after.resident_bytes - before.resident_bytes < 4 << 20
+    assert harness.engine._open == {} and harness.engine._requests == {}
+
+
+def test_stopping_ends_open_streams(harness: Harness) -> None:
+    harness.submit(request("a", max_tokens=90))
+    harness.wait("a", Admitted)
+    harness.engine.stop()
+    last = harness.wait("a").events[-1]
+    assert isinstance(last, Failed)
+    assert harness.failures == 0
+
+
+def test_a_version_whose_steps_keep_failing_ends_alone(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness.add(2, seed=0)
+    break_forward(monkeypatch, lambda spans: len(spans[0].tokens) == 64)
+    harness.submit(request("good", max_tokens=90))
+    harness.submit(*(request(f"bad{number}", "x" * 70, version=2, max_tokens=90) for number in range(10)))
+    for number in range(10):
+        last = harness.wait(f"bad{number}").events[-1]
+        assert isinstance(last, Failed) and isinstance(last.error, StepFailed)
+    (after,) = harness.generate(request("after", "y", version=2, samples=1))
+    assert isinstance(after.events[-1], Failed)
+    assert "ask for another one" in str(after.events[-1].error)
+    assert harness.wait("good").finished.generated_tokens == 90
+    assert harness.failures == 0
+    harness.engine.remove_version(2).result(LIMIT_S)
+    assert harness.engine._open == {} and harness.engine._requests == {}
+
+
+def test_who_gives_up_waiting_for_a_version_does_not_disturb_the_engine(harness: Harness) -> None:
+    decoder = CpuDecoder(tiny_model(1), SLOTS, threads=1)
+    loss = harness.engine.add_version(2, decoder, byte_tokenizer(), 96, [(1,) * 90] * 50)
+    assert not loss.cancel()
+    assert harness.generate(request("a"))[0].finished.generated_tokens == 20
+    harness.engine.stop()
+    assert harness.failures == 0
+
+
+def test_a_version_that_cannot_be_made_ready_leaves_no_memory_behind(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The records that pytest keeps hold the frames of the failure.
+    monkeypatch.setattr(engine, "logger", logging.getLogger("nobody"))
+    monkeypatch.setattr(engine.logger, "disabled", True)
+
+    class Broken(CpuDecoder):
+        def warm_up(self) -> Iterator[None]:
+            yield
+            raise RuntimeError("no memory")
+
+    decoder = Broken(tiny_model(1), SLOTS, threads=1)
+    gone = weakref.ref(decoder)
+    with pytest.raises(RuntimeError, match="no memory"):
+        harness.engine.add_version(2, decoder, byte_tokenizer(), 96).result(LIMIT_S)
+    del decoder
+    deadline = time.monotonic() + LIMIT_S
+    while gone() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,81 @@
+"""The cache of what prompts began with, on pieces that say which tokens they hold."""
+
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service.engine.prefix_cache import PrefixCache, Tokens
+from shared.gpt.spans import SPAN_TOKENS
+
+
+def tokens(*blocks: int) -> Tokens:
+    return tuple(block for block in blocks for _ in range(SPAN_TOKENS))
+
+
+def keep(cache: PrefixCache, *blocks: int) -> None:
+    """Reads a prompt from its start, as the engine does."""
+    for end in range(1, len(blocks) + 1):
+        cache.keep(tokens(*blocks[:end]), partial(tokens, *blocks[:end]))
+
+
+def found(cache: PrefixCache, *blocks: int) -> int:
+    """With how many blocks a prompt begins; each is the one that belongs there."""
+    pieces = cache.find((*tokens(*blocks), 99))
+    for end, piece in enumerate(pieces, start=1):
+        assert piece == tokens(*blocks[:end])
+    return len(pieces)
+
+
+def test_a_prompt_is_found_as_far_as_it_is_the_same() -> None:
+    cache = PrefixCache(10)
+    keep(cache, 1, 2, 3)
+    assert found(cache, 1, 2, 3, 4) == 3
+    assert found(cache, 1, 2, 4) == 2
+    # The same block after another one is another block.
+    assert found(cache, 2, 2) == 0
+    # The last token of a prompt is always left to be read.
+    assert len(cache.find(tokens(1, 2))) == 1
+    cache.clear()
+    assert found(cache, 1) == 0
+
+
+def test_of_a_prompt_the_last_blocks_go_first() -> None:
+    cache = PrefixCache(4)
+    keep(cache, 1, 2, 3)
+    keep(cache, 7, 8)
+    assert (found(cache, 1, 2, 3), found(cache, 7, 8)) == (2, 2)
+    keep(cache, 5)
+    assert (found(cache, 7, 8), found(cache, 5), found(cache, 1, 2)) == (2, 1, 1)
+
+
+def test_a_block_that_is_there_is_not_read_again() -> None:
+    cache = PrefixCache(4)
+    keep(cache, 1)
+    cache.keep(tokens(1), pytest.fail)
+
+
+def test_a_block_is_only_kept_after_those_before_it() -> None:
+    cache = PrefixCache(4)
+    cache.keep(tokens(1, 2), pytest.fail)
+    keep(cache, 1, 2)
+    assert found(cache, 1, 2) == 2
+
+
+@pytest.mark.parametrize("capacity", [0, 2])
+def test_a_prompt_longer_than_the_cache_keeps_its_beginning(capacity: int) -> None:
+    cache = PrefixCache(capacity)
+    keep(cache, *range(10))
+    assert found(cache, *range(10)) == capacity
+
+
+@given(st.integers(0, 6), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=30))
+def test_what_was_used_last_is_there_and_no_more_than_there_is_room_for(
+    capacity: int, prompts: list[list[int]]
+) -> None:
+    cache = PrefixCache(capacity)
+    for prompt in prompts:
+        keep(cache, *prompt)
+        assert found(cache, *prompt) == min(len(prompt), capacity)
+        assert len(cache._blocks) <= capacity

@@ -1,0 +1,116 @@
+"""A gRPC server that follows a script: fake at the service's edge, real in everything below it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+
+from inference_service.client import AsyncInferenceClient
+from shared import errors
+from shared.grpc_status import code_of, details_of
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.pb.inference.v1 import inference_pb2_grpc
+from tests.inference_service.process import LIMIT_S, until
+
+STARTED = pb.Started(request_id="r1", model_version=7, seed=2**64 - 1, prompt_tokens=3)
+STORY = (
+    STARTED,
+    pb.Delta(text="a ", token_ids=[1]),
+    pb.Delta(token_ids=[2]),
+    pb.Delta(text="fox", token_ids=[3]),
+    pb.Finished(reason=pb.FINISH_REASON_LENGTH, prompt_tokens=3, generated_tokens=3),
+)
+
+Script = Callable[["ScriptedServer", Any, grpc.ServicerContext], Iterator[Any]]
+Serve = Callable[..., "ScriptedServer"]
+
+
+class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
+    """A server whose calls each follow the next of its scripts, and the last one from then on."""
+
+    def __init__(self, *scripts: Script, port: int = 0) -> None:
+        self._scripts = list(scripts)
+        self._lock = threading.Lock()
+        self.requests: list[Any] = []
+        # Of each call: when it came and how much time it had left.
+        self.arrived_s: list[float] = []
+        self.remaining_s: list[float] = []
+        # Set once a client has left a call that would not have ended by itself.
+        self.left = threading.Event()
+        self._server = grpc.server(ThreadPoolExecutor(16))
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+    def await_calls(self, number: int) -> None:
+        until(lambda: len(self.requests) >= number)
+
+    def Generate(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
+        for event in self._next(request, context):
+            field = type(event).__name__.lower()
+            yield pb.GenerateResponse(**{field: event})
+
+    def Tokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return [pb.TokenizeResponse(), *self._next(request, context)][-1]
+
+    def GetModel(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return [pb.GetModelResponse(), *self._next(request, context)][-1]
+
+    def _next(self, request: Any, context: Any) -> Iterator[Any]:
+        with self._lock:
+            self.arrived_s.append(time.monotonic())
+            self.remaining_s.append(context.time_remaining())
+            self.requests.append(request)
+            script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+        return script(self, request, context)
+
+
+def send(*messages: Any) -> Script:
+    """Sends messages and ends."""
+    return lambda server, request, context: iter(messages)
+
+
+def refuse(error: errors.GptloopError, *messages: Any) -> Script:
+    """Sends messages and ends with an error, as the services do."""
+
+    def script(server: ScriptedServer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield from messages
+        context.set_trailing_metadata(tuple(details_of(error)))
+        context.abort(code_of(error), str(error))
+
+    return script
+
+
+def hang(*messages: Any) -> Script:
+    """Sends messages and then nothing more, until the client has left."""
+
+    def script(server: ScriptedServer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        gone = threading.Event()
+
+        def leave() -> None:
+            gone.set()
+            server.left.set()
+
+        if not context.add_callback(leave):
+            leave()
+        yield from messages
+        gone.wait(LIMIT_S)
+
+    return script
+
+
+def run_async(address: str, body: Callable[[AsyncInferenceClient], Awaitable[None]]) -> None:
+    """Runs a coroutine that is given an asynchronous client."""
+
+    async def run() -> None:
+        async with AsyncInferenceClient(address) as client, asyncio.timeout(LIMIT_S):
+            await body(client)
+
+    asyncio.run(run())

@@ -1,0 +1,96 @@
+"""Versions that must not serve, dropped into the registry of a server whose streams never stop."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inference_service.admin_client import AdminClient
+from shared.errors import FailedPrecondition
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.registry.store import Registry
+from tests.fakes import publish_tiny_version
+from tests.inference_service.process import Server, text_of, until
+from tests.inference_service.spoiling import (
+    BAD_SEED,
+    GOOD_SEED,
+    cut_off,
+    flip_a_bit,
+    huge_weights,
+    lose_a_file,
+    other_shape,
+    spoil_weights,
+)
+
+STREAMS = 6
+# What was changed before its commit, and after it.
+SPOILED = {"not_finite": [spoil_weights, huge_weights], "unfit": [other_shape]}
+CHANGED = [flip_a_bit, cut_off, lose_a_file]
+
+
+def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
+    server = Server(tmp_path / "var", GPTLOOP_INFERENCE_GATE_MARGIN="0.05")
+    staged = Registry(tmp_path / "staged")
+    texts: list[str] = []
+    versions: set[int] = set()
+    failures: list[Exception] = []
+    done = threading.Event()
+
+    def stream() -> None:
+        with server.client() as client:
+            while not done.is_set():
+                try:
+                    events = list(client.generate("Once", seed=3, max_tokens=90, ignore_eos=True))
+                except Exception as error:
+                    failures.append(error)
+                    return
+                assert isinstance(events[0], pb.Started)
+                versions.add(events[0].model_version)
+                texts.append(text_of(iter(events)))
+
+    def drop(change: Callable[[Path], None]) -> None:
+        """Puts a version there that was changed after its commit, in one move."""
+        while len(staged.versions()) <= len(server.registry.versions()):
+            version = publish_tiny_version(staged, 0.1).version
+        change(staged.version_directory(version))
+        staged.version_directory(version).rename(server.registry.version_directory(version))
+
+    readers = [threading.Thread(target=stream) for _ in range(STREAMS)]
+    try:
+        publish_tiny_version(server.registry, 2.0, seed=GOOD_SEED)
+        until(server.serves)
+        for reader in readers:
+            reader.start()
+        for changes in SPOILED.values():
+            for change in changes:
+                publish_tiny_version(server.registry, 0.5, seed=GOOD_SEED, change=change)
+        publish_tiny_version(server.registry, 0.4, seed=GOOD_SEED, better_by=0.1)
+        publish_tiny_version(server.registry, 0.3, seed=BAD_SEED)
+        for change in CHANGED:
+            drop(change)
+        with AdminClient(server.address) as admin:
+            until(lambda: sum(one.state == pb.VERSION_STATE_REFUSED for one in admin.versions().versions) == 8)
+            listing = admin.versions().versions
+        reasons = [one.reason.partition(":")[0] for one in listing]
+        assert reasons == ["", "not_finite", "not_finite", "unfit", "lying", "worse", "corrupt", "corrupt", "corrupt"]
+        with server.client() as client:
+            for number in range(2, 10):
+                with pytest.raises(FailedPrecondition, match=f"Version {number} cannot serve: "):
+                    list(client.generate("x", version=number))
+        so_far = len(texts)
+        until(lambda: len(texts) > so_far + STREAMS)
+        time.sleep(0.1)
+    finally:
+        done.set()
+        for reader in readers:
+            reader.join()
+        page = server.metrics()
+        assert server.end() == 0, server.lines
+    assert failures == []
+    assert versions == {1} and len(set(texts)) == 1
+    refused = {name[1]: value for name, value in page.items() if name[0] == "gptloop_inference_refused_versions_total"}
+    assert refused == {"not_finite": 2, "unfit": 1, "lying": 1, "worse": 1, "corrupt": 3}
+    assert page["gptloop_inference_swaps_total",] == 0
+    assert "Traceback" not in "".join(server.lines)

@@ -1,0 +1,258 @@
+"""Versions that deserve to serve and versions that do not, as a real engine examines them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inference_service import gate
+from shared.errors import CorruptCheckpoint, FailedPrecondition
+from shared.gpt import weights
+from shared.gpt.cpu_decoder import CpuDecoder
+from shared.registry.manifest import VersionManifest
+from shared.registry.store import Registry
+from tests.fakes import publish_tiny_version
+from tests.inference_service.spoiling import (
+    BAD_SEED,
+    GOOD_SEED,
+    cut_off,
+    flip_a_bit,
+    huge_weights,
+    lose_a_file,
+    no_array,
+    no_tokenizer,
+    no_windows,
+    other_shape,
+    spoil_weights,
+    strange_windows,
+    without_windows,
+)
+from tests.inference_service.world import World, polls, run, until
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path / "registry")
+
+
+def drop(world: World, change: Callable[[Path], None], name: str) -> VersionManifest:
+    """Puts a version into the registry that was changed after it had been committed."""
+    staged = Registry(world.registry.root.parent / name)
+    while len(staged.versions()) < len(world.registry.versions()) + 1:
+        manifest = publish_tiny_version(staged, 0.5)
+    directory = staged.version_directory(manifest.version)
+    change(directory)
+    directory.rename(world.registry.version_directory(manifest.version))
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "sentence"),
+    [
+        (spoil_weights, "not_finite", "values that are not finite"),
+        (huge_weights, "not_finite", "predictions of held-out text are not finite"),
+        (other_shape, "unfit", "parameters of its configuration"),
+        (no_windows, "unfit", "no table of tokens"),
+        (strange_windows, "unfit", "do not fit its model"),
+        (without_windows, "unfit", "it has no evaluation.npy"),
+        (no_array, "unfit", "held-out windows cannot be read"),
+        (no_tokenizer, "unfit", "tokenizer"),
+    ],
+)
+def test_what_cannot_serve_is_refused_with_the_reason(
+    world: World, change: Callable[[Path], None], reason: str, sentence: str
+) -> None:
+    publish_tiny_version(world.registry, 2.0)
+    bad = publish_tiny_version(world.registry, 1.0, change=change)
+
+    async def test() -> None:
+        await until(lambda: world.value("refused_versions_total", reason=reason) == 1)
+        await until(lambda: world.serving == 1)
+        with pytest.raises(FailedPrecondition, match=f"Version 2 cannot serve: .*{sentence}"):
+            async with world.loader.stream(bad):
+                pass
+        await polls(world)
+        assert world.value("refused_versions_total", reason=reason) == 1
+        assert world.resident() == {"1"}
+        # Nothing is left of what was examined.
+        await until(lambda: set(world.engine._lanes) == {1})
+
+    run(world, test)
+
+
+@pytest.mark.parametrize("change", [flip_a_bit, cut_off, lose_a_file])
+def test_what_was_changed_after_its_commit_never_serves(world: World, change: Callable[[Path], None]) -> None:
+    async def test() -> None:
+        publish_tiny_version(world.registry, 2.0)
+        await until(lambda: world.serving == 1)
+        drop(world, change, "staged")
+        await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
+        await polls(world)
+        assert world.serving == 1
+
+    run(world, test)
+
+
+def test_a_folder_without_a_manifest_is_no_version(world: World) -> None:
+    async def test() -> None:
+        publish_tiny_version(world.registry, 2.0)
+        await until(lambda: world.serving == 1)
+        drop(world, lambda directory: (directory / "manifest.json").unlink(), "staged")
+        await polls(world)
+        assert world.serving == 1
+        assert [standing.manifest.version for standing in await world.loader.standings()] == [1]
+
+    run(world, test)
+
+
+def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(world: World) -> None:
+    publish_tiny_version(world.registry, 2.0)
+    publish_tiny_version(world.registry, 1.0, better_by=0.1)
+
+    async def test() -> None:
+        await until(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        await until(lambda: world.serving == 1)
+        standing = (await world.loader.standings())[1]
+        assert standing.loss == pytest.approx(standing.manifest.claimed_loss + 0.1, abs=1e-4)
+        assert standing.reason.startswith("lying: it claims a held-out loss of")
+
+    run(world, test)
+
+
+def test_a_version_that_is_worse_than_the_one_that_serves_does_not_take_its_place(world: World) -> None:
+    async def test() -> None:
+        publish_tiny_version(world.registry, 2.0, seed=GOOD_SEED)
+        await until(lambda: world.serving == 1)
+        # Its manifest says that it is better; measured on the same windows it is not.
+        worse = publish_tiny_version(world.registry, 1.0, seed=BAD_SEED)
+        assert worse.claimed_loss > world.registry.version(1).claimed_loss + 0.05
+        await until(lambda: world.value("refused_versions_total", reason="worse") == 1)
+        assert world.serving == 1
+        # On another evaluation set losses do not compare.
+        publish_tiny_version(world.registry, 9.0, seed=BAD_SEED, evaluation_set="another")
+        await until(lambda: world.serving == 3)
+
+    run(world, test)
+
+
+def test_a_worse_version_can_still_be_had_by_its_number(world: World) -> None:
+    publish_tiny_version(world.registry, 1.0, seed=GOOD_SEED)
+    worse = publish_tiny_version(world.registry, 2.0, seed=BAD_SEED)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 1)
+        async with world.loader.stream(worse) as resident:
+            assert resident.manifest == worse
+        await world.loader.let_serve("pinned:2")
+        await until(lambda: world.serving == 2)
+
+    run(world, test)
+
+
+def test_what_was_found_out_is_remembered_after_a_restart(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_tiny_version(world.registry, 2.0)
+    publish_tiny_version(world.registry, 1.0, better_by=0.1)
+
+    async def judged() -> None:
+        await until(lambda: world.serving == 1)
+        await until(lambda: len(world.registry.decisions.findings([1, 2])) == 2)
+
+    run(world, judged)
+    monkeypatch.setattr(CpuDecoder, "score", lambda *_: pytest.fail("It is examined again."))
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        await until(lambda: restarted.serving == 1)
+        await polls(restarted)
+        assert restarted.serving == 1
+        assert restarted.value("refused_versions_total", reason="lying") == 0
+        first, second = await restarted.loader.standings()
+        assert first.loss == pytest.approx(first.manifest.claimed_loss, abs=1e-4)
+        assert second.reason.startswith("lying")
+
+    run(restarted, test)
+
+
+def test_what_another_kind_of_device_found_out_does_not_count(world: World) -> None:
+    publish_tiny_version(world.registry, 1.0)
+    path = world.registry.root / "serving" / "findings" / "1.json"
+
+    async def judged() -> None:
+        await until(path.exists)
+
+    run(world, judged)
+    finding = json.loads(path.read_text())
+    path.write_text(json.dumps({**finding, "device": "metal", "refusal": "lying", "sentence": "it lies"}))
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        await until(lambda: restarted.serving == 1)
+        await until(lambda: json.loads(path.read_text())["device"] == "cpu")
+
+    run(restarted, test)
+
+
+def test_a_refused_version_is_examined_again_when_it_is_asked_for(world: World) -> None:
+    publish_tiny_version(world.registry, 2.0)
+    publish_tiny_version(world.registry, 1.0, better_by=0.1)
+
+    async def test() -> None:
+        await until(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        with pytest.raises(FailedPrecondition, match="claims a held-out loss"):
+            await world.loader.load(2)
+        assert world.value("refused_versions_total", reason="lying") == 2
+        await until(lambda: world.serving == 1)
+
+    run(world, test)
+
+
+def test_a_version_that_cannot_be_read_now_is_tried_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_tiny_version(world.registry, 2.0)
+    publish_tiny_version(world.registry, 1.0)
+    verify = world.registry.verify
+    failing = True
+
+    def unreadable(manifest: VersionManifest) -> None:
+        if failing and manifest.version == 2:
+            raise OSError(5, "Input/output error")
+        verify(manifest)
+
+    monkeypatch.setattr(world.registry, "verify", unreadable)
+    monkeypatch.setattr("inference_service.hotload._AGAIN_AFTER_S", 0.2)
+
+    async def test() -> None:
+        nonlocal failing
+        await until(lambda: world.serving == 1)
+        standing = (await world.loader.standings())[1]
+        assert "Input/output error" in standing.reason and "tried again" in standing.reason
+        failing = False
+        await until(lambda: world.serving == 2)
+        assert world.value("refused_versions_total", reason="corrupt") == 0
+
+    run(world, test)
+
+
+@pytest.mark.parametrize("cause", [OSError(5, "Input/output error"), RuntimeError("unable to allocate")])
+def test_what_a_whole_file_does_not_yield_is_no_refusal(
+    world: World, monkeypatch: pytest.MonkeyPatch, cause: Exception
+) -> None:
+    publish_tiny_version(world.registry, 1.0)
+    load = weights.load_model
+    failing = iter([True])
+
+    def fail_once(*arguments: Any) -> Any:
+        if next(failing, False):
+            raise CorruptCheckpoint("it cannot be read") from cause
+        return load(*arguments)
+
+    monkeypatch.setattr(gate, "load_model", fail_once)
+    monkeypatch.setattr("inference_service.hotload._AGAIN_AFTER_S", 0.1)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 1)
+        assert world.value("refused_versions_total", reason="unfit") == 0
+
+    run(world, test)
+    assert next(failing, None) is None

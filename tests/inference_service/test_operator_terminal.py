@@ -1,0 +1,360 @@
+"""What operators type, and what they see of it."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from typer.testing import CliRunner
+
+from inference_service import operator_terminal
+from inference_service.__main__ import app
+from inference_service.operator_terminal import print_versions
+from shared import cli
+from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.fakes import publish_tiny_version
+from tests.inference_service.process import LIMIT_S, ROOT, Server, until
+
+TOKEN = "sesame"
+COMMANDS = ("versions", "promote", "pin", "follow", "rollback", "load", "unload")
+
+
+# What is shown of an answer.
+
+
+def status(version: int, state: pb.VersionState, **fields: Any) -> pb.VersionStatus:
+    """A version that was published 4 hours ago."""
+    created_at = Timestamp(seconds=round(time.time()) - 4 * 3600)
+    defaults: dict[str, Any] = {
+        "claimed_loss": 3.25,
+        "bits_per_byte": 1.5,
+        "step": 100 * version,
+        "created_at": created_at,
+    }
+    return pb.VersionStatus(version=version, state=state, **(defaults | fields))
+
+
+# Everything that a row can hold, as wide as it gets.
+WIDE = pb.ListVersionsResponse(
+    versions=[
+        status(
+            *(1, pb.VERSION_STATE_SERVING),
+            labels=["best", "stable", "pinned:1"],
+            streams=12,
+            held=True,
+            memory_bytes=12345 << 20,
+            measured_loss=3.0,
+        ),
+        status(2, pb.VERSION_STATE_AVAILABLE),
+        status(3, pb.VERSION_STATE_RESIDENT, streams=1, memory_bytes=12 << 20, measured_loss=10.12344),
+        status(4, pb.VERSION_STATE_RESIDENT, held=True, memory_bytes=12 << 20, measured_loss=3.0),
+        status(
+            *(1234, pb.VERSION_STATE_REFUSED),
+            labels=["latest"],
+            reason="lying: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
+            measured_loss=3.75,
+        ),
+    ],
+    policy="pinned:1",
+)
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What a terminal shows of an answer, without its styles, or a file, which has no columns."""
+
+    def show(answer: pb.ListVersionsResponse, columns: int | None = None) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(columns or 80))
+        monkeypatch.setenv("FORCE_COLOR" if columns else "NO_COLOR", "1")
+        print_versions(answer)
+        output = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        return [line.rstrip() for line in output.splitlines()]
+
+    return show
+
+
+@pytest.mark.parametrize("columns", [None, 120])
+def test_versions_are_one_row_each(show: Callable[..., list[str]], columns: int | None) -> None:
+    assert show(WIDE, columns) == [
+        "version  state      labels                   streams     memory      loss  bits/byte  age",
+        "      1  serving    best, stable, pinned:1  12, held  12345 MiB    3.0000     1.5000  4 h",
+        "      2  available                                               (3.2500)     1.5000  4 h",
+        "      3  resident                                  1     12 MiB   10.1234     1.5000  4 h",
+        "      4  resident                               held     12 MiB    3.0000     1.5000  4 h",
+        "   1234  refused    latest                                         3.7500     1.5000  4 h",
+        "version 1234: lying: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
+        "policy: pinned:1",
+    ]
+
+
+def test_on_a_narrow_terminal_only_labels_take_more_lines(show: Callable[..., list[str]]) -> None:
+    lines = show(WIDE, 80)
+    table = lines[: lines.index(next(line for line in lines if line.startswith("version 1234")))]
+    assert max(len(line) for line in table) <= 80
+    assert "…" not in "".join(table)
+    assert [line.split()[0] for line in table if line[:7].strip()] == ["version", "1", "2", "3", "4", "1234"]
+    assert re.findall(r"(?:best|stable|pinned:1|latest)(?=,|\s|$)", " ".join(table)) == [
+        *("best", "stable", "pinned:1", "latest")
+    ]
+
+
+def test_of_no_versions_is_said_when_the_first_one_comes(show: Callable[..., list[str]]) -> None:
+    assert show(pb.ListVersionsResponse(policy="latest")) == [
+        "No version yet: the first one comes with the first evaluation of a training job.",
+        "policy: latest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("versions", "sentence"),
+    [
+        ([], "The policy is stable. No version serves yet."),
+        ([status(1, pb.VERSION_STATE_SERVING, labels=["stable"])], "The policy is stable. Version 1 serves now."),
+        ([status(1, pb.VERSION_STATE_SERVING)], "The policy is stable. Version 1 serves now."),
+        (
+            [status(1, pb.VERSION_STATE_SERVING), status(2, pb.VERSION_STATE_LOADING, labels=["best", "stable"])],
+            "The policy is stable. Version 2 (loading) has this label. Version 1 serves now.",
+        ),
+        (
+            [status(2, pb.VERSION_STATE_WAITING, labels=["stable"])],
+            "The policy is stable. Version 2 (waiting) has this label. No version serves yet.",
+        ),
+    ],
+)
+def test_a_policy_is_told_with_what_it_names_and_what_serves(versions: list[pb.VersionStatus], sentence: str) -> None:
+    assert operator_terminal.describe_policy(pb.ListVersionsResponse(versions=versions, policy="stable")) == sentence
+
+
+def test_a_version_that_still_has_streams_is_told_with_them() -> None:
+    leaving = status(3, pb.VERSION_STATE_RESIDENT, streams=2)
+    assert operator_terminal.describe_unloaded(leaving) == (
+        "Version 3 leaves memory when its last stream ends; 2 of them run now."
+    )
+
+
+def test_a_rollback_to_what_must_be_loaded_says_so() -> None:
+    assert operator_terminal.describe_rollback(status(3, pb.VERSION_STATE_LOADING)) == (
+        "Version 3 (loading) serves as soon as it is in memory."
+    )
+    assert operator_terminal.describe_rollback(status(3, pb.VERSION_STATE_SERVING)) == "Version 3 serves now."
+
+
+# The commands.
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With three versions, of which the second one is the best."""
+    server = Server(tmp_path_factory.mktemp("server") / "var", GPTLOOP_ADMIN_TOKEN=TOKEN)
+    try:
+        for bits_per_byte in (3.0, 1.0, 2.0):
+            publish_tiny_version(server.registry, bits_per_byte)
+        until(server.serves)
+        yield server
+    finally:
+        assert server.end() == 0, server.lines
+        assert "Traceback" not in "".join(server.lines), server.lines
+
+
+class Operator:
+    """Types commands, with the credential in the environment."""
+
+    def __init__(self, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys = capsys
+        self._monkeypatch = monkeypatch
+        host, port = server.address.rsplit(":", 1)
+        monkeypatch.setenv("GPTLOOP_INFERENCE_HOST", host)
+        monkeypatch.setenv("GPTLOOP_INFERENCE_PORT", port)
+        monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", TOKEN)
+
+    def type(self, *arguments: str) -> tuple[int, str, str]:
+        """How the command ended, and what stands on standard output and standard error."""
+        self._monkeypatch.setattr(sys, "argv", ["inference_service", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(app)
+        output, errors = self._capsys.readouterr()
+        return int(ended.value.code or 0), output, errors
+
+    def see(self, *arguments: str) -> str:
+        """What a command that succeeds prints."""
+        code, output, errors = self.type(*arguments)
+        assert (code, errors) == (0, ""), errors
+        return output
+
+    def rows(self) -> dict[int, str]:
+        """The version, its state, its labels and what keeps it in memory, of each row of the table."""
+        _, *lines = self.see("versions").splitlines()
+        found = {}
+        for line in lines:
+            if match := re.fullmatch(r" *(\d+)  (.+?) +(?:\d+ MiB +)?\(?\d+\.\d{4}\)? +\d+\.\d{4}  \d+ s *", line):
+                found[int(match[1])] = " ".join(match[2].split())
+        return found
+
+
+@pytest.fixture
+def operator(server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Operator:
+    """Before version 2 serves, as the best one."""
+    operator = Operator(server, capsys, monkeypatch)
+    operator.see("follow", "best")
+    until(lambda: operator.rows()[2].startswith("serving"))
+    return operator
+
+
+def test_versions_are_listed(operator: Operator) -> None:
+    assert operator.see("versions").endswith("\npolicy: best\n")
+    rows = operator.rows()
+    newest = max(rows)
+    assert sorted(rows) == list(range(1, newest + 1))
+    assert rows[1] == "available" and rows[2].startswith("serving best") and rows[newest].endswith("latest")
+
+
+def test_pin_and_follow_say_what_serves(operator: Operator) -> None:
+    printed = operator.see("pin", "1")
+    assert re.fullmatch(
+        r"The policy is pinned:1\. (Version 1 \((available|loading|resident)\) has this label\. Version 2|Version 1) "
+        r"serves now\.\n",
+        printed,
+    )
+    until(lambda: operator.rows()[1] == "serving pinned:1")
+    assert operator.see("pin", "1") == "The policy is pinned:1. Version 1 serves now.\n"
+    assert operator.see("versions").endswith("policy: pinned:1\n")
+    assert operator.see("follow", "best").startswith("The policy is best. ")
+    until(lambda: operator.rows()[2] == "serving best")
+    assert operator.see("follow", "best") == "The policy is best. Version 2 serves now.\n"
+
+
+def test_promote_names_the_stable_version(operator: Operator) -> None:
+    assert operator.see("promote", "2") == "Version 2 (serving) is the stable one now.\n"
+    assert operator.rows()[2] == "serving best, stable"
+
+
+def test_load_and_unload_say_what_is_in_memory(operator: Operator) -> None:
+    assert re.fullmatch(
+        r"Version 1 \(resident\) is in memory: \d+ MiB, held-out loss \d\.\d{4}\.\n", operator.see("load", "1")
+    )
+    assert operator.rows()[1] == "resident held"
+    assert operator.see("unload", "1") == "Version 1 has left memory.\n"
+    assert operator.rows()[1] == "available"
+
+
+def test_rollback_refuses_the_serving_version_until_it_is_loaded(server: Server, operator: Operator) -> None:
+    bad = publish_tiny_version(server.registry, 0.5).version
+    until(lambda: operator.rows()[bad].startswith("serving"))
+    assert re.fullmatch(
+        r"Version 2 (serves now|\((available|loading|resident)\) serves as soon as it is in memory)\.\n",
+        operator.see("rollback"),
+    )
+    until(lambda: operator.rows()[2].startswith("serving"))
+    assert operator.rows()[bad] == "refused latest"
+    assert f"\nversion {bad}: rolled_back: an operator rolled it back\n" in operator.see("versions")
+    sentence = f"error: Version {bad} cannot serve: an operator rolled it back.\n"
+    assert operator.type("pin", str(bad)) == (1, "", sentence)
+    # As the best version that there is, it serves again.
+    assert operator.see("load", str(bad)).startswith(f"Version {bad} (")
+    until(lambda: operator.rows()[bad].startswith("serving"))
+    operator.see("rollback", "1")
+    until(lambda: operator.rows()[1].startswith("serving"))
+    assert operator.see("versions").endswith("policy: pinned:1\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("load", "99"), 1, "There is no version 99; the labels are best"),
+        (("promote", "99"), 1, "There is no version 99"),
+        (("pin", "99"), 1, "There is no version 99"),
+        (("rollback", "99"), 1, "There is no version 99"),
+        (("rollback", "2"), 1, "Version 2 serves already."),
+        (("unload", "2"), 1, "Version 2 serves: pin another one, or roll back."),
+        (("unload", "3"), 1, "Version 3 is not in memory."),
+        (("follow", "newest"), 2, "'newest' is no label: the labels are best, latest, stable and pinned:<version>."),
+        (("load", "99999999999999999999"), 2, "A parameter cannot be sent: Value out of range"),
+        (("versions", "--address", "127.0.0.1:1"), 1, "No server answers at 127.0.0.1:1: start it with make up."),
+    ],
+)
+def test_an_error_is_one_sentence(operator: Operator, arguments: tuple[str, ...], code: int, sentence: str) -> None:
+    ended, output, errors = operator.type(*arguments)
+    assert (ended, output) == (code, "")
+    assert errors.startswith(f"error: {sentence}")
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("token", ["", "close"])
+def test_without_the_credential_each_command_says_what_to_set(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", token)
+    for name in COMMANDS:
+        arguments = {"versions": (), "rollback": (), "follow": ("latest",)}.get(name, ("1",))
+        code, output, errors = operator.type(name, *arguments)
+        assert (code, output) == (1, "")
+        assert errors.startswith("error: This call needs the credential of the server's operators")
+        assert "set GPTLOOP_ADMIN_TOKEN to the one that the server has" in errors
+        assert len(errors.splitlines()) == 1
+
+
+def test_a_credential_that_no_call_can_carry_is_one_sentence(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", "öffne dich")
+    code, output, errors = operator.type("versions")
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: GPTLOOP_ADMIN_TOKEN holds a character that no call can carry")
+    assert "dich" not in errors
+
+
+def test_the_command_line_itself(server: Server) -> None:
+    for token, code in ((TOKEN, 0), ("", 1)):
+        done = subprocess.run(
+            [sys.executable, "-m", "inference_service", "versions", "--address", server.address],
+            cwd=ROOT,
+            env={**os.environ, "GPTLOOP_ADMIN_TOKEN": token},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
+        assert done.returncode == code
+        printed, other = (done.stdout, done.stderr) if code == 0 else (done.stderr, done.stdout)
+        assert printed.startswith("version  state" if code == 0 else "error: This call needs")
+        assert other == ""
+
+
+def test_an_empty_registry_has_no_versions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(tmp_path / "var", GPTLOOP_ADMIN_TOKEN=TOKEN)
+    try:
+        operator = Operator(server, capsys, monkeypatch)
+        assert operator.see("versions") == (
+            "No version yet: the first one comes with the first evaluation of a training job.\npolicy: best\n"
+        )
+        assert operator.see("follow", "latest") == "The policy is latest. No version serves yet.\n"
+        assert operator.type("pin", "1") == (1, "", "error: There is no version 1; the registry is still empty.\n")
+        assert operator.type("rollback") == (1, "", "error: No version serves.\n")
+    finally:
+        assert server.end() == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_teaches_itself(name: str) -> None:
+    done = CliRunner().invoke(app, [name, "--help"], prog_name="python -m inference_service", env={"COLUMNS": "80"})
+    assert done.exit_code == 0
+    text = " ".join(done.output.replace("│", " ").split())
+    assert f"Example: python -m inference_service {name}" in text
+    assert "GPTLOOP_INFERENCE_HOST" in text
+    words = {
+        "versions": "available",
+        "promote": "label stable",
+        "pin": "until follow names a label again",
+        "follow": "fewest bits per byte",
+        "rollback": "Only load gives it another chance",
+        "load": "examined again",
+        "unload": "last stream has ended",
+    }
+    assert words[name] in text

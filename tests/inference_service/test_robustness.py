@@ -1,0 +1,293 @@
+"""What a client meets when a server is full, slow, broken or told to end: real processes, real calls."""
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from inference_service.client import InferenceClient
+from shared import errors
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.pb.inference.v1 import inference_pb2_grpc
+from tests.fakes import TINY, publish_tiny_version
+from tests.inference_service.process import BREAKABLE, LIMIT_S, SERVE, SMALL_WINDOW, Server, text_of, until
+
+# So much context that a stream lasts for seconds.
+LONG = replace(TINY, context_length=16384)
+
+
+def start(var: Path, command: Sequence[str] = SERVE, **settings: Any) -> Server:
+    server = Server(var, command, **{f"GPTLOOP_INFERENCE_{name}": str(value) for name, value in settings.items()})
+    publish_tiny_version(server.registry, 1.0, config=LONG)
+    until(server.serves)
+    return server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two slots, in which two more may wait, and which has no patience with slow readers."""
+    server = start(
+        tmp_path_factory.mktemp("server") / "var", SLOTS=2, MAX_WAITING_REQUESTS=2, SLOW_READER_S=1, DRAIN_S=1
+    )
+    try:
+        yield server
+    finally:
+        assert server.end() == 0, server.lines
+        assert "Traceback" not in "".join(server.lines), server.lines
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[InferenceClient]:
+    with InferenceClient(server.address, retries=0) as client:
+        yield client
+    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+    assert server.metrics()["gptloop_inference_waiting_requests",] == 0
+
+
+def endless(client: InferenceClient, **parameters: Any) -> Any:
+    """A stream that has begun to come and lasts for seconds."""
+    stream = client.generate("Once", max_tokens=16000, ignore_eos=True, **parameters)
+    assert isinstance(next(iter(stream)), pb.Started)
+    return stream
+
+
+def test_samples_of_one_prompt_are_those_of_their_seeds(client: InferenceClient) -> None:
+    texts = {0: "", 1: ""}
+    ends = []
+    for event in client.generate("Once", n=2, seed=2**64 - 1, max_tokens=40):
+        if isinstance(event, pb.Delta):
+            texts[event.index] += event.text
+        elif isinstance(event, pb.Finished):
+            ends.append(event.index)
+    assert sorted(ends) == [0, 1]
+    assert texts[0] == text_of(client.generate("Once", seed=2**64 - 1, max_tokens=40))
+    assert texts[1] == text_of(client.generate("Once", seed=0, max_tokens=40)) != texts[0]
+
+
+def test_a_full_queue_is_refused_with_the_time_to_come_back(server: Server, client: InferenceClient) -> None:
+    running = [endless(client) for _ in range(2)]
+    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
+    waiting = [endless(client) for _ in range(2)]
+    until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 2)
+    with pytest.raises(errors.ResourceExhausted, match="2 requests wait already") as refused:
+        list(client.generate("x"))
+    assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 0
+    assert server.metrics()["gptloop_inference_requests_total", "resource_exhausted"] >= 1
+    for stream in (*running, *waiting):
+        stream.close()
+
+
+def test_prompt_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
+    server = start(tmp_path / "var", SLOTS=2, MAX_WAITING_PROMPT_TOKENS=50)
+    try:
+        with InferenceClient(server.address, retries=0) as client:
+            # What is longer than the limit has its turn alone.
+            list(client.generate("x" * 60, max_tokens=1))
+            running = [endless(client) for _ in range(2)]
+            until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
+            waiting = endless(client)
+            with pytest.raises(errors.ResourceExhausted, match="4 prompt tokens wait already, and 60 more") as refused:
+                list(client.generate("x" * 60))
+            assert refused.value.retry_after_s is not None
+            for stream in (*running, waiting):
+                stream.close()
+    finally:
+        assert server.end() == 0
+
+
+def test_ten_times_the_load_harms_no_stream_and_takes_no_memory(server: Server, client: InferenceClient) -> None:
+    expected = [text_of(client.generate("Once", seed=seed, max_tokens=200)) for seed in range(4)]
+    before = server.metrics()["gptloop_inference_memory_bytes", "resident"]
+    texts: list[tuple[int, str]] = []
+    refused = []
+
+    def ask(worker: int) -> None:
+        for number in range(8):
+            seed = (worker + number) % 4
+            try:
+                texts.append((seed, text_of(client.generate("Once", seed=seed, max_tokens=200))))
+            except errors.ResourceExhausted as error:
+                refused.append(error)
+
+    threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert len(texts) + len(refused) == 320
+    assert len(refused) > 40 and len(texts) > 4
+    assert all(error.retry_after_s is not None for error in refused)
+    assert all(text == expected[seed] for seed, text in texts)
+    assert server.metrics()["gptloop_inference_memory_bytes", "resident"] - before < 16 << 20
+
+
+def test_a_deadline_ends_a_call_that_waits_and_one_that_runs(server: Server, client: InferenceClient) -> None:
+    running = [endless(client) for _ in range(2)]
+    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
+    begin = time.monotonic()
+    with pytest.raises(errors.DeadlineExceeded):
+        list(client.generate("x", max_tokens=5, timeout_s=0.3))
+    assert time.monotonic() - begin < LIMIT_S / 2
+    until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 0)
+    for stream in running:
+        stream.close()
+    with pytest.raises(errors.DeadlineExceeded):
+        list(client.generate("x", max_tokens=16000, ignore_eos=True, timeout_s=0.3))
+    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+
+
+def test_a_reader_that_is_too_slow_is_ended_and_slows_nobody(server: Server, client: InferenceClient) -> None:
+    with grpc.insecure_channel(server.address, options=SMALL_WINDOW) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        # So much that it does not fit between the two processes, and nobody reads it.
+        call = stub.Generate(pb.GenerateRequest(prompt="x", max_tokens=16000, ignore_eos=True, logprobs=20))
+        until(lambda: server.metrics()["gptloop_inference_active_streams",] == 1)
+        tokens = sum(
+            len(event.token_ids)
+            for event in client.generate("Once", max_tokens=2000, ignore_eos=True)
+            if isinstance(event, pb.Delta)
+        )
+        assert tokens == 2000
+        until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+        with pytest.raises(grpc.RpcError) as ended:
+            for _ in call:
+                pass
+        assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "has not read a message for 1 s" in str(ended.value.details())
+
+
+def test_a_slow_reader_gets_everything_in_fewer_messages(tmp_path: Path) -> None:
+    server = start(tmp_path / "var")
+    request = pb.GenerateRequest(prompt="x", max_tokens=2000, ignore_eos=True, logprobs=20)
+    request.sampling.seed = 5
+
+    def written() -> float:
+        return server.metrics()["gptloop_inference_generated_tokens_total",]
+
+    try:
+        with server.client() as client, grpc.insecure_channel(server.address, options=SMALL_WINDOW) as channel:
+            expected = text_of(client.generate("x", max_tokens=2000, ignore_eos=True, seed=5))
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            call = stub.Generate(request)
+            until(lambda: written() > 2010)
+            # Nobody reads; as long as another stream of several thousand steps takes, more is generated than fits.
+            list(client.generate("x", max_tokens=3000, ignore_eos=True))
+            assert written() < 7000
+            deltas = [answer.delta for answer in call if answer.HasField("delta")]
+    finally:
+        assert server.end() == 0
+    assert sum(len(delta.token_ids) for delta in deltas) == 2000
+    assert max(len(delta.token_ids) for delta in deltas) > 100
+    assert "".join(delta.text for delta in deltas) == expected
+
+
+def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp_path: Path) -> None:
+    server = start(tmp_path / "var", SLOTS=2, DRAIN_S=60)
+    with InferenceClient(server.address, retries=0) as client:
+        streams = [client.generate("Once", max_tokens=4000, ignore_eos=True) for _ in range(3)]
+        for stream in streams:
+            assert isinstance(next(iter(stream)), pb.Started)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: "ending" in "".join(server.lines))
+
+        def refuses() -> bool:
+            with InferenceClient(server.address, retries=0) as other:
+                try:
+                    list(other.generate("x", max_tokens=1))
+                except errors.Unavailable:
+                    return True
+                return False
+
+        until(refuses)
+        for stream in streams:
+            *_, last = stream
+            assert isinstance(last, pb.Finished)
+            assert last.reason == pb.FINISH_REASON_LENGTH
+    # A second signal would force it.
+    server.process.wait(LIMIT_S)
+    assert server.end() == 0
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    server = start(tmp_path / "var", DRAIN_S=60)
+    with InferenceClient(server.address, retries=0) as client:
+        stream = endless(client)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: "ending" in "".join(server.lines))
+        server.process.send_signal(signal.SIGTERM)
+        *_, last = stream
+        assert isinstance(last, pb.Finished)
+        assert last.reason == pb.FINISH_REASON_CANCELLED
+    assert server.end() == 0
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Iterator[Server]:
+    server = start(tmp_path / "var", BREAKABLE, STUCK_AFTER_S=2)
+    try:
+        yield server
+    finally:
+        server.end(signal.SIGKILL)
+
+
+def test_a_failed_step_ends_its_streams_and_the_server_goes_on(broken: Server) -> None:
+    with InferenceClient(broken.address, retries=0) as client:
+        expected = text_of(client.generate("Once", seed=1, max_tokens=20))
+        streams = [endless(client) for _ in range(3)]
+        until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 3)
+        broken.order("fail once")
+        for stream in streams:
+            with pytest.raises(errors.GptloopError, match="INTERNAL: The step that this stream was in failed"):
+                list(stream)
+        assert text_of(client.generate("Once", seed=1, max_tokens=20)) == expected
+        assert broken.serves()
+        assert broken.process.poll() is None
+
+
+def test_steps_that_keep_failing_end_the_process(broken: Server) -> None:
+    with InferenceClient(broken.address, retries=0) as client:
+        broken.order("fail")
+        for _ in range(3):
+            with pytest.raises(errors.GptloopError, match="INTERNAL"):
+                list(client.generate("x"))
+        with pytest.raises(errors.Unavailable, match="engine failed"):
+            list(client.generate("x"))
+    assert broken.process.wait(LIMIT_S) == 1
+
+
+def test_a_stuck_engine_is_not_serving_within_a_second_and_the_process_ends(broken: Server) -> None:
+    publish_tiny_version(broken.registry, 2.0, config=LONG)
+    with InferenceClient(broken.address, retries=0) as client:
+        streams = [endless(client) for _ in range(4)]
+        until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 4)
+        begin = broken.order("hang")
+        until(lambda: not broken.serves())
+        assert time.monotonic() - begin < 1.0
+        newcomer = client.generate("x")
+        for one in (*streams, newcomer):
+            with pytest.raises(errors.Unavailable, match="engine is stuck"):
+                list(one)
+    assert broken.process.wait(LIMIT_S) == 1
+    until(lambda: re.search("a step has taken 2", "".join(broken.lines)) is not None)
+    # It is the engine's fault, not the version's.
+    assert [finding.refusal for finding in broken.registry.decisions.findings([1, 2]).values()] == [None]
+
+
+def test_an_engine_that_is_stuck_while_the_server_ends_does_not_hold_it(broken: Server) -> None:
+    with InferenceClient(broken.address, retries=0) as client:
+        stream = endless(client)
+        until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 1)
+        begin = broken.order("hang")
+        broken.process.send_signal(signal.SIGTERM)
+        with pytest.raises(errors.Unavailable, match="engine is stuck"):
+            list(stream)
+    assert broken.process.wait(LIMIT_S) == 1
+    # Neither the drain of 30 s nor the clients' patience has to end.
+    assert time.monotonic() - begin < 20.0

@@ -1,0 +1,118 @@
+"""What a person sees of several samples; test_server.py has the rest, from the command line."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from inference_service.__main__ import app
+from inference_service.client import InferenceClient
+from inference_service.terminal import Terminal
+from shared import errors
+from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.inference_service.scripted_server import STORY, Script, ScriptedServer, refuse, send
+
+STARTED = pb.Started(model_version=7, seed=41)
+# Both samples are drawn together, and the second one ends first.
+TWO = (
+    STARTED,
+    pb.Delta(index=0, text=" upon"),
+    pb.Delta(index=1, text=" there"),
+    pb.Delta(index=1, text=" was"),
+    pb.Finished(index=1, reason=pb.FINISH_REASON_EOS, generated_tokens=1),
+    pb.Delta(index=0, text=" a"),
+    pb.Finished(index=0, reason=pb.FINISH_REASON_LENGTH, generated_tokens=1),
+)
+
+
+class Shown:
+    """A terminal that talks to a server with a script."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def generate(self, script: Script, *prompts: str) -> tuple[str, list[str]]:
+        """Two samples of each prompt: what stands on standard output, and the lines on standard error."""
+        server = ScriptedServer(script)
+        try:
+            with InferenceClient(server.address) as client:
+                if len(prompts) == 1:
+                    Terminal(client).generate(prompts[0], {"n": 2})
+                else:
+                    Terminal(client).generate_all(prompts, {"n": 2})
+        finally:
+            server.stop()
+            self.output, notes = self._capsys.readouterr()
+        return self.output, notes.splitlines()
+
+
+@pytest.fixture
+def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
+    return Shown(capsys)
+
+
+def test_samples_are_printed_one_after_another(shown: Shown) -> None:
+    output, notes = shown.generate(send(*TWO), "Once")
+    assert output == "Once upon a\nOnce there was\n"
+    assert notes == [
+        "--- 1 of 2",
+        "version 7 · seed 41 · 1 tokens · first token 0 ms · LENGTH",
+        "--- 2 of 2",
+        "version 7 · seed 42 · 1 tokens · first token 0 ms · EOS",
+        "Sample 1 again: VERSION=7 SEED=41",
+        "Sample 2 again: VERSION=7 SEED=42",
+    ]
+
+
+def test_a_broken_sample_is_ended_and_those_after_it_do_not_begin(shown: Shown) -> None:
+    with pytest.raises(errors.Unavailable):
+        shown.generate(refuse(errors.Unavailable("The server ends."), *TWO[:4]), "Once")
+    assert shown.output == "Once upon\n"
+
+
+def test_samples_of_several_prompts_stand_under_their_prompt(shown: Shown) -> None:
+    output, notes = shown.generate(send(*TWO), "One", "Two")
+    assert output == "One upon a\nOne there was\nTwo upon a\nTwo there was\n"
+    heads = [line.split(" · ")[:2] for line in notes[:-1]]
+    assert heads == [
+        ["--- 1, 1 of 2: version 7", "seed 41"],
+        ["--- 1, 2 of 2: version 7", "seed 42"],
+        ["--- 2, 1 of 2: version 7", "seed 41"],
+        ["--- 2, 2 of 2: version 7", "seed 42"],
+    ]
+    assert notes[-1].startswith("2 prompts · 4 tokens in ")
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    server = ScriptedServer(send(*STORY))
+    yield server
+    server.stop()
+
+
+def test_every_option_reaches_the_request(server: ScriptedServer) -> None:
+    sampling: dict[str, Any] = {
+        "seed": 3,
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.25,
+        "min_p": 0.125,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.75,
+    }
+    rest: dict[str, Any] = {"max_tokens": 9, "min_tokens": 2, "n": 1}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in (sampling | rest).items()]
+    arguments = ["generate", "--prompt", "Once", "--version", "7", "--stop", "x", "--stop", "y", *options]
+    done = CliRunner().invoke(app, [*arguments, "--address", server.address])
+    assert done.exit_code == 0, done.output
+    assert server.requests == [
+        pb.GenerateRequest(
+            prompt="Once",
+            model=pb.ModelSelector(version=7),
+            sampling=pb.Sampling(**sampling),
+            stop=["x", "y"],
+            **rest,
+        )
+    ]

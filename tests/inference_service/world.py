@@ -1,0 +1,103 @@
+"""A registry, an engine and a loader without a server around them, for tests."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from inference_service.catalogue import Catalogue
+from inference_service.engine.engine import Engine
+from inference_service.hotload import HotLoader
+from inference_service.metrics import InferenceMetrics
+from shared.accelerator import Memory
+from shared.gpt.decoder import make_decoder
+from shared.registry.store import Registry
+
+LIMIT_S = 30.0
+
+
+class World:
+    """A registry, an engine and a loader that polls often."""
+
+    def __init__(self, root: Path) -> None:
+        self.registry = Registry(root)
+        self.collectors = CollectorRegistry()
+        self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0)
+        self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
+        self.catalogue = Catalogue(self.registry, "cpu")
+        self.loader = HotLoader(
+            self.registry,
+            self.catalogue,
+            self.engine,
+            partial(make_decoder, slots=2, threads=1),
+            limit=2,
+            margin=0.05,
+            metrics=self.metrics,
+        )
+
+    @property
+    def serving(self) -> int | None:
+        return self.loader.serving.manifest.version if self.loader.serving is not None else None
+
+    def resident(self) -> set[str]:
+        return {
+            sample.labels["version"]
+            for family in self.collectors.collect()
+            if family.name == "gptloop_inference_model_info"
+            for sample in family.samples
+        }
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.collectors.get_sample_value(f"gptloop_inference_{name}", labels) or 0.0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.engine.start()
+        task = asyncio.create_task(self.loader.run(0.01))
+        try:
+            yield
+            assert not task.done(), task.exception()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            self.engine.stop()
+
+
+def served(caplog: pytest.LogCaptureFixture) -> list[int]:
+    """The versions that served, in their order."""
+    messages = [record.getMessage() for record in caplog.records]
+    return [int(message.split()[1]) for message in messages if " serves: " in message]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def polls(world: World, count: int = 3) -> None:
+    """Waits until the registry was looked at so many times more."""
+    seen = 0
+    versions = world.registry.versions
+
+    def counted() -> Any:
+        nonlocal seen
+        seen += 1
+        return versions()
+
+    world.registry.versions = counted  # type: ignore[method-assign]
+    await until(lambda: seen >= count)
+    world.registry.versions = versions  # type: ignore[method-assign]
+
+
+def run(world: World, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def body() -> None:
+        async with world.running():
+            await test()
+
+    asyncio.run(body())

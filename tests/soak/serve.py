@@ -1,0 +1,321 @@
+"""Ten minutes of all that clients do to a server, at times more than it can carry, and of steps that fail or last.
+
+`python -m tests.soak.serve --minutes 10`
+"""
+
+import asyncio
+import random
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import grpc
+import grpc.aio
+import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.table import Table
+
+from inference_service.client import AsyncInferenceClient
+from shared import cli
+from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted
+from shared.gpt.config import GPTConfig
+from shared.grpc_status import error_of
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.pb.inference.v1 import inference_pb2_grpc
+from tests.fakes import publish_tiny_version
+from tests.inference_service.process import BREAKABLE, SMALL_WINDOW, Server, until
+
+MODEL = GPTConfig(6, 256, 4, 1024, 512, vocabulary_size=257, tied_head=False)
+SLOTS = 8
+# Once a minute, for so long, so many times as many requests come.
+BURST_S, BURST = 5.0, 10
+# Health may lag so far behind the truth.
+LAG_S = 1.0
+STORY = "Once upon a time there was a little dog who lived in a small house near the forest. "
+
+
+class Soak:
+    """Clients of all kinds, and what they met."""
+
+    def __init__(self, server: Server, client: AsyncInferenceClient, seed: int) -> None:
+        self._server = server
+        self._client = client
+        self._random = random.Random(seed)
+        self._expected: dict[tuple[str, int], str] = {}
+        self.outcomes: dict[str, Counter[str]] = {}
+        self.violations: list[str] = []
+        # (time, resident bytes, MLX's active bytes, active streams, waiting)
+        self.samples: list[tuple[float, float, float, float, float]] = []
+        # When the engine stood still by order, and when health changed.
+        self._pauses: list[float] = []
+        self._health: list[tuple[float, bool]] = []
+        # When the machine itself stood still: a thread that only sleeps woke up late.
+        self._hiccups: list[float] = []
+        self._ended = threading.Event()
+        self._kinds: list[tuple[float, str, Callable[[], Awaitable[str]]]] = [
+            (0.60, "reads all", self._read_all),
+            (0.13, "leaves", self._leave),
+            (0.10, "has a deadline", self._deadline),
+            (0.08, "shares a long beginning", self._share),
+            (0.05, "wants samples", self._samples),
+            (0.03, "asks wrongly", self._ask_wrongly),
+            (0.01, "reads slowly", self._read_slowly),
+        ]
+
+    async def run(self, minutes: float, rate: float) -> None:
+        """Lets clients come for so long, `rate` a second on average, and waits for the last of them."""
+        for prompt in (STORY[:40], STORY * 3):
+            for seed in range(4):
+                whole = await self._client.complete(prompt, seed=seed, max_tokens=60, ignore_eos=True)
+                self._expected[prompt, seed] = whole.text
+        threading.Thread(target=self._watch_machine).start()
+        watching = asyncio.create_task(self._watch_health())
+        sampling = asyncio.create_task(self._sample())
+        begin, end_s = time.monotonic(), minutes * 60
+        clients: set[asyncio.Task[None]] = set()
+        ordered = 0
+        while (elapsed_s := time.monotonic() - begin) < end_s:
+            burst = elapsed_s % 60 > 60 - BURST_S
+            await asyncio.sleep(self._random.expovariate(rate * (BURST if burst else 1)))
+            task = asyncio.create_task(self._one())
+            clients.add(task)
+            task.add_done_callback(clients.discard)
+            if elapsed_s > 20 * (ordered + 1):
+                # In turn a step that fails and one that takes three seconds.
+                ordered += 1
+                at = self._server.order("fail once" if ordered % 2 else "pause")
+                if ordered % 2 == 0:
+                    self._pauses.append(at)
+                print(f"{cli.duration(elapsed_s)} of {cli.duration(end_s)}: {self._line()}", flush=True)
+        await asyncio.gather(*clients)
+        await asyncio.sleep(2 * LAG_S)
+        sampling.cancel()
+        watching.cancel()
+        await asyncio.gather(sampling, watching, return_exceptions=True)
+        self._ended.set()
+        self._check_health()
+        await self._check_rest()
+
+    async def _one(self) -> None:
+        ((_, kind, ask),) = self._random.choices(self._kinds, [share for share, _, _ in self._kinds])
+        try:
+            outcome = await ask()
+        except ResourceExhausted as error:
+            outcome = "refused" if error.retry_after_s is not None else "too slow"
+        except DeadlineExceeded:
+            outcome = "deadline"
+        except GptloopError as error:
+            if "The step that this stream was in failed" not in str(error):
+                self.violations.append(f"{kind}: {error}")
+            outcome = "step failed"
+        except Exception as error:
+            self.violations.append(f"{kind}: {error!r}")
+            outcome = "unexpected"
+        self.outcomes.setdefault(kind, Counter())[outcome] += 1
+
+    async def _read_all(self) -> str:
+        (prompt, seed), expected = self._random.choice(list(self._expected.items()))
+        whole = await self._client.complete(prompt, seed=seed, max_tokens=60, ignore_eos=True)
+        if whole.text != expected:
+            self.violations.append(f"The text of seed {seed} was another one than before.")
+        return "whole"
+
+    async def _share(self) -> str:
+        prompt = STORY * 3 + str(self._random.random())
+        whole = await self._client.complete(prompt, max_tokens=20, ignore_eos=True)
+        return "whole, begun before" if whole.samples[0].cached_prompt_tokens else "whole"
+
+    async def _samples(self) -> str:
+        seed = self._random.randrange(2)
+        whole = await self._client.complete(STORY[:40], seed=seed, n=3, max_tokens=60, ignore_eos=True)
+        if [sample.text for sample in whole.samples[:2]] != [self._expected[STORY[:40], seed + i] for i in range(2)]:
+            self.violations.append("A sample was another text than alone.")
+        return "whole"
+
+    async def _leave(self) -> str:
+        patience_s = self._random.uniform(0.0, 0.4)
+        begin = time.monotonic()
+        async with self._client.generate(STORY * 3, max_tokens=200, ignore_eos=True) as stream:
+            task = asyncio.ensure_future(_drain(stream))
+            await asyncio.wait((task,), timeout=patience_s)
+            if task.done():
+                task.result()
+                return "whole"
+            task.cancel()
+            await asyncio.wait((task,))
+        if time.monotonic() - begin > patience_s + 5:
+            self.violations.append("Leaving took more than 5 s.")
+        return "left"
+
+    async def _deadline(self) -> str:
+        timeout_s = self._random.uniform(0.002, 0.4)
+        await self._client.complete(STORY * 2, max_tokens=250, ignore_eos=True, timeout_s=timeout_s)
+        return "whole"
+
+    async def _ask_wrongly(self) -> str:
+        wrong: dict[str, Any] = self._random.choice([{"top_p": 7.0}, {"n": 99}, {"logit_bias": {9999: 1.0}}])
+        try:
+            await self._client.complete("x", **wrong)
+        except InvalidArgument:
+            return "told so"
+        self.violations.append(f"{wrong} was accepted.")
+        return "accepted"
+
+    async def _read_slowly(self) -> str:
+        async with grpc.aio.insecure_channel(self._server.address, options=SMALL_WINDOW) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            call: Any = stub.Generate(pb.GenerateRequest(prompt="x", max_tokens=500, ignore_eos=True, logprobs=20))
+            try:
+                await call.read()
+                await asyncio.sleep(4)
+                while await call.read() is not grpc.aio.EOF:
+                    pass
+            except grpc.aio.AioRpcError as error:
+                raise error_of(error, self._server.address) from None
+        return "whole"
+
+    async def _watch_health(self) -> None:
+        async with grpc.aio.insecure_channel(self._server.address, options=SMALL_WINDOW[:1]) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
+                self._health.append((time.monotonic(), answer.status == health_pb2.HealthCheckResponse.SERVING))
+
+    def _watch_machine(self) -> None:
+        while not self._ended.is_set():
+            begin = time.monotonic()
+            time.sleep(0.05)
+            if time.monotonic() - begin > 0.3:
+                self._hiccups.append(time.monotonic())
+
+    async def _sample(self) -> None:
+        while True:
+            values = await asyncio.to_thread(self._server.metrics)
+            memory = [values["gptloop_inference_memory_bytes", kind] for kind in ("resident", "active")]
+            streams = [values[f"gptloop_inference_{name}",] for name in ("active_streams", "waiting_requests")]
+            self.samples.append((time.monotonic(), memory[0], memory[1], streams[0], streams[1]))
+            if streams[0] > SLOTS:
+                self.violations.append(f"{streams[0]:.0f} streams are active in {SLOTS} slots.")
+            await asyncio.sleep(1)
+
+    def _check_health(self) -> None:
+        """SERVING but for the pauses, during which it must not be from `LAG_S` on."""
+        for at in self._pauses:
+            changes = [(moment - at, serving) for moment, serving in self._health if 0 <= moment - at < 3 + 2 * LAG_S]
+            # The pause begins with the next step, a moment after the order.
+            if [serving for _, serving in changes] != [False, True]:
+                self.violations.append(f"Health in a pause of 3 s: {changes}.")
+            elif changes[0][0] > LAG_S or changes[1][0] > 3 + LAG_S:
+                self.violations.append(f"Health was late in a pause: {changes}.")
+        for moment, serving in self._health[1:]:
+            explained = [*(at + 1.5 for at in self._pauses), *self._hiccups]
+            if not any(abs(moment - at) < 1.5 + LAG_S for at in explained):
+                self.violations.append(f"Health became {'' if serving else 'NOT_'}SERVING without a reason.")
+
+    async def _check_rest(self) -> None:
+        """Nothing runs or waits any more, every slot can be had at once, and memory is what it was."""
+        values = await asyncio.to_thread(self._server.metrics)
+        for name in ("active_streams", "waiting_requests"):
+            if values[f"gptloop_inference_{name}",]:
+                self.violations.append(f"{name} is {values[f'gptloop_inference_{name}',]:.0f} after the last client.")
+        wholes = await asyncio.gather(
+            *(self._client.complete(STORY[:40], seed=0, max_tokens=60, ignore_eos=True) for _ in range(SLOTS))
+        )
+        if {whole.text for whole in wholes} != {self._expected[STORY[:40], 0]}:
+            self.violations.append("A text at the end was another one than at the beginning.")
+        early, late = self.memory_mib()
+        if late > early + 8:
+            self.violations.append(f"Memory grew from {early:.0f} to {late:.0f} MiB.")
+
+    def memory_mib(self) -> tuple[float, float]:
+        """The median of the resident memory in the second and in the last fifth of the time."""
+        fifth = max(1, len(self.samples) // 5)
+        second, last = self.samples[fifth : 2 * fifth], self.samples[-fifth:]
+        return tuple(median(sample[1] for sample in part) / 2**20 for part in (second or last, last))  # type: ignore[return-value]
+
+    def _line(self) -> str:
+        clients = sum(outcome.total() for outcome in self.outcomes.values())
+        memory = self.samples[-1][1] / 2**20 if self.samples else 0
+        return f"{clients} clients, {memory:.0f} MiB, {len(self.violations)} violations"
+
+    def print_summary(self) -> None:
+        """What every kind of client met, and the figures."""
+        outcomes = sorted({outcome for counts in self.outcomes.values() for outcome in counts})
+        table = Table("client", *outcomes, box=None)
+        for kind, counts in sorted(self.outcomes.items(), key=lambda pair: -pair[1].total()):
+            table.add_row(kind, *(str(counts[outcome] or "") for outcome in outcomes))
+        cli.print_table(table)
+        early, late = self.memory_mib()
+        active = [sample[3] for sample in self.samples]
+        print(f"resident memory {early:.0f} MiB in the second fifth of the time, {late:.0f} MiB in the last")
+        print(f"active streams {median(active):.0f} in the median, {max(active):.0f} at most, of {SLOTS} slots")
+        late_s = [
+            min((moment - at for moment, serving in self._health if moment > at and not serving), default=99.0)
+            for at in self._pauses
+        ]
+        print(f"health told of {len(late_s)} pauses after at most {max(late_s, default=0):.2f} s", end="; ")
+        print(f"the machine stood still {len(self._hiccups)} times besides")
+
+
+async def _drain(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+async def soak(server: Server, minutes: float, rate: float, seed: int) -> Soak:
+    """The whole of it, on one event loop."""
+    async with AsyncInferenceClient(server.address, retries=0) as client:
+        soak = Soak(server, client, seed)
+        await soak.run(minutes, rate)
+        return soak
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    minutes: Annotated[float, typer.Option(min=0.5, help="For how long clients come.")] = 10.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="How many come a second, but for the bursts.")] = 40.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Draws what clients do, and when; random where it is not set.")
+    ] = None,
+) -> None:
+    seed = random.SystemRandom().randrange(1000) if seed is None else seed
+    folder = Path(tempfile.mkdtemp(prefix="gptloop-soak-"))
+    print(f"seed {seed}, everything below {folder}", flush=True)
+    settings = {"SLOTS": SLOTS, "MAX_WAITING_REQUESTS": 32, "SLOW_READER_S": 2, "PREFIX_CACHE_MIB": 32}
+    server = Server(
+        folder / "var", BREAKABLE, **{f"GPTLOOP_INFERENCE_{name}": str(value) for name, value in settings.items()}
+    )
+    try:
+        publish_tiny_version(server.registry, 1.0, config=MODEL)
+        until(server.serves)
+        result = asyncio.run(soak(server, minutes, rate, seed))
+    finally:
+        code = server.end()
+    result.print_summary()
+    log = "".join(server.lines)
+    if code != 0:
+        result.violations.append(f"The server ended with {code}.")
+    traces = len(re.findall("Traceback", log)) - len(re.findall("a step of .* streams failed", log))
+    if traces:
+        result.violations.append(f"The server's log has {traces} traces.")
+    for text in result.violations[:20]:
+        print(f"violation: {text}")
+    if result.violations:
+        print(f"{len(result.violations)} violations; the server's log is {folder / 'log'}")
+        (folder / "log").write_text(log)
+        raise typer.Exit(1)
+    print("No leak, no stuck row, and health was always true.")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    cli.run(app)

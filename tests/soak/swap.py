@@ -1,0 +1,242 @@
+"""Streams that never end, and versions that take over from one another a hundred times meanwhile.
+
+`python -m tests.soak.swap --streams 64 --swaps 100`
+"""
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from inference_service.client import AsyncInferenceClient
+from shared import cli
+from shared.gpt.config import GPTConfig
+from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.fakes import publish_tiny_version
+from tests.inference_service.process import Server
+
+MODEL = GPTConfig(6, 256, 4, 1024, 512, vocabulary_size=257, tied_head=False)
+# Versions have the weights of these two in turn.
+WEIGHTS = (0, 1)
+PROMPT = "Once upon a time there was a little dog"
+SEEDS = 4
+# So long nothing happens before and after the swaps.
+STEADY_S = 20.0
+
+# Tokens and their log-probabilities.
+Answer = tuple[tuple[int, ...], tuple[float, ...]]
+
+
+@dataclass
+class Phase:
+    """What streams met while something went on."""
+
+    name: str
+    # Seconds from one message of a stream to the next.
+    gaps: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    memory: dict[str, float] = field(default_factory=dict)
+
+
+class Swaps:
+    """Streams on a server, and versions that are published for it."""
+
+    def __init__(self, server: Server, client: AsyncInferenceClient, streams: int, tokens: int) -> None:
+        self._server = server
+        self._client = client
+        self._streams = streams
+        self._tokens = tokens
+        self._published = 0
+        self._expected: dict[tuple[int, int], Answer] = {}
+        self._stopping = False
+        self._phase = Phase("")
+        self.answers: Counter[int] = Counter()
+        self.violations: list[str] = []
+        self.swap_seconds: list[float] = []
+        self.phases: list[Phase] = []
+
+    async def run(self, swaps: int, steady_s: float) -> None:
+        """Streams before, during and after so many swaps. A tenth as many come first of all: memory grows to them."""
+        await self._prepare()
+        readers = [asyncio.create_task(self._read(number)) for number in range(self._streams)]
+        for _ in range(swaps // 10):
+            await self._swap()
+        await self._pass("steady", steady_s)
+        begin, self._phase = time.monotonic(), Phase("swapping")
+        for number in range(swaps):
+            await self._swap()
+            if number % 10 == 9:
+                said = f"{self.answers.total()} streams, {len(self.violations)} violations"
+                print(f"{number + 1} of {swaps} swaps, {said}", flush=True)
+        await self._close(begin)
+        await self._pass("steady again", steady_s)
+        self._stopping = True
+        await asyncio.gather(*readers)
+        if len(self.answers) < swaps / 2:
+            self.violations.append(f"Only {len(self.answers)} versions answered streams.")
+
+    async def _prepare(self) -> None:
+        """What each stream is to be, on versions that nothing disturbs."""
+        for weights in WEIGHTS:
+            await self._swap()
+            for seed in range(SEEDS):
+                _, self._expected[weights, seed] = await self._answer(seed)
+
+    async def _swap(self) -> None:
+        """Publishes a better version and waits until it serves."""
+        self._published += 1
+        await asyncio.to_thread(
+            publish_tiny_version,
+            self._server.registry,
+            1.0 / self._published,
+            seed=WEIGHTS[(self._published - 1) % 2],
+            config=MODEL,
+            windows=(8, 128),
+        )
+        committed = time.monotonic()
+        async with asyncio.timeout(120):
+            while await self._serving() != self._published:
+                await asyncio.sleep(0.02)
+        self.swap_seconds.append(time.monotonic() - committed)
+
+    async def _serving(self) -> int:
+        try:
+            return int((await self._client.model()).version)
+        except Exception:
+            if self._published > 1:
+                raise
+            return 0  # the first one
+
+    async def _read(self, number: int) -> None:
+        seed = number % SEEDS
+        while not self._stopping:
+            try:
+                version, answer = await self._answer(seed)
+            except Exception as error:
+                self.violations.append(f"A call failed: {error!r}")
+                return
+            self.answers[version] += 1
+            if answer != self._expected[WEIGHTS[(version - 1) % 2], seed]:
+                self.violations.append(f"A stream of version {version} was another one than without swaps.")
+
+    async def _answer(self, seed: int) -> tuple[int, Answer]:
+        version, last = 0, None
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        async with self._client.generate(
+            PROMPT, seed=seed, max_tokens=self._tokens, ignore_eos=True, logprobs=0
+        ) as stream:
+            async for event in stream:
+                match event:
+                    case pb.Started():
+                        version = event.model_version
+                    case pb.Delta():
+                        now = time.monotonic()
+                        if last is not None:
+                            self._phase.gaps.append(now - last)
+                        last = now
+                        self._phase.tokens += len(event.token_ids)
+                        tokens += event.token_ids
+                        logprobs += [each.logprob for each in event.logprobs]
+        return version, (tuple(tokens), tuple(logprobs))
+
+    async def _pass(self, name: str, seconds: float) -> None:
+        begin, self._phase = time.monotonic(), Phase(name)
+        await asyncio.sleep(seconds)
+        await self._close(begin)
+
+    async def _close(self, begin: float) -> None:
+        phase = self._phase
+        phase.seconds = time.monotonic() - begin
+        values = await asyncio.to_thread(self._server.metrics)
+        phase.memory = {kind: values["gptloop_inference_memory_bytes", kind] for kind in ("active", "resident")}
+        self.phases.append(phase)
+
+    def check_memory(self) -> None:
+        """Nothing of a version that is gone is left."""
+        first, *_, last = self.phases
+        for kind, slack_mib in (("active", 1), ("resident", 24)):
+            grown = (last.memory[kind] - first.memory[kind]) / 2**20
+            if grown > slack_mib:
+                self.violations.append(f"The {kind} memory grew by {grown:.0f} MiB.")
+
+    def p99(self, name: str) -> float:
+        """The 99th percentile of the gaps between messages in the phases of a name, in seconds."""
+        gaps = [gap for phase in self.phases if phase.name.startswith(name) for gap in phase.gaps]
+        return float(np.percentile(gaps, 99))
+
+    def print_summary(self) -> None:
+        """The figures of each phase."""
+        columns = ("phase", "seconds", "tokens/s", "gap p50", "gap p99", "gap max", "MLX active", "resident")
+        table = Table(*columns, box=None)
+        for phase in self.phases:
+            table.add_row(
+                phase.name,
+                f"{phase.seconds:.0f}",
+                f"{phase.tokens / phase.seconds:.0f}",
+                *(f"{np.percentile(phase.gaps, q) * 1000:.1f} ms" for q in (50, 99, 100)),
+                *(f"{phase.memory[kind] / 2**20:.0f} MiB" for kind in ("active", "resident")),
+            )
+        cli.print_table(table)
+        print(f"{self.answers.total()} streams on {len(self.answers)} versions")
+        print(
+            f"a version serves {np.median(self.swap_seconds):.1f} s after its commit in the median, "
+            f"{max(self.swap_seconds):.1f} s at most"
+        )
+        print(f"p99 while swapping is {self.p99('swapping') / self.p99('steady'):.2f} times the steady one")
+
+
+async def swap(server: Server, streams: int, swaps: int, tokens: int = 64, steady_s: float = STEADY_S) -> Swaps:
+    """The whole of it, on one event loop."""
+    async with AsyncInferenceClient(server.address, retries=0) as client:
+        run = Swaps(server, client, streams, tokens)
+        await run.run(swaps, steady_s)
+        return run
+
+
+def start(var: Path, slots: int) -> Server:
+    """A server for so many streams. Random weights are as good as one another: none is worse than the one before."""
+    settings = {"SLOTS": slots, "GATE_MARGIN": 100, "MAX_WAITING_REQUESTS": 1000}
+    return Server(var, **{f"GPTLOOP_INFERENCE_{name}": str(value) for name, value in settings.items()})
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    streams: Annotated[int, typer.Option(min=1, help="Streams that run all the time.")] = 64,
+    swaps: Annotated[int, typer.Option(min=1, help="Versions that take over.")] = 100,
+) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="gptloop-soak-"))
+    print(f"everything below {folder}", flush=True)
+    server = start(folder / "var", streams)
+    try:
+        result = asyncio.run(swap(server, streams, swaps))
+    finally:
+        code = server.end()
+    result.check_memory()
+    result.print_summary()
+    log = "".join(server.lines)
+    if code != 0 or "Traceback" in log:
+        result.violations.append(f"The server ended with {code}; its log is {folder / 'log'}.")
+        (folder / "log").write_text(log)
+    for text in result.violations[:20]:
+        print(f"violation: {text}")
+    if result.violations:
+        raise typer.Exit(1)
+    print("No call failed, and every stream was the same as without swaps, bit for bit.")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    cli.run(app)
