@@ -15,6 +15,7 @@ from inference_service.engine.request import Output
 from inference_service.hotload import HotLoader
 from inference_service.interceptors import CredentialInterceptor
 from inference_service.metrics import InferenceMetrics
+from inference_service.residents import Residents
 from inference_service.servicer import InferenceServicer
 from inference_service.settings import METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
 from inference_service.watchdog import Watchdog
@@ -69,15 +70,8 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     metrics = InferenceMetrics(collectors, accelerator.memory, compiled_shapes, lambda: engine.active_streams)
     decoders = partial(make_decoder, slots=settings.slots, threads=settings.threads)
     catalogue = Catalogue(registry, device)
-    versions = HotLoader(
-        registry,
-        catalogue,
-        engine,
-        decoders,
-        limit=settings.resident_versions,
-        margin=settings.gate_margin,
-        metrics=metrics,
-    )
+    residents = Residents(registry, catalogue, engine, decoders, limit=settings.resident_versions, metrics=metrics)
+    versions = HotLoader(catalogue, residents, settings.gate_margin, metrics)
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
     servicer = InferenceServicer(
         *(registry, catalogue, engine, versions, admission, metrics),

@@ -24,8 +24,9 @@ from inference_service.engine.request import (
     Output,
     StepFailed,
 )
-from inference_service.hotload import HotLoader, Resident
+from inference_service.hotload import HotLoader
 from inference_service.metrics import InferenceMetrics
+from inference_service.residents import Resident
 from inference_service.translate import Draft, Selection
 from shared.errors import GptloopError, ResourceExhausted, Unavailable
 from shared.gpt.tokenizer import Tokenizer

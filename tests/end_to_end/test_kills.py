@@ -22,48 +22,80 @@ from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, i
 from trainer_service.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
 from trainer_service.rq_jobs import JOB_FUNCTION, QUEUE_NAME
 
-# With random numbers in every step, and several states and versions on the way.
-RUN = TINY | {"context_length": "64", "dropout": "0.1", "max_steps": "250", "evaluation_interval": "60"}
-FIRST_STATE = 60
-# A test acts from then on: the run has a state, and enough is left for it to act before the end.
-UNDER_WAY = 65
+# With random numbers in every step.
+VALUES = TINY | {"context_length": "64", "dropout": "0.1"}
+# A run takes so long, however fast the machine is: what is done to it must not come after its end.
+RUN_S = 6.0
+FEWEST_STEPS = 240
 # What is promised for a worker that is killed: how long until that is noticed, and until the next step.
 NOTICED_S = 15.0
 GOES_ON_S = 30.0
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run that is evaluated four times on its way, `interval` steps apart, and at its end."""
+
+    text: str
+    interval: int
+
+    @property
+    def max_steps(self) -> int:
+        return 4 * self.interval + 10
+
+    @property
+    def under_way(self) -> int:
+        """A test acts from this step on: the run has a state, and most of it is still to come."""
+        return self.interval + 5
+
+    @property
+    def values(self) -> dict[str, str]:
+        steps = {
+            "max_steps": self.max_steps,
+            "evaluation_interval": self.interval,
+            "report_interval": self.interval // 12,
+        }
+        return VALUES | {name: str(value) for name, value in steps.items()}
+
+
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with so little text that its tokenizer is trained in a moment."""
+def run(system: System, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """On so little text that its tokenizer is trained in a moment, and as long as it must be on this machine."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     numbers = random.Random(0)
     path.write_text(" ".join(str(numbers.randrange(1000)) for _ in range(20_000)))
-    return str(path)
+    probe = Run(str(path), FEWEST_STEPS // 4)
+    job = put(system, probe)
+    system.finish(job)
+    first, *_, last = (timed for timed in system.events(job) if isinstance(timed.event, Progress))
+    steps_per_s = probe.max_steps / (last.time - first.time)
+    return Run(probe.text, max(probe.interval, round(RUN_S * steps_per_s / 4)))
 
 
-def put(system: System, text: str, kind: pb.JobKind = pb.JOB_KIND_TRAIN, after: str = "", **values: str) -> str:
+def put(system: System, run: Run, kind: pb.JobKind = pb.JOB_KIND_TRAIN, after: str = "", **values: str) -> str:
     """Enqueues the run, or a job of another kind, that may come after another one."""
     request = pb.EnqueueJobRequest(kind=kind, after=[after] if after else [])
     if kind != pb.JOB_KIND_EVALUATE:
-        request.MergeFrom(pb.EnqueueJobRequest(dataset=[text], overrides=RUN | values))
+        request.MergeFrom(pb.EnqueueJobRequest(dataset=[run.text], overrides=run.values | values))
     job: str = system.trainer.EnqueueJob(request).job.id
     return job
 
 
 @pytest.fixture(scope="module")
-def reference(system: System, text: str) -> Result:
+def reference(system: System, run: Run) -> Result:
     """What the run leaves when nothing happens to it."""
-    job = put(system, text)
+    job = put(system, run)
     system.finish(job)
     result = system.result(job)
-    assert (sorted(result.weights), result.last_step) == ([60, 120, 180, 240, 250], 250)
+    assert sorted(result.weights) == [*range(run.interval, run.max_steps, run.interval), run.max_steps]
+    assert result.last_step == run.max_steps
     return result
 
 
-def begin(system: System, text: str) -> str:
+def begin(system: System, run: Run) -> str:
     """A job that is under way."""
-    job = put(system, text)
-    system.watch(job, is_progress(UNDER_WAY))
+    job = put(system, run)
+    system.watch(job, is_progress(run.under_way))
     return job
 
 
@@ -77,7 +109,8 @@ def check_end(system: System, job: str, reference: Result, attempts: int) -> lis
     assert reference.last_step in result.weights and result.weights.items() <= reference.weights.items()
     events = system.events(job)
     first_steps = [timed.event.first_step for timed in events if isinstance(timed.event, RunStarted)]
-    assert len(first_steps) == attempts and first_steps[0] == 1 and all(step > FIRST_STATE for step in first_steps[1:])
+    assert len(first_steps) == attempts and first_steps[0] == 1
+    assert all(step > min(reference.weights) for step in first_steps[1:])
     assert states(events)[-1] is JobState.FINISHED and states(events).count(JobState.FINISHED) == 1
     return events
 
@@ -101,8 +134,8 @@ def check_limits(events: list[TimedEvent], killed_at: float) -> None:
     assert noticed.time < stepped.time <= killed_at + GOES_ON_S
 
 
-def test_a_worker_that_is_asked_to_stop_gives_its_run_back(system: System, text: str, reference: Result) -> None:
-    job = begin(system, text)
+def test_a_worker_that_is_asked_to_stop_gives_its_run_back(system: System, run: Run, reference: Result) -> None:
+    job = begin(system, run)
     os.kill(system.pid("worker"), signal.SIGTERM)
     events = check_end(system, job, reference, attempts=2)
     assert taken_over(events)[0].event == StateChanged(
@@ -110,8 +143,8 @@ def test_a_worker_that_is_asked_to_stop_gives_its_run_back(system: System, text:
     )
 
 
-def test_a_training_process_that_is_killed_is_followed_by_another(system: System, text: str, reference: Result) -> None:
-    job = begin(system, text)
+def test_a_training_process_that_is_killed_is_followed_by_another(system: System, run: Run, reference: Result) -> None:
+    job = begin(system, run)
     os.kill(system.training_process(), signal.SIGKILL)
     events = check_end(system, job, reference, attempts=2)
     lost = taken_over(events)[0].event
@@ -119,9 +152,9 @@ def test_a_training_process_that_is_killed_is_followed_by_another(system: System
 
 
 def test_the_training_process_of_a_killed_worker_ends_and_another_goes_on(
-    system: System, text: str, reference: Result
+    system: System, run: Run, reference: Result
 ) -> None:
-    job = begin(system, text)
+    job = begin(system, run)
     worker, process = system.pid("worker"), system.training_process()
     killed_at = time.time()
     os.kill(worker, signal.SIGKILL)
@@ -129,8 +162,8 @@ def test_the_training_process_of_a_killed_worker_ends_and_another_goes_on(
     check_limits(check_end(system, job, reference, attempts=2), killed_at)
 
 
-def test_a_run_takes_no_notice_of_redis_being_killed(system: System, text: str, reference: Result) -> None:
-    job = begin(system, text)
+def test_a_run_takes_no_notice_of_redis_being_killed(system: System, run: Run, reference: Result) -> None:
+    job = begin(system, run)
     os.kill(system.pid("redis"), signal.SIGKILL)
     check_end(system, job, reference, attempts=1)
 
@@ -149,7 +182,7 @@ class Outage:
 
 
 @pytest.fixture(scope="module")
-def outage(system: System, text: str, tmp_path_factory: pytest.TempPathFactory) -> Outage:
+def outage(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Outage:
     logs = tmp_path_factory.mktemp("workers")
     with (
         second_worker(system, logs / "stuck.log") as stuck_worker,
@@ -159,12 +192,12 @@ def outage(system: System, text: str, tmp_path_factory: pytest.TempPathFactory) 
         for worker in (killed_worker, stuck_worker, frozen_worker):
             wait_until(lambda worker=worker: registered(system, worker) is not None)  # type: ignore[misc]
         for _ in range(3):
-            put(system, text)
+            put(system, run)
         killed, stuck, frozen = (job_of(system, worker) for worker in (killed_worker, stuck_worker, frozen_worker))
         (killed_process,), (stuck_process,), (frozen_process,) = map(
             children, (killed_worker, stuck_worker, frozen_worker)
         )
-        for job in wait_for_each(system, killed, stuck, frozen):
+        for job in wait_for_each(system, run, killed, stuck, frozen):
             if job == stuck:
                 freeze(system, job, stuck_process)
             elif job == frozen:
@@ -215,12 +248,12 @@ def registered(system: System, pid: int) -> BaseWorker | None:
     return next((each for each in Worker.all(queue=system.queue.rq) if each.pid == pid), None)
 
 
-def wait_for_each(system: System, *jobs: str) -> Iterator[str]:
+def wait_for_each(system: System, run: Run, *jobs: str) -> Iterator[str]:
     """Jobs, each when it is under way."""
     waiting = set(jobs)
     while waiting:
-        wait_until(lambda: any(system.step(job) >= UNDER_WAY for job in waiting))
-        yield (found := next(job for job in waiting if system.step(job) >= UNDER_WAY))
+        wait_until(lambda: any(system.step(job) >= run.under_way for job in waiting))
+        yield (found := next(job for job in waiting if system.step(job) >= run.under_way))
         waiting.remove(found)
 
 
@@ -274,7 +307,7 @@ def fence(system: System, job: str) -> int:
     return int((system.registry.run_directory(system.run(job)) / "fence").read_text())
 
 
-def test_what_is_no_job_of_this_project_is_dropped_unseen(system: System, text: str, tmp_path: Path) -> None:
+def test_what_is_no_job_of_this_project_is_dropped_unseen(system: System, run: Run, tmp_path: Path) -> None:
     worker, ran = system.pid("worker"), tmp_path / "ran"
     finished = next(system.queue.jobs([JobState.FINISHED])).id
     queue = Queue(QUEUE_NAME, connection=system.redis, serializer=JSONSerializer)
@@ -284,7 +317,7 @@ def test_what_is_no_job_of_this_project_is_dropped_unseen(system: System, text: 
         queue.enqueue("this.s"),
         queue.enqueue(JOB_FUNCTION, args=(finished, 1), on_success=Callback("this.s")),
     ]
-    system.finish(put(system, text, max_steps="1"))
+    system.finish(put(system, run, max_steps="1"))
     log = (system.directories.log / "worker.log").read_text()
     assert not ran.exists() and "The Zen of Python" not in log
     assert all(f"'{stranger.id}' in the queue is not a job of this project" in log for stranger in strangers)
@@ -302,20 +335,20 @@ class PulledPlug:
 
 
 @pytest.fixture(scope="module")
-def pulled_plug(system: System, text: str) -> PulledPlug:
-    run = begin(system, text)
-    prepare = put(system, text, pb.JOB_KIND_PREPARE)
-    train = put(system, text, pb.JOB_KIND_TRAIN, prepare, max_steps="10")
-    evaluate = put(system, text, pb.JOB_KIND_EVALUATE, train)
-    diverge = put(system, text, learning_rate="1", max_gradient_norm="1e30", weight_decay="1e30")
-    measure = put(system, text, pb.JOB_KIND_EVALUATE, diverge)
+def pulled_plug(system: System, run: Run) -> PulledPlug:
+    job = begin(system, run)
+    prepare = put(system, run, pb.JOB_KIND_PREPARE)
+    train = put(system, run, pb.JOB_KIND_TRAIN, prepare, max_steps="10")
+    evaluate = put(system, run, pb.JOB_KIND_EVALUATE, train)
+    diverge = put(system, run, learning_rate="1", max_gradient_norm="1e30", weight_decay="1e30")
+    measure = put(system, run, pb.JOB_KIND_EVALUATE, diverge)
     pids = [system.training_process()]
     pids += [system.pid(name) for name in ("supervisord", "redis", "trainer", "inference", "worker")]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: all(map(is_gone, pids)))
     system.stack.up(lambda _: None)
-    return PulledPlug(run, [prepare, train, evaluate], [diverge, measure])
+    return PulledPlug(job, [prepare, train, evaluate], [diverge, measure])
 
 
 def test_jobs_that_come_after_others_run_in_their_order(system: System, pulled_plug: PulledPlug) -> None:

@@ -220,7 +220,7 @@ def test_a_version_that_cannot_be_read_now_is_tried_again(world: World, monkeypa
         verify(manifest)
 
     monkeypatch.setattr(world.registry, "verify", unreadable)
-    monkeypatch.setattr("inference_service.hotload._AGAIN_AFTER_S", 0.2)
+    monkeypatch.setattr("inference_service.residents._AGAIN_AFTER_S", 0.2)
 
     async def test() -> None:
         nonlocal failing
@@ -248,7 +248,7 @@ def test_what_a_whole_file_does_not_yield_is_no_refusal(
         return load(*arguments)
 
     monkeypatch.setattr(gate, "load_model", fail_once)
-    monkeypatch.setattr("inference_service.hotload._AGAIN_AFTER_S", 0.1)
+    monkeypatch.setattr("inference_service.residents._AGAIN_AFTER_S", 0.1)
 
     async def test() -> None:
         await until(lambda: world.serving == 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from inference_service import gate, hotload
+from inference_service import gate, residents
 from shared.errors import FailedPrecondition, NotFound, Unavailable
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
@@ -181,7 +181,7 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
             assert go_on.wait(LIMIT_S)
         return load(*arguments)
 
-    monkeypatch.setattr(hotload, "read_content", slow)
+    monkeypatch.setattr(residents, "read_content", slow)
 
     async def test() -> None:
         await until(lambda: world.serving == 2)

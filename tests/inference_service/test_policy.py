@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from inference_service import gate, hotload
+from inference_service import gate, residents
 from inference_service.hotload import Standing, State
 from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, NotFound
 from tests.fakes import publish_tiny_version
@@ -279,7 +279,7 @@ def test_a_rolled_back_version_that_is_still_in_memory_has_another_chance(world:
 
 
 def test_a_held_version_goes_only_where_its_room_is_needed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.loader._limit = 3
+    world.residents._limit = 3
     entered, go_on = threading.Event(), threading.Event()
     read = gate.read_content
 
@@ -289,7 +289,7 @@ def test_a_held_version_goes_only_where_its_room_is_needed(world: World, monkeyp
             assert go_on.wait(LIMIT_S)
         return read(*arguments)
 
-    monkeypatch.setattr(hotload, "read_content", slow)
+    monkeypatch.setattr(residents, "read_content", slow)
 
     async def test() -> None:
         await until(lambda: world.serving == 2)
@@ -351,7 +351,7 @@ def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
             assert go_on.wait(LIMIT_S)
         return read(*arguments)
 
-    monkeypatch.setattr(hotload, "read_content", slow)
+    monkeypatch.setattr(residents, "read_content", slow)
 
     async def test() -> None:
         await until(lambda: world.serving == 2)

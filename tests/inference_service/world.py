@@ -14,6 +14,7 @@ from inference_service.catalogue import Catalogue
 from inference_service.engine.engine import Engine
 from inference_service.hotload import HotLoader
 from inference_service.metrics import InferenceMetrics
+from inference_service.residents import Residents
 from shared.accelerator import Memory
 from shared.gpt.decoder import make_decoder
 from shared.registry.store import Registry
@@ -30,15 +31,9 @@ class World:
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0)
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
         self.catalogue = Catalogue(self.registry, "cpu")
-        self.loader = HotLoader(
-            self.registry,
-            self.catalogue,
-            self.engine,
-            partial(make_decoder, slots=2, threads=1),
-            limit=2,
-            margin=0.05,
-            metrics=self.metrics,
-        )
+        decoders = partial(make_decoder, slots=2, threads=1)
+        self.residents = Residents(self.registry, self.catalogue, self.engine, decoders, limit=2, metrics=self.metrics)
+        self.loader = HotLoader(self.catalogue, self.residents, 0.05, self.metrics)
 
     @property
     def serving(self) -> int | None:
