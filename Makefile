@@ -88,7 +88,7 @@ bench: .venv/benchmarks ## Compare training and decoding with PyTorch and mlx-lm
 	@$(RUN) tests.benchmarks.train
 	@$(RUN) tests.benchmarks.decode
 
-bench-serve: .venv/benchmarks ## Compare generating and serving with mlx-lm and CTranslate2 (a quarter of an hour).
+bench-serve: .venv/benchmarks ## Compare generating and serving with mlx-lm and CTranslate2 (half an hour).
 	@$(RUN) tests.benchmarks.engine
 	@$(RUN) tests.benchmarks.latency
 	@$(RUN) tests.benchmarks.serve

@@ -257,7 +257,7 @@ def rollback(
 def load(version: Number, address: Address = None) -> None:
     """Brings a version into memory, so that it answers at once; one that was refused is examined again.
 
-    It stays until unload, or until the version that is to serve needs its room.
+    It stays until unload, or without streams until another one needs its room.
 
     Example: python -m inference_service load 7
     """

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from inference_service.catalogue import Catalogue
-from inference_service.hotload import HotLoader, Standing, State
-from shared.errors import InvalidArgument
+from inference_service.hotload import HotLoader, State
+from inference_service.translate import read_number, write_standing
+from shared.errors import NotFound
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 
@@ -27,19 +26,19 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
 
     async def LoadVersion(self, message: pb.LoadVersionRequest, context: Any) -> pb.LoadVersionResponse:  # noqa: N802
         """Returns when the version is in memory."""
-        await self._versions.load(_check_number(message.version))
+        await self._versions.load(read_number(message.version))
         return pb.LoadVersionResponse(version=await self._status(message.version))
 
     async def UnloadVersion(self, message: pb.UnloadVersionRequest, context: Any) -> pb.UnloadVersionResponse:  # noqa: N802
         """Returns at once, whether or not streams still run on the version."""
-        await self._versions.unload(_check_number(message.version))
+        await self._versions.unload(read_number(message.version))
         return pb.UnloadVersionResponse(version=await self._status(message.version))
 
     async def PromoteVersion(  # noqa: N802
         self, message: pb.PromoteVersionRequest, context: Any
     ) -> pb.PromoteVersionResponse:
         """Returns when the label is written."""
-        await self._versions.promote(_check_number(message.version))
+        await self._versions.promote(read_number(message.version))
         return pb.PromoteVersionResponse(version=await self._status(message.version))
 
     async def SetPolicy(self, message: pb.SetPolicyRequest, context: Any) -> pb.SetPolicyResponse:  # noqa: N802
@@ -51,37 +50,11 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
 
     async def RollBack(self, message: pb.RollBackRequest, context: Any) -> pb.RollBackResponse:  # noqa: N802
         """Returns when the other version serves, or is being loaded."""
-        number = _check_number(message.version) if message.HasField("version") else None
+        number = read_number(message.version) if message.HasField("version") else None
         return pb.RollBackResponse(version=await self._status(await self._versions.roll_back(number)))
 
-    async def _status(self, number: int) -> pb.VersionStatus | None:
-        standings = await self._versions.standings()
-        return next((write_standing(one) for one in standings if one.manifest.version == number), None)
-
-
-def write_standing(standing: Standing) -> pb.VersionStatus:
-    """A version's standing as a message."""
-    manifest = standing.manifest
-    created_at = Timestamp()
-    created_at.FromMilliseconds(round(manifest.created_at * 1000))
-    return pb.VersionStatus(
-        version=manifest.version,
-        state=f"VERSION_STATE_{standing.state.name}",
-        reason=standing.reason,
-        labels=standing.labels,
-        streams=standing.streams,
-        held=standing.held,
-        memory_bytes=standing.memory_bytes,
-        claimed_loss=manifest.claimed_loss,
-        measured_loss=standing.loss,
-        bits_per_byte=manifest.bits_per_byte,
-        step=manifest.step,
-        created_at=created_at,
-        digest=manifest.digest,
-    )
-
-
-def _check_number(version: int) -> int:
-    if version < 1:
-        raise InvalidArgument(f"version is {version}, but versions are numbered from 1.")
-    return version
+    async def _status(self, number: int) -> pb.VersionStatus:
+        for standing in await self._versions.standings():
+            if standing.number == number:
+                return write_standing(standing)
+        raise NotFound(f"Version {number} was removed from the registry.")

@@ -6,14 +6,13 @@ from typing import Any, Self
 
 import grpc
 
+from inference_service.channel import NO_PROXY, sendable
 from inference_service.settings import check_credential
-from shared.errors import DeadlineExceeded, InvalidArgument
+from shared.errors import DeadlineExceeded
 from shared.grpc_status import error_of
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 
-# A proxy for the web has no way to a server on this machine.
-_OPTIONS = (("grpc.enable_http_proxy", 0),)
 _CALL_S = 30.0
 # A version may have to wait for room, be read and be examined.
 _LOAD_S = 600.0
@@ -32,7 +31,7 @@ class AdminClient:
         self._address = address
         self._timeout_s = timeout_s
         self._metadata = (("authorization", f"Bearer {credential}"),) if credential else ()
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(address, options=(NO_PROXY,))
         self._stub: Any = inference_pb2_grpc.ModelAdminServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -83,10 +82,8 @@ class AdminClient:
         self, method: Callable[..., Any], message: type[Any], timeout_s: float | None = None, **fields: int | str | None
     ) -> Any:
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        try:
+        with sendable():
             request = message(**fields)
-        except (TypeError, ValueError) as unfit:
-            raise InvalidArgument(f"A parameter cannot be sent: {str(unfit).rstrip('.')}.") from None
         try:
             return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:

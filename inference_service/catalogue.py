@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from inference_service.gate import Judged
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, Unavailable
 from shared.registry import policy
-from shared.registry.decisions import Finding, check_label, pinned_number
+from shared.registry.decisions import Decided, Finding, check_label, finding_on, pinned_number
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 
@@ -23,7 +24,9 @@ class _Seen:
     versions: list[VersionManifest] = field(default_factory=list)
     policy: str = "best"
     stable: int | None = None
-    findings: dict[int, Finding] = field(default_factory=dict)
+    findings: dict[int, list[Finding]] = field(default_factory=dict)
+    # Versions whose manifest cannot be read, and why.
+    unreadable: dict[int, str] = field(default_factory=dict)
 
 
 class Catalogue:
@@ -50,22 +53,21 @@ class Catalogue:
             except OSError as error:
                 logger.warning("the registry cannot be read now: %s", error)
                 return
-            # What another server wrote later counts too.
             self._unsaved = {
                 number: finding
                 for number, finding in self._unsaved.items()
-                if number not in seen.findings or seen.findings[number].at < finding.at
+                if finding not in seen.findings.get(number, ())
             }
             self._seen = seen
 
     def _read(self) -> _Seen:
         versions, decisions, last = self._registry.versions(), self._registry.decisions, self._seen
-        findings = decisions.findings([manifest.version for manifest in versions])
+        findings, unreadable = decisions.findings(), self._registry.unreadable
         try:
-            return _Seen(versions, decisions.policy(), decisions.stable(), findings)
+            return _Seen(versions, decisions.policy(), decisions.stable(), findings, unreadable)
         except CorruptCheckpoint as error:
             logger.warning("policy and stable version stay as they were: %s", error)
-            return _Seen(versions, last.policy, last.stable, findings)
+            return _Seen(versions, last.policy, last.stable, findings, unreadable)
 
     # Versions and labels.
 
@@ -73,6 +75,11 @@ class Catalogue:
     def versions(self) -> list[VersionManifest]:
         """Every version, by ascending number."""
         return self._seen.versions
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """The versions whose manifest cannot be read, and why."""
+        return self._seen.unreadable
 
     @property
     def policy(self) -> str:
@@ -101,7 +108,7 @@ class Catalogue:
     def labels(self) -> dict[str, int]:
         """Every label with the number of the version that it names."""
         refused = {manifest.version for manifest in self.versions} - {each.version for each in self._deserving()}
-        return policy.labels(self.versions, refused, self._seen.stable, pinned_number(self.policy))
+        return policy.labels(self.versions, Decided(frozenset(refused), self._seen.stable, pinned_number(self.policy)))
 
     def candidates(self, before: Sequence[int] | None) -> Iterator[VersionManifest]:
         """The versions that may serve, the one first that the policy wants.
@@ -129,15 +136,19 @@ class Catalogue:
         return [manifest for manifest in self.versions if self.refusal(manifest) is None]
 
     async def make_stable(self, number: int) -> None:
-        """Makes a version the stable one; raises `FailedPrecondition` where it was refused."""
+        """Makes a version the stable one; raises `NotFound`, and `FailedPrecondition` where it was refused."""
+        await self.look()
         self.check_not_refused(await self.manifest(number))
         await asyncio.to_thread(self._registry.decisions.set_stable, number)
+        # From now on nobody prunes it, but somebody may have just before.
+        await self.manifest(number)
         await self.look()
 
     async def set_policy(self, label: str) -> None:
         """Lets the version of a label serve from now on; raises `InvalidArgument` on what is no label, `NotFound` or
         `FailedPrecondition` on one whose version does not exist or was refused."""
         check_label(label)
+        await self.look()
         number = pinned_number(label)
         if label == "stable":
             number = self._seen.stable
@@ -146,21 +157,34 @@ class Catalogue:
         if number is not None:
             self.check_not_refused(await self.manifest(number))
         await asyncio.to_thread(self._registry.decisions.set_policy, label)
+        if number is not None:
+            await self.manifest(number)
         await self.look()
 
     # What was found out.
 
     def finding(self, manifest: VersionManifest) -> Finding | None:
         """What was found out about a version as it is now, on this kind of device."""
-        finding = self._unsaved.get(manifest.version) or self._seen.findings.get(manifest.version)
-        if finding is None or (finding.digest, finding.device) != (manifest.digest, self._device):
-            return None
-        return finding
+        findings = self._seen.findings.get(manifest.version, [])
+        unsaved = [finding for number, finding in self._unsaved.items() if number == manifest.version]
+        return finding_on([*findings, *unsaved], manifest.digest, self._device)
 
     def refusal(self, manifest: VersionManifest) -> Finding | None:
         """Why a version must not serve; None where it may, for all that is known."""
         finding = self.finding(manifest)
         return finding if finding is not None and finding.refusal is not None else None
+
+    def best_found(self, evaluation_set: str) -> Judged | None:
+        """Of the versions that may serve and were judged on an evaluation set, the one that predicted its held-out
+        windows best as it was served here; None where none was served."""
+        judged = [
+            Judged(manifest, finding.loss)
+            for manifest in self._deserving()
+            if manifest.evaluation_set == evaluation_set
+            and (finding := self.finding(manifest)) is not None
+            and finding.loss is not None
+        ]
+        return min(judged, key=lambda one: one.loss, default=None)
 
     def check_not_refused(self, manifest: VersionManifest) -> None:
         """Raises `FailedPrecondition` where a version must not serve."""

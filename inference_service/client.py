@@ -1,9 +1,8 @@
 """The clients of the inference service, one for threads and one for asyncio."""
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
@@ -11,6 +10,7 @@ import grpc
 import grpc.aio
 
 from inference_service.attempts import Attempts
+from inference_service.channel import NO_PROXY, sendable
 from inference_service.completion import Completion, complete
 from inference_service.stream import AsyncStream, Stream
 from shared.errors import FailedPrecondition, InvalidArgument
@@ -20,8 +20,7 @@ from shared.pb.inference.v1 import inference_pb2_grpc
 DEFAULT_RETRIES = 2
 
 _OPTIONS = (
-    # A proxy for the web has no way to a server on this machine.
-    ("grpc.enable_http_proxy", 0),
+    NO_PROXY,
     # Without these a channel waits up to two minutes before it looks for a server again.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -189,7 +188,7 @@ def _generate_request(prompt: str | Sequence[int], parameters: Parameters) -> pb
     given.pop("timeout_s", None)
     if isinstance(stop := given.get("stop"), str):
         given["stop"] = [stop]
-    with _sendable():
+    with sendable():
         model = _selector(given.pop("version", None), given.pop("label", None))
         sampling = pb.Sampling(**{name: given.pop(name) for name in _SAMPLING if name in given})
         if isinstance(prompt, str):
@@ -198,12 +197,12 @@ def _generate_request(prompt: str | Sequence[int], parameters: Parameters) -> pb
 
 
 def _tokenize_request(text: str, version: int | None, label: str | None) -> pb.TokenizeRequest:
-    with _sendable():
+    with sendable():
         return pb.TokenizeRequest(text=text, model=_selector(version, label))
 
 
 def _model_request(version: int | None, label: str | None) -> pb.GetModelRequest:
-    with _sendable():
+    with sendable():
         return pb.GetModelRequest(model=_selector(version, label))
 
 
@@ -213,12 +212,3 @@ def _selector(version: int | None, label: str | None) -> pb.ModelSelector | None
     if version is None and label is None:
         return None
     return pb.ModelSelector(version=version) if label is None else pb.ModelSelector(label=label)
-
-
-@contextlib.contextmanager
-def _sendable() -> Iterator[None]:
-    """Raises `InvalidArgument` on a value that no field of a message can hold, and on a field that there is not."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"A parameter cannot be sent: {str(error).rstrip('.')}.") from None

@@ -39,6 +39,14 @@ class Content:
     windows: tuple[Window, ...]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A version and the loss of its held-out windows in nats a token, as it was served."""
+
+    manifest: VersionManifest
+    loss: float
+
+
 def read_content(registry: Registry, manifest: VersionManifest) -> Content:
     """Reads a version; raises `Refused` where it cannot serve, and `NotFound` or `OSError` where it cannot be read."""
     directory = registry.version_directory(manifest.version)
@@ -84,17 +92,23 @@ def check_loss(manifest: VersionManifest, loss: float) -> None:
         )
 
 
-def check_progress(
-    manifest: VersionManifest, loss: float, serving: VersionManifest, serving_loss: float, margin: float
-) -> None:
-    """Compares two versions that were judged on the same windows; raises `Refused` where the new one is worse by more
-    than a margin in nats a token."""
-    if manifest.evaluation_set == serving.evaluation_set and loss > serving_loss + margin:
+def check_progress(new: Judged, before: Judged, margin: float) -> None:
+    """Compares two versions that were judged on the same evaluation set; raises `Refused` where the new one is worse by
+    more than a margin in nats a token, or was judged on windows of its own."""
+    if new.manifest.evaluation_set != before.manifest.evaluation_set:
+        return
+    number = before.manifest.version
+    if _windows_digest(new.manifest) != _windows_digest(before.manifest):
+        raise Refused("lying", f"it names the evaluation set of version {number}, but has other held-out windows")
+    if new.loss > before.loss + margin:
         raise Refused(
             "worse",
-            f"its held-out loss is {loss:.4f} nats a token, but that of version {serving.version}, which serves, is "
-            f"{serving_loss:.4f}",
+            f"its held-out loss is {new.loss:.4f} nats a token, but that of version {number} is {before.loss:.4f}",
         )
+
+
+def _windows_digest(manifest: VersionManifest) -> str:
+    return next(record.sha256 for record in manifest.files if record.name == WINDOWS_FILE)
 
 
 def _read_windows(path: Path, config: GPTConfig) -> tuple[Window, ...]:

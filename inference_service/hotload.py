@@ -8,23 +8,21 @@ import logging
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 
 from inference_service.catalogue import Catalogue
-from inference_service.gate import Refused, check_progress
+from inference_service.engine.request import FAILURES_WITHIN_S, MAX_FAILURES
+from inference_service.gate import Judged, Refused, check_progress
 from inference_service.metrics import InferenceMetrics
 from inference_service.residents import Resident, Residents
 from shared.errors import FailedPrecondition, GptloopError, Unavailable
 from shared.registry.decisions import pinned
 from shared.registry.manifest import VersionManifest
+from shared.registry.policy import labels_of
 
 logger = logging.getLogger(__name__)
-
-# A version of which so much has failed within such a time must not serve any more.
-_MAX_FAILURES = 3
-_FAILURES_WITHIN_S = 60.0
 
 
 class State(Enum):
@@ -43,17 +41,18 @@ class State(Enum):
 class Standing:
     """All that there is to say of a version: `reason` is why it is refused or could not be loaded, else empty.
 
-    `loss` is that of its carried windows in nats a token, as it was served.
+    `manifest` is None where it cannot be read. `loss` is that of its carried windows in nats a token, as it was served.
     """
 
-    manifest: VersionManifest
+    number: int
+    manifest: VersionManifest | None
     state: State
-    reason: str
-    streams: int
-    held: bool
-    memory_bytes: int
-    loss: float | None
-    labels: tuple[str, ...]
+    reason: str = ""
+    streams: int = 0
+    held: bool = False
+    memory_bytes: int = 0
+    loss: float | None = None
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,15 @@ class _Failure:
     version: int
     at: float
     error: weakref.ref[GptloopError]
+
+
+@dataclass(frozen=True)
+class _GivenUp:
+    """The version that was refused last because its streams failed; its loss in nats a token."""
+
+    manifest: VersionManifest
+    loss: float
+    at: float
 
 
 class HotLoader:
@@ -84,6 +92,9 @@ class HotLoader:
         # The versions that served, the last one last.
         self._served: list[int] = []
         self._failures: list[_Failure] = []
+        self._given_up: _GivenUp | None = None
+        # Versions whose manifest cannot be read, as far as that was told.
+        self._unreadable: frozenset[int] = frozenset()
 
     async def run(self, poll_interval_s: float) -> None:
         """Works until it is cancelled."""
@@ -92,6 +103,7 @@ class HotLoader:
             while True:
                 changed.clear()
                 await self._catalogue.look()
+                self._tell_unreadable()
                 self.follow()
                 self._residents.load_wanted()
                 with suppress(TimeoutError):
@@ -107,31 +119,28 @@ class HotLoader:
         """The version that answers those who name none."""
         return self._residents.serving
 
-    def resident(self, number: int) -> Resident | None:
-        """A version that is in memory."""
-        return self._residents.get(number)
-
-    def stream(self, manifest: VersionManifest | None) -> AbstractAsyncContextManager[Resident]:
-        """Keeps a version in memory meanwhile, as `Residents.stream` does."""
-        return self._residents.stream(manifest)
-
     def failed(self, number: int, error: GptloopError) -> None:
         """A stream of a version ended with an error of the version or of its step: too many, and it is rolled back."""
         if any(error is failure.error() for failure in self._failures):
             return  # one step, several streams
         now = time.monotonic()
-        self._failures = [failure for failure in self._failures if now - failure.at < _FAILURES_WITHIN_S]
+        self._failures = [failure for failure in self._failures if now - failure.at < FAILURES_WITHIN_S]
         self._failures.append(_Failure(number, now, weakref.ref(error)))
         count = sum(failure.version == number for failure in self._failures)
         resident = self._residents.get(number)
-        if count < _MAX_FAILURES or resident is None or self._residents.is_refused(resident):
+        if count < MAX_FAILURES or resident is None or self._residents.is_refused(resident):
             return
         last = str(error).removesuffix(".")
-        sentence = f"{count} failures within {_FAILURES_WITHIN_S:g} s, at last: {last}"
+        sentence = f"{count} failures within {FAILURES_WITHIN_S:g} s, at last: {last}"
         if resident is self.serving and next(self._candidates(without=number), None) is None:
             logger.error("version %d should not serve any more, but there is no other: %s", number, sentence)
-        else:
+        elif self._given_up is None or now - self._given_up.at > FAILURES_WITHIN_S:
+            self._given_up = _GivenUp(resident.manifest, resident.loss, now)
             self._give_up(resident, "failing", sentence)
+        elif self._given_up.manifest.version != number:
+            # Two versions in a row: what fails is not the versions.
+            logger.error("version %d fails as the one before it, which may serve again: %s", number, sentence)
+            self._catalogue.note(self._given_up.manifest, self._given_up.loss)
 
     # What operators ask for.
 
@@ -141,7 +150,11 @@ class HotLoader:
         labels = self._catalogue.labels()
         # What is in memory may have been removed from the registry.
         manifests = {each.version: each for each in [*self._catalogue.versions, *self._residents.manifests]}
-        return [self._standing(manifests[number], labels) for number in sorted(manifests)]
+        standings = [self._standing(manifest, labels) for manifest in manifests.values()]
+        for number, why in self._catalogue.unreadable.items():
+            if number not in manifests:
+                standings.append(Standing(number, None, State.REFUSED, f"corrupt: {why}"))
+        return sorted(standings, key=lambda standing: standing.number)
 
     async def load(self, number: int) -> None:
         """Brings a version into memory and keeps it there, even one that was refused: it is examined again, unless it
@@ -241,10 +254,19 @@ class HotLoader:
     def _deserves(self, resident: Resident) -> bool:
         """Whether a version may take the place of the one that serves, where nobody but the policy asks for it."""
         serving = self.serving
-        if serving is None or self._residents.is_refused(serving) or self._catalogue.policy not in ("best", "latest"):
+        if self._catalogue.policy not in ("best", "latest"):
+            return True
+        if serving is None:
+            # After a restart those count that served before.
+            before = self._catalogue.best_found(resident.manifest.evaluation_set)
+        elif self._residents.is_refused(serving):
+            return True
+        else:
+            before = Judged(serving.manifest, serving.loss)
+        if before is None:
             return True
         try:
-            check_progress(resident.manifest, resident.loss, serving.manifest, serving.loss, self._margin)
+            check_progress(Judged(resident.manifest, resident.loss), before, self._margin)
         except Refused as refusal:
             # Somebody who holds it can still pin it.
             if not resident.held:
@@ -275,6 +297,12 @@ class HotLoader:
         self.follow()
         self._residents.changed.set()
 
+    def _tell_unreadable(self) -> None:
+        """Counts a version with a damaged manifest once as refused: it cannot serve."""
+        for _ in self._catalogue.unreadable.keys() - self._unreadable:
+            self._metrics.refused("corrupt")
+        self._unreadable = frozenset(self._catalogue.unreadable)
+
     def _standing(self, manifest: VersionManifest, labels: dict[str, int]) -> Standing:
         number = manifest.version
         resident, finding = self._residents.get(number), self._catalogue.finding(manifest)
@@ -283,23 +311,24 @@ class HotLoader:
             reason = f"{finding.refusal}: {finding.sentence}"
         if resident is not None and resident is self.serving:
             state = State.SERVING
+        elif self._residents.is_loading(number):
+            state = State.LOADING
         elif reason:
             state = State.REFUSED
         elif resident is not None:
             state = State.RESIDENT
-        elif self._residents.is_loading(number):
-            state = State.LOADING
         elif self._residents.is_wanted(number) or number in self._awaited:
             state = State.WAITING
         else:
             state = State.AVAILABLE
         return Standing(
+            number,
             manifest,
             state,
             reason or self._residents.postponed(number),
             streams=0 if resident is None else resident.streams,
             held=resident is not None and resident.held,
             memory_bytes=0 if resident is None else resident.memory_bytes,
-            loss=None if finding is None else finding.loss,
-            labels=tuple(label for label, named in labels.items() if named == number),
+            loss=resident.loss if resident is not None else finding.loss if finding is not None else None,
+            labels=labels_of(number, labels),
         )

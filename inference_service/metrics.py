@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,6 +13,8 @@ from prometheus_client import (
     ProcessCollector,
     Summary,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from shared.accelerator import Memory
 from shared.registry.manifest import VersionManifest
@@ -44,7 +46,6 @@ class InferenceMetrics:
         # A version from before this server cannot tell how long a swap takes.
         self._since = time.time()
         self._rate = TokenRate()
-        self._infos: set[tuple[str, ...]] = set()
         self._generated = Counter(name("generated_tokens_total"), "Tokens that were generated.", registry=registry)
         self._prompt = Counter(name("prompt_tokens_total"), "Prompt tokens of accepted requests.", registry=registry)
         self._cached = Counter(
@@ -87,12 +88,8 @@ class InferenceMetrics:
             "Programs that were compiled; no request adds one.",
             registry=registry,
         ).set_function(compiled_shapes)
-        self._model_info = Gauge(
-            name("model_info"),
-            "1 for each version in memory; serving is true for the one that answers new requests.",
-            ["version", "run", "step", "preset", "tokenizer", "parameters", "serving"],
-            registry=registry,
-        )
+        self._models = _Models(name("model_info"))
+        registry.register(self._models)
         self._swaps = Counter(
             name("swaps_total"), "Times that another version took over as the serving one.", registry=registry
         )
@@ -192,30 +189,16 @@ class InferenceMetrics:
 
     def resident(self, versions: list[VersionManifest], serving: int | None) -> None:
         """Says which versions are in memory, all others being gone."""
-        infos: set[tuple[str, ...]] = {
-            (
-                str(manifest.version),
-                manifest.run,
-                str(manifest.step),
-                manifest.preset,
-                manifest.tokenizer,
-                str(manifest.parameters),
-                str(manifest.version == serving).lower(),
-            )
-            for manifest in versions
-        }
-        for info in infos:
-            self._model_info.labels(*info).set(1)
+        before = {manifest.version for manifest in self._models.versions}
+        self._models.show(tuple(versions), serving)
+        for manifest in versions:
             # A version without streams shows that it has none.
-            self._version_streams.labels(info[0])
-        for info in self._infos - infos:
-            self._model_info.remove(*info)
-        for number in {info[0] for info in self._infos} - {info[0] for info in infos}:
+            self._version_streams.labels(manifest.version)
+        for number in before - {manifest.version for manifest in versions}:
             self._forget(number)
-        self._infos = infos
 
-    def _forget(self, version: str) -> None:
-        self._committed_at.pop(int(version), None)
+    def _forget(self, version: int) -> None:
+        self._committed_at.pop(version, None)
         for metric in (
             self._version_streams,
             self._version_requests,
@@ -223,7 +206,37 @@ class InferenceMetrics:
             self._version_first_token,
             self._version_inter_token,
         ):
-            metric.remove_by_labels({"version": version})
+            metric.remove_by_labels({"version": str(version)})
+
+
+class _Models(Collector):
+    """The versions in memory, replaced all at once: no page shows two that serve."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._shown: tuple[tuple[VersionManifest, ...], int | None] = ((), None)
+
+    @property
+    def versions(self) -> tuple[VersionManifest, ...]:
+        """Those that the page shows."""
+        return self._shown[0]
+
+    def show(self, versions: tuple[VersionManifest, ...], serving: int | None) -> None:
+        """What the page shows from now on."""
+        self._shown = (versions, serving)
+
+    def collect(self) -> Iterator[Metric]:
+        """The series of the moment."""
+        versions, serving = self._shown
+        family = GaugeMetricFamily(
+            self._name,
+            "1 for each version in memory; serving is true for the one that answers new requests.",
+            labels=["version", "run", "step", "preset", "tokenizer", "parameters", "serving"],
+        )
+        for one in versions:
+            numbers = (one.version, one.run, one.step, one.preset, one.tokenizer, one.parameters)
+            family.add_metric([*map(str, numbers), str(one.version == serving).lower()], 1)
+        yield family
 
 
 class TokenRate:

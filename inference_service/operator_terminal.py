@@ -69,9 +69,7 @@ def _table(answer: pb.ListVersionsResponse) -> Table:
             ", ".join(status.labels),
             _use(status),
             _memory(status),
-            _loss(status).center(8),
-            f"{status.bits_per_byte:.4f}",
-            cli.duration(time.time() - status.created_at.ToSeconds()),
+            *_description(status),
         )
     return table
 
@@ -88,6 +86,14 @@ def _use(status: pb.VersionStatus) -> str:
 
 def _memory(status: pb.VersionStatus) -> str:
     return f"{status.memory_bytes / 2**20:.0f} MiB" if status.memory_bytes else ""
+
+
+def _description(status: pb.VersionStatus) -> tuple[str, str, str]:
+    """Loss, bits per byte and age; nothing where the manifest cannot be read."""
+    if not status.digest:
+        return ("", "", "")
+    age = cli.duration(time.time() - status.created_at.ToSeconds())
+    return (_loss(status).center(8), f"{status.bits_per_byte:.4f}", age)
 
 
 def _loss(status: pb.VersionStatus) -> str:

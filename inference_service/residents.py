@@ -15,7 +15,7 @@ from inference_service.catalogue import Catalogue, refused
 from inference_service.engine.engine import Engine
 from inference_service.gate import Refused, check_loss, read_content
 from inference_service.metrics import InferenceMetrics
-from shared.errors import GptloopError, NotFound, Unavailable
+from shared.errors import FailedPrecondition, GptloopError, NotFound, ResourceExhausted, Unavailable
 from shared.gpt.decoder import Decoder
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # twice as long, and so on.
 _AGAIN_AFTER_S = 10.0
 _AGAIN_AFTER_AT_MOST_S = 600.0
+# When those may ask again who find too many waiting for versions.
+_ASK_AGAIN_S = 5.0
 
 
 @dataclass(eq=False)
@@ -67,7 +69,7 @@ class _Postponed:
 
 class Residents:
     """At most `limit` versions in memory, each examined on its way in and kept as long as it serves, has streams, or is
-    held for an operator.
+    held for an operator. At most `max_waiting` calls wait for versions that are not.
 
     `serving` is the one that answers those who name none; who decides that, `HotLoader`, sets it. `lacks_room` says
     whether a version waits for room: then none that is to leave gets new streams. `changed` is set when there may be
@@ -82,6 +84,7 @@ class Residents:
         make_decoder: Callable[[GPT], Decoder],
         *,
         limit: int,
+        max_waiting: int,
         metrics: InferenceMetrics,
     ) -> None:
         self.serving: Resident | None = None
@@ -92,6 +95,7 @@ class Residents:
         self._engine = engine
         self._make_decoder = make_decoder
         self._limit = limit
+        self._max_waiting = max_waiting
         self._metrics = metrics
         self._residents: dict[int, Resident] = {}
         self._loads: dict[int, asyncio.Task[None]] = {}
@@ -111,6 +115,12 @@ class Residents:
     def get(self, number: int) -> Resident | None:
         """A version that is in memory."""
         return self._residents.get(number)
+
+    def require_serving(self) -> Resident:
+        """The version that answers those who name none; raises `Unavailable` where nothing serves yet."""
+        if self.serving is None:
+            raise Unavailable("No version serves yet: the first one does a moment after training has published it.")
+        return self.serving
 
     def of(self, manifest: VersionManifest) -> Resident | None:
         """A version in memory, and not one of another registry with the same number."""
@@ -145,7 +155,8 @@ class Residents:
     async def stream(self, manifest: VersionManifest | None) -> AsyncIterator[Resident]:
         """Keeps a version in memory meanwhile, the serving one for None; waits until it is loaded.
 
-        Raises `Unavailable` where nothing serves yet, and `FailedPrecondition` where the version was refused.
+        Raises `Unavailable` where nothing serves yet, `FailedPrecondition` where the version was refused, and
+        `ResourceExhausted` where too many wait.
         """
         resident = await self._acquire(manifest)
         try:
@@ -184,17 +195,18 @@ class Residents:
         logger.info("version %d is freed", number)
 
     async def _acquire(self, manifest: VersionManifest | None) -> Resident:
-        resident = self.serving if manifest is None else self.of(manifest)
-        if manifest is None and resident is None:
-            raise Unavailable("No version serves yet: the first one does a moment after training has published it.")
-        if manifest is not None:
-            self._catalogue.check_not_refused(manifest)
-            if resident is None or (resident is not self.serving and self.lacks_room):
-                if sentence := self.postponed(manifest.version):
-                    raise Unavailable(sentence)
-                return await self._wait_for(manifest)
-        assert resident is not None
-        return self._join(resident)
+        if manifest is None:
+            return self._join(self.require_serving())
+        self._catalogue.check_not_refused(manifest)
+        resident = self.of(manifest)
+        if resident is not None and (resident is self.serving or not self.lacks_room):
+            return self._join(resident)
+        if sentence := self.postponed(manifest.version):
+            raise Unavailable(sentence)
+        waiting = sum(len(wanted.waiters) for wanted in self._wanted.values())
+        if waiting >= self._max_waiting:
+            raise ResourceExhausted(f"{waiting} requests wait for versions already, which is the limit.", _ASK_AGAIN_S)
+        return await self._wait_for(manifest)
 
     async def _wait_for(self, manifest: VersionManifest, *, hold: bool = False) -> Resident:
         waiter: asyncio.Future[Resident] = asyncio.get_running_loop().create_future()
@@ -230,6 +242,8 @@ class Residents:
                 del self._wanted[number]
             elif self.lacks_room:
                 continue
+            elif not wanted.hold and (finding := self._catalogue.refusal(wanted.manifest)) is not None:
+                self._disappoint(number, refused(number, finding.sentence))
             elif (resident := self.of(wanted.manifest)) is not None:
                 self._hand_over(resident)
             else:
@@ -271,7 +285,7 @@ class Residents:
             resident = await self._bring_in(manifest)
         except Refused as refusal:
             self.refuse(manifest, refusal.loss, refusal.reason, str(refusal))
-        except NotFound as error:
+        except (NotFound, FailedPrecondition) as error:
             self._disappoint(number, error)
         except Exception as error:
             # Nothing that the version is to blame for, as far as anybody can tell.
@@ -300,6 +314,8 @@ class Residents:
             await asyncio.wait(leaving)
         known = self._catalogue.finding(manifest)
         if known is not None and known.refusal is not None:
+            if number not in self._wanted or not self._wanted[number].hold:
+                raise refused(number, known.sentence)
             known = None  # somebody asks for another examination
         loop = asyncio.get_running_loop()
         content = await loop.run_in_executor(self._helper, read_content, self._registry, manifest)

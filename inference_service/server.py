@@ -70,11 +70,16 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     metrics = InferenceMetrics(collectors, accelerator.memory, compiled_shapes, lambda: engine.active_streams)
     decoders = partial(make_decoder, slots=settings.slots, threads=settings.threads)
     catalogue = Catalogue(registry, device)
-    residents = Residents(registry, catalogue, engine, decoders, limit=settings.resident_versions, metrics=metrics)
+    residents = Residents(
+        *(registry, catalogue, engine, decoders),
+        limit=settings.resident_versions,
+        max_waiting=settings.max_waiting_requests,
+        metrics=metrics,
+    )
     versions = HotLoader(catalogue, residents, settings.gate_margin, metrics)
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
     servicer = InferenceServicer(
-        *(registry, catalogue, engine, versions, admission, metrics),
+        *(registry, catalogue, engine, residents, admission, metrics, versions.failed),
         slots=settings.slots,
         slow_reader_s=settings.slow_reader_s,
     )
@@ -83,6 +88,8 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     watchdog = Watchdog(engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s)
 
     with metrics_page(collectors, settings.host, settings.metrics_port, METRICS_PORT_VARIABLE) as metrics_port:
+        # Before any call: what was refused is refused from the beginning on.
+        await catalogue.look()
         port = await server.start(settings.host, settings.port, PORT_VARIABLE)
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", settings.host, port, settings.host, metrics_port)
         engine.start()
@@ -95,7 +102,8 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
         await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             logger.error("loading versions failed", exc_info=loading.exception())
-        await server.stop(settings.drain_s, servicer.cancel_all, signals.forced)
+        # An engine that failed has ended its streams already.
+        await server.stop(0.0 if failing.done() else settings.drain_s, servicer.cancel_all, signals.forced)
         ended_as_asked = not (loading.done() or watching.done() or failing.done())
         for part in parts:
             part.cancel()

@@ -24,9 +24,8 @@ from inference_service.engine.request import (
     Output,
     StepFailed,
 )
-from inference_service.hotload import HotLoader
 from inference_service.metrics import InferenceMetrics
-from inference_service.residents import Resident
+from inference_service.residents import Resident, Residents
 from inference_service.translate import Draft, Selection
 from shared.errors import GptloopError, ResourceExhausted, Unavailable
 from shared.gpt.tokenizer import Tokenizer
@@ -34,6 +33,7 @@ from shared.grpc_status import code_of
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.registry.manifest import VersionManifest
+from shared.registry.policy import labels_of
 from shared.registry.store import Registry
 
 
@@ -45,9 +45,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         registry: Registry,
         catalogue: Catalogue,
         engine: Engine,
-        versions: HotLoader,
+        residents: Residents,
         admission: Admission,
         metrics: InferenceMetrics,
+        version_failed: Callable[[int, GptloopError], None],
         *,
         slots: int,
         slow_reader_s: float,
@@ -55,9 +56,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._registry = registry
         self._catalogue = catalogue
         self._engine = engine
-        self._versions = versions
+        self._residents = residents
         self._admission = admission
         self._metrics = metrics
+        self._version_failed = version_failed
         self._slots = slots
         self._slow_reader_s = slow_reader_s
         self._outputs: dict[str, asyncio.Queue[Output]] = {}
@@ -81,13 +83,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Streams one generation. A coroutine, not a generator: so gRPC cancels it wherever it stands."""
         with _ending(self._metrics.ended) as end:
             draft = translate.read_generate(message, context.time_remaining(), self._slots)
-            with self._admission.enter(draft.samples) as place:
-                end.reason = await self._generate(draft, context, place)
+            end.reason = await self._generate(draft, context)
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which need not be in memory."""
-        manifest = await self._choose(translate.read_selection(message.model)) or self._serving()
-        resident = self._versions.resident(manifest.version)
+        manifest = (
+            await self._choose(translate.read_selection(message.model)) or self._residents.require_serving().manifest
+        )
+        resident = self._residents.get(manifest.version)
         if resident is not None:
             tokenizer = resident.tokenizer
         else:
@@ -98,18 +101,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def GetModel(self, message: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describes a version, which need not be in memory."""
-        manifest = await self._choose(translate.read_selection(message.model)) or self._serving()
-        await self._catalogue.look()
-        labels = self._catalogue.labels()
-        return translate.write_model(
-            manifest, [label for label, number in labels.items() if number == manifest.version]
+        manifest = (
+            await self._choose(translate.read_selection(message.model)) or self._residents.require_serving().manifest
         )
+        await self._catalogue.look()
+        return translate.write_model(manifest, labels_of(manifest.version, self._catalogue.labels()))
 
-    async def _generate(self, draft: Draft, context: Any, place: Place) -> str:
+    async def _generate(self, draft: Draft, context: Any) -> str:
         """Answers a checked request; how its last sample ended."""
         chosen = await self._choose(draft.selection)
-        async with self._versions.stream(chosen) as resident:
-            with _ending(partial(self._metrics.answered, resident.manifest.version)) as end:
+        async with self._residents.stream(chosen) as resident:
+            with (
+                _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
+                self._admission.enter(draft.samples) as place,
+            ):
                 end.reason = await self._answer(draft, resident, context, place)
             return end.reason
 
@@ -155,7 +160,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         await self._write(context, translate.write_finished(finished, output.index))
                     case Failed(error):
                         if isinstance(error, NotFinite | StepFailed):
-                            self._versions.failed(request.version, error)
+                            self._version_failed(request.version, error)
                         raise error
         return ended
 
@@ -177,11 +182,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if selection.version is not None:
             return await self._catalogue.manifest(selection.version)
         return None if selection.label is None else await self._catalogue.resolve(selection.label)
-
-    def _serving(self) -> VersionManifest:
-        if self._versions.serving is None:
-            raise Unavailable("No version serves yet: the first one does a moment after training has published it.")
-        return self._versions.serving.manifest
 
 
 @dataclass

@@ -29,13 +29,13 @@ class Settings:
     prefill_tokens: int | None = None
     # Memory in MiB in which each version keeps what prompts began with, so that they are not read again.
     prefix_cache_mib: int = 128
-    # Samples that may wait for a slot; one more is refused with RESOURCE_EXHAUSTED.
+    # Samples that may wait for a slot, and requests for a version to be loaded; one more is RESOURCE_EXHAUSTED.
     max_waiting_requests: int = 256
     # Prompt tokens that may wait for a slot, all requests together.
     max_waiting_prompt_tokens: int = 65536
     # How often the registry is looked at for a better version.
     poll_interval_s: float = 1.0
-    # Versions in memory at once: the serving one, and those on which streams still run.
+    # Versions in memory at once.
     resident_versions: int = 2
     # Nats a token by which the held-out loss of a version may be above that of the one whose place it takes.
     gate_margin: float = 0.05

@@ -129,10 +129,6 @@ class Stream(_BaseStream):
         self._check_single()
         return (event.text for event in self if isinstance(event, pb.Delta) and event.text)
 
-    def close(self) -> None:
-        """The same as `cancel`, by the name that `contextlib.closing` knows."""
-        self.cancel()
-
 
 class AsyncStream(_BaseStream):
     """`Stream` for asyncio: the same, with `async for` and `async with`. It belongs to the event loop of its client."""
@@ -173,10 +169,6 @@ class AsyncStream(_BaseStream):
         """The pieces of the text, none of them empty; raises `InvalidArgument` on a stream of several samples."""
         self._check_single()
         return (event.text async for event in self if isinstance(event, pb.Delta) and event.text)
-
-    async def aclose(self) -> None:
-        """The same as `cancel`, by the name that `contextlib.aclosing` knows."""
-        self.cancel()
 
     async def _ends_within(self, pause_s: float) -> bool:
         with contextlib.suppress(TimeoutError):

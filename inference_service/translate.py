@@ -11,8 +11,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from inference_service.engine.request import Delta, Finished, FinishReason, GenerationRequest
+from inference_service.hotload import Standing
 from shared.errors import InvalidArgument
-from shared.gpt.sampling import SamplingParameters
+from shared.gpt.sampling import SamplingParameters, check_biases
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
@@ -33,11 +34,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Draft:
-    """A checked `GenerateRequest` that still needs a version: the text is encoded with that one's tokenizer."""
+    """A checked `GenerateRequest` that still needs a version: the text is encoded with that one's tokenizer.
+
+    The tokens of a prompt are as the message holds them, for there may be millions until a version bounds them.
+    """
 
     id: str
     selection: Selection
-    prompt: str | tuple[int, ...]
+    prompt: str | Sequence[int]
     sampling: SamplingParameters
     seed: int | None
     max_tokens: int
@@ -54,12 +58,12 @@ class Draft:
 
         An empty prompt begins with the end token, as every document of the training text does.
         """
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            _check_characters(prompt, tokenizer, context_length)
-            prompt = tuple(tokenizer.encode(prompt))
+        if isinstance(self.prompt, str):
+            _check_characters(self.prompt, tokenizer, context_length)
+            prompt = tuple(tokenizer.encode(self.prompt))
         else:
-            _check_length(len(prompt), version, context_length)
+            _check_length(len(self.prompt), version, context_length)
+            prompt = tuple(self.prompt)
             for token in prompt:
                 if not 0 <= token < tokenizer.vocabulary_size:
                     raise InvalidArgument(
@@ -94,8 +98,9 @@ class Draft:
 def read_generate(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
     """Checks a request as far as it can be without a version; raises `InvalidArgument` and names the field."""
     arrived = time.monotonic()
-    for name, part in (("", message), ("sampling.", message.sampling), ("model.", message.model)):
-        _refuse_unknown(name, part)
+    _refuse_unknown("", message)
+    for name in ("sampling", "model", "prompt_tokens"):
+        _refuse_unknown(f"{name}.", getattr(message, name))
     max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens is {max_tokens}, but must be at least 1.")
@@ -128,13 +133,18 @@ def read_selection(message: pb.ModelSelector) -> Selection:
     """The choice in a selector; raises `InvalidArgument` on a number that no version can have."""
     match message.WhichOneof("choice"):
         case "version":
-            if message.version < 1:
-                raise InvalidArgument(f"model.version is {message.version}, but versions are numbered from 1.")
-            return Selection(version=message.version)
+            return Selection(version=read_number(message.version, "model.version"))
         case "label":
             return Selection(label=message.label)
         case _:
             return Selection()
+
+
+def read_number(version: int, field: str = "version") -> int:
+    """The number of a version; raises `InvalidArgument` on one that no version can have."""
+    if version < 1:
+        raise InvalidArgument(f"{field} is {version}, but versions are numbered from 1.")
+    return version
 
 
 def write_started(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
@@ -182,14 +192,12 @@ def write_finished(finished: Finished, index: int) -> pb.GenerateResponse:
 
 def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:
     """What a version's manifest says."""
-    created_at = Timestamp()
-    created_at.FromMilliseconds(round(manifest.created_at * 1000))
     config = {name: value for name, value in manifest.model.items() if name in pb.ModelConfig.DESCRIPTOR.fields_by_name}
     return pb.GetModelResponse(
         version=manifest.version,
         run=manifest.run,
         step=manifest.step,
-        created_at=created_at,
+        created_at=_write_time(manifest.created_at),
         config=pb.ModelConfig(**config),  # type: ignore[arg-type]
         tokenizer=manifest.tokenizer,
         parameters=manifest.parameters,
@@ -200,7 +208,38 @@ def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModel
     )
 
 
+def write_standing(standing: Standing) -> pb.VersionStatus:
+    """Where a version stands."""
+    status = pb.VersionStatus(
+        version=standing.number,
+        state=f"VERSION_STATE_{standing.state.name}",
+        reason=standing.reason,
+        labels=standing.labels,
+        streams=standing.streams,
+        held=standing.held,
+        memory_bytes=standing.memory_bytes,
+        measured_loss=standing.loss,
+    )
+    if (manifest := standing.manifest) is not None:
+        described = pb.VersionStatus(
+            claimed_loss=manifest.claimed_loss,
+            bits_per_byte=manifest.bits_per_byte,
+            step=manifest.step,
+            created_at=_write_time(manifest.created_at),
+            digest=manifest.digest,
+        )
+        status.MergeFrom(described)
+    return status
+
+
 _REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
+
+
+def _write_time(seconds: float) -> Timestamp:
+    """A time of `time.time`."""
+    written = Timestamp()
+    written.FromMilliseconds(round(seconds * 1000))
+    return written
 
 
 def _check_length(tokens: int, version: int, context_length: int) -> None:
@@ -222,12 +261,12 @@ def _check_characters(prompt: str, tokenizer: Tokenizer, context_length: int) ->
         )
 
 
-def _read_prompt(message: pb.GenerateRequest) -> str | tuple[int, ...]:
+def _read_prompt(message: pb.GenerateRequest) -> str | Sequence[int]:
     match message.WhichOneof("input"):
         case "prompt":
             return message.prompt
         case "prompt_tokens":
-            return tuple(message.prompt_tokens.ids)
+            return message.prompt_tokens.ids
         case _:
             raise InvalidArgument(
                 "The request has neither prompt nor prompt_tokens; an empty prompt must be given as such."
@@ -235,6 +274,7 @@ def _read_prompt(message: pb.GenerateRequest) -> str | tuple[int, ...]:
 
 
 def _read_sampling(message: pb.Sampling) -> SamplingParameters:
+    check_biases(len(message.logit_bias))
     given = {
         name: getattr(message, name)
         for name in (

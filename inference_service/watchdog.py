@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 _INTERVAL_S = 0.1
 # A step that takes longer turns health to NOT_SERVING, within a second of its beginning, until it ends.
 _SLOW_S = 0.7
+# A piece of an examination may take so long: on a GPU it compiles a program, which takes a while the first time.
+_EXAMINED_WITHIN_S = 600.0
 
 
 class Watchdog:
@@ -33,7 +35,8 @@ class Watchdog:
         healthy = False
         while True:
             serves, stalled_s = self._serves(), self._engine.stalled_s
-            if stalled_s > self._stuck_after_s:
+            limit_s = max(self._stuck_after_s, _EXAMINED_WITHIN_S) if self._engine.examines else self._stuck_after_s
+            if stalled_s > limit_s:
                 logger.error("the engine is stuck: a step has taken %.1f s", stalled_s)
                 return
             if (serves and stalled_s < _SLOW_S) != healthy:

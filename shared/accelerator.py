@@ -1,7 +1,9 @@
 """The device that MLX computes on, and what has to stand before MLX is imported."""
 
+import ctypes
 import fcntl
 import functools
+import gc
 import logging
 import os
 import shutil
@@ -93,6 +95,17 @@ def memory() -> Memory:
     import mlx.core as mx
 
     return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory(), _resident_bytes())
+
+
+def release_memory() -> None:
+    """Gives back what this process has freed, as after the last use of a model."""
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
+    # The C library keeps what small arrays leave behind; only GNU's can be asked for it.
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def report(accelerator: Accelerator) -> str:

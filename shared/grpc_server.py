@@ -41,7 +41,7 @@ class GrpcServer:
         interceptors = [_ErrorInterceptor(), *interceptors]
         self.server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
         self._services = ("", *services)
-        self._health = health.aio.HealthServicer()
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         named = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(named, self.server)
@@ -76,6 +76,7 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         forced = asyncio.create_task(force.wait())
         await asyncio.wait((forced,), timeout=_NOTICE_S)
+        self._health.end_watches()
         stopping = asyncio.create_task(self.server.stop(drain_s + _CUT_S))
         await asyncio.wait((forced, stopping), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
@@ -84,6 +85,28 @@ class GrpcServer:
             await self.server.stop(None)
         await stopping
         forced.cancel()
+
+
+class _Health(health.aio.HealthServicer):
+    """Health whose watchers do not keep a server from ending: theirs would be the last calls to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ended = asyncio.Event()
+
+    def end_watches(self) -> None:
+        """Ends every watch, and those that come later at once."""
+        self._ended.set()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Tells of changes until the watches end."""
+        watch = asyncio.create_task(super().Watch(request, context))
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            ended.cancel()
 
 
 class Signals:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from shared import accelerator, cli, logs
 from shared.errors import Unavailable
+from shared.registry.policy import labels_of
 from shared.registry.store import Registry
 from trainer_service import registry_commands
 from trainer_service.events import JobState
@@ -178,7 +179,7 @@ def checkpoints() -> None:
             f"{version.bits_per_byte:.4f}",
             f"{version.size_bytes / 2**20:.1f} MiB",
             cli.duration(time.time() - version.created_at),
-            ", ".join(label for label, number in labels.items() if number == version.version),
+            ", ".join(labels_of(version.version, labels)),
             version.run,
         )
     cli.print_table(table)
@@ -245,7 +246,7 @@ def import_(
     print(f"parameters  {version.parameters:,}")
     print(f"training    {version.training_loss:.4f} nats per token, on one batch")
     print(f"held out    {version.validation_loss:.4f} nats per token, {version.bits_per_byte:.4f} bits per byte")
-    print("labels      " + (", ".join(name for name, number in labels.items() if number == version.version) or "none"))
+    print("labels      " + (", ".join(labels_of(version.version, labels)) or "none"))
     print(f'Continue it with `make train RESUME={version.version} SET="max_steps=500"`.')
 
 

@@ -1,6 +1,5 @@
 """The engine: one thread that owns everything MLX and turns requests into events."""
 
-import gc
 import logging
 import threading
 import time
@@ -8,13 +7,16 @@ from collections import deque
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 
 from inference_service.engine.examination import Window, examine
+from inference_service.engine.inbox import Command, Inbox
 from inference_service.engine.request import (
+    FAILURES_WITHIN_S,
+    MAX_FAILURES,
     Admitted,
     Event,
     Failed,
@@ -27,6 +29,7 @@ from inference_service.engine.request import (
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Plan, Scheduler
 from inference_service.engine.sequence import Sequence
+from shared import accelerator
 from shared.errors import GptloopError, Unavailable
 from shared.gpt.decoder import Decoder
 from shared.gpt.spans import SCORED_TOKENS, SPAN_TOKENS
@@ -34,12 +37,7 @@ from shared.gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# So many steps of a version may fail within such a time.
-_MAX_FAILURES = 3
-_FAILURES_WITHIN_S = 60.0
-
 Outbox = Callable[[list[Output]], None]
-Command = Callable[[], None]
 
 
 @dataclass
@@ -50,7 +48,7 @@ class _Lane:
     context_length: int
     runner: Runner
     scheduler: Scheduler
-    failures: deque[float] = field(default_factory=lambda: deque(maxlen=_MAX_FAILURES))
+    failures: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_FAILURES))
     broken: bool = False
 
 
@@ -96,14 +94,10 @@ class Engine:
         self._failed = failed
         # A stuck one must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        # Guards the four below: they are all that other threads change.
-        self._changed = threading.Condition()
-        self._inbox: list[Command] = []
-        self._open: dict[str, int] = {}
-        self._promises: set[Future[Any]] = set()
-        self._closed: str | None = None
+        self._inbox = Inbox()
+        # All below are the engine thread's own; others may look at them.
         self._busy_since: float | None = None
-        # The engine thread's own.
+        self._examines = False
         self._lanes: dict[int, _Lane] = {}
         self._arriving: deque[_Arriving] = deque()
         self._requests: dict[str, _Running] = {}
@@ -121,19 +115,19 @@ class Engine:
 
     def close(self, reason: str) -> None:
         """Takes nothing more, and fails what was promised with `Unavailable`; open streams end when the thread does."""
-        with self._changed:
-            self._closed = self._closed or reason
-            for promise in self._promises:
-                promise.set_exception(Unavailable(self._closed))
-            self._promises.clear()
-            self._changed.notify()
+        self._inbox.close(reason)
 
     @property
     def stalled_s(self) -> float:
-        """For how long a single step, one command or one piece of a warm-up has been under way; 0 where there is
+        """For how long a single step, one command or one piece of an examination has been under way; 0 where there is
         nothing to do."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def examines(self) -> bool:
+        """Whether that is a piece of an examination, which may compile a program."""
+        return self._examines
 
     @property
     def active_streams(self) -> int:
@@ -164,7 +158,7 @@ class Engine:
             else:
                 self._arriving.appendleft(arriving)
 
-        self._promise(loss, add)
+        self._inbox.promise(loss, add)
         return loss
 
     def remove_version(self, version: int) -> Future[None]:
@@ -174,11 +168,12 @@ class Engine:
         def remove() -> None:
             assert not self._lanes[version].scheduler.sequences
             del self._lanes[version]
-            gc.collect()
-            mx.clear_cache()
-            self._keep_promise(gone, None)
+            accelerator.release_memory()
+            self._inbox.keep(gone, None)
+            if self._all_broken():
+                raise RuntimeError(f"Version {version} is gone, and too many steps of all that are left failed.")
 
-        self._promise(gone, remove)
+        self._inbox.promise(gone, remove)
         return gone
 
     def submit(self, request: GenerationRequest) -> None:
@@ -198,8 +193,7 @@ class Engine:
             if lane.broken:
                 self._fail(samples, StepFailed("Too many steps of this version failed; ask for another one."))
 
-        if not self._post(add, opens=request):
-            raise Unavailable(self._closed)
+        self._inbox.post(add, opens=request)
 
     def cancel(self, request_id: str) -> None:
         """Ends a request with the reason CANCELLED; nothing happens where it has ended."""
@@ -208,39 +202,13 @@ class Engine:
             if (running := self._requests.get(request_id)) is not None:
                 self._end(running, FinishReason.CANCELLED, time.monotonic())
 
-        self._post(cancel)
-
-    def _post(self, command: Command, opens: GenerationRequest | None = None) -> bool:
-        with self._changed:
-            if self._closed is None:
-                self._inbox.append(command)
-                if opens is not None:
-                    self._open[opens.id] = opens.samples
-                self._changed.notify()
-            return self._closed is None
-
-    def _promise(self, promise: Future[Any], command: Command) -> None:
-        # Whoever waits for it may give up, but cannot take it back.
-        promise.set_running_or_notify_cancel()
-        with self._changed:
-            if self._post(command):
-                self._promises.add(promise)
-            else:
-                promise.set_exception(Unavailable(self._closed))
-
-    def _keep_promise(self, promise: Future[Any], result: object) -> None:
-        with self._changed:
-            # Where it is not there, it was broken when the engine was closed.
-            if promise in self._promises:
-                self._promises.remove(promise)
-                if isinstance(result, Exception):
-                    promise.set_exception(result)
-                else:
-                    promise.set_result(result)
+        # A closed engine ends it anyway.
+        with suppress(Unavailable):
+            self._inbox.post(cancel)
 
     def _work(self) -> None:
         try:
-            while (commands := self._take_inbox()) is not None:
+            while (commands := self._asked()) is not None:
                 while commands:
                     self._busy_since = time.monotonic()
                     # None is kept: it can hold the weights of a version.
@@ -252,8 +220,10 @@ class Engine:
         except BaseException:
             logger.exception("the engine failed")
             self.close("The engine failed and the server restarts; ask again in a moment.")
-            self._end_open()
-            self._failed()
+            try:
+                self._end_open()
+            finally:
+                self._failed()
         else:
             self._end_open()
         finally:
@@ -264,13 +234,10 @@ class Engine:
             self._lanes.clear()
             mx.clear_streams()
 
-    def _take_inbox(self) -> list[Command] | None:
-        """What was asked since; waits while there is nothing to do. None: the engine is to end."""
+    def _asked(self) -> list[Command] | None:
+        """What was asked since; waits where there is nothing else to do. None: the engine is to end."""
         self._busy_since = None
-        with self._changed:
-            self._changed.wait_for(lambda: self._requests or self._arriving or self._inbox or self._closed)
-            commands, self._inbox = self._inbox, []
-            return None if self._closed else commands
+        return self._inbox.take(wait=not (self._requests or self._arriving))
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -300,6 +267,7 @@ class Engine:
             return
         arriving = self._arriving[0]
         self._busy_since = time.monotonic()
+        self._examines = True
         try:
             next(arriving.pieces)
             return
@@ -310,12 +278,13 @@ class Engine:
             logger.exception("version %d cannot be made ready", arriving.version)
             # Its frames hold the weights.
             result = failure.with_traceback(None)
+        finally:
+            self._examines = False
         self._arriving.popleft()
-        self._keep_promise(arriving.loss, result)
+        self._inbox.keep(arriving.loss, result)
         if isinstance(result, Exception):
             del arriving
-            gc.collect()
-            mx.clear_cache()
+            accelerator.release_memory()
 
     def _scored_tokens(self) -> int:
         """How long a piece of an examination may be: short as long as streams wait for it."""
@@ -350,15 +319,19 @@ class Engine:
         """After a step that failed: its streams end, the others go on, and nothing of what the slots held is used."""
         now = time.monotonic()
         logger.exception("a step of %d streams failed", len(sequences))
-        if len(lane.failures) == _MAX_FAILURES and now - lane.failures[0] < _FAILURES_WITHIN_S:
+        if len(lane.failures) == MAX_FAILURES and now - lane.failures[0] < FAILURES_WITHIN_S:
             lane.broken = True
-            if all(each.broken for each in self._lanes.values()):
+            if self._all_broken():
                 raise
             sequences = lane.scheduler.sequences
         lane.failures.append(now)
         self._fail(sequences, StepFailed("The step that this stream was in failed; ask again."))
         lane.scheduler.forget_prompts()
         lane.runner.reset()
+
+    def _all_broken(self) -> bool:
+        """Whether there are versions, and none that takes streams."""
+        return bool(self._lanes) and all(lane.broken for lane in self._lanes.values())
 
     def _fail(self, sequences: Many[Sequence], error: GptloopError) -> None:
         for sequence in tuple(sequences):
@@ -387,15 +360,9 @@ class Engine:
         outputs, self._outputs = self._outputs, []
         if not outputs:
             return
-        with self._changed:
-            for output in outputs:
-                if isinstance(output.event, Finished | Failed):
-                    self._open[output.request_id] -= 1
-                    if self._open[output.request_id] == 0:
-                        del self._open[output.request_id]
+        self._inbox.note_ends(outputs)
         self._outbox(outputs)
 
     def _end_open(self) -> None:
         self._send()
-        error = Unavailable(self._closed)
-        self._outbox([Output(request_id, 0, Failed(error)) for request_id in self._open])
+        self._outbox(self._inbox.fail_open())

@@ -7,6 +7,10 @@ from enum import Enum, auto
 from shared.errors import GptloopError
 from shared.gpt.sampling import SamplingParameters
 
+# So many steps of a version may fail within such a time.
+MAX_FAILURES = 3
+FAILURES_WITHIN_S = 60.0
+
 
 class FinishReason(Enum):
     """Why a stream ended."""

@@ -93,6 +93,8 @@ class Runner:
                     draws[one.sequence] = StepFailed(f"The next token of this stream could not be drawn: {error!r}.")
             if isinstance(draws[one.sequence], NotFinite):
                 self._decoder.clear(one.slot)
+                # What is not finite may have been kept before the prompt was read to its end.
+                self._prefixes.clear()
         return [draws[one.sequence] for one in after]
 
     def drop(self, slot: int) -> None:

@@ -65,7 +65,8 @@ class Sequence:
         return [Delta((now,), text + self._detokenizer.finish(), (draw,)), self._finished(reason, now)]
 
     def end(self, reason: FinishReason, now: float) -> list[Event]:
-        """Ends from outside; the text that was held back comes first."""
+        """Ends from outside; the text that was held back comes first. Where that completes a stop text, the reason is
+        STOP."""
         rest = self._detokenizer.finish()
         return [*([Delta((), rest, ())] if rest else []), self._finished(reason, now)]
 
@@ -82,9 +83,11 @@ class Sequence:
 
     def _finished(self, reason: FinishReason, now: float) -> Finished:
         arrived = self.request.arrived
+        # What was held back can complete a stop text too. Whatever ended the stream, its text is cut then.
+        stop = self._detokenizer.matched_stop
         return Finished(
-            reason=reason,
-            matched_stop=self._detokenizer.matched_stop if reason is FinishReason.STOP else None,
+            reason=reason if stop is None else FinishReason.STOP,
+            matched_stop=stop,
             prompt_tokens=len(self.request.prompt),
             cached_prompt_tokens=self.cached,
             generated_tokens=self.generated,

@@ -16,12 +16,13 @@ from shared.errors import InvalidArgument
 
 Logits = NDArray[np.float32]
 
+MAX_BIASES = 300
+
 _MASK = (1 << 64) - 1
 # So many of the likeliest tokens hold the top-p mass in nearly every case, and finding them needs no full sort.
 _TOP_P_GUESSES = (256, 4096)
 # Tokens whose weights are summed first, to find the block that a number falls into.
 _DRAW_BLOCK = 256
-_MAX_BIASES = 300
 _HIGHEST_LOGIT = float(np.finfo(np.float32).max)
 # The lowest temperature at which logits can be scaled in fp32 and stay finite as far as they matter.
 _FP32_TEMPERATURE = 1e-3
@@ -58,11 +59,16 @@ class SamplingParameters:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2.0 <= getattr(self, name) <= 2.0:
                 raise InvalidArgument(f"{name} is {getattr(self, name):g}, but must be from -2 to 2.")
-        if len(self.logit_bias) > _MAX_BIASES:
-            raise InvalidArgument(f"logit_bias has {len(self.logit_bias)} tokens, but may have at most {_MAX_BIASES}.")
+        check_biases(len(self.logit_bias))
         for token, bias in self.logit_bias:
             if not -100.0 <= bias <= 100.0:
                 raise InvalidArgument(f"logit_bias of token {token} is {bias:g}, but must be from -100 to 100.")
+
+
+def check_biases(count: int) -> None:
+    """Raises `InvalidArgument` where a bias is for more tokens than `MAX_BIASES`."""
+    if count > MAX_BIASES:
+        raise InvalidArgument(f"logit_bias has {count} tokens, but may have at most {MAX_BIASES}.")
 
 
 def uniform(seed: int, position: int) -> float:
@@ -97,17 +103,6 @@ def adjust(
         for token, bias in parameters.logit_bias:
             logits[token] += np.float32(bias)
     return logits
-
-
-def distribution(logits: Logits, parameters: SamplingParameters) -> NDArray[np.float64]:
-    """The probabilities (V,) that a draw follows. Temperature 0 is the likeliest token with certainty."""
-    probabilities = np.zeros(logits.shape, np.float64)
-    if parameters.temperature == 0.0:
-        probabilities[np.argmax(logits)] = 1.0
-    else:
-        tokens, weights = candidates(logits, parameters)
-        probabilities[slice(None) if tokens is None else tokens] = weights / weights.sum(dtype=np.float64)
-    return probabilities
 
 
 def candidates(

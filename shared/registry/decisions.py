@@ -1,14 +1,14 @@
 """What servers found out about versions and what their operators decided: small files beside the versions.
 
-serving/policy             the label whose version serves those who name none; best where there is no such file
-serving/stable             the number of the stable version
-serving/findings/<n>.json  what a server found out about a version
+serving/policy                      the label whose version serves those who name none; best where there is none
+serving/stable                      the number of the stable version
+serving/findings/<n>.<device>.json  what servers on a kind of device found out about a version
 """
 
 import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ LABELS = ("best", "latest", "stable")
 _PINNED = "pinned:"
 # A version's number as it is written.
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
+_FINDING = re.compile(rf"({_NUMBER.pattern})\.[a-z0-9_]+\.json")
+# What a refusal with such a reason says does not depend on what computes.
+_EVERYWHERE = frozenset({"corrupt", "unfit", "rolled_back"})
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,32 @@ class Finding:
     refusal: str | None
     sentence: str
     at: float
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The versions that must not serve, as far as is known, the stable one and the pinned one."""
+
+    refused: frozenset[int] = frozenset()
+    stable: int | None = None
+    pinned: int | None = None
+
+
+def finding_on(findings: Sequence[Finding], digest: str, device: str) -> Finding | None:
+    """What was found out last about the version of a digest and counts on a kind of device."""
+    counting = [
+        finding
+        for finding in findings
+        if finding.digest == digest and (finding.device == device or finding.refusal in _EVERYWHERE)
+    ]
+    return max(counting, key=lambda finding: finding.at, default=None)
+
+
+def is_refused_everywhere(findings: Sequence[Finding], digest: str) -> bool:
+    """Whether the version of a digest must not serve on any kind of device of which something is known."""
+    known = [finding_on(findings, digest, device) for device in {finding.device for finding in findings}]
+    found = [finding for finding in known if finding is not None]
+    return bool(found) and all(finding.refusal is not None for finding in found)
 
 
 def check_label(label: str) -> str:
@@ -86,35 +115,50 @@ class Decisions:
         """Makes a version the stable one."""
         self._write("stable", str(number))
 
-    def findings(self, numbers: Sequence[int]) -> dict[int, Finding]:
-        """What was found out about versions, as far as anything was; what cannot be read is found out again."""
-        findings = {}
-        for number in numbers:
+    def findings(self) -> dict[int, list[Finding]]:
+        """What was found out about each version, by its number; what cannot be read is found out again."""
+        findings: dict[int, list[Finding]] = {}
+        for path in self._finding_files():
             try:
-                if (text := _read(self._finding(number))) is not None:
-                    findings[number] = Finding(**typed(Finding, json.loads(text)))
+                text = _read(path)
+                found = Finding(**typed(Finding, json.loads(text or "")))
             except (CorruptCheckpoint, ValueError, TypeError, KeyError, RecursionError):
                 continue
+            findings.setdefault(_number_of(path), []).append(found)
         return findings
 
     def keep(self, number: int, finding: Finding) -> None:
-        """Keeps what was found out about a version, in the place of what was found out before."""
-        self._write(f"findings/{number}.json", json.dumps(asdict(finding), indent=2))
+        """Keeps what was found out about a version, in the place of what was found out before on the same device."""
+        self._write(f"findings/{number}.{finding.device}.json", json.dumps(asdict(finding), indent=2))
 
     def forget(self, number: int) -> None:
         """Lets a version be judged anew."""
-        with writing(self._root), suppress(NotADirectoryError):
-            self._finding(number).unlink(missing_ok=True)
+        with writing(self._root):
+            for path in self._finding_files():
+                if _number_of(path) == number:
+                    path.unlink(missing_ok=True)
 
-    def _finding(self, number: int) -> Path:
-        return self._folder / "findings" / f"{number}.json"
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile nobody decides anything."""
+        with locked(self._root / "serving.lock"):
+            yield
+
+    def _finding_files(self) -> list[Path]:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return [path for path in (self._folder / "findings").iterdir() if _FINDING.fullmatch(path.name)]
+        return []
 
     def _write(self, name: str, text: str) -> None:
         path = self._folder / name
         with writing(self._root):
             make_folder(path.parent, self._root)
-            with locked(self._root / "serving.lock"):
+            with self.held():
                 replace_text(path, text)
+
+
+def _number_of(finding: Path) -> int:
+    return int(finding.name.partition(".")[0])
 
 
 def _read(path: Path) -> str | None:

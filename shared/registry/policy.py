@@ -1,7 +1,8 @@
 """Which version a label names."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
+from shared.registry.decisions import Decided, pinned
 from shared.registry.manifest import VersionManifest
 
 
@@ -17,27 +18,26 @@ def ranking(versions: Sequence[VersionManifest]) -> list[VersionManifest]:
     return sorted(comparable, key=lambda version: (version.bits_per_byte, -version.version))
 
 
-def labels(
-    versions: Sequence[VersionManifest],
-    refused: Collection[int] = (),
-    stable: int | None = None,
-    pinned: int | None = None,
-) -> dict[str, int]:
+def labels(versions: Sequence[VersionManifest], decided: Decided) -> dict[str, int]:
     """Every label that names a version now.
 
-    `best` and `latest` follow from the manifests, but `best` never names a version that must not serve; `stable` and
-    `pinned` are what somebody decided.
+    `best` and `latest` follow from the manifests, and never name a version that must not serve; `stable` and `pinned`
+    are what somebody decided.
     """
     named: dict[str, int] = {}
-    deserving = ranking([version for version in versions if version.version not in refused])
-    newest = latest(versions)
-    if deserving:
-        named["best"] = deserving[0].version
-    if newest is not None:
+    deserving = [version for version in versions if version.version not in decided.refused]
+    if best := ranking(deserving):
+        named["best"] = best[0].version
+    if (newest := latest(deserving)) is not None:
         named["latest"] = newest.version
     numbers = {version.version for version in versions}
-    if stable in numbers:
-        named["stable"] = stable
-    if pinned in numbers:
-        named[f"pinned:{pinned}"] = pinned
+    if decided.stable in numbers:
+        named["stable"] = decided.stable
+    if decided.pinned in numbers:
+        named[pinned(decided.pinned)] = decided.pinned
     return named
+
+
+def labels_of(number: int, labels: Mapping[str, int]) -> tuple[str, ...]:
+    """Those of all labels that name a version."""
+    return tuple(label for label, named in labels.items() if named == number)

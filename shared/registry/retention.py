@@ -74,9 +74,9 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
     Raises `CorruptCheckpoint` where the disk does not yield a manifest, or what was decided about labels.
     """
     versions = _versions(registry)
-    refused, stable, pinned = registry.decided(versions)
-    labels = policy.labels(versions, refused, stable, pinned)
-    deserving = [each for each in versions if each.version not in refused]
+    decided = registry.decided(versions)
+    labels = policy.labels(versions, decided)
+    deserving = [each for each in versions if each.version not in decided.refused]
     runs = _kept_runs(registry, retention)
     verdicts = _judge_versions(versions, deserving, labels, runs, retention)
     labelled = {(each.run, each.step): each.version for each in versions if each.version in labels.values()}
@@ -94,10 +94,18 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
 def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
     """Removes what nothing keeps, each whole, and returns it; raises `FailedPrecondition` where that fails."""
     with writing(registry.root):
-        gone = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
-        for checkpoint in gone:
-            registry.remove(checkpoint)
-    return gone
+        going = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
+        return [checkpoint for checkpoint in going if _remove(registry, checkpoint)]
+
+
+def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
+    """Removes a checkpoint, unless somebody has decided for it since it was judged."""
+    with registry.decisions.held():
+        decided = registry.decided(())
+        if checkpoint.run is None and checkpoint.number in (decided.stable, decided.pinned):
+            return False
+        registry.remove(checkpoint)
+        return True
 
 
 def _versions(registry: Registry) -> list[VersionManifest]:
@@ -139,7 +147,7 @@ def _judge_versions(
         best |= {each.version for each in policy.ranking(judged_alike)[: retention.best]}
     verdicts = []
     for number in (each.version for each in versions):
-        reasons = [f"label {label}" for label, labelled in labels.items() if labelled == number]
+        reasons = [f"label {label}" for label in policy.labels_of(number, labels)]
         if number in newest:
             reasons.append(f"newest {retention.newest}")
         if number in best:

@@ -31,7 +31,7 @@ from shared.registry.commit import (
     verify_files,
     writing,
 )
-from shared.registry.decisions import Decisions, pinned_number
+from shared.registry.decisions import Decided, Decisions, is_refused_everywhere, pinned_number
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, StateManifest, VersionManifest
 
@@ -64,22 +64,29 @@ class Registry:
         self.decisions = Decisions(root)
         # A version never changes, so its manifest is read once; the inode tells a new registry at the same place.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}
-        self._reported: set[int] = set()
+        # Versions whose manifest could not be read when it was looked at last, and why.
+        self.unreadable: dict[int, str] = {}
 
     # Versions.
 
     def versions(self) -> list[VersionManifest]:
-        """Every version whose manifest can be read, by ascending number; the others are logged, once each."""
+        """Every version whose manifest can be read, by ascending number; the others are in `unreadable` then."""
         manifests = []
-        for number in sorted(_numbers(self.root / "versions")):
+        unreadable: dict[int, str] = {}
+        numbers = _numbers(self.root / "versions")
+        for number in sorted(numbers):
             try:
                 manifests.append(self._manifest(number))
             except FileNotFoundError:
                 continue
             except (CorruptCheckpoint, OSError) as error:
-                if number not in self._reported:
-                    self._reported.add(number)
+                unreadable[number] = str(error)
+                if number not in self.unreadable:
                     logger.warning("version %d is left out: %s", number, error)
+        self.unreadable = unreadable
+        # Another process may have removed some.
+        for gone in self._manifests.keys() - numbers:
+            self._manifests.pop(gone, None)
         return manifests
 
     def version(self, number: int) -> VersionManifest:
@@ -127,23 +134,21 @@ class Registry:
         """Every label with the number of the version that it names now; without those of files that cannot be read."""
         versions = self.versions()
         try:
-            return policy.labels(versions, *self.decided(versions))
+            return policy.labels(versions, self.decided(versions))
         except CorruptCheckpoint as error:
             logger.warning("only the labels that follow from the manifests are known: %s", error)
-            return policy.labels(versions)
+            return policy.labels(versions, Decided())
 
-    def decided(self, versions: Sequence[VersionManifest]) -> tuple[set[int], int | None, int | None]:
-        """The versions that must not serve, the stable one and the pinned one; raises `CorruptCheckpoint` where some
-        decision cannot be read."""
-        findings = self.decisions.findings([version.version for version in versions])
-        refused = {
+    def decided(self, versions: Sequence[VersionManifest]) -> Decided:
+        """What was decided and found out about versions; raises `CorruptCheckpoint` where some decision cannot be
+        read."""
+        findings = self.decisions.findings()
+        refused = frozenset(
             version.version
             for version in versions
-            if (finding := findings.get(version.version)) is not None
-            and finding.refusal is not None
-            and finding.digest == version.digest
-        }
-        return refused, self.decisions.stable(), pinned_number(self.decisions.policy())
+            if is_refused_everywhere(findings.get(version.version, ()), version.digest)
+        )
+        return Decided(refused, self.decisions.stable(), pinned_number(self.decisions.policy()))
 
     def resolve(self, label: str) -> VersionManifest:
         """The version that a label names; raises `NotFound`."""

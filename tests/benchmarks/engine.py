@@ -2,12 +2,14 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from shared import cli
@@ -35,22 +37,25 @@ def main(
     peer: Annotated[list[str], typer.Option(help="Repeatable; the first is the measure of the others.")] = [  # noqa: B006
         "mlx-lm-batch",
         "ctranslate2",
-        "gptloop-engine",
         "gptloop-engine greedy",
+        "gptloop-engine",
         "gptloop-grpc",
     ],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 16,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads in which each implementation computes.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one that is not.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one that is not.")] = 7,
+    duration: Annotated[float, typer.Option(min=0, help="Least seconds of each implementation in each round.")] = 3,
 ) -> None:
     """Print tokens per second where so many requests begin together, and again when all of them have ended.
 
     gptloop-engine is the engine with its thread and its outbox, gptloop-grpc the real server, asked by a client in
     another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 computes in fp32, a whole batch at once: it
-    does not stream. gptloop draws at temperature 0.8, as it does by itself; the others take the likeliest token, unless
-    they are called "mlx-lm-batch sampled" and "ctranslate2 sampled". "gptloop-engine greedy" and "gptloop-grpc greedy"
-    take it too. The time of a step is the whole time, prompts and all, divided by the tokens of one request.
+    does not stream. gptloop draws at temperature 0.8, as it does by itself; the others take the likeliest token, and so
+    does "gptloop-engine greedy". The time of a step is the whole time, prompts and all, divided by the tokens of one
+    request.
+
+    In each round gptloop-grpc is measured right after gptloop-engine. What gRPC adds is told from these pairs.
 
     Example: python -m tests.benchmarks.engine --preset demo --rows 4 --peer gptloop-engine --peer gptloop-grpc
     """
@@ -71,25 +76,50 @@ def main(
         checkpoint = Checkpoint.make(Path(folder), preset, for_ctranslate2=for_ctranslate2)
         for count in rows:
             work = ClosedLoop(count, prompt_tokens, output_tokens, config.vocabulary_size)
-            results.append((work, _measure(work, chosen, checkpoint, threads, rounds)))
+            results.append((work, _measure(work, chosen, checkpoint, threads, rounds, duration)))
     _print_speeds(preset, results, {each.name: each.draws for each in chosen})
-    _print_cost_of_grpc(results)
+    if {BARE, STREAMED} <= {each.name for each in chosen}:
+        print(cost_of_grpc(results))
 
 
 def _measure(
-    work: ClosedLoop, chosen: tuple[Implementation, ...], checkpoint: Checkpoint, threads: int, rounds: int
+    work: ClosedLoop,
+    chosen: Sequence[Implementation],
+    checkpoint: Checkpoint,
+    threads: int,
+    rounds: int,
+    least_s: float,
 ) -> dict[str, Measured]:
     """Each in a process of its own, in turn; a server is started for it where one is asked."""
     names = [each.name for each in chosen]
     # The engine has at least two.
     slots = max(2, work.rows)
     log = checkpoint.folder / "server.log"
-    asked = any(name.startswith(STREAMED) for name in names)
+    asked = STREAMED in names
     with Server(checkpoint, slots=slots, threads=threads, log=log) if asked else nullcontext() as server:
-        address, metrics_port = ("", 0) if server is None else (server.address, server.metrics_port)
-        setup = Setup(str(checkpoint.folder), slots, threads, address, metrics_port)
+        setup = Setup(str(checkpoint.folder), slots, threads, None if server is None else server.endpoint)
         specification = {"setup": asdict(setup), "work": asdict(work)}
-        return measure("Generation", names, specification, rounds=rounds, steps=1)
+        measured = measure("Generation", in_pairs(names), specification, rounds=rounds, steps=1, least_s=least_s)
+    return {name: measured[name] for name in names}
+
+
+def in_pairs(names: Sequence[str]) -> list[str]:
+    """The same names, with the streamed engine right after the bare one, so that both meet the machine alike."""
+    if not {BARE, STREAMED} <= set(names):
+        return list(names)
+    others = [name for name in names if name != STREAMED]
+    place = others.index(BARE) + 1
+    return [*others[:place], STREAMED, *others[place:]]
+
+
+def cost_of_grpc(results: Sequence[tuple[ClosedLoop, dict[str, Measured]]]) -> str:
+    """What streaming adds to a step of the bare engine in the same round: the median of all rounds, and quartiles."""
+    costs = []
+    for work, measured in results:
+        bare_s, streamed_s = (np.array(measured[name].rounds_s) for name in (BARE, STREAMED))
+        lower, middle, upper = 100 * (np.percentile(streamed_s / bare_s, (25, 50, 75)) - 1)
+        costs.append(f"{middle:.1f} % ({lower:.1f} to {upper:.1f}) at x{work.rows}")
+    return f"Streaming over gRPC adds, in the median round (quartiles): {', '.join(costs)}."
 
 
 def _print_speeds(preset: str, results: list[tuple[ClosedLoop, dict[str, Measured]]], draws: dict[str, str]) -> None:
@@ -110,14 +140,6 @@ def _print_speeds(preset: str, results: list[tuple[ClosedLoop, dict[str, Measure
             for name, each in measured.items()
         ]
     print_table(["model", "implementation", "draws", "step", "tokens/s", "ratio", "spread", "memory"], rows)
-
-
-def _print_cost_of_grpc(results: list[tuple[ClosedLoop, dict[str, Measured]]]) -> None:
-    for work, measured in results:
-        for variant in ("", " greedy"):
-            if {BARE + variant, STREAMED + variant} <= set(measured):
-                more = measured[STREAMED + variant].step_s / measured[BARE + variant].step_s - 1
-                print(f"Streaming over gRPC adds {more:.1%} to the time of {work.rows} rows{variant}.")
 
 
 if __name__ == "__main__":

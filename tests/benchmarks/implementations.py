@@ -18,17 +18,12 @@ class Implementation:
     packages: tuple[str, ...] = ()
 
 
-_MLX_LM = ("mlx_lm",)
-_CTRANSLATE2 = ("ctranslate2", "torch", "transformers")
 IMPLEMENTATIONS = (
     Implementation("gptloop-engine", SAMPLED),
     Implementation("gptloop-engine greedy", ARGMAX),
     Implementation("gptloop-grpc", SAMPLED),
-    Implementation("gptloop-grpc greedy", ARGMAX),
-    Implementation("mlx-lm-batch", ARGMAX, _MLX_LM),
-    Implementation("mlx-lm-batch sampled", SAMPLED, _MLX_LM),
-    Implementation("ctranslate2", ARGMAX, _CTRANSLATE2),
-    Implementation("ctranslate2 sampled", SAMPLED, _CTRANSLATE2),
+    Implementation("mlx-lm-batch", ARGMAX, ("mlx_lm",)),
+    Implementation("ctranslate2", ARGMAX, ("ctranslate2", "torch", "transformers")),
 )
 
 
@@ -40,7 +35,7 @@ def find_implementations(names: Sequence[str], among: Sequence[str]) -> tuple[Im
     known = {each.name: each for each in IMPLEMENTATIONS if each.name.partition(" ")[0] in among}
     if unknown := [name for name in names if name not in known]:
         raise InvalidArgument(f"There is no {unknown[0]!r} to measure here; there are {', '.join(known)}.")
-    found = tuple(known[name] for name in names)
+    found = tuple(known[name] for name in dict.fromkeys(names))
     require_installed(package for each in found for package in each.packages)
     return found
 

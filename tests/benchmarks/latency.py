@@ -17,12 +17,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from shared import accelerator
+from shared import accelerator, cli
 from shared.gpt.config import GPTConfig
 from shared.gpt.spans import SPAN_TOKENS
 from tests.benchmarks.checkpoint import tokenizer_for
 from tests.benchmarks.side_by_side import ROOT, print_table
-from trainer_service.presets import PRESETS
+from trainer_service.presets import find_preset
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 Tokens = tuple[int, ...]
 
@@ -67,15 +69,16 @@ class Client:
         return [later - earlier for times in within for earlier, later in pairwise(times)]
 
 
+@app.command()
 def main(
     preset: Annotated[str, typer.Option()] = "tinystories-53m",
     rounds: Annotated[int, typer.Option(help="Prompts of each kind.")] = 7,
     budget: Annotated[list[int], typer.Option(help="Prompt tokens a step; repeatable.")] = [64, 128, 256],  # noqa: B006
 ) -> None:
     """Print the time to the first token of prompts that share their first half, and the gaps between tokens."""
+    config = find_preset(preset).gpt
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
-    config = PRESETS[preset].gpt
     half = config.context_length * 3 // 8
     print(f"{preset}, prompts of {2 * half} tokens that share their first {half}, one core, {rounds} of each in turn")
     print_shared(config, half, rounds)
@@ -157,4 +160,4 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run(app)

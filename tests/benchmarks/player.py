@@ -66,9 +66,8 @@ class Progress:
 
 
 def main() -> None:
-    name, setup = sys.argv[1], Setup(**json.loads(sys.argv[2]))
-    module, _, variant = name.partition(" ")
-    peer = importlib.import_module(f"tests.benchmarks.peers.{module.replace('-', '_')}").Serving(setup, variant)
+    name, setup = sys.argv[1], Setup.from_dict(json.loads(sys.argv[2]))
+    peer = importlib.import_module(f"tests.benchmarks.peers.{name.replace('-', '_')}").Serving(setup)
     for line in sys.stdin:
         schedule = Schedule.from_json(line)
         print(peer.play(schedule, Progress(name, len(schedule.arrivals))).to_json(), flush=True)

@@ -88,8 +88,7 @@ def main(
     Arrivals are a Poisson process; lengths are log-normal, up to half a context. Each implementation gets the same
     requests, and each request exactly the tokens that it asks for. gptloop-grpc is the real server, asked over gRPC by
     a process of its own. mlx-lm-batch is mlx-lm's BatchGenerator, which takes requests inside its own process, without
-    gRPC. As they come, the first draws at temperature 0.8 and the second takes the likeliest token; there are also
-    "gptloop-grpc greedy" and "mlx-lm-batch sampled".
+    gRPC. The first draws at temperature 0.8, the second takes the likeliest token.
 
     At a rate above what an implementation can do, its queue grows as long as requests arrive, and times to the first
     token with it. Choose rates on both sides of that.
@@ -129,11 +128,11 @@ def measure(plan: Plan, log: Path) -> Iterator[tuple[Summary, Recording]]:
     with TemporaryDirectory(prefix="gptloop-bench-") as folder, ExitStack() as stack:
         _say("Writing the model and starting the processes.")
         checkpoint = Checkpoint.make(Path(folder), plan.preset)
-        address, metrics_port = "", 0
-        if any(name.startswith("gptloop-grpc") for name in names):
+        endpoint = None
+        if "gptloop-grpc" in names:
             server = stack.enter_context(Server(checkpoint, slots=plan.slots, threads=plan.threads, log=log))
-            address, metrics_port = server.address, server.metrics_port
-        setup = Setup(folder, plan.slots, plan.threads, address, metrics_port)
+            endpoint = server.endpoint
+        setup = Setup(folder, plan.slots, plan.threads, endpoint)
         players = [stack.enter_context(Player(name, setup)) for name in names]
         for player in players:
             player.play(plan.traffic.poisson(WARM_UP, 1.0))

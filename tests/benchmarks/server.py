@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from deploy.ports import free_ports
 from shared.errors import Unavailable
 from tests.benchmarks.checkpoint import Checkpoint
+from tests.benchmarks.setup import Endpoint
 from tests.benchmarks.side_by_side import ROOT
 
 HOST = "127.0.0.1"
@@ -32,8 +33,7 @@ class Server:
 
     def __init__(self, checkpoint: Checkpoint, *, slots: int, threads: int, log: Path) -> None:
         ports = free_ports()
-        self.address = f"{HOST}:{ports.inference}"
-        self.metrics_port = ports.inference_metrics
+        self.endpoint = Endpoint(f"{HOST}:{ports.inference}", ports.inference_metrics)
         self._log = log
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("GPTLOOP_")}
         self._environment = inherited | {
@@ -74,7 +74,7 @@ class Server:
 
     def _wait_until_serving(self) -> None:
         deadline_s = time.monotonic() + START_LIMIT_S
-        with grpc.insecure_channel(self.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        with grpc.insecure_channel(self.endpoint.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             while not _is_serving(health):
                 if self._process.poll() is not None or time.monotonic() > deadline_s:

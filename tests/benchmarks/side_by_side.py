@@ -17,14 +17,23 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Measured:
-    """The median seconds of a step, how far rounds lie apart relative to it, and the peak of memory in bytes.
+    """The seconds of a step in each round, and the peak of memory in bytes.
 
     On a CPU the memory is all that is resident, on a GPU all that is allocated there.
     """
 
-    step_s: float
-    spread: float
+    rounds_s: tuple[float, ...]
     peak_bytes: int
+
+    @property
+    def step_s(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.rounds_s)
+
+    @property
+    def spread(self) -> float:
+        """How far the rounds lie apart, relative to their median."""
+        return (max(self.rounds_s) - min(self.rounds_s)) / self.step_s
 
 
 class Peer:
@@ -35,10 +44,10 @@ class Peer:
         command = [sys.executable, "-m", "tests.benchmarks.worker", task, name, json.dumps(specification)]
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, steps: int) -> dict[str, float]:
-        """Takes `steps` steps; their seconds, and the peak of memory so far."""
+    def run(self, steps: int, least_s: float) -> dict[str, float]:
+        """Takes `steps` steps, and more until `least_s` have passed; the seconds of one, and the peak of memory."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        print(steps, file=self._process.stdin, flush=True)
+        print(json.dumps({"steps": steps, "seconds": least_s}), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}.")
@@ -54,26 +63,30 @@ class Peer:
 
 
 def measure(
-    task: str, names: Sequence[str], specification: Mapping[str, object], *, rounds: int, steps: int
+    task: str,
+    names: Sequence[str],
+    specification: Mapping[str, object],
+    *,
+    rounds: int,
+    steps: int,
+    least_s: float = 0.0,
 ) -> dict[str, Measured]:
-    """The median over `rounds` of `steps` steps by each peer in turn, after one round that is not counted."""
+    """`rounds` of `steps` steps, and more until `least_s` have passed, by each peer in turn, after one not counted."""
     peers = [Peer(task, name, specification) for name in names]
     try:
         answers: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for number in range(rounds + 1):
             for peer in peers:
                 print(f"\r{peer.name}: round {number} of {rounds}      ", end="", file=sys.stderr, flush=True)
-                answers[peer.name].append(peer.run(steps))
+                answers[peer.name].append(peer.run(steps, least_s))
         print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
     finally:
         for peer in peers:
             peer.end()
-    results = {}
-    for name, rows in answers.items():
-        times = [row["seconds"] / steps for row in rows[1:]]
-        middle = statistics.median(times)
-        results[name] = Measured(middle, (max(times) - min(times)) / middle, int(rows[-1]["peak_bytes"]))
-    return results
+    return {
+        name: Measured(tuple(row["step_s"] for row in rows[1:]), int(rows[-1]["peak_bytes"]))
+        for name, rows in answers.items()
+    }
 
 
 @dataclass(frozen=True)

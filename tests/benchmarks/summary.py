@@ -69,10 +69,6 @@ class Summary:
             max(recording.resident_bytes),
         )
 
-    def to_dict(self) -> dict[str, object]:
-        """As JSON holds it."""
-        return asdict(self)
-
 
 def inter_token_s(recording: Recording) -> list[float]:
     """The time from each token to the next one of its stream, of all whole streams; 0 where they came together."""

@@ -1,4 +1,5 @@
-"""The process of one peer: builds what it is to measure, then takes as many steps as each line of its input says."""
+"""The process of one peer: builds what it is to measure, then takes steps for each line of its input, which says how
+many at least and for how many seconds at least."""
 
 import importlib
 import json
@@ -14,12 +15,14 @@ def main() -> None:
     measured = getattr(module, task)(variant=peer.partition(" ")[2], **specification)
     try:
         for line in sys.stdin:
-            start_s = time.perf_counter()
-            for _ in range(int(line)):
+            least = json.loads(line)
+            steps, start_s = 0, time.perf_counter()
+            while steps < least["steps"] or time.perf_counter() - start_s < least["seconds"]:
                 measured.step()
+                steps += 1
             measured.wait()
-            seconds = time.perf_counter() - start_s
-            print(json.dumps({"seconds": seconds, "peak_bytes": measured.peak_bytes()}), flush=True)
+            step_s = (time.perf_counter() - start_s) / steps
+            print(json.dumps({"step_s": step_s, "peak_bytes": measured.peak_bytes()}), flush=True)
     finally:
         # Threads that go on would keep the process.
         if hasattr(measured, "end"):

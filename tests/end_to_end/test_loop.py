@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -32,6 +33,8 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
     streams: list[tuple[int, int, list[inference_pb2.Finished]]] = []
     failures: list[BaseException] = []
     truths = 0
+    # Steps trained and tokens generated, one moment after the other.
+    progress: list[tuple[float, float]] = []
     done = threading.Event()
 
     def compare() -> None:
@@ -40,7 +43,10 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
         with AdminClient(f"127.0.0.1:{system.ports.inference}") as admin:
             while not done.is_set():
                 listings = [admin.versions()]
-                text, _ = system.scrape(system.ports.inference_metrics)
+                text, page = system.scrape(system.ports.inference_metrics)
+                _, training = system.scrape(system.ports.trainer_metrics)
+                step = training.get("gptloop_training_step", 0)
+                progress.append((step, page["gptloop_inference_generated_tokens_total"]))
                 listings.append(admin.versions())
                 before, after = ({status.version: status.state for status in listing.versions} for listing in listings)
                 if before == after:
@@ -87,6 +93,8 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
             reader.join()
     assert failures == []
     assert truths > 10
+    both = [after for before, after in pairwise(progress) if after[0] > before[0] and after[1] > before[1]]
+    assert both, "Training and streams made no progress at once."
     published = [event.version_published for event in events if event.HasField("version_published")]
     assert [version.version for version in published] == [1, 2, 3, 4]
     losses = [version.bits_per_byte for version in published]

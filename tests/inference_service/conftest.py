@@ -1,12 +1,16 @@
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inference_service.client import AsyncInferenceClient, InferenceClient
 from inference_service.stream import AsyncStream, Stream
+from tests.fakes import publish_tiny_version
+from tests.inference_service.operated import Operated
 from tests.inference_service.scripted_server import Script, ScriptedServer
+from tests.inference_service.world import World
 
 
 @pytest.fixture
@@ -41,3 +45,28 @@ def use_async(address: str, method: str, *arguments: Any, retries: int = 2, **pa
 def use(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Calls a method with either client; of a stream it reads all events."""
     return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    """A server that asks for a credential, with one version; for all tests of a file."""
+    operated = Operated(tmp_path_factory.mktemp("server") / "var")
+    try:
+        operated.publish()
+        yield operated
+    finally:
+        operated.end()
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> World:
+    """A world in which nothing has been published."""
+    return World(tmp_path / "registry")
+
+
+@pytest.fixture
+def world(fresh: World) -> World:
+    """One with three versions, of which the second one is the best."""
+    for bits_per_byte in (3.0, 1.0, 2.0):
+        publish_tiny_version(fresh.registry, bits_per_byte)
+    return fresh

@@ -63,7 +63,3 @@ def cut_off(directory: Path) -> None:
 
 def lose_a_file(directory: Path) -> None:
     (directory / "evaluation.npy").unlink()
-
-
-def without_windows(directory: Path) -> None:
-    (directory / "evaluation.npy").unlink()

@@ -1,94 +1,20 @@
-"""What operators call, over real gRPC: the listing, what changes it, and the credential."""
+"""What operators call, over real gRPC: the listing and what changes it."""
 
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2
 
 from inference_service.admin_client import AdminClient
-from inference_service.client import InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.pb.inference.v1 import inference_pb2_grpc
-from shared.registry.manifest import VersionManifest
 from tests.fakes import TINY, publish_tiny_version
-from tests.inference_service.process import LIMIT_S, ROOT, Server, until
+from tests.inference_service.operated import TOKEN, Operated
+from tests.inference_service.process import Server, until
 
-TOKEN = "open sesame"
 # So much context that a stream lasts until it is left.
 LONG = replace(TINY, context_length=16384)
-
-
-class Operated:
-    """A server that asks for a credential, a client of each kind, and a version that is to serve."""
-
-    def __init__(self, var: Path) -> None:
-        self.server = Server(var, GPTLOOP_ADMIN_TOKEN=TOKEN)
-        self.admin = AdminClient(self.server.address, TOKEN)
-        self.client = self.server.client()
-
-    def publish(self, **options: Any) -> VersionManifest:
-        """A version with fewer bits per byte than all before."""
-        count = len(self.server.registry.versions())
-        return publish_tiny_version(self.server.registry, 8.0 / (count + 1), **options)
-
-    def publish_serving(self, **options: Any) -> int:
-        """The number of a new version, which serves now as the best one."""
-        number = self.publish(**options).version
-        self.admin.set_policy("best")
-        self.await_serving(number)
-        return number
-
-    def status(self, number: int) -> pb.VersionStatus:
-        (status,) = [one for one in self.admin.versions().versions if one.version == number]
-        return status
-
-    def state(self, number: int) -> str:
-        return pb.VersionState.Name(self.status(number).state).removeprefix("VERSION_STATE_")
-
-    def await_serving(self, number: int) -> None:
-        until(lambda: self.state(number) == "SERVING")
-
-    def answering(self, **choice: Any) -> int:
-        """The version that answers a request, which names it with its digest."""
-        started = next(iter(self.client.generate("x", max_tokens=1, **choice)))
-        assert isinstance(started, pb.Started)
-        assert started.model_digest == self.server.registry.version(started.model_version).digest
-        return started.model_version
-
-    @contextmanager
-    def stream(self, **choice: Any) -> Iterator[None]:
-        """A stream that runs meanwhile."""
-        with self.client.generate("x", max_tokens=16000, ignore_eos=True, **choice) as stream:
-            assert isinstance(next(iter(stream)), pb.Started)
-            yield
-
-    def end(self) -> None:
-        self.admin.close()
-        self.client.close()
-        assert self.server.end() == 0, self.server.lines
-        log = "".join(self.server.lines)
-        assert "Traceback" not in log, log
-        assert TOKEN not in log
-
-
-@pytest.fixture(scope="module")
-def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
-    operated = Operated(tmp_path_factory.mktemp("server") / "var")
-    try:
-        operated.publish()
-        yield operated
-    finally:
-        operated.end()
 
 
 def test_the_listing_says_all_of_a_version(operated: Operated) -> None:
@@ -132,7 +58,7 @@ def test_a_refused_version_is_listed_with_its_reason_and_serves_nobody(operated:
         f"but has {status.claimed_loss + 0.5:.4f} as served"
     )
     assert status.reason == f"lying: {sentence}"
-    assert (list(status.labels), status.memory_bytes) == (["latest"], 0)
+    assert (list(status.labels), status.memory_bytes) == ([], 0)
     assert abs(status.measured_loss - status.claimed_loss - 0.5) < 0.02
     assert operated.answering() == serving
     attempts: list[Callable[[], object]] = [
@@ -339,112 +265,3 @@ def test_without_a_credential_anybody_operates_a_registry_that_begins_empty(tmp_
     finally:
         assert server.end() == 0
         assert "Traceback" not in "".join(server.lines)
-
-
-# The credential.
-
-
-def test_every_admin_call_needs_the_credential(operated: Operated) -> None:
-    serving = operated.publish_serving()
-    with grpc.insecure_channel(operated.server.address) as channel:
-        stub: Any = inference_pb2_grpc.ModelAdminServiceStub(channel)
-        for metadata, brought in (
-            ((), "none"),
-            ((("token", TOKEN),), "none"),
-            ((("authorization", ""),), "none"),
-            ((("authorization", "Bearer close sesame"),), "another one"),
-            ((("authorization", f"Bearer {TOKEN}!"),), "another one"),
-            ((("authorization", f"Bearer {TOKEN[:-1]}"),), "another one"),
-            ((("authorization", f"Basic {TOKEN}"),), "another one"),
-            ((("authorization", TOKEN),), "another one"),
-        ):
-            for method, request in (
-                (stub.ListVersions, pb.ListVersionsRequest()),
-                (stub.LoadVersion, pb.LoadVersionRequest(version=1)),
-                (stub.UnloadVersion, pb.UnloadVersionRequest(version=1)),
-                (stub.PromoteVersion, pb.PromoteVersionRequest(version=1)),
-                (stub.SetPolicy, pb.SetPolicyRequest(label="pinned:1")),
-                (stub.RollBack, pb.RollBackRequest()),
-            ):
-                with pytest.raises(grpc.RpcError) as ended:
-                    method(request, timeout=LIMIT_S, metadata=metadata)
-                assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
-                assert f"brings {brought}: set GPTLOOP_ADMIN_TOKEN" in str(ended.value.details())
-    assert (operated.state(serving), operated.admin.versions().policy) == ("SERVING", "best")
-
-
-def test_a_client_without_the_credential_is_told_what_to_do(operated: Operated) -> None:
-    for wrong, brought in (("", "none"), ("close sesame", "another one")):
-        with AdminClient(operated.server.address, wrong) as admin, pytest.raises(errors.Unauthenticated) as ended:
-            admin.versions()
-        assert str(ended.value) == (
-            f"This call needs the credential of the server's operators, but brings {brought}: set GPTLOOP_ADMIN_TOKEN "
-            'to the one that the server has, or send it as the metadata "authorization: Bearer <credential>".'
-        )
-
-
-def test_clients_that_generate_need_no_credential(operated: Operated) -> None:
-    serving = operated.publish_serving()
-    assert operated.server.serves()
-    assert operated.server.health("inference.v1.ModelAdminService") == health_pb2.HealthCheckResponse.SERVING
-    with InferenceClient(operated.server.address) as client:
-        assert client.model().version == serving
-        assert client.tokenize("a") == [97]
-        assert client.complete("x", max_tokens=1).version == serving
-
-
-@pytest.mark.parametrize("token", ["open\nsesame", "öffne dich"])
-def test_a_server_does_not_start_with_a_credential_that_no_call_can_carry(tmp_path: Path, token: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "inference_service", "serve"],
-        cwd=ROOT,
-        env={**os.environ, "GPTLOOP_VAR": str(tmp_path / "var"), "GPTLOOP_ADMIN_TOKEN": token},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    sentence = "holds a character that no call can carry: it must be printable ASCII, on one line."
-    assert done.stderr == f"error: GPTLOOP_ADMIN_TOKEN {sentence}\n"
-
-
-def test_a_client_refuses_a_credential_that_no_call_can_carry() -> None:
-    with pytest.raises(errors.InvalidArgument, match=r"^The credential holds a character") as refused:
-        AdminClient("127.0.0.1:1", "öffne dich")
-    assert "dich" not in str(refused.value)
-
-
-# The client.
-
-
-def test_a_proxy_for_the_web_stands_not_in_the_way(operated: Operated, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "grpc_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    with AdminClient(operated.server.address, TOKEN) as admin:
-        assert admin.versions().versions
-
-
-def test_no_server_is_one_sentence() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-        with (
-            AdminClient(address) as admin,
-            pytest.raises(errors.Unavailable, match=f"No server answers at {address}"),
-        ):
-            admin.roll_back()
-
-
-def test_a_server_that_does_not_answer_is_one_sentence() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"127.0.0.1:{silent.getsockname()[1]}"
-        calls: list[tuple[str, Callable[[AdminClient], object]]] = [
-            ("0.1", lambda admin: admin.versions()),
-            ("0.2", lambda admin: admin.load(1, timeout_s=0.2)),
-        ]
-        for limit, call in calls:
-            sentence = f"The server at {address} did not answer within {limit} s"
-            with AdminClient(address, timeout_s=0.1) as admin, pytest.raises(errors.DeadlineExceeded, match=sentence):
-                call(admin)

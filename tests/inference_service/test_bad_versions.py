@@ -1,7 +1,6 @@
 """Versions that must not serve, dropped into the registry of a server whose streams never stop."""
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,7 +80,6 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
                     list(client.generate("x", version=number))
         so_far = len(texts)
         until(lambda: len(texts) > so_far + STREAMS)
-        time.sleep(0.1)
     finally:
         done.set()
         for reader in readers:

@@ -1,13 +1,14 @@
 """Versions that deserve to serve and versions that do not, as a real engine examines them."""
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inference_service import gate
+from inference_service.hotload import State
 from shared.errors import CorruptCheckpoint, FailedPrecondition
 from shared.gpt import weights
 from shared.gpt.cpu_decoder import CpuDecoder
@@ -27,7 +28,6 @@ from tests.inference_service.spoiling import (
     other_shape,
     spoil_weights,
     strange_windows,
-    without_windows,
 )
 from tests.inference_service.world import World, polls, run, until
 
@@ -56,7 +56,7 @@ def drop(world: World, change: Callable[[Path], None], name: str) -> VersionMani
         (other_shape, "unfit", "parameters of its configuration"),
         (no_windows, "unfit", "no table of tokens"),
         (strange_windows, "unfit", "do not fit its model"),
-        (without_windows, "unfit", "it has no evaluation.npy"),
+        (lose_a_file, "unfit", "it has no evaluation.npy"),
         (no_array, "unfit", "held-out windows cannot be read"),
         (no_tokenizer, "unfit", "tokenizer"),
     ],
@@ -71,7 +71,7 @@ def test_what_cannot_serve_is_refused_with_the_reason(
         await until(lambda: world.value("refused_versions_total", reason=reason) == 1)
         await until(lambda: world.serving == 1)
         with pytest.raises(FailedPrecondition, match=f"Version 2 cannot serve: .*{sentence}"):
-            async with world.loader.stream(bad):
+            async with world.residents.stream(bad):
                 pass
         await polls(world)
         assert world.value("refused_versions_total", reason=reason) == 1
@@ -95,27 +95,15 @@ def test_what_was_changed_after_its_commit_never_serves(world: World, change: Ca
     run(world, test)
 
 
-def test_a_folder_without_a_manifest_is_no_version(world: World) -> None:
-    async def test() -> None:
-        publish_tiny_version(world.registry, 2.0)
-        await until(lambda: world.serving == 1)
-        drop(world, lambda directory: (directory / "manifest.json").unlink(), "staged")
-        await polls(world)
-        assert world.serving == 1
-        assert [standing.manifest.version for standing in await world.loader.standings()] == [1]
-
-    run(world, test)
-
-
 def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(world: World) -> None:
     publish_tiny_version(world.registry, 2.0)
-    publish_tiny_version(world.registry, 1.0, better_by=0.1)
+    lying = publish_tiny_version(world.registry, 1.0, better_by=0.1)
 
     async def test() -> None:
         await until(lambda: world.value("refused_versions_total", reason="lying") == 1)
         await until(lambda: world.serving == 1)
         standing = (await world.loader.standings())[1]
-        assert standing.loss == pytest.approx(standing.manifest.claimed_loss + 0.1, abs=1e-4)
+        assert standing.loss == pytest.approx(lying.claimed_loss + 0.1, abs=1e-4)
         assert standing.reason.startswith("lying: it claims a held-out loss of")
 
     run(world, test)
@@ -143,7 +131,7 @@ def test_a_worse_version_can_still_be_had_by_its_number(world: World) -> None:
 
     async def test() -> None:
         await until(lambda: world.serving == 1)
-        async with world.loader.stream(worse) as resident:
+        async with world.residents.stream(worse) as resident:
             assert resident.manifest == worse
         await world.loader.let_serve("pinned:2")
         await until(lambda: world.serving == 2)
@@ -152,12 +140,12 @@ def test_a_worse_version_can_still_be_had_by_its_number(world: World) -> None:
 
 
 def test_what_was_found_out_is_remembered_after_a_restart(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish_tiny_version(world.registry, 2.0)
+    good = publish_tiny_version(world.registry, 2.0)
     publish_tiny_version(world.registry, 1.0, better_by=0.1)
 
     async def judged() -> None:
         await until(lambda: world.serving == 1)
-        await until(lambda: len(world.registry.decisions.findings([1, 2])) == 2)
+        await until(lambda: len(world.registry.decisions.findings()) == 2)
 
     run(world, judged)
     monkeypatch.setattr(CpuDecoder, "score", lambda *_: pytest.fail("It is examined again."))
@@ -169,7 +157,7 @@ def test_what_was_found_out_is_remembered_after_a_restart(world: World, monkeypa
         assert restarted.serving == 1
         assert restarted.value("refused_versions_total", reason="lying") == 0
         first, second = await restarted.loader.standings()
-        assert first.loss == pytest.approx(first.manifest.claimed_loss, abs=1e-4)
+        assert first.loss == pytest.approx(good.claimed_loss, abs=1e-4)
         assert second.reason.startswith("lying")
 
     run(restarted, test)
@@ -177,21 +165,106 @@ def test_what_was_found_out_is_remembered_after_a_restart(world: World, monkeypa
 
 def test_what_another_kind_of_device_found_out_does_not_count(world: World) -> None:
     publish_tiny_version(world.registry, 1.0)
-    path = world.registry.root / "serving" / "findings" / "1.json"
+    decisions = world.registry.decisions
 
     async def judged() -> None:
-        await until(path.exists)
+        await until(lambda: bool(decisions.findings()))
 
     run(world, judged)
-    finding = json.loads(path.read_text())
-    path.write_text(json.dumps({**finding, "device": "metal", "refusal": "lying", "sentence": "it lies"}))
+    (finding,) = decisions.findings()[1]
+    elsewhere = replace(finding, device="metal", refusal="lying", sentence="it lies", at=finding.at + 1)
+    decisions.keep(1, elsewhere)
+    decisions.forget(2)
     restarted = World(world.registry.root)
 
     async def test() -> None:
         await until(lambda: restarted.serving == 1)
-        await until(lambda: json.loads(path.read_text())["device"] == "cpu")
+        assert elsewhere in decisions.findings()[1]
 
     run(restarted, test)
+
+
+def test_what_was_refused_is_not_asked_for_into_serving_while_a_server_begins(world: World) -> None:
+    publish_tiny_version(world.registry, 2.0)
+    refused = publish_tiny_version(world.registry, 1.0)
+
+    async def roll_back() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.roll_back()
+        await until(lambda: world.serving == 1)
+        await until(lambda: any(finding.refusal for finding in world.registry.decisions.findings()[2]))
+
+    run(world, roll_back)
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        # Before it has looked at the registry at all.
+        with pytest.raises(FailedPrecondition, match="an operator rolled it back"):
+            async with restarted.residents.stream(refused):
+                pass
+        await until(lambda: restarted.serving == 1)
+
+    run(restarted, test)
+
+
+def test_a_version_that_came_while_no_server_ran_must_be_as_good_as_what_served_before(world: World) -> None:
+    publish_tiny_version(world.registry, 1.0, seed=GOOD_SEED)
+
+    async def serve() -> None:
+        await until(lambda: world.serving == 1)
+        await until(lambda: bool(world.registry.decisions.findings()))
+
+    run(world, serve)
+    publish_tiny_version(world.registry, 0.5, seed=BAD_SEED)
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        await until(lambda: restarted.serving == 1)
+        assert restarted.value("refused_versions_total", reason="worse") == 1
+
+    run(restarted, test)
+
+
+def test_a_version_with_held_out_windows_of_its_own_does_not_compare(world: World) -> None:
+    publish_tiny_version(world.registry, 1.0)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 1)
+        publish_tiny_version(world.registry, 0.5, windows=(1, 20))
+        await until(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        assert "has other held-out windows" in (await world.loader.standings())[1].reason
+        assert world.serving == 1
+
+    run(world, test)
+
+
+def tear_manifest(directory: Path) -> None:
+    manifest = directory / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-100])
+
+
+def lose_manifest(directory: Path) -> None:
+    (directory / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [tear_manifest, lose_manifest])
+def test_a_version_whose_manifest_cannot_be_read_is_listed_as_refused(
+    world: World, damage: Callable[[Path], None]
+) -> None:
+    publish_tiny_version(world.registry, 1.0)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 1)
+        drop(world, damage, "staged")
+        await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
+        one, two = await world.loader.standings()
+        assert (one.number, one.state) == (1, State.SERVING)
+        assert (two.number, two.state, two.manifest) == (2, State.REFUSED, None)
+        assert two.reason.startswith("corrupt: ")
+        await polls(world)
+        assert world.value("refused_versions_total", reason="corrupt") == 1
+
+    run(world, test)
 
 
 def test_a_refused_version_is_examined_again_when_it_is_asked_for(world: World) -> None:

@@ -1,220 +1,217 @@
-"""Following the registry with a real engine and tiny versions."""
+"""Following the registry, and what operators choose, with a real engine and tiny versions."""
 
-import asyncio
 import logging
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from inference_service import gate, residents
-from shared.errors import FailedPrecondition, NotFound, Unavailable
+from inference_service.hotload import State
+from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
-from tests.inference_service.world import LIMIT_S, World, polls, run, served, until
+from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
+from tests.inference_service.world import World, hold_read, polls, run, served, standing, until
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path / "registry")
-
-
-def test_the_best_version_serves_as_it_changes(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async def test() -> None:
         with pytest.raises(Unavailable):
-            async with world.loader.stream(None):
+            async with fresh.residents.stream(None):
                 pass
-        publish_tiny_version(world.registry, 2.0)
-        await until(lambda: world.serving == 1)
-        publish_tiny_version(world.registry, 3.0)
-        publish_tiny_version(world.registry, 1.0)
-        await until(lambda: world.serving == 3)
-        await until(lambda: world.resident() == {"3"})
+        publish_tiny_version(fresh.registry, 2.0)
+        await until(lambda: fresh.serving == 1)
+        publish_tiny_version(fresh.registry, 3.0)
+        publish_tiny_version(fresh.registry, 1.0)
+        await until(lambda: fresh.serving == 3)
+        await until(lambda: fresh.resident() == {"3"})
         assert served(caplog) == [1, 3]
-        assert world.value("swaps_total") == 1
+        assert fresh.value("swaps_total") == 1
 
-    run(world, test)
-
-
-def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-
-    async def test() -> None:
-        publish_tiny_version(world.registry, 5.0)
-        await until(lambda: world.serving == 1)
-        async with world.loader.stream(None) as first:
-            assert first.manifest.version == 1
-            publish_tiny_version(world.registry, 4.0)
-            await until(lambda: world.serving == 2)
-            async with world.loader.stream(None):
-                publish_tiny_version(world.registry, 3.0)
-                await polls(world)
-                publish_tiny_version(world.registry, 2.0)
-                await polls(world)
-                assert world.resident() == {"1", "2"}
-        await until(lambda: world.serving == 4)
-        await until(lambda: world.resident() == {"4"})
-        assert served(caplog) == [1, 2, 4]
-
-    run(world, test)
-
-
-def test_an_older_version_is_loaded_for_those_who_name_it(world: World) -> None:
-    old = publish_tiny_version(world.registry, 5.0)
-    publish_tiny_version(world.registry, 1.0)
-
-    async def test() -> None:
-        await until(lambda: world.serving == 2)
-
-        async def use() -> int:
-            async with world.loader.stream(old) as resident:
-                assert "1" in world.resident()
-                return resident.manifest.version
-
-        assert await asyncio.gather(*(use() for _ in range(3))) == [1, 1, 1]
-        await until(lambda: world.resident() == {"2"})
-        assert world.serving == 2
-
-    run(world, test)
-
-
-def test_a_named_version_waits_for_room(world: World) -> None:
-    one, two = (publish_tiny_version(world.registry, 5.0) for _ in range(2))
-    publish_tiny_version(world.registry, 1.0)
-
-    async def test() -> None:
-        await until(lambda: world.serving == 3)
-        async with world.loader.stream(one):
-            waiting = asyncio.create_task(world.loader.stream(two).__aenter__())
-            cancelled = asyncio.create_task(world.loader.stream(two).__aenter__())
-            await polls(world)
-            assert not waiting.done()
-            cancelled.cancel()
-        assert (await waiting).manifest.version == 2
-
-    run(world, test)
-
-
-def empty_tokenizer(directory: Path) -> None:
-    (directory / "tokenizer.json").write_text("{}")
-
-
-def corrupt(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+    run(fresh, test)
 
 
 def test_a_changed_file_is_refused_once_and_the_version_before_stays(
-    world: World, caplog: pytest.LogCaptureFixture
+    fresh: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test() -> None:
-        publish_tiny_version(world.registry, 2.0)
-        await until(lambda: world.serving == 1)
+        publish_tiny_version(fresh.registry, 2.0)
+        await until(lambda: fresh.serving == 1)
         # Before the loader can see it.
-        staged = Registry(world.registry.root.parent / "staged")
+        staged = Registry(fresh.registry.root.parent / "staged")
         publish_tiny_version(staged, 9.0)
         bad = publish_tiny_version(staged, 1.0)
-        corrupt(staged.version_directory(2))
-        staged.version_directory(2).rename(world.registry.version_directory(2))
-        await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
-        await polls(world)
-        assert world.serving == 1
+        flip_a_bit(staged.version_directory(2))
+        staged.version_directory(2).rename(fresh.registry.version_directory(2))
+        await until(lambda: fresh.value("refused_versions_total", reason="corrupt") == 1)
+        await polls(fresh)
+        assert fresh.serving == 1
         with pytest.raises(FailedPrecondition, match=r"Version 2 cannot serve: .* SHA-256"):
-            async with world.loader.stream(bad):
+            async with fresh.residents.stream(bad):
                 pass
-        publish_tiny_version(world.registry, 1.5)
-        await until(lambda: world.serving == 3)
-        assert world.value("refused_versions_total", reason="corrupt") == 1
+        publish_tiny_version(fresh.registry, 1.5)
+        await until(lambda: fresh.serving == 3)
+        assert fresh.value("refused_versions_total", reason="corrupt") == 1
 
-    run(world, test)
+    run(fresh, test)
     assert sum("is refused" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_the_next_best_version_serves_where_the_best_is_unfit_at_the_start(world: World) -> None:
-    publish_tiny_version(world.registry, 3.0)
-    publish_tiny_version(world.registry, 2.0)
-    unfit = publish_tiny_version(world.registry, 1.0, change=empty_tokenizer)
+def test_the_next_best_version_serves_where_the_best_is_unfit_at_the_start(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 3.0)
+    publish_tiny_version(fresh.registry, 2.0)
+    unfit = publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
-        assert world.value("refused_versions_total", reason="unfit") == 1
+        await until(lambda: fresh.serving == 2)
+        assert fresh.value("refused_versions_total", reason="unfit") == 1
         with pytest.raises(FailedPrecondition, match="Version 3 cannot serve"):
-            async with world.loader.stream(unfit):
+            async with fresh.residents.stream(unfit):
                 pass
 
-    run(world, test)
+    run(fresh, test)
 
 
-def test_a_version_that_disappears_is_no_refusal(world: World) -> None:
-    publish_tiny_version(world.registry, 1.0)
-    gone = publish_tiny_version(world.registry, 2.0)
-    world.registry.remove_version(2)
+def test_a_version_that_disappears_is_no_refusal(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 1.0)
+    gone = publish_tiny_version(fresh.registry, 2.0)
+    fresh.registry.remove_version(2)
 
     async def test() -> None:
-        await until(lambda: world.serving == 1)
+        await until(lambda: fresh.serving == 1)
         with pytest.raises(NotFound, match="was removed"):
-            async with world.loader.stream(gone):
+            async with fresh.residents.stream(gone):
                 pass
-        assert world.value("refused_versions_total", reason="corrupt") == 0
+        assert fresh.value("refused_versions_total", reason="corrupt") == 0
 
-    run(world, test)
+    run(fresh, test)
 
 
-def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
+def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = publish_tiny_version(world.registry, 5.0)
-    publish_tiny_version(world.registry, 1.0)
-    entered, go_on = threading.Event(), threading.Event()
-    load = gate.read_content
-
-    def slow(*arguments: Any) -> Any:
-        if arguments[1] == old:
-            entered.set()
-            assert go_on.wait(LIMIT_S)
-        return load(*arguments)
-
-    monkeypatch.setattr(residents, "read_content", slow)
+    """Or versions that come faster than they are examined would never serve."""
+    reading = hold_read(monkeypatch, 4)
 
     async def test() -> None:
         await until(lambda: world.serving == 2)
-        waiting = asyncio.create_task(world.loader.stream(old).__aenter__())
-        await until(entered.is_set)
-        waiting.cancel()
-        go_on.set()
-        await asyncio.wait([waiting])
+        publish_tiny_version(world.registry, 0.5)
+        await until(reading.entered.is_set)
+        publish_tiny_version(world.registry, 0.4)
         await polls(world)
-        await until(lambda: world.resident() == {"2"})
+        reading.entered.clear()
+        reading.go_on.set()
+        await until(lambda: world.serving == 5)
+
+    run(world, test)
+    assert world.value("swaps_total") == 2
+
+
+def test_another_registry_in_the_same_place_begins_anew(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        moved = world.registry.root.with_name("moved")
+        world.registry.root.rename(moved)
+        await polls(world)
+        assert world.serving == 2
+        for _ in range(2):
+            publish_tiny_version(world.registry, 9.0, seed=3)
+        new = world.registry.version(2)
+        await until(lambda: world.loader.serving is not None and world.loader.serving.manifest == new)
 
     run(world, test)
 
 
-def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = publish_tiny_version(world.registry, 5.0)
-    publish_tiny_version(world.registry, 1.0)
+def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> None:
+    world = World(tmp_path / "registry")
+    publish_tiny_version(world.registry, 1.0, windows=(2000, 90))
 
     async def test() -> None:
+        await until(lambda: bool(world.engine._arriving))
+
+    run(world, test)
+    assert world.serving is None
+
+
+def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_again(world: World) -> None:
+    async def test() -> None:
         await until(lambda: world.serving == 2)
-        waiting = asyncio.create_task(world.loader.stream(old).__aenter__())
-        report = world.metrics.resident
+        await world.loader.let_serve("pinned:1")
+        await until(lambda: world.serving == 1)
+        publish_tiny_version(world.registry, 0.5)
+        await polls(world)
+        assert world.serving == 1
+        assert (await standing(world, 1)).labels == ("pinned:1",)
+        await world.loader.let_serve("latest")
+        await until(lambda: world.serving == 4)
+        await world.loader.let_serve("best")
+        await polls(world)
+        assert world.serving == 4
 
-        def cancel_and_report(*arguments: Any) -> None:
-            # The version is handed over, and its caller has not had a turn since.
-            waiting.cancel()
-            report(*arguments)
+    run(world, test)
 
-        monkeypatch.setattr(world.metrics, "resident", cancel_and_report)
-        await asyncio.wait([waiting])
-        assert waiting.cancelled()
-        await until(lambda: world.resident() == {"2"})
+
+def test_the_policy_is_kept_over_a_restart(world: World) -> None:
+    async def pin() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.let_serve("pinned:1")
+        await until(lambda: world.serving == 1)
+
+    run(world, pin)
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        await until(lambda: restarted.serving is not None)
+        assert restarted.serving == 1
+
+    run(restarted, test)
+
+
+def test_the_stable_version_is_the_promoted_one(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        with pytest.raises(FailedPrecondition, match="No version is stable yet"):
+            await world.loader.let_serve("stable")
+        await world.loader.promote(3)
+        assert world.serving == 2
+        manifest = await world.catalogue.resolve("stable")
+        assert manifest is not None and manifest.version == 3
+        await world.loader.let_serve("stable")
+        await until(lambda: world.serving == 3)
+        await world.loader.promote(1)
+        await until(lambda: world.serving == 1)
+
+    run(world, test)
+
+
+def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.roll_back()
+        with pytest.raises(InvalidArgument, match="is no label"):
+            await world.loader.let_serve("newest")
+        for label, kind in (("pinned:9", NotFound), ("pinned:2", FailedPrecondition)):
+            with pytest.raises(kind):
+                await world.loader.let_serve(label)
+        with pytest.raises(NotFound):
+            await world.loader.promote(9)
+        with pytest.raises(FailedPrecondition, match="an operator rolled it back"):
+            await world.loader.promote(2)
+        assert world.catalogue.policy == "best"
+
+    run(world, test)
+
+
+def test_a_worse_version_that_an_operator_loads_can_be_pinned(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        publish_tiny_version(world.registry, 0.5, seed=BAD_SEED)
+        await until(lambda: world.value("refused_versions_total", reason="worse") == 1)
+        await world.loader.load(4)
+        await polls(world)
+        assert (world.serving, (await standing(world, 4)).state) == (2, State.RESIDENT)
+        await world.loader.let_serve("pinned:4")
+        await until(lambda: world.serving == 4)
 
     run(world, test)

@@ -36,6 +36,7 @@ def status(version: int, state: pb.VersionState, **fields: Any) -> pb.VersionSta
         "bits_per_byte": 1.5,
         "step": 100 * version,
         "created_at": created_at,
+        "digest": "0123abcd",
     }
     return pb.VersionStatus(version=version, state=state, **(defaults | fields))
 
@@ -251,7 +252,7 @@ def test_rollback_refuses_the_serving_version_until_it_is_loaded(server: Server,
         operator.see("rollback"),
     )
     until(lambda: operator.rows()[2].startswith("serving"))
-    assert operator.rows()[bad] == "refused latest"
+    assert operator.rows()[bad] == "refused"
     assert f"\nversion {bad}: rolled_back: an operator rolled it back\n" in operator.see("versions")
     sentence = f"error: Version {bad} cannot serve: an operator rolled it back.\n"
     assert operator.type("pin", str(bad)) == (1, "", sentence)

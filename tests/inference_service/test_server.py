@@ -119,7 +119,7 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
             # Version 1 does not serve, so each time it is loaded and, its last stream being gone, freed.
             stream = client.generate("Once", version=1, max_tokens=90, ignore_eos=True)
             assert isinstance(next(stream), pb.Started)
-            stream.close()
+            stream.cancel()
         until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
         assert server.metrics()["gptloop_inference_waiting_requests",] == 0
         assert server.metrics()["gptloop_inference_requests_total", "cancelled"] >= 1

@@ -1,3 +1,5 @@
+import tracemalloc
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from inference_service import translate
 from inference_service.engine.request import Delta, Draw, Finished, FinishReason, GenerationRequest, TokenLogprob
 from inference_service.translate import Selection
 from shared.errors import InvalidArgument
+from shared.gpt.sampling import SamplingParameters
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import byte_tokenizer
 
@@ -38,21 +41,55 @@ def test_every_field_arrives() -> None:
     message = pb.GenerateRequest(
         prompt_tokens=pb.TokenIds(ids=[1, 2]),
         model=pb.ModelSelector(version=4),
-        sampling=pb.Sampling(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, repetition_penalty=2.0, seed=2**64 - 1),
+        sampling=pb.Sampling(
+            temperature=0.5,
+            top_k=3,
+            top_p=0.25,
+            min_p=0.125,
+            repetition_penalty=2.0,
+            presence_penalty=0.75,
+            frequency_penalty=-0.5,
+            logit_bias={7: 1.5, 4: -100.0},
+            seed=2**64 - 1,
+        ),
         max_tokens=9,
         min_tokens=2,
         stop=["a", "b"],
         ignore_eos=True,
         logprobs=20,
+        n=3,
     )
     draft = translate.read_generate(message, 10.0, slots=4)
-    assert (draft.prompt, draft.selection) == ((1, 2), Selection(version=4))
-    sampling = draft.sampling
-    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.5, 3, 0.25)
-    assert (sampling.min_p, sampling.repetition_penalty, draft.seed) == (0.125, 2.0, 2**64 - 1)
-    assert (draft.max_tokens, draft.min_tokens, draft.stop, draft.logprobs) == (9, 2, ("a", "b"), 20)
-    assert draft.deadline == draft.arrived + 10.0
-    assert draft.ignore_eos
+    assert draft.selection == Selection(version=4)
+    assert draft.seed == 2**64 - 1
+    expected = GenerationRequest(
+        id=draft.id,
+        version=3,
+        prompt=(1, 2),
+        seed=5,
+        max_tokens=9,
+        arrived=draft.arrived,
+        samples=3,
+        sampling=SamplingParameters(
+            temperature=0.5,
+            top_k=3,
+            top_p=0.25,
+            min_p=0.125,
+            repetition_penalty=2.0,
+            presence_penalty=0.75,
+            frequency_penalty=-0.5,
+            logit_bias=((4, -100.0), (7, 1.5)),
+        ),
+        min_tokens=2,
+        stop=("a", "b"),
+        ignore_eos=True,
+        logprobs=20,
+        deadline=draft.arrived + 10.0,
+    )
+    assert draft.complete(3, byte_tokenizer(), CONTEXT, seed=5) == expected
+    # What is a default would be there without having come.
+    assert all(getattr(expected, field.name) != field.default for field in fields(expected))
+    assert all(getattr(expected.sampling, field.name) != field.default for field in fields(expected.sampling))
 
 
 WRONG: list[tuple[str, dict[str, Any]]] = [
@@ -113,6 +150,24 @@ def test_a_prompt_must_leave_one_position(length: int) -> None:
                 complete(message)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        pb.GenerateRequest(prompt_tokens=pb.TokenIds(ids=[7] * 1_000_000)),
+        pb.GenerateRequest(prompt="x", sampling=pb.Sampling(logit_bias=dict.fromkeys(range(100_000), 1.0))),
+    ],
+    ids=["tokens", "biases"],
+)
+def test_what_holds_too_much_is_refused_without_a_copy_of_it(message: pb.GenerateRequest) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidArgument, match=r"1000000 tokens|100000 tokens"):
+            complete(message)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("token", [-1, 257])
 def test_a_token_outside_the_vocabulary_is_refused(token: int) -> None:
     with pytest.raises(InvalidArgument, match=f"prompt_tokens holds {token}, but version 3 has the tokens 0 to 256"):
@@ -125,7 +180,15 @@ def test_a_bias_outside_the_vocabulary_is_refused(token: int) -> None:
         complete(pb.GenerateRequest(prompt="x", sampling=pb.Sampling(logit_bias={token: 1.0})))
 
 
-@pytest.mark.parametrize(("field", "part"), [("99", "request"), ("sampling.99", "sampling"), ("model.99", "model")])
+@pytest.mark.parametrize(
+    ("field", "part"),
+    [
+        ("99", "request"),
+        ("sampling.99", "sampling"),
+        ("model.99", "model"),
+        ("prompt_tokens.99", "prompt_tokens"),
+    ],
+)
 def test_a_field_of_a_newer_contract_is_refused_and_named(field: str, part: str) -> None:
     unknown = b"\x98\x06\x01"  # Field 99, a number.
     message = pb.GenerateRequest(prompt="x")

@@ -1,8 +1,10 @@
 """A registry, an engine and a loader without a server around them, for tests."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from inference_service import gate, residents
 from inference_service.catalogue import Catalogue
 from inference_service.engine.engine import Engine
-from inference_service.hotload import HotLoader
+from inference_service.hotload import HotLoader, Standing
 from inference_service.metrics import InferenceMetrics
 from inference_service.residents import Residents
 from shared.accelerator import Memory
@@ -32,7 +35,9 @@ class World:
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
         self.catalogue = Catalogue(self.registry, "cpu")
         decoders = partial(make_decoder, slots=2, threads=1)
-        self.residents = Residents(self.registry, self.catalogue, self.engine, decoders, limit=2, metrics=self.metrics)
+        self.residents = Residents(
+            self.registry, self.catalogue, self.engine, decoders, limit=2, max_waiting=16, metrics=self.metrics
+        )
         self.loader = HotLoader(self.catalogue, self.residents, 0.05, self.metrics)
 
     @property
@@ -61,6 +66,34 @@ class World:
             task.cancel()
             await asyncio.wait([task])
             self.engine.stop()
+
+
+@dataclass(frozen=True)
+class HeldRead:
+    """The reading of a version's files: it has begun once `entered` is set, and ends once `go_on` is."""
+
+    entered: threading.Event
+    go_on: threading.Event
+
+
+def hold_read(monkeypatch: pytest.MonkeyPatch, number: int) -> HeldRead:
+    """Lets a version be read only when the test wants it."""
+    reading = HeldRead(threading.Event(), threading.Event())
+    read = gate.read_content
+
+    def slow(*arguments: Any) -> Any:
+        if arguments[1].version == number:
+            reading.entered.set()
+            assert reading.go_on.wait(LIMIT_S)
+        return read(*arguments)
+
+    monkeypatch.setattr(residents, "read_content", slow)
+    return reading
+
+
+async def standing(world: World, number: int) -> Standing:
+    """How a version stands, where all since the first one are there."""
+    return (await world.loader.standings())[number - 1]
 
 
 def served(caplog: pytest.LogCaptureFixture) -> list[int]:

@@ -189,6 +189,20 @@ def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
+def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
+    async def body() -> None:
+        server = GrpcServer([SERVICE])
+        port = await server.start("127.0.0.1", 0, "PORT")
+        await server.set_serving(True)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            watch = aiter(health_stub(channel).Watch(health_pb2.HealthCheckRequest()))
+            assert (await anext(watch)).status == SERVING
+            await server.stop(1000.0, lambda: None, asyncio.Event())
+            assert [answer.status async for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
 def test_a_port_in_use_is_named_with_its_variable() -> None:
     async def body() -> None:
         with socket.socket() as other:

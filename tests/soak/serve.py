@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -36,9 +37,29 @@ MODEL = GPTConfig(6, 256, 4, 1024, 512, vocabulary_size=257, tied_head=False)
 SLOTS = 8
 # Once a minute, for so long, so many times as many requests come.
 BURST_S, BURST = 5.0, 10
+# From so many minutes on, at the usual rate of clients a second, everything that can happen to a client must have.
+FULL_MINUTES, RATE = 5.0, 40.0
 # Health may lag so far behind the truth.
 LAG_S = 1.0
 STORY = "Once upon a time there was a little dog who lived in a small house near the forest. "
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a share of the clients does, and what it is there to meet."""
+
+    share: float
+    name: str
+    ask: Callable[[], Awaitable[str]]
+    meets: str
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What the server said of itself at one moment."""
+
+    resident_bytes: float
+    active_streams: float
 
 
 class Soak:
@@ -51,22 +72,21 @@ class Soak:
         self._expected: dict[tuple[str, int], str] = {}
         self.outcomes: dict[str, Counter[str]] = {}
         self.violations: list[str] = []
-        # (time, resident bytes, MLX's active bytes, active streams, waiting)
-        self.samples: list[tuple[float, float, float, float, float]] = []
+        self.samples: list[_Sample] = []
         # When the engine stood still by order, and when health changed.
         self._pauses: list[float] = []
         self._health: list[tuple[float, bool]] = []
         # When the machine itself stood still: a thread that only sleeps woke up late.
         self._hiccups: list[float] = []
         self._ended = threading.Event()
-        self._kinds: list[tuple[float, str, Callable[[], Awaitable[str]]]] = [
-            (0.60, "reads all", self._read_all),
-            (0.13, "leaves", self._leave),
-            (0.10, "has a deadline", self._deadline),
-            (0.08, "shares a long beginning", self._share),
-            (0.05, "wants samples", self._samples),
-            (0.03, "asks wrongly", self._ask_wrongly),
-            (0.01, "reads slowly", self._read_slowly),
+        self._kinds = [
+            _Kind(0.60, "reads all", self._read_all, meets="whole"),
+            _Kind(0.13, "leaves", self._leave, meets="left"),
+            _Kind(0.10, "has a deadline", self._deadline, meets="deadline"),
+            _Kind(0.08, "shares a long beginning", self._share, meets="whole, begun before"),
+            _Kind(0.05, "wants samples", self._samples, meets="whole"),
+            _Kind(0.03, "asks wrongly", self._ask_wrongly, meets="told so"),
+            _Kind(0.01, "reads slowly", self._read_slowly, meets="too slow"),
         ]
 
     async def run(self, minutes: float, rate: float) -> None:
@@ -102,23 +122,25 @@ class Soak:
         self._ended.set()
         self._check_health()
         await self._check_rest()
+        if minutes >= FULL_MINUTES and rate >= RATE:
+            self._check_outcomes()
 
     async def _one(self) -> None:
-        ((_, kind, ask),) = self._random.choices(self._kinds, [share for share, _, _ in self._kinds])
+        (kind,) = self._random.choices(self._kinds, [kind.share for kind in self._kinds])
         try:
-            outcome = await ask()
+            outcome = await kind.ask()
         except ResourceExhausted as error:
             outcome = "refused" if error.retry_after_s is not None else "too slow"
         except DeadlineExceeded:
             outcome = "deadline"
         except GptloopError as error:
             if "The step that this stream was in failed" not in str(error):
-                self.violations.append(f"{kind}: {error}")
+                self.violations.append(f"{kind.name}: {error}")
             outcome = "step failed"
         except Exception as error:
-            self.violations.append(f"{kind}: {error!r}")
+            self.violations.append(f"{kind.name}: {error!r}")
             outcome = "unexpected"
-        self.outcomes.setdefault(kind, Counter())[outcome] += 1
+        self.outcomes.setdefault(kind.name, Counter())[outcome] += 1
 
     async def _read_all(self) -> str:
         (prompt, seed), expected = self._random.choice(list(self._expected.items()))
@@ -197,11 +219,11 @@ class Soak:
     async def _sample(self) -> None:
         while True:
             values = await asyncio.to_thread(self._server.metrics)
-            memory = [values["gptloop_inference_memory_bytes", kind] for kind in ("resident", "active")]
-            streams = [values[f"gptloop_inference_{name}",] for name in ("active_streams", "waiting_requests")]
-            self.samples.append((time.monotonic(), memory[0], memory[1], streams[0], streams[1]))
-            if streams[0] > SLOTS:
-                self.violations.append(f"{streams[0]:.0f} streams are active in {SLOTS} slots.")
+            resident_bytes = values["gptloop_inference_memory_bytes", "resident"]
+            active_streams = values["gptloop_inference_active_streams",]
+            self.samples.append(_Sample(resident_bytes, active_streams))
+            if active_streams > SLOTS:
+                self.violations.append(f"{active_streams:.0f} streams are active in {SLOTS} slots.")
             await asyncio.sleep(1)
 
     def _check_health(self) -> None:
@@ -233,15 +255,24 @@ class Soak:
         if late > early + 8:
             self.violations.append(f"Memory grew from {early:.0f} to {late:.0f} MiB.")
 
+    def _check_outcomes(self) -> None:
+        """Each kind of client met what it is there for, some were refused, and some were in a step that failed."""
+        for kind in self._kinds:
+            if not self.outcomes.get(kind.name, Counter())[kind.meets]:
+                self.violations.append(f"No client that {kind.name} met the outcome {kind.meets!r}.")
+        for outcome in ("refused", "step failed"):
+            if not any(counts[outcome] for counts in self.outcomes.values()):
+                self.violations.append(f"No client met the outcome {outcome!r}.")
+
     def memory_mib(self) -> tuple[float, float]:
         """The median of the resident memory in the second and in the last fifth of the time."""
         fifth = max(1, len(self.samples) // 5)
         second, last = self.samples[fifth : 2 * fifth], self.samples[-fifth:]
-        return tuple(median(sample[1] for sample in part) / 2**20 for part in (second or last, last))  # type: ignore[return-value]
+        return tuple(median(sample.resident_bytes for sample in part) / 2**20 for part in (second or last, last))  # type: ignore[return-value]
 
     def _line(self) -> str:
         clients = sum(outcome.total() for outcome in self.outcomes.values())
-        memory = self.samples[-1][1] / 2**20 if self.samples else 0
+        memory = self.samples[-1].resident_bytes / 2**20 if self.samples else 0
         return f"{clients} clients, {memory:.0f} MiB, {len(self.violations)} violations"
 
     def print_summary(self) -> None:
@@ -252,7 +283,7 @@ class Soak:
             table.add_row(kind, *(str(counts[outcome] or "") for outcome in outcomes))
         cli.print_table(table)
         early, late = self.memory_mib()
-        active = [sample[3] for sample in self.samples]
+        active = [sample.active_streams for sample in self.samples]
         print(f"resident memory {early:.0f} MiB in the second fifth of the time, {late:.0f} MiB in the last")
         print(f"active streams {median(active):.0f} in the median, {max(active):.0f} at most, of {SLOTS} slots")
         late_s = [
@@ -282,7 +313,7 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 @app.command(help=__doc__)
 def main(
     minutes: Annotated[float, typer.Option(min=0.5, help="For how long clients come.")] = 10.0,
-    rate: Annotated[float, typer.Option(min=0.1, help="How many come a second, but for the bursts.")] = 40.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="How many come a second, but for the bursts.")] = RATE,
     seed: Annotated[
         int | None, typer.Option(help="Draws what clients do, and when; random where it is not set.")
     ] = None,

@@ -5,26 +5,22 @@ from typing import Any
 
 import ctranslate2
 
-from shared.gpt.sampling import SamplingParameters
 from tests.benchmarks.closed_loop import ClosedLoop
 from tests.benchmarks.setup import Setup
 from tests.benchmarks.worker import resident_peak
 
 
 class Generation:
-    """All rows at once. `variant` "" takes the likeliest token, as it does by itself; "sampled" draws at our
-    temperature."""
+    """All rows at once."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
-        given = Setup(**setup)
+        given = Setup.from_dict(setup)
         self._work = ClosedLoop(**work)
         converted = given.checkpoint.converted
         self._tokens = json.loads((converted / "vocabulary.json").read_bytes())
         self._generator = ctranslate2.Generator(
             str(converted), compute_type="float32", inter_threads=1, intra_threads=given.threads
         )
-        sampling = {"sampling_topk": 0, "sampling_temperature": SamplingParameters().temperature}
-        self._sampling = sampling if variant == "sampled" else {}
         self._prompts = self._work.prompts()
 
     def step(self) -> None:
@@ -33,7 +29,6 @@ class Generation:
             min_length=self._work.output_tokens,
             max_length=self._work.output_tokens,
             include_prompt_in_result=False,
-            **self._sampling,
         )
         self._work.check([len(result.sequences_ids[0]) for result in results])
 

@@ -29,7 +29,7 @@ class Generation:
     """All rows at once. `variant` "" draws as the server does by itself, "greedy" takes the likeliest token."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
-        given = Setup(**setup)
+        given = Setup.from_dict(setup)
         self._work = ClosedLoop(**work)
         self._sampling = SamplingParameters(temperature=0.0) if variant == "greedy" else SamplingParameters()
         self._prompts = self._work.prompts()

@@ -19,11 +19,10 @@ from tests.benchmarks.setup import Setup
 OPTIONS = [("grpc.enable_http_proxy", 0)]
 
 
-def request(prompt: Sequence[int], output_tokens: int, variant: str) -> pb.GenerateRequest:
-    """Exactly so many tokens; `variant` "" draws as the server does by itself, "greedy" takes the likeliest token."""
+def request(prompt: Sequence[int], output_tokens: int) -> pb.GenerateRequest:
+    """Exactly so many tokens, drawn as the server does by itself."""
     return pb.GenerateRequest(
         prompt_tokens=pb.TokenIds(ids=prompt),
-        sampling=pb.Sampling(temperature=0.0) if variant == "greedy" else None,
         max_tokens=output_tokens,
         ignore_eos=True,
     )
@@ -32,14 +31,15 @@ def request(prompt: Sequence[int], output_tokens: int, variant: str) -> pb.Gener
 class Serving:
     """The load generator: each request is a call of its own, sent when it is due."""
 
-    def __init__(self, setup: Setup, variant: str) -> None:
-        self._setup, self._variant = setup, variant
+    def __init__(self, setup: Setup) -> None:
+        assert setup.endpoint is not None
+        self._endpoint = setup.endpoint
 
     def play(self, schedule: Schedule, progress: Progress) -> Recording:
         return asyncio.run(self._play(schedule, progress))
 
     async def _play(self, schedule: Schedule, progress: Progress) -> Recording:
-        async with grpc.aio.insecure_channel(self._setup.address, options=OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(self._endpoint.address, options=OPTIONS) as channel:
             await channel.channel_ready()
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             memory = [await self._resident_bytes()]
@@ -53,7 +53,7 @@ class Serving:
         return Recording(streams, memory)
 
     async def _call(self, stub: Any, arrival: Arrival, begin: float, limit_s: float, progress: Progress) -> Stream:
-        message = request(arrival.prompt, arrival.output_tokens, self._variant)
+        message = request(arrival.prompt, arrival.output_tokens)
         await asyncio.sleep(begin + arrival.at_s - time.monotonic())
         stream = Stream(arrival.at_s, time.monotonic() - begin)
         try:
@@ -75,21 +75,23 @@ class Serving:
             memory.append(await self._resident_bytes())
 
     async def _resident_bytes(self) -> int:
-        return await asyncio.to_thread(resident_bytes, self._setup.metrics_port)
+        return await asyncio.to_thread(resident_bytes, self._endpoint.metrics_port)
 
 
 class Generation:
     """All rows at once, as calls on one connection."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
-        self._setup, self._work, self._variant = Setup(**setup), ClosedLoop(**work), variant
+        endpoint = Setup.from_dict(setup).endpoint
+        assert endpoint is not None
+        self._endpoint, self._work = endpoint, ClosedLoop(**work)
         self._runner = asyncio.Runner()
         self._channel = self._runner.run(self._connect())
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._prompts = self._work.prompts()
 
     async def _connect(self) -> grpc.aio.Channel:
-        channel = grpc.aio.insecure_channel(self._setup.address, options=OPTIONS)
+        channel = grpc.aio.insecure_channel(self._endpoint.address, options=OPTIONS)
         await channel.channel_ready()
         return channel
 
@@ -101,7 +103,7 @@ class Generation:
 
     async def _tokens(self, prompt: Sequence[int]) -> int:
         tokens = 0
-        async for response in self._stub.Generate(request(prompt, self._work.output_tokens, self._variant)):
+        async for response in self._stub.Generate(request(prompt, self._work.output_tokens)):
             tokens += len(response.delta.token_ids)
         return tokens
 
@@ -109,7 +111,7 @@ class Generation:
         pass
 
     def peak_bytes(self) -> int:
-        return resident_bytes(self._setup.metrics_port)
+        return resident_bytes(self._endpoint.metrics_port)
 
     def end(self) -> None:
         self._runner.run(self._channel.close())

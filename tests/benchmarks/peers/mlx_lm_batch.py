@@ -15,10 +15,8 @@ accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 import mlx.core as mx  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.gpt2 import Model, ModelArgs  # noqa: E402
-from mlx_lm.sample_utils import make_sampler  # noqa: E402
 
 from shared.gpt.gpt2 import PREFIX  # noqa: E402
-from shared.gpt.sampling import SamplingParameters  # noqa: E402
 from shared.gpt.weights import load_arrays  # noqa: E402
 from tests.benchmarks.checkpoint import Checkpoint  # noqa: E402
 from tests.benchmarks.closed_loop import ClosedLoop  # noqa: E402
@@ -41,20 +39,14 @@ def load(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def batch_generator(model: Any, slots: int, variant: str) -> Any:
-    """`variant` "" takes the likeliest token, as it does by itself; "sampled" draws at our temperature."""
-    sampler = make_sampler(temp=SamplingParameters().temperature) if variant == "sampled" else None
-    return BatchGenerator(model, completion_batch_size=slots, sampler=sampler)
-
-
 class Serving:
     """Requests are inserted when they are due, between two steps."""
 
-    def __init__(self, setup: Setup, variant: str) -> None:
-        self._model, self._slots, self._variant = load(setup.checkpoint), setup.slots, variant
+    def __init__(self, setup: Setup) -> None:
+        self._model, self._slots = load(setup.checkpoint), setup.slots
 
     def play(self, schedule: Schedule, progress: Progress) -> Recording:
-        generator = batch_generator(self._model, self._slots, self._variant)
+        generator = BatchGenerator(self._model, completion_batch_size=self._slots)
         memory = [accelerator.memory().resident_bytes]
         waiting, streams = deque(schedule.arrivals), list[Stream]()
         running: dict[int, Stream] = {}
@@ -95,9 +87,9 @@ class Generation:
     """All rows at once."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
-        given = Setup(**setup)
+        given = Setup.from_dict(setup)
         self._work = ClosedLoop(**work)
-        self._generator = batch_generator(load(given.checkpoint), given.slots, variant)
+        self._generator = BatchGenerator(load(given.checkpoint), completion_batch_size=given.slots)
         self._prompts = self._work.prompts()
 
     def step(self) -> None:

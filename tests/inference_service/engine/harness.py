@@ -73,7 +73,7 @@ class Harness:
 
     def submit(self, *requests: GenerationRequest) -> None:
         """All before the engine's next step."""
-        with self.engine._changed:
+        with self.engine._inbox._changed:
             for request in requests:
                 self._results[request.id] = [Result([]) for _ in range(request.samples)]
                 self.engine.submit(request)

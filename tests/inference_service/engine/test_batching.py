@@ -235,7 +235,7 @@ def test_a_version_that_is_known_goes_before_one_that_is_examined(harness: Harne
     model = tiny_model(3)
     order: list[int] = []
     ready = []
-    with harness.engine._changed:
+    with harness.engine._inbox._changed:
         for version, windows in ((2, [(1,) * 90] * 20), (3, [(1,) * 90] * 20), (4, [])):
             decoder = CpuDecoder(model, SLOTS, threads=1)
             added = harness.engine.add_version(version, decoder, byte_tokenizer(), 96, windows)

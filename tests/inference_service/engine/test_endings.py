@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from inference_service.engine import engine, runner
@@ -163,6 +164,33 @@ def test_numbers_that_are_not_finite_end_their_stream_alone() -> None:
     assert all(result.tokens == before.tokens for result in again)
 
 
+def test_a_beginning_whose_numbers_were_not_finite_once_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(prefix_bytes=1 << 20)
+    harness.add(1, seed=0)
+    begin = "x" * 64
+    forward = CpuDecoder.forward
+    spoils = iter([True])
+
+    def spoil(self: CpuDecoder, spans: Sequence[Span]) -> Sequence[Logits]:
+        logits = forward(self, spans)
+        if next(spoils, False):
+            for layer in self._caches:
+                layer[:] = np.nan
+        return logits
+
+    try:
+        (fresh,) = harness.generate(request("fresh", begin + "two"))
+        harness.add(2, seed=0)
+        monkeypatch.setattr(CpuDecoder, "forward", spoil)
+        (bad,) = harness.generate(request("bad", begin + "one", version=2))
+        after, later = (harness.generate(request(name, begin + "two", version=2))[0] for name in ("after", "later"))
+    finally:
+        harness.engine.stop()
+    assert isinstance(bad.events[-1], Failed) and isinstance(bad.events[-1].error, NotFinite)
+    assert after.tokens == later.tokens == fresh.tokens
+    assert [one.finished.cached_prompt_tokens for one in (after, later)] == [0, 64]
+
+
 def test_a_failed_step_ends_its_own_streams_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness(slots=2)
     harness.add(1, seed=0)
@@ -293,7 +321,7 @@ def test_ten_thousand_cancels_leave_memory_flat(harness: Harness) -> None:
     assert after.resident_bytes - before.resident_bytes < 4 << 20
     # Where the machine holds this thread up, a stream can have its last token before it is cancelled.
     assert reasons[FinishReason.CANCELLED] > 10_000
-    assert harness.engine._open == {} and harness.engine._requests == {}
+    assert harness.engine._inbox._open == {} and harness.engine._requests == {}
 
 
 def test_stopping_ends_open_streams(harness: Harness) -> None:
@@ -319,7 +347,28 @@ def test_a_version_whose_steps_keep_failing_ends_alone(harness: Harness, monkeyp
     assert harness.wait("good").finished.generated_tokens == 90
     assert harness.failures == 0
     harness.engine.remove_version(2).result(LIMIT_S)
-    assert harness.engine._open == {} and harness.engine._requests == {}
+    assert harness.engine._inbox._open == {} and harness.engine._requests == {}
+    assert harness.generate(request("last"))[0].finished.generated_tokens == 20
+
+
+def test_an_engine_that_is_left_with_versions_whose_steps_keep_failing_ends(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.add(2, seed=0)
+    break_forward(monkeypatch, lambda spans: spans[0].tokens[0] == ord("x"))
+    for number in range(4):
+        (bad,) = harness.generate(request(f"bad{number}", "x" * 70, version=2))
+        assert isinstance(bad.events[-1], Failed)
+    assert harness.generate(request("good"))[0].finished.generated_tokens == 20
+    assert harness.failures == 0
+    with harness.engine._inbox._changed:
+        gone = harness.engine.remove_version(1)
+        harness.submit(request("after", version=2))
+    gone.result(LIMIT_S)
+    last = harness.wait("after").events[-1]
+    assert isinstance(last, Failed) and isinstance(last.error, Unavailable)
+    assert harness.engine.stop()
+    assert harness.failures == 1
 
 
 def test_who_gives_up_waiting_for_a_version_does_not_disturb_the_engine(harness: Harness) -> None:

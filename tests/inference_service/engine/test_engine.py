@@ -1,14 +1,16 @@
 """What a stream of the engine gives."""
 
 import math
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from inference_service.engine.request import FinishReason
-from shared.gpt.sampling import SamplingParameters
+from shared.gpt.sampling import SamplingParameters, adjust
 from tests.fakes import TINY, tiny_model
 from tests.inference_service.engine.harness import Harness, request
 
@@ -25,6 +27,41 @@ def test_bias_and_penalties_change_what_is_drawn(harness: Harness) -> None:
     # After so many times the penalty outweighs the bias.
     assert penalised.tokens[0] == ord("q") != penalised.tokens[-1]
     assert penalised.tokens.count(ord("q")) < 15
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 2.0},
+        {"frequency_penalty": 1.0},
+        {"logit_bias": ((ord("q"), 1.0), (ord("z"), 2.0))},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_the_likeliest_after_penalties_and_bias(harness: Harness, values: dict[str, Any]) -> None:
+    greedy = SamplingParameters(temperature=0.0)
+    changed = replace(greedy, **values)
+    plain, result = harness.generate(request("plain", sampling=greedy), request("changed", sampling=changed))
+    assert result.tokens != plain.tokens
+    model = tiny_model(0)
+    for place, token in enumerate(result.tokens):
+        before = result.tokens[:place]
+        logits = np.array(model(mx.array([[*b"Once", *before]]))[0, -1])
+        adjusted = adjust(logits, changed, list(b"Once"), Counter(before))
+        adjusted[256] = -np.inf
+        assert int(np.argmax(adjusted)) == token
+
+
+@pytest.mark.parametrize("values", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_a_filter_that_leaves_one_token_draws_the_likeliest(harness: Harness, values: dict[str, Any]) -> None:
+    hot = SamplingParameters(temperature=3.0)
+    greedy, filtered, free = harness.generate(
+        request("greedy", sampling=SamplingParameters(temperature=0.0)),
+        request("filtered", sampling=replace(hot, **values)),
+        request("free", sampling=hot),
+    )
+    assert filtered.tokens == greedy.tokens != free.tokens
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 3.0])
@@ -83,6 +120,14 @@ def test_the_end_token_ends_a_stream_unless_it_is_forbidden(harness: Harness) ->
     assert 256 not in later.tokens[:5]
     assert never.finished.reason is FinishReason.LENGTH
     assert 256 not in never.tokens
+
+
+@pytest.mark.parametrize("least", [0, 1, 5])
+def test_a_certain_end_token_comes_once_there_are_min_tokens(harness: Harness, least: int) -> None:
+    certain = SamplingParameters(logit_bias=((256, 100.0),))
+    (result,) = harness.generate(request("a", sampling=certain, min_tokens=least, ignore_eos=False))
+    assert result.tokens.index(256) == least == len(result.tokens) - 1
+    assert result.finished.reason is FinishReason.EOS
 
 
 def test_the_context_ends_a_stream(harness: Harness) -> None:

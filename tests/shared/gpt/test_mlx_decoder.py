@@ -43,6 +43,7 @@ def test_the_warm_up_compiles_whatever_spans_come(context_length: int) -> None:
         for start in range(0, context_length - length + 1, SPAN_TOKENS):
             (row,) = decoder.forward([Span(length % SLOTS, start, (1,) * length)])
             decoder.draw([PlainDraw(row, 1.0, seed=1, position=0, masked=None)] * (length % 5))
+            decoder.score(Span((length + 1) % SLOTS, start, (1,) * length), (2,) * length)
     for position in range(context_length):
         rows = decoder.forward([Span(slot, position, (2,)) for slot in range(1 + position % SLOTS)])
         decoder.draw([PlainDraw(row, 0.0, seed=1, position=0, masked=3) for row in rows])

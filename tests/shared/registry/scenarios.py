@@ -79,9 +79,9 @@ def observe(root: Path) -> View:
     assert set(labels.values()) <= set(numbers)
     for path in (root / "runs").glob("*/fence"):
         view.add(f"fence of {path.parent.name}: {int(path.read_text())}")
-    for path in (root / "serving" / "findings").glob("*.json"):
-        number = int(path.stem)
-        view.add(f"finding of {number}: {registry.decisions.findings([number])[number]}")
+    findings = registry.decisions.findings()
+    view |= {f"finding of {number}: {each}" for number, each in findings.items()}
+    assert sum(map(len, findings.values())) == len([*(root / "serving" / "findings").glob("*.json")])
     return frozenset(view)
 
 

@@ -16,7 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument
-from shared.registry.decisions import LABELS, Decisions, Finding, check_label, pinned, pinned_number
+from shared.registry.decisions import (
+    LABELS,
+    Decisions,
+    Finding,
+    check_label,
+    finding_on,
+    is_refused_everywhere,
+    pinned,
+    pinned_number,
+)
 
 FINDING = Finding("digest", "cpu", loss=2.5, refusal=None, sentence="", at=1.0)
 REFUSAL = replace(FINDING, loss=None, refusal="lying", sentence="It claims too much.")
@@ -25,7 +34,7 @@ REFUSAL = replace(FINDING, loss=None, refusal="lying", sentence="It claims too m
 WRITES: dict[str, Callable[[Decisions], None]] = {
     "policy": lambda decisions: decisions.set_policy("latest"),
     "stable": lambda decisions: decisions.set_stable(7),
-    "findings/7.json": lambda decisions: decisions.keep(7, FINDING),
+    "findings/7.cpu.json": lambda decisions: decisions.keep(7, FINDING),
 }
 
 NO_NUMBERS = (
@@ -77,7 +86,7 @@ def test_where_nobody_decided_anything_best_serves(
 ) -> None:
     assert decisions.policy() == "best"
     assert decisions.stable() is None
-    assert decisions.findings([1, 2]) == {}
+    assert decisions.findings() == {}
     assert not caplog.text
     assert not serving.parent.exists(), "reading made a folder"
 
@@ -176,7 +185,7 @@ def test_what_the_disk_does_not_yield_was_not_left_undecided(decisions: Decision
     st.builds(
         Finding,
         digest=st.text(),
-        device=st.text(),
+        device=st.from_regex("[a-z0-9_]+", fullmatch=True),
         loss=st.none() | st.floats(allow_nan=False),
         refusal=st.none() | st.text(),
         sentence=st.text(),
@@ -186,32 +195,63 @@ def test_what_the_disk_does_not_yield_was_not_left_undecided(decisions: Decision
 def test_a_finding_is_read_back_as_it_was_kept(tmp_path_factory: pytest.TempPathFactory, finding: Finding) -> None:
     root = tmp_path_factory.mktemp("registry")
     Decisions(root).keep(7, finding)
-    assert Decisions(root).findings([7]) == {7: finding}
+    assert Decisions(root).findings() == {7: [finding]}
 
 
-def test_findings_are_those_of_the_versions_that_were_asked_for(decisions: Decisions) -> None:
-    decisions.keep(1, FINDING)
-    decisions.keep(2, FINDING)
-    decisions.keep(2, REFUSAL)
+def test_of_each_version_the_last_finding_of_each_device_is_kept(decisions: Decisions) -> None:
+    elsewhere = replace(FINDING, device="metal")
+    for finding in (FINDING, elsewhere, REFUSAL):
+        decisions.keep(2, finding)
     decisions.keep(12, FINDING)
-    assert decisions.findings([1, 2, 3]) == {1: FINDING, 2: REFUSAL}
+    findings = decisions.findings()
+    assert {number: sorted(each, key=lambda one: one.device) for number, each in findings.items()} == {
+        2: [REFUSAL, elsewhere],
+        12: [FINDING],
+    }
+
+
+@pytest.mark.parametrize("reason", ["corrupt", "unfit", "rolled_back"])
+def test_what_no_device_changes_counts_on_every_device(reason: str) -> None:
+    findings = [FINDING, replace(FINDING, device="metal", refusal=reason, at=2.0)]
+    assert finding_on(findings, "digest", "cpu") == finding_on(findings, "digest", "metal") == findings[1]
+    assert is_refused_everywhere(findings, "digest")
+    # Until it was found out anew.
+    again = replace(FINDING, at=3.0)
+    assert finding_on([*findings, again], "digest", "cpu") == again
+    assert not is_refused_everywhere([*findings, again], "digest")
+
+
+@pytest.mark.parametrize("reason", ["not_finite", "lying", "worse", "failing"])
+def test_what_a_device_computes_counts_on_that_device_alone(reason: str) -> None:
+    findings = [FINDING, replace(FINDING, device="metal", refusal=reason, at=2.0)]
+    assert finding_on(findings, "digest", "cpu") == FINDING
+    assert finding_on(findings, "digest", "metal") == findings[1]
+    assert not is_refused_everywhere(findings, "digest")
+    assert is_refused_everywhere(findings[1:], "digest")
+
+
+def test_what_was_found_out_about_another_version_does_not_count() -> None:
+    assert finding_on([REFUSAL], "another digest", "cpu") is None
+    assert not is_refused_everywhere([REFUSAL], "another digest")
+    assert not is_refused_everywhere([], "digest")
 
 
 @pytest.mark.parametrize("content", DAMAGED_FINDINGS)
 def test_what_cannot_be_read_was_not_found_out(decisions: Decisions, serving: Path, content: str | bytes) -> None:
     decisions.keep(1, FINDING)
-    write(serving / "findings" / "2.json", content)
-    assert decisions.findings([1, 2]) == {1: FINDING}
+    write(serving / "findings" / "2.cpu.json", content)
+    assert decisions.findings() == {1: [FINDING]}
     decisions.keep(2, REFUSAL)
-    assert decisions.findings([1, 2]) == {1: FINDING, 2: REFUSAL}
+    assert decisions.findings() == {1: [FINDING], 2: [REFUSAL]}
 
 
 def test_what_is_forgotten_was_not_found_out(decisions: Decisions) -> None:
     for number in (1, 2):
         decisions.keep(number, REFUSAL)
+    decisions.keep(1, replace(REFUSAL, device="metal"))
     decisions.forget(1)
     decisions.forget(1)
-    assert decisions.findings([1, 2]) == {2: REFUSAL}
+    assert decisions.findings() == {2: [REFUSAL]}
 
 
 def test_where_nothing_was_found_out_nothing_is_forgotten(decisions: Decisions, serving: Path) -> None:
@@ -229,7 +269,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(decisions: Decisions, servin
     with pytest.raises(FailedPrecondition, match=rf"{re.escape(str(serving))}.*\); take away what stands where"):
         write_it(decisions)
     assert serving.read_text() == "in the way"
-    assert (decisions.policy(), decisions.stable(), decisions.findings([7])) == ("best", None, {})
+    assert (decisions.policy(), decisions.stable(), decisions.findings()) == ("best", None, {})
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -280,7 +320,7 @@ def test_of_writers_at_once_a_reader_sees_one_text_or_the_other(decisions: Decis
     command = [sys.executable, "-c", program, str(serving.parent)]
     writers = [subprocess.Popen([*command, letter], cwd=Path(__file__).parents[3]) for letter in "ab"]
     while any(writer.poll() is None for writer in writers):
-        assert decisions.findings([7]).get(7) in kept
+        assert decisions.findings()[7][0] in kept
     assert [writer.returncode for writer in writers] == [0, 0]
-    assert decisions.findings([7])[7] in kept
-    assert [path.name for path in (serving / "findings").iterdir()] == ["7.json"]
+    assert decisions.findings()[7][0] in kept
+    assert [path.name for path in (serving / "findings").iterdir()] == ["7.cpu.json"]

@@ -1,6 +1,4 @@
 import errno
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -8,20 +6,14 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, NotFound, RunOwnershipLost
-from shared.registry import policy
 from shared.registry.commit import reveal
-from shared.registry.decisions import Finding
 from shared.registry.fence import Fence
-from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import RUN, make_manifest, observe
 
@@ -42,11 +34,6 @@ def publish(registry: Registry, fence: Fence | None = None, **values: object) ->
     )
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
-
-
 def test_versions_are_numbered_upwards_and_read_back_as_written(registry: Registry) -> None:
     first, second = publish(registry), publish(registry)
     assert (first.version, second.version) == (1, 2)
@@ -61,111 +48,6 @@ def test_an_empty_registry_says_so(registry: Registry) -> None:
         registry.resolve("best")
     with pytest.raises(NotFound, match="no version 7"):
         registry.version(7)
-
-
-def test_best_is_the_lowest_bits_per_byte_on_the_newest_evaluation_set(registry: Registry) -> None:
-    publish(registry, bits_per_byte=0.1, evaluation_set="another text")
-    publish(registry, bits_per_byte=0.9)
-    publish(registry, bits_per_byte=0.7)
-    publish(registry, bits_per_byte=0.8)
-    assert registry.labels() == {"best": 3, "latest": 4}
-    assert registry.resolve("best").version == 3
-    with pytest.raises(NotFound, match=r"best \(version 3\)"):
-        registry.resolve("stable")
-
-
-def test_of_equally_good_versions_the_newest_is_best(registry: Registry) -> None:
-    publish(registry)
-    publish(registry)
-    assert registry.labels()["best"] == 2
-
-
-def test_best_is_never_a_refused_version() -> None:
-    versions = [make_manifest(number, bits_per_byte=bits) for number, bits in enumerate((0.8, 0.6, 0.7), 1)]
-    assert policy.labels(versions, refused=[2]) == {"best": 3, "latest": 3}
-    assert policy.labels(versions, refused=[2, 3]) == {"best": 1, "latest": 3}
-    assert policy.labels(versions, refused=[1, 2, 3]) == {"latest": 3}
-
-
-def test_where_the_first_version_on_a_new_text_is_refused_the_text_before_counts() -> None:
-    versions = [make_manifest(1, bits_per_byte=0.5), make_manifest(2, evaluation_set="another text")]
-    assert policy.labels(versions) == {"best": 2, "latest": 2}
-    assert policy.labels(versions, refused=[2]) == {"best": 1, "latest": 2}
-
-
-def test_a_decision_names_a_version_only_while_it_is_there() -> None:
-    versions = [make_manifest(number) for number in (3, 4)]
-    named = {"best": 4, "latest": 4}
-    assert policy.labels(versions, stable=3, pinned=3) == named | {"stable": 3, "pinned:3": 3}
-    assert policy.labels(versions, stable=2, pinned=5) == named
-    assert policy.labels([], stable=3, pinned=3) == {}
-
-
-@given(
-    claims=st.dictionaries(st.integers(1, 9), st.sampled_from([0.5, 0.7, 0.9])),
-    refused=st.sets(st.integers(1, 9)),
-    stable=st.none() | st.integers(1, 9),
-    pinned=st.none() | st.integers(1, 9),
-)
-def test_every_label_names_the_version_that_it_should(
-    claims: dict[int, float], refused: set[int], stable: int | None, pinned: int | None
-) -> None:
-    versions = [make_manifest(number, bits_per_byte=bits) for number, bits in claims.items()]
-    expected = {"stable": stable, f"pinned:{pinned}": pinned}
-    expected = {label: number for label, number in expected.items() if number in claims}
-    if claims:
-        expected["latest"] = max(claims)
-    if claims.keys() - refused:
-        expected["best"] = min(claims.keys() - refused, key=lambda number: (claims[number], -number))
-    assert policy.labels(versions, refused, stable, pinned) == expected
-
-
-def test_what_was_found_out_about_another_version_of_the_same_number_does_not_count(registry: Registry) -> None:
-    publish(registry)
-    registry.decisions.keep(1, Finding("another digest", "cpu", None, "lying", "It lies.", at=1.0))
-    assert registry.labels()["best"] == 1
-
-
-def test_damaged_decisions_leave_the_labels_of_the_manifests(
-    registry: Registry, caplog: pytest.LogCaptureFixture
-) -> None:
-    publish(registry)
-    registry.decisions.set_stable(1)
-    (registry.root / "serving" / "policy").write_text("newest")
-    assert registry.labels() == {"best": 1, "latest": 1}
-    assert "policy cannot be understood: 'newest' is no label" in caplog.text
-
-
-def judged(manifest: VersionManifest, refusal: str | None = None) -> Finding:
-    return Finding(manifest.digest, "cpu", None, refusal, "It is as it is.", at=1.0)
-
-
-def test_labels_follow_what_was_found_out_and_decided(registry: Registry) -> None:
-    versions = [publish(registry, bits_per_byte=bits) for bits in (0.7, 0.6, 0.8, 0.9)]
-    registry.decisions.keep(1, judged(versions[0]))
-    assert registry.labels() == {"best": 2, "latest": 4}
-    registry.decisions.keep(2, judged(versions[1], "lying"))
-    registry.decisions.set_stable(3)
-    registry.decisions.set_policy("pinned:2")
-    expected = {"best": 1, "latest": 4, "stable": 3, "pinned:2": 2}
-    assert registry.labels() == Registry(registry.root).labels() == expected
-    assert {label: registry.resolve(label).version for label in expected} == expected
-    registry.decisions.forget(2)
-    assert registry.labels()["best"] == 2
-
-
-def test_a_removed_version_takes_its_labels_and_its_finding_along(registry: Registry) -> None:
-    first, second = publish(registry), publish(registry)
-    for manifest in (first, second):
-        registry.decisions.keep(manifest.version, judged(manifest, "lying"))
-    registry.decisions.set_stable(1)
-    registry.decisions.set_policy("pinned:1")
-    assert registry.labels() == {"latest": 2, "stable": 1, "pinned:1": 1}
-    registry.remove(Checkpoint(1))
-    assert registry.labels() == {"latest": 2}
-    assert registry.decisions.findings([1, 2]) == {2: judged(second, "lying")}
-    with pytest.raises(NotFound, match="No version has the label 'stable'"):
-        registry.resolve("stable")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add"])
@@ -294,75 +176,6 @@ def test_a_registry_that_was_emptied_and_filled_again_is_read_anew(registry: Reg
     registry.version_directory(1).rename(registry.root / "moved")
     publish(registry, dataset="new")
     assert registry.versions()[0].dataset == "new"
-
-
-def _rewrite(directory: Path, **values: object) -> None:
-    """Writes a manifest as another program would, with the digest of what is in it."""
-    path = directory / "manifest.json"
-    changed = json.loads(path.read_text()) | values
-    del changed["sha256"]
-    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(changed | {"sha256": digest}))
-
-
-def test_a_newer_programs_manifest_can_be_read(registry: Registry) -> None:
-    publish(registry)
-    _rewrite(registry.version_directory(1), added_later=1)
-    assert Registry(registry.root).version(1).version == 1
-
-
-def test_the_digest_is_that_of_the_file_and_the_same_when_it_was_read_back(registry: Registry) -> None:
-    # A float that was whole stands as it was given, and a tuple as a list.
-    manifest = publish(registry, claimed_loss=2, training={"rate": 1e-4, "text": "ü"}, validation_files=("a", "b"))
-    file = registry.version_directory(1) / "manifest.json"
-    assert manifest.digest == json.loads(file.read_text())["sha256"]
-    assert Registry(registry.root).version(1).digest == manifest.digest
-    assert len(manifest.digest) == 64
-
-
-def _another(value: Any) -> Any:
-    match value:
-        case None:
-            return 1
-        case int() | float() | str():
-            return value * 2
-        case tuple():
-            return (*value, value)
-        case _:
-            return value | {"another": 1}
-
-
-def test_another_value_in_any_field_is_another_digest() -> None:
-    record = FileRecord("model.safetensors", size_bytes=7, sha256="abc")
-    manifest = make_manifest(1, (record,))
-    names = [field.name for field in fields(manifest) if field.name != "files"]
-    others = [replace(manifest, **{name: _another(getattr(manifest, name))}) for name in names]
-    records = [replace(record, **{field.name: _another(getattr(record, field.name))}) for field in fields(record)]
-    others += [replace(manifest, files=files) for files in ((), (record, record), *((each,) for each in records))]
-    assert make_manifest(1, (record,)).digest == manifest.digest
-    assert len({each.digest for each in (manifest, *others)}) == 1 + len(others)
-
-
-@given(place=st.integers(min_value=0), bit=st.integers(0, 7))
-def test_a_manifest_in_which_a_bit_was_flipped_is_never_believed(place: int, bit: int) -> None:
-    text = bytearray(make_manifest(1).to_json().encode())
-    text[place % len(text)] ^= 1 << bit
-    try:
-        read = VersionManifest.from_json(text.decode())
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return
-    # The name of the digest itself is what was hit.
-    assert read == make_manifest(1)
-
-
-@pytest.mark.parametrize("values", [{"bits_per_byte": None}, {"version": "1"}, {"model": []}, {"step": True}])
-def test_a_manifest_with_a_value_of_another_type_is_left_out(registry: Registry, values: dict[str, object]) -> None:
-    publish(registry)
-    _rewrite(registry.version_directory(1), **values)
-    (name,) = values
-    with pytest.raises(CorruptCheckpoint, match=f"cannot be understood: {name} is "):
-        Registry(registry.root).version(1)
-    assert Registry(registry.root).versions() == []
 
 
 def test_what_is_no_checkpoint_is_named_and_left_alone(registry: Registry) -> None:

@@ -59,8 +59,9 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Streams one generation: `started`, any number of `delta`, then `finished`, the latter once for
         each sample. INVALID_ARGUMENT names the field that is wrong, NOT_FOUND an unknown version,
-        UNAVAILABLE an empty registry or a server that ends. RESOURCE_EXHAUSTED is a full queue, with a
-        google.rpc.RetryInfo in the status that says when to ask again, or a client that reads too slowly.
+        FAILED_PRECONDITION a refused one, UNAVAILABLE an empty registry or a server that ends.
+        RESOURCE_EXHAUSTED is a full queue, with a google.rpc.RetryInfo in the status that says when to ask
+        again, or a client that reads too slowly. INTERNAL is a step that failed, or logits that are not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -243,15 +244,16 @@ class ModelAdminServiceServicer:
     """
 
     def ListVersions(self, request, context):
-        """Every version in the registry, by ascending number.
+        """Every version in the registry, by ascending number; of one whose manifest cannot be read nothing but
+        that and why.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadVersion(self, request, context):
-        """Brings a version into memory, where it stays until it is unloaded or the version that is to serve
-        needs its room. One that was refused is examined again.
+        """Brings a version into memory, where it stays until it is unloaded, or without streams when another
+        one needs its room. One that was refused is examined again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,18 @@
+"""What the clients of both services of a server do alike: what their channels need, and what they refuse to send."""
+
+import contextlib
+from collections.abc import Iterator
+
+from shared.errors import InvalidArgument
+
+# A proxy for the web has no way to a server on this machine.
+NO_PROXY = ("grpc.enable_http_proxy", 0)
+
+
+@contextlib.contextmanager
+def sendable() -> Iterator[None]:
+    """Raises `InvalidArgument` on a value that no field of a message can hold, and on a field that there is not."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"A parameter cannot be sent: {str(error).rstrip('.')}.") from None

@@ -1,0 +1,32 @@
+import pytest
+
+from tests.benchmarks.closed_loop import ClosedLoop
+from tests.benchmarks.engine import cost_of_grpc, in_pairs
+from tests.benchmarks.side_by_side import Measured
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a", "gptloop-engine", "b", "gptloop-grpc"], ["a", "gptloop-engine", "gptloop-grpc", "b"]),
+        (["gptloop-grpc", "a", "gptloop-engine"], ["a", "gptloop-engine", "gptloop-grpc"]),
+        (["gptloop-engine greedy", "gptloop-grpc"], ["gptloop-engine greedy", "gptloop-grpc"]),
+    ],
+)
+def test_the_streamed_engine_is_measured_right_after_the_bare_one(names: list[str], expected: list[str]) -> None:
+    assert in_pairs(names) == expected
+
+
+def test_the_cost_of_grpc_compares_rounds_in_pairs() -> None:
+    work = ClosedLoop(rows=32, prompt_tokens=16, output_tokens=64, vocabulary_size=100)
+    # The machine slows down from round to round, and gRPC adds 20, 15, 0, 5 and 10 %.
+    measured = {
+        "gptloop-engine": Measured((1.0, 2.0, 3.0, 4.0, 5.0), 1),
+        "gptloop-grpc": Measured((1.2, 2.3, 3.0, 4.2, 5.5), 1),
+    }
+    assert cost_of_grpc([(work, measured)]).endswith("(quartiles): 10.0 % (5.0 to 15.0) at x32.")
+
+
+def test_a_step_is_the_median_of_its_rounds_and_the_spread_relative_to_it() -> None:
+    measured = Measured((2.0, 1.0, 6.0), 1)
+    assert (measured.step_s, measured.spread) == (2.0, 2.5)

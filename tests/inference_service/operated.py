@@ -1,0 +1,67 @@
+"""A server that asks operators for a credential, for tests."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from inference_service.admin_client import AdminClient
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.registry.manifest import VersionManifest
+from tests.fakes import publish_tiny_version
+from tests.inference_service.process import Server, until
+
+TOKEN = "open sesame"
+
+
+class Operated:
+    """A server that asks for a credential, a client of each kind, and a version that is to serve."""
+
+    def __init__(self, var: Path) -> None:
+        self.server = Server(var, GPTLOOP_ADMIN_TOKEN=TOKEN)
+        self.admin = AdminClient(self.server.address, TOKEN)
+        self.client = self.server.client()
+
+    def publish(self, **options: Any) -> VersionManifest:
+        """A version with fewer bits per byte than all before."""
+        count = len(self.server.registry.versions())
+        return publish_tiny_version(self.server.registry, 8.0 / (count + 1), **options)
+
+    def publish_serving(self, **options: Any) -> int:
+        """The number of a new version, which serves now as the best one."""
+        number = self.publish(**options).version
+        self.admin.set_policy("best")
+        self.await_serving(number)
+        return number
+
+    def status(self, number: int) -> pb.VersionStatus:
+        (status,) = [one for one in self.admin.versions().versions if one.version == number]
+        return status
+
+    def state(self, number: int) -> str:
+        return pb.VersionState.Name(self.status(number).state).removeprefix("VERSION_STATE_")
+
+    def await_serving(self, number: int) -> None:
+        until(lambda: self.state(number) == "SERVING")
+
+    def answering(self, **choice: Any) -> int:
+        """The version that answers a request, which names it with its digest."""
+        started = next(iter(self.client.generate("x", max_tokens=1, **choice)))
+        assert isinstance(started, pb.Started)
+        assert started.model_digest == self.server.registry.version(started.model_version).digest
+        return started.model_version
+
+    @contextmanager
+    def stream(self, **choice: Any) -> Iterator[None]:
+        """A stream that runs meanwhile."""
+        with self.client.generate("x", max_tokens=16000, ignore_eos=True, **choice) as stream:
+            assert isinstance(next(iter(stream)), pb.Started)
+            yield
+
+    def end(self) -> None:
+        self.admin.close()
+        self.client.close()
+        assert self.server.end() == 0, self.server.lines
+        log = "".join(self.server.lines)
+        assert "Traceback" not in log, log
+        assert TOKEN not in log

@@ -1,0 +1,163 @@
+"""Versions that served and must not any more: operators roll them back, or failing streams do."""
+
+from pathlib import Path
+
+import pytest
+
+from inference_service.hotload import State
+from shared.errors import FailedPrecondition, GptloopError
+from tests.fakes import publish_tiny_version
+from tests.inference_service.world import World, polls, run, standing, until
+
+
+def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        assert await world.loader.roll_back() == 3
+        await until(lambda: world.serving == 3)
+        await polls(world)
+        assert world.serving == 3
+        two = await standing(world, 2)
+        assert (two.state, two.reason) == (State.REFUSED, "rolled_back: an operator rolled it back")
+        assert (await standing(world, 3)).labels == ("best", "latest")
+        # A better one takes over as ever.
+        publish_tiny_version(world.registry, 0.5)
+        await until(lambda: world.serving == 4)
+
+    run(world, test)
+
+
+def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        async with world.residents.stream(None) as old:
+            publish_tiny_version(world.registry, 0.5)
+            await until(lambda: world.serving == 4)
+            assert await world.loader.roll_back() == 2
+            assert world.serving == 2 and world.loader.serving is old
+
+    run(world, test)
+
+
+def test_a_rollback_does_not_wait_for_room(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        async with world.residents.stream(None):
+            publish_tiny_version(world.registry, 0.5)
+            await until(lambda: world.serving == 4)
+            async with world.residents.stream(None):
+                assert await world.loader.roll_back(1) == 1
+                await until(lambda: world.serving == 1)
+                assert world.resident() == {"1", "2", "4"}
+                assert world.catalogue.policy == "pinned:1"
+        await until(lambda: world.resident() == {"1"})
+
+    run(world, test)
+
+
+def test_a_rollback_refuses_what_served_when_it_was_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the pin lets the other version serve before the refusal is noted."""
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.load(1)
+        look = world.catalogue.look
+
+        async def look_and_follow() -> None:
+            await look()
+            world.loader.follow()
+
+        monkeypatch.setattr(world.catalogue, "look", look_and_follow)
+        assert await world.loader.roll_back(1) == 1
+        assert world.serving == 1
+        assert (await standing(world, 2)).state is State.REFUSED
+
+    run(world, test)
+
+
+def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
+    world = World(tmp_path / "registry")
+
+    async def test() -> None:
+        with pytest.raises(FailedPrecondition, match="No version serves"):
+            await world.loader.roll_back()
+        publish_tiny_version(world.registry, 1.0)
+        await until(lambda: world.serving == 1)
+        with pytest.raises(FailedPrecondition, match="no other version"):
+            await world.loader.roll_back()
+        with pytest.raises(FailedPrecondition, match="serves already"):
+            await world.loader.roll_back(1)
+        for _ in range(10):
+            world.loader.failed(1, GptloopError("no"))
+        assert (world.serving, (await standing(world, 1)).state) == (1, State.SERVING)
+
+    run(world, test)
+
+
+def test_a_pinned_label_never_means_another_version(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.let_serve("pinned:1")
+        await until(lambda: world.serving == 1)
+        await world.loader.roll_back()
+        await until(lambda: world.serving != 1)
+        assert world.catalogue.policy == "pinned:1"
+        manifest = await world.catalogue.resolve("pinned:1")
+        assert manifest is not None and manifest.version == 1
+
+    run(world, test)
+
+
+def test_a_rolled_back_version_that_is_still_in_memory_has_another_chance(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        async with world.residents.stream(None):
+            await world.loader.load(2)
+            await world.loader.roll_back()
+            await until(lambda: world.serving == 3)
+            two = await standing(world, 2)
+            assert (two.state, two.held, two.streams) == (State.REFUSED, False, 1)
+            await world.loader.load(2)
+            await until(lambda: world.serving == 2)
+
+    run(world, test)
+
+
+def test_a_version_whose_streams_keep_failing_is_rolled_back_by_itself(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        step = GptloopError("a step of eight streams failed")
+        for _ in range(8):
+            world.loader.failed(2, step)
+        world.loader.failed(2, GptloopError("and another one"))
+        world.loader.failed(3, GptloopError("of another version"))
+        assert (await standing(world, 2)).state is State.SERVING
+        world.loader.failed(2, GptloopError("no finite numbers"))
+        await until(lambda: world.serving == 3)
+        two = await standing(world, 2)
+        assert two.state is State.REFUSED
+        assert two.reason == "failing: 3 failures within 60 s, at last: no finite numbers"
+        assert world.value("refused_versions_total", reason="failing") == 1
+
+    run(world, test)
+
+
+def test_where_the_next_version_fails_alike_the_versions_are_not_to_blame(world: World) -> None:
+    """As where the device fails: otherwise one good version after the other would be refused for good."""
+
+    def fail(number: int) -> None:
+        for _ in range(3):
+            world.loader.failed(number, GptloopError("the device is gone"))
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        fail(2)
+        await until(lambda: world.serving == 3)
+        fail(3)
+        states = [(await standing(world, number)).state for number in (2, 3)]
+        assert State.REFUSED not in states
+        await until(lambda: world.serving == 2)
+        fail(2)
+        assert (await standing(world, 2)).state is State.SERVING
+
+    run(world, test)

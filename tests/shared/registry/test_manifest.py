@@ -1,0 +1,85 @@
+"""Manifests: their digests, and values that are not what they should be."""
+
+import hashlib
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import CorruptCheckpoint
+from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.store import Registry
+from tests.shared.registry.scenarios import make_manifest, publish
+
+
+def _rewrite(directory: Path, **values: object) -> None:
+    """Writes a manifest as another program would, with the digest of what is in it."""
+    path = directory / "manifest.json"
+    changed = json.loads(path.read_text()) | values
+    del changed["sha256"]
+    digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(changed | {"sha256": digest}))
+
+
+def test_a_newer_programs_manifest_can_be_read(registry: Registry) -> None:
+    publish(registry)
+    _rewrite(registry.version_directory(1), added_later=1)
+    assert Registry(registry.root).version(1).version == 1
+
+
+def test_the_digest_is_that_of_the_file_and_the_same_when_it_was_read_back(registry: Registry) -> None:
+    # A float that was whole stands as it was given, and a tuple as a list.
+    manifest = publish(registry, claimed_loss=2, training={"rate": 1e-4, "text": "ü"}, validation_files=("a", "b"))
+    file = registry.version_directory(1) / "manifest.json"
+    assert manifest.digest == json.loads(file.read_text())["sha256"]
+    assert Registry(registry.root).version(1).digest == manifest.digest
+    assert len(manifest.digest) == 64
+
+
+def _another(value: Any) -> Any:
+    match value:
+        case None:
+            return 1
+        case int() | float() | str():
+            return value * 2
+        case tuple():
+            return (*value, value)
+        case _:
+            return value | {"another": 1}
+
+
+def test_another_value_in_any_field_is_another_digest() -> None:
+    record = FileRecord("model.safetensors", size_bytes=7, sha256="abc")
+    manifest = make_manifest(1, (record,))
+    names = [field.name for field in fields(manifest) if field.name != "files"]
+    others = [replace(manifest, **{name: _another(getattr(manifest, name))}) for name in names]
+    records = [replace(record, **{field.name: _another(getattr(record, field.name))}) for field in fields(record)]
+    others += [replace(manifest, files=files) for files in ((), (record, record), *((each,) for each in records))]
+    assert make_manifest(1, (record,)).digest == manifest.digest
+    assert len({each.digest for each in (manifest, *others)}) == 1 + len(others)
+
+
+@given(place=st.integers(min_value=0), bit=st.integers(0, 7))
+def test_a_manifest_in_which_a_bit_was_flipped_is_never_believed(place: int, bit: int) -> None:
+    text = bytearray(make_manifest(1).to_json().encode())
+    text[place % len(text)] ^= 1 << bit
+    try:
+        read = VersionManifest.from_json(text.decode())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return
+    # The name of the digest itself is what was hit.
+    assert read == make_manifest(1)
+
+
+@pytest.mark.parametrize("values", [{"bits_per_byte": None}, {"version": "1"}, {"model": []}, {"step": True}])
+def test_a_manifest_with_a_value_of_another_type_is_left_out(registry: Registry, values: dict[str, object]) -> None:
+    publish(registry)
+    _rewrite(registry.version_directory(1), **values)
+    (name,) = values
+    with pytest.raises(CorruptCheckpoint, match=f"cannot be understood: {name} is "):
+        Registry(registry.root).version(1)
+    assert Registry(registry.root).versions() == []
