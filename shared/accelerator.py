@@ -1,6 +1,5 @@
 """The device that MLX computes on, and what has to stand before MLX is imported."""
 
-import ctypes
 import fcntl
 import functools
 import gc
@@ -103,9 +102,6 @@ def release_memory() -> None:
 
     gc.collect()
     mx.clear_cache()
-    # The C library keeps what small arrays leave behind; only GNU's can be asked for it.
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def report(accelerator: Accelerator) -> str:

@@ -104,6 +104,8 @@ class _Health(health.aio.HealthServicer):
         ended = asyncio.create_task(self._ended.wait())
         try:
             await asyncio.wait((watch, ended), return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
         finally:
             watch.cancel()
             ended.cancel()

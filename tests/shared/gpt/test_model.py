@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from shared import accelerator
 from shared.errors import CorruptCheckpoint
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
@@ -70,6 +71,20 @@ def test_a_saved_model_loads_with_the_same_logits(model: GPT, tmp_path: Path) ->
     save_model(model, tmp_path / "model.safetensors")
     tokens = random_tokens(2, 8)
     assert mx.array_equal(load_model(tmp_path / "model.safetensors", CONFIG)(tokens), model(tokens))
+
+
+def test_models_that_were_loaded_leave_no_memory_behind(model: GPT, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(model, path)
+
+    def load(count: int) -> int:
+        for _ in range(count):
+            load_model(path, model.config)
+        accelerator.release_memory()
+        return accelerator.memory().resident_bytes
+
+    before = load(20)
+    assert load(400) - before < 6 << 20
 
 
 def test_weights_of_another_shape_are_refused(model: GPT, tmp_path: Path) -> None:
