@@ -5,11 +5,15 @@ from typing import Annotated
 
 import typer
 
+from shared import cli
 from tests.benchmarks.floor import Machine
 from tests.benchmarks.side_by_side import Task, cores, measure, print_results
-from trainer_service.presets import PRESETS
+from trainer_service.presets import find_preset
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.command()
 def main(
     preset: Annotated[str, typer.Option()] = "tinystories-53m",
     rows: Annotated[list[int], typer.Option(help="Repeatable.")] = [1, 8, 32],  # noqa: B006
@@ -30,7 +34,7 @@ def main(
     """
     # gptloop decodes on one core, as its server does.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    config = PRESETS[preset]
+    config = find_preset(preset)
     machine = Machine.measured()
     print(f"{cores()} cores, {machine}")
     tasks = []
@@ -43,4 +47,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run(app)

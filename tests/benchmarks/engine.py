@@ -43,6 +43,7 @@ def main(
     ],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 16,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 64,
+    slots: Annotated[int, typer.Option(min=2, help="Slots of the engine; more where there are more rows.")] = 2,
     threads: Annotated[int, typer.Option(min=1, help="Threads in which each implementation computes.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one that is not.")] = 7,
     duration: Annotated[float, typer.Option(min=0, help="Least seconds of each implementation in each round.")] = 3,
@@ -76,7 +77,7 @@ def main(
         checkpoint = Checkpoint.make(Path(folder), preset, for_ctranslate2=for_ctranslate2)
         for count in rows:
             work = ClosedLoop(count, prompt_tokens, output_tokens, config.vocabulary_size)
-            results.append((work, _measure(work, chosen, checkpoint, threads, rounds, duration)))
+            results.append((work, _measure(work, chosen, checkpoint, max(slots, count), threads, rounds, duration)))
     _print_speeds(preset, results, {each.name: each.draws for each in chosen})
     if {BARE, STREAMED} <= {each.name for each in chosen}:
         print(cost_of_grpc(results))
@@ -86,14 +87,13 @@ def _measure(
     work: ClosedLoop,
     chosen: Sequence[Implementation],
     checkpoint: Checkpoint,
+    slots: int,
     threads: int,
     rounds: int,
     least_s: float,
 ) -> dict[str, Measured]:
     """Each in a process of its own, in turn; a server is started for it where one is asked."""
     names = [each.name for each in chosen]
-    # The engine has at least two.
-    slots = max(2, work.rows)
     log = checkpoint.folder / "server.log"
     asked = STREAMED in names
     with Server(checkpoint, slots=slots, threads=threads, log=log) if asked else nullcontext() as server:

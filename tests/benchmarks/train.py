@@ -5,11 +5,15 @@ from typing import Annotated
 
 import typer
 
+from shared import cli
 from tests.benchmarks.floor import Machine
 from tests.benchmarks.side_by_side import Task, cores, measure, print_results
-from trainer_service.presets import PRESETS
+from trainer_service.presets import find_preset
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.command()
 def main(
     preset: Annotated[list[str], typer.Option(help="Repeatable.")] = ["tinystories-53m", "small", "demo"],  # noqa: B006
     rows: Annotated[list[int], typer.Option(help="Rows of a batch, 0 for the preset's own. Repeatable.")] = [0],  # noqa: B006
@@ -23,11 +27,11 @@ def main(
     dropout: Annotated[float, typer.Option(help="Below 0: the preset's own.")] = -1.0,
 ) -> None:
     """Print a table of tokens per second, the ratio to the first peer, the share of the floor and peak memory."""
+    configs = {name: find_preset(name) for name in preset}
     machine = Machine.measured()
     print(f"{cores()} cores, {machine}")
     tasks = []
-    for name, wanted in itertools.product(preset, rows):
-        config = PRESETS[name]
+    for (name, config), wanted in itertools.product(configs.items(), rows):
         values = config.to_dict() | ({"dropout": dropout} if dropout >= 0 else {})
         batch = wanted or config.batch_size
         peers = measure("Training", peer, {"config": values, "rows": batch}, rounds=rounds, steps=steps)
@@ -37,4 +41,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    cli.run(app)
