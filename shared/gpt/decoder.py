@@ -3,12 +3,17 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import mlx.core as mx
+
 from shared.gpt.cpu_decoder import CpuDecoder
 from shared.gpt.mlx_decoder import MlxDecoder
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
 from shared.gpt.sampling import PlainDraw
 from shared.gpt.spans import Span
+
+# On an NVIDIA GPU reading one span takes as long as reading eight: the time goes into starting each small kernel.
+_CUDA_SPANS = 8
 
 
 class Decoder(Protocol):
@@ -65,4 +70,6 @@ class Decoder(Protocol):
 
 def make_decoder(model: GPT, slots: int, threads: int) -> Decoder:
     """The decoder of an evaluated model; `threads` is in how many a CPU computes a step."""
-    return CpuDecoder(model, slots, threads) if on_cpu() else MlxDecoder(model, slots)
+    if on_cpu():
+        return CpuDecoder(model, slots, threads)
+    return MlxDecoder(model, slots, together=_CUDA_SPANS if mx.cuda.is_available() else 1)

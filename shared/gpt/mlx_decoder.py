@@ -1,6 +1,6 @@
 """Reads and decodes tokens in MLX, for a GPU: compiled programs of few shapes, which take the weights as arguments.
 
-Shapes: B slots, T tokens, S positions of the cache, H heads, D head width, V vocabulary.
+Shapes: B slots, R spans that are read together, T tokens, S positions of the cache, H heads, D head width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +27,14 @@ Caches = list[Cache]
 
 
 class MlxDecoder:
-    """An evaluated model with keys and values for at least two slots, which are all decoded in every step.
+    """An evaluated model with keys and values for at least two slots, which are all decoded in every step; spans of
+    several tokens are read so many together, as a rule.
 
     So a product never has one row, which is computed in another way than several, with other last digits; and a row's
     neighbours are always as many.
     """
 
-    def __init__(self, model: GPT, slots: int) -> None:
+    def __init__(self, model: GPT, slots: int, together: int = 1) -> None:
         assert slots >= 2
         config = model.config
         self._parameters = model.parameters()
@@ -42,6 +43,7 @@ class MlxDecoder:
         positions = -(-config.context_length // SPAN_TOKENS) * SPAN_TOKENS
         self._shape = (slots, config.heads, positions, config.head_width)
         self._layers = config.layers
+        self._together = together
         if (config, slots) not in _PROGRAMS:
             _PROGRAMS[config, slots] = _Programs(config, slots)
         self._programs = _PROGRAMS[config, slots]
@@ -78,9 +80,14 @@ class MlxDecoder:
     def forward(self, spans: Sequence[Span]) -> Sequence["_Row"]:
         """Reads spans; the logits (V,) after the last token of each, on the device until `np.asarray` reads them."""
         rows: dict[int, _Row] = {}
-        for index, span in enumerate(spans):
-            if len(span.tokens) > 1:
-                rows[index] = _Row(self._prefill(span), 0)
+        # Of one slot's spans only the last can be a short one. In a program, all spans are stored before any is read.
+        for length in reversed(_LENGTHS):
+            reading = [index for index, span in enumerate(spans) if len(span.tokens) > 1 and _padded(span) == length]
+            for first in range(0, len(reading), self._together):
+                indices = reading[first : first + self._together]
+                block = self._prefill([spans[index] for index in indices])  # (R, V)
+                rows |= {index: _Row(block, place) for place, index in enumerate(indices)}
+        for span in spans:
             self._filled[span.slot] = span.start + len(span.tokens)
         decoding = {index: span for index, span in enumerate(spans) if len(span.tokens) == 1}
         if decoding:
@@ -93,9 +100,9 @@ class MlxDecoder:
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
         """The loss in nats of what follows each token of a span."""
         count = len(span.tokens)
-        wanted = mx.array([*targets, *[0] * (_padded(count) - count)])
+        wanted = mx.array([*targets, *[0] * (_padded(span) - count)])
         losses: mx.array
-        losses, self._caches = self._programs.score(self._parameters, self._caches, *self._filled_up(span), wanted)
+        losses, self._caches = self._programs.score(self._parameters, self._caches, *_filled_up([span]), wanted)
         self._filled[span.slot] = span.start + count
         mx.eval(losses, self._caches)
         return [float(loss) for loss in np.asarray(losses)[:count]]
@@ -168,18 +175,13 @@ class MlxDecoder:
         mx.eval(self._caches)
         self._filled = [0] * self._shape[0]
 
-    def _prefill(self, span: Span) -> mx.array:
+    def _prefill(self, spans: Sequence[Span]) -> mx.array:
+        """The logits (R, V) after some spans, which are filled up by repeating the last."""
+        spans = [*spans, *[spans[-1]] * (self._together - len(spans))]
+        lasts = mx.array([len(span.tokens) - 1 for span in spans])
         logits: mx.array
-        logits, self._caches = self._programs.prefill(
-            self._parameters, self._caches, *self._filled_up(span), mx.array([len(span.tokens) - 1])
-        )
+        logits, self._caches = self._programs.prefill(self._parameters, self._caches, *_filled_up(spans), lasts)
         return logits
-
-    def _filled_up(self, span: Span) -> tuple[mx.array, mx.array, mx.array]:
-        """Tokens (T,), slot (1,) and start (1,) of a span, as the programs take them."""
-        count = len(span.tokens)
-        tokens = mx.array([*span.tokens, *[0] * (_padded(count) - count)])
-        return tokens, mx.array([span.slot]), mx.array([span.start])
 
     def _decode(self, rows: Sequence[Span]) -> mx.array:
         tokens = [0] * len(self._filled)
@@ -193,8 +195,14 @@ class MlxDecoder:
         return logits
 
 
-def _padded(count: int) -> int:
-    return next(length for length in _LENGTHS if length >= count)
+def _padded(span: Span) -> int:
+    return next(length for length in _LENGTHS if length >= len(span.tokens))
+
+
+def _filled_up(spans: Sequence[Span]) -> tuple[mx.array, mx.array, mx.array]:
+    """Tokens (R, T), slots (R,) and starts (R,) of spans of one padded length, as the programs take them."""
+    tokens = [[*span.tokens, *[0] * (_padded(span) - len(span.tokens))] for span in spans]
+    return mx.array(tokens), mx.array([span.slot for span in spans]), mx.array([span.start for span in spans])
 
 
 class _Row:
@@ -229,49 +237,50 @@ class _Programs:
         parameters: dict[str, Any],
         caches: Caches,
         tokens: mx.array,
-        slot: mx.array,
-        start: mx.array,
-        last: mx.array,
+        slots: mx.array,
+        starts: mx.array,
+        lasts: mx.array,
     ) -> tuple[mx.array, Caches]:
-        """Reads (T,) tokens into a slot (1,) from a position (1,); the logits (1, V) after the one at `last` (1,)."""
+        """Reads (R, T) tokens into slots (R,) from positions (R,) on; the logits (R, V) after those at `lasts` (R,)."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, tokens, slot, start)
-        return self._model.logits(mx.take(hidden, last, axis=0)), caches
+        hidden, caches = self._read(parameters, caches, tokens, slots, starts)
+        last = mx.take_along_axis(hidden, lasts[:, None, None], axis=1)[:, 0]  # (R, C)
+        return self._model.logits(last), caches
 
     def _score(
         self,
         parameters: dict[str, Any],
         caches: Caches,
         tokens: mx.array,
-        slot: mx.array,
-        start: mx.array,
+        slots: mx.array,
+        starts: mx.array,
         targets: mx.array,
     ) -> tuple[mx.array, Caches]:
-        """Reads (T,) tokens in the same way; the losses (T,) of what follows each of them."""
+        """Reads (1, T) tokens in the same way; the losses (T,) of what follows each of them."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, tokens, slot, start)
-        logits = self._model.logits(hidden).astype(mx.float32)  # (T, V)
+        hidden, caches = self._read(parameters, caches, tokens, slots, starts)
+        logits = self._model.logits(hidden[0]).astype(mx.float32)  # (T, V)
         chosen = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         losses = mx.logsumexp(logits, axis=1) - chosen
         return mx.where(mx.isfinite(logits).all(axis=1), losses, mx.nan), caches
 
     def _read(
-        self, parameters: dict[str, Any], caches: Caches, tokens: mx.array, slot: mx.array, start: mx.array
+        self, parameters: dict[str, Any], caches: Caches, tokens: mx.array, slots: mx.array, starts: mx.array
     ) -> tuple[mx.array, Caches]:
-        """The hidden states (T, C) of tokens of one slot, and the caches with their keys and values."""
-        positions = start + mx.arange(tokens.shape[0])  # (T,)
-        place = mx.concatenate([slot, start])
+        """The hidden states (R, T, C) of tokens of some slots, and the caches with their keys and values."""
+        positions = starts[:, None] + mx.arange(tokens.shape[1])  # (R, T)
 
         def store(cache: mx.array, new: mx.array) -> mx.array:
-            return mx.slice_update(cache, new, place, [0, 2])
+            stored = cache[...]
+            stored[slots[:, None], :, positions] = new.swapaxes(1, 2)
+            return stored
 
         def attend(keys: mx.array, values: mx.array, q: mx.array) -> mx.array:
-            read = mx.arange(keys.shape[2]) <= positions[:, None]  # (T, S)
-            mine = (mx.take(array, slot, axis=0) for array in (keys, values))  # (1, H, S, D)
+            read = (mx.arange(keys.shape[2]) <= positions[:, :, None])[:, None]  # (R, 1, T, S)
+            mine = (mx.take(array, slots, axis=0) for array in (keys, values))  # (R, H, S, D)
             return mx.fast.scaled_dot_product_attention(q, *mine, scale=self._scale, mask=read)
 
-        hidden, caches = self._forward(parameters, caches, tokens[None], positions[None], store, attend)  # (1, T, C)
-        return hidden[0], caches
+        return self._forward(parameters, caches, tokens, positions, store, attend)
 
     def _decode(
         self, parameters: dict[str, Any], caches: Caches, tokens: mx.array, positions: mx.array

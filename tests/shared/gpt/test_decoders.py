@@ -34,6 +34,7 @@ CONFIG = GPTConfig(
 MakeDecoder = Callable[[GPT, int], Decoder]
 MAKERS: list[MakeDecoder] = [partial(CpuDecoder, threads=1), MlxDecoder]
 both = pytest.mark.parametrize("make", MAKERS, ids=["cpu", "mlx"])
+each = pytest.mark.parametrize("make", [*MAKERS, partial(MlxDecoder, together=3)], ids=["cpu", "mlx", "mlx-together"])
 
 
 def spans_of(slot: int, start: int, tokens: tuple[int, ...]) -> list[Span]:
@@ -126,7 +127,7 @@ class Slots(RuleBasedStateMachine):
         self.held = [()] * SLOTS
 
 
-@both
+@each
 def test_whatever_slots_went_through_logits_are_those_of_a_full_forward(make: MakeDecoder) -> None:
     class Made(Slots):
         def make(self, model: GPT) -> Decoder:
@@ -152,7 +153,7 @@ def test_the_whole_context_can_be_filled(make: MakeDecoder, context_length: int,
         assert_close(forward(decoder, [last])[0], expected[-1])
 
 
-@both
+@each
 def test_logits_come_in_the_order_of_the_spans(make: MakeDecoder) -> None:
     model = random_model(CONFIG, 1)
     decoder = make(model, SLOTS)
