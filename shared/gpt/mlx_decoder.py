@@ -1,6 +1,6 @@
 """Reads and decodes tokens in MLX, for a GPU: compiled programs of few shapes, which take the weights as arguments.
 
-Shapes: B slots, R spans that are read together, T tokens, S positions of the cache, H heads, D head width, V vocabulary.
+Shapes: B slots, R spans read together, T tokens, S positions of the cache, H heads, D head width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -93,18 +93,14 @@ class MlxDecoder:
         if decoding:
             block = self._decode(list(decoding.values()))  # (B, V)
             rows |= {index: _Row(block, span.slot) for index, span in decoding.items()}
-        # The step's only wait for the device comes when tokens or logits are read.
-        mx.async_eval(self._caches, [row.block for row in rows.values()])
         return [rows[index] for index in range(len(spans))]
 
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
         """The loss in nats of what follows each token of a span."""
         count = len(span.tokens)
         wanted = mx.array([*targets, *[0] * (_padded(span) - count)])
-        losses: mx.array
-        losses, self._caches = self._programs.score(self._parameters, self._caches, *_filled_up([span]), wanted)
+        losses = self._run(self._programs.score, *_filled_up([span]), wanted)
         self._filled[span.slot] = span.start + count
-        mx.eval(losses, self._caches)
         return [float(loss) for loss in np.asarray(losses)[:count]]
 
     def draw(self, rows: Sequence[PlainDraw]) -> list[int | None]:
@@ -179,20 +175,24 @@ class MlxDecoder:
         """The logits (R, V) after some spans, which are filled up by repeating the last."""
         spans = [*spans, *[spans[-1]] * (self._together - len(spans))]
         lasts = mx.array([len(span.tokens) - 1 for span in spans])
-        logits: mx.array
-        logits, self._caches = self._programs.prefill(self._parameters, self._caches, *_filled_up(spans), lasts)
-        return logits
+        return self._run(self._programs.prefill, *_filled_up(spans), lasts)
 
     def _decode(self, rows: Sequence[Span]) -> mx.array:
+        """The logits (B, V) of all slots."""
         tokens = [0] * len(self._filled)
         positions = [min(filled, self._context_length - 1) for filled in self._filled]
         for span in rows:
             tokens[span.slot], positions[span.slot] = span.tokens[0], span.start
-        logits: mx.array
-        logits, self._caches = self._programs.decode(
-            self._parameters, self._caches, mx.array(tokens), mx.array(positions)
-        )
-        return logits
+        return self._run(self._programs.decode, mx.array(tokens), mx.array(positions))
+
+    def _run(self, program: Callable[..., Any], *arguments: mx.array) -> mx.array:
+        """Starts a program on the caches, when the one before it has ended: a cache that is still read would be copied
+        to be written."""
+        mx.eval(self._caches)
+        result: mx.array
+        result, self._caches = program(self._parameters, self._caches, *arguments)
+        mx.async_eval(result, self._caches)
+        return result
 
 
 def _padded(span: Span) -> int:

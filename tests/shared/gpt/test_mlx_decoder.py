@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -133,3 +134,20 @@ def test_what_is_written_where_it_was_read_changes_not_one_bit() -> None:
         decoder.write(2, start, piece)
     for place, logits in enumerate(expected, 70):
         assert np.array_equal(forward(decoder, [Span(2, place, tokens[place : place + 1])])[0], logits)
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_step_of_many_spans_copies_no_cache(together: int) -> None:
+    config = replace(CONFIG, width=54, context_length=128)
+    slots = 256
+    decoder = MlxDecoder(random_model(config, 1), slots, together)
+    warm_up(decoder)
+    # Those of one layer's keys.
+    cache_bytes = slots * config.context_length * decoder.token_bytes // config.layers // 2
+    reading = [Span(slot, 0, random_text(config, slot, 64)) for slot in range(8)]
+    decoding = [Span(slot, 0, (1,)) for slot in range(8, 16)]
+    forward(decoder, [*reading, *decoding])
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    forward(decoder, [*reading, *decoding])
+    assert mx.get_peak_memory() - before < cache_bytes / 2
