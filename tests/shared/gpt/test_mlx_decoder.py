@@ -142,12 +142,15 @@ def test_a_step_of_many_spans_copies_no_cache(together: int) -> None:
     slots = 256
     decoder = MlxDecoder(random_model(config, 1), slots, together)
     warm_up(decoder)
-    # Those of one layer's keys.
-    cache_bytes = slots * config.context_length * decoder.token_bytes // config.layers // 2
+    one_layers_keys = slots * config.context_length * decoder.token_bytes // config.layers // 2
     reading = [Span(slot, 0, random_text(config, slot, 64)) for slot in range(8)]
     decoding = [Span(slot, 0, (1,)) for slot in range(8, 16)]
-    forward(decoder, [*reading, *decoding])
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    forward(decoder, [*reading, *decoding])
-    assert mx.get_peak_memory() - before < cache_bytes / 2
+
+    def peak(spans: list[Span]) -> int:
+        for _ in range(2):
+            mx.reset_peak_memory()
+            forward(decoder, spans)
+        return mx.get_peak_memory()
+
+    alone = max(peak(reading[:together]), peak(decoding))
+    assert peak([*reading, *decoding]) < alone + one_layers_keys / 2
