@@ -1,5 +1,6 @@
 """Steps that fail and numbers that are not finite: whom they end, and whom not."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 
 from inference_service.engine import runner
-from inference_service.engine.request import Delta, Failed, FinishReason, NotFinite, StepFailed
+from inference_service.engine.engine import Engine
+from inference_service.engine.request import Delta, Failed, FinishReason, NotFinite, Output, StepFailed
 from inference_service.engine.runner import draw_token
 from shared.errors import Unavailable
 from shared.gpt.cpu_decoder import CpuDecoder
 from shared.gpt.sampling import Logits, SamplingParameters
 from shared.gpt.spans import Span
-from tests.fakes import tiny_model
+from tests.fakes import byte_tokenizer, tiny_model
 from tests.inference_service.engine.harness import LIMIT_S, SLOTS, Harness, break_forward, request, slow_steps
 
 
@@ -206,3 +208,20 @@ def test_an_engine_that_is_left_with_versions_whose_steps_keep_failing_ends(
     assert isinstance(last, Failed) and isinstance(last.error, Unavailable)
     assert harness.engine.stop()
     assert harness.failures == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_says_that_it_failed_even_where_its_streams_cannot_be_told() -> None:
+    failed = threading.Event()
+
+    def outbox(outputs: list[Output]) -> None:
+        raise RuntimeError("nobody reads")
+
+    engine = Engine(SLOTS, 64, 0, outbox, failed.set)
+    engine.start()
+    model = tiny_model(0)
+    engine.add_version(1, CpuDecoder(model, SLOTS, 1), byte_tokenizer(), model.config.context_length).result(LIMIT_S)
+    engine.submit(request("one"))
+    assert failed.wait(LIMIT_S)
+    with pytest.raises(Unavailable, match="engine failed"):
+        engine.submit(request("after"))
