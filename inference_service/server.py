@@ -1,6 +1,7 @@
 """The inference server: wires the parts together and runs them until a signal, or until a part fails."""
 
 import asyncio
+import gc
 import logging
 import os
 from functools import partial
@@ -92,6 +93,8 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
         await catalogue.look()
         port = await server.start(settings.host, settings.port, PORT_VARIABLE)
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", settings.host, port, settings.host, metrics_port)
+        # All this stays. A collection that went through it, as after each version, would keep streams waiting.
+        gc.freeze()
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))
         watching = asyncio.create_task(watchdog.run())

@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from shared.accelerator import memory
 from shared.gpt import cpu_decoder
 from shared.gpt.config import GPTConfig
 from shared.gpt.cpu_decoder import CpuDecoder
@@ -197,3 +198,14 @@ def test_far_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float
         bias[config.width : 2 * config.width] += size / 10 / config.head_width**0.5
     text = random_text(config, 2, 40)
     assert_agrees(model, text, decode_alone(model, text), tolerance)
+
+
+def test_a_slot_takes_no_more_memory_than_it_has_tokens() -> None:
+    slots = 128
+    decoder = CpuDecoder(random_model(replace(SHAPES["64"], context_length=4096), 1), slots, 1)
+    whole = slots * 4096 * decoder.token_bytes
+    assert whole > 256 << 20
+    before = memory().resident_bytes
+    for slot in range(slots):
+        decoder.forward([Span(slot, 0, (1,))])
+    assert memory().resident_bytes - before < whole / 8
