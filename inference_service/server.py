@@ -91,10 +91,11 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     with metrics_page(collectors, settings.host, settings.metrics_port, METRICS_PORT_VARIABLE) as metrics_port:
         # Before any call: what was refused is refused from the beginning on.
         await catalogue.look()
+        # What there is stays. A collection that went through it, as after each version, would keep streams waiting.
+        gc.collect()
+        gc.freeze()
         port = await server.start(settings.host, settings.port, PORT_VARIABLE)
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", settings.host, port, settings.host, metrics_port)
-        # All this stays. A collection that went through it, as after each version, would keep streams waiting.
-        gc.freeze()
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))
         watching = asyncio.create_task(watchdog.run())

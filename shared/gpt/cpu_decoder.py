@@ -6,13 +6,13 @@ Shapes: R rows, N outputs, T tokens, S positions of the context, H heads, D head
 """
 
 import ctypes
+import errno
 import math
 import mmap
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,12 +63,15 @@ def _small_pages(shape: tuple[int, ...]) -> Array:
     """Zeros to which the system gives memory only as they are written, page by page.
 
     With huge pages, which NumPy asks for, the first step of a slot would wait until the system has found and cleared
-    megabytes: 80 ms were measured.
+    megabytes.
     """
     memory = mmap.mmap(-1, math.prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
-        with suppress(OSError):  # a kernel without huge pages
+        try:
             memory.madvise(mmap.MADV_NOHUGEPAGE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel without huge pages
+                raise
     return np.frombuffer(memory, np.float32).reshape(shape)
 
 

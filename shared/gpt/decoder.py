@@ -12,8 +12,8 @@ from shared.gpt.operations import on_cpu
 from shared.gpt.sampling import PlainDraw
 from shared.gpt.spans import Span
 
-# On an NVIDIA GPU reading one span takes as long as reading eight: the time goes into starting each small kernel.
-_CUDA_SPANS = 8
+# On an NVIDIA GPU starting its many small kernels takes most of the time of a span, and as long for eight.
+_CUDA_SPANS_TOGETHER = 8
 
 
 class Decoder(Protocol):
@@ -72,4 +72,4 @@ def make_decoder(model: GPT, slots: int, threads: int) -> Decoder:
     """The decoder of an evaluated model; `threads` is in how many a CPU computes a step."""
     if on_cpu():
         return CpuDecoder(model, slots, threads)
-    return MlxDecoder(model, slots, together=_CUDA_SPANS if mx.cuda.is_available() else 1)
+    return MlxDecoder(model, slots, spans_together=_CUDA_SPANS_TOGETHER if mx.cuda.is_available() else 1)

@@ -27,14 +27,14 @@ Caches = list[Cache]
 
 
 class MlxDecoder:
-    """An evaluated model with keys and values for at least two slots, which are all decoded in every step; spans of
-    several tokens are read so many together, as a rule.
+    """An evaluated model with keys and values for at least two slots, which are all decoded in every step. Spans of
+    several tokens are read by programs that take `spans_together` of them.
 
-    So a product never has one row, which is computed in another way than several, with other last digits; and a row's
-    neighbours are always as many.
+    So products of a kind always have as many rows: with another number they are computed in another way, with other
+    last digits.
     """
 
-    def __init__(self, model: GPT, slots: int, together: int = 1) -> None:
+    def __init__(self, model: GPT, slots: int, spans_together: int = 1) -> None:
         assert slots >= 2
         config = model.config
         self._parameters = model.parameters()
@@ -43,7 +43,7 @@ class MlxDecoder:
         positions = -(-config.context_length // SPAN_TOKENS) * SPAN_TOKENS
         self._shape = (slots, config.heads, positions, config.head_width)
         self._layers = config.layers
-        self._together = together
+        self._spans_together = spans_together
         if (config, slots) not in _PROGRAMS:
             _PROGRAMS[config, slots] = _Programs(config, slots)
         self._programs = _PROGRAMS[config, slots]
@@ -83,8 +83,8 @@ class MlxDecoder:
         # Of one slot's spans only the last can be a short one. In a program, all spans are stored before any is read.
         for length in reversed(_LENGTHS):
             reading = [index for index, span in enumerate(spans) if len(span.tokens) > 1 and _padded(span) == length]
-            for first in range(0, len(reading), self._together):
-                indices = reading[first : first + self._together]
+            for first in range(0, len(reading), self._spans_together):
+                indices = reading[first : first + self._spans_together]
                 block = self._prefill([spans[index] for index in indices])  # (R, V)
                 rows |= {index: _Row(block, place) for place, index in enumerate(indices)}
         for span in spans:
@@ -173,9 +173,9 @@ class MlxDecoder:
 
     def _prefill(self, spans: Sequence[Span]) -> mx.array:
         """The logits (R, V) after some spans, which are filled up by repeating the last."""
-        spans = [*spans, *[spans[-1]] * (self._together - len(spans))]
-        lasts = mx.array([len(span.tokens) - 1 for span in spans])
-        return self._run(self._programs.prefill, *_filled_up(spans), lasts)
+        return self._run(
+            self._programs.prefill, *_filled_up([*spans, *[spans[-1]] * (self._spans_together - len(spans))])
+        )
 
     def _decode(self, rows: Sequence[Span]) -> mx.array:
         """The logits (B, V) of all slots."""
@@ -199,10 +199,15 @@ def _padded(span: Span) -> int:
     return next(length for length in _LENGTHS if length >= len(span.tokens))
 
 
-def _filled_up(spans: Sequence[Span]) -> tuple[mx.array, mx.array, mx.array]:
-    """Tokens (R, T), slots (R,) and starts (R,) of spans of one padded length, as the programs take them."""
-    tokens = [[*span.tokens, *[0] * (_padded(span) - len(span.tokens))] for span in spans]
-    return mx.array(tokens), mx.array([span.slot for span in spans]), mx.array([span.start for span in spans])
+def _filled_up(spans: Sequence[Span]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Tokens (R, T), slots, starts and lengths (R,) of spans of one padded length, as the programs take them.
+
+    What fills a span up is its last token, whose numbers are finite where those of the span are.
+    """
+    tokens = [[*span.tokens, *[span.tokens[-1]] * (_padded(span) - len(span.tokens))] for span in spans]
+    places = [(span.slot, span.start, len(span.tokens)) for span in spans]
+    slots, starts, lengths = (mx.array(each) for each in zip(*places, strict=True))
+    return mx.array(tokens), slots, starts, lengths
 
 
 class _Row:
@@ -239,12 +244,13 @@ class _Programs:
         tokens: mx.array,
         slots: mx.array,
         starts: mx.array,
-        lasts: mx.array,
+        lengths: mx.array,
     ) -> tuple[mx.array, Caches]:
-        """Reads (R, T) tokens into slots (R,) from positions (R,) on; the logits (R, V) after those at `lasts` (R,)."""
+        """Reads (R, T) tokens, `lengths` (R,) of each row, into slots (R,) from positions (R,) on; the logits (R, V)
+        after the last of each."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, tokens, slots, starts)
-        last = mx.take_along_axis(hidden, lasts[:, None, None], axis=1)[:, 0]  # (R, C)
+        hidden, caches = self._read(parameters, caches, tokens, slots, starts, lengths)
+        last = mx.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # (R, C)
         return self._model.logits(last), caches
 
     def _score(
@@ -254,31 +260,42 @@ class _Programs:
         tokens: mx.array,
         slots: mx.array,
         starts: mx.array,
+        lengths: mx.array,
         targets: mx.array,
     ) -> tuple[mx.array, Caches]:
         """Reads (1, T) tokens in the same way; the losses (T,) of what follows each of them."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, tokens, slots, starts)
+        hidden, caches = self._read(parameters, caches, tokens, slots, starts, lengths)
         logits = self._model.logits(hidden[0]).astype(mx.float32)  # (T, V)
         chosen = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         losses = mx.logsumexp(logits, axis=1) - chosen
         return mx.where(mx.isfinite(logits).all(axis=1), losses, mx.nan), caches
 
     def _read(
-        self, parameters: dict[str, Any], caches: Caches, tokens: mx.array, slots: mx.array, starts: mx.array
+        self,
+        parameters: dict[str, Any],
+        caches: Caches,
+        tokens: mx.array,
+        slots: mx.array,
+        starts: mx.array,
+        lengths: mx.array,
     ) -> tuple[mx.array, Caches]:
         """The hidden states (R, T, C) of tokens of some slots, and the caches with their keys and values."""
         positions = starts[:, None] + mx.arange(tokens.shape[1])  # (R, T)
+        ends = (starts + lengths)[:, None, None, None]  # (R, 1, 1, 1)
 
         def store(cache: mx.array, new: mx.array) -> mx.array:
             stored = cache[...]
-            stored[slots[:, None], :, positions] = new.swapaxes(1, 2)
+            stored[slots[:, None], :, positions] = new.swapaxes(1, 2)  # (R, T, H, D)
             return stored
 
         def attend(keys: mx.array, values: mx.array, q: mx.array) -> mx.array:
-            read = (mx.arange(keys.shape[2]) <= positions[:, :, None])[:, None]  # (R, 1, T, S)
-            mine = (mx.take(array, slots, axis=0) for array in (keys, values))  # (R, H, S, D)
-            return mx.fast.scaled_dot_product_attention(q, *mine, scale=self._scale, mask=read)
+            places = mx.arange(keys.shape[2])
+            read = (places <= positions[:, :, None])[:, None]  # (R, 1, T, S)
+            mine, values = (mx.take(array, slots, axis=0) for array in (keys, values))  # (R, H, S, D)
+            # A later span of the slot may be in the same program, and what is not finite passes through the mask.
+            values = mx.where(places[:, None] < ends, values, 0.0)
+            return mx.fast.scaled_dot_product_attention(q, mine, values, scale=self._scale, mask=read)
 
         return self._forward(parameters, caches, tokens, positions, store, attend)
 

@@ -225,3 +225,4 @@ def test_an_engine_says_that_it_failed_even_where_its_streams_cannot_be_told() -
     assert failed.wait(LIMIT_S)
     with pytest.raises(Unavailable, match="engine failed"):
         engine.submit(request("after"))
+    assert engine.stop(LIMIT_S)

@@ -34,7 +34,9 @@ CONFIG = GPTConfig(
 MakeDecoder = Callable[[GPT, int], Decoder]
 MAKERS: list[MakeDecoder] = [partial(CpuDecoder, threads=1), MlxDecoder]
 both = pytest.mark.parametrize("make", MAKERS, ids=["cpu", "mlx"])
-each = pytest.mark.parametrize("make", [*MAKERS, partial(MlxDecoder, together=3)], ids=["cpu", "mlx", "mlx-together"])
+with_together = pytest.mark.parametrize(
+    "make", [*MAKERS, partial(MlxDecoder, spans_together=3)], ids=["cpu", "mlx", "mlx-together"]
+)
 
 
 def spans_of(slot: int, start: int, tokens: tuple[int, ...]) -> list[Span]:
@@ -127,7 +129,7 @@ class Slots(RuleBasedStateMachine):
         self.held = [()] * SLOTS
 
 
-@each
+@with_together
 def test_whatever_slots_went_through_logits_are_those_of_a_full_forward(make: MakeDecoder) -> None:
     class Made(Slots):
         def make(self, model: GPT) -> Decoder:
@@ -153,7 +155,7 @@ def test_the_whole_context_can_be_filled(make: MakeDecoder, context_length: int,
         assert_close(forward(decoder, [last])[0], expected[-1])
 
 
-@each
+@with_together
 def test_logits_come_in_the_order_of_the_spans(make: MakeDecoder) -> None:
     model = random_model(CONFIG, 1)
     decoder = make(model, SLOTS)
@@ -198,7 +200,7 @@ def test_what_was_read_of_a_slot_is_a_copy(make: MakeDecoder) -> None:
     assert np.array_equal(forward(decoder, [Span(0, 64, first[64:])])[0], expected)
 
 
-@both
+@with_together
 def test_what_a_slot_held_before_changes_not_one_bit(make: MakeDecoder) -> None:
     model = random_model(CONFIG, 1)
     new, used = make(model, 3), make(model, 3)
@@ -210,7 +212,7 @@ def test_what_a_slot_held_before_changes_not_one_bit(make: MakeDecoder) -> None:
         assert np.array_equal(forward(new, spans), forward(used, spans))
 
 
-@both
+@with_together
 def test_numbers_that_are_not_finite_reach_no_other_slot(make: MakeDecoder) -> None:
     clean, spoiled = make(random_model(CONFIG, 1), 3), make(spoiled_model(), 3)
     texts = [random_text(SOUND, slot, 70) for slot in range(3)]
@@ -224,7 +226,19 @@ def test_numbers_that_are_not_finite_reach_no_other_slot(make: MakeDecoder) -> N
         assert np.array_equal(logits[2], expected[2])
 
 
-@both
+@with_together
+def test_numbers_that_are_not_finite_reach_no_earlier_span(make: MakeDecoder) -> None:
+    decoder = make(spoiled_model(), 2)
+    tokens = random_text(SOUND, 1, 65)
+    expected = full_forward(random_model(CONFIG, 1), tokens)
+    sound, spoiled = forward(decoder, spans_of(0, 0, (*tokens[:64], SPOILED, *tokens[:50])))
+    assert_close(sound, expected[63])
+    assert np.isnan(spoiled).all()
+    decoder.write(1, 0, decoder.read(0, 0, 64))
+    assert_close(forward(decoder, [Span(1, 64, tokens[64:])])[0], expected[64])
+
+
+@with_together
 @pytest.mark.parametrize("forget", [lambda decoder: decoder.clear(1), lambda decoder: decoder.reset()])
 def test_a_slot_is_clean_for_its_next_sequence(make: MakeDecoder, forget: Callable[[Decoder], None]) -> None:
     decoder = make(spoiled_model(), 2)
@@ -264,7 +278,7 @@ def test_scores_are_the_losses_of_the_plain_formula_in_whatever_pieces(make: Mak
     assert_close(forward(decoder, [Span(2, 149, tokens[149:])])[0], full_forward(model, tokens)[149])
 
 
-@both
+@with_together
 def test_a_score_that_is_not_finite_says_so(make: MakeDecoder) -> None:
     decoder = make(spoiled_model(), SLOTS)
     assert np.isnan(decoder.score(Span(0, 0, (1, SPOILED, 2)), (2, 3, 4)))[1:].all()

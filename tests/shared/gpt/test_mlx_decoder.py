@@ -88,14 +88,23 @@ def test_another_number_of_slots_is_another_shape() -> None:
 
 
 # A CPU's products give a row other last digits in another place, so nothing is read together there.
-@pytest.mark.parametrize("together", [1, pytest.param(3, marks=pytest.mark.skipif(on_cpu(), reason="no GPU"))])
+TOGETHER = pytest.param(
+    replace(CONFIG, width=384, heads=8, hidden_width=1536),
+    8,
+    marks=pytest.mark.skipif(on_cpu(), reason="There is no GPU."),
+)
+
+
+@pytest.mark.parametrize(("config", "together"), [(CONFIG, 1), TOGETHER])
 @settings(max_examples=20)
 @given(st.integers(0, SLOTS - 1), st.integers(1, 100), st.data())
-def test_neighbours_change_not_one_bit(together: int, slot: int, length: int, data: st.DataObject) -> None:
+def test_neighbours_change_not_one_bit(
+    config: GPTConfig, together: int, slot: int, length: int, data: st.DataObject
+) -> None:
     """A prompt and ten tokens after it, alone and beside slots that are read, decoded, copied and cleared."""
-    model = random_model(CONFIG, 1)
+    model = random_model(config, 1)
     alone, among = MlxDecoder(model, SLOTS, together), MlxDecoder(model, SLOTS, together)
-    tokens = random_text(CONFIG, length, length + 10)
+    tokens = random_text(config, length, length + 10)
     others = [other for other in range(SLOTS) if other != slot]
     filled = dict.fromkeys(others, 0)
 
@@ -110,7 +119,7 @@ def test_neighbours_change_not_one_bit(together: int, slot: int, length: int, da
         spans = []
         for other in data.draw(st.lists(st.sampled_from(others), unique=True), "read"):
             count = data.draw(st.integers(1, 64), "count") if filled[other] == 0 else 1
-            spans.append(Span(other, filled[other], random_text(CONFIG, data.draw(seeds, "seed"), count)))
+            spans.append(Span(other, filled[other], random_text(config, data.draw(seeds, "seed"), count)))
             filled[other] += count
         return spans
 
@@ -121,6 +130,18 @@ def test_neighbours_change_not_one_bit(together: int, slot: int, length: int, da
         beside = neighbours()
         place = data.draw(st.integers(0, len(beside)), "place")
         assert np.array_equal(forward(among, [*beside[:place], span, *beside[place:]])[place], expected)
+
+
+@pytest.mark.parametrize(("config", "together"), [TOGETHER])
+def test_in_how_many_steps_a_prompt_is_read_changes_not_one_bit(config: GPTConfig, together: int) -> None:
+    decoder = MlxDecoder(random_model(config, 1), SLOTS, together)
+    tokens = random_text(config, 1, 140)
+    spans = [Span(0, start, tokens[start : start + SPAN_TOKENS]) for start in range(0, 140, SPAN_TOKENS)]
+    at_once = forward(decoder, spans)
+    other = [forward(decoder, [replace(span, slot=1)])[0] for span in spans]
+    assert np.array_equal(at_once, other)
+    after = forward(decoder, [Span(slot, 140, (3,)) for slot in (0, 1)])
+    assert np.array_equal(after[0], after[1])
 
 
 def test_what_is_written_where_it_was_read_changes_not_one_bit() -> None:
