@@ -16,7 +16,7 @@ from inference_service.completion import FinishReason
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
-from tests.inference_service.process import LIMIT_S, Server, until
+from tests.inference_service.process import BREAKABLE, LIMIT_S, Server, until
 from tests.inference_service.scripted_server import STARTED, STORY, ScriptedServer, Serve, hang, refuse, run_async, send
 
 Use = Callable[..., Any]
@@ -330,7 +330,7 @@ def test_it_is_the_same_error_where_the_server_notices_first(serve: Serve, use: 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server") / "var")
+    server = Server(tmp_path_factory.mktemp("server") / "var", BREAKABLE)
     try:
         publish_tiny_version(server.registry, 1.0)
         until(server.serves)
@@ -380,5 +380,6 @@ def test_streams_that_are_left_give_their_slots_back(server: Server) -> None:
 
 
 def test_the_server_ends_a_call_at_its_deadline(server: Server, use: Use) -> None:
-    with pytest.raises(errors.DeadlineExceeded, match=r"within 0\.005 s"):
-        use(server.address, "complete", "Once", max_tokens=90, ignore_eos=True, timeout_s=0.005)
+    server.order("pause")
+    with pytest.raises(errors.DeadlineExceeded, match=r"within 0\.5 s"):
+        use(server.address, "complete", "Once", max_tokens=90, ignore_eos=True, timeout_s=0.5)
