@@ -25,6 +25,9 @@ _DRAW_BLOCK = 256
 Cache = tuple[mx.array, mx.array]
 Caches = list[Cache]
 
+# Spans of one padded length: tokens (R, T); slots, starts and lengths, (R,) each.
+_Spans = tuple[mx.array, mx.array, mx.array, mx.array]
+
 
 class MlxDecoder:
     """An evaluated model with keys and values for at least two slots, which are all decoded in every step. Spans of
@@ -44,9 +47,9 @@ class MlxDecoder:
         self._shape = (slots, config.heads, positions, config.head_width)
         self._layers = config.layers
         self._spans_together = spans_together
-        if (config, slots) not in _PROGRAMS:
-            _PROGRAMS[config, slots] = _Programs(config, slots)
-        self._programs = _PROGRAMS[config, slots]
+        if config not in _PROGRAMS:
+            _PROGRAMS[config] = _Programs(config)
+        self._programs = _PROGRAMS[config]
         self._caches: Caches = []
         # Where the next token of each slot comes. A slot that is not decoded is written there too.
         self._filled: list[int] = []
@@ -99,7 +102,7 @@ class MlxDecoder:
         """The loss in nats of what follows each token of a span."""
         count = len(span.tokens)
         wanted = mx.array([*targets, *[0] * (_padded(span) - count)])
-        losses = self._run(self._programs.score, *_filled_up([span]), wanted)
+        losses = self._run(self._programs.score, _filled_up([span]), wanted)
         self._filled[span.slot] = span.start + count
         return [float(loss) for loss in np.asarray(losses)[:count]]
 
@@ -173,9 +176,8 @@ class MlxDecoder:
 
     def _prefill(self, spans: Sequence[Span]) -> mx.array:
         """The logits (R, V) after some spans, which are filled up by repeating the last."""
-        return self._run(
-            self._programs.prefill, *_filled_up([*spans, *[spans[-1]] * (self._spans_together - len(spans))])
-        )
+        missing = self._spans_together - len(spans)
+        return self._run(self._programs.prefill, _filled_up([*spans, *[spans[-1]] * missing]))
 
     def _decode(self, rows: Sequence[Span]) -> mx.array:
         """The logits (B, V) of all slots."""
@@ -185,7 +187,7 @@ class MlxDecoder:
             tokens[span.slot], positions[span.slot] = span.tokens[0], span.start
         return self._run(self._programs.decode, mx.array(tokens), mx.array(positions))
 
-    def _run(self, program: Callable[..., Any], *arguments: mx.array) -> mx.array:
+    def _run(self, program: Callable[..., Any], *arguments: mx.array | _Spans) -> mx.array:
         """Starts a program on the caches, when the one before it has ended: a cache that is still read would be copied
         to be written."""
         mx.eval(self._caches)
@@ -199,8 +201,8 @@ def _padded(span: Span) -> int:
     return next(length for length in _LENGTHS if length >= len(span.tokens))
 
 
-def _filled_up(spans: Sequence[Span]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Tokens (R, T), slots, starts and lengths (R,) of spans of one padded length, as the programs take them.
+def _filled_up(spans: Sequence[Span]) -> _Spans:
+    """Spans of one padded length, as the programs take them.
 
     What fills a span up is its last token, whose numbers are finite where those of the span are.
     """
@@ -222,65 +224,42 @@ class _Row:
 
 
 class _Programs:
-    """The compiled functions of models of one shape, and how often one was compiled."""
+    """The compiled functions of models of one configuration, and how often one was compiled."""
 
-    def __init__(self, config: GPTConfig, slots: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         self.count = 0
         # Only its structure: the weights are arguments.
         self._model = GPT(config)
         self._model.eval()
         self._scale = config.head_width**-0.5
         self._last = config.context_length - 1
-        self._slots = slots
         self.prefill: Callable[..., Any] = mx.compile(self._prefill)
         self.score: Callable[..., Any] = mx.compile(self._score)
         self.decode: Callable[..., Any] = mx.compile(self._decode)
         self.draw: Callable[..., mx.array] = mx.compile(self._draw)
 
-    def _prefill(
-        self,
-        parameters: dict[str, Any],
-        caches: Caches,
-        tokens: mx.array,
-        slots: mx.array,
-        starts: mx.array,
-        lengths: mx.array,
-    ) -> tuple[mx.array, Caches]:
-        """Reads (R, T) tokens, `lengths` (R,) of each row, into slots (R,) from positions (R,) on; the logits (R, V)
-        after the last of each."""
+    def _prefill(self, parameters: dict[str, Any], caches: Caches, spans: _Spans) -> tuple[mx.array, Caches]:
+        """Reads spans; the logits (R, V) after each."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, tokens, slots, starts, lengths)
+        hidden, caches = self._read(parameters, caches, spans)
+        *_, lengths = spans
         last = mx.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # (R, C)
         return self._model.logits(last), caches
 
     def _score(
-        self,
-        parameters: dict[str, Any],
-        caches: Caches,
-        tokens: mx.array,
-        slots: mx.array,
-        starts: mx.array,
-        lengths: mx.array,
-        targets: mx.array,
+        self, parameters: dict[str, Any], caches: Caches, spans: _Spans, targets: mx.array
     ) -> tuple[mx.array, Caches]:
-        """Reads (1, T) tokens in the same way; the losses (T,) of what follows each of them."""
+        """Reads one span; the losses (T,) of what follows each of its tokens."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, tokens, slots, starts, lengths)
+        hidden, caches = self._read(parameters, caches, spans)
         logits = self._model.logits(hidden[0]).astype(mx.float32)  # (T, V)
         chosen = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         losses = mx.logsumexp(logits, axis=1) - chosen
         return mx.where(mx.isfinite(logits).all(axis=1), losses, mx.nan), caches
 
-    def _read(
-        self,
-        parameters: dict[str, Any],
-        caches: Caches,
-        tokens: mx.array,
-        slots: mx.array,
-        starts: mx.array,
-        lengths: mx.array,
-    ) -> tuple[mx.array, Caches]:
-        """The hidden states (R, T, C) of tokens of some slots, and the caches with their keys and values."""
+    def _read(self, parameters: dict[str, Any], caches: Caches, spans: _Spans) -> tuple[mx.array, Caches]:
+        """The hidden states (R, T, C) of spans, and the caches with their keys and values."""
+        tokens, slots, starts, lengths = spans
         positions = starts[:, None] + mx.arange(tokens.shape[1])  # (R, T)
         ends = (starts + lengths)[:, None, None, None]  # (R, 1, 1, 1)
 
@@ -372,8 +351,8 @@ def _passed(weights: mx.array, shares: mx.array) -> tuple[mx.array, mx.array]:
     return place[:, 0].astype(mx.int32), mx.clip((target - after + weight) / weight, 0, 1)[:, 0]
 
 
-# Versions of one shape share their programs.
-_PROGRAMS: dict[tuple[GPTConfig, int], _Programs] = {}
+# Versions of one configuration share their programs.
+_PROGRAMS: dict[GPTConfig, _Programs] = {}
 
 
 def compiled_shapes() -> int:
