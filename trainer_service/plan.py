@@ -116,8 +116,11 @@ class Plan:
             phases.append(f"{again} to {peak:.1e} at step {config.warmup_end:,}")
         if self.first_step < config.decay_start and config.warmup_end < config.decay_start:
             phases.append(f"stable at {peak:.1e} to step {config.decay_start:,}")
-        decay = "cosine" if config.schedule == "cosine" else "linear"
-        phases.append(f"{decay} to {final:.1e} at step {config.max_steps:,}")
+        if config.final_learning_rate_ratio > 0.999:
+            phases.append(f"stays at {final:.1e} to step {config.max_steps:,}")
+        else:
+            decay = "cosine" if config.schedule == "cosine" else "linear"
+            phases.append(f"{decay} to {final:.1e} at step {config.max_steps:,}")
         text = ", ".join(phases)
         if self.spec.resume is None:
             return text

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
 from shared.registry.store import Registry
 from trainer_service.presets import find_preset
 from trainer_service.training.config import TrainingConfig
@@ -103,15 +103,18 @@ def _continued(request: TrainingRequest, resume: int, registry: Registry) -> tup
         request.dataset or parent.dataset_files,
         request.validation or (() if request.dataset else parent.validation_files),
     )
-    return parent.preset, config.continuing(begun, parent.step), data
+    return parent.preset, config.continuing(begun, parent.step, request.overrides), data
 
 
 def parse_overrides(text: str) -> dict[str, str]:
     """The values of `SET="max_steps=500 batch_size=8"`; raises `InvalidArgument` on anything else."""
-    overrides = {}
+    overrides: dict[str, str] = {}
     for item in text.split():
         name, equals, value = item.partition("=")
         if not (name and equals and value):
-            raise InvalidArgument(f'{item!r} is no override; write name=value, as in SET="max_steps=500 batch_size=8".')
-        overrides[name] = value
+            raise InvalidArgument(
+                f'{shown(item)} is not of the form name=value, as in SET="max_steps=500 batch_size=8".'
+            )
+        if overrides.setdefault(name, value) != value:
+            raise InvalidArgument(f"{shown(name)} is set twice, to {shown(overrides[name])} and to {shown(value)}.")
     return overrides

@@ -1,9 +1,20 @@
 """The shape of a GPT-2 model. Importing this loads no model framework."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
+
+# Far more than any model has that one machine trains; a file or a client may say anything.
+_MOST = {
+    "layers": 10_000,
+    "width": 1 << 17,
+    "heads": 1 << 17,
+    "hidden_width": 1 << 20,
+    "context_length": 1 << 20,
+    "vocabulary_size": 1 << 24,
+}
 
 
 @dataclass(frozen=True)
@@ -23,9 +34,9 @@ class GPTConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "hidden_width", "context_length", "vocabulary_size"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        for name, most in _MOST.items():
+            if not 1 <= (value := getattr(self, name)) <= most:
+                raise InvalidArgument(f"{name} is {shown(value)}, but must be from 1 to {most}.")
         if self.width % self.heads:
             raise InvalidArgument(f"width {self.width} cannot be divided among {self.heads} heads.")
         if not 0.0 <= self.dropout < 1.0:
@@ -42,12 +53,31 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "GPTConfig":
-        """The inverse of `to_dict`; raises `InvalidArgument` on missing or unknown names."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            odd = ", ".join(sorted(names ^ set(values)))
-            raise InvalidArgument(f"The model configuration does not fit this program: missing or unknown are {odd}.")
-        return cls(**values)  # type: ignore[arg-type]
+        """The inverse of `to_dict`; raises `InvalidArgument` on names, types and values that are not right."""
+        return cls(**typed_values(cls, "model", values))
+
+
+def typed_values(owner: type, what: str, values: Mapping[str, object]) -> dict[str, Any]:
+    """The fields of a dataclass of numbers and texts from what JSON holds; `what` names it in a sentence.
+
+    Raises `InvalidArgument` on missing or unknown names and on a value of another type.
+    """
+    kinds = get_type_hints(owner)
+    if odd := sorted(set(values) ^ set(kinds)):
+        names = ", ".join(shown(name, 40) for name in odd[:3])
+        raise InvalidArgument(f"The {what} configuration does not fit this program: missing or unknown are {names}.")
+    typed: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        value = values[name]
+        # A float that was whole may stand as a whole number.
+        allowed = (int, float) if kind is float else kind
+        try:
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise TypeError
+            typed[name] = kind(value)
+        except (TypeError, OverflowError):
+            raise InvalidArgument(f"{name} is {shown(value)}, which is not of the type {kind.__name__}.") from None
+    return typed
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def test_steps_tokens_and_epochs() -> None:
 WSD = replace(DEMO, schedule="wsd")
 # The same model, and a version at its end, continued to another.
 AGAIN = replace(DEMO, max_steps=8000).continuing(DEMO, 2000)
+FASTER = replace(DEMO, max_steps=8000).continuing(DEMO, 2000, {"learning_rate"})
 STABLE = replace(WSD, max_steps=8000).continuing(WSD, 1000)
 
 
@@ -56,6 +57,11 @@ STABLE = replace(WSD, max_steps=8000).continuing(WSD, 1000)
         (DEMO, 1050, "goes on from version 3 at step 1,050 with 5.5e-04; cosine to 1.0e-04 at step 2,000"),
         (
             AGAIN,
+            2000,
+            "goes on from version 3 at step 2,000 with 1.0e-04; stays at 1.0e-04 to step 8,000",
+        ),
+        (
+            FASTER,
             2000,
             "goes on from version 3 at step 2,000 with 1.1e-04; re-warm to 1.0e-03 at step 2,100, "
             "cosine to 1.0e-04 at step 8,000",

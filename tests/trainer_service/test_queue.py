@@ -327,7 +327,7 @@ def test_a_reporter_whose_job_is_anothers_says_nothing_and_asks_for_the_end(queu
 def test_overrides_are_read_from_one_line() -> None:
     assert parse_overrides(" max_steps=5  seed=1 ") == {"max_steps": "5", "seed": "1"}
     for wrong in ("max_steps", "=5", "max_steps="):
-        with pytest.raises(InvalidArgument, match="is no override"):
+        with pytest.raises(InvalidArgument, match="is not of the form name=value"):
             parse_overrides(wrong)
 
 

@@ -6,7 +6,7 @@ import pytest
 from shared.errors import InvalidArgument
 from shared.registry.store import Registry
 from trainer_service.presets import find_preset
-from trainer_service.spec import JobSpec, TrainingRequest, resolve
+from trainer_service.spec import JobSpec, TrainingRequest, parse_overrides, resolve
 from trainer_service.training.config import TrainingConfig
 
 
@@ -33,11 +33,11 @@ def test_a_version_in_the_middle_goes_on_along_the_schedule_of_its_run() -> None
 def test_another_end_begins_a_schedule_at_the_version() -> None:
     longer = resume(DEMO, 400, max_steps="800").config
     assert (longer.schedule_start, longer.max_steps) == (400, 800)
-    assert longer.schedule_start_ratio == pytest.approx(DEMO.learning_rate_at(399) / DEMO.learning_rate)
+    assert (longer.learning_rate, longer.schedule_start_ratio) == (DEMO.learning_rate_at(399), 1.0)
     # It lasts over an interruption, and a second continuation begins anew.
     assert resume(longer, 600).config == longer
     longest = resume(longer, 800, max_steps="1200").config
-    assert (longest.schedule_start, longest.warmup_end) == (800, 850)
+    assert (longest.schedule_start, longest.warmup_end) == (800, 800)
     shorter = resume(longer, 600, max_steps="700").config
     assert (shorter.schedule_start, shorter.max_steps) == (600, 700)
 
@@ -62,5 +62,23 @@ def test_a_version_at_or_past_the_end_is_refused_with_what_to_set(max_steps: str
 
 
 def test_where_the_schedule_began_cannot_be_set() -> None:
-    with pytest.raises(InvalidArgument, match="Unknown override 'schedule_start'"):
+    with pytest.raises(InvalidArgument, match="There is no value 'schedule_start' to set"):
         resume(DEMO, 160, schedule_start="5")
+
+
+def test_a_rate_that_is_set_is_warmed_up_to_even_if_it_is_that_of_before() -> None:
+    longer = resume(DEMO, 400, max_steps="800", learning_rate=str(DEMO.learning_rate)).config
+    assert (longer.learning_rate, longer.warmup_end) == (DEMO.learning_rate, 450)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps", "'max_steps' is not of the form name=value"),
+        ("max_steps = 5", "'max_steps' is not of the form name=value"),
+        ("max_steps=5 max_steps=6", "'max_steps' is set twice, to '5' and to '6'"),
+    ],
+)
+def test_what_is_no_override_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        parse_overrides(text)

@@ -1,12 +1,13 @@
 """Everything that defines a training run apart from its data. Importing this loads no model framework."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from typing import get_type_hints
 
-from shared.errors import InvalidArgument
-from shared.gpt.config import GPTConfig
+from shared.errors import InvalidArgument, shown
+from shared.gpt.config import GPTConfig, typed_values
 
 # On a CPU, a thread takes its rows through the model so many tokens at a time: what is computed stays near the caches.
 MICRO_BATCH_TOKENS = 1024
@@ -15,8 +16,37 @@ CHUNK_ELEMENTS = 1 << 25
 
 # What shapes the schedule: a run that continues a version with others of these begins a new one.
 _SHAPE = ("schedule", "max_steps", "learning_rate", "warmup_steps", "decay_ratio", "final_learning_rate_ratio")
+# A schedule that continues another begins at this share of its highest rate at least.
+_LEAST_CONTINUED_SHARE = 0.1
 # Where the schedule began, which nobody sets.
 _START = ("schedule_start", "schedule_start_ratio")
+
+# A lower rate changes no weight of the usual size, as fp32 holds it.
+_LEAST_RATE = 1e-8
+# What each number may be, from and to. Beyond these a run would learn nothing, or count further than 64 bits.
+_RANGES: dict[str, tuple[float, float]] = {
+    "context_length": (2, 1 << 17),
+    "max_steps": (1, 10**9),
+    "batch_size": (1, 1 << 16),
+    "learning_rate": (_LEAST_RATE, 1),
+    "warmup_steps": (0, 10**9),
+    "decay_ratio": (1e-6, 1),
+    "final_learning_rate_ratio": (0, 1),
+    "schedule_start_ratio": (0, 1),
+    "weight_decay": (0, 1e6),
+    # 1 - beta must be told apart from 0 in fp32: AdamW divides by it.
+    "beta1": (0, 0.9999),
+    "beta2": (0, 0.9999),
+    "seed": (0, 2**32 - 1),
+    "evaluation_interval": (1, 10**9),
+    "evaluation_windows": (1, 10**6),
+    "report_interval": (1, 10**9),
+    "max_train_tokens": (0, 10**12),
+    "max_validation_tokens": (0, 10**12),
+    "validation_share": (1e-6, 0.99),
+}
+# Gradients that are clipped further vanish beside AdamW's epsilon.
+_GRADIENT_NORMS = (1e-3, 1e9)
 
 
 @dataclass(frozen=True)
@@ -63,44 +93,41 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self.gpt  # noqa: B018 - raises on a shape that cannot be a model
-        positive = ("max_steps", "batch_size", "evaluation_interval", "evaluation_windows", "report_interval")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"{name} is {getattr(self, name)}, but must be at least 1.")
-        for name in ("warmup_steps", "max_train_tokens", "max_validation_tokens"):
-            if getattr(self, name) < 0:
-                raise InvalidArgument(f"{name} is {getattr(self, name)}, but must not be negative.")
-        if not 0 <= self.seed < 2**32:
-            raise InvalidArgument(f"seed is {self.seed}, but must be from 0 to {2**32 - 1}.")
+        for name, (least, most) in _RANGES.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise InvalidArgument(f"{name} is {shown(value)}, but must be from {least} to {most}.")
+        least, most = _GRADIENT_NORMS
+        if self.max_gradient_norm != 0 and not least <= self.max_gradient_norm <= most:
+            raise InvalidArgument(
+                f"max_gradient_norm is {shown(self.max_gradient_norm)}, but must be from {least} to {most:.0f}, or 0 "
+                "for gradients as they are."
+            )
+        if not self.learning_rate * self.weight_decay < 1:
+            raise InvalidArgument(
+                f"weight_decay is {self.weight_decay} with a learning_rate of {self.learning_rate}, but their product, "
+                "the share that a step takes from each weight, must be below 1."
+            )
         if self.tokenizer not in ("gpt2", "bpe"):
-            raise InvalidArgument(f"tokenizer is {self.tokenizer!r}, but must be gpt2 or bpe.")
+            raise InvalidArgument(f"tokenizer is {shown(self.tokenizer)}, but must be gpt2 or bpe.")
         if self.tokenizer == "gpt2" and self.vocabulary_size != 50257:
             raise InvalidArgument(f"GPT-2's tokenizer has 50257 tokens, but vocabulary_size is {self.vocabulary_size}.")
         if self.tokenizer == "bpe" and not 257 <= self.vocabulary_size <= 65536:
             raise InvalidArgument(
                 f"vocabulary_size is {self.vocabulary_size}, but a byte-level BPE has from 257 to 65536 tokens."
             )
-        if not 0.0 < self.learning_rate <= 1.0:
-            raise InvalidArgument(f"learning_rate is {self.learning_rate}, but must be above 0 and at most 1.")
         if self.schedule not in ("cosine", "wsd"):
-            raise InvalidArgument(f"schedule is {self.schedule!r}, but must be cosine or wsd.")
-        if not 0.0 < self.decay_ratio <= 1.0:
-            raise InvalidArgument(f"decay_ratio is {self.decay_ratio}, but must be above 0 and at most 1.")
-        for name in ("final_learning_rate_ratio", "schedule_start_ratio"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise InvalidArgument(f"{name} is {getattr(self, name)}, but must be from 0 to 1.")
+            raise InvalidArgument(f"schedule is {shown(self.schedule)}, but must be cosine or wsd.")
         if not 0 <= self.schedule_start < self.max_steps:
             raise InvalidArgument(
-                f"schedule_start is {self.schedule_start}, but must be from 0 to below max_steps, {self.max_steps}."
+                f"schedule_start is {shown(self.schedule_start)}, but must be from 0 to below max_steps, "
+                f"{self.max_steps}."
             )
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise InvalidArgument(f"{name} is {getattr(self, name)}, but must be at least 0 and below 1.")
-        for name in ("weight_decay", "max_gradient_norm"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise InvalidArgument(f"{name} is {getattr(self, name)}, but must be a number that is not negative.")
-        if not 0.0 < self.validation_share < 1.0:
-            raise InvalidArgument(f"validation_share is {self.validation_share}, but must be between 0 and 1.")
+        window = self.context_length + 1
+        for name in ("max_train_tokens", "max_validation_tokens"):
+            if 0 < (limit := getattr(self, name)) < window:
+                raise InvalidArgument(
+                    f"{name} is {limit}, but one window of context_length takes {window} tokens; 0 sets no limit."
+                )
 
     @property
     def gpt(self) -> GPTConfig:
@@ -154,20 +181,34 @@ class TrainingConfig:
         # In this form it is the highest rate exactly, to the last bit, until the decay begins.
         return self.learning_rate * (1 - (1 - self.final_learning_rate_ratio) * (1 - kept))
 
-    def continuing(self, begun: "TrainingConfig", step: int) -> "TrainingConfig":
-        """These values for a run that goes on from a step of one with the values `begun`.
+    def continuing(self, begun: "TrainingConfig", step: int, chosen: Collection[str] = ()) -> "TrainingConfig":
+        """These values for a run that goes on from a step of one with the values `begun`; `chosen` names those that
+        somebody set.
 
-        Where the two have the same schedule it goes on. Else a new one begins at the step: the rate is warmed up again
-        from the one that was reached, and comes down to the new end. A rate that is the highest already needs no
-        warm-up, so a stable phase goes on. Source: Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually
+        Where the two have the same schedule it goes on. Else a new one begins at the step, and comes down to the new
+        end. Its highest rate is the one that was reached: a higher one makes the model worse before it makes it better,
+        as `tests/benchmarks/continuation.py` measures. It is higher only if `learning_rate` was chosen, if the warm-up
+        had not ended, or if the rate had fallen below a tenth of the highest, with which little more is learned. The
+        rate is warmed up to it then. Source: Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually
         Pre-train Large Language Models" (re-warming and re-decaying).
         """
         same = all(getattr(self, name) == getattr(begun, name) for name in _SHAPE)
         if same or step == begun.schedule_start:
-            start, ratio = begun.schedule_start, begun.schedule_start_ratio
-        else:
-            start, ratio = step, min(begun.learning_rate_at(step - 1) / self.learning_rate, 1.0)
-        return replace(self, schedule_start=start, schedule_start_ratio=ratio)
+            return replace(self, schedule_start=begun.schedule_start, schedule_start_ratio=begun.schedule_start_ratio)
+        reached, highest = begun.learning_rate_at(step - 1), self.learning_rate
+        final_ratio = self.final_learning_rate_ratio
+        if "learning_rate" not in chosen and step >= begun.warmup_end:
+            highest = max(reached, _LEAST_CONTINUED_SHARE * begun.learning_rate, _LEAST_RATE)
+            if highest != begun.learning_rate and "final_learning_rate_ratio" not in chosen:
+                # The final rate stays what it was, or continuing again and again would bring it to nothing.
+                final_ratio = min(final_ratio * begun.learning_rate / highest, 1.0)
+        return replace(
+            self,
+            learning_rate=highest,
+            final_learning_rate_ratio=final_ratio,
+            schedule_start=step,
+            schedule_start_ratio=min(reached / highest, 1.0),
+        )
 
     def override(self, values: Mapping[str, str]) -> "TrainingConfig":
         """A copy with some values replaced; raises `InvalidArgument` on unknown names and on text of the wrong type."""
@@ -175,7 +216,9 @@ class TrainingConfig:
         parsed: dict[str, object] = {}
         for name, text in values.items():
             if name not in kinds:
-                raise InvalidArgument(f"Unknown override {name!r}. What can be set: {', '.join(sorted(kinds))}.")
+                near = get_close_matches(name[:40], kinds, n=1)
+                hint = f"Did you mean {near[0]}?" if near else "The README lists all of them."
+                raise InvalidArgument(f"There is no value {shown(name, 40)} to set. {hint}")
             parsed[name] = _parse(name, text, kinds[name])
         return replace(self, **parsed)  # type: ignore[arg-type]
 
@@ -185,23 +228,17 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "TrainingConfig":
-        """The inverse of `to_dict`; raises `InvalidArgument` on missing or unknown names."""
-        names = {field.name for field in fields(cls)}
-        if set(values) != names:
-            odd = ", ".join(sorted(names ^ set(values)))
-            raise InvalidArgument(
-                f"The training configuration does not fit this program: missing or unknown are {odd}."
-            )
-        return cls(**values)  # type: ignore[arg-type]
+        """The inverse of `to_dict`; raises `InvalidArgument` on names, types and values that are not right."""
+        return cls(**typed_values(cls, "training", values))
 
 
 def _parse(name: str, text: str, kind: type) -> object:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
-        if kind is int:
-            return int(text.replace("_", ""))
+        if kind is not str and not text.isascii():
+            raise ValueError  # Python reads the digits of every script
         return kind(text)
     except (KeyError, ValueError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-        raise InvalidArgument(f"{name} is {text!r}, but must be {expected}.") from None
+        raise InvalidArgument(f"{name} is {shown(text)}, but must be {expected}.") from None

@@ -74,5 +74,7 @@ class AdamW:
         return trees[0], norm
 
     def _clip(self, norm: mx.array) -> mx.array:
-        """The factor that brings gradients of a norm down to the largest one allowed."""
+        """The factor that brings gradients of a norm down to the largest one allowed; 1 if there is no largest one."""
+        if not self._config.max_gradient_norm:
+            return mx.array(1.0)
         return mx.minimum(self._config.max_gradient_norm / (norm + 1e-6), 1.0)

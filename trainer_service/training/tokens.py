@@ -76,9 +76,6 @@ def prepare(
     window = config.context_length + 1
     train_limit = config.max_train_tokens or config.max_steps * config.batch_size * window
     validation_limit = config.max_validation_tokens or config.evaluation_windows * config.context_length + 1
-    for name, limit in (("max_train_tokens", train_limit), ("max_validation_tokens", validation_limit)):
-        if limit < window:
-            raise InvalidArgument(f"{name} is {limit}, but one window of context_length takes {window} tokens.")
     report(PrepareProgress(Stage.OPEN))
     corpus = open_corpus(spec, config.validation_share)
     tokenizer = tokenizer or _tokenizer(corpus, config, directory / "tokenizers", report)

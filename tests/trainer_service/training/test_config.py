@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from itertools import pairwise
 
@@ -65,7 +66,8 @@ def test_every_value_can_be_overridden_as_text() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": "5"}, "Unknown override 'steps'.*max_steps"),
+        ({"steps": "5"}, r"There is no value 'steps' to set. Did you mean max_steps\?"),
+        ({"q" * 500: "5"}, r"There is no value 'q+…q+' to set. The README lists all of them\."),
         ({"max_steps": "five"}, "max_steps is 'five', but must be a whole number"),
         ({"max_steps": "0"}, "max_steps is 0"),
         ({"tied_head": "maybe"}, "true or false"),
@@ -84,8 +86,31 @@ def test_every_value_can_be_overridden_as_text() -> None:
         ({"schedule": "linear"}, "schedule is 'linear', but must be cosine or wsd"),
         ({"decay_ratio": "0"}, "decay_ratio is 0.0"),
         ({"decay_ratio": "1.1"}, "decay_ratio is 1.1"),
-        ({"schedule_start": "5"}, "Unknown override 'schedule_start'"),
-        ({"schedule_start_ratio": "0.5"}, "Unknown override 'schedule_start_ratio'"),
+        ({"schedule_start": "5"}, "There is no value 'schedule_start' to set"),
+        ({"schedule_start_ratio": "0.5"}, "There is no value 'schedule_start_ratio' to set"),
+        ({"max_steps": "1e3"}, "max_steps is '1e3', but must be a whole number"),
+        ({"max_steps": "0x10"}, "max_steps is '0x10', but must be a whole number"),
+        ({"max_steps": "٣"}, "max_steps is '٣', but must be a whole number"),
+        ({"dropout": "٣"}, "dropout is '٣', but must be a number"),
+        ({"max_steps": "9" * 5000}, "max_steps is '9+…9+', but must be a whole number"),
+        ({"batch_size": str(2**63)}, "batch_size is 9223372036854775808, but must be from 1 to 65536"),
+        ({"learning_rate": "0"}, "learning_rate is 0.0, but must be from 1e-08 to 1"),
+        ({"learning_rate": "1e-300"}, "learning_rate is 1e-300"),
+        ({"beta1": "1"}, "beta1 is 1.0, but must be from 0 to 0.9999"),
+        ({"beta2": "0.9999999999"}, "beta2 is 0.9999999999"),
+        ({"weight_decay": "400"}, "weight_decay is 400.0 with a learning_rate of 0.003"),
+        ({"max_gradient_norm": "-1"}, "max_gradient_norm is -1.0, but must be from 0.001 to .*, or 0"),
+        ({"max_gradient_norm": "1e-30"}, "max_gradient_norm is 1e-30"),
+        ({"max_gradient_norm": "nan"}, "max_gradient_norm is nan"),
+        ({"final_learning_rate_ratio": "1.5"}, "final_learning_rate_ratio is 1.5, but must be from 0 to 1"),
+        ({"evaluation_interval": "0"}, "evaluation_interval is 0"),
+        ({"evaluation_windows": "0"}, "evaluation_windows is 0"),
+        ({"report_interval": "0"}, "report_interval is 0"),
+        ({"validation_share": "0"}, "validation_share is 0.0"),
+        ({"context_length": "1"}, "context_length is 1, but must be from 2 to"),
+        ({"layers": "1000000000"}, "layers is 1000000000, but must be from 1 to"),
+        ({"max_train_tokens": "128"}, "max_train_tokens is 128, but one window of context_length takes 129 tokens"),
+        ({"max_validation_tokens": "5"}, "max_validation_tokens is 5, but one window"),
     ],
 )
 def test_a_wrong_override_is_refused_by_name(values: dict[str, str], message: str) -> None:
@@ -93,11 +118,33 @@ def test_a_wrong_override_is_refused_by_name(values: dict[str, str], message: st
         find_preset("demo").override(values)
 
 
+@given(
+    st.sampled_from(sorted(find_preset("demo").to_dict())), st.text() | st.floats().map(str) | st.integers().map(str)
+)
+def test_any_text_is_a_value_that_can_be_held_or_one_short_sentence(name: str, text: str) -> None:
+    try:
+        changed = find_preset("demo").override({name: text})
+    except InvalidArgument as error:
+        assert len(str(error)) <= 300 and str(error).isprintable()
+    else:
+        assert TrainingConfig.from_dict(json.loads(json.dumps(changed.to_dict(), allow_nan=False))) == changed
+        assert all(abs(value) < 2**63 for value in changed.to_dict().values() if isinstance(value, int | float))
+
+
 def test_a_configuration_survives_json() -> None:
     preset = find_preset("demo")
     assert TrainingConfig.from_dict(preset.to_dict()) == preset
-    with pytest.raises(InvalidArgument, match="width"):
+    with pytest.raises(InvalidArgument, match="missing or unknown are 'width'"):
         TrainingConfig.from_dict({name: value for name, value in preset.to_dict().items() if name != "width"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_steps", "400"), ("max_steps", 4.5), ("beta1", None), ("tied_head", 1), ("layers", True), ("beta2", 10**400)],
+)
+def test_a_value_of_another_type_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(InvalidArgument, match=f"{name} is .*, which is not of the type"):
+        TrainingConfig.from_dict(find_preset("demo").to_dict() | {name: value})
 
 
 def test_a_schedule_begins_before_it_ends() -> None:
@@ -155,32 +202,67 @@ def test_a_stable_phase_that_goes_on_is_that_of_a_run_planned_to_the_new_end(
             assert config.learning_rate_at(step) == longer.learning_rate_at(step)
 
 
-def test_a_cosine_that_goes_on_is_warmed_up_again_from_the_rate_it_reached() -> None:
+def test_a_cosine_that_has_ended_goes_on_at_the_rate_it_reached_again_and_again() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
+    for end in (800, 1200, 1600):
+        config = replace(begun, max_steps=end).continuing(begun, end - 400)
+        expected = [config.learning_rate_at(step) for step in range(end - 400, end + 1)]
+        assert expected == pytest.approx([1e-4] * 401, rel=1e-3)
+        begun = config
+
+
+def test_a_schedule_that_changes_on_its_way_comes_down_from_the_rate_that_it_has_reached() -> None:
+    begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
+    config = replace(begun, max_steps=800).continuing(begun, 225)
+    assert (config.schedule_start, config.warmup_end) == (225, 225)
+    assert config.learning_rate == begun.learning_rate_at(224) == pytest.approx(5.5e-4, rel=1e-2)
+    assert config.learning_rate_at(800) == pytest.approx(1e-4)
+
+
+def test_a_warm_up_that_has_not_ended_goes_on_to_the_rate_that_was_planned() -> None:
+    begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
+    config = replace(begun, max_steps=800).continuing(begun, 20)
+    assert config.learning_rate == 1e-3 and config.schedule_start_ratio == pytest.approx(0.4)
+
+
+def test_a_rate_that_came_down_to_nothing_is_warmed_up_to_a_tenth() -> None:
+    begun = replace(
+        find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3, final_learning_rate_ratio=0.0
+    )
     config = replace(begun, max_steps=800).continuing(begun, 400)
+    assert (config.learning_rate, config.warmup_end, config.learning_rate_at(800)) == (1e-4, 450, 0.0)
+
+
+def test_a_rate_that_is_chosen_is_warmed_up_to() -> None:
+    begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
+    config = replace(begun, max_steps=800).continuing(begun, 400, {"learning_rate"})
     assert (config.schedule_start, config.warmup_end) == (400, 450)
     assert config.schedule_start_ratio == pytest.approx(0.1, rel=1e-3)
     expected = [1e-4 + 9e-4 / 50, 1e-3, 1e-3, 5.5e-4, 1e-4]
     assert [config.learning_rate_at(step) for step in (400, 449, 450, 625, 800)] == pytest.approx(expected, rel=1e-3)
+    chosen = replace(begun, max_steps=800, final_learning_rate_ratio=0.2)
+    config = chosen.continuing(begun, 400, {"final_learning_rate_ratio"})
+    assert config.learning_rate_at(800) == pytest.approx(2e-5, rel=1e-3)
 
 
-def test_a_linear_decay_that_goes_on_is_warmed_up_again() -> None:
+def test_a_linear_decay_that_goes_on_is_stable_at_the_rate_it_reached() -> None:
     begun = replace(find_preset("demo"), schedule="wsd", max_steps=400, warmup_steps=50, learning_rate=1e-3)
     assert begun.decay_start == 320
     config = replace(begun, max_steps=1000).continuing(begun, 361)
-    assert config.schedule_start_ratio == pytest.approx(0.55)
-    assert (config.warmup_end, config.decay_start) == (411, 800)
+    assert config.learning_rate == pytest.approx(5.5e-4) and config.schedule_start_ratio == 1.0
+    assert (config.warmup_end, config.decay_start) == (361, 800)
+    assert config.learning_rate_at(1000) == pytest.approx(1e-4)
 
 
 def test_a_warm_up_takes_half_of_a_short_schedule() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50)
-    assert replace(begun, max_steps=410).continuing(begun, 400).warmup_end == 405
+    assert replace(begun, max_steps=410).continuing(begun, 400, {"learning_rate"}).warmup_end == 405
     assert replace(begun, max_steps=30).warmup_end == 15
 
 
 def test_a_lower_rate_begins_a_schedule_too_and_nothing_else_does() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
-    lower = replace(begun, learning_rate=1e-4).continuing(begun, 100)
+    lower = replace(begun, learning_rate=1e-4).continuing(begun, 100, {"learning_rate"})
     assert (lower.schedule_start, lower.schedule_start_ratio) == (100, 1.0)
     same = replace(begun, dropout=0.2, batch_size=3, max_gradient_norm=0.5)
     assert same.continuing(begun, 100) == same

@@ -5,6 +5,8 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument
 from shared.gpt.model import parameters_of
@@ -97,7 +99,7 @@ def test_another_seed_trains_another_model() -> None:
 
 
 def test_dropout_differs_from_step_to_step() -> None:
-    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-9, seed=3), np.full(9, 5, np.uint16))
+    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-8, seed=3), np.full(9, 5, np.uint16))
     losses = {scalar(trainer.take_step().loss) for _ in range(4)}
     assert len(losses) == 4
 
@@ -126,6 +128,7 @@ SCHEDULES = [
     tiny(warmup_steps=0),
     tiny(schedule="wsd", decay_ratio=0.4),
     tiny(max_steps=35).continuing(tiny(), 20),
+    tiny(max_steps=35).continuing(tiny(), 20, {"learning_rate"}),
     tiny(schedule="wsd", max_steps=30).continuing(tiny(schedule="wsd"), 10),
 ]
 
@@ -202,6 +205,40 @@ def test_workers_draw_different_dropout() -> None:
         both = Trainer(config, text, workers).take_step().loss
     one = Trainer(replace(config, batch_size=1), text).take_step().loss
     assert scalar(both) != scalar(one)
+
+
+def test_a_largest_gradient_norm_of_0_clips_nothing() -> None:
+    gradients = {"matrix": mx.full((5, 3), 100.0)}
+    outcomes = []
+    for largest in (0.0, 1e9, 1.0):
+        optimizer = AdamW(tiny(max_gradient_norm=largest), gradients)
+        optimizer.update(gradients, gradients, mx.array(0.1))
+        outcomes.append(optimizer.state["m"]["matrix"][0, 0].item())
+    unclipped, far_below, clipped = outcomes
+    assert unclipped == far_below == pytest.approx(10.0) and clipped < 0.1
+
+
+# The ends of the ranges, and what lies between.
+@settings(deadline=None, max_examples=60)
+@given(
+    rate=st.sampled_from([1e-8, 1e-6, 1.0]),
+    beta1=st.sampled_from([0.0, 0.9, 0.9999]),
+    beta2=st.sampled_from([0.0, 0.95, 0.9999]),
+    largest=st.sampled_from([0.0, 1e-3, 1e9]),
+    decay=st.sampled_from([0.0, 0.1, 0.999]),
+    size=st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_every_value_that_the_optimizer_may_have_moves_the_weights(
+    rate: float, beta1: float, beta2: float, largest: float, decay: float, size: float
+) -> None:
+    config = tiny(learning_rate=rate, beta1=beta1, beta2=beta2, max_gradient_norm=largest, weight_decay=decay)
+    weights = {"matrix": mx.full((64, 64), 0.02)}
+    gradients = {"matrix": mx.full((64, 64), size) * mx.where(mx.arange(64) % 2, 1, -1)}
+    optimizer = AdamW(config, weights)
+    after, _ = optimizer.update(weights, gradients, mx.array(rate))
+    moved = after["matrix"] - weights["matrix"]
+    assert mx.all(mx.isfinite(moved)) and not mx.any(moved[:, 1] == 0) and mx.all(moved[:, 1] < 0)
+    assert mx.abs(moved).max() < 2.5 * rate
 
 
 def test_the_optimizer_is_clipped_adamw_as_mlx_has_it() -> None:
