@@ -28,7 +28,9 @@ Address = Annotated[
     str | None, typer.Option(help="Where the server is; otherwise as GPTLOOP_INFERENCE_HOST and _PORT say.")
 ]
 Version = Annotated[int | None, typer.Option(min=1, help="The number of the version that answers.")]
-Label = Annotated[str | None, typer.Option(help="best, latest, stable or pinned:<version>; else what serves.")]
+Label = Annotated[
+    str | None, typer.Option(help="best, latest, stable, run:<name> or pinned:<version>; else what serves.")
+]
 Number = Annotated[int, typer.Argument(min=1, help="The number of a version.")]
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**64 - 1, help="With the same version and prompt: the same text.")
@@ -219,12 +221,15 @@ def pin(version: Number, address: Address = None) -> None:
 
 
 @app.command()
-def follow(label: Annotated[str, typer.Argument(help="best, latest or stable.")], address: Address = None) -> None:
+def follow(
+    label: Annotated[str, typer.Argument(help="best, latest, stable or run:<name>.")], address: Address = None
+) -> None:
     """Lets the version of a label serve, and the next one as soon as the label names it.
 
     best: the fewest bits per byte of all that were not refused.
     latest: published last.
     stable: what promote made so.
+    run:<name>: the best one of a run.
 
     Example: python -m inference_service follow best
     """

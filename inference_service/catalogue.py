@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from inference_service.gate import Judged
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, Unavailable
 from shared.registry import policy
-from shared.registry.decisions import Decided, Finding, check_label, finding_on, pinned_number
+from shared.registry.decisions import Decided, Finding, check_label, finding_on, pinned_number, run_of
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 
@@ -97,18 +97,20 @@ class Catalogue:
         await self.look()
         if not self.versions:
             raise Unavailable(f"The label {label!r} names no version yet: the registry is empty.")
-        number = pinned_number(label)
         if label in ("best", "latest") and label == self.policy:
             return None
-        number = number or self.labels().get(label)
+        number = pinned_number(label) or policy.number_of(label, self.versions, self._decided())
         if number is None:
             raise NotFound(f"No version has the label {label!r} now.")
         return await self.manifest(number)
 
     def labels(self) -> dict[str, int]:
         """Every label with the number of the version that it names."""
+        return policy.labels(self.versions, self._decided())
+
+    def _decided(self) -> Decided:
         refused = {manifest.version for manifest in self.versions} - {each.version for each in self._deserving()}
-        return policy.labels(self.versions, Decided(frozenset(refused), self._seen.stable, pinned_number(self.policy)))
+        return Decided(frozenset(refused), self._seen.stable, self.policy)
 
     def candidates(self, before: Sequence[int] | None) -> Iterator[VersionManifest]:
         """The versions that may serve, the one first that the policy wants.
@@ -122,6 +124,8 @@ class Catalogue:
                 wanted = policy.ranking(self._deserving())
             case "latest":
                 wanted = self.versions[::-1]
+            case label if (run := run_of(label)) is not None:
+                wanted = policy.ranking_of_run(self.versions, run)
             case label:
                 number = pinned_number(label) or self._seen.stable
                 wanted = [numbers[number]] if number in numbers else []
@@ -146,10 +150,13 @@ class Catalogue:
 
     async def set_policy(self, label: str) -> None:
         """Lets the version of a label serve from now on; raises `InvalidArgument` on what is no label, `NotFound` or
-        `FailedPrecondition` on one whose version does not exist or was refused."""
+        `FailedPrecondition` on one whose version or run does not exist or was refused."""
         check_label(label)
         await self.look()
         number = pinned_number(label)
+        run = run_of(label)
+        if run is not None and policy.number_of(label, self.versions, self._decided()) is None:
+            raise NotFound(f"No version that may serve is of the run {run!r}.")
         if label == "stable":
             number = self._seen.stable
             if number is None:

@@ -18,7 +18,7 @@ from inference_service.gate import Judged, Refused, check_progress
 from inference_service.metrics import InferenceMetrics
 from inference_service.residents import Resident, Residents
 from shared.errors import FailedPrecondition, GptloopError, Unavailable
-from shared.registry.decisions import pinned
+from shared.registry.decisions import pinned, run_of
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import labels_of
 
@@ -253,8 +253,10 @@ class HotLoader:
 
     def _deserves(self, resident: Resident) -> bool:
         """Whether a version may take the place of the one that serves, where nobody but the policy asks for it."""
-        serving = self.serving
-        if self._catalogue.policy not in ("best", "latest"):
+        serving, run = self.serving, run_of(self._catalogue.policy)
+        if run is None and self._catalogue.policy not in ("best", "latest"):
+            return True
+        if run is not None and (serving is None or serving.manifest.run != run):
             return True
         if serving is None:
             # After a restart those count that served before.

@@ -60,6 +60,7 @@ def publish_tiny_version(
     *,
     seed: int = 0,
     config: GPTConfig = TINY,
+    run: str = "tiny",
     evaluation_set: str = "held-out",
     better_by: float = 0.0,
     windows: tuple[int, int] = (2, 40),
@@ -70,7 +71,7 @@ def publish_tiny_version(
     It claims a loss on its held-out windows, so many of so many tokens, that is `better_by` nats a token less than it
     has.
     """
-    fence = Fence.raise_for(registry.run_directory("tiny"))
+    fence = Fence.raise_for(registry.run_directory(run))
     tokenizer = byte_tokenizer()
     held_out = _held_out(windows)
     loss = _loss_of_tiny_model(seed, config, windows)
@@ -86,7 +87,7 @@ def publish_tiny_version(
     def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
         return VersionManifest(
             version=number,
-            run="tiny",
+            run=run,
             step=100 * number,
             parent=None,
             created_at=time.time(),

@@ -183,6 +183,8 @@ def checkpoints() -> None:
             version.run,
         )
     cli.print_table(table)
+    if sentence := registry.other_text():
+        print(sentence)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import load_model
 from shared.registry.commit import sync
 from shared.registry.fence import Fence
-from shared.registry.manifest import VersionManifest
+from shared.registry.manifest import IMPORTED, VersionManifest
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
 from shared.settings import Directories
@@ -29,9 +29,6 @@ from trainer_service.training.tokens import prepare
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
 from trainer_service.versions import publish
-
-# Stands where a version names its preset, and begins the names of the runs that continue it.
-PRESET = "imported"
 
 # Tells a stage of the work, and how much of it is done, from 0 to 1.
 Report = Callable[[str, float | None], None]
@@ -88,7 +85,7 @@ def import_folder(
     trainer.record_evaluation(held_out.nats_per_token)
 
     report("writing the version", None)
-    spec = JobSpec(new_run(PRESET), PRESET, config, data, resume=None)
+    spec = JobSpec(new_run(IMPORTED), IMPORTED, config, data, resume=None)
     registry = Registry(directories.registry)
     registry.sweep()
     fence = Fence.raise_for(registry.run_directory(spec.run))

@@ -12,12 +12,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shared.errors import CorruptCheckpoint, InvalidArgument
+from shared.errors import CorruptCheckpoint, InvalidArgument, shown
 from shared.registry.commit import locked, make_folder, replace_text, writing
 from shared.registry.manifest import typed
 
 LABELS = ("best", "latest", "stable")
 _PINNED = "pinned:"
+_RUN = "run:"
+# A run's name, which is that of a folder.
+_RUN_NAME = re.compile(r"\w[\w.-]{0,199}")
 # A version's number as it is written.
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _FINDING = re.compile(rf"({_NUMBER.pattern})\.[a-z0-9_]+\.json")
@@ -44,11 +47,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Decided:
-    """The versions that must not serve, as far as is known, the stable one and the pinned one."""
+    """The versions that must not serve, as far as is known, the stable one, and the label whose version serves."""
 
     refused: frozenset[int] = frozenset()
     stable: int | None = None
-    pinned: int | None = None
+    policy: str = LABELS[0]
 
 
 def finding_on(findings: Sequence[Finding], digest: str, device: str) -> Finding | None:
@@ -70,9 +73,12 @@ def is_refused_everywhere(findings: Sequence[Finding], digest: str) -> bool:
 
 def check_label(label: str) -> str:
     """A label that can name a version; raises `InvalidArgument`."""
-    if label in LABELS or (label.startswith(_PINNED) and _NUMBER.fullmatch(label.removeprefix(_PINNED))):
+    pin, run = label.removeprefix(_PINNED), label.removeprefix(_RUN)
+    if label in LABELS or (pin != label and _NUMBER.fullmatch(pin)) or (run != label and _RUN_NAME.fullmatch(run)):
         return label
-    raise InvalidArgument(f"{label!r} is no label: the labels are {', '.join(LABELS)} and pinned:<version>.")
+    raise InvalidArgument(
+        f"{shown(label)} is no label: the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."
+    )
 
 
 def pinned(number: int) -> str:
@@ -83,6 +89,16 @@ def pinned(number: int) -> str:
 def pinned_number(label: str) -> int | None:
     """The version of such a label; None for another one."""
     return int(label.removeprefix(_PINNED)) if label.startswith(_PINNED) else None
+
+
+def run_label(run: str) -> str:
+    """The label of the best version of a run."""
+    return f"{_RUN}{run}"
+
+
+def run_of(label: str) -> str | None:
+    """The run of such a label; None for another one."""
+    return label.removeprefix(_RUN) if label.startswith(_RUN) else None
 
 
 class Decisions:

@@ -12,6 +12,8 @@ from typing import Any, Self, get_args, get_origin
 from shared.errors import CorruptCheckpoint
 
 MANIFEST_NAME = "manifest.json"
+# Stands where a version names its preset if it was imported, or continues one that was.
+IMPORTED = "imported"
 # The end of the year 9999, in seconds since the epoch.
 _LATEST_S = 253402300800
 # Under this name a manifest holds the SHA-256 of all its other values.

@@ -1,9 +1,22 @@
 """Which version a label names."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from shared.registry.decisions import Decided, pinned
-from shared.registry.manifest import VersionManifest
+from shared.registry.decisions import Decided, pinned_number, run_label, run_of
+from shared.registry.manifest import IMPORTED, VersionManifest
+
+# A version on another text takes the lead over once it has trained on this share of the tokens of the best one.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The evaluation set on which `best` compares, and the version with which it took the lead over."""
+
+    evaluation_set: str
+    since: VersionManifest
 
 
 def latest(versions: Sequence[VersionManifest]) -> VersionManifest | None:
@@ -11,33 +24,103 @@ def latest(versions: Sequence[VersionManifest]) -> VersionManifest | None:
     return max(versions, key=lambda version: version.version, default=None)
 
 
+def trained_tokens(version: VersionManifest) -> float:
+    """The tokens that a version has trained on, those of the versions that it continues among them.
+
+    Infinite for an imported version and for those that continue it: nobody here knows what it has trained on, and a
+    person asked for it. 0 for one that does not say.
+    """
+    return math.inf if version.preset == IMPORTED else float(version.step * _tokens_per_step(version))
+
+
+def leading(versions: Sequence[VersionManifest]) -> Lead | None:
+    """The evaluation set that leads: that of the first version, until a version on another one has trained on at least
+    half as many tokens as the best version of the set that leads. None if there is no version."""
+    lead: Lead | None = None
+    best: dict[str, VersionManifest] = {}
+    for version in sorted(versions, key=lambda version: version.version):
+        evaluation_set = version.evaluation_set
+        best[evaluation_set] = min(best.get(evaluation_set, version), version, key=_rank)
+        if lead is None or (
+            evaluation_set != lead.evaluation_set
+            and trained_tokens(version) >= _SHARE * trained_tokens(best[lead.evaluation_set])
+        ):
+            lead = Lead(evaluation_set, version)
+    return lead
+
+
 def ranking(versions: Sequence[VersionManifest]) -> list[VersionManifest]:
-    """The versions judged on the newest version's evaluation set: lowest bits per byte first, then the newest."""
-    newest = latest(versions)
-    comparable = [version for version in versions if newest and version.evaluation_set == newest.evaluation_set]
-    return sorted(comparable, key=lambda version: (version.bits_per_byte, -version.version))
+    """The versions judged on the evaluation set that leads: lowest bits per byte first, then the newest."""
+    lead = leading(versions)
+    return sorted((each for each in versions if lead and each.evaluation_set == lead.evaluation_set), key=_rank)
+
+
+def ranking_of_run(versions: Sequence[VersionManifest], run: str) -> list[VersionManifest]:
+    """The versions of a run: lowest bits per byte first, then the newest."""
+    return sorted((version for version in versions if version.run == run), key=_rank)
+
+
+def number_of(label: str, versions: Sequence[VersionManifest], decided: Decided) -> int | None:
+    """The version that a label names, if there is one.
+
+    `best`, `latest` and `run:<name>` follow from the manifests, and never name a version that must not serve; `stable`
+    and `pinned:<version>` are what somebody decided.
+    """
+    deserving = [version for version in versions if version.version not in decided.refused]
+    named: VersionManifest | None
+    if label == "best":
+        named = next(iter(ranking(deserving)), None)
+    elif label == "latest":
+        named = latest(deserving)
+    elif (run := run_of(label)) is not None:
+        named = next(iter(ranking_of_run(deserving, run)), None)
+    else:
+        number = decided.stable if label == "stable" else pinned_number(label)
+        named = next((version for version in versions if version.version == number), None)
+    return None if named is None else named.version
 
 
 def labels(versions: Sequence[VersionManifest], decided: Decided) -> dict[str, int]:
-    """Every label that names a version now.
-
-    `best` and `latest` follow from the manifests, and never name a version that must not serve; `stable` and `pinned`
-    are what somebody decided.
-    """
-    named: dict[str, int] = {}
-    deserving = [version for version in versions if version.version not in decided.refused]
-    if best := ranking(deserving):
-        named["best"] = best[0].version
-    if (newest := latest(deserving)) is not None:
-        named["latest"] = newest.version
-    numbers = {version.version for version in versions}
-    if decided.stable in numbers:
-        named["stable"] = decided.stable
-    if decided.pinned in numbers:
-        named[pinned(decided.pinned)] = decided.pinned
-    return named
+    """Every label that names a version now; of those for a run or a single version only the policy's own."""
+    named = {label: number_of(label, versions, decided) for label in ("best", "latest", "stable", decided.policy)}
+    return {label: number for label, number in named.items() if number is not None}
 
 
 def labels_of(number: int, labels: Mapping[str, int]) -> tuple[str, ...]:
     """Those of all labels that name a version."""
     return tuple(label for label, named in labels.items() if named == number)
+
+
+def describe_other_text(versions: Sequence[VersionManifest], refused: frozenset[int] = frozenset()) -> str:
+    """A sentence on the newest versions if they do not compare with the best one, and when they take over; else
+    empty."""
+    deserving = [version for version in versions if version.version not in refused]
+    newest, ranked = latest(deserving), ranking(deserving)
+    if newest is None or newest.evaluation_set == ranked[0].evaluation_set:
+        return ""
+    best = ranked[0]
+    others = sorted(
+        each.version
+        for each in deserving
+        if (each.evaluation_set, each.run) == (newest.evaluation_set, newest.run) and each.version > best.version
+    )
+    sentence = f"Versions {others[0]} to {others[-1]} were" if len(others) > 1 else f"Version {newest.version} was"
+    sentence += f" judged on other held-out text than version {best.version}, which is best"
+    serve = f"`follow {run_label(newest.run)}` lets the best of that run serve."
+    per_step = _tokens_per_step(newest)
+    if not per_step or math.isinf(trained_tokens(best)):
+        return f"{sentence}. {serve}"
+    step = math.ceil(_SHARE * trained_tokens(best) / per_step)
+    end = newest.training.get("max_steps")
+    if isinstance(end, int) and step > end:
+        return f"{sentence}, and that run ends at step {end:,}, before step {step:,}, where it would take over. {serve}"
+    return f"{sentence}; that run takes over at step {step:,}. Until then {serve}"
+
+
+def _rank(version: VersionManifest) -> tuple[float, int]:
+    return version.bits_per_byte, -version.version
+
+
+def _tokens_per_step(version: VersionManifest) -> int:
+    rows, length = version.training.get("batch_size"), version.training.get("context_length")
+    return rows * length if isinstance(rows, int) and isinstance(length, int) else 0

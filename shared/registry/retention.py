@@ -101,9 +101,10 @@ def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
     """Removes a checkpoint, unless somebody has decided for it since it was judged."""
     with registry.decisions.held():
-        decided = registry.decided(())
-        if checkpoint.run is None and checkpoint.number in (decided.stable, decided.pinned):
-            return False
+        if checkpoint.run is None:
+            versions = registry.versions()
+            if checkpoint.number in policy.labels(versions, registry.decided(versions)).values():
+                return False
         registry.remove(checkpoint)
         return True
 
@@ -140,6 +141,7 @@ def _judge_versions(
     retention: Retention,
 ) -> list[Verdict]:
     newest = {each.version for each in versions[max(0, len(versions) - retention.newest) :]}
+    lead = policy.leading(deserving)
     sets = {each.evaluation_set for each in versions if each.run in runs or each is versions[-1]}
     best: set[int] = set()
     for evaluation_set in sets:
@@ -148,6 +150,9 @@ def _judge_versions(
     verdicts = []
     for number in (each.version for each in versions):
         reasons = [f"label {label}" for label in policy.labels_of(number, labels)]
+        if lead is not None and number == lead.since.version != deserving[0].version:
+            # Without it the text before could lead again.
+            reasons.append("with it its text took best over")
         if number in newest:
             reasons.append(f"newest {retention.newest}")
         if number in best:

@@ -31,7 +31,7 @@ from shared.registry.commit import (
     verify_files,
     writing,
 )
-from shared.registry.decisions import Decided, Decisions, is_refused_everywhere, pinned_number
+from shared.registry.decisions import LABELS, Decided, Decisions, check_label, is_refused_everywhere
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, StateManifest, VersionManifest
 
@@ -139,6 +139,14 @@ class Registry:
             logger.warning("only the labels that follow from the manifests are known: %s", error)
             return policy.labels(versions, Decided())
 
+    def other_text(self) -> str:
+        """A sentence on the newest versions if they do not compare with the best one; else empty."""
+        versions = self.versions()
+        try:
+            return policy.describe_other_text(versions, self.decided(versions).refused)
+        except CorruptCheckpoint:
+            return policy.describe_other_text(versions)
+
     def decided(self, versions: Sequence[VersionManifest]) -> Decided:
         """What was decided and found out about versions; raises `CorruptCheckpoint` where some decision cannot be
         read."""
@@ -148,14 +156,19 @@ class Registry:
             for version in versions
             if is_refused_everywhere(findings.get(version.version, ()), version.digest)
         )
-        return Decided(refused, self.decisions.stable(), pinned_number(self.decisions.policy()))
+        return Decided(refused, self.decisions.stable(), self.decisions.policy())
 
     def resolve(self, label: str) -> VersionManifest:
-        """The version that a label names; raises `NotFound`."""
+        """The version that a label names; raises `InvalidArgument` on what is no label, and `NotFound`."""
+        check_label(label)
         labels = self.labels()
-        if label not in labels:
+        number = labels.get(label)
+        if number is None and label not in LABELS:
+            versions = self.versions()
+            number = policy.number_of(label, versions, self.decided(versions))
+        if number is None:
             raise NotFound(f"No version has the label {label!r}; {_existing(labels)}.")
-        return self.version(labels[label])
+        return self.version(number)
 
     def publish_version(
         self, fence: Fence, write: Write, manifest: Callable[[int, tuple[FileRecord, ...]], VersionManifest]

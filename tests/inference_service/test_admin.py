@@ -222,7 +222,7 @@ def streams(server: Server) -> dict[int, int]:
         (
             lambda admin: admin.set_policy("newest"),
             errors.InvalidArgument,
-            "'newest' is no label: the labels are best, latest, stable and pinned:<version>",
+            "'newest' is no label: the labels are best, latest, stable, run:<name> and pinned:<version>",
         ),
         (lambda admin: admin.set_policy(""), errors.InvalidArgument, "'' is no label"),
         (lambda admin: admin.set_policy("pinned:0"), errors.InvalidArgument, "'pinned:0' is no label"),

@@ -168,6 +168,24 @@ def test_the_policy_is_kept_over_a_restart(world: World) -> None:
     run(restarted, test)
 
 
+def test_a_run_can_be_followed_and_named(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        with pytest.raises(NotFound, match="of the run 'other'"):
+            await world.loader.let_serve("run:other")
+        publish_tiny_version(world.registry, 4.0, run="other", evaluation_set="other text")
+        await world.loader.let_serve("run:other")
+        await until(lambda: world.serving == 4)
+        publish_tiny_version(world.registry, 0.5)
+        publish_tiny_version(world.registry, 3.5, run="other", evaluation_set="other text")
+        await until(lambda: world.serving == 6)
+        assert "run:other" in (await standing(world, 6)).labels
+        named = await world.catalogue.resolve("run:tiny")
+        assert named is not None and named.version == 5
+
+    run(world, test)
+
+
 def test_the_stable_version_is_the_promoted_one(world: World) -> None:
     async def test() -> None:
         await until(lambda: world.serving == 2)

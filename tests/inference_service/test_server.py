@@ -95,7 +95,11 @@ def test_tokens_are_those_of_the_tokenizer(server: Server) -> None:
     ("parameters", "kind", "sentence"),
     [
         ({"version": 99}, errors.NotFound, "no version 99"),
-        ({"label": "worst"}, errors.InvalidArgument, "'worst' is no label.*best, latest, stable and pinned:"),
+        (
+            {"label": "worst"},
+            errors.InvalidArgument,
+            "'worst' is no label.*best, latest, stable, run:<name> and pinned:",
+        ),
         ({"label": "stable"}, errors.NotFound, "No version has the label 'stable' now"),
         ({"label": "pinned:9"}, errors.NotFound, "no version 9"),
         ({"max_tokens": 0}, errors.InvalidArgument, "max_tokens is 0"),

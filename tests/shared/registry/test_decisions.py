@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument
+from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, shown
 from shared.registry.decisions import (
     LABELS,
     Decisions,
@@ -94,7 +94,7 @@ def test_where_nobody_decided_anything_best_serves(
 # Labels.
 
 
-@pytest.mark.parametrize("label", [*LABELS, "pinned:7"])
+@pytest.mark.parametrize("label", [*LABELS, "pinned:7", "run:demo-20260101-000000-ab12", "run:größer"])
 def test_a_policy_is_read_back_as_it_was_set(decisions: Decisions, serving: Path, label: str) -> None:
     for each in ("pinned:1", label):
         decisions.set_policy(each)
@@ -103,10 +103,13 @@ def test_a_policy_is_read_back_as_it_was_set(decisions: Decisions, serving: Path
 
 @pytest.mark.parametrize(
     "label",
-    ["", "newest", "Best", " best", "best\n", "7", "stable:7", "pinned", *(f"pinned:{rest}" for rest in NO_NUMBERS)],
+    [
+        *("", "newest", "Best", " best", "best\n", "7", "stable:7", "pinned", "run", "run:", "run:a/b", "run:.."),
+        *("run:a\n", f"run:{'x' * 300}", *(f"pinned:{rest}" for rest in NO_NUMBERS)),
+    ],
 )
 def test_what_is_no_label_is_refused_by_name(decisions: Decisions, label: str) -> None:
-    sentence = f"{label!r} is no label: the labels are best, latest, stable and pinned:<version>."
+    sentence = f"{shown(label)} is no label: the labels are best, latest, stable, run:<name> and pinned:<version>."
     decisions.set_policy("latest")
     with pytest.raises(InvalidArgument, match=re.escape(sentence)):
         check_label(label)

@@ -1,10 +1,13 @@
 """Which version each label names."""
 
+from dataclasses import replace
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import NotFound
+from shared.errors import InvalidArgument, NotFound
 from shared.registry import policy
 from shared.registry.decisions import Decided, Finding
 from shared.registry.manifest import VersionManifest
@@ -12,7 +15,7 @@ from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, publish
 
 
-def test_best_is_the_lowest_bits_per_byte_on_the_newest_evaluation_set(registry: Registry) -> None:
+def test_best_is_the_lowest_bits_per_byte_on_the_evaluation_set_that_leads(registry: Registry) -> None:
     publish(registry, bits_per_byte=0.1, evaluation_set="another text")
     publish(registry, bits_per_byte=0.9)
     publish(registry, bits_per_byte=0.7)
@@ -21,6 +24,145 @@ def test_best_is_the_lowest_bits_per_byte_on_the_newest_evaluation_set(registry:
     assert registry.resolve("best").version == 3
     with pytest.raises(NotFound, match=r"best \(version 3\)"):
         registry.resolve("stable")
+
+
+def trained(number: int, step: int, text: str = "set-a", **values: object) -> VersionManifest:
+    """A version that has trained on 100 tokens a step."""
+    training = {"batch_size": 10, "context_length": 10, "max_steps": 1000}
+    return replace(make_manifest(number, step=step, evaluation_set=text, training=training), **values)  # type: ignore[arg-type]
+
+
+def best_of(*versions: VersionManifest) -> int:
+    return policy.labels(versions, Decided())["best"]
+
+
+def test_a_toy_run_on_other_text_does_not_take_best_over_from_a_good_model() -> None:
+    good = [trained(1, 80, bits_per_byte=1.0), trained(2, 400, bits_per_byte=0.5)]
+    toys = [trained(number, 15 * (number - 2), "other", bits_per_byte=0.01) for number in range(3, 9)]
+    assert best_of(*good, *toys) == 2
+    assert policy.labels([*good, *toys], Decided())["latest"] == 8
+
+
+def test_half_the_tokens_of_the_best_version_take_the_lead_over_and_then_the_lowest_loss_counts() -> None:
+    good = [trained(1, 400, bits_per_byte=0.5)]
+    others = [trained(2, 100, "other", bits_per_byte=2.0), trained(3, 199, "other", bits_per_byte=1.0)]
+    assert best_of(*good, *others) == 1
+    others.append(trained(4, 200, "other", bits_per_byte=1.5))
+    assert best_of(*good, *others) == 3
+    # Back again by the same rule.
+    late = trained(5, 90, bits_per_byte=9.0)
+    assert best_of(*good, *others, late) == 3
+    assert best_of(*good, *others, replace(late, step=100)) == 1
+
+
+def test_tokens_count_and_not_steps() -> None:
+    wide = {"batch_size": 100, "context_length": 10}
+    assert best_of(trained(1, 400), trained(2, 20, "other", training=wide)) == 2
+    assert best_of(trained(1, 400), trained(2, 19, "other", training=wide)) == 1
+
+
+def test_an_imported_version_leads_at_once_and_only_what_continues_it_displaces_it() -> None:
+    trained_here = trained(1, 100_000)
+    imported = trained(2, 0, "held-out of the import", preset="imported")
+    assert best_of(trained_here, imported) == 2
+    assert best_of(trained_here, imported, trained(3, 900_000)) == 2
+    tuned = trained(4, 10, "text of the tuning", preset="imported", bits_per_byte=3.0)
+    assert best_of(trained_here, imported, trained(3, 900_000), tuned) == 4
+
+
+def test_a_version_that_does_not_say_how_much_it_trained_leaves_a_good_one_best() -> None:
+    assert best_of(trained(1, 400), trained(2, 10**9, "other", training={"batch_size": "many"})) == 1
+    assert best_of(trained(1, 400, training={}), trained(2, 1, "other")) == 2
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9), st.sampled_from("abc"), st.sampled_from([0.5, 0.7, 0.9]), st.booleans()),
+        min_size=1,
+        max_size=9,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_the_lead_passes_only_to_what_has_trained_enough(
+    drawn: list[tuple[int, str, float, bool]], random: Random
+) -> None:
+    versions = [
+        trained(number, step, text, bits_per_byte=bits, preset="imported" if imported else "demo")
+        for number, (step, text, bits, imported) in enumerate(drawn, 1)
+    ]
+    before: VersionManifest | None = None
+    for count in range(1, len(versions) + 1):
+        best = policy.ranking(versions[:count])[0]
+        newest = versions[count - 1]
+        if before is not None and best.evaluation_set != before.evaluation_set:
+            assert newest.evaluation_set == best.evaluation_set
+            assert 2 * policy.trained_tokens(newest) >= policy.trained_tokens(before)
+        assert best.bits_per_byte == min(
+            each.bits_per_byte for each in versions[:count] if each.evaluation_set == best.evaluation_set
+        )
+        before = best
+    # The order in which they are given says nothing.
+    shuffled = random.sample(versions, len(versions))
+    assert policy.ranking(shuffled) == policy.ranking(versions)
+
+
+@pytest.mark.parametrize(
+    ("best", "others", "sentence"),
+    [
+        (trained(1, 400), [trained(2, 80)], ""),
+        (
+            trained(1, 400),
+            [trained(2, 15, "other", run="toy"), trained(3, 30, "other", run="toy")],
+            "Versions 2 to 3 were judged on other held-out text than version 1, which is best; that run takes over at "
+            "step 200. Until then `follow run:toy` lets the best of that run serve.",
+        ),
+        (
+            trained(1, 400),
+            [trained(2, 15, "other", run="toy", training={"batch_size": 1, "context_length": 3, "max_steps": 99})],
+            "Version 2 was judged on other held-out text than version 1, which is best, and that run ends at step 99, "
+            "before step 6,667, where it would take over. `follow run:toy` lets the best of that run serve.",
+        ),
+        (
+            trained(1, 400, preset="imported"),
+            [trained(2, 15, "other", run="toy")],
+            "Version 2 was judged on other held-out text than version 1, which is best. `follow run:toy` lets the best "
+            "of that run serve.",
+        ),
+        (trained(1, 400), [trained(2, 200, "other")], ""),
+    ],
+)
+def test_a_sentence_says_when_newer_versions_on_other_text_take_over(
+    best: VersionManifest, others: list[VersionManifest], sentence: str
+) -> None:
+    assert policy.describe_other_text([best, *others]) == sentence
+
+
+def test_no_versions_need_no_sentence() -> None:
+    assert policy.describe_other_text([]) == ""
+
+
+def test_a_run_is_a_label_for_its_best_version_that_may_serve() -> None:
+    versions = [
+        trained(1, 10, run="one", bits_per_byte=0.9),
+        trained(2, 20, run="one", bits_per_byte=0.7),
+        trained(3, 30, run="two", bits_per_byte=0.1),
+    ]
+    assert policy.number_of("run:one", versions, Decided()) == 2
+    assert policy.number_of("run:one", versions, Decided(frozenset({2}))) == 1
+    assert policy.number_of("run:three", versions, Decided()) is None
+    # Listed only if somebody decided for it, so that retention keeps no more than that.
+    assert policy.labels(versions, Decided()) == {"best": 3, "latest": 3}
+    assert policy.labels(versions, Decided(policy="run:one")) == {"best": 3, "latest": 3, "run:one": 2}
+
+
+def test_a_registry_resolves_the_label_of_any_run(registry: Registry) -> None:
+    publish(registry, run="one")
+    publish(registry, run="two")
+    assert registry.resolve("run:one").version == 1
+    with pytest.raises(NotFound, match="No version has the label 'run:three'"):
+        registry.resolve("run:three")
+    with pytest.raises(InvalidArgument, match="is no label"):
+        registry.resolve("run:../x")
 
 
 def test_of_equally_good_versions_the_newest_is_best(registry: Registry) -> None:
@@ -45,9 +187,9 @@ def test_where_the_first_version_on_a_new_text_is_refused_the_text_before_counts
 def test_a_decision_names_a_version_only_while_it_is_there() -> None:
     versions = [make_manifest(number) for number in (3, 4)]
     named = {"best": 4, "latest": 4}
-    assert policy.labels(versions, Decided(stable=3, pinned=3)) == named | {"stable": 3, "pinned:3": 3}
-    assert policy.labels(versions, Decided(stable=2, pinned=5)) == named
-    assert policy.labels([], Decided(stable=3, pinned=3)) == {}
+    assert policy.labels(versions, Decided(stable=3, policy="pinned:3")) == named | {"stable": 3, "pinned:3": 3}
+    assert policy.labels(versions, Decided(stable=2, policy="pinned:5")) == named
+    assert policy.labels([], Decided(stable=3, policy="pinned:3")) == {}
 
 
 @given(
@@ -65,7 +207,10 @@ def test_every_label_names_the_version_that_it_should(
     if deserving := claims.keys() - refused:
         expected["latest"] = max(deserving)
         expected["best"] = min(deserving, key=lambda number: (claims[number], -number))
-    assert policy.labels(versions, Decided(frozenset(refused), stable, pinned)) == expected
+    assert (
+        policy.labels(versions, Decided(frozenset(refused), stable, f"pinned:{pinned}" if pinned else "best"))
+        == expected
+    )
 
 
 def test_what_was_found_out_about_another_version_of_the_same_number_does_not_count(registry: Registry) -> None:

@@ -20,14 +20,15 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def evaluate(
-    registry: Registry, run: str, step: int, bits: float = 1.0, text: str = "set-a", days_ago: float = 0
+    registry: Registry, run: str, step: int, bits: float = 1.0, text: str = "set-a", days_ago: float = 0, rows: int = 0
 ) -> int:
     """What a run does at an evaluation: a state and a version; returns its number."""
     fence = Fence.raise_for(registry.run_directory(run))
     directory = registry.write_state(fence, run, step, write_model)
     written_at = time.time() - days_ago * DAY_S
     os.utime(directory, (written_at, written_at))
-    values = {"run": run, "step": step, "bits_per_byte": bits, "evaluation_set": text}
+    training = {"batch_size": rows, "context_length": 1}
+    values = {"run": run, "step": step, "bits_per_byte": bits, "evaluation_set": text, "training": training}
     manifest = registry.publish_version(
         fence, write_model, lambda number, files: make_manifest(number, files, **values)
     )
@@ -73,6 +74,27 @@ def test_a_model_of_another_text_stays_as_long_as_its_run_does(registry: Registr
     prune(registry, retention)
     assert numbers(registry)[0] != other and registry.states("other") == []
     assert registry.states("run-0") == [3, 4]
+
+
+def test_pruning_never_gives_best_back_to_the_text_before(registry: Registry) -> None:
+    """As it would where only the version is gone that had trained enough."""
+    evaluate(registry, "good", 400, rows=1)
+    evaluate(registry, "other", 100, 0.5, "other text", rows=1)
+    evaluate(registry, "other", 200, 0.9, "other text", rows=1)
+    evaluate(registry, "toy", 1, 0.1, "third text", rows=1)
+    assert registry.labels()["best"] == 2
+    prune(registry, Retention(states=1, best=1, newest=0))
+    assert registry.labels()["best"] == 2
+    assert reasons(registry, Retention(best=1, newest=0))[Checkpoint(3)] == ("with it its text took best over",)
+
+
+def test_the_best_version_of_the_run_that_is_followed_stays(registry: Registry) -> None:
+    for step, bits in ((10, 1.2), (20, 1.1), (30, 1.3)):
+        evaluate(registry, "old", step, bits, days_ago=30)
+    evaluate(registry, "new", 10)
+    registry.decisions.set_policy("run:old")
+    prune(registry, Retention(states=1, runs=0, newest=0, best=0))
+    assert numbers(registry) == [2, 4] and registry.states("old") == [20]
 
 
 def test_a_run_that_may_still_train_keeps_its_states_whatever_others_do(registry: Registry) -> None:
