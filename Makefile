@@ -1,20 +1,23 @@
-# Thin lines over `python -m trainer_service`, `python -m inference_service` and `python -m deploy.stack`.
-# Values may hold quotes, dollar signs and line breaks: they travel through the environment, never through a command line.
+# Thin lines over the commands of the services and of deploy: each of a command's options is a variable of its target.
+# Only what stands on make's command line counts. Values may hold quotes, dollar signs and line breaks: they travel through
+# the environment, never through a command line; deploy/make.py reads them there.
 
-VALUES := PRESET DATASET VALIDATION RESUME SET AFTER FOLLOW JOB PROMPT PROMPTS VERSION DIR SEED TEMPERATURE MAX_TOKENS DRY_RUN
-$(foreach name,$(VALUES),$(if $(filter-out undefined,$(origin $(name))),\
-  $(eval override $(name) := $$(value $(name)))$(eval export $(name))))
+INSTALLATION := ACCELERATOR PYTHON SHELL
+GIVEN := $(filter-out $(INSTALLATION),$(strip $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword \
+  $(origin $(name)))),$(name)))))
+$(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
+export GPTLOOP_GIVEN := $(GIVEN)
 
 # cpu, cuda or macos: what .venv holds, else what suits this system.
 INSTALLED := $(patsubst .venv/installed-%,%,$(firstword $(wildcard .venv/installed-*)))
 ACCELERATOR ?= $(or $(INSTALLED),$(if $(filter Darwin,$(shell uname -s)),macos,cpu))
 VENV := .venv/installed-$(ACCELERATOR)
 RUN := .venv/bin/python -m
+COMMAND = @$(RUN) deploy.make $@
+# The variables that a target without a command takes.
+TAKES = @$(foreach name,$(filter-out $(1),$(GIVEN)),$(error $(name) is not a variable of `make $@`, which takes \
+  $(or $(1),none)))
 
-DATA := $${PRESET:+--preset="$$PRESET"} $${SET:+--set="$$SET"} "$$@"
-FILES := set -f; for name in $$DATASET; do set -- "$$@" --dataset="$$name"; done; \
-  for name in $$VALIDATION; do set -- "$$@" --validation="$$name"; done;
-QUEUED := for name in $$AFTER; do set -- "$$@" --after="$$name"; done; [ "$$FOLLOW" != 0 ] || set -- "$$@" --no-follow;
 GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
@@ -23,87 +26,93 @@ PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=
   test bench bench-serve soak soak-serve soak-swap check fix proto lock
 
 help: ## List the targets.
+	$(call TAKES)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (six minutes on two cores).
-	@$(RUN) deploy.demo
+	$(COMMAND) deploy.demo
 
 up: $(VENV) ## Start Redis, trainer, worker and inference server; return once all are healthy.
-	@$(RUN) deploy.stack up
+	$(COMMAND) deploy.stack up
 
 down: $(VENV) ## Stop what `make up` started.
-	@$(RUN) deploy.stack down
+	$(COMMAND) deploy.stack down
 
 status: $(VENV) ## Show the state of each process.
-	@$(RUN) deploy.stack status
+	$(COMMAND) deploy.stack status
 
 train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" AFTER=<jobs> FOLLOW=0
-	@$(FILES) $(QUEUED) $(RUN) trainer_service train $${RESUME:+--resume="$$RESUME"} $(DATA)
+	$(COMMAND) trainer_service train
 
 eval: $(VENV) ## Measure a version's held-out loss: VERSION= DATASET= VALIDATION= AFTER=<jobs> FOLLOW=0
-	@$(FILES) $(QUEUED) $(RUN) trainer_service evaluate "$$@" $${VERSION:+"$$VERSION"}
+	$(COMMAND) trainer_service evaluate
 
-jobs: $(VENV) ## List the jobs.
-	@$(RUN) trainer_service jobs
+jobs: $(VENV) ## List the jobs: JSON=1
+	$(COMMAND) trainer_service jobs
 
 watch: $(VENV) ## Follow a job: JOB=<id>
-	@$(RUN) trainer_service watch $${JOB:+"$$JOB"}
+	$(COMMAND) trainer_service watch
 
 cancel: $(VENV) ## End a job after its step: JOB=<id>
-	@$(RUN) trainer_service cancel $${JOB:+"$$JOB"}
+	$(COMMAND) trainer_service cancel
 
 data: $(VENV) ## Prepare a data set and show a sample: PRESET= DATASET= VALIDATION= SET=
-	@$(FILES) $(RUN) trainer_service data $(DATA)
+	$(COMMAND) trainer_service data
 
-checkpoints: $(VENV) ## List the versions that training has published.
-	@$(RUN) trainer_service checkpoints
+checkpoints: $(VENV) ## List the versions that training has published: JSON=1
+	$(COMMAND) trainer_service checkpoints
 
 verify: $(VENV) ## Compare every file of every version and state with its hash.
-	@$(RUN) trainer_service verify
+	$(COMMAND) trainer_service verify
 
 prune: $(VENV) ## Remove the versions and states that need not be kept: DRY_RUN=1 only shows them.
-	@$(RUN) trainer_service prune $${DRY_RUN:+--dry-run}
+	$(COMMAND) trainer_service prune
 
 import: $(VENV) ## Make a version of a GPT-2 folder in Hugging Face's layout: DIR= DATASET= VALIDATION=
-	@$(FILES) $(RUN) trainer_service import "$$@" $${DIR:+"$$DIR"}
+	$(COMMAND) trainer_service import
 
 export: $(VENV) ## Write a version as such a folder: VERSION= DIR=<new or empty folder>
-	@$(RUN) trainer_service export $${VERSION:+"$$VERSION"} $${DIR:+"$$DIR"}
+	$(COMMAND) trainer_service export
 
-generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMPERATURE= MAX_TOKENS=
-	@$(RUN) inference_service generate $${PROMPT:+--prompt="$$PROMPT"} $${PROMPTS:+--prompts="$$PROMPTS"} \
-	  $${VERSION:+--version="$$VERSION"} $${SEED:+--seed="$$SEED"} \
-	  $${TEMPERATURE:+--temperature="$$TEMPERATURE"} $${MAX_TOKENS:+--max-tokens="$$MAX_TOKENS"}
+generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMPERATURE= MAX_TOKENS= TOP_K= …
+	$(COMMAND) inference_service generate
 
-chat: $(VENV) ## Write to the model, line by line.
-	@$(RUN) inference_service chat
+chat: $(VENV) ## Write to the model, line by line: VERSION= SEED= TEMPERATURE= MAX_TOKENS=
+	$(COMMAND) inference_service chat
 
 info: $(VENV) ## Show the device, its memory and the speed of a product.
-	@$(RUN) inference_service info
+	$(COMMAND) inference_service info
 
 test: $(VENV) ## Run all tests.
+	$(call TAKES)
 	@$(RUN) pytest
 
 bench: .venv/benchmarks ## Compare training and decoding with PyTorch and mlx-lm, side by side (a quarter of an hour).
+	$(call TAKES)
 	@$(RUN) tests.benchmarks.train
 	@$(RUN) tests.benchmarks.decode
 
 bench-serve: .venv/benchmarks ## Compare generating and serving with mlx-lm and CTranslate2 (half an hour).
+	$(call TAKES)
 	@$(RUN) tests.benchmarks.engine
 	@$(RUN) tests.benchmarks.latency
 	@$(RUN) tests.benchmarks.serve
 
 soak: $(VENV) ## Kill publishers and training, again and again, and see that nothing is lost (seven minutes).
+	$(call TAKES)
 	@$(RUN) tests.soak.publish
 	@$(RUN) tests.soak.kills
 
 soak-serve: $(VENV) ## Ask a server for everything at once, break and pause it, and see that nothing leaks (ten minutes).
+	$(call TAKES)
 	@$(RUN) tests.soak.serve
 
 soak-swap: $(VENV) ## Let a hundred versions take over from one another under 64 streams, and see that none notices (ten minutes).
+	$(call TAKES)
 	@$(RUN) tests.soak.swap
 
 check: $(VENV) ## Verify format, types, imports, contracts and README; edit nothing.
+	$(call TAKES)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
@@ -120,13 +129,16 @@ check: $(VENV) ## Verify format, types, imports, contracts and README; edit noth
 	else echo 'Not run, for promtool is not installed: promtool check config deploy/prometheus/prometheus.yml'; fi
 
 fix: $(VENV) ## Format, and mend what ruff can mend.
+	$(call TAKES)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
 proto: $(VENV) ## Generate shared/pb from proto.
+	$(call TAKES)
 	$(call PROTOC,.)
 
 lock: $(VENV) ## Resolve requirements/*.txt anew.
+	$(call TAKES)
 	@requirements/lock
 
 # A virtual environment of the first Python that can make one. 3.12 and 3.11 come first: for them a wheel brings Redis.

@@ -1,9 +1,14 @@
 """The whole loop, from nothing: train on the built-in stories, serve every better version, measure (`make demo`)."""
 
+if __name__ == "__main__":
+    # Before the modules that take long to load.
+    from shared import interrupts
+
+    interrupts.end_quietly()
+
 import os
 import shutil
 import signal
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -11,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
+import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from rich.table import Table
 
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
@@ -21,6 +26,7 @@ from inference_service.client import InferenceClient
 from shared import cli
 from shared.errors import GptloopError, Unavailable
 from shared.grpc_status import error_of
+from shared.lists import print_rows
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
@@ -36,6 +42,9 @@ _POLL_S = 0.2
 _PROGRESS_INTERVAL_S = 8.0
 # Nobody continues a demo's run, so a long step is not waited for.
 _WORKER_STOP_S = 3
+
+
+app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings=cli.HELP_OPTIONS)
 
 
 class Samples(dict[str, float]):
@@ -161,38 +170,45 @@ class Demo:
             raise GptloopError("The trainer's metrics page never showed a training rate.")
 
     def _print_tables(self) -> None:
-        versions = Table("version", "step", "held-out loss", "bits per byte", box=None)
-        for version in self.versions:
-            versions.add_row(
-                str(version.version),
-                str(version.step),
-                f"{version.validation_loss:.3f}",
-                f"{version.bits_per_byte:.3f}",
-            )
+        print_rows(
+            ("version", "step", "held-out loss", "bits per byte"),
+            [
+                (
+                    str(version.version),
+                    str(version.step),
+                    f"{version.validation_loss:.3f}",
+                    f"{version.bits_per_byte:.3f}",
+                )
+                for version in self.versions
+            ],
+        )
+        self.console.print()
         inference = self._scrape(self.ports.inference_metrics)
-        measured = Table("from /metrics", "training", "inference", box=None)
-        measured.add_row(
-            "tokens per second",
-            f"{self.training['gptloop_training_tokens_per_second']:,.0f}",
-            f"{self.tokens_per_second:,.0f}",
-        )
-        measured.add_row(
-            "tokens",
-            f"{self._scrape(self.ports.trainer_metrics)['gptloop_training_tokens_total']:,.0f}",
-            f"{inference['gptloop_inference_generated_tokens_total']:,.0f}",
-        )
+        measured = [
+            (
+                "tokens per second",
+                f"{self.training['gptloop_training_tokens_per_second']:,.0f}",
+                f"{self.tokens_per_second:,.0f}",
+            ),
+            (
+                "tokens",
+                f"{self._scrape(self.ports.trainer_metrics)['gptloop_training_tokens_total']:,.0f}",
+                f"{inference['gptloop_inference_generated_tokens_total']:,.0f}",
+            ),
+        ]
         for kind in ("active", "peak", "resident"):
             sample = f"memory_bytes {kind}"
-            measured.add_row(
-                f"{kind} memory",
-                f"{self.training[f'gptloop_training_{sample}'] / 2**20:,.0f} MiB",
-                f"{inference[f'gptloop_inference_{sample}'] / 2**20:,.0f} MiB",
+            measured.append(
+                (
+                    f"{kind} memory",
+                    f"{self.training[f'gptloop_training_{sample}'] / 2**20:,.0f} MiB",
+                    f"{inference[f'gptloop_inference_{sample}'] / 2**20:,.0f} MiB",
+                )
             )
-        measured.add_row("versions published", str(len(self.versions)), "")
-        measured.add_row("swaps", "", f"{inference['gptloop_inference_swaps_total']:.0f}")
-        for table in (versions, measured):
-            self.console.print(table)
-            self.console.print()
+        measured.append(("versions published", str(len(self.versions)), ""))
+        measured.append(("swaps", "", f"{inference['gptloop_inference_swaps_total']:.0f}"))
+        print_rows(("from /metrics", "training", "inference"), measured)
+        self.console.print()
         self.say(f"Done. The first story came after {self.first_story_s:.0f} s.")
 
     def _scrape(self, port: int) -> Samples:
@@ -219,8 +235,12 @@ def _running(stack: Stack, console: Console) -> Iterator[None]:
             stack.down()
 
 
-def main() -> None:
-    """Runs the demo below `var/demo`, on free ports, and leaves nothing running."""
+@app.command()
+def demo() -> None:
+    """Train a small model on the built-in stories and serve each better version, below `var/demo` and on free ports.
+
+    Takes about six minutes on two cores, and leaves nothing running.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     console = Console()
@@ -234,19 +254,19 @@ def main() -> None:
         stack.down()
         for folder in (directories.registry, directories.redis, directories.log):
             shutil.rmtree(folder, ignore_errors=True)
-        demo = Demo(console, ports)
-        demo.say("Starting Redis, the trainer, its worker and the inference server.")
+        shown = Demo(console, ports)
+        shown.say("Starting Redis, the trainer, its worker and the inference server.")
         with _running(stack, console):
-            demo.say("Everything is up.")
-            demo.run()
+            shown.say("Everything is up.")
+            shown.run()
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started is stopped.")
-        sys.exit(130)
+        raise typer.Exit(130) from None
     except (GptloopError, OSError) as error:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"The logs are in {directories.log}.", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(app)

@@ -3,6 +3,12 @@
 The lock lasts as long as the program and whatever process it left behind, however they end. Its file names the pid.
 """
 
+if __name__ == "__main__":
+    # Before the modules that take long to load.
+    from shared import interrupts
+
+    interrupts.end_quietly()
+
 import fcntl
 import os
 import sys

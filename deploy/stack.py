@@ -1,5 +1,11 @@
 """Starts, shows and stops Redis, the trainer, its worker and the inference server: `python -m deploy.stack up`."""
 
+if __name__ == "__main__":
+    # Before the modules that take long to load.
+    from shared import interrupts
+
+    interrupts.end_quietly()
+
 import fcntl
 import os
 import signal
@@ -13,7 +19,6 @@ from types import FrameType
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import inference_service.settings
 import trainer_service.settings
@@ -22,6 +27,7 @@ from deploy.ports import Ports, read_ports
 from deploy.supervisor import ProcessState, Supervisor
 from shared import cli
 from shared.errors import FailedPrecondition, Unavailable
+from shared.lists import Column, JsonOption, print_list
 from shared.settings import Directories, read_directories
 
 _CONFIGURATION = Path(__file__).parent / "supervisord.conf"
@@ -29,7 +35,13 @@ _START_LIMIT_S = 120.0
 _POLL_S = 0.2
 _LOG_LINES = 20
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings=cli.HELP_OPTIONS,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,24 @@ class ProcessStatus:
         if self.process is not None and self.process.state != "RUNNING":
             return self.process.state.lower()
         return self.health.text
+
+
+# A Redis that others run has no process here.
+_COLUMNS = (
+    Column[ProcessStatus]("process", lambda each: each.name),
+    Column[ProcessStatus]("state", lambda each: each.process.state if each.process else "external"),
+    Column[ProcessStatus]("pid", lambda each: each.process.pid if each.process else None, rank=1, right=True),
+    Column[ProcessStatus](
+        "uptime",
+        lambda each: each.process.uptime_s if each.process else None,
+        lambda each: cli.duration(each.process.uptime_s) if each.process else "",
+        key="uptime_s",
+        rank=2,
+        right=True,
+    ),
+    Column[ProcessStatus]("health", lambda each: each.health.text, wraps=True),
+    Column[ProcessStatus]("", lambda each: each.is_healthy, key="is_healthy"),
+)
 
 
 class Stack:
@@ -228,22 +258,12 @@ def down() -> None:
 
 
 @app.command()
-def status() -> None:
+def status(as_json: JsonOption = False) -> None:
     """Show each process. The exit code is 0 where all are healthy, 1 where one is not, 3 where nothing is up."""
     statuses = _read_stack().status()
+    print_list(statuses or [], _COLUMNS, as_json=as_json, empty="Nothing is up. Start everything with `make up`.")
     if statuses is None:
-        print("Nothing is up. Start everything with `make up`.")
         raise typer.Exit(3)
-    table = Table("process", "state", "pid", "uptime", "health", box=None)
-    for each in statuses:
-        process = each.process
-        columns = (
-            ("external", "", "")
-            if process is None
-            else (process.state, str(process.pid), cli.duration(process.uptime_s))
-        )
-        table.add_row(each.name, *columns, escape(each.health.text))
-    cli.print_table(table)
     raise typer.Exit(0 if all(each.is_healthy for each in statuses) else 1)
 
 

@@ -1,7 +1,12 @@
 """The commands of the inference service: `python -m inference_service --help`."""
 
+if __name__ == "__main__":
+    # Before the modules that take long to load.
+    from shared import interrupts
+
+    interrupts.end_quietly()
+
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +15,7 @@ import typer
 from inference_service.settings import prefill_tokens_on, read_settings
 from shared import cli, logs
 from shared.errors import InvalidArgument
+from shared.lists import JsonOption
 from shared.settings import to_address
 
 if TYPE_CHECKING:
@@ -20,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=cli.HELP_OPTIONS,
     help="Serves the best version of the registry over gRPC, and talks to such a server.",
 )
 
@@ -174,7 +180,7 @@ def chat(
 
 
 @app.command()
-def versions(address: Address = None) -> None:
+def versions(address: Address = None, as_json: JsonOption = False) -> None:
     """Lists every version: whether it serves, is in memory or was refused, and why.
 
     available: in the registry, not in memory.
@@ -194,7 +200,7 @@ def versions(address: Address = None) -> None:
     from inference_service.operator_terminal import print_versions
 
     with _admin(address) as client:
-        print_versions(client.versions())
+        print_versions(client.versions(), as_json)
 
 
 @app.command()
@@ -316,7 +322,4 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        cli.run(app)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    cli.run(app)

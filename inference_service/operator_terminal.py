@@ -1,22 +1,26 @@
 """What operators see of versions."""
 
 import time
-
-from rich.table import Table
+from collections.abc import Callable
 
 from shared import cli
+from shared.lists import Column, print_list, printable
 from shared.pb.inference.v1 import inference_pb2 as pb
 
 
-def print_versions(answer: pb.ListVersionsResponse) -> None:
-    """A table of all versions, why some do not serve, and the policy; a row is one line of 80 columns."""
-    if not answer.versions:
-        print("No version yet: the first one comes with the first evaluation of a training job.")
-    else:
-        cli.print_table(_table(answer))
+def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> None:
+    """All versions in a list, why some do not serve, and the policy; JSON has the reasons in the list."""
+    print_list(
+        answer.versions,
+        _COLUMNS,
+        as_json=as_json,
+        empty="No version yet: the first one comes with the first evaluation of a training job.",
+    )
+    if as_json:
+        return
     for status in answer.versions:
         if status.reason:
-            print(f"version {status.version}: {status.reason}")
+            print(printable(f"version {status.version}: {status.reason}"))
     print(f"policy: {answer.policy}")
 
 
@@ -54,26 +58,6 @@ def describe_policy(answer: pb.ListVersionsResponse) -> str:
     return sentences + ("No version serves yet." if serving is None else f"Version {serving} serves now.")
 
 
-def _table(answer: pb.ListVersionsResponse) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("version", justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    # The only one that gives way on a narrow terminal.
-    table.add_column("labels")
-    for name in ("streams", "memory", "loss", "bits/byte", "age"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for status in answer.versions:
-        table.add_row(
-            str(status.version),
-            _state(status),
-            ", ".join(status.labels),
-            _use(status),
-            _memory(status),
-            *_description(status),
-        )
-    return table
-
-
 def _state(status: pb.VersionStatus) -> str:
     return pb.VersionState.Name(status.state).removeprefix("VERSION_STATE_").lower()
 
@@ -88,16 +72,48 @@ def _memory(status: pb.VersionStatus) -> str:
     return f"{status.memory_bytes / 2**20:.0f} MiB" if status.memory_bytes else ""
 
 
-def _description(status: pb.VersionStatus) -> tuple[str, str, str]:
-    """Loss, bits per byte and age; nothing where the manifest cannot be read."""
-    if not status.digest:
-        return ("", "", "")
-    age = cli.duration(time.time() - status.created_at.ToSeconds())
-    return (_loss(status).center(8), f"{status.bits_per_byte:.4f}", age)
-
-
 def _loss(status: pb.VersionStatus) -> str:
     """As this server measured it, else as training claims, in parentheses."""
     if status.HasField("measured_loss"):
         return f"{status.measured_loss:.4f}"
     return f"({status.claimed_loss:.4f})"
+
+
+def _if_known(text: Callable[[pb.VersionStatus], str]) -> Callable[[pb.VersionStatus], str]:
+    """The text, or nothing if the manifest cannot be read."""
+    return lambda status: text(status) if status.digest else ""
+
+
+# The first ones as the trainer lists them.
+_COLUMNS = (
+    Column[pb.VersionStatus]("version", lambda status: status.version, right=True),
+    Column[pb.VersionStatus]("state", _state),
+    Column[pb.VersionStatus]("labels", lambda status: list(status.labels), wraps=True),
+    Column[pb.VersionStatus]("streams", lambda status: status.streams, _use, right=True, rank=2),
+    Column[pb.VersionStatus](
+        "memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=3
+    ),
+    Column[pb.VersionStatus](
+        "loss",
+        lambda status: status.measured_loss if status.HasField("measured_loss") else None,
+        _if_known(_loss),
+        key="measured_loss",
+        right=True,
+    ),
+    Column[pb.VersionStatus](
+        "bits per byte",
+        lambda status: status.bits_per_byte,
+        _if_known(lambda status: f"{status.bits_per_byte:.4f}"),
+        right=True,
+    ),
+    Column[pb.VersionStatus](
+        "age",
+        lambda status: status.created_at.ToSeconds(),
+        _if_known(lambda status: cli.duration(time.time() - status.created_at.ToSeconds())),
+        key="created_at",
+        right=True,
+        rank=1,
+    ),
+    Column[pb.VersionStatus]("", lambda status: status.held, key="held"),
+    Column[pb.VersionStatus]("", lambda status: status.reason, key="reason"),
+)

@@ -1,34 +1,128 @@
-"""What the commands of both services do alike: one-sentence errors, tables, stages of work, durations."""
+"""What the commands of both services do alike: one-sentence errors, orderly ends, stages of work, durations."""
 
+import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn, TextIO
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.table import Table
 
-from shared.errors import GptloopError, InvalidArgument
+from shared import interrupts
+from shared.errors import GptloopError, InvalidArgument, shown
+
+# Every command shows its help with either, so each app is made with these.
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+_LONGEST_SENTENCE = 300
+# What a shell reports of a program that SIGPIPE ended.
+_BROKEN_PIPE = 141
 
 
-def run(app: typer.Typer) -> None:
-    """Runs a command; an expected error, and one of the file system, is one sentence and exit code 1, or 2 where the
-    call itself was wrong."""
+def run(app: typer.Typer) -> NoReturn:
+    """Runs the command that the arguments of this process name, and exits as `end` does."""
+    end(lambda: invoke(app))
+
+
+def end(work: Callable[[], object]) -> NoReturn:
+    """Does the work of a process and exits with the code that it returns, if any.
+
+    Otherwise 1 for an expected error, or one of the file system, which is one sentence; 2 if the call itself was wrong;
+    130 after Ctrl-C; 141 if nobody reads the output any more.
+    """
+    _make_streams_robust()
+    code = _code_of(work)
+    for stream in (sys.stdout, sys.stderr):
+        if not _flush(stream):
+            code = code or _BROKEN_PIPE
+    if code == interrupts.EXIT_CODE:
+        # Threads that are still at work would hold up an orderly end.
+        os._exit(code)
+    sys.exit(code)
+
+
+def _code_of(work: Callable[[], object]) -> int:
     try:
-        app()
+        with interrupts.raised():
+            code = work()
+            return code if isinstance(code, int) else 0
     except GptloopError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InvalidArgument) else 1)
+        return 2 if isinstance(error, InvalidArgument) else 1
+    except (typer.Abort, KeyboardInterrupt):
+        return interrupts.EXIT_CODE
+    except BrokenPipeError:
+        return _BROKEN_PIPE
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}." if error.filename else f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
 
 
-def print_table(table: Table) -> None:
-    """Prints a table; where no terminal bounds it, every row on one line."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=240)
-    console.print(table)
+def invoke(
+    app: typer.Typer,
+    arguments: Sequence[str] | None = None,
+    values: Mapping[str, object] | None = None,
+    named: Callable[[str], str] | None = None,
+) -> int:
+    """Runs a command and returns its exit code; raises `InvalidArgument` if the call is wrong.
+
+    arguments: those of this process by default.
+    values: parameters that no argument sets, by name, in a mapping for each subcommand.
+    named: what a person calls a parameter of that name; by default its option or its argument.
+    """
+    command = typer.main.get_command(app)
+    given = None if arguments is None else list(arguments)
+    try:
+        code = command.main(given, standalone_mode=False, default_map=dict(values or {}))
+    except typer.TyperException as error:
+        if sentence := _sentence(error, named):
+            raise InvalidArgument(sentence) from None
+        return error.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def _sentence(error: typer.TyperException, named: Callable[[str], str] | None) -> str:
+    """What is wrong with the call; empty if the help was shown instead."""
+    if isinstance(error, typer.BadParameter) and (parameter := error.param) is not None:
+        name = named(parameter.name or "") if named else parameter.get_error_hint().strip("'")
+        message = f"{name} is missing." if not error.message else _refusal(name, error)
+    elif near := getattr(error, "possibilities", None):
+        message = f"{error.message}. Did you mean {' or '.join(sorted(near))}?"
+    else:
+        message = error.format_message()
+    return message if len(message) <= _LONGEST_SENTENCE else message[: _LONGEST_SENTENCE - 1] + "…"
+
+
+def _refusal(name: str, error: typer.BadParameter) -> str:
+    """Why a value of a parameter cannot be used; pydantic has checked it, and knows what it was."""
+    if isinstance(error.__cause__, ValidationError):
+        (finding, *_) = error.__cause__.errors()
+        what = finding["msg"].removeprefix("Input should be ").partition(",")[0]
+        return f"{name.removesuffix('=')} is {shown(finding['input'])}, but must be {what}."
+    return f"{name}: {error.message}."
+
+
+def _make_streams_robust() -> None:
+    """Nothing that is printed or read can fail for its encoding, or because a stream was closed from the start."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Also keeps files that are opened later from taking the place of the closed stream.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush(stream: TextIO) -> bool:
+    """Whether what was printed could be written; if not, nothing more is tried when the interpreter ends."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def duration(seconds: float) -> str:

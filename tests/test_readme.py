@@ -13,6 +13,7 @@ import inference_service.__main__
 import inference_service.settings
 import trainer_service.__main__
 import trainer_service.settings
+from deploy.make import app_of, variables
 from deploy.ports import listening_host, read_ports
 from inference_service.metrics import InferenceMetrics
 from shared.accelerator import Memory
@@ -33,9 +34,15 @@ MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 CODE = "\n".join(
     block or span for block, span in re.findall(r"^```\w*\n(.*?)^```|`([^`\n]+)`", README, re.DOTALL | re.MULTILINE)
 )
+# The variables of each target that runs a command.
+VARIABLES = {
+    target: variables(app_of(module), path.split())
+    for target, module, path in re.findall(r"^([a-z-]+):.*\n\t\$\(COMMAND\) (\S+) ?(.*)$", MAKEFILE, re.MULTILINE)
+}
 # What deploy sets for the processes that it starts; nobody else should.
 INTERNAL = {
     "GPTLOOP_EMBEDDED_REDIS",
+    "GPTLOOP_GIVEN",
     "GPTLOOP_PYTHON",
     "GPTLOOP_ROOT",
     "GPTLOOP_SUPERVISOR_SOCKET",
@@ -104,9 +111,17 @@ def test_every_make_target_stands_in_the_readme() -> None:
     require_same(named, re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
 
 
-def test_every_variable_of_make_stands_in_the_readme() -> None:
-    (values,) = re.findall(r"^VALUES := (.*)$", MAKEFILE, re.MULTILINE)
-    require_same(re.findall(r"\b([A-Z_]+)=", CODE), [*values.split(), "ACCELERATOR", "PYTHON"])
+def test_every_variable_of_make_in_the_readme_exists() -> None:
+    known = {"ACCELERATOR", "PYTHON"} | {name for takes in VARIABLES.values() for name in takes}
+    named = set(re.findall(r"\b([A-Z_]+)=", CODE))
+    assert named <= known, f"The README names what does not exist: {sorted(named - known)}."
+
+
+def test_each_target_takes_the_variables_that_its_row_names() -> None:
+    for command, what in rows("Commands")[1:]:
+        target = command.split()[-1 if "=" not in command else 1]
+        named = set(re.findall(r"\b([A-Z_]+)=", f"{command} {what}"))
+        assert named <= set(VARIABLES.get(target, ())), target
 
 
 def test_every_environment_variable_stands_in_the_readme() -> None:

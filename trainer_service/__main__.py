@@ -1,23 +1,28 @@
 """The trainer's commands: put jobs on the queue, follow them, run the service's processes."""
 
+if __name__ == "__main__":
+    # Before the modules that take long to load.
+    from shared import interrupts
+
+    interrupts.end_quietly()
+
 import asyncio
 import os
-import time
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from shared import accelerator, cli, logs
 from shared.errors import Unavailable
+from shared.lists import JsonOption
 from shared.registry.policy import labels_of
 from shared.registry.store import Registry
-from trainer_service import registry_commands
+from trainer_service import listings, registry_commands
 from trainer_service.events import JobState
-from trainer_service.follow import describe_job, follow
+from trainer_service.follow import follow
 from trainer_service.kinds import JobRequest, Kind, complete
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS, find_preset
@@ -27,7 +32,13 @@ from trainer_service.settings import TrainerSettings, read_settings
 from trainer_service.spec import DEFAULT_DATASET, DEFAULT_PRESET, JobSpec, TrainingRequest, parse_overrides
 from trainer_service.training.corpus import DatasetSpec, check_spec
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings=cli.HELP_OPTIONS,
+)
 app.add_typer(registry_commands.app)
 
 PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]
@@ -143,48 +154,15 @@ def cancel(job: Annotated[str, typer.Argument(help="The job's id, as `jobs` list
 
 
 @app.command()
-def jobs() -> None:
+def jobs(as_json: JsonOption = False) -> None:
     """List every job, the newest first."""
-    records = list(_queue(_settings()).jobs())
-    if not records:
-        print("No job yet: put one on the queue with `make train`.")
-        return
-    table = Table("job", "kind", "state", "run", "data", "enqueued", "last progress", box=None)
-    for record in records:
-        data = ", ".join(name.rpartition("/")[2] for name in record.spec.data.dataset)
-        age = f"{cli.duration(time.time() - record.enqueued_at)} ago"
-        table.add_row(
-            record.id, record.kind.value, record.state.value, record.spec.run, data, age, describe_job(record)
-        )
-    cli.print_table(table)
+    listings.print_jobs(list(_queue(_settings()).jobs()), as_json)
 
 
 @app.command()
-def checkpoints() -> None:
+def checkpoints(as_json: JsonOption = False) -> None:
     """List every version in the registry, the oldest first."""
-    registry = Registry(_settings().directories.registry)
-    versions, labels = registry.versions(), registry.labels()
-    if not versions:
-        print("No version yet: the first one comes with the first evaluation of a training job.")
-        return
-    table = Table(
-        "version", "step", "training loss", "held-out loss", "bits per byte", "size", "age", "labels", "run", box=None
-    )
-    for version in versions:
-        table.add_row(
-            str(version.version),
-            f"{version.step:,}",
-            f"{version.training_loss:.4f}",
-            f"{version.validation_loss:.4f}",
-            f"{version.bits_per_byte:.4f}",
-            f"{version.size_bytes / 2**20:.1f} MiB",
-            cli.duration(time.time() - version.created_at),
-            ", ".join(labels_of(version.version, labels)),
-            version.run,
-        )
-    cli.print_table(table)
-    if sentence := registry.other_text():
-        print(sentence)
+    listings.print_checkpoints(Registry(_settings().directories.registry), as_json)
 
 
 @app.command()

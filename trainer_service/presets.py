@@ -1,6 +1,8 @@
 """The presets: complete sets of values to train with, each of which can be overridden."""
 
-from shared.errors import InvalidArgument
+from difflib import get_close_matches
+
+from shared.errors import InvalidArgument, shown
 from trainer_service.training.config import TrainingConfig
 
 PRESETS = {
@@ -78,4 +80,6 @@ def find_preset(name: str) -> TrainingConfig:
     try:
         return PRESETS[name]
     except KeyError:
-        raise InvalidArgument(f"Unknown preset {name!r}. The presets are {', '.join(PRESETS)}.") from None
+        near = get_close_matches(name[:40], PRESETS, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise InvalidArgument(f"Unknown preset {shown(name)}. {hint}The presets are {', '.join(PRESETS)}.") from None

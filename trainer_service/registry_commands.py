@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from shared import cli
 from shared.errors import CorruptCheckpoint, NotFound
+from shared.lists import Column, print_list
 from shared.registry import retention as retention_module
 from shared.registry.retention import Verdict, judge, read_retention
 from shared.registry.store import Checkpoint, Registry
@@ -35,10 +34,11 @@ def verify() -> None:
     if not broken:
         print(f"Whole: {_count(checkpoints)}.")
         return
-    table = Table("broken", "reason", box=None)
-    for name, reason, _ in broken:
-        table.add_row(name, reason)
-    cli.print_table(table)
+    columns = (
+        Column[tuple[str, str, str]]("broken", lambda each: each[0]),
+        Column[tuple[str, str, str]]("reason", lambda each: each[1], wraps=True),
+    )
+    print_list(broken, columns)
     print(
         f"{len(broken)} broken, looked at {_count(checkpoints)}. What is broken is never served and never continued: "
         "others take its place. Bring its files back from a copy, or remove its folder:"
@@ -77,11 +77,14 @@ def prune(
         print("Nothing to prune: the registry holds no version and no state.")
         return
     sizes = {verdict.checkpoint: registry.size_bytes(verdict.checkpoint) for verdict in verdicts}
-    table = Table("checkpoint", "size", "", "why", box=None)
-    for verdict in verdicts:
-        outcome = "stays" if verdict.reasons else "would go" if dry_run else "goes"
-        table.add_row(str(verdict.checkpoint), _mebibytes(sizes[verdict.checkpoint]), outcome, _why(verdict))
-    cli.print_table(table)
+    gone_by_now = "would go" if dry_run else "goes"
+    columns = (
+        Column[Verdict]("checkpoint", lambda each: str(each.checkpoint)),
+        Column[Verdict]("size", lambda each: _mebibytes(sizes[each.checkpoint]), rank=1, right=True),
+        Column[Verdict]("outcome", lambda each: "stays" if each.reasons else gone_by_now),
+        Column[Verdict]("why", _why, wraps=True),
+    )
+    print_list(verdicts, columns)
     gone = [verdict.checkpoint for verdict in verdicts if not verdict.reasons]
     if not dry_run:
         gone = retention_module.prune(registry, retention)

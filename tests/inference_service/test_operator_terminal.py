@@ -83,12 +83,12 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("columns", [None, 120])
 def test_versions_are_one_row_each(show: Callable[..., list[str]], columns: int | None) -> None:
     assert show(WIDE, columns) == [
-        "version  state      labels                   streams     memory      loss  bits/byte  age",
-        "      1  serving    best, stable, pinned:1  12, held  12345 MiB    3.0000     1.5000  4 h",
-        "      2  available                                               (3.2500)     1.5000  4 h",
-        "      3  resident                                  1     12 MiB   10.1234     1.5000  4 h",
-        "      4  resident                               held     12 MiB    3.0000     1.5000  4 h",
-        "   1234  refused    latest                                         3.7500     1.5000  4 h",
+        "version  state      labels                   streams     memory      loss  bits per byte  age",
+        "      1  serving    best, stable, pinned:1  12, held  12345 MiB    3.0000         1.5000  4 h",
+        "      2  available                                               (3.2500)         1.5000  4 h",
+        "      3  resident                                  1     12 MiB   10.1234         1.5000  4 h",
+        "      4  resident                               held     12 MiB    3.0000         1.5000  4 h",
+        "   1234  refused    latest                                         3.7500         1.5000  4 h",
         "version 1234: lying: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
         "policy: pinned:1",
     ]

@@ -16,10 +16,10 @@ from statistics import median
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from shared import cli
 from shared.errors import GptloopError, Unavailable
+from shared.lists import print_rows
 from shared.settings import Directories
 from tests.end_to_end.conftest import Result, System, children, running
 from trainer_service.events import JobState
@@ -144,13 +144,13 @@ class Soak:
 
     def print_summary(self) -> None:
         """What was killed, and how long it took until the run got further."""
-        table = Table("killed", "times", "median until further", "longest", box=None)
+        rows = []
         for target in _TARGETS:
             kills = [kill for kill in self.kills if kill.target == target]
             times_s = [kill.recovered_s for kill in kills if kill.recovered_s is not None]
             figures = [f"{median(times_s):.1f} s", f"{max(times_s):.1f} s"] if times_s else ["", ""]
-            table.add_row(target, str(len(kills)), *figures)
-        cli.print_table(table)
+            rows.append((target, str(len(kills)), *figures))
+        print_rows(("killed", "times", "median until further", "longest"), rows)
 
 
 def check(system: System, job: str, reference: Result) -> list[str]:

@@ -13,10 +13,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from shared import cli
 from shared.errors import RunOwnershipLost
+from shared.lists import print_rows
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.retention import Retention, prune
@@ -141,10 +140,11 @@ def main(
             outcome = kill_often(folder / "registry", kills, seed, progress)
     finally:
         shutil.rmtree(folder)
-    table = Table("kills", "publishes seen", "versions removed", "leftovers swept", "seconds", "violations", box=None)
     counts = (outcome.kills, outcome.publishes, outcome.removals, outcome.leftovers)
-    table.add_row(*map(str, counts), f"{outcome.seconds:.0f}", str(len(outcome.violations)))
-    cli.print_table(table)
+    print_rows(
+        ("kills", "publishes seen", "versions removed", "leftovers swept", "seconds", "violations"),
+        [(*map(str, counts), f"{outcome.seconds:.0f}", str(len(outcome.violations)))],
+    )
     for violation in outcome.violations:
         print(violation)
     if outcome.violations:

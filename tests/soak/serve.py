@@ -21,13 +21,13 @@ import grpc
 import grpc.aio
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.table import Table
 
 from inference_service.client import AsyncInferenceClient
 from shared import cli
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted
 from shared.gpt.config import GPTConfig
 from shared.grpc_status import error_of
+from shared.lists import print_rows
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from tests.fakes import publish_tiny_version
@@ -278,10 +278,11 @@ class Soak:
     def print_summary(self) -> None:
         """What every kind of client met, and the figures."""
         outcomes = sorted({outcome for counts in self.outcomes.values() for outcome in counts})
-        table = Table("client", *outcomes, box=None)
-        for kind, counts in sorted(self.outcomes.items(), key=lambda pair: -pair[1].total()):
-            table.add_row(kind, *(str(counts[outcome] or "") for outcome in outcomes))
-        cli.print_table(table)
+        rows = [
+            (kind, *(str(counts[outcome] or "") for outcome in outcomes))
+            for kind, counts in sorted(self.outcomes.items(), key=lambda pair: -pair[1].total())
+        ]
+        print_rows(("client", *outcomes), rows)
         early, late = self.memory_mib()
         active = [sample.active_streams for sample in self.samples]
         print(f"resident memory {early:.0f} MiB in the second fifth of the time, {late:.0f} MiB in the last")

@@ -15,12 +15,12 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.table import Table
 
 from inference_service.client import AsyncInferenceClient
 from shared import cli
 from shared.errors import Unavailable
 from shared.gpt.config import GPTConfig
+from shared.lists import print_rows
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import Server
@@ -195,16 +195,17 @@ class Swaps:
     def print_summary(self) -> None:
         """The figures of each phase."""
         columns = ("phase", "seconds", "tokens/s", "gap p50", "gap p99", "gap max", "MLX active", "resident")
-        table = Table(*columns, box=None)
-        for phase in self.phases:
-            table.add_row(
+        rows = [
+            (
                 phase.name,
                 f"{phase.seconds:.0f}",
                 f"{phase.tokens / phase.seconds:.0f}",
                 *(f"{np.percentile(phase.gaps, q) * 1000:.1f} ms" for q in (50, 99, 100)),
                 *(f"{phase.memory[kind] / 2**20:.0f} MiB" for kind in ("active", "resident")),
             )
-        cli.print_table(table)
+            for phase in self.phases
+        ]
+        print_rows(columns, rows)
         print(f"{self.answers.total()} streams on {len(self.answers)} versions")
         print(
             f"a version serves {np.median(self.swap_seconds):.1f} s after its commit in the median, "

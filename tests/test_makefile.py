@@ -1,0 +1,89 @@
+"""What people type after `make`: real make, real commands, in a folder that stands for a fresh checkout."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.errors import shown
+from trainer_service.presets import PRESETS
+
+PROJECT = Path(__file__).parents[1]
+
+
+class Workplace:
+    """A checkout whose virtual environment is that of the tests, and whose state is empty."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("Makefile", "requirements", "shared", "deploy", "trainer_service", "inference_service"):
+            (folder / name).symlink_to(PROJECT / name)
+        (folder / ".venv/bin").mkdir(parents=True)
+        python = folder / ".venv/bin/python"
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        (folder / ".venv/installed-cpu").touch()
+
+    def make(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        ours = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+        return subprocess.run(
+            ["make", *words], cwd=self.folder, env=ours | environment, capture_output=True, text=True, timeout=120
+        )
+
+    def refusal(self, *words: str, **environment: str) -> str:
+        """The one sentence with which make ends."""
+        ended = self.make(*words, **environment)
+        assert ended.returncode == 2, ended
+        error, *rest = ended.stderr.splitlines()
+        assert all(line.startswith("make: ***") for line in rest), ended.stderr
+        assert len(error) <= 310
+        return error
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train", "PRSET=small"], "PRSET is not a variable of `make train`; did you mean PRESET?"),
+        (["train", "preset=small"], "preset is not a variable of `make train`; did you mean PRESET?"),
+        (["up", "PRESET=small"], "PRESET is not a variable of `make up`, which takes none."),
+        (["demo", "DRY_RUN=1"], "DRY_RUN is not a variable of `make demo`, which takes none."),
+        (["export", "DIR=x"], "VERSION= is missing."),
+        (["export", "VERSION=1"], "DIR= is missing."),
+        (["watch"], "JOB= is missing."),
+        (["prune", "DRY_RUN=maybe"], "DRY_RUN is 'maybe', but must be a valid boolean."),
+        (["generate", "PROMPT=a", "TOP_K=few"], "TOP_K is 'few', but must be a valid integer."),
+        (["generate", "PROMPT=a", "SEED=-1"], "SEED is '-1', but must be greater than or equal to 0."),
+        (["train", "PRESET=smal"], f"Unknown preset 'smal'. Did you mean small? The presets are {', '.join(PRESETS)}."),
+    ],
+)
+def test_wrong_words_are_refused_by_name(workplace: Workplace, words: list[str], sentence: str) -> None:
+    assert workplace.refusal(*words) == f"error: {sentence}"
+
+
+def test_a_variable_of_another_target_is_refused_with_those_that_the_target_takes(workplace: Workplace) -> None:
+    error = workplace.refusal("generate", "DRY_RUN=1")
+    assert "DRY_RUN is not a variable of `make generate`, which takes PROMPT, PROMPTS," in error and "TOP_K" in error
+    assert "FAST is not a variable of `make lock`" in workplace.refusal("lock", "FAST=1")
+
+
+def test_variables_of_the_environment_do_not_count(workplace: Workplace) -> None:
+    ended = workplace.make("prune", DRY_RUN="maybe", VERSION="7", PRSET="x")
+    assert ended.returncode == 0 and ended.stdout == "Nothing to prune: the registry holds no version and no state.\n"
+
+
+def test_settings_may_stand_on_the_command_line(workplace: Workplace) -> None:
+    (workplace.folder / "file").touch()
+    assert "GPTLOOP_VAR is" in workplace.refusal("checkpoints", "GPTLOOP_VAR=file")
+
+
+@pytest.mark.parametrize("value", ["--help", 'it\'s "quoted"', "$HOME $(HOME) `id`", "two\nlines", "#no comment"])
+def test_a_value_arrives_as_it_was_typed(workplace: Workplace, value: str) -> None:
+    assert shown(value) in workplace.refusal("train", f"PRESET={value}")
