@@ -17,10 +17,12 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from deploy.launch import holder
 from shared.errors import Unavailable
+from shared.plain_paths import plain_path
 from shared.settings import Directories
-from shared.sockets import make_socket_folder, short_socket_path
 
 _ROOT = Path(__file__).parent.parent
+# supervisord stands in the folder of state, which holds no code.
+_COMMAND = 'cd "$GPTLOOP_VAR" && exec "$GPTLOOP_PYTHON" -P -m supervisor.supervisord --configuration "$1"'
 
 # Longer than all waits of the configuration together.
 _STOP_LIMIT_S = 190.0
@@ -43,7 +45,8 @@ class ProcessState:
 class Supervisor:
     """supervisord with a configuration, its state in a folder's `run` and `log`.
 
-    configuration: a supervisord.conf whose variables `%(ENV_…)s` the environment holds.
+    configuration: a supervisord.conf whose variables `%(ENV_…)s` the environment holds, and whose paths start in the
+        folder.
     environment: what its programs see; `GPTLOOP_VAR` and what the configuration needs are added.
     """
 
@@ -51,24 +54,24 @@ class Supervisor:
         self._configuration = configuration
         self._run = directories.var / "run"
         self._log = directories.log
-        self._socket = short_socket_path(self._run / "supervisor.sock")
         self._environment = {
             **environment,
             "GPTLOOP_VAR": str(directories.var),
             "GPTLOOP_ROOT": str(_ROOT),
             "GPTLOOP_PYTHON": sys.executable,
-            "GPTLOOP_SUPERVISOR_SOCKET": str(self._socket),
+            "GPTLOOP_SUPERVISOR_SOCKET": str(self._socket()),
         }
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Starts supervisord, in a session of its own: a Ctrl-C in this terminal does not reach it."""
         assert not self.is_running()
-        self._run.mkdir(parents=True, exist_ok=True)
+        self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log.mkdir(parents=True, exist_ok=True)
-        make_socket_folder(self._socket)
+        # The link to it, if it needs one, can be made now.
+        self._socket()
         lock = str(self._run / "supervisord.lock")
-        supervisord = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(self._configuration)]
+        supervisord = ["/bin/sh", "-c", _COMMAND, "sh", str(self._configuration)]
         with (self._log / "supervisord.out").open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.launch", lock, *supervisord],
@@ -99,7 +102,7 @@ class Supervisor:
 
     def processes(self) -> list[ProcessState]:
         """Every program; raises `Unavailable` while supervisord does not answer."""
-        proxy = ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, f"unix://{self._socket}"))
+        proxy = ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, f"unix://{self._socket()}"))
         try:
             answers: Any = proxy.supervisor.getAllProcessInfo()
         except (OSError, http.client.HTTPException, Fault) as error:
@@ -147,6 +150,9 @@ class Supervisor:
         files = (self._log / f"{name}.log", self._log / f"{name}.out")
         texts = [file.read_text(errors="replace") for file in files if file.exists()]
         return "".join(texts).splitlines()[-count:]
+
+    def _socket(self) -> Path:
+        return plain_path(self._run) / "supervisor.sock"
 
     def _has_ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None

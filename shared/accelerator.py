@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from shared.blas import cpu_threads, load_blas
-from shared.kernel_compiler import speed_up_compiler
+from shared.kernel_compiler import name_mlx_plainly, speed_up_compiler
+from shared.plain_paths import plain_path
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +66,10 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
         threads = cpu_threads()
         os.environ["OPENBLAS_NUM_THREADS"] = "1"
     if sys.platform == "linux":
-        _make_kernel_cache(cache)
-        speed_up_compiler(cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        name_mlx_plainly()
+        _make_kernel_cache(plain_path(cache))
+        speed_up_compiler(plain_path(cache))
         blas = load_blas(cache)
     import mlx.core as mx
 

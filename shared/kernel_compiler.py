@@ -4,12 +4,14 @@ Every kernel begins with the same large header of MLX, which takes most of the t
 before the compiler on PATH and has the header precompiled, once: a kernel takes 0.2 s instead of 0.9.
 """
 
-import importlib.util
+import importlib
 import os
 import shlex
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+
+from shared.plain_paths import plain_path
 
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
 
@@ -23,11 +25,19 @@ exec {compiler} -I{folder} "$@"
 """
 
 
+def name_mlx_plainly() -> None:
+    """Lets MLX be imported by a path that its commands can hold: they quote no character that a shell replaces."""
+    # This imports the empty package only.
+    package = importlib.import_module("mlx")
+    folders = [Path(folder) for folder in package.__path__]
+    package.__path__ = [str(plain_path(folder.parent) / folder.name) for folder in folders]
+
+
 def speed_up_compiler(cache: Path) -> None:
-    """Puts the script into `cache` and before everything else on this process's PATH; without g++ does nothing."""
-    compiler, package = shutil.which("g++"), importlib.util.find_spec("mlx")
+    """Puts the script into `cache`, a plain path, and first on this process's PATH; without g++ does nothing."""
+    compiler = shutil.which("g++")
     # Any folder that is called mlx and on the search path is one of the locations.
-    locations = (package.submodule_search_locations if package else None) or []
+    locations = importlib.import_module("mlx").__path__
     includes = [folder for location in locations if ((folder := Path(location, "include")) / _HEADER).is_file()]
     if compiler is None or not includes:
         return

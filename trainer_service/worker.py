@@ -10,6 +10,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
+from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue
 from rq.executions import Execution
@@ -19,7 +20,7 @@ from rq.worker import Worker, WorkerStatus
 
 from shared.errors import NotFound, Unavailable
 from trainer_service.queue import START_LEASE_S, STOPPED, JobQueue
-from trainer_service.redis_server import connect
+from trainer_service.redis_server import check_server, connect
 from trainer_service.rq_jobs import AttemptJob
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ class TrainingWorker(Worker):
     # The job and the number of the attempt that runs here, and since when it is of no use.
     attempt: tuple[str, int] | None = None
     _useless_since_s: float | None = None
+
+    def _set_ip_address(self, connection: Redis) -> None:
+        # RQ would ask Redis, whose answer holds the path of its socket, and redis-py splits that at spaces.
+        self.ip_address = "unknown"
 
     def handle_warm_shutdown_request(self) -> None:
         """Asks the training process to end after its step."""
@@ -127,11 +132,12 @@ class TrainingWorker(Worker):
 def work(url: str) -> None:
     """Takes jobs from the Redis at a URL until SIGTERM or SIGINT; a second one kills the job that runs.
 
-    Waits some seconds for a Redis that starts beside it; raises `Unavailable` where none answers.
+    Waits some seconds for a Redis that starts beside it; raises `Unavailable` if none answers, and `FailedPrecondition`
+    if it cannot hold jobs.
     """
     # RQ waits on its connection, and so the watch has one of its own.
     queue, connection = JobQueue(connect(url)), connect(url)
-    _wait_for_redis(queue)
+    _wait_for_redis(connection)
     worker = TrainingWorker(
         [JobQueue(connection).rq],
         connection=connection,
@@ -151,11 +157,11 @@ def work(url: str) -> None:
         watch.join()
 
 
-def _wait_for_redis(queue: JobQueue) -> None:
+def _wait_for_redis(connection: Redis) -> None:
     deadline_s = time.monotonic() + _REDIS_LIMIT_S
     while True:
         try:
-            queue.live_workers()
+            check_server(connection)
             return
         except Unavailable:
             if time.monotonic() > deadline_s:

@@ -1,7 +1,6 @@
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,9 +20,8 @@ from shared.settings import Directories
 _HEADER = """
 [supervisord]
 nodaemon=true
-directory=%(ENV_GPTLOOP_ROOT)s
-pidfile=%(ENV_GPTLOOP_VAR)s/run/supervisord.pid
-logfile=%(ENV_GPTLOOP_VAR)s/log/supervisord.log
+pidfile=run/supervisord.pid
+logfile=log/supervisord.log
 silent=true
 [unix_http_server]
 file=%(ENV_GPTLOOP_SUPERVISOR_SOCKET)s
@@ -32,11 +30,12 @@ supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
 """
 _PROGRAM = """
 [program:{name}]
-command="{python}" -m deploy.launch "{var}/run/{name}.lock" "{python}" "{script}"
+command=/bin/sh -c 'cd "$GPTLOOP_ROOT" && exec "$GPTLOOP_PYTHON" -m deploy.launch "$GPTLOOP_VAR/run/{name}.lock" \
+ "$GPTLOOP_PYTHON" "$GPTLOOP_VAR/../{name}.py"'
 startsecs=0
 startretries=1
 redirect_stderr=true
-stdout_logfile={var}/log/{name}.log
+stdout_logfile=log/{name}.log
 """
 _WORKS = "import signal\nsignal.pause()\n"
 
@@ -52,7 +51,7 @@ class Fixture:
         for name, script in scripts.items():
             path = folder / f"{name}.py"
             path.write_text(script)
-            text += _PROGRAM.format(name=name, python=sys.executable, var=folder / "var", script=path)
+            text += _PROGRAM.format(name=name)
         self.configuration = folder / "supervisord.conf"
         self.configuration.write_text(text)
         self.names = tuple(scripts)

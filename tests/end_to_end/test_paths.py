@@ -1,0 +1,68 @@
+"""The project in a folder that shells, supervisord, MLX and Redis's clients each misread in their own way."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.ports import Ports, free_ports
+from inference_service.client import InferenceClient
+from shared.errors import Unavailable
+from tests.end_to_end.conftest import PROJECT, TINY, wait_until
+
+NAME = """sp ace %(here)s %d " o'ne $HOME `x` ü 猫"""
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def ports() -> Ports:
+    return free_ports()
+
+
+@pytest.fixture
+def command(tmp_path: Path, ports: Ports) -> Iterator[Command]:
+    """Runs a command of a copy of the project in such a folder, whose state is in the `var` beside it."""
+    project = tmp_path / NAME / "gptloop"
+    for package in ("deploy", "inference_service", "shared", "trainer_service"):
+        shutil.copytree(PROJECT / package, project / package)
+    environment = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "GPTLOOP_VAR")}
+    environment |= ports.to_environment()
+
+    def run(*arguments: str) -> str:
+        ended = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=project,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return ended.stdout
+
+    yield run
+    run("deploy.stack", "down")
+
+
+def test_everything_runs_in_a_folder_with_any_name(command: Command, ports: Ports) -> None:
+    assert "Everything is up." in command("deploy.stack", "up")
+    values = TINY | {"max_steps": "20", "evaluation_interval": "20"}
+    trained = command("trainer_service", "train", "--set", " ".join("=".join(value) for value in values.items()))
+    assert "version 1" in trained
+    with InferenceClient(f"127.0.0.1:{ports.inference}") as client:
+        wait_until(lambda: _serves(client))
+    assert command("inference_service", "generate", "--prompt", "Once", "--max-tokens", "5").strip()
+    assert "RUNNING" in command("deploy.stack", "status")
+    assert command("deploy.stack", "down") == "Everything is stopped.\n"
+
+
+def _serves(client: InferenceClient) -> bool:
+    try:
+        return bool(client.model().version)
+    except Unavailable:
+        return False
