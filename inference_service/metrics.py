@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+import grpc
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -72,6 +73,9 @@ class InferenceMetrics:
         )
         self._requests = Counter(
             name("requests_total"), "Generate requests that ended, by how they ended.", ["reason"], registry=registry
+        )
+        self._calls = Counter(
+            name("calls_total"), "Calls that ended, by method and status code.", ["method", "code"], registry=registry
         )
         Gauge(name("active_streams"), "Streams that have a slot.", registry=registry).set_function(active_streams)
         self.waiting_requests = Gauge(name("waiting_requests"), "Samples that wait for a slot.", registry=registry)
@@ -163,9 +167,11 @@ class InferenceMetrics:
         """So many tokens of a request's prompt were not read again."""
         self._cached.inc(cached_prompt_tokens)
 
-    def ended(self, reason: str) -> None:
-        """A Generate call ended: a finish reason, or the status code of its error."""
-        self._requests.labels(reason.lower()).inc()
+    def called(self, method: str, code: grpc.StatusCode, reason: str | None) -> None:
+        """A call ended; of Generate, `reason` is how its last sample ended, None if an error ended it."""
+        self._calls.labels(method, code.name.lower()).inc()
+        if method == "Generate":
+            self._requests.labels((reason or code.name).lower()).inc()
 
     def answered(self, version: int, reason: str) -> None:
         """A version's answer to a Generate call ended, in the same words."""

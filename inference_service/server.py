@@ -23,6 +23,7 @@ from inference_service.watchdog import Watchdog
 from shared import accelerator
 from shared.gpt.decoder import make_decoder
 from shared.gpt.mlx_decoder import compiled_shapes
+from shared.grpc_calls import ENDING
 from shared.grpc_server import GrpcServer, Signals
 from shared.metrics_page import metrics_page
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -66,9 +67,9 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     collectors = CollectorRegistry()
     registry = Registry(settings.directories.registry)
     protected = [CredentialInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
-    server = GrpcServer([SERVICE, ADMIN_SERVICE], protected)
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
     metrics = InferenceMetrics(collectors, accelerator.memory, compiled_shapes, lambda: engine.active_streams)
+    server = GrpcServer([SERVICE, ADMIN_SERVICE], protected, metrics.called)
     decoders = partial(make_decoder, slots=settings.slots, threads=settings.threads)
     catalogue = Catalogue(registry, device)
     residents = Residents(
@@ -107,7 +108,9 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
         if loading.done():
             logger.error("loading versions failed", exc_info=loading.exception())
         # An engine that failed has ended its streams already.
-        await server.stop(0.0 if failing.done() else settings.drain_s, servicer.cancel_all, signals.forced)
+        await server.stop(
+            0.0 if failing.done() else settings.drain_s, signals.forced, partial(servicer.fail_all, ENDING)
+        )
         ended_as_asked = not (loading.done() or watching.done() or failing.done())
         for part in parts:
             part.cancel()

@@ -27,7 +27,7 @@ from inference_service.engine.request import (
 from inference_service.metrics import InferenceMetrics
 from inference_service.residents import Resident, Residents
 from inference_service.translate import Draft, Selection
-from shared.errors import GptloopError, ResourceExhausted, Unavailable
+from shared.errors import DeadlineExceeded, GptloopError, ResourceExhausted, Unavailable
 from shared.gpt.tokenizer import Tokenizer
 from shared.grpc_status import code_of
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -70,20 +70,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             if (queue := self._outputs.get(output.request_id)) is not None:
                 queue.put_nowait(output)
 
-    def cancel_all(self) -> None:
-        """Ends every request with the reason CANCELLED."""
-        for request_id in self._outputs:
-            self._engine.cancel(request_id)
-
     def fail_all(self, reason: str) -> None:
-        """Ends every request with `Unavailable`, for an engine that does not answer any more."""
+        """Ends every request with `Unavailable`."""
         self.deliver([Output(request_id, 0, Failed(Unavailable(reason))) for request_id in self._outputs])
 
-    async def Generate(self, message: pb.GenerateRequest, context: Any) -> None:  # noqa: N802
-        """Streams one generation. A coroutine, not a generator: so gRPC cancels it wherever it stands."""
-        with _ending(self._metrics.ended) as end:
-            draft = translate.read_generate(message, context.time_remaining(), self._slots)
-            end.reason = await self._generate(draft, context)
+    async def Generate(self, message: pb.GenerateRequest, context: Any) -> str:  # noqa: N802
+        """Streams one generation; returns how its last sample ended. gRPC cancels a coroutine wherever it stands."""
+        draft = translate.read_generate(message, context.time_remaining(), self._slots)
+        return await self._generate(draft, context)
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which need not be in memory."""
@@ -130,23 +124,38 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._metrics.accepted(len(request.prompt))
         queue = self._outputs[request.id] = asyncio.Queue()
         try:
-            await self._write(context, translate.write_started(request, manifest.digest))
             self._engine.submit(request)
-            return await self._relay(queue, request, context, place)
+            started = translate.write_started(request, manifest.digest)
+            return await self._relay(queue, request, started, context, place)
         finally:
             del self._outputs[request.id]
             self._engine.cancel(request.id)
 
-    async def _relay(self, queue: asyncio.Queue[Output], request: GenerationRequest, context: Any, place: Place) -> str:
-        """Writes a request's events until the end of its last sample; raises the error of one that failed."""
+    async def _relay(
+        self,
+        queue: asyncio.Queue[Output],
+        request: GenerationRequest,
+        started: pb.GenerateResponse,
+        context: Any,
+        place: Place,
+    ) -> str:
+        """Writes a request's events until the end of its last sample; raises the error of one that failed.
+
+        A request that waits gets no message, so that a client may make its call again if it ends.
+        """
         last_at: dict[int, float] = {}
         remaining = request.samples
+        admitted = False
         ended = ""
         while remaining:
             for output in await _take(queue):
                 match output.event:
                     case Admitted():
                         place.admitted()
+                        admitted = True
+                        await self._write(context, started)
+                    case Finished() if not admitted:
+                        raise DeadlineExceeded("The deadline passed before the request had its turn.")
                     case Delta() as delta:
                         for at in delta.times:
                             self._metrics.token(request.version, request.arrived, last_at.get(output.index), at)

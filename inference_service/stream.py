@@ -75,7 +75,8 @@ class _BaseStream:
         `Unavailable` where something between cut the stream short."""
         ended_here = self._end.is_set()
         self._end.set()
-        if not ended_here and len(self.finished) < max(self._request.n, 1):
+        cut = any(finished.reason == pb.FINISH_REASON_CANCELLED for finished in self.finished.values())
+        if not ended_here and (cut or len(self.finished) < max(self._request.n, 1)):
             raise Unavailable("The stream ended before the text did; ask again.")
         if any(finished.reason == pb.FINISH_REASON_DEADLINE for finished in self.finished.values()):
             raise self._attempts.overdue() from None

@@ -6,9 +6,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.protobuf.unknown_fields import UnknownFieldSet
 
 from inference_service.engine.request import Delta, Finished, FinishReason, GenerationRequest
 from inference_service.hotload import Standing
@@ -98,9 +96,6 @@ class Draft:
 def read_generate(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
     """Checks a request as far as it can be without a version; raises `InvalidArgument` and names the field."""
     arrived = time.monotonic()
-    _refuse_unknown("", message)
-    for name in ("sampling", "model", "prompt_tokens"):
-        _refuse_unknown(f"{name}.", getattr(message, name))
     max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens is {max_tokens}, but must be at least 1.")
@@ -284,15 +279,6 @@ def _read_sampling(message: pb.Sampling) -> SamplingParameters:
         if message.HasField(name)
     }
     return SamplingParameters(**given, logit_bias=tuple(sorted(message.logit_bias.items())))
-
-
-def _refuse_unknown(name: str, message: Message) -> None:
-    fields = UnknownFieldSet(message)
-    if len(fields):
-        raise InvalidArgument(
-            f"The request has a field {name}{fields[0].field_number} that this server does not know: the client's "
-            "contract is newer."
-        )
 
 
 def _read_stops(stops: Sequence[str]) -> tuple[str, ...]:

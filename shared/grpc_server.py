@@ -1,45 +1,67 @@
-"""The gRPC server that both services run: health, reflection, one mapping of errors, and an orderly end."""
+"""The gRPC server that both services run: its limits, health, reflection, and an orderly end."""
 
 import asyncio
 import errno
-import inspect
 import logging
 import signal
 import socket
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shared.errors import AlreadyExists, GptloopError, InvalidArgument
-from shared.grpc_status import code_of, details_of
+from shared.errors import AlreadyExists, InvalidArgument
+from shared.grpc_calls import Calls, Ended
 from shared.settings import to_address
 
 logger = logging.getLogger(__name__)
 
 # So long a load balancer has to notice NOT_SERVING before new calls are refused.
 _NOTICE_S = 0.2
-# Between the moment the calls are asked to end and the moment they are cut.
+# How long calls have to end once they are asked to, and then to send their status once they are cut.
 _CUT_S = 1.0
+# How long connections have to close.
+_GOODBYE_S = 0.2
 
-Handler = Callable[[Any, Any], Any]
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    # Calls that have arrived and wait for the event loop. gRPC's own limit of 1,000 ends others as CANCELLED, before
+    # anything here can refuse them with a reason.
+    ("grpc.server.max_pending_requests", 50_000),
+    ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    # Clients and proxies may ask every second whether the server is there, with or without calls. By default a client
+    # that asks every 10 s loses its connection at the third time.
+    ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The server asks whether a client is there once it has heard nothing of it for so long.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+def _ignore_end(method: str, code: grpc.StatusCode, reason: str | None) -> None:
+    """Is told where a server does not count its calls."""
 
 
 class GrpcServer:
-    """An asyncio gRPC server. `services` are the full names that health and reflection report.
+    """An asyncio gRPC server. `services` are the full names that health and reflection report; `ended` is told of each
+    of their calls that has ended.
 
     Every service, and the server as a whole (the name ""), is NOT_SERVING until `set_serving`.
     """
 
-    def __init__(self, services: Sequence[str], interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+    def __init__(
+        self,
+        services: Sequence[str],
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        ended: Ended = _ignore_end,
+    ) -> None:
         # gRPC logs a trace where a client leaves in the moment in which its call ends.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_concerns_the_server)
-        interceptors = [_ErrorInterceptor(), *interceptors]
-        self.server = grpc.aio.server(interceptors=interceptors, options=[("grpc.so_reuseport", 0)])
+        self._calls = Calls(services, ended)
+        self.server = grpc.aio.server(interceptors=[self._calls, *interceptors], options=_OPTIONS)
         self._services = ("", *services)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -68,23 +90,28 @@ class GrpcServer:
         for service in self._services:
             await self._health.set(service, status)
 
-    async def stop(self, drain_s: float, cut: Callable[[], None], force: asyncio.Event) -> None:
-        """Ends in order: NOT_SERVING, no new calls, then `drain_s` for the calls that run.
+    async def stop(self, drain_s: float, force: asyncio.Event, cut: Callable[[], None] | None = None) -> None:
+        """Ends in order: NOT_SERVING, then every new call is UNAVAILABLE, and those that run have `drain_s` to end.
 
-        Calls still running then are asked to end by `cut`, and are cancelled a second later. `force` skips the waiting.
+        Calls still running then are asked to end by `cut`, if it is given, and a second later they are ended as
+        UNAVAILABLE. Calls whose requests have not arrived are not waited for. `force` skips the waiting.
         """
         await self._health.enter_graceful_shutdown()
         forced = asyncio.create_task(force.wait())
         await asyncio.wait((forced,), timeout=_NOTICE_S)
         self._health.end_watches()
-        stopping = asyncio.create_task(self.server.stop(drain_s + _CUT_S))
-        await asyncio.wait((forced, stopping), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.done():
+        ending = asyncio.create_task(_wait_for_all(self._calls.refuse()))
+        await asyncio.wait((forced, ending), timeout=drain_s, return_when=asyncio.FIRST_COMPLETED)
+        if cut is not None and not ending.done():
             cut()
-            await asyncio.wait((stopping,), timeout=_CUT_S)
-            await self.server.stop(None)
-        await stopping
+            await asyncio.wait((ending,), timeout=_CUT_S)
+        if not ending.done():
+            self._calls.cut()
+            await asyncio.wait((ending,), timeout=_CUT_S)
+        ending.cancel()
         forced.cancel()
+        # A connection without calls hears of the end and closes.
+        await self.server.stop(None if await self._calls.hold() else _GOODBYE_S)
 
 
 class _Health(health.aio.HealthServicer):
@@ -139,6 +166,11 @@ def cannot_listen(host: str, port: int, port_variable: str, error: OSError) -> I
     )
 
 
+async def _wait_for_all(calls: set[asyncio.Task[Any]]) -> None:
+    if calls:
+        await asyncio.wait(calls)
+
+
 def _concerns_the_server(record: logging.LogRecord) -> bool:
     return not (record.exc_info and type(record.exc_info[1]).__name__ == "ExecuteBatchError")
 
@@ -153,51 +185,3 @@ def _check_address(host: str, port: int, port_variable: str) -> None:
         if error.errno == errno.EADDRINUSE:
             raise port_in_use(host, port, port_variable) from None
         raise cannot_listen(host, port, port_variable, error) from None
-
-
-class _ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends calls whose handler raised with the code and the sentence of the error."""
-
-    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        handler = await continuation(details)
-        if handler is None or handler.request_streaming:
-            return handler
-        if handler.response_streaming:
-            wrap = _wrap_generator if inspect.isasyncgenfunction(handler.unary_stream) else _wrap_coroutine
-            return handler._replace(unary_stream=wrap(handler.unary_stream, details.method))
-        return handler._replace(unary_unary=_wrap_coroutine(handler.unary_unary, details.method))
-
-
-def _wrap_coroutine(handler: Handler, method: str) -> Handler:
-    async def wrapped(request: object, context: Any) -> object:
-        try:
-            return await handler(request, context)
-        except Exception as error:
-            await _abort(context, method, error)
-            return None
-
-    return wrapped
-
-
-def _wrap_generator(handler: Handler, method: str) -> Handler:
-    async def wrapped(request: object, context: Any) -> AsyncIterator[object]:
-        try:
-            async for response in handler(request, context):
-                yield response
-        except Exception as error:
-            await _abort(context, method, error)
-
-    return wrapped
-
-
-async def _abort(context: Any, method: str, error: Exception) -> None:
-    # The latter is a client that left in the very moment in which a message was written.
-    if isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError):
-        raise error
-    if isinstance(error, GptloopError):
-        await context.abort(code_of(error), str(error), details_of(error))
-    request_id = uuid.uuid4().hex
-    logger.error("%s failed, request %s", method, request_id, exc_info=error)
-    await context.abort(
-        grpc.StatusCode.INTERNAL, f"The server failed on this request; its log says why, under {request_id}."
-    )

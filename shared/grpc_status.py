@@ -68,5 +68,8 @@ def _retry_after_s(call: Any) -> float | None:
 def _has_no_server(details: str) -> bool:
     """Whether a sentence comes from gRPC itself, which found nobody to talk to, and not from a server."""
     return details.startswith(
-        ("failed to connect", "Socket closed", "DNS resolution failed", "connections to all backends")
+        (
+            *("failed to connect", "Socket closed", "DNS resolution failed", "connections to all backends"),
+            *("Cancelling all calls", "GOAWAY received"),
+        )
     )

@@ -20,7 +20,7 @@ from shared.accelerator import Memory
 from shared.gpt.config import count_parameters
 from trainer_service.events import JobState
 from trainer_service.kinds import Kind
-from trainer_service.metrics import make_metrics
+from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.presets import PRESETS
 from trainer_service.queue import JobQueue
 from trainer_service.records import JobRecord
@@ -146,7 +146,9 @@ def test_every_environment_variable_stands_in_the_readme() -> None:
 def test_every_metric_stands_in_the_readme() -> None:
     registry = CollectorRegistry()
     InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6)
-    pages = (generate_latest(registry) + generate_latest(make_metrics(EmptyQueue()))).decode()
+    training = make_metrics(EmptyQueue())
+    CallMetrics(training)
+    pages = (generate_latest(registry) + generate_latest(training)).decode()
     scraped = re.findall(r"^# TYPE (gptloop_\w+) (\w+)", pages, re.MULTILINE)
     # `_created` comes with every counter and histogram by itself.
     types = {name: kind for name, kind in scraped if not name.endswith("_created")}

@@ -1,9 +1,10 @@
 """Prometheus metrics of the trainer, computed from what jobs told Redis at the moment of the scrape."""
 
-from collections import Counter
+import collections
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry
+import grpc
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -51,9 +52,25 @@ def make_metrics(queue: JobQueue) -> CollectorRegistry:
     return registry
 
 
+class CallMetrics:
+    """Counts the calls of the API, on the page that a registry gives."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._calls = Counter(
+            "gptloop_training_calls_total",
+            "Calls that ended, by method and status code.",
+            ["method", "code"],
+            registry=registry,
+        )
+
+    def called(self, method: str, code: grpc.StatusCode, reason: str | None) -> None:
+        """A call ended."""
+        self._calls.labels(method, code.name.lower()).inc()
+
+
 def _jobs(records: list[JobRecord]) -> GaugeMetricFamily:
     family = GaugeMetricFamily("gptloop_training_jobs", "Jobs in each state.", labels=["state"])
-    counts = Counter(record.state for record in records)
+    counts = collections.Counter(record.state for record in records)
     for state in JobState:
         family.add_metric([state.value], counts[state])
     return family

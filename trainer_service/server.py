@@ -16,7 +16,7 @@ from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
 from trainer_service.events import StateChanged
 from trainer_service.kinds import complete
-from trainer_service.metrics import make_metrics
+from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings
@@ -96,18 +96,19 @@ async def serve(settings: TrainerSettings) -> None:
     """Serves until SIGTERM or SIGINT. Health is SERVING while Redis answers."""
     queue = JobQueue(connect(settings.redis_url))
     signals = Signals()
-    server = GrpcServer([SERVICE])
+    metrics = make_metrics(queue)
+    server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
     training_pb2_grpc.add_TrainingServiceServicer_to_server(
         TrainingServicer(queue, Registry(settings.directories.registry)), server.server
     )
     host = settings.host
-    with metrics_page(make_metrics(queue), host, settings.metrics_port, "GPTLOOP_TRAINER_METRICS_PORT") as metrics_port:
+    with metrics_page(metrics, host, settings.metrics_port, "GPTLOOP_TRAINER_METRICS_PORT") as metrics_port:
         port = await server.start(host, settings.port, "GPTLOOP_TRAINER_PORT")
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, metrics_port)
         health = asyncio.create_task(_follow_redis(server, queue))
         await signals.asked.wait()
         health.cancel()
-        await server.stop(_DRAIN_S, lambda: None, signals.forced)
+        await server.stop(_DRAIN_S, signals.forced)
 
 
 async def _follow_redis(server: GrpcServer, queue: JobQueue) -> None:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import grpc
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,7 +26,9 @@ def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: Co
     metrics.token(7, arrived=1.0, last_at=None, at=1.25)
     metrics.token(7, arrived=1.0, last_at=1.25, at=1.5)
     metrics.cached(3)
-    metrics.ended("LENGTH")
+    metrics.called("Generate", grpc.StatusCode.OK, "LENGTH")
+    metrics.called("Generate", grpc.StatusCode.INVALID_ARGUMENT, None)
+    metrics.called("Tokenize", grpc.StatusCode.OK, None)
     metrics.refused("corrupt")
     values = page(registry)
     prefix = "gptloop_inference"
@@ -36,7 +39,9 @@ def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: Co
     assert values[f"{prefix}_tokens_per_second",] > 0
     assert values[f"{prefix}_time_to_first_token_seconds_sum",] == 0.25
     assert values[f"{prefix}_inter_token_latency_seconds_count",] == 1
-    assert values[f"{prefix}_requests_total", "length"] == 1
+    reasons = {name[1]: value for name, value in values.items() if name[0] == f"{prefix}_requests_total"}
+    assert reasons == {"length": 1, "invalid_argument": 1}
+    assert values[f"{prefix}_calls_total", "ok", "Generate"] == values[f"{prefix}_calls_total", "ok", "Tokenize"] == 1
     assert values[f"{prefix}_refused_versions_total", "corrupt"] == 1
     assert values[f"{prefix}_swaps_total",] == 0
     assert values[f"{prefix}_active_streams",] == values[f"{prefix}_waiting_requests",] == 0

@@ -52,9 +52,14 @@ def client(server: Server) -> Iterator[InferenceClient]:
     assert server.metrics()["gptloop_inference_waiting_requests",] == 0
 
 
-def endless(client: InferenceClient, **parameters: Any) -> Any:
-    """A stream that has begun to come and lasts for seconds."""
-    stream = client.generate("Once", max_tokens=16000, ignore_eos=True, **parameters)
+def long(client: InferenceClient) -> Any:
+    """A stream that lasts for seconds; nothing of it comes as long as it waits."""
+    return client.generate("Once", max_tokens=16000, ignore_eos=True)
+
+
+def endless(client: InferenceClient) -> Any:
+    """One that has begun to come."""
+    stream = long(client)
     assert isinstance(next(iter(stream)), pb.Started)
     return stream
 
@@ -75,7 +80,7 @@ def test_samples_of_one_prompt_are_those_of_their_seeds(client: InferenceClient)
 def test_a_full_queue_is_refused_with_the_time_to_come_back(server: Server, client: InferenceClient) -> None:
     running = [endless(client) for _ in range(2)]
     until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
-    waiting = [endless(client) for _ in range(2)]
+    waiting = [long(client) for _ in range(2)]
     until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 2)
     with pytest.raises(errors.ResourceExhausted, match="2 requests wait already") as refused:
         list(client.generate("x"))
@@ -93,7 +98,8 @@ def test_prompt_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
             list(client.generate("x" * 60, max_tokens=1))
             running = [endless(client) for _ in range(2)]
             until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
-            waiting = endless(client)
+            waiting = long(client)
+            until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 1)
             with pytest.raises(errors.ResourceExhausted, match="4 prompt tokens wait already, and 60 more") as refused:
                 list(client.generate("x" * 60))
             assert refused.value.retry_after_s is not None
@@ -191,8 +197,7 @@ def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp
     server = start(tmp_path / "var", SLOTS=2, DRAIN_S=60)
     with InferenceClient(server.address, retries=0) as client:
         streams = [client.generate("Once", max_tokens=4000, ignore_eos=True) for _ in range(3)]
-        for stream in streams:
-            assert isinstance(next(iter(stream)), pb.Started)
+        until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 1)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "ending" in "".join(server.lines))
 
@@ -214,16 +219,20 @@ def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp
     assert server.end() == 0
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    server = start(tmp_path / "var", DRAIN_S=60)
+def test_a_second_signal_ends_running_and_waiting_requests_as_unavailable(tmp_path: Path) -> None:
+    server = start(tmp_path / "var", SLOTS=2, DRAIN_S=60)
     with InferenceClient(server.address, retries=0) as client:
-        stream = endless(client)
+        running = [endless(client) for _ in range(2)]
+        waiting = long(client)
+        until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 1)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "ending" in "".join(server.lines))
         server.process.send_signal(signal.SIGTERM)
-        *_, last = stream
-        assert isinstance(last, pb.Finished)
-        assert last.reason == pb.FINISH_REASON_CANCELLED
+        for stream in (*running, waiting):
+            with pytest.raises(errors.Unavailable, match="The server is ending; ask again in a moment"):
+                list(stream)
+        # So another server may be asked the same.
+        assert waiting.started is None
     assert server.end() == 0
 
 
@@ -269,7 +278,8 @@ def test_a_dead_engine_ends_every_stream_and_is_not_left_serving(tmp_path: Path)
             watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
             health = [next(watch).status]
             # Two at a time, three steps end six of them; with the fourth the engine dies.
-            streams = [endless(client) for _ in range(10)]
+            streams = [long(client) for _ in range(10)]
+            until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 8)
             server.order("fail")
             ends = []
             for stream in streams:

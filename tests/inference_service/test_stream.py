@@ -11,6 +11,7 @@ import pytest
 
 from inference_service.client import AsyncInferenceClient, InferenceClient
 from shared import errors
+from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.inference_service.process import LIMIT_S, until
 from tests.inference_service.scripted_server import STARTED, STORY, Serve, hang, refuse, run_async, send
 
@@ -54,7 +55,10 @@ def test_the_text_comes_in_pieces_of_a_single_sample(serve: Serve) -> None:
             client.generate("x", n=2).text()
 
 
-@pytest.mark.parametrize(("messages", "n"), [(STORY[:-1], 1), (STORY, 2), ((), 1)])
+@pytest.mark.parametrize(
+    ("messages", "n"),
+    [(STORY[:-1], 1), (STORY, 2), ((), 1), ((STARTED, pb.Finished(reason=pb.FINISH_REASON_CANCELLED)), 1)],
+)
 def test_a_stream_that_is_cut_short_says_so(serve: Serve, messages: tuple[Any, ...], n: int) -> None:
     server = serve(send(*messages))
 

@@ -44,7 +44,8 @@ class Shown:
         finally:
             server.stop()
             self.output, notes = self._capsys.readouterr()
-        return self.output, notes.splitlines()
+            self.notes = notes.splitlines()
+        return self.output, self.notes
 
 
 @pytest.fixture
@@ -63,6 +64,14 @@ def test_samples_are_printed_one_after_another(shown: Shown) -> None:
         "Sample 1 again: VERSION=7 SEED=41",
         "Sample 2 again: VERSION=7 SEED=42",
     ]
+
+
+def test_no_text_is_promised_again_where_the_server_ended_it(shown: Shown) -> None:
+    cut = refuse(errors.Unavailable("The server is ending; ask again in a moment."), *TWO[:5])
+    with pytest.raises(errors.Unavailable, match="is ending"):
+        shown.generate(cut, "Once")
+    assert len(shown.notes) == 2
+    assert "stopped after" in shown.notes[1]
 
 
 def test_a_broken_sample_is_ended_and_those_after_it_do_not_begin(shown: Shown) -> None:

@@ -180,23 +180,6 @@ def test_a_bias_outside_the_vocabulary_is_refused(token: int) -> None:
         complete(pb.GenerateRequest(prompt="x", sampling=pb.Sampling(logit_bias={token: 1.0})))
 
 
-@pytest.mark.parametrize(
-    ("field", "part"),
-    [
-        ("99", "request"),
-        ("sampling.99", "sampling"),
-        ("model.99", "model"),
-        ("prompt_tokens.99", "prompt_tokens"),
-    ],
-)
-def test_a_field_of_a_newer_contract_is_refused_and_named(field: str, part: str) -> None:
-    unknown = b"\x98\x06\x01"  # Field 99, a number.
-    message = pb.GenerateRequest(prompt="x")
-    (message if part == "request" else getattr(message, part)).MergeFromString(unknown)
-    with pytest.raises(InvalidArgument, match=f"a field {field} that this server does not know"):
-        complete(message)
-
-
 def test_a_delta_carries_text_tokens_and_logprobs() -> None:
     draws = (Draw(5, -0.5, 2, (TokenLogprob(6, -0.25),)), Draw(7, -1.0, 4))
     delta = translate.write_delta(Delta((0.0, 1.0), "hé", draws), index=3).delta

@@ -94,7 +94,7 @@ def run(test: Callable[[GrpcServer, grpc.aio.Channel], Coroutine[Any, Any, None]
         port = await server.start("127.0.0.1", 0, "PORT")
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             await test(server, channel)
-        await server.stop(0.0, lambda: None, asyncio.Event())
+        await server.stop(0.0, asyncio.Event())
 
     asyncio.run(asyncio.wait_for(body(), 30))
 
@@ -163,7 +163,7 @@ def test_running_calls_end_before_the_server_does() -> None:
         server, servicer, channel = await hanging()
         call = health_stub(channel).Check(health_pb2.HealthCheckRequest())
         await servicer.entered.wait()
-        stop = asyncio.create_task(server.stop(20.0, lambda: None, asyncio.Event()))
+        stop = asyncio.create_task(server.stop(20.0, asyncio.Event()))
         await until_refused(channel)
         servicer.ended.set()
         assert (await call).status == SERVING
@@ -182,7 +182,7 @@ def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
         force = asyncio.Event()
         if forced:
             force.set()
-        await server.stop(1000.0 if forced else 0.01, servicer.ended.set, force)
+        await server.stop(1000.0 if forced else 0.01, force, servicer.ended.set)
         assert (await call).status == SERVING
         await channel.close()
 
@@ -197,7 +197,7 @@ def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             watch = aiter(health_stub(channel).Watch(health_pb2.HealthCheckRequest()))
             assert (await anext(watch)).status == SERVING
-            await server.stop(1000.0, lambda: None, asyncio.Event())
+            await server.stop(1000.0, asyncio.Event())
             assert [answer.status async for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
     asyncio.run(asyncio.wait_for(body(), 30))
@@ -231,7 +231,7 @@ def run_with(
         server, channel = await start(servicer)
         await test(health_stub(channel))
         await channel.close()
-        await server.stop(0.0, lambda: None, asyncio.Event())
+        await server.stop(0.0, asyncio.Event())
 
     asyncio.run(asyncio.wait_for(body(), 30))
 

@@ -57,8 +57,8 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams one generation: `started`, any number of `delta`, then `finished`, the latter once for
-        each sample. INVALID_ARGUMENT names the field that is wrong, NOT_FOUND an unknown version,
+        """Streams one generation: `started` once the request has its turn, any number of `delta`, then `finished`,
+        the latter once for each sample. INVALID_ARGUMENT names the field that is wrong, NOT_FOUND an unknown version,
         FAILED_PRECONDITION a refused one, UNAVAILABLE an empty registry or a server that ends.
         RESOURCE_EXHAUSTED is a full queue, with a google.rpc.RetryInfo in the status that says when to ask
         again, or a client that reads too slowly. INTERNAL is a step that failed, or logits that are not finite.
