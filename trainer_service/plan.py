@@ -116,16 +116,16 @@ class Plan:
             phases.append(f"{again} to {peak:.1e} at step {config.warmup_end:,}")
         if self.first_step < config.decay_start and config.warmup_end < config.decay_start:
             phases.append(f"stable at {peak:.1e} to step {config.decay_start:,}")
-        if config.final_learning_rate_ratio > 0.999:
-            phases.append(f"stays at {final:.1e} to step {config.max_steps:,}")
-        else:
-            decay = "cosine" if config.schedule == "cosine" else "linear"
-            phases.append(f"{decay} to {final:.1e} at step {config.max_steps:,}")
+        decay = "cosine" if config.schedule == "cosine" else "linear"
+        phases.append(f"{decay} to {final:.1e} at step {config.max_steps:,}")
         text = ", ".join(phases)
         if self.spec.resume is None:
             return text
         rate = config.learning_rate_at(self.first_step)
-        return f"goes on from version {self.spec.resume} at step {self.first_step:,} with {rate:.1e}; {text}"
+        text = f"goes on from version {self.spec.resume} at step {self.first_step:,} with {rate:.1e}; {text}"
+        if config.schedule == "cosine" and 0 < self.first_step == config.schedule_start == config.warmup_end:
+            text += "; if you set a higher learning_rate, the loss rises first and may end lower"
+        return text
 
     def _time(self) -> str:
         if self.time_s is None:

@@ -149,16 +149,17 @@ class TrainingRun:
         )
 
     def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
-        """Publishes a version, keeps the state, and removes what is too old.
+        """Keeps the state, publishes a version, and removes what is too old.
 
         A registry that cannot be written now may be at the next evaluation; at the end of the schedule there is none.
         """
         self._tell(Evaluation(trainer.step, trainer.training_loss, held_out.nats_per_token, held_out.bits_per_byte))
         try:
-            # The version first: a run that dies between the two goes on from an older state and comes by here again.
+            # The state first, so that no version is without it. A run that dies between the two evaluates this step
+            # again, as its state does not know of the evaluation yet.
+            self._keep_state(trainer)
             if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
                 self._publish(trainer, held_out)
-            self._keep_state(trainer)
         except FailedPrecondition as error:
             if trainer.step == self._spec.config.max_steps:
                 raise

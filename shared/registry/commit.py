@@ -22,7 +22,12 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
 _NO_SPACE = "free space on its disk, for example with `python -m trainer_service prune`"
 _NO_ACCESS = "make it writable for this user, or name another folder in GPTLOOP_VAR"
 _IN_THE_WAY = "take away what stands where the registry needs a folder"
+_ONE_DISK = (
+    "all of it must lie on one file system: let a link or a mount stand for the whole registry, not for a folder in "
+    "it, or name a folder on the other one in GPTLOOP_VAR"
+)
 _ADVICE = {
+    errno.EXDEV: _ONE_DISK,
     errno.ENOSPC: _NO_SPACE,
     errno.EDQUOT: _NO_SPACE,
     errno.EROFS: _NO_ACCESS,

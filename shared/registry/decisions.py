@@ -14,13 +14,11 @@ from pathlib import Path
 
 from shared.errors import CorruptCheckpoint, InvalidArgument, shown
 from shared.registry.commit import locked, make_folder, replace_text, writing
-from shared.registry.manifest import typed
+from shared.registry.manifest import RUN_NAME, typed
 
 LABELS = ("best", "latest", "stable")
 _PINNED = "pinned:"
 _RUN = "run:"
-# A run's name, which is that of a folder.
-_RUN_NAME = re.compile(r"\w[\w.-]{0,199}")
 # A version's number as it is written.
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _FINDING = re.compile(rf"({_NUMBER.pattern})\.[a-z0-9_]+\.json")
@@ -74,7 +72,7 @@ def is_refused_everywhere(findings: Sequence[Finding], digest: str) -> bool:
 def check_label(label: str) -> str:
     """A label that can name a version; raises `InvalidArgument`."""
     pin, run = label.removeprefix(_PINNED), label.removeprefix(_RUN)
-    if label in LABELS or (pin != label and _NUMBER.fullmatch(pin)) or (run != label and _RUN_NAME.fullmatch(run)):
+    if label in LABELS or (pin != label and _NUMBER.fullmatch(pin)) or (run != label and RUN_NAME.fullmatch(run)):
         return label
     raise InvalidArgument(
         f"{shown(label)} is no label: the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."

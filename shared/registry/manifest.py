@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -9,11 +10,20 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from shared.errors import CorruptCheckpoint
+from shared.errors import CorruptCheckpoint, shown
 
 MANIFEST_NAME = "manifest.json"
 # Stands where a version names its preset if it was imported, or continues one that was.
 IMPORTED = "imported"
+# A run names a folder.
+RUN_NAME = re.compile(r"\w[\w.-]{0,199}")
+# Lists and messages carry what a manifest says: text of the length of a path, and numbers of 64 bits. A version may be
+# of many files of text, each of which it names.
+_MOST_BYTES = 64 << 20
+_MOST_CHARACTERS = 4096
+_MOST_NUMBER = 2**63 - 1
+# Characters of the reason for which a manifest cannot be understood.
+_REASON = 120
 # The end of the year 9999, in seconds since the epoch.
 _LATEST_S = 253402300800
 # Under this name a manifest holds the SHA-256 of all its other values.
@@ -32,6 +42,7 @@ class FileRecord:
 class _Manifest:
     """Reading and writing, the same for both kinds."""
 
+    run: str
     files: tuple[FileRecord, ...]
 
     @property
@@ -54,11 +65,18 @@ class _Manifest:
         """The manifest of a checkpoint's folder; raises `CorruptCheckpoint` where it cannot be understood."""
         path = directory / MANIFEST_NAME
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                content = file.read(_MOST_BYTES + 1)
+            if len(content) > _MOST_BYTES:
+                raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
+            return cls.from_json(content.decode())
         except OSError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise CorruptCheckpoint(f"{path} cannot be understood: {error}.") from error
+        except KeyError as error:
+            raise CorruptCheckpoint(f"{path} cannot be understood: it has no {error.args[0]}.") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error) if len(str(error)) <= _REASON else shown(str(error), _REASON)
+            raise CorruptCheckpoint(f"{path} cannot be understood: {reason}.") from error
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -70,9 +88,14 @@ class _Manifest:
         if values.pop(_DIGEST_NAME) != _digest(values):
             raise ValueError("it was changed after it was written")
         if not 0 <= values["created_at"] < _LATEST_S:
-            raise ValueError(f"created_at is {values['created_at']}")
+            raise ValueError(f"created_at is {shown(values['created_at'], 40)}")
+        for name, value in values.items():
+            _require_bounded(name, value)
         values["files"] = [FileRecord(**typed(FileRecord, record)) for record in values["files"]]
-        return cls(**typed(cls, values))
+        manifest = cls(**typed(cls, values))
+        if not RUN_NAME.fullmatch(manifest.run):
+            raise ValueError(f"run is {shown(manifest.run, 40)}")
+        return manifest
 
 
 def _digest(values: Mapping[str, object]) -> str:
@@ -80,7 +103,7 @@ def _digest(values: Mapping[str, object]) -> str:
 
 
 def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass from what JSON holds; raises `KeyError` or `TypeError` where one is missing or odd."""
+    """The fields of a dataclass from what JSON holds; raises `KeyError` or `TypeError` if one is missing or odd."""
     typed = {}
     for field in fields(owner):
         value, kind = values[field.name], get_origin(field.type) or field.type
@@ -89,9 +112,25 @@ def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         # A float that was whole may stand as a whole number.
         kinds = get_args(field.type) if kind is UnionType else (kind, int if kind is float else kind)
         if not isinstance(value, kinds) or isinstance(value, bool):
-            raise TypeError(f"{field.name} is {value!r}")
+            raise TypeError(f"{field.name} is {shown(value, 40)}")
         typed[field.name] = value
     return typed
+
+
+def _require_bounded(name: str, value: object) -> None:
+    """Raises `ValueError` on what no list or message should carry, however deep it stands."""
+    match value:
+        case str() if len(value) > _MOST_CHARACTERS:
+            raise ValueError(f"{name} has {len(value)} characters")
+        case int() | float() if not -_MOST_NUMBER <= value <= _MOST_NUMBER:
+            raise ValueError(f"{name} is {shown(value, 40)}")
+        case tuple() | list():
+            for each in value:
+                _require_bounded(name, each)
+        case Mapping():
+            for key, each in value.items():
+                _require_bounded(name, key)
+                _require_bounded(name, each)
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,11 @@ def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
     """Removes a checkpoint, unless somebody has decided for it since it was judged."""
     with registry.decisions.held():
-        if checkpoint.run is None:
-            versions = registry.versions()
-            if checkpoint.number in policy.labels(versions, registry.decided(versions)).values():
-                return False
+        versions = registry.versions()
+        labelled = set(policy.labels(versions, registry.decided(versions)).values())
+        kept = [each for each in versions if each.version in labelled]
+        if any(checkpoint in (Checkpoint(each.version), Checkpoint(each.step, each.run)) for each in kept):
+            return False
         registry.remove(checkpoint)
         return True
 

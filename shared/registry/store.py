@@ -4,36 +4,35 @@ versions/<n>/              model, configuration, tokenizer, held-out windows, ma
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
 evaluations/<n>/           what later evaluations of a version found
 serving/                   what servers found out and operators decided, as `decisions.py` has it
-staging/<id>/              files/ is what is being written, lock is held by its writer; or what is being removed
+staging/<id>/              what is being written or removed, as `staging.py` has it
+last_version               the highest number that a version ever had, as `numbering.py` has it
 """
 
 import logging
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from shared.errors import CorruptCheckpoint, NotFound
 from shared.registry import policy
 from shared.registry.commit import (
     IGNORED_NAMES,
-    is_locked,
     locked,
     make_folder,
     record_files,
     replace_text,
     reveal,
     seal,
-    sync,
     verify_files,
     writing,
 )
 from shared.registry.decisions import LABELS, Decided, Decisions, check_label, is_refused_everywhere
 from shared.registry.fence import Fence
-from shared.registry.manifest import FileRecord, StateManifest, VersionManifest
+from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
+from shared.registry.numbering import HighestVersion, children, number_of, numbers
+from shared.registry.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +61,8 @@ class Registry:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.decisions = Decisions(root)
+        self._staging = Staging(root)
+        self._highest = HighestVersion(root)
         # A version never changes, so its manifest is read once; the inode tells a new registry at the same place.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}
         # Versions whose manifest could not be read when it was looked at last, and why.
@@ -73,8 +74,8 @@ class Registry:
         """Every version whose manifest can be read, by ascending number; the others are in `unreadable` then."""
         manifests = []
         unreadable: dict[int, str] = {}
-        numbers = _numbers(self.root / "versions")
-        for number in sorted(numbers):
+        present = numbers(self.root / "versions")
+        for number in sorted(present):
             try:
                 manifests.append(self._manifest(number))
             except FileNotFoundError:
@@ -85,7 +86,7 @@ class Registry:
                     logger.warning("version %d is left out: %s", number, error)
         self.unreadable = unreadable
         # Another process may have removed some.
-        for gone in self._manifests.keys() - numbers:
+        for gone in self._manifests.keys() - present:
             self._manifests.pop(gone, None)
         return manifests
 
@@ -173,15 +174,15 @@ class Registry:
     def publish_version(
         self, fence: Fence, write: Write, manifest: Callable[[int, tuple[FileRecord, ...]], VersionManifest]
     ) -> VersionManifest:
-        """Writes a new version under the next free number; `manifest` completes it from the number and the files.
+        """Writes a new version under a number that none had before; `manifest` completes it from number and files.
 
         Raises `RunOwnershipLost` where another process took the run over meanwhile; nothing is visible then.
         """
-        with self._staging(self.root / "versions") as staging:
+        with self._staging.new(self.root / "versions") as staging:
             write(staging)
             files = record_files(staging)
             with locked(self.root / "versions.lock"), fence.held():
-                number = 1 + max(_numbers(self.root / "versions"), default=0)
+                number = self._highest.next()
                 version = manifest(number, files)
                 seal(staging, version.to_json())
                 reveal(staging, self.version_directory(number))
@@ -202,8 +203,8 @@ class Registry:
     def remove_version(self, number: int) -> None:
         """Takes a version away whole, and its evaluations; who has it open keeps what is open."""
         self.decisions.forget(number)
-        self._remove(self.version_directory(number))
-        self._remove(self._evaluations(number))
+        self._staging.remove(self.version_directory(number))
+        self._staging.remove(self._evaluations(number))
         self._manifests.pop(number, None)
 
     # States.
@@ -214,11 +215,11 @@ class Registry:
 
     def runs(self) -> list[str]:
         """Every run that has a folder, in alphabetical order."""
-        return sorted(path.name for path in _children(self.root / "runs") if path.is_dir())
+        return sorted(path.name for path in children(self.root / "runs") if _is_run(path))
 
     def states(self, run: str) -> list[int]:
         """The steps that have a state, ascending."""
-        return sorted(_numbers(self.run_directory(run) / "states"))
+        return sorted(numbers(self.run_directory(run) / "states"))
 
     def state_directory(self, run: str, step: int) -> Path:
         """The folder of a state, whether or not it exists."""
@@ -254,29 +255,30 @@ class Registry:
                 pass
             except CorruptCheckpoint as error:
                 logger.warning("a state is written anew: %s", error)
-            with self._staging(final.parent) as staging:
+            with self._staging.new(final.parent) as staging:
                 write(staging)
                 seal(staging, StateManifest(run, step, time.time(), record_files(staging)).to_json())
                 with fence.held():
-                    self._remove(final)
+                    self._staging.remove(final)
                     reveal(staging, final)
         return final
 
     def remove_state(self, run: str, step: int) -> None:
         """Takes a state away whole."""
-        self._remove(self.state_directory(run, step))
+        self._staging.remove(self.state_directory(run, step))
 
     # Both kinds.
 
     def checkpoints(self) -> list[Checkpoint]:
         """Every version and every state, whole or not."""
-        versions = [Checkpoint(number) for number in sorted(_numbers(self.root / "versions"))]
+        versions = [Checkpoint(number) for number in sorted(numbers(self.root / "versions"))]
         return versions + [Checkpoint(step, run) for run in self.runs() for step in self.states(run)]
 
     def strangers(self) -> list[Path]:
-        """What stands among versions and states under a name that is no number; nothing reads it."""
+        """What stands among versions, runs and states under a name that the registry gives none; nothing reads it."""
         folders = (self.root / "versions", *(self.run_directory(run) / "states" for run in self.runs()))
-        paths = [path for folder in folders for path in _children(folder) if _number(path) is None]
+        paths = [path for folder in folders for path in children(folder) if number_of(path) is None]
+        paths += [path for path in children(self.root / "runs") if not _is_run(path)]
         return [path for path in paths if path.name not in IGNORED_NAMES]
 
     def directory(self, checkpoint: Checkpoint) -> Path:
@@ -288,7 +290,7 @@ class Registry:
     def size_bytes(self, checkpoint: Checkpoint) -> int:
         """The size of a checkpoint's files; 0 where it is gone."""
         try:
-            return sum(path.stat().st_size for path in _children(self.directory(checkpoint)))
+            return sum(path.stat().st_size for path in children(self.directory(checkpoint)))
         except FileNotFoundError:
             return 0
 
@@ -315,77 +317,13 @@ class Registry:
         else:
             self.remove_state(checkpoint.run, checkpoint.number)
 
-    # Staging.
-
     def sweep(self) -> None:
         """Removes what processes that are gone left half-written or half-removed."""
-        if not _children(self.root / "staging"):
-            return
-        with writing(self.root), locked(self.root / "staging.lock"):
-            # Who died while removing something may not have come to this.
-            for folder in (self.root / "versions", *self.root.glob("runs/*/states")):
-                if folder.is_dir():
-                    sync(folder)
-            for place in _children(self.root / "staging"):
-                if not is_locked(place / "lock"):
-                    _discard(place)
-
-    @contextmanager
-    def _staging(self, parent: Path) -> Iterator[Path]:
-        """An empty folder, to be filled and then moved into `parent`; it is gone afterwards in any case."""
-        place = self._new_place()
-        with writing(self.root), ExitStack() as stack:
-            make_folder(parent, self.root)
-            place.parent.mkdir(exist_ok=True)
-            stack.callback(_discard, place)
-            # Or a sweep could come by before the writer's own lock is held.
-            with locked(self.root / "staging.lock"):
-                (place / "files").mkdir(parents=True)
-                stack.enter_context(locked(place / "lock"))
-            yield place / "files"
-
-    def _new_place(self) -> Path:
-        return self.root / "staging" / uuid.uuid4().hex
-
-    def _remove(self, directory: Path) -> None:
-        if not directory.exists():
-            return
-        grave = self._new_place()
-        with writing(self.root):
-            grave.parent.mkdir(exist_ok=True)
-            try:
-                directory.rename(grave)
-            except FileNotFoundError:
-                return
-            try:
-                # Or a power failure could bring the folder back with some of its files missing.
-                sync(directory.parent)
-            except OSError:
-                with suppress(OSError):
-                    grave.rename(directory)
-                raise
-        _discard(grave)
+        self._staging.sweep(chain([self.root / "versions"], self.root.glob("runs/*/states")))
 
 
-def _discard(path: Path) -> None:
-    """Removes a folder, or a file; what cannot be removed is left to the next sweep."""
-    shutil.rmtree(path, ignore_errors=True)
-    if path.is_file():
-        path.unlink(missing_ok=True)
-
-
-def _children(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
-
-
-def _numbers(directory: Path) -> list[int]:
-    return [number for path in _children(directory) if (number := _number(path)) is not None]
-
-
-def _number(path: Path) -> int | None:
-    """The number that is a folder's name, in the one way in which the registry writes it."""
-    name = path.name
-    return int(name) if name.isascii() and name.isdecimal() and name == str(int(name)) else None
+def _is_run(path: Path) -> bool:
+    return RUN_NAME.fullmatch(path.name) is not None and path.is_dir()
 
 
 def _existing(labels: dict[str, int]) -> str:

@@ -58,7 +58,8 @@ STABLE = replace(WSD, max_steps=8000).continuing(WSD, 1000)
         (
             AGAIN,
             2000,
-            "goes on from version 3 at step 2,000 with 1.0e-04; stays at 1.0e-04 to step 8,000",
+            "goes on from version 3 at step 2,000 with 1.0e-04; cosine to 1.0e-05 at step 8,000; if you set a higher "
+            "learning_rate, the loss rises first and may end lower",
         ),
         (
             FASTER,

@@ -120,6 +120,40 @@ def test_the_last_checkpoint_must_be_kept(site: Site, monkeypatch: pytest.Monkey
         site.train(site.spec(max_steps="3"))
 
 
+@contextmanager
+def refusing(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise FailedPrecondition("The registry cannot be written.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, name, refuse)
+        yield
+
+
+def test_a_version_is_published_only_once_its_state_is_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    with refusing(monkeypatch, "write_state"), pytest.raises(FailedPrecondition):
+        site.train(site.spec(max_steps="3"))
+    assert site.registry.versions() == []
+
+
+def test_a_run_that_ends_between_state_and_version_publishes_the_version_when_it_goes_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = site.spec()
+    site.train(whole)
+    expected = [version.claimed_loss for version in site.registry.versions()]
+    spec = site.spec()
+    with refusing(monkeypatch, "publish_version"), pytest.raises(FailedPrecondition):
+        site.train(spec)
+    assert site.registry.states(spec.run)[-1] == 9
+    assert site.train(spec)
+    last = site.registry.versions()[-1]
+    assert (last.run, last.step, last.claimed_loss) == (spec.run, 9, expected[-1])
+    # Once it is there, nothing is left to do.
+    site.told.clear()
+    assert site.train(spec) and site.all_told(VersionPublished) == []
+
+
 def test_what_is_kept_is_what_the_settings_say(site: Site) -> None:
     spec = site.spec(evaluation_interval="1")
     site.train(spec, retention=Retention(states=1, best=1, newest=2, every=4))

@@ -185,30 +185,21 @@ class TrainingConfig:
         """These values for a run that goes on from a step of one with the values `begun`; `chosen` names those that
         somebody set.
 
-        Where the two have the same schedule it goes on. Else a new one begins at the step, and comes down to the new
-        end. Its highest rate is the one that was reached: a higher one makes the model worse before it makes it better,
-        as `tests/benchmarks/continuation.py` measures. It is higher only if `learning_rate` was chosen, if the warm-up
-        had not ended, or if the rate had fallen below a tenth of the highest, with which little more is learned. The
-        rate is warmed up to it then. Source: Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually
-        Pre-train Large Language Models" (re-warming and re-decaying).
+        Where the two have the same schedule it goes on. Else a new one begins at the step. Its highest rate is the one
+        that was reached: a higher one makes the model worse before it makes it better, as
+        `tests/benchmarks/continuation.py` measures. It is higher only if `learning_rate` was chosen, if the warm-up had
+        not ended, or if the rate had fallen below a tenth of the highest; then the rate is warmed up to it. Source:
+        Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train Large Language Models"
+        (re-warming and re-decaying).
         """
         same = all(getattr(self, name) == getattr(begun, name) for name in _SHAPE)
         if same or step == begun.schedule_start:
             return replace(self, schedule_start=begun.schedule_start, schedule_start_ratio=begun.schedule_start_ratio)
         reached, highest = begun.learning_rate_at(step - 1), self.learning_rate
-        final_ratio = self.final_learning_rate_ratio
         if "learning_rate" not in chosen and step >= begun.warmup_end:
             highest = max(reached, _LEAST_CONTINUED_SHARE * begun.learning_rate, _LEAST_RATE)
-            if highest != begun.learning_rate and "final_learning_rate_ratio" not in chosen:
-                # The final rate stays what it was, or continuing again and again would bring it to nothing.
-                final_ratio = min(final_ratio * begun.learning_rate / highest, 1.0)
-        return replace(
-            self,
-            learning_rate=highest,
-            final_learning_rate_ratio=final_ratio,
-            schedule_start=step,
-            schedule_start_ratio=min(reached / highest, 1.0),
-        )
+        ratio = min(reached / highest, 1.0)
+        return replace(self, learning_rate=highest, schedule_start=step, schedule_start_ratio=ratio)
 
     def override(self, values: Mapping[str, str]) -> "TrainingConfig":
         """A copy with some values replaced; raises `InvalidArgument` on unknown names and on text of the wrong type."""

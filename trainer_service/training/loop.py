@@ -44,7 +44,8 @@ class Observer(Protocol):
         """Some steps were taken."""
 
     def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
-        """An evaluation is done: the state and a version are to be kept."""
+        """An evaluation is done: the state and a version are to be kept. The trainer does not know of it yet, so that a
+        state which has no version is evaluated again."""
 
     def save(self, trainer: Trainer) -> None:
         """The loop stops before its end: the state is to be kept."""
@@ -77,8 +78,8 @@ def train(
                 observer.save(trainer)
                 return Outcome.STOPPED
             _require_finite("held-out loss", held_out.nats_per_token, trainer.step)
-            trainer.record_evaluation(held_out.nats_per_token)
             observer.checkpoint(trainer, held_out)
+            trainer.record_evaluation(held_out.nats_per_token)
             if warning := watch.check(trainer.training_loss, held_out.nats_per_token):
                 observer.notice(warning)
             meter.restart()

@@ -60,7 +60,8 @@ def _disturb(faults: Faults, scene: Scenario, registry: Registry, mode: Mode, n:
     next_registry = registry if n % 2 else Registry(registry.root)
     fence = Fence.raise_for(next_registry.run_directory(RUN))
     before = max(each.version for each in next_registry.versions())
-    assert publish(next_registry, fence).version == before + 1, place + "the next version"
+    # A number that was taken by who failed is left out.
+    assert before < publish(next_registry, fence).version <= before + 2, place + "the next version"
     write_state(next_registry, fence)
     Registry(registry.root).sweep()
     assert not any((registry.root / "staging").iterdir()), place + "a leftover was not swept"

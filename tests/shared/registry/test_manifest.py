@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,51 @@ def test_a_manifest_with_a_value_of_another_type_is_left_out(registry: Registry,
     with pytest.raises(CorruptCheckpoint, match=f"cannot be understood: {name} is "):
         Registry(registry.root).version(1)
     assert Registry(registry.root).versions() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"step": 2**63}, "step is 9223372036854775808"),
+        ({"parameters": 10**400}, "parameters is a number of about 400 digits"),
+        ({"bits_per_byte": float("nan")}, "bits_per_byte is nan"),
+        ({"validation_loss": float("-inf")}, "validation_loss is -inf"),
+        ({"created_at": float("nan")}, "created_at is nan"),
+        ({"preset": "p" * 100_000}, "preset has 100000 characters"),
+        ({"dataset_files": ["f" * 5000]}, "dataset_files has 5000 characters"),
+        ({"model": {"layers": 10**30}}, "model is 10{30}"),
+        ({"training": {"rate": [{"deep": float("inf")}]}}, "training is inf"),
+        ({"tokenizer": ["x" * 3000] * 100}, r"tokenizer is \['xx.*…"),
+        ({"run": "../elsewhere"}, "run is '../elsewhere'"),
+        ({"run": ""}, "run is ''"),
+    ],
+)
+def test_a_manifest_with_what_no_list_can_hold_is_left_out_with_a_short_reason(
+    registry: Registry, values: dict[str, object], reason: str
+) -> None:
+    publish(registry)
+    publish(registry)
+    _rewrite(registry.version_directory(1), **values)
+    fresh = Registry(registry.root)
+    assert [version.version for version in fresh.versions()] == [2]
+    assert re.search(f"cannot be understood: {reason}", fresh.unreadable[1])
+    assert len(fresh.unreadable[1]) <= 300 + len(str(registry.root))
+
+
+def test_a_manifest_without_a_value_is_left_out_by_its_name(registry: Registry) -> None:
+    publish(registry)
+    path = registry.version_directory(1) / "manifest.json"
+    values = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("run", "sha256")}
+    path.write_text(json.dumps(values))
+    _rewrite(registry.version_directory(1), sha256="")
+    with pytest.raises(CorruptCheckpoint, match=r"cannot be understood: it has no run\."):
+        Registry(registry.root).version(1)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"9" * 6000, b"[]", b"null", b""])
+def test_a_manifest_of_any_bytes_is_one_short_sentence(registry: Registry, content: bytes) -> None:
+    publish(registry)
+    (registry.version_directory(1) / "manifest.json").write_bytes(content)
+    with pytest.raises(CorruptCheckpoint, match="cannot be understood") as raised:
+        Registry(registry.root).version(1)
+    assert len(str(raised.value)) <= 300 + len(str(registry.root))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -283,3 +284,65 @@ def test_two_publishers_at_once_never_share_a_number(registry: Registry) -> None
     assert sorted(numbers) == list(range(1, 21))
     assert len(observe(registry.root)) == 20 + 2
     assert not list((registry.root / "staging").iterdir())
+
+
+def test_the_number_of_a_version_that_was_removed_is_never_given_again(registry: Registry) -> None:
+    assert [publish(registry).version for _ in range(3)] == [1, 2, 3]
+    registry.remove_version(3)
+    assert publish(Registry(registry.root)).version == 4
+    # By hand, with all others.
+    shutil.rmtree(registry.root / "versions")
+    assert publish(Registry(registry.root)).version == 5
+
+
+def test_a_registry_of_an_older_program_goes_on_with_its_numbers(registry: Registry) -> None:
+    publish(registry)
+    (registry.root / "last_version").unlink()
+    assert publish(registry).version == 2
+    assert (registry.root / "last_version").read_text() == "2"
+
+
+def test_a_number_that_cannot_be_known_is_a_sentence(registry: Registry) -> None:
+    publish(registry)
+    (registry.root / "last_version").write_text("many" * 1000)
+    with pytest.raises(
+        FailedPrecondition, match=r"last_version holds 'many.*', but must hold the highest number"
+    ) as raised:
+        publish(registry)
+    assert len(str(raised.value)) < 300 + len(str(registry.root))
+    (registry.root / "last_version").write_text(str(10**18 - 1))
+    with pytest.raises(FailedPrecondition, match="no higher number left"):
+        publish(registry)
+    assert [version.version for version in registry.versions()] == [1]
+
+
+def test_names_that_no_list_can_hold_are_strangers(registry: Registry) -> None:
+    publish(registry)
+    names = ["1" + 200 * "0", str(2**63)]
+    for name in names:
+        (registry.root / "versions" / name).mkdir()
+    runs = [os.fsdecode(b"run-\xff"), "run\nof two lines", "r" * 201]
+    for name in runs:
+        (registry.root / "runs" / name / "states" / "1").mkdir(parents=True)
+    assert registry.runs() == [RUN]
+    assert [str(each) for each in registry.checkpoints()] == ["version 1"]
+    assert {path.name for path in registry.strangers()} == {*names, *runs}
+    assert publish(registry).version == 2
+
+
+@pytest.mark.parametrize("folder", ["versions", "staging", "runs"])
+def test_a_folder_that_lies_on_another_file_system_is_named_with_what_to_do(registry: Registry, folder: str) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == registry.root.parent.stat().st_dev:
+        pytest.skip("There is no second file system here.")
+    target = Path(tempfile.mkdtemp(dir=elsewhere))
+    try:
+        registry.root.mkdir()
+        (registry.root / folder).symlink_to(target)
+        with pytest.raises(FailedPrecondition, match=r"must lie on one file system: let a link .* stand for the whole"):
+            publish(registry) if folder != "runs" else registry.write_state(
+                Fence.raise_for(registry.run_directory(RUN)), RUN, 1, _write_weights
+            )
+        assert registry.versions() == [] and registry.states(RUN) == []
+    finally:
+        shutil.rmtree(target)

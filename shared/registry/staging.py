@@ -1,0 +1,78 @@
+"""Where checkpoints are written before they are seen, and go before they are removed: `staging/<id>/`.
+
+`files/` is what is being written, and `lock` is held by its writer; or the whole folder is what is being removed.
+"""
+
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from shared.registry.commit import is_locked, locked, make_folder, sync, writing
+
+
+class Staging:
+    """The staging folder of one registry."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = root / "staging"
+
+    @contextmanager
+    def new(self, parent: Path) -> Iterator[Path]:
+        """An empty folder, to be filled and then moved into `parent`; it is gone afterwards in any case."""
+        place = self._new_place()
+        with writing(self._root), ExitStack() as stack:
+            make_folder(parent, self._root)
+            place.parent.mkdir(exist_ok=True)
+            stack.callback(_discard, place)
+            # Or a sweep could come by before the writer's own lock is held.
+            with locked(self._root / "staging.lock"):
+                (place / "files").mkdir(parents=True)
+                stack.enter_context(locked(place / "lock"))
+            yield place / "files"
+
+    def remove(self, directory: Path) -> None:
+        """Takes a folder away whole; nothing happens if there is none."""
+        if not directory.exists():
+            return
+        grave = self._new_place()
+        with writing(self._root):
+            grave.parent.mkdir(exist_ok=True)
+            try:
+                directory.rename(grave)
+            except FileNotFoundError:
+                return
+            try:
+                # Or a power failure could bring the folder back with some of its files missing.
+                sync(directory.parent)
+            except OSError:
+                with suppress(OSError):
+                    grave.rename(directory)
+                raise
+        _discard(grave)
+
+    def sweep(self, folders: Iterable[Path]) -> None:
+        """Removes what processes that are gone left half-written or half-removed; `folders` are those of
+        checkpoints."""
+        if not self._folder.is_dir() or not any(self._folder.iterdir()):
+            return
+        with writing(self._root), locked(self._root / "staging.lock"):
+            # Who died while removing something may not have come to this.
+            for folder in folders:
+                if folder.is_dir():
+                    sync(folder)
+            for place in list(self._folder.iterdir()):
+                if not is_locked(place / "lock"):
+                    _discard(place)
+
+    def _new_place(self) -> Path:
+        return self._folder / uuid.uuid4().hex
+
+
+def _discard(path: Path) -> None:
+    """Removes a folder, or a file; what cannot be removed is left to the next sweep."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.is_file():
+        path.unlink(missing_ok=True)
