@@ -8,10 +8,10 @@ from typing import NoReturn, TextIO
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from shared import interrupts
 from shared.errors import GptloopError, InvalidArgument, shown
+from shared.live_bar import LiveBar
 
 # Every command shows its help with either, so each app is made with these.
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -138,24 +138,20 @@ class Stages:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), console=self._console, transient=True
-        )
-        self._task = self._progress.add_task("", total=None)
+        self._bar = LiveBar(self._console)
         self._stage = ""
 
     def __enter__(self) -> "Stages":
         if self._console.is_terminal:
-            self._progress.start()
+            self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.__exit__()
 
     def show(self, stage: str, fraction: float | None) -> None:
         """Shows a stage and how much of it is done, from 0 to 1."""
-        total = 1.0 if fraction is not None else None
-        self._progress.update(self._task, description=stage, total=total, completed=fraction or 0.0)
+        self._bar.show(fraction, stage)
         if stage != self._stage and not self._console.is_terminal:
             self._console.print(stage, markup=False, highlight=False)
         self._stage = stage

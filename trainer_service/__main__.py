@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 
 from shared import accelerator, cli, logs
-from shared.errors import Unavailable
+from shared.errors import InvalidArgument, Unavailable, shown
 from shared.lists import JsonOption
 from shared.registry.policy import labels_of
 from shared.registry.store import Registry
-from trainer_service import listings, registry_commands
+from trainer_service import dataset_names, listings, registry_commands
 from trainer_service.events import JobState
 from trainer_service.follow import follow
 from trainer_service.kinds import JobRequest, Kind, complete
@@ -46,26 +46,30 @@ DatasetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--dataset",
-        help="builtin (the default), roneneldan/TinyStories, wikitext-103, .txt, .jsonl, .parquet files. Repeatable.",
+        help="builtin (the default), roneneldan/TinyStories, wikitext-103; or files of text, folders, patterns, with "
+        "quotes around a name that holds spaces. Repeatable.",
     ),
 ]
 ValidationOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--validation", help="Held-out files; without them the data set's own split or a share of it. Repeatable."
+        "--validation",
+        help="Held-out files, likewise; without them the data set's own split or a share of it. Repeatable.",
     ),
 ]
 OverridesOption = Annotated[
     str, typer.Option("--set", help='Values that replace the preset\'s, as in "max_steps=500 batch_size=8".')
 ]
 AfterOption = Annotated[
-    list[str] | None, typer.Option("--after", help="A job that must finish first. Repeatable.", metavar="JOB")
+    list[str] | None, typer.Option("--after", help="Jobs that must finish first. Repeatable.", metavar="JOB")
 ]
 FollowOption = Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the job until it ends.")]
 
 
 # The newest, from which a plan takes speed and size of text.
 _JOBS_TO_LEARN_FROM = 200
+# Versions have numbers of 64 bits.
+_LONGEST_NUMBER = 18
 
 
 @app.command()
@@ -73,7 +77,9 @@ def train(
     preset: PresetOption = "",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
-    resume: Annotated[int | None, typer.Option(help="The version to continue from.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="The version to continue from: a number, or a label such as best as it stands now.")
+    ] = "",
     overrides: OverridesOption = "",
     only_prepare: Annotated[
         bool, typer.Option("--only-prepare", help="Make the run's tokens, so that it finds them, and do not train.")
@@ -93,9 +99,15 @@ def train(
 
     train --only-prepare --no-follow; train --after PREPARE_JOB --no-follow; evaluate --after TRAIN_JOB
     """
-    request = TrainingRequest(preset, tuple(dataset or ()), tuple(validation or ()), resume, parse_overrides(overrides))
+    request = TrainingRequest(
+        preset,
+        dataset_names.expand(dataset or ()),
+        dataset_names.expand(validation or ()),
+        _version(resume) if resume else None,
+        parse_overrides(overrides),
+    )
     kind = Kind.PREPARE if only_prepare else Kind.TRAIN
-    _enqueue(JobRequest(kind, request, after=tuple(after or ())), wait)
+    _enqueue(JobRequest(kind, request, after=_jobs(after)), wait)
 
 
 @app.command()
@@ -116,8 +128,10 @@ def evaluate(
 
     evaluate 3 --dataset builtin --validation letters.txt
     """
-    request = TrainingRequest(dataset=tuple(dataset or ()), validation=tuple(validation or ()))
-    _enqueue(JobRequest(Kind.EVALUATE, request, version, tuple(after or ())), wait)
+    request = TrainingRequest(
+        dataset=dataset_names.expand(dataset or ()), validation=dataset_names.expand(validation or ())
+    )
+    _enqueue(JobRequest(Kind.EVALUATE, request, version, _jobs(after)), wait)
 
 
 def _enqueue(request: JobRequest, wait: bool) -> None:
@@ -176,7 +190,7 @@ def data(
     from trainer_service.training import tokens
 
     config = find_preset(preset).override(parse_overrides(overrides))
-    spec = DatasetSpec(tuple(dataset or (DEFAULT_DATASET,)), tuple(validation or ()))
+    spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))
     check_spec(spec)
     with cli.Stages() as stages:
         prepared = tokens.prepare(
@@ -184,10 +198,10 @@ def data(
         )
     for notice in prepared.notices:
         print(f"note: {notice}")
-    steps = prepared.train.size / config.tokens_per_step
+    epochs = config.max_steps * config.tokens_per_step / prepared.train.size
     print(f"source      {prepared.source} ({prepared.revision[:12]})")
     print(f"tokenizer   {prepared.tokenizer.name}, {prepared.tokenizer.vocabulary_size:,} tokens")
-    print(f"training    {prepared.train.size:,} tokens: {steps:,.0f} of {config.max_steps:,} steps until they repeat")
+    print(f"training    {prepared.train.size:,} tokens, read {epochs:,.2f} times in {config.max_steps:,} steps")
     print(f"held out    {prepared.validation.size:,} tokens")
     print("sample      " + prepared.tokenizer.decode(prepared.train[:80].tolist()).replace("\n", " ") + " …")
 
@@ -209,7 +223,7 @@ def import_(
     import my-gpt2 --dataset stories.txt --validation held-out.txt
     """
     settings = _settings()
-    spec = DatasetSpec(tuple(dataset or (DEFAULT_DATASET,)), tuple(validation or ()))
+    spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))
     check_spec(spec)
     device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
     # Only now, as MLX must load after its fast BLAS.
@@ -232,7 +246,7 @@ def import_(
 
 @app.command()
 def export(
-    version: Annotated[int, typer.Argument(help="The version's number, as `checkpoints` lists it.")],
+    version: Annotated[str, typer.Argument(help="A number, as `checkpoints` lists it, best or latest.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
 ) -> None:
     """Write a version as a folder in Hugging Face's layout of GPT-2, which transformers and others load.
@@ -246,7 +260,7 @@ def export(
     # Only now, as MLX must load after its fast BLAS.
     from trainer_service.interchange import export_version
 
-    for path in export_version(version, directory, Registry(settings.directories.registry)):
+    for path in export_version(_version(version), directory, Registry(settings.directories.registry)):
         print(f"{path.stat().st_size:>13,} bytes  {path}")
 
 
@@ -276,6 +290,24 @@ def redis() -> None:
 
 def _settings() -> TrainerSettings:
     return read_settings(os.environ)
+
+
+def _version(text: str) -> int:
+    """The number of a version that is named by its number or by a label; raises `NotFound` if it is not there."""
+    registry = Registry(_settings().directories.registry)
+    if text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER:
+        return registry.version(int(text)).version
+    try:
+        return registry.resolve(text).version
+    except InvalidArgument:
+        raise InvalidArgument(
+            f"The version is {shown(text)}, but must be a number or a label, such as best, latest or run:<name>."
+        ) from None
+
+
+def _jobs(values: list[str] | None) -> tuple[str, ...]:
+    """The ids in some values, of which each may hold several."""
+    return tuple(job for value in values or () for job in value.split())
 
 
 def _queue(settings: TrainerSettings) -> JobQueue:

@@ -46,7 +46,9 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
     def report_preparation(progress: PrepareProgress) -> None:
         report(progress.stage, progress.fraction)
 
-    data = spec.data if spec.data.dataset else DatasetSpec(version.dataset_files, version.validation_files)
+    data = spec.data
+    if not data.dataset:
+        data = DatasetSpec(version.dataset_files, data.validation or version.validation_files)
     prepared = prepare(data, wanted, attempt.directories.data, report_preparation, tokenizer)
     for text in prepared.notices:
         attempt.tell(Notice(text))

@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from shared.errors import GptloopError, Unavailable
+from shared.live_bar import LiveBar
 from trainer_service import events
 from trainer_service.events import Event, JobState
 from trainer_service.queue import JobQueue
@@ -67,12 +67,7 @@ def describe(event: Event) -> str | None:
                 f"({started.tokenizer}); {position}"
             )
         case events.Progress() as progress:
-            best = f"  best held-out {progress.best_validation_loss:.3f}" if progress.best_validation_loss else ""
-            return (
-                f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  "
-                f"lr {progress.learning_rate:.2e}  {progress.tokens_per_second:,.0f} tokens/s  "
-                f"ETA {_duration(progress.eta_s)}{best}"
-            )
+            return "  ".join(_facts(progress))
         case events.Evaluation() as evaluation:
             return (
                 f"step {evaluation.step}: held-out loss {evaluation.validation_loss:.4f} nats per token, "
@@ -120,29 +115,38 @@ class _LiveView:
     """A bar with the last progress, and lines above it for everything else."""
 
     def __init__(self, console: Console) -> None:
-        columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:3.0f}%"), TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=console, transient=True)
-        self._task: TaskID = self._progress.add_task("waiting for a worker", total=None)
+        self._console = console
+        self._bar = LiveBar(console, ("waiting for a worker",))
 
     def __enter__(self) -> "_LiveView":
-        self._progress.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._bar.__exit__()
 
     def show(self, event: Event) -> None:
         match event:
             case events.Preparation(stage, fraction):
-                total = 1.0 if fraction is not None else None
-                self._progress.update(self._task, description=stage, total=total, completed=fraction or 0.0)
+                self._bar.show(fraction, stage)
             case events.Progress() as progress:
-                self._progress.update(
-                    self._task, description=describe(event) or "", total=progress.max_steps, completed=progress.step
-                )
+                self._bar.show(progress.step / progress.max_steps, *_facts(progress))
             case _:
                 if line := describe(event):
-                    self._progress.console.print(line, markup=False, highlight=False)
+                    self._console.print(line, markup=False, highlight=False)
+
+
+def _facts(progress: events.Progress) -> list[str]:
+    """How training stands, the most important first."""
+    facts = [
+        f"step {progress.step}/{progress.max_steps}",
+        f"loss {progress.loss:.3f}",
+        f"ETA {_duration(progress.eta_s)}",
+        f"{progress.tokens_per_second:,.0f} tokens/s",
+    ]
+    if progress.best_validation_loss:
+        facts.append(f"best held-out {progress.best_validation_loss:.3f}")
+    return [*facts, f"lr {progress.learning_rate:.2e}"]
 
 
 def _duration(seconds: float) -> str:

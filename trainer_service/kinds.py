@@ -3,11 +3,13 @@
 import json
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from shared.errors import InvalidArgument
 from shared.registry.store import Registry
 from trainer_service.spec import JobSpec, TrainingRequest, resolve
 from trainer_service.training.corpus import DatasetSpec, absolute, check_spec
+from trainer_service.training.local_files import check_file
 
 
 class Kind(Enum):
@@ -22,7 +24,7 @@ class Kind(Enum):
 class EvaluationSpec:
     """A version, by its number or by a label that is resolved when the job begins, and the text to measure it on.
 
-    Without data files it is the held-out text of the version's own training.
+    Without a dataset it is that of the version's own training; without any files, its held-out text.
     """
 
     version: str
@@ -80,13 +82,12 @@ def complete(request: JobRequest, registry: Registry) -> Spec:
         raise InvalidArgument(f"version is {version!r}, but must be a number, best or latest.")
     elif not request.after:
         registry.resolve(version)
+    for name in training.validation:
+        check_file(Path(name))
     data = DatasetSpec(training.dataset, training.validation)
     if training.dataset:
         check_spec(data)
-        data = absolute(data)
-    elif training.validation:
-        raise InvalidArgument("validation needs a dataset beside it.")
-    return EvaluationSpec(version, data)
+    return EvaluationSpec(version, absolute(data))
 
 
 def spec_from_json(kind: Kind, text: str) -> Spec:

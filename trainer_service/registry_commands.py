@@ -2,15 +2,16 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shared.errors import CorruptCheckpoint, NotFound
 from shared.lists import Column, print_list
+from shared.live_bar import LiveBar
 from shared.registry import retention as retention_module
 from shared.registry.retention import Verdict, judge, read_retention
 from shared.registry.store import Checkpoint, Registry
@@ -93,15 +94,14 @@ def prune(
 
 
 def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, str]]:
-    """What is broken, and why; shows how far it is, with the time that is left."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    """What is broken, and why; shows how far it is."""
     broken = []
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        sizes = [registry.size_bytes(checkpoint) for checkpoint in checkpoints]
-        task = progress.add_task("", total=sum(sizes))
+    sizes = [registry.size_bytes(checkpoint) for checkpoint in checkpoints]
+    total, done = sum(sizes), 0
+    bar = LiveBar(Console(stderr=True))
+    with bar if sys.stderr.isatty() else nullcontext():
         for checkpoint, size_bytes in zip(checkpoints, sizes, strict=True):
-            progress.update(task, description=str(checkpoint))
+            bar.show(done / max(total, 1), str(checkpoint), f"{_mebibytes(done)} of {_mebibytes(total)}")
             try:
                 registry.check(checkpoint)
             except NotFound:
@@ -109,7 +109,7 @@ def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Chec
                 pass
             except CorruptCheckpoint as error:
                 broken.append((checkpoint, str(error)))
-            progress.advance(task, size_bytes)
+            done += size_bytes
     return broken
 
 

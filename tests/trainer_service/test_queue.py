@@ -349,10 +349,17 @@ def test_an_evaluation_is_completed_and_checked(tmp_path: Path) -> None:
     wanted = completed(after=("a",), dataset=("builtin",))
     assert wanted == EvaluationSpec("best", DatasetSpec(("builtin",)))
     assert spec_from_json(Kind.EVALUATE, wanted.to_json()) == wanted
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("Once")
+    assert completed(after=("a",), validation=(str(held_out),)) == EvaluationSpec(
+        "best", DatasetSpec((), (str(held_out),))
+    )
     for version in ("best", "3"):
         with pytest.raises(NotFound, match="empty"):
             completed(version)
-    for wrong in ({"version": "newest"}, {"after": ("a",), "preset": "demo"}, {"after": ("a",), "validation": ("x",)}):
+    with pytest.raises(NotFound, match=r"absent\.txt"):
+        completed(after=("a",), validation=(str(tmp_path / "absent.txt"),))
+    for wrong in ({"version": "newest"}, {"after": ("a",), "preset": "demo"}):
         with pytest.raises(InvalidArgument):
             completed(**wrong)
     with pytest.raises(InvalidArgument, match="for evaluations"):

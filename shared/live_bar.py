@@ -1,0 +1,68 @@
+"""A bar with facts behind it on one line of a terminal, which fits its width at every moment."""
+
+from collections.abc import Sequence
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+_REFRESHES_PER_SECOND = 8
+_NARROWEST = 8
+_WIDEST = 24
+_GAP = "  "
+
+
+class LiveBar:
+    """Shows on a terminal how far something is while its block lasts; what the console prints stands above.
+
+    Its facts are in the order of their importance: as many stand on the line as fit beside the narrowest bar, and the
+    bar takes what is left, up to its widest. The terminal is measured for every frame, so a resize needs nothing.
+    """
+
+    def __init__(self, console: Console, facts: Sequence[str] = ("",)) -> None:
+        self._fraction: float | None = None
+        self._facts = tuple(facts)
+        self._live = Live(
+            self, console=console, transient=True, refresh_per_second=_REFRESHES_PER_SECOND, vertical_overflow="crop"
+        )
+
+    def __enter__(self) -> "LiveBar":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def show(self, fraction: float | None, *facts: str) -> None:
+        """Shows how much is done, from 0 to 1, `None` if nobody knows, and the facts, the most important first."""
+        self._fraction, self._facts = fraction, facts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # A terminal breaks the line that it fills, and then cannot draw over it.
+        room = options.max_width - 1
+        share = "" if self._fraction is None else f"{self._fraction:5.0%}"
+        behind = f"{share}{_GAP}{fitting(self._facts, room - _NARROWEST - len(share + _GAP))}"
+        bar = min(_WIDEST, room - cell_len(behind))
+        if bar < 1:
+            yield Text(fitting(self._facts, room), no_wrap=True)
+            return
+        # The table fills up what a bar without colors leaves out.
+        line = Table.grid()
+        line.add_column(width=bar)
+        line.add_column(no_wrap=True)
+        line.add_row(ProgressBar(1.0, self._fraction or 0.0, width=bar, pulse=self._fraction is None), Text(behind))
+        yield line
+
+
+def fitting(facts: Sequence[str], room: int) -> str:
+    """As many of the first facts as fit into a number of characters, one at least, which is cut if it must be."""
+    line = ""
+    for fact in facts:
+        longer = f"{line}{_GAP}{fact}" if line else fact
+        if line and cell_len(longer) > room:
+            break
+        line = longer
+    return line if cell_len(line) <= room else set_cell_size(line, max(room, 0)).rstrip()

@@ -1,0 +1,86 @@
+"""From what a person types for a data set to the names of files: quotes, `~`, patterns and folders."""
+
+import glob
+import shlex
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from shared.errors import InvalidArgument, NotFound, shown
+from trainer_service.training.corpus import BUILTIN, HUB
+from trainer_service.training.local_files import ENDINGS
+
+
+def expand(values: Sequence[str]) -> tuple[str, ...]:
+    """The data sets and files that some values name, in their order.
+
+    A value that is the name of a file or a folder as a whole is that one; any other is a list of words as a shell reads
+    them, with quotes around names that hold spaces. Of a word, `~` is the home folder, `*`, `?` and `[…]` stand for all
+    files that match, and a folder for the files of text in it; both in the order of their names.
+
+    Raises `InvalidArgument` if quotes are left open or a name is unknown, and `NotFound` if nothing
+    matches.
+    """
+    return tuple(name for value in values for word in _words(value) for name in _expand_word(word))
+
+
+def _words(value: str) -> list[str]:
+    if value and _exists(_home(value)):
+        return [value]
+    try:
+        words = shlex.split(value)
+    except ValueError:
+        raise InvalidArgument(f"The quotes in {shown(value)} do not close.") from None
+    if len(words) > 1 and not any(_is_named(word) or _exists(_home(word)) or glob.has_magic(word) for word in words):
+        raise NotFound(f"There is no file {shown(value)}, and no file that one of its words names.")
+    return words
+
+
+def _expand_word(word: str) -> Iterator[str]:
+    if _is_named(word):
+        yield word
+        return
+    path = _home(word)
+    if _exists(path) and path.is_dir():
+        yield from _files_in(path)
+    elif _exists(path) or not glob.has_magic(word):
+        if not _exists(path) and not path.suffix:
+            _refuse_unknown(word)
+        yield str(path)
+    else:
+        matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+        if not matches:
+            raise NotFound(f"No file matches {shown(word)}.")
+        yield from matches
+
+
+def _files_in(folder: Path) -> Iterator[str]:
+    files = sorted(path for path in folder.iterdir() if path.name.lower().endswith(ENDINGS) and path.is_file())
+    if not files:
+        raise NotFound(f"The folder {shown(str(folder))} holds no file whose name ends in {', '.join(ENDINGS)}.")
+    yield from map(str, files)
+
+
+def _refuse_unknown(word: str) -> None:
+    """Raises `InvalidArgument` if a word is nearly the name of a data set; otherwise it may be one that is checked."""
+    if near := get_close_matches(word[:40], [BUILTIN, *HUB], n=1):
+        raise InvalidArgument(f"Unknown data set {shown(word)}. Did you mean {near[0]}?")
+
+
+def _is_named(word: str) -> bool:
+    return word == BUILTIN or word in HUB
+
+
+def _home(name: str) -> Path:
+    path = Path(name)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path  # there is no such user, so it is a name like any other
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False  # too long for a name, or with a null byte
