@@ -14,6 +14,8 @@ from pathlib import Path
 from shared.plain_paths import plain_path
 
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
+# The name of the script's folder begins with this.
+_FOLDER = "compiler-mlx-"
 
 # The options of MLX's own command; where they differ from it, g++ leaves the precompiled header aside.
 _SCRIPT = """#!/bin/sh
@@ -35,13 +37,15 @@ def name_mlx_plainly() -> None:
 
 def speed_up_compiler(cache: Path) -> None:
     """Puts the script into `cache`, a plain path, and first on this process's PATH; without g++ does nothing."""
-    compiler = shutil.which("g++")
+    # A process that started this one may have put its script there: two that call each other would never end.
+    path = [place for place in os.environ["PATH"].split(os.pathsep) if not Path(place).name.startswith(_FOLDER)]
+    compiler = shutil.which("g++", path=os.pathsep.join(path))
     # Any folder that is called mlx and on the search path is one of the locations.
     locations = importlib.import_module("mlx").__path__
     includes = [folder for location in locations if ((folder := Path(location, "include")) / _HEADER).is_file()]
     if compiler is None or not includes:
         return
-    folder = cache / f"compiler-mlx-{version('mlx')}"
+    folder = cache / f"{_FOLDER}{version('mlx')}"
     precompiled = folder / f"{_HEADER}.gch"
     precompiled.parent.mkdir(parents=True, exist_ok=True)
     script = folder / "g++"
@@ -51,4 +55,4 @@ def speed_up_compiler(cache: Path) -> None:
     replacement.write_text(_SCRIPT.format(header=_HEADER, **quoted))
     replacement.chmod(0o755)
     replacement.replace(script)
-    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    os.environ["PATH"] = os.pathsep.join([str(folder), *path])

@@ -1,5 +1,6 @@
 import importlib
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,13 +25,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(cache: Path, search_path: str) -> None:
+def run(cache: Path, search_path: str = ".", path: str = os.environ["PATH"]) -> None:
     """Compiles a kernel in a process of its own."""
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(cache)],
         cwd=Path(__file__).parents[2],
-        # Without what `prepare` put before the compiler of this process.
-        env=os.environ | {"PYTHONPATH": search_path, "PATH": os.defpath},
+        env=os.environ | {"PYTHONPATH": search_path, "PATH": path},
+        # Scripts that call each other would never end.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (60, 60)),
         capture_output=True,
         text=True,
     )
@@ -39,7 +41,7 @@ def run(cache: Path, search_path: str) -> None:
 
 def test_kernels_are_compiled_with_the_precompiled_header(tmp_path: Path) -> None:
     for _ in range(2):
-        run(tmp_path, ".")
+        run(tmp_path)
     (header,) = tmp_path.rglob("*.gch")
     (kernel,) = tmp_path.rglob("*.cpp")
     (script,) = tmp_path.rglob("g++")
@@ -48,6 +50,15 @@ def test_kernels_are_compiled_with_the_precompiled_header(tmp_path: Path) -> Non
         [script, "-std=c++17", "-O3", "-fPIC", "-H", "-fsyntax-only", kernel], capture_output=True, text=True
     )
     assert f"! {header}" in includes.stderr
+
+
+def test_a_process_compiles_that_was_started_by_one_with_the_same_folder(tmp_path: Path) -> None:
+    run(tmp_path)
+    (script,) = tmp_path.rglob("g++")
+    for kernel in tmp_path.rglob("*.so"):
+        kernel.unlink()
+    run(tmp_path, path=f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    assert str(script) not in script.read_text()
 
 
 def test_cache_and_mlx_may_lie_in_folders_with_any_name(tmp_path: Path) -> None:
