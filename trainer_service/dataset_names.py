@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from shared.errors import InvalidArgument, NotFound, shown
-from trainer_service.training.corpus import BUILTIN, HUB
+from trainer_service.training.corpus import BUILTIN
+from trainer_service.training.hub import HUB
 from trainer_service.training.local_files import ENDINGS
 
 

@@ -1,6 +1,9 @@
 """One training run: where the registry, the text and the training loop meet."""
 
+import json
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from shared import accelerator
@@ -16,35 +19,74 @@ from trainer_service.spec import JobSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
-from trainer_service.training.trainer import Trainer
+from trainer_service.training.trainer import Trainer, saved_config
 from trainer_service.training.workers import Workers
 from trainer_service.versions import TOKENIZER_FILE, publish
+
+# What the text of a run was, in each of its states.
+_TEXT_FILE = "text.json"
 
 
 def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
     """The tokens of a run, made where they are not there yet; raises `Stopped` where somebody asks for the end.
 
-    The tokenizer is that of the run so far, of the version that it continues, or the one that the configuration asks
-    for.
+    The tokenizer, and with it the size of the vocabulary, is that of the run so far, of the version that it continues,
+    or the one that the configuration asks for. Raises `FailedPrecondition` if the run began with other text.
     """
-    tokenizer = _tokenizer_so_far(spec, Registry(attempt.directories.registry))
+    registry = Registry(attempt.directories.registry)
+    state = _own_state(spec, registry)
+    tokenizer = _tokenizer_so_far(spec, state, registry)
+    config = spec.config
+    if state is not None:
+        config = replace(config, vocabulary_size=saved_config(state).vocabulary_size)
 
     def report(progress: PrepareProgress) -> None:
         if attempt.stop_requested():
             raise Stopped
         attempt.tell(Preparation(progress.stage, progress.fraction))
 
-    data = prepare(spec.data, spec.config, attempt.directories.data, report, tokenizer)
-    for text in data.notices:
+    data = prepare(spec.data, config, attempt.directories.data, report, tokenizer)
+    for text in (*data.notices, *_changed_text(spec, data, state, registry)):
         attempt.tell(Notice(text))
     return data
 
 
-def _tokenizer_so_far(spec: JobSpec, registry: Registry) -> Tokenizer | None:
+def _changed_text(spec: JobSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
+    """A sentence if the version that is continued saw other text under the same names; raises if the run itself did."""
+    if state is not None:
+        revision = _revision(state)
+        if revision not in (None, data.revision):
+            raise FailedPrecondition(
+                f"The text of run {spec.run} is not the one that it began with: {data.source} has changed. Put the old "
+                "text back, or start another run on the new one with RESUME=."
+            )
+    elif spec.resume is not None:
+        parent = registry.version(spec.resume)
+        same_names = (parent.dataset_files, parent.validation_files) == (spec.data.dataset, spec.data.validation)
+        same_share = parent.training["validation_share"] == spec.config.validation_share
+        if same_names and same_share and parent.dataset_revision != data.revision:
+            yield f"{data.source} has changed, or is read in another way, since version {parent.version} was made."
+
+
+def _own_state(spec: JobSpec, registry: Registry) -> Path | None:
+    """The folder of the run's newest state that is whole, if it has one."""
     for step in reversed(registry.states(spec.run)):
-        # A state that is not whole is no state; an older one, or the version that is continued, has the same tokenizer.
         with suppress(CorruptCheckpoint, NotFound):
-            return Tokenizer.load(registry.verified_state(spec.run, step) / TOKENIZER_FILE)
+            return registry.verified_state(spec.run, step)
+    return None
+
+
+def _revision(state: Path) -> str | None:
+    """The revision of the text that a state was trained on; None in states that do not say."""
+    try:
+        return str(json.loads((state / _TEXT_FILE).read_text(encoding="utf-8"))["revision"])
+    except FileNotFoundError:
+        return None
+
+
+def _tokenizer_so_far(spec: JobSpec, state: Path | None, registry: Registry) -> Tokenizer | None:
+    if state is not None:
+        return Tokenizer.load(state / TOKENIZER_FILE)
     if spec.resume is None:
         return None
     return Tokenizer.load(registry.version_directory(registry.version(spec.resume).version) / TOKENIZER_FILE)
@@ -59,13 +101,13 @@ class TrainingRun:
     """
 
     def __init__(self, spec: JobSpec, attempt: Attempt) -> None:
-        self._spec = spec
         self._attempt = attempt
         self._tell = attempt.tell
         self._registry = Registry(attempt.directories.registry)
         self._registry.sweep()
         self._data = prepare_data(spec, attempt)
-        config = spec.config
+        config = self._data.config
+        self._spec = replace(spec, config=config)
         self._evaluation_set = EvaluationSet.from_tokens(
             self._data.validation,
             self._data.tokenizer,
@@ -195,6 +237,7 @@ class TrainingRun:
         def write(folder: Path) -> None:
             trainer.save(folder)
             self._data.tokenizer.save(folder / TOKENIZER_FILE)
+            (folder / _TEXT_FILE).write_text(json.dumps({"revision": self._data.revision}), encoding="utf-8")
 
         self._registry.write_state(self._fence, self._spec.run, trainer.step, write)
 

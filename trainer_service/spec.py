@@ -11,7 +11,7 @@ from shared.errors import InvalidArgument, shown
 from shared.registry.store import Registry
 from trainer_service.presets import find_preset
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec, absolute, check_spec
+from trainer_service.training.corpus import DatasetSpec, absolute, check_size, check_spec
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DATASET = "builtin"
@@ -71,6 +71,7 @@ def resolve(request: TrainingRequest, registry: Registry) -> JobSpec:
     else:
         preset, config, data = _continued(request, request.resume, registry)
     check_spec(data)
+    check_size(data, config.context_length)
     return JobSpec(new_run(preset), preset, config, absolute(data), request.resume)
 
 

@@ -5,19 +5,21 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import tokenizers
 
-from shared.errors import DataError, InvalidArgument, Unavailable
+from shared.errors import InvalidArgument, Unavailable
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT = "gptloop-tokenizer-1"
@@ -28,6 +30,11 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 DOWNLOAD_TIMEOUT_S = 20.0
 # tiktoken's regular expressions overflow their stack on a million white spaces.
 PART_CHARACTERS = 1 << 18
+# Training a BPE takes a time that grows with the square of a word's length, so it sees longer ones in parts.
+LONGEST_WORD = 128
+_LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD}}}(?=\s)")
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)|{_LONG_SPACE.pattern}")
+PUNCTUATION = ".,;:!?。，、；：！？"  # noqa: RUF001
 
 
 class Tokenizer:
@@ -147,7 +154,7 @@ def load_gpt2() -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
     """Train a byte-level BPE with GPT-2's split pattern; the same texts always give the same tokenizer.
 
-    Raises `DataError` where the text is too small for so many tokens.
+    It has `vocabulary_size` tokens, or fewer if the text does not give that many; never below 257.
     """
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -157,25 +164,40 @@ def train_bpe(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    model.train_from_iterator(texts, trainer)
-    ranks = _ranks(model.get_vocab())
-    if len(ranks) + 1 != vocabulary_size:
-        raise DataError(
-            f"The text is too small for a vocabulary of {vocabulary_size} tokens: it gives {len(ranks) + 1}. "
-            f"Set vocabulary_size to {len(ranks) + 1} or less, or train on more text."
-        )
-    return Tokenizer("bpe", PATTERN, ranks)
+    model.train_from_iterator(chain.from_iterable(map(_short_words, texts)), trainer)
+    return Tokenizer("bpe", PATTERN, _ranks(model.get_vocab()))
 
 
 def safe_cut(text: str, start: int, end: int) -> int:
-    """The last place in (start, end) where cutting a text changes no token: before a space that follows a word.
+    """The last place in (start, end) at which a cut changes no token: before white space that follows something else,
+    or, in text without such a place, before a punctuation mark that follows a letter.
 
-    It is `end` where there is no such place.
+    It is `end` if there is no such place.
     """
-    space = text.rfind(" ", start + 1, end)
-    while space > start and text[space - 1].isspace():
-        space = text.rfind(" ", start + 1, space)
-    return space if space > start else end
+    place = max(_rfind(text, mark, start + 1, end, lambda before: not before.isspace()) for mark in " \n")
+    if place < 0:
+        place = max(_rfind(text, mark, start + 1, end, str.isalpha) for mark in PUNCTUATION)
+    return end if place < 0 else place
+
+
+def _rfind(text: str, mark: str, start: int, end: int, follows: Callable[[str], bool]) -> int:
+    """The last place of a mark in [start, end) before which `follows` holds, or -1."""
+    place = text.rfind(mark, start, end)
+    while place >= 0 and not follows(text[place - 1]):
+        place = text.rfind(mark, start, place)
+    return place
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """A text in parts in which nothing between two white spaces is longer than `LONGEST_WORD`, and no white space."""
+    if max(map(len, text.split()), default=0) <= LONGEST_WORD and not _LONG_SPACE.search(text):
+        yield text
+        return
+    start = 0
+    for long in _LONG_WORD.finditer(text):
+        yield text[start : long.end()]
+        start = long.end()
+    yield text[start:]
 
 
 def _parts(text: str) -> Iterator[str]:

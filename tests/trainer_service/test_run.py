@@ -12,6 +12,7 @@ import pytest
 
 from shared.accelerator import Accelerator
 from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost
+from shared.gpt.tokenizer import Tokenizer
 from shared.registry.retention import Retention
 from shared.registry.store import Registry
 from shared.settings import Directories
@@ -172,6 +173,49 @@ def test_a_run_on_other_text_has_no_best_loss_yet(site: Site) -> None:
     site.told.clear()
     site.train(site.spec(resume=3, dataset=site.other_text, max_steps="12"))
     assert site.all_told(Progress)[0].best_validation_loss is None
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_that_of_the_run_for_good(site: Site) -> None:
+    spec = site.spec(vocabulary_size="5000")
+    assert not site.train(spec, stop_requested=lambda: bool(site.registry.states(spec.run)))
+    assert any("not 5,000" in notice.text for notice in site.all_told(Notice))
+    assert site.train(spec)
+    versions = site.registry.versions()
+    assert [version.step for version in versions] == [3, 6, 9]
+    size = Tokenizer.load(site.registry.version_directory(3) / "tokenizer.json").vocabulary_size
+    assert 257 < size < 5000
+    assert {version.training["vocabulary_size"] for version in versions} == {size}
+    assert {version.model["vocabulary_size"] for version in versions} == {size}
+    site.told.clear()
+    assert site.train(site.spec(resume=3, max_steps="12"))
+    assert site.registry.version(4).training["vocabulary_size"] == size
+    assert not any("vocabulary" in notice.text for notice in site.all_told(Notice))
+
+
+def test_a_run_does_not_go_on_with_other_text(site: Site) -> None:
+    spec = site.spec()
+    assert not site.train(spec, stop_requested=lambda: bool(site.registry.states(spec.run)))
+    content = Path(site.text).read_text()
+    site.write(Path(site.text), 500)
+    with pytest.raises(FailedPrecondition, match=r"text\.txt has changed\. Put the old text back"):
+        site.train(spec)
+    Path(site.text).write_text(content)
+    assert site.train(spec)
+
+
+def test_a_version_that_is_continued_on_changed_text_says_so(site: Site) -> None:
+    site.train(site.spec())
+    for change, said in ((lambda: None, 0), (lambda: site.write(Path(site.text), 500), 1)):
+        change()
+        site.told.clear()
+        site.train(site.spec(resume=3, max_steps="12"))
+        notices = [notice.text for notice in site.all_told(Notice)]
+        assert (
+            sum("text.txt has changed, or is read in another way, since version 3" in text for text in notices) == said
+        )
+    site.told.clear()
+    site.train(site.spec(resume=3, dataset=site.other_text, max_steps="12"))
+    assert not any("has changed" in notice.text for notice in site.all_told(Notice))
 
 
 def test_a_run_that_has_come_to_its_end_does_nothing_more(site: Site) -> None:

@@ -1,156 +1,117 @@
-"""Text in local files: .txt, .jsonl and .parquet, read as documents in bounded memory."""
+"""Text in local files: .txt, .jsonl and .parquet, the first two also compressed."""
 
-import codecs
 import hashlib
-import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
-from shared.errors import DataError, InvalidArgument, NotFound
-from shared.gpt.tokenizer import END_OF_TEXT, safe_cut
+import numpy as np
 
-ENDINGS = (".txt", ".jsonl", ".parquet")
-CHUNK_BYTES = 1 << 18
+from shared.errors import DataError, InvalidArgument, shown
+from trainer_service.training import documents, file_bytes
+from trainer_service.training.documents import Counts, Passage
+from trainer_service.training.file_bytes import COMPRESSED, Identity
 
+KINDS = (".txt", ".jsonl", ".parquet")
+# Parquet is compressed within, and cannot be read as a stream.
+ENDINGS = (*KINDS, *(kind + packed for kind in KINDS[:2] for packed in COMPRESSED))
 
-@dataclass(frozen=True)
-class Passage:
-    """A document, or a part of a long one; cut where this changes no token."""
-
-    text: str
-    ends_document: bool = True
+OnRead = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file that was read once: its SHA-256, and whether it is a .txt file without an end-of-text marker."""
+    """A file that was read through once.
+
+    `digest` is the SHA-256 of its content, decompressed; `lengths` are the characters of its documents, (N,).
+    """
 
     path: Path
+    kind: str
+    identity: Identity
     digest: str
-    is_one_document: bool
+    lengths: np.ndarray
+    notices: tuple[str, ...]
+    on_read: OnRead
 
     def passages(self) -> Iterator[Passage]:
-        """The documents in their order, without surrounding white space and without empty ones.
-
-        Raises `DataError` where the file cannot be read as its ending promises.
-        """
-        if self.is_one_document:
-            return _cut(_read_text(self.path))
-        read = {".txt": _read_marked, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[self.path.suffix]
-        return (Passage(text.strip()) for text in read(self.path) if text.strip())
+        """The documents in their order; raises `DataError` if the file is not what it was at the first reading."""
+        return documents.passages(_pieces(self.path, self.kind, self.identity, Counts(), self.on_read, lambda _: None))
 
 
-def check_file(path: Path) -> None:
-    """Raises `NotFound`, `InvalidArgument` or `DataError` where a file cannot be read; looks at no text."""
-    if path.is_dir():
-        raise InvalidArgument(f"{path} is a folder; name the files in it, each ending in {', '.join(ENDINGS)}.")
-    if not path.exists():
-        raise NotFound(f"The file {path} does not exist.")
-    if path.suffix not in ENDINGS:
-        raise InvalidArgument(f"The file {path} cannot be read: its name must end in {', '.join(ENDINGS)}.")
-    try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise DataError(f"The file {path} is empty.")
-    except OSError as error:
-        raise DataError(f"The file {path} cannot be read: {error.strerror}.") from None
+def kind_of(path: Path) -> str:
+    """What the name says that a file holds: one of `KINDS`; raises `InvalidArgument` for other names."""
+    ending = "".join(path.suffixes[-2:] if path.suffix.lower() in COMPRESSED else path.suffixes[-1:]).lower()
+    if ending not in ENDINGS:
+        raise InvalidArgument(f"The file {shown(str(path))} cannot be read: its name must end in {', '.join(ENDINGS)}.")
+    return ending.removesuffix(path.suffix.lower()) or ending
 
 
-def open_file(path: Path) -> TextFile:
-    """Reads a file through once; raises as `check_file` does, and `DataError` where its text is not UTF-8."""
-    check_file(path)
-    digest = hashlib.sha256()
-    marked, tail = False, ""
-    if path.suffix == ".parquet":
-        for chunk in _read_bytes(path):
+def check_file(path: Path) -> Identity:
+    """The identity of a file; raises `NotFound`, `InvalidArgument` or `DataError` if it cannot be read."""
+    identity = file_bytes.identify(path)
+    kind_of(path)
+    if identity.size_bytes == 0:
+        raise DataError(f"The file {shown(str(path))} is empty.")
+    with file_bytes.open_bytes(path, identity, lambda _: None) as file:
+        file.read(1)
+    return identity
+
+
+def passes(path: Path) -> int:
+    """How often `open_file` goes through the bytes of a file."""
+    return 2 if kind_of(path) == ".parquet" else 1
+
+
+def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
+    """Reads a file through; raises as `check_file` does, and `DataError` if its text cannot be read or it has none.
+
+    `on_read` is told of the bytes that are read, now and in later readings; what it raises ends the reading.
+    """
+    identity, kind = check_file(path), kind_of(path)
+    digest, counts = hashlib.sha256(), Counts()
+    if kind == ".parquet":
+        for chunk in file_bytes.content(path, identity, on_read):
             digest.update(chunk)
-    else:
-        for text in _read_text(path, digest.update):
-            tail = tail[-len(END_OF_TEXT) :] + text
-            marked = marked or END_OF_TEXT in tail
-    return TextFile(path, digest.hexdigest(), is_one_document=path.suffix == ".txt" and not marked)
+    lengths, characters = list[int](), 0
+    for passage in documents.passages(_pieces(path, kind, identity, counts, on_read, digest.update)):
+        characters += len(passage.text)
+        if passage.ends_document:
+            lengths.append(characters)
+            characters = 0
+    name = shown(path.name)
+    if not lengths:
+        fields = f"; a row has the fields {shown(', '.join(counts.fields), 80)}" if counts.fields else ""
+        raise DataError(f"The file {name} has no text" + ("." if kind == ".txt" else f' in "text"{fields}.'))
+    notices = []
+    if kind == ".txt" and not counts.markers:
+        notices.append(f"{name} has no <|endoftext|> marker, so the whole file is one document.")
+    if counts.empty_rows:
+        have = "row has" if counts.empty_rows == 1 else "rows have"
+        notices.append(
+            f"{name}: {counts.empty_rows:,} {have} no text and {'was' if counts.empty_rows == 1 else 'were'} skipped."
+        )
+    if counts.mended_rows:
+        have = "row has" if counts.mended_rows == 1 else "rows have"
+        notices.append(
+            f"{name}: {counts.mended_rows:,} {have} half of a character, a lone surrogate, which is read as U+FFFD."
+        )
+    return TextFile(path, kind, identity, digest.hexdigest(), np.array(lengths), tuple(notices), on_read)
 
 
-def _read_bytes(path: Path) -> Iterator[bytes]:
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-    except OSError as error:
-        raise DataError(f"The file {path} cannot be read: {error.strerror}.") from None
+def _pieces(
+    path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
+) -> Iterator[documents.Piece]:
+    """What a reader of the kind yields; `on_content` is told the content of text."""
+    if kind == ".parquet":
+        with file_bytes.open_bytes(path, identity, on_read) as file:
+            yield from documents.parquet(file, path, counts)
+        return
 
+    def told() -> Iterator[bytes]:
+        for chunk in file_bytes.content(path, identity, on_read):
+            on_content(chunk)
+            yield chunk
 
-def _read_text(path: Path, on_bytes: Callable[[bytes], None] = lambda _: None) -> Iterator[str]:
-    """The text of a UTF-8 file in chunks, without a byte order mark, line ends as "\\n"."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    position_bytes = 0
-    for chunk in chain(_read_bytes(path), [b""]):
-        on_bytes(chunk)
-        pending_bytes = len(decoder.getstate()[0])
-        try:
-            text = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
-        except UnicodeDecodeError as error:
-            at = position_bytes - pending_bytes + error.start
-            raise DataError(f"The file {path} is not UTF-8 text: byte {at} cannot be read. Convert it first.") from None
-        yield text.removeprefix("\ufeff") if position_bytes == 0 else text
-        position_bytes += len(chunk)
-
-
-def _cut(chunks: Iterator[str]) -> Iterator[Passage]:
-    """One document as passages of about a chunk each, of a few where no place is safe to cut."""
-    rest = ""
-    for chunk in chunks:
-        rest += chunk
-        cut = safe_cut(rest, 0, len(rest))
-        if cut < len(rest) or cut > 4 * CHUNK_BYTES:
-            yield Passage(rest[:cut], ends_document=False)
-            rest = rest[cut:]
-    yield Passage(rest)
-
-
-def _split(chunks: Iterator[str], separator: str) -> Iterator[str]:
-    """What stands before, between and after the separators."""
-    rest = ""
-    for chunk in chunks:
-        *pieces, rest = (rest + chunk).split(separator)
-        yield from pieces
-    yield rest
-
-
-def _read_marked(path: Path) -> Iterator[str]:
-    return _split(_read_text(path), END_OF_TEXT)
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_split(_read_text(path), "\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise DataError(f'Line {number} of {path} is not a JSON object with its text in the field "text".')
-        yield text
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    # Loading pyarrow takes about a second, which only those who read .parquet need to wait.
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise DataError(f'{path} has no column "text"; its columns are {", ".join(file.schema_arrow.names)}.')
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise DataError(f'The column "text" of {path} holds {text!r}, which is no text.')
-                    yield text
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}.") from None
+    chunks = file_bytes.text(path, told())
+    yield from documents.marked(chunks, counts) if kind == ".txt" else documents.json_lines(chunks, path, counts)

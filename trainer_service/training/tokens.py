@@ -3,9 +3,10 @@
 import errno
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
@@ -13,16 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from shared.errors import DataError, FailedPrecondition, InvalidArgument, ResourceExhausted
-from shared.gpt.tokenizer import Tokenizer, load_gpt2, train_bpe
+from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
+from trainer_service.training import background
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import Corpus, DatasetSpec, open_corpus
-from trainer_service.training.local_files import Passage
+from trainer_service.training.documents import Passage
 from trainer_service.training.shards import ShardHeader, read_shard, write_shard
 
 # Text beyond this changes a vocabulary of some thousand tokens little.
 TOKENIZER_CHARACTERS = 32 << 20
 BATCH_CHARACTERS = 1 << 20
+REPORT_INTERVAL_S = 0.1
 
 
 class Stage(StrEnum):
@@ -36,22 +39,26 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """How far a stage has come. `limit` is the most tokens that it can make, 0 where it makes none."""
+    """How far a stage has come: `done` of `total` bytes, characters or tokens; `total` is 0 if that is not known."""
 
     stage: Stage
-    tokens: int = 0
-    limit: int = 0
+    done: int = 0
+    total: int = 0
 
     @property
     def fraction(self) -> float | None:
-        """How much of `limit` is made, 0 to 1; None where the stage makes no tokens."""
-        return self.tokens / self.limit if self.limit else None
+        """How much is done, 0 to 1; None if that is not known."""
+        return min(self.done / self.total, 1.0) if self.total else None
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run reads: both splits as memory-mapped tokens, (N,) each, with an end token after every document."""
+    """What a run reads: both splits as memory-mapped tokens, (N,) each, with an end token after every document.
 
+    `config` is the configuration with the number of tokens that a tokenizer trained on the text has.
+    """
+
+    config: TrainingConfig
     tokenizer: Tokenizer
     train: Tokens
     validation: Tokens
@@ -63,31 +70,76 @@ class PreparedData:
 Report = Callable[[PrepareProgress], None]
 
 
+class _Progress:
+    """Reports the beginning of each stage at once, and how it goes on not more often than every `REPORT_INTERVAL_S`.
+
+    `tick` is called between any two pieces of work, each far shorter than that, from this thread alone.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._now = PrepareProgress(Stage.OPEN)
+        self._reported_s = 0.0
+
+    def begin(self, stage: Stage, total: int = 0) -> None:
+        self._set(PrepareProgress(stage, 0, total))
+
+    def reach(self, done: int, total: int = 0) -> None:
+        """Reports how far the stage has come, whenever that was last."""
+        self._set(replace(self._now, done=done, total=total))
+
+    def read(self, size_bytes: int, total_bytes: int) -> None:
+        """Counts what was read in the first stage."""
+        if self._now.stage is Stage.OPEN:
+            self._now = replace(self._now, done=self._now.done + size_bytes, total=total_bytes)
+        self.tick()
+
+    def tick(self) -> None:
+        """Reports again where the stage stands, if the last report is old: whoever wants to end the work raises."""
+        if time.monotonic() - self._reported_s >= REPORT_INTERVAL_S:
+            self._set(self._now)
+
+    def _set(self, now: PrepareProgress) -> None:
+        self._now = now
+        self._reported_s = time.monotonic()
+        self._report(now)
+
+
 def prepare(
     spec: DatasetSpec, config: TrainingConfig, directory: Path, report: Report, tokenizer: Tokenizer | None = None
 ) -> PreparedData:
     """The tokens of a data set, from shards below `directory` where they are there, else made and kept.
 
-    `tokenizer` is that of the version which a run continues; without one it is the one that the configuration asks for.
-    No more is tokenised than the run will read. What `report` raises ends the work and leaves no partial file. Several
-    processes may prepare the same data at once. Raises as `open_corpus` does, `DataError` where there is less text than
-    one window, and `ResourceExhausted` or `FailedPrecondition` where `directory` cannot be written.
+    `tokenizer` is that of the version which a run continues; without one it is the one that the configuration asks for,
+    with fewer tokens if the text does not give as many. No more is tokenised than the run will read. `report` is called
+    several times a second; what it raises ends the work and leaves no partial file. Several processes may prepare the
+    same data at once. Raises as `open_corpus` does, `DataError` where there is less text than one window, and
+    `ResourceExhausted` or `FailedPrecondition` where `directory` cannot be written.
     """
     window = config.context_length + 1
     train_limit = config.max_train_tokens or config.max_steps * config.batch_size * window
     validation_limit = config.max_validation_tokens or config.evaluation_windows * config.context_length + 1
-    report(PrepareProgress(Stage.OPEN))
-    corpus = open_corpus(spec, config.validation_share)
-    tokenizer = tokenizer or _tokenizer(corpus, config, directory / "tokenizers", report)
+    progress = _Progress(report)
+    progress.begin(Stage.OPEN)
+    corpus = open_corpus(spec, config.validation_share, progress.read)
+    notices = list(corpus.notices)
+    if tokenizer is None:
+        tokenizer = _tokenizer(corpus, config, directory / "tokenizers", progress)
+        if tokenizer.vocabulary_size < config.vocabulary_size:
+            notices.append(
+                f"The text gives a vocabulary of {tokenizer.vocabulary_size:,} tokens, not {config.vocabulary_size:,}; "
+                "the model is made for as many."
+            )
+            config = replace(config, vocabulary_size=tokenizer.vocabulary_size)
     folder = directory / "shards" / _key(corpus.revision, tokenizer.digest)
-    train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, report)
-    validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, report)
+    train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
+    validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
     _check_size("training", train.size, window, corpus.source, "add text")
     _check_size("held-out", validation.size, window, corpus.source, "raise validation_share or name a longer file")
     windows = (validation.size - 1) // config.context_length
-    few = f"The held-out text fills only {windows} of the {config.evaluation_windows} evaluation windows."
-    notices = (*corpus.notices, few) if windows < config.evaluation_windows else corpus.notices
-    return PreparedData(tokenizer, train, validation, corpus.source, corpus.revision, notices)
+    if windows < config.evaluation_windows:
+        notices.append(f"The held-out text fills only {windows} of the {config.evaluation_windows} evaluation windows.")
+    return PreparedData(config, tokenizer, train, validation, corpus.source, corpus.revision, tuple(notices))
 
 
 def _key(*values: object) -> str:
@@ -102,65 +154,64 @@ def _check_size(which: str, count: int, window: int, source: str, remedy: str) -
         )
 
 
-def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, report: Report) -> Tokenizer:
+def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _Progress) -> Tokenizer:
     if config.tokenizer == "gpt2":
-        return load_gpt2()
-    path = folder / f"{_key(corpus.revision, config.vocabulary_size, TOKENIZER_CHARACTERS)}.json"
+        progress.begin(Stage.TOKENIZER)
+        return background.call(load_gpt2, progress.tick)
+    path = folder / f"{_key(corpus.revision, config.vocabulary_size, TOKENIZER_CHARACTERS, LONGEST_WORD)}.json"
     if path.exists():
         try:
             return Tokenizer.load(path)
         except InvalidArgument:
             path.unlink(missing_ok=True)  # damaged: it is trained anew
-
-    def texts() -> Iterator[str]:
-        characters = 0
-        for batch in _batches(corpus.train()):
-            report(PrepareProgress(Stage.TOKENIZER))
-            for passage in batch:
-                yield passage.text
-                characters += len(passage.text)
-            if characters >= TOKENIZER_CHARACTERS:
-                return
-
-    tokenizer = train_bpe(texts(), config.vocabulary_size)
+    progress.begin(Stage.TOKENIZER)
+    texts, characters = [], 0
+    for batch in _batches(corpus.train(), progress.tick):
+        texts += [passage.text for passage in batch]
+        characters += sum(len(passage.text) for passage in batch)
+        progress.reach(characters, TOKENIZER_CHARACTERS)
+        if characters >= TOKENIZER_CHARACTERS:
+            break
+    progress.reach(0)  # the library says nothing of how far it has come
+    tokenizer = background.call(lambda: train_bpe(texts, config.vocabulary_size), progress.tick)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
     return tokenizer
 
 
-def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limit: int, report: Report) -> Tokens:
+def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limit: int, progress: _Progress) -> Tokens:
     """A split from its shard, which is written first where it is not there or holds too little."""
     tokens = read_shard(path, limit)
     if tokens is None:
         split = corpus.train if stage is Stage.TRAIN else corpus.validation
         header = ShardHeader(tokenizer.digest, corpus.source, corpus.revision, path.stem)
+        progress.begin(stage, limit)
         with _writing(path.parent):
-            write_shard(path, header, _encode(split(), stage, tokenizer, limit, report), limit)
+            write_shard(path, header, _encode(split(), tokenizer, limit, progress), limit)
         tokens = read_shard(path, limit)
         assert tokens is not None
     return tokens
 
 
-def _encode(
-    passages: Iterable[Passage], stage: Stage, tokenizer: Tokenizer, limit: int, report: Report
-) -> Iterator[Tokens]:
+def _encode(passages: Iterable[Passage], tokenizer: Tokenizer, limit: int, progress: _Progress) -> Iterator[Tokens]:
     """The tokens of some passages, a batch of them at a time, (N,) each."""
     count = 0
-    for batch in _batches(passages):
+    for batch in _batches(passages, progress.tick):
         encoded = tokenizer.encode_batch([passage.text for passage in batch])
         for passage, tokens in zip(batch, encoded, strict=True):
             if passage.ends_document:
                 tokens.append(tokenizer.end_token)
         array = np.fromiter(chain.from_iterable(encoded), dtype=np.uint16)  # (N,)
         count += array.size
-        report(PrepareProgress(stage, min(count, limit), limit))
+        progress.reach(min(count, limit), limit)
         yield array
 
 
-def _batches(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+def _batches(passages: Iterable[Passage], tick: Callable[[], None]) -> Iterator[list[Passage]]:
     batch, characters = [], 0
     for passage in passages:
+        tick()
         batch.append(passage)
         characters += len(passage.text)
         if characters >= BATCH_CHARACTERS:

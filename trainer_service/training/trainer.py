@@ -26,6 +26,8 @@ from trainer_service.training.optimizer import AdamW
 from trainer_service.training.workers import Workers
 
 # A loss and its gradients, as a tree of the parameters' shape.
+_POSITION_FILE = "position.json"
+
 Gradients = tuple[mx.array, dict[str, Any]]
 
 
@@ -142,19 +144,19 @@ class Trainer:
             "best_validation_loss": self.best_validation_loss,
             "config": self.config.to_dict(),
         }
-        (directory / "position.json").write_text(json.dumps(position, indent=2), encoding="utf-8")
+        (directory / _POSITION_FILE).write_text(json.dumps(position, indent=2), encoding="utf-8")
 
     def restore(self, directory: Path) -> None:
         """Puts a saved state in place. Raises `InvalidArgument` where it is of another shape, `CorruptCheckpoint`
         where it cannot be read."""
         try:
-            position = json.loads((directory / "position.json").read_text(encoding="utf-8"))
-            saved = TrainingConfig.from_dict(position["config"])
+            position = json.loads((directory / _POSITION_FILE).read_text(encoding="utf-8"))
             step, tokens = position["step"], position["tokens"]
             training_loss, evaluated_step = position["training_loss"], position["evaluated_step"]
             best_validation_loss = position["best_validation_loss"]
         except (OSError, ValueError, KeyError) as error:
-            raise CorruptCheckpoint(f"{directory / 'position.json'} cannot be read: {error}.") from error
+            raise CorruptCheckpoint(f"{directory / _POSITION_FILE} cannot be read: {error}.") from error
+        saved = saved_config(directory)
         if saved.gpt.to_dict() | {"dropout": 0} != self.config.gpt.to_dict() | {"dropout": 0}:
             raise InvalidArgument("A run can only be continued with the model's shape that it began with.")
         weights = load_arrays(directory / "model.safetensors")
@@ -166,6 +168,15 @@ class Trainer:
         self.training_loss, self.evaluated_step = training_loss, evaluated_step
         self.best_validation_loss = best_validation_loss
         self._start()
+
+
+def saved_config(directory: Path) -> TrainingConfig:
+    """The configuration in a saved state; raises `CorruptCheckpoint` if it cannot be read."""
+    try:
+        position = json.loads((directory / _POSITION_FILE).read_text(encoding="utf-8"))
+        return TrainingConfig.from_dict(position["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise CorruptCheckpoint(f"{directory / _POSITION_FILE} cannot be read: {error}.") from error
 
 
 def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:

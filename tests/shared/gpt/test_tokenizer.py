@@ -3,6 +3,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -14,8 +15,17 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import DataError, InvalidArgument, Unavailable
-from shared.gpt.tokenizer import GPT2_URL, PART_CHARACTERS, Tokenizer, load_gpt2, safe_cut, train_bpe
+from shared.errors import InvalidArgument, Unavailable
+from shared.gpt.tokenizer import (
+    GPT2_URL,
+    LONGEST_WORD,
+    PART_CHARACTERS,
+    Tokenizer,
+    _short_words,
+    load_gpt2,
+    safe_cut,
+    train_bpe,
+)
 
 TEXTS = [
     "Once upon a time, there was a little fox who couldn't sleep.",
@@ -100,11 +110,23 @@ def test_tokens_equal_those_of_the_library_that_trained_them() -> None:
         assert BPE.encode(text) == model.encode(text).ids
 
 
-def test_a_text_too_small_for_the_vocabulary_says_what_to_set() -> None:
-    with pytest.raises(DataError, match="vocabulary of 5000 tokens: it gives 2") as raised:
-        train_bpe(["a few words"] * 3, 5000)
-    count = int(str(raised.value).split("vocabulary_size to ")[1].split()[0])
-    assert train_bpe(["a few words"] * 3, count).vocabulary_size == count
+def test_a_text_too_small_for_the_vocabulary_gives_the_tokens_that_it_has() -> None:
+    few = train_bpe(["a few words"] * 3, 5000)
+    assert 257 < few.vocabulary_size < 300
+    assert train_bpe(["a few words"] * 3, few.vocabulary_size).digest == few.digest
+    assert train_bpe([], 5000).vocabulary_size == 257
+
+
+@pytest.mark.parametrize("run", ["ab", "字", "!", " ", "\n", "1"])
+def test_training_sees_long_runs_in_parts(run: str) -> None:
+    seen = list(_short_words(f"some words {run * 1000} and more"))
+    assert "".join(seen) == f"some words {run * 1000} and more"
+    assert max(len(word) for part in seen for word in re.findall(r"\S+|\s+", part)) <= LONGEST_WORD
+
+
+@given(st.text(alphabet=" \nab1!", max_size=LONGEST_WORD))
+def test_training_sees_ordinary_text_as_it_is(text: str) -> None:
+    assert list(_short_words(text)) == [text]
 
 
 def test_a_long_run_of_white_space_is_encoded() -> None:
@@ -117,7 +139,7 @@ def test_a_long_text_has_the_tokens_of_its_words() -> None:
     assert GPT2.encode("the" + " fox" * words) == [*GPT2.encode("the"), *GPT2.encode(" fox") * words]
 
 
-@given(st.text(alphabet=" \n\tab'1!—", min_size=2))
+@given(st.text(alphabet=" \n\tab'1!—.。，字", min_size=2))  # noqa: RUF001
 def test_a_safe_cut_changes_no_token(text: str) -> None:
     cut = safe_cut(text, 0, len(text))
     assert 0 < cut <= len(text)

@@ -1,20 +1,16 @@
-import json
-import math
-from collections.abc import Iterator
+import os
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
-import datasets  # type: ignore[import-untyped]
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from shared.errors import DataError, GptloopError, InvalidArgument, NotFound, Unavailable
-from trainer_service.training import local_files
-from trainer_service.training.corpus import DatasetSpec, absolute, check_spec, open_corpus
-from trainer_service.training.local_files import Passage
+from shared.errors import DataError, GptloopError, InvalidArgument, NotFound
+from trainer_service.training import file_bytes, local_files
+from trainer_service.training.corpus import DatasetSpec, absolute, check_size, check_spec, open_corpus
+from trainer_service.training.documents import Passage
 
 MARKER = "<|endoftext|>"
 
@@ -62,52 +58,8 @@ def test_a_marker_across_chunks_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     path = tmp_path / "a.txt"
     write(path, f"äöü{MARKER}second{MARKER}third\r\nline")
     for size_bytes in range(1, 20):
-        monkeypatch.setattr(local_files, "CHUNK_BYTES", size_bytes)
+        monkeypatch.setattr(file_bytes, "CHUNK_BYTES", size_bytes)
         assert read(path) == ["äöü", "second", "third\nline"]
-
-
-def test_text_without_a_marker_is_one_document_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "CHUNK_BYTES", 64)
-    text = "".join(f"Sentence {number} is here.\n" for number in range(200))
-    corpus = open_corpus(spec(write(tmp_path / "a.txt", text)), 0.1)
-    (train,), (validation,) = documents(corpus.train()), documents(corpus.validation())
-    assert train + validation == text
-    assert len(validation) == pytest.approx(len(text) / 10, abs=30)
-    assert "no <|endoftext|> marker" in corpus.notices[0]
-    assert "last 10.0%" in corpus.notices[1]
-    assert len(list(corpus.train())) > 10
-
-
-def test_text_without_spaces_is_read_in_bounded_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "CHUNK_BYTES", 16)
-    path = tmp_path / "a.txt"
-    write(path, "字" * 2000)
-    passages = list(local_files.open_file(path).passages())
-    assert max(len(passage.text) for passage in passages) < 100
-    assert documents(iter(passages)) == ["字" * 2000]
-
-
-@given(count=st.integers(1, 70), share=st.floats(0.01, 0.9))
-def test_the_splits_share_nothing_and_lose_nothing(
-    tmp_path_factory: pytest.TempPathFactory, count: int, share: float
-) -> None:
-    texts = [f"document {number} has some words of its own" for number in range(count)]
-    path = tmp_path_factory.mktemp("data") / "a.txt"
-    corpus = open_corpus(spec(write(path, MARKER.join(texts))), share)
-    train, validation = documents(corpus.train()), documents(corpus.validation())
-    if count >= math.ceil(1 / share):
-        assert validation
-        assert sorted(train + validation) == sorted(texts)
-        assert abs(len(validation) - share * count) < 1
-    else:
-        assert [start + end for start, end in zip(train, validation, strict=True)] == texts
-
-
-def test_documents_are_held_out_evenly(tmp_path: Path) -> None:
-    texts = [f"document {number}" for number in range(100)]
-    corpus = open_corpus(spec(write(tmp_path / "a.txt", MARKER.join(texts))), 0.05)
-    assert documents(corpus.validation()) == [texts[index] for index in (19, 39, 59, 79, 99)]
-    assert corpus.notices == ("5.0% of the documents, evenly spread, are held out for validation.",)
 
 
 def test_validation_files_are_held_out_whole(tmp_path: Path) -> None:
@@ -129,33 +81,12 @@ def test_files_of_several_kinds_are_read_in_order(tmp_path: Path) -> None:
     assert corpus.source == "a.jsonl, b.parquet, c.txt"
 
 
-@pytest.mark.parametrize("line", ['{"txt": "a"}', '{"text": 5}', '"text"', "{", "[]"])
-def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "a.jsonl"
-    write(path, '{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(DataError, match=r"Line 2 of .*a\.jsonl"):
-        read(path)
-
-
-def test_wrong_parquet_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    write(path, "no parquet")
-    with pytest.raises(DataError, match="cannot be read as Parquet"):
-        read(path)
-    pyarrow.parquet.write_table(pyarrow.table({"story": ["a"]}), path)
-    with pytest.raises(DataError, match='no column "text"; its columns are story'):
-        read(path)
-    pyarrow.parquet.write_table(pyarrow.table({"text": [1]}), path)
-    with pytest.raises(DataError, match="holds 1, which is no text"):
-        read(path)
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 @pytest.mark.parametrize("size_bytes", [1, 2, 5, 1000])
 def test_text_that_is_not_utf8_is_refused_with_its_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size_bytes: int
 ) -> None:
-    monkeypatch.setattr(local_files, "CHUNK_BYTES", size_bytes)
+    monkeypatch.setattr(file_bytes, "CHUNK_BYTES", size_bytes)
     with pytest.raises(DataError, match="not UTF-8 text: byte 7 "):
         open_corpus(spec(write(tmp_path / name, b"ab\xc3\xa4cde\xff\xff rest")), 0.5)
     with pytest.raises(DataError, match="byte 2 "):
@@ -175,6 +106,9 @@ def test_the_revision_follows_content_and_split(tmp_path: Path) -> None:
 
 def test_names_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     text, empty = write(tmp_path / "a.txt", "text"), write(tmp_path / "empty.txt", "")
+    link, other = str(tmp_path / "link.txt"), write(tmp_path / "other.txt", "other")
+    (tmp_path / "link.txt").hardlink_to(text)
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     cases: list[tuple[DatasetSpec, type[GptloopError], str]] = [
         (spec(), InvalidArgument, "No data set is named"),
         (
@@ -188,6 +122,11 @@ def test_names_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         (spec(empty), DataError, "is empty"),
         (spec(write(tmp_path / "a.csv", "text")), InvalidArgument, "must end in .txt, .jsonl, .parquet"),
         (spec(text, text), InvalidArgument, "named twice"),
+        (spec(text, link, other), InvalidArgument, "named twice"),
+        (spec(text, other, str(tmp_path / "loop.txt")), DataError, "symbolic links"),
+        (spec("a\0.txt"), InvalidArgument, r"'a\\x00\.txt' is not the name of a file"),
+        (spec(text + "/b.txt"), DataError, "Not a directory"),
+        (spec("a" * 300 + ".txt"), DataError, "too long"),
         (spec(text, validation=(text,)), InvalidArgument, "named twice"),
         (spec("builtin", validation=("builtin",)), NotFound, "does not exist"),
     ]
@@ -196,14 +135,34 @@ def test_names_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
             check_spec(wrong)
 
 
-def test_an_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, mode: str) -> None:
-        raise PermissionError(13, "Permission denied")
+def bind(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(path)
 
-    path = write(tmp_path / "a.txt", "text")
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(DataError, match="Permission denied"):
-        check_spec(spec(path))
+
+@pytest.mark.parametrize("make", [os.mkfifo, bind])
+def test_what_is_no_file_is_refused_without_opening_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[str], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    make("a.txt")
+    for wrong in (spec("a.txt"), spec("builtin", validation=("a.txt",))):
+        with pytest.raises(InvalidArgument, match=r"'a\.txt' is a (pipe|socket), not a file"):
+            check_spec(wrong)
+    with pytest.raises(InvalidArgument, match="'/dev/zero' is a device"):
+        check_spec(spec("/dev/zero"))
+
+
+def test_files_that_are_too_small_for_two_windows_are_refused_by_their_size(tmp_path: Path) -> None:
+    small, large = write(tmp_path / "s.txt", "字" * 11), write(tmp_path / "l.txt", "a" * 500)
+    with pytest.raises(DataError, match=r"text holds 33 bytes, but training and held-out text .* take at least 36"):
+        check_size(spec(small), 17)
+    check_size(spec(small), 16)
+    check_size(spec(small, validation=(large,)), 32)
+    with pytest.raises(DataError, match=r"held-out text holds 33 bytes, but one window .* takes at least 101"):
+        check_size(spec(large, validation=(small,)), 100)
+    check_size(spec("builtin"), 10**6)
+    check_size(spec(write(tmp_path / "s.txt.gz", "tiny")), 100)
 
 
 def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,74 +170,3 @@ def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytes
     made = absolute(spec("a.txt", validation=("v.txt",)))
     assert made == spec(str(tmp_path / "a.txt"), validation=(str(tmp_path / "v.txt"),))
     assert absolute(spec("wikitext-103")) == spec("wikitext-103")
-
-
-class FakeBuilder:
-    """What `datasets.load_dataset_builder` returns, as far as it is used here."""
-
-    hash = "c0ffee"
-
-    def __init__(self, rows: dict[str, list[str]]) -> None:
-        self.rows = rows
-
-    def as_streaming_dataset(self, split: str) -> Iterator[dict[str, str]]:
-        return ({"text": text} for text in self.rows[split])
-
-
-def test_a_hub_data_set_has_its_own_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def load(repository: str, configuration: str | None) -> FakeBuilder:
-        asked.append((repository, configuration))
-        return FakeBuilder({"train": ["one ", "", "two"], "validation": ["three"]})
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load)
-    corpus = open_corpus(spec("roneneldan/TinyStories"), 0.05)
-    assert asked == [("roneneldan/TinyStories", None)]
-    assert (documents(corpus.train()), documents(corpus.validation())) == (["one", "two"], ["three"])
-    assert not corpus.notices
-
-
-def test_wikitext_is_read_as_articles(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ["", " = First = \n", " Text . \n", " = = Part = = \n", " More . \n", " = Second = \n", " End . \n"]
-    asked = []
-
-    def load(repository: str, configuration: str | None) -> FakeBuilder:
-        asked.append((repository, configuration))
-        return FakeBuilder({"train": lines, "validation": []})
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load)
-    corpus = open_corpus(spec("wikitext-103"), 0.05)
-    assert asked == [("Salesforce/wikitext", "wikitext-103-raw-v1")]
-    assert documents(corpus.train()) == ["= First = \n Text . \n = = Part = = \n More .", "= Second = \n End ."]
-    assert corpus.source == "Salesforce/wikitext wikitext-103-raw-v1"
-
-
-def test_a_hub_that_cannot_be_reached_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> SimpleNamespace:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
-    with pytest.raises(Unavailable, match=r"cannot be downloaded: no network\. .* use builtin or a local file"):
-        open_corpus(spec("roneneldan/TinyStories"), 0.05)
-    broken = SimpleNamespace(hash="c0ffee", as_streaming_dataset=fail)
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: broken)
-    with pytest.raises(Unavailable, match="cannot be downloaded: no network"):
-        next(open_corpus(spec("roneneldan/TinyStories"), 0.05).train())
-
-
-def test_the_real_library_reads_a_hub_folder_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"a story to {split}"}) + "\n")
-    real = datasets.load_dataset_builder
-
-    def load(repository: str, configuration: str | None) -> object:
-        files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
-        return real("json", configuration, data_files=files, cache_dir=str(tmp_path / "cache"))
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load)
-    corpus = open_corpus(spec("roneneldan/TinyStories"), 0.05)
-    assert (documents(corpus.train()), documents(corpus.validation())) == (
-        ["a story to train"],
-        ["a story to validation"],
-    )

@@ -11,7 +11,7 @@ import pytest
 from shared.errors import DataError, FailedPrecondition, GptloopError, ResourceExhausted
 from shared.gpt.tokenizer import train_bpe
 from trainer_service.presets import PRESETS
-from trainer_service.training import tokens
+from trainer_service.training import file_bytes, tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.shards import HEADER_BYTES
@@ -46,13 +46,17 @@ def files(text: Path, pattern: str) -> list[Path]:
 
 def test_documents_end_in_the_end_token_and_decode_to_the_text(text: Path) -> None:
     data = run(text, replace(CONFIG, max_train_tokens=10**6, max_validation_tokens=10**6))
-    held_out = [story for index, story in enumerate(STORIES) if index % 20 == 19]
-    for split, expected in ((data.train, [s for s in STORIES if s not in held_out]), (data.validation, held_out)):
+    told = []
+    for split in (data.train, data.validation):
         ends = np.flatnonzero(split == data.tokenizer.end_token)
         pieces = np.split(split, ends + 1)
         assert pieces.pop().size == 0
-        assert [data.tokenizer.decode(piece.tolist()) for piece in pieces] == expected
+        told.append([data.tokenizer.decode(piece.tolist()) for piece in pieces])
         assert split.dtype == np.uint16
+    train, held_out = told
+    assert train == [story for story in STORIES if story not in held_out]
+    assert held_out == [story for story in STORIES if story not in train]
+    assert len(held_out) == 10
 
 
 def test_no_more_is_tokenised_than_the_run_reads(text: Path) -> None:
@@ -161,10 +165,10 @@ def test_progress_counts_up_to_the_limit(text: Path, monkeypatch: pytest.MonkeyP
     data = run(text, seen=seen)
     assert [stage for stage in Stage if any(progress.stage is stage for progress in seen)] == list(Stage)
     train = [progress for progress in seen if progress.stage is Stage.TRAIN]
-    counts = [progress.tokens for progress in train]
+    counts = [progress.done for progress in train]
     assert len(counts) > 2
     assert counts == sorted(counts)
-    assert counts[-1] == train[-1].limit == data.train.size
+    assert counts[-1] == train[-1].total == data.train.size
     assert (train[-1].fraction, seen[0].fraction) == (1, None)
 
 
@@ -189,8 +193,8 @@ def test_few_held_out_windows_are_noticed(text: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "config", "error", "sentence"),
     [
-        ("a b", CONFIG, DataError, "Set vocabulary_size to"),
-        (" \n ", replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257), DataError, "training text of .* holds"),
+        ("a b", CONFIG, DataError, "training text of .* holds 4 tokens"),
+        (" \n ", replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257), DataError, "'stories.txt' has no text"),
         (
             "some words " * 30,
             replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257),
@@ -205,6 +209,44 @@ def test_too_little_text_is_refused(
     text.write_text(content)
     with pytest.raises(error, match=sentence):
         run(text, config)
+
+
+def test_the_vocabulary_adapts_to_the_text_and_says_so(text: Path) -> None:
+    text.write_text("so few words, so few tokens. " * 200)
+    for _ in range(2):  # the second time with the tokenizer that was kept
+        data = run(text, replace(CONFIG, vocabulary_size=5000))
+        size = data.tokenizer.vocabulary_size
+        assert data.config == replace(CONFIG, vocabulary_size=size) and 257 < size < 300
+        assert any(f"gives a vocabulary of {size} tokens, not 5,000" in notice for notice in data.notices)
+    given = run(text, replace(CONFIG, tokenizer="gpt2", vocabulary_size=50257))
+    assert given.config.vocabulary_size == 50257
+
+
+def test_training_the_tokenizer_can_be_stopped(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, begun = threading.Event(), threading.Event()
+
+    def slow(*_: object) -> None:
+        begun.set()
+        ended.wait()
+
+    def report(progress: PrepareProgress) -> None:
+        assert progress.stage in (Stage.OPEN, Stage.TOKENIZER)
+        if begun.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokens, "train_bpe", slow)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", report)
+    ended.set()
+
+
+def test_reading_reports_how_far_it_is(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "REPORT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(file_bytes, "CHUNK_BYTES", 4096)
+    seen: list[PrepareProgress] = []
+    run(text, seen=seen)
+    fractions = [each.fraction or 0.0 for each in seen if each.stage is Stage.OPEN]
+    assert fractions == sorted(fractions) and fractions[-1] == 1.0 and len(set(fractions)) > 10
 
 
 def test_a_full_disk_leaves_no_file(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,57 @@
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from shared.errors import Unavailable
+from trainer_service.training import background
+
+
+def test_items_and_errors_come_as_they_are() -> None:
+    def items() -> Iterator[int]:
+        yield from range(100)
+        raise KeyError("the end")
+
+    seen = []
+    with pytest.raises(KeyError, match="the end"):
+        for item in background.iterate(items(), lambda: None):
+            seen.append(item)
+    assert seen == list(range(100))
+    assert background.call(lambda: "one", lambda: None) == "one"
+
+
+def test_the_caller_is_asked_while_it_waits_and_may_leave() -> None:
+    ended, asked = threading.Event(), []
+
+    def tick() -> None:
+        asked.append(threading.current_thread())
+        if len(asked) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        background.call(ended.wait, tick)
+    assert set(asked) == {threading.current_thread()}
+    ended.set()
+
+
+def test_work_that_is_left_ends_at_its_next_item() -> None:
+    closed = threading.Event()
+
+    def items() -> Iterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    iterator = background.iterate(items(), lambda: None)
+    assert next(iterator) == 1
+    iterator.close()  # type: ignore[attr-defined]
+    assert closed.wait(30)
+
+
+def test_silence_ends_the_wait() -> None:
+    ended = threading.Event()
+    with pytest.raises(Unavailable, match="Nothing came for 0 s"):
+        next(background.iterate((ended.wait() for _ in range(1)), lambda: None, 0.0))
+    ended.set()

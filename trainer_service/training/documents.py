@@ -1,0 +1,196 @@
+"""Documents from the formats that hold them: marked text, JSON lines and Parquet.
+
+A reader yields pieces of text, each with whether its document ends there, and counts what it met.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from shared.errors import DataError, shown
+from shared.gpt.tokenizer import END_OF_TEXT, PART_CHARACTERS, safe_cut
+
+# A longer line would be held in memory whole.
+LINE_CHARACTERS = 32 << 20
+# Rows of Parquet that are held at a time.
+_BATCH_BYTES = 8 << 20
+
+Piece = tuple[str, bool]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document, or a part of a long one; cut where this changes no token."""
+
+    text: str
+    ends_document: bool = True
+
+
+@dataclass
+class Counts:
+    """What a reading met: markers, rows without text, rows with half a character, and the fields of the first row
+    without text."""
+
+    markers: int = 0
+    empty_rows: int = 0
+    mended_rows: int = 0
+    fields: list[str] = field(default_factory=list)
+
+
+def passages(pieces: Iterable[Piece]) -> Iterator[Passage]:
+    """Documents without surrounding white space and without empty ones, long ones in several passages.
+
+    White space at the end of a document stays if it is longer than a passage.
+    """
+    rest, begun = "", False
+    for text, ends in pieces:
+        rest = rest + text if begun or rest else text.lstrip()
+        start = 0
+        while len(rest) - start > 2 * PART_CHARACTERS:
+            cut = safe_cut(rest, start, start + PART_CHARACTERS)
+            yield Passage(rest[start:cut], ends_document=False)
+            start, begun = cut, True
+        rest = rest[start:]
+        if ends:
+            rest = rest.rstrip()
+            if rest or begun:
+                yield Passage(rest)
+            rest, begun = "", False
+
+
+def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Piece]:
+    """The text before, between and after the end markers."""
+    rest = ""
+    for chunk in chunks:
+        text = rest + chunk
+        start = 0
+        while (end := text.find(END_OF_TEXT, start)) >= 0:
+            counts.markers += 1
+            yield text[start:end], True
+            start = end + len(END_OF_TEXT)
+        # The chunk may end within a marker.
+        kept = max(start, len(text) - len(END_OF_TEXT) + 1)
+        yield text[start:kept], False
+        rest = text[kept:]
+    yield rest, True
+
+
+def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Piece]:
+    """The texts of JSON objects, one a line, in the field `text`."""
+    # Numbers are not needed, and those of thousands of digits are no int.
+    decode = json.JSONDecoder(parse_int=float).decode
+    for number, line in _lines(chunks, path):
+        if not line.strip():
+            continue
+        where = f"Line {number:,} of {shown(path.name)}"
+        try:
+            row: Any = decode(line)
+        except RecursionError:
+            raise DataError(f"{where} is nested too deeply to be read.") from None
+        except ValueError as error:
+            reason = shown(getattr(error, "msg", str(error)), 60)
+            raise DataError(f"{where} is not JSON: {reason}. Each line must be an object with a text.") from None
+        if not isinstance(row, dict):
+            raise DataError(f'{where} is not a JSON object with its text in the field "text", but {_kind(row)}.')
+        text = row.get("text")
+        if text is not None and not isinstance(text, str):
+            raise DataError(f'{where} has {_kind(text)} in the field "text", which is not text.')
+        if text is None and not counts.fields:
+            counts.fields = list(row)
+        yield from _row(text, counts)
+
+
+def _lines(chunks: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
+    number, parts, length = 1, list[str](), 0
+    for chunk in chunks:
+        *ended, rest = chunk.split("\n")
+        for end in ended:
+            yield number, "".join([*parts, end])
+            number, parts, length = number + 1, [], 0
+        parts.append(rest)
+        length += len(rest)
+        if length > LINE_CHARACTERS:
+            raise DataError(
+                f"Line {number:,} of {shown(path.name)} is longer than {LINE_CHARACTERS:,} characters; part its text "
+                "into several lines, or put it into a .txt file."
+            )
+    yield number, "".join(parts)
+
+
+def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Piece]:
+    """The texts of the column `text`."""
+    # Loading pyarrow takes about a second, which only those who read .parquet need to wait.
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    name = shown(path.name)
+    try:
+        # Column chunks are read bit by bit, however large they are.
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+            columns = table.schema_arrow.names
+            if "text" not in columns:
+                raise DataError(f'{name} has no column "text"; its columns are {shown(", ".join(columns), 120)}.')
+            kind = table.schema_arrow.field("text").type
+            if not _holds_text(kind, pyarrow.types):
+                raise DataError(f'The column "text" of {name} holds {shown(str(kind), 60)}, which is not text.')
+            first = 1
+            for batch in table.iter_batches(batch_size=_batch_size(table.metadata), columns=["text"]):
+                yield from _rows(batch.column(0), first, name, counts)
+                first += len(batch)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name} cannot be read as Parquet: {shown(str(error), 120)}.") from None
+
+
+def _holds_text(kind: Any, types: Any) -> bool:
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)) or bool(
+        types.is_null(kind)
+    )
+
+
+def _batch_size(metadata: Any) -> int:
+    """Rows of about `_BATCH_BYTES`."""
+    size_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    return int(min(max(_BATCH_BYTES * metadata.num_rows // max(size_bytes, 1), 1), 1024))
+
+
+def _rows(column: Any, first: int, name: str, counts: Counts) -> Iterator[Piece]:
+    try:
+        texts = column.to_pylist()
+    except UnicodeDecodeError:
+        for number, scalar in enumerate(column, start=first):
+            try:
+                scalar.as_py()
+            except UnicodeDecodeError:
+                raise DataError(f"Row {number:,} of {name} is not UTF-8 text. Convert it, or leave it out.") from None
+        raise
+    for text in texts:
+        yield from _row(text, counts)
+
+
+def _row(text: str | None, counts: Counts) -> Iterator[Piece]:
+    if text is None or not text.strip():
+        counts.empty_rows += 1
+        return
+    mended = whole(text)
+    counts.mended_rows += mended is not text
+    yield mended, True
+
+
+def whole(text: str) -> str:
+    """The same text, with U+FFFD for each half of a character (a lone surrogate), which no tokenizer can read."""
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _kind(value: object) -> str:
+    """The kind of a value of JSON, in words."""
+    names = {list: "a list", dict: "an object", str: "a text", float: "a number", bool: "true or false"}
+    return names.get(type(value), "null")
