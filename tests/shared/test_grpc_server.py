@@ -11,9 +11,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from shared import errors
+from shared import errors, grpc_server
 from shared.grpc_server import GrpcServer
 from shared.grpc_status import code_of, error_of
+from tests.shared.http2_client import PingingClient
 
 SERVICE = "inference.v1.InferenceService"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -221,6 +222,37 @@ def test_a_host_that_is_not_here_is_refused() -> None:
             await GrpcServer([SERVICE]).start("192.0.2.1", 0, "THE_PORT")
 
     asyncio.run(body())
+
+
+def test_a_client_may_ask_every_second_whether_the_server_is_there() -> None:
+    options = dict(grpc_server._OPTIONS)
+    assert options["grpc.http2.min_ping_interval_without_data_ms"] <= 1000
+    assert options["grpc.keepalive_permit_without_calls"] == 1
+
+
+@pytest.mark.parametrize(("pings", "interval_s", "answer"), [(6, 0.05, ""), (100, 0.0, "too_many_pings")])
+def test_a_connection_without_calls_stays_unless_it_asks_too_often(
+    pings: int, interval_s: float, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = dict(grpc_server._OPTIONS) | {"grpc.http2.min_ping_interval_without_data_ms": 25}
+    monkeypatch.setattr(grpc_server, "_OPTIONS", tuple(often.items()))
+
+    async def body() -> None:
+        server = GrpcServer([SERVICE])
+        client = await PingingClient.connect(await server.start("127.0.0.1", 0, "PORT"))
+        answers = set()
+        # A server forgives two that come too early.
+        for _ in range(pings):
+            answers.add(await client.ping())
+            await asyncio.sleep(interval_s)
+            if "too_many_pings" in answers:
+                break
+        client.close()
+        assert answers <= {"", answer}
+        assert answer in answers
+        await server.stop(0.0, asyncio.Event())
+
+    asyncio.run(asyncio.wait_for(body(), 30))
 
 
 def run_with(
