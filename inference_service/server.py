@@ -16,6 +16,8 @@ from inference_service.engine.request import Output
 from inference_service.hotload import HotLoader
 from inference_service.interceptors import CredentialInterceptor
 from inference_service.metrics import InferenceMetrics
+from inference_service.patience import Patience
+from inference_service.pauses import Pauses
 from inference_service.residents import Residents
 from inference_service.servicer import InferenceServicer
 from inference_service.settings import METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
@@ -80,14 +82,18 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     )
     versions = HotLoader(catalogue, residents, settings.gate_margin, metrics)
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
+    pauses = Pauses()
+    patience = Patience(settings.slow_reader_s, pauses)
     servicer = InferenceServicer(
         *(registry, catalogue, engine, residents, admission, metrics, versions.failed),
         slots=settings.slots,
-        slow_reader_s=settings.slow_reader_s,
+        patience=patience,
     )
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(AdminServicer(catalogue, versions), server.server)
-    watchdog = Watchdog(engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s)
+    watchdog = Watchdog(
+        engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s, pauses, patience
+    )
 
     with metrics_page(collectors, settings.host, settings.metrics_port, METRICS_PORT_VARIABLE) as metrics_port:
         # Before any call: what was refused is refused from the beginning on.

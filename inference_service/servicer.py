@@ -25,9 +25,10 @@ from inference_service.engine.request import (
     StepFailed,
 )
 from inference_service.metrics import InferenceMetrics
+from inference_service.patience import Patience
 from inference_service.residents import Resident, Residents
 from inference_service.translate import Draft, Selection
-from shared.errors import DeadlineExceeded, GptloopError, ResourceExhausted, Unavailable
+from shared.errors import DeadlineExceeded, GptloopError, Unavailable
 from shared.gpt.tokenizer import Tokenizer
 from shared.grpc_status import code_of
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -51,7 +52,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         version_failed: Callable[[int, GptloopError], None],
         *,
         slots: int,
-        slow_reader_s: float,
+        patience: Patience,
     ) -> None:
         self._registry = registry
         self._catalogue = catalogue
@@ -61,7 +62,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._metrics = metrics
         self._version_failed = version_failed
         self._slots = slots
-        self._slow_reader_s = slow_reader_s
+        self._patience = patience
         self._outputs: dict[str, asyncio.Queue[Output]] = {}
 
     def deliver(self, outputs: list[Output]) -> None:
@@ -175,13 +176,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _write(self, context: Any, message: pb.GenerateResponse) -> None:
         """Writes a message as soon as the client takes it; raises `ResourceExhausted` where it does not."""
-        try:
-            async with asyncio.timeout(self._slow_reader_s):
-                await context.write(message)
-        except TimeoutError:
-            raise ResourceExhausted(
-                f"The client has not read a message for {self._slow_reader_s:g} s, so its stream is ended."
-            ) from None
+        async with self._patience.with_reader():
+            await context.write(message)
 
     async def _choose(self, selection: Selection) -> VersionManifest | None:
         """The version that a call asks for, None for the serving one.

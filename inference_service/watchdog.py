@@ -5,10 +5,11 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from inference_service.engine.engine import Engine
+from inference_service.patience import Patience
+from inference_service.pauses import LOOK_INTERVAL_S, Pauses
 
 logger = logging.getLogger(__name__)
 
-_INTERVAL_S = 0.1
 # A step that takes longer turns health to NOT_SERVING, within a second of its beginning, until it ends.
 _SLOW_S = 0.7
 # A piece of an examination may take so long: on a GPU it compiles a program, which takes a while the first time.
@@ -16,7 +17,8 @@ _EXAMINED_WITHIN_S = 600.0
 
 
 class Watchdog:
-    """Watches one engine. `serves` says whether there is a version to serve, `set_serving` changes health."""
+    """Watches one engine, and the clients that read from it. `serves` says whether there is a version to serve,
+    `set_serving` changes health. A pause of the whole process is nobody's fault."""
 
     def __init__(
         self,
@@ -24,17 +26,24 @@ class Watchdog:
         serves: Callable[[], bool],
         set_serving: Callable[[bool], Awaitable[None]],
         stuck_after_s: float,
+        pauses: Pauses,
+        patience: Patience,
     ) -> None:
         self._engine = engine
         self._serves = serves
         self._set_serving = set_serving
         self._stuck_after_s = stuck_after_s
+        self._pauses = pauses
+        self._patience = patience
 
     async def run(self) -> None:
         """Returns when a step has taken so long that it will not end."""
         healthy = False
         while True:
-            serves, stalled_s = self._serves(), self._engine.stalled_s
+            self._pauses.look()
+            self._patience.look()
+            serves, busy_since = self._serves(), self._engine.busy_since
+            stalled_s = 0.0 if busy_since is None else self._pauses.ran_since(busy_since)
             limit_s = max(self._stuck_after_s, _EXAMINED_WITHIN_S) if self._engine.examines else self._stuck_after_s
             if stalled_s > limit_s:
                 logger.error("the engine is stuck: a step has taken %.1f s", stalled_s)
@@ -46,4 +55,4 @@ class Watchdog:
                     logger.info("health is SERVING")
                 else:
                     logger.warning("health is NOT_SERVING: %s", "a step takes long" if serves else "no version serves")
-            await asyncio.sleep(_INTERVAL_S)
+            await asyncio.sleep(LOOK_INTERVAL_S)

@@ -118,11 +118,10 @@ class Engine:
         self._inbox.close(reason)
 
     @property
-    def stalled_s(self) -> float:
-        """For how long a single step, one command or one piece of an examination has been under way; 0 where there is
-        nothing to do."""
-        since = self._busy_since
-        return 0.0 if since is None else time.monotonic() - since
+    def busy_since(self) -> float | None:
+        """When a single step, one command or one piece of an examination began that is under way now; None if there is
+        nothing to do. A time of `time.monotonic`."""
+        return self._busy_since
 
     @property
     def examines(self) -> bool:

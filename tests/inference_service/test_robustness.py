@@ -1,5 +1,6 @@
 """What a client meets when a server is full, slow, broken or told to end: real processes, real calls."""
 
+import os
 import re
 import signal
 import threading
@@ -191,6 +192,31 @@ def test_a_slow_reader_gets_everything_in_fewer_messages(tmp_path: Path) -> None
     assert sum(len(delta.token_ids) for delta in deltas) == 2000
     assert max(len(delta.token_ids) for delta in deltas) > 100
     assert "".join(delta.text for delta in deltas) == expected
+
+
+def test_a_process_that_was_paused_blames_neither_its_engine_nor_a_client(tmp_path: Path) -> None:
+    server = start(tmp_path / "var", STUCK_AFTER_S=1, SLOW_READER_S=2.4)
+
+    def is_blocked() -> bool:
+        written = [server.metrics()["gptloop_inference_generated_tokens_total",] for _ in range(2)]
+        return written[0] == written[1] > 0
+
+    try:
+        with server.client() as client, grpc.insecure_channel(server.address, options=SMALL_WINDOW) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            unread = stub.Generate(pb.GenerateRequest(prompt="x", max_tokens=3000, ignore_eos=True, logprobs=20))
+            until(is_blocked)
+            stream = endless(client)
+            server.process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
+            time.sleep(2.5)
+            server.process.send_signal(signal.SIGCONT)
+            until(lambda: "the process was paused for 2." in "".join(server.lines))
+            assert sum(len(answer.delta.token_ids) for answer in unread) == 3000
+            assert isinstance(next(stream), pb.Delta)
+            assert server.serves()
+    finally:
+        assert server.end() == 0, server.lines
 
 
 def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp_path: Path) -> None:

@@ -7,29 +7,49 @@ from typing import Any
 import pytest
 
 from inference_service import watchdog
+from inference_service.patience import Patience
+from inference_service.pauses import LOOK_INTERVAL_S, Pauses
 from inference_service.watchdog import Watchdog
 from tests.inference_service.world import until
 
 STUCK_AFTER_S = 30.0
 
 
+class Clock:
+    """One that stands still until a test moves it."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 class SlowEngine:
     """One whose step, or piece of an examination, has been under way for so long."""
 
-    stalled_s = 0.0
-    examines = False
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.busy_since: float | None = None
+        self.examines = False
+
+    def stall(self, seconds: float) -> None:
+        self.busy_since = self._clock() - seconds if seconds else None
 
 
 class Watched:
     """An engine that is watched, whether a version serves, and what health became, one after another."""
 
     def __init__(self) -> None:
-        self.engine = SlowEngine()
+        self.clock = Clock()
+        self.engine = SlowEngine(self.clock)
         self.serves = False
         self.health: list[bool] = []
         self._looks = 0
         engine: Any = self.engine
-        self._watchdog = Watchdog(engine, self._look, self._set_serving, STUCK_AFTER_S)
+        pauses = Pauses(self.clock)
+        self._watchdog = Watchdog(
+            engine, self._look, self._set_serving, STUCK_AFTER_S, pauses, Patience(10.0, pauses, self.clock)
+        )
 
     def _look(self) -> bool:
         self._looks += 1
@@ -60,7 +80,7 @@ class Watched:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
-    monkeypatch.setattr(watchdog, "_INTERVAL_S", 0.001)
+    monkeypatch.setattr(watchdog, "LOOK_INTERVAL_S", 0.001)
     return Watched()
 
 
@@ -70,13 +90,14 @@ def test_health_is_serving_only_while_a_version_serves_and_no_step_takes_long(wa
             (False, 0.0, []),
             (True, 0.0, [True]),
             (True, watchdog._SLOW_S - 0.01, [True]),
-            (True, watchdog._SLOW_S, [True, False]),
+            (True, watchdog._SLOW_S + 0.01, [True, False]),
             (True, STUCK_AFTER_S, [True, False]),
             (True, 0.0, [True, False, True]),
             (False, 0.0, [True, False, True, False]),
             (False, 2 * watchdog._SLOW_S, [True, False, True, False]),
         ):
-            watched.serves, watched.engine.stalled_s = serves, stalled_s
+            watched.serves = serves
+            watched.engine.stall(stalled_s)
             await watched.looked()
             assert watched.health == expected
         assert not watching.done()
@@ -85,17 +106,19 @@ def test_health_is_serving_only_while_a_version_serves_and_no_step_takes_long(wa
 
 
 def test_a_step_that_takes_long_shows_within_a_second() -> None:
-    assert watchdog._SLOW_S + watchdog._INTERVAL_S < 1.0
+    assert watchdog._SLOW_S + LOOK_INTERVAL_S < 1.0
 
 
 def test_watching_ends_once_a_step_has_taken_so_long_that_it_will_not_end(
     watched: Watched, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(watching: "asyncio.Task[None]") -> None:
-        watched.serves, watched.engine.stalled_s = True, STUCK_AFTER_S
+        watched.serves = True
+        watched.engine.stall(STUCK_AFTER_S)
         await watched.looked()
         assert not watching.done()
-        watched.engine.stalled_s, watched.engine.examines = STUCK_AFTER_S + 0.1, True
+        watched.engine.examines = True
+        watched.engine.stall(STUCK_AFTER_S + 0.1)
         await watched.looked()
         assert not watching.done()
         watched.engine.examines = False
@@ -105,3 +128,22 @@ def test_watching_ends_once_a_step_has_taken_so_long_that_it_will_not_end(
     watched.run(test)
     assert watched.health == []
     assert "a step has taken 30.1 s" in caplog.text
+
+
+def test_a_pause_of_the_process_is_not_a_step_that_takes_long(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(watching: "asyncio.Task[None]") -> None:
+        watched.serves = True
+        watched.engine.stall(0.1)
+        await watched.looked()
+        watched.clock.now_s += 2 * STUCK_AFTER_S
+        await watched.looked()
+        assert (watching.done(), watched.health) == (False, [True])
+        # What the step took before and takes afterwards counts.
+        watched.clock.now_s += 0.9
+        await watched.looked()
+        assert (watching.done(), watched.health) == (False, [True, False])
+
+    watched.run(test)
+    assert "the process was paused for 59.9 s" in caplog.text
