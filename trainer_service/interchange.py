@@ -3,14 +3,15 @@
 import math
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument
+from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, shown
 from shared.gpt.config import GPTConfig
-from shared.gpt.gpt2 import read_config, read_model, write_model
+from shared.gpt.gpt2 import CONFIG_FILE, read_config, read_model, write_model
 from shared.gpt.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from shared.gpt.model import parameters_of
 from shared.gpt.tokenizer import Tokenizer
@@ -29,6 +30,9 @@ from trainer_service.training.tokens import prepare
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
 from trainer_service.versions import publish
+
+# What a file system puts into its own root.
+_OF_A_NEW_DISK = frozenset({"lost+found", ".DS_Store"})
 
 # Tells a stage of the work, and how much of it is done, from 0 to 1.
 Report = Callable[[str, float | None], None]
@@ -60,8 +64,9 @@ def import_folder(
     report("reading the model", None)
     published = read_config(directory)
     tokenizer = read_tokenizer(directory, published.gpt.vocabulary_size)
-    config = _training_config(published.gpt, tokenizer)
-    model = read_model(directory, published.gpt)
+    cut = published.gpt.vocabulary_size - tokenizer.vocabulary_size
+    config = _training_config(replace(published.gpt, vocabulary_size=tokenizer.vocabulary_size), tokenizer)
+    model = read_model(directory, published.gpt, tokenizer.vocabulary_size)
 
     # Of the training text, no more than the one batch.
     few = replace(config, max_train_tokens=config.tokens_per_step + 1)
@@ -93,9 +98,14 @@ def import_folder(
     registry.write_state(fence, spec.run, trainer.step, trainer.save)
     version = publish(registry, fence, spec, prepared, trainer, evaluation_set, held_out)
     prune(registry, retention)
-    notices = prepared.notices
+    notices = prepared.notices + published.notices
+    if cut:
+        notices += (
+            f"The model has {published.gpt.vocabulary_size} tokens, the tokenizer {tokenizer.vocabulary_size}: the "
+            f"last {cut} rows of the embedding, which no text uses, are left out.",
+        )
     if published.end_tokens not in ((), (tokenizer.end_token,)):
-        ids = ", ".join(map(str, published.end_tokens))
+        ids = shown(", ".join(map(str, published.end_tokens[:10])))[1:-1]
         notices += (f"eos_token_id is {ids}, but a text ends with the tokenizer's last token, {tokenizer.end_token}.",)
     return Imported(version, notices)
 
@@ -103,31 +113,62 @@ def import_folder(
 def export_version(number: int, directory: Path, registry: Registry) -> list[Path]:
     """Writes a version's model and tokenizer into a new or empty folder, all of it or nothing; returns its files.
 
-    Raises `AlreadyExists` where the folder holds something, `NotFound` or `CorruptCheckpoint` for a version that is
-    not there or not whole, and `InvalidArgument` for a tokenizer that GPT-2's files cannot describe.
+    A folder that exists may be a mount, so it is filled and never replaced. Raises `AlreadyExists` where the folder
+    holds something, `NotFound` or `CorruptCheckpoint` for a version that is not there or not whole,
+    `FailedPrecondition` where the folder cannot be written, and `InvalidArgument` for a tokenizer that GPT-2's files
+    cannot describe.
     """
     version = registry.version(number)
     target = directory.resolve()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise AlreadyExists(f"{directory} is there already and not empty; name a new or an empty folder.")
+    with _writing(directory):
+        exists = target.exists()
+        if exists and not (target.is_dir() and {path.name for path in target.iterdir()} <= _OF_A_NEW_DISK):
+            raise AlreadyExists(f"{directory} is there already and not empty; name a new or an empty folder.")
     registry.verify(version)
     source = registry.version_directory(number)
     tokenizer = Tokenizer.load(source / "tokenizer.json")
     model = load_model(source / "model.safetensors", GPTConfig.from_dict(version.model))
-    staging = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    name = f".{target.name}.{secrets.token_hex(4)}.partial"
+    staging = (target if exists else target.parent) / name
     try:
-        staging.mkdir(parents=True)
-        write_model(model, tokenizer.end_token, staging)
-        write_tokenizer(tokenizer, model.config.context_length, staging)
-        for path in (*staging.iterdir(), staging):
-            sync(path)
-        staging.rename(target)
-    except OSError as error:
-        raise FailedPrecondition(f"{directory} cannot be written: {error.strerror}.") from error
+        with _writing(directory):
+            staging.mkdir(parents=True)
+            write_model(model, tokenizer.end_token, staging)
+            write_tokenizer(tokenizer, model.config.context_length, staging)
+            for path in (*staging.iterdir(), staging):
+                sync(path)
+            names = sorted(path.name for path in staging.iterdir())
+            if exists:
+                _move_files(staging, target)
+            else:
+                staging.rename(target)
+                sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    sync(target.parent)
-    return sorted(target.iterdir())
+    return [target / name for name in names]
+
+
+def _move_files(staging: Path, target: Path) -> None:
+    """Moves files into a folder, and those that were moved out of it again if that fails; config.json comes last, and
+    without it the folder is no model."""
+    moved: list[Path] = []
+    try:
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+            path.rename(target / path.name)
+            moved.append(target / path.name)
+        sync(target)
+    except OSError:
+        for path in reversed(moved):
+            path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FailedPrecondition(f"{directory} cannot be written: {error.strerror}.") from error
 
 
 def _training_config(gpt: GPTConfig, tokenizer: Tokenizer) -> TrainingConfig:

@@ -1,4 +1,4 @@
-"""GPT-2 in Hugging Face's layout: config.json and model.safetensors, into our model and out of it.
+"""GPT-2 in Hugging Face's layout: config.json and model.safetensors or its shards, into our model and out of it.
 
 Source: the published GPT-2, and `GPT2LMHeadModel` of the library transformers, which reads and writes such folders.
 Shapes: C width, F hidden width, S positions of the context, V vocabulary.
@@ -7,19 +7,22 @@ Shapes: C width, F hidden width, S positions of the context, V vocabulary.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
+from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound, shown
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
 from shared.gpt.weights import load_arrays, save_arrays
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+# Says in which file each tensor is, if there are several.
+INDEX_FILE = "model.safetensors.index.json"
+PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PREFIX = "transformer."
 EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 # Masks that older files hold beside the weights.
@@ -39,10 +42,11 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """The shape that a config.json describes, and the ids that it says end a text."""
+    """The shape that a config.json describes, the ids that it says end a text, and what a person should know."""
 
     gpt: GPTConfig
     end_tokens: tuple[int, ...]
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,21 @@ def tensors(config: GPTConfig) -> Iterator[Tensor]:
 
 
 def read_config(directory: Path) -> PublishedConfig:
-    """What a folder's config.json says. Dropout is `resid_pdrop`; our model has none where `attn_pdrop` would act.
+    """What a folder's config.json says. Dropout is `resid_pdrop`; our model has none where `attn_pdrop` would act, and
+    the same after the embeddings, which matters in training only.
 
     Raises `NotFound` where the folder or a file is missing, and `InvalidArgument` where our model cannot be like that.
     """
     if not directory.is_dir():
         raise NotFound(f"The folder {directory} does not exist.")
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
-            raise NotFound(f"{directory} has no {name}, so it is no GPT-2 with its weights in one safetensors file.")
     path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise NotFound(f"{directory} has no {CONFIG_FILE}, so it is no GPT-2 in Hugging Face's layout.")
     settings = read_json(path)
 
     def unsupported(name: str, right: str) -> InvalidArgument:
-        return InvalidArgument(f"{path} says that {name} is {json.dumps(settings.get(name))}, but it must be {right}.")
+        value = shown(json.dumps(settings.get(name)))[1:-1]
+        return InvalidArgument(f"{path} says that {name} is {value}, but it must be {right}.")
 
     def number(name: str) -> int:
         value = settings.get(name)
@@ -111,11 +116,18 @@ def read_config(directory: Path) -> PublishedConfig:
     for name, supported in SUPPORTED.items():
         if settings.get(name, supported[0]) not in (None, *supported):
             raise unsupported(name, " or ".join(map(json.dumps, supported)))
-    dropout = settings.get("resid_pdrop", 0.1)
-    if not isinstance(dropout, int | float):
-        raise unsupported("resid_pdrop", "a number")
-    if settings.get("embd_pdrop", 0.1) != dropout:
-        raise unsupported("embd_pdrop", f"{dropout} like resid_pdrop")
+    dropouts = {name: settings.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    for name, value in dropouts.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise unsupported(name, "a number")
+    dropout = dropouts["resid_pdrop"]
+    notices: tuple[str, ...] = ()
+    if (dropouts["embd_pdrop"], dropouts["attn_pdrop"]) != (dropout, 0):
+        stated = ", ".join(f"{name} {shown(value, 20)}" for name, value in dropouts.items())
+        notices = (
+            f"{CONFIG_FILE} says {stated}; a run that continues this version takes a dropout of {shown(dropout, 20)} "
+            "after embeddings and layers and none in attention, unless you set another.",
+        )
     tied = settings.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
         raise unsupported("tie_word_embeddings", "true or false")
@@ -131,27 +143,33 @@ def read_config(directory: Path) -> PublishedConfig:
         dropout=float(dropout),
     )
     ends = end if isinstance(end, list) else [end]
-    return PublishedConfig(config, tuple(each for each in ends if isinstance(each, int)))
+    return PublishedConfig(config, tuple(each for each in ends if isinstance(each, int)), notices)
 
 
-def read_model(directory: Path, config: GPTConfig) -> GPT:
+def read_model(directory: Path, config: GPTConfig, vocabulary_size: int | None = None) -> GPT:
     """The model of a folder in fp32, evaluated and in evaluation mode; fp16 and bf16 become fp32.
 
-    Raises `CorruptCheckpoint` where names or shapes do not fit the configuration or a value is not finite, and
-    `InvalidArgument` where the numbers are of another type.
+    With a `vocabulary_size` below the configuration's, the model has the first tokens only: those of the tokenizer,
+    without the rows by which many programs fill the table up. Raises `CorruptCheckpoint` where names or shapes do not
+    fit the configuration or a value is not finite, `InvalidArgument` where the numbers are of another type, and
+    `NotFound` where a file is missing.
     """
-    path = directory / WEIGHTS_FILE
-    arrays = {name: array for name, array in load_arrays(path).items() if not BUFFER.fullmatch(name)}
+    path, stored = _read_arrays(directory)
+    arrays = {name: array for name, array in stored.items() if not BUFFER.fullmatch(name)}
     prefix = PREFIX if any(name.startswith(PREFIX) for name in arrays) else ""
     # A configuration may claim a million layers, which are better not listed.
     layers = len({name.removeprefix(prefix).split(".")[1] for name in arrays if name.startswith(f"{prefix}h.")})
     if layers != config.layers:
         raise CorruptCheckpoint(f"{path} holds {layers} layers, but n_layer is {config.layers} in {CONFIG_FILE}.")
+    if config.tied_head and HEAD in arrays:
+        # Either of the two may stand for both.
+        arrays.setdefault(prefix + EMBEDDING, arrays[HEAD])
     head = arrays.pop(HEAD, None) if config.tied_head else None
     expected = {tensor.stored(prefix): tensor for tensor in tensors(config)}
     if odd := sorted(set(arrays) ^ set(expected)):
         raise CorruptCheckpoint(
-            f"{path} does not hold the weights that {CONFIG_FILE} describes: missing or extra are {', '.join(odd[:5])}."
+            f"{path} does not hold the weights that {CONFIG_FILE} describes: missing or extra are "
+            f"{', '.join(shown(name, 60)[1:-1] for name in odd[:3])}."
         )
     for name, tensor in expected.items():
         array = arrays[name]
@@ -163,13 +181,41 @@ def read_model(directory: Path, config: GPTConfig) -> GPT:
         raise CorruptCheckpoint(f"{path} holds another {HEAD} than {EMBEDDING}, but tie_word_embeddings is true.")
     if not mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in arrays.values()])):
         raise CorruptCheckpoint(f"{path} holds values that are not finite.")
-    model = GPT(config)
+    for name in (prefix + EMBEDDING, HEAD):
+        if vocabulary_size is not None and name in arrays:
+            arrays[name] = arrays[name][:vocabulary_size]
+    model = GPT(replace(config, vocabulary_size=vocabulary_size or config.vocabulary_size))
     model.load_weights(
         [(tensor.ours, tensor.turned(arrays[name]).astype(mx.float32)) for name, tensor in expected.items()]
     )
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def _read_arrays(directory: Path) -> tuple[Path, dict[str, mx.array]]:
+    """Every array of a folder, of one file or of its shards, and the file that names them all."""
+    path, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    if path.is_file():
+        return path, load_arrays(path)
+    if not index.is_file():
+        if pickled := next((name for name in PICKLED_FILES if (directory / name).is_file()), None):
+            raise NotFound(
+                f"{directory} has its weights as {pickled} only, which runs code when it is read; write them as "
+                f"{WEIGHTS_FILE} with `save_pretrained` of transformers."
+            )
+        raise NotFound(f"{directory} has no {WEIGHTS_FILE} and no {INDEX_FILE} with shards.")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise InvalidArgument(f"{index} has no weight_map from the names of tensors to the names of files.")
+    arrays: dict[str, mx.array] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise InvalidArgument(f"{index} names the file {shown(name)}, but must name .safetensors files beside it.")
+        if not (directory / name).is_file():
+            raise NotFound(f"{directory} has no {shown(name)}, which {INDEX_FILE} names.")
+        arrays |= load_arrays(directory / name)
+    return index, arrays
 
 
 def write_model(model: GPT, end_token: int, directory: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
 from shared.gpt.gpt2 import read_json
 from shared.gpt.tokenizer import END_OF_TEXT, PATTERN, Tokenizer, byte_of_letter, load_gpt2
 
@@ -22,12 +22,18 @@ WHOLE_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 ADDED_FILE = "added_tokens.json"
 GPT2_TOKENS = 50257
+# Many programs fill GPT-2's table up to a multiple of 64, of 128, or of some more.
+_MOST_FILLED_UP = 51200
 
 Merge = tuple[str, str]
 
+# Characters of the reason for which a tokenizer cannot be represented.
+_REASON = 160
+
 
 def read_tokenizer(directory: Path, vocabulary_size: int) -> Tokenizer:
-    """The tokenizer of a folder, for a model of so many tokens; GPT-2's own where it holds none and that has 50257.
+    """The tokenizer of a folder, for a model of so many tokens or fewer; GPT-2's own where it holds none and the model
+    has 50257 tokens or is filled up to some more.
 
     Raises `InvalidArgument` where there is none that we can represent, or it does not fit the model, and `Unavailable`
     where GPT-2's own cannot be had.
@@ -38,7 +44,7 @@ def read_tokenizer(directory: Path, vocabulary_size: int) -> Tokenizer:
             merges = _read_merges(directory / MERGES_FILE)
         elif (directory / WHOLE_FILE).exists():
             vocabulary, merges = _read_whole(directory / WHOLE_FILE)
-        elif vocabulary_size == GPT2_TOKENS:
+        elif GPT2_TOKENS <= vocabulary_size <= _MOST_FILLED_UP:
             return load_gpt2()
         else:
             raise InvalidArgument(
@@ -46,11 +52,15 @@ def read_tokenizer(directory: Path, vocabulary_size: int) -> Tokenizer:
                 f"understood without them, as GPT-2's own, and this one has {vocabulary_size}."
             )
         tokenizer = _tokenizer(vocabulary | _added_tokens(directory), merges)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidArgument(f"The tokenizer in {directory} cannot be represented here: {error}.") from None
-    if tokenizer.vocabulary_size != vocabulary_size:
+    except KeyError as error:
+        raise InvalidArgument(f"The tokenizer in {directory} cannot be represented here: no {error.args[0]}.") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error) if len(str(error)) <= _REASON else shown(str(error), _REASON)
+        raise InvalidArgument(f"The tokenizer in {directory} cannot be represented here: {reason}.") from None
+    if tokenizer.vocabulary_size > vocabulary_size:
         raise InvalidArgument(
-            f"The tokenizer in {directory} has {tokenizer.vocabulary_size} tokens, but the model has {vocabulary_size}."
+            f"The tokenizer in {directory} has {tokenizer.vocabulary_size} tokens, but the model has only "
+            f"{vocabulary_size}."
         )
     return tokenizer
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from shared.errors import (
     NotFound,
 )
 from shared.gpt.config import GPTConfig, count_parameters
-from shared.gpt.gpt2 import read_model, write_model
+from shared.gpt.gpt2 import read_config, read_model, write_model
 from shared.gpt.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from shared.gpt.model import GPT, parameters_of
 from shared.gpt.tokenizer import PATTERN, Tokenizer
@@ -198,6 +199,52 @@ def test_a_folder_that_is_refused_leaves_nothing(tmp_path: Path, data: DatasetSp
     assert not directories.var.exists()
 
 
+def test_rows_beyond_the_tokenizer_are_left_out_with_a_notice(
+    tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
+) -> None:
+    for tied in (True, False):
+        config = GPTConfig.from_dict(SHAPE.to_dict() | {"vocabulary_size": 320, "tied_head": tied})
+        folder = write_folder(tmp_path / f"padded-{tied}", config)
+        imported = bring(folder, data, directories)
+        assert imported.notices[-1] == (
+            "The model has 320 tokens, the tokenizer 257: the last 63 rows of the embedding, which no text uses, are "
+            "left out."
+        )
+        model = read_content(registry, imported.version).model
+        assert model.config.vocabulary_size == 257
+        whole = parameters_of(read_model(folder, config))
+        for name, array in parameters_of(model).items():
+            assert mx.array_equal(array, whole[name][:257] if whole[name].shape[0] == 320 else whole[name])
+
+
+AWKWARD = pytest.mark.skipif("GPTLOOP_TEST_DATA" not in os.environ, reason="GPTLOOP_TEST_DATA is not set")
+
+
+@AWKWARD
+@pytest.mark.parametrize(
+    ("name", "notice"),
+    [
+        ("padded", "The model has 320 tokens, the tokenizer 300: the last 20 rows"),
+        ("sharded", ""),
+        ("head_only", ""),
+        (
+            "pdrop",
+            "config.json says resid_pdrop 0.1, embd_pdrop 0.0, attn_pdrop 0.1; a run that continues this version",
+        ),
+    ],
+)
+def test_what_other_programs_write_is_imported_and_continued(
+    name: str, notice: str, data: DatasetSpec, directories: Directories, registry: Registry
+) -> None:
+    imported = bring(Path(os.environ["GPTLOOP_TEST_DATA"], "awkward", f"gpt2-{name}"), data, directories)
+    told = [each for each in imported.notices if "held-out" not in each and "marker" not in each]
+    assert len(told) == (notice != "") and all(each.startswith(notice) and len(each) <= 300 for each in told)
+    assert read_content(registry, imported.version).model.config.vocabulary_size == 300
+    spec = resolve(TrainingRequest(resume=1, overrides={"max_steps": "3"}), registry)
+    assert spec.config.dropout == (0.1 if name == "pdrop" else 0.0)
+    assert TrainingRun(spec, Attempt(1, directories, Retention(), HERE, lambda _: None, lambda: False)).train()
+
+
 def test_a_model_whose_loss_is_not_finite_is_refused(
     tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
@@ -229,6 +276,57 @@ def test_a_folder_that_holds_something_is_never_written(tmp_path: Path, registry
         with pytest.raises(AlreadyExists, match="is there already and not empty"):
             export_version(1, taken, registry)
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
+
+
+def test_an_empty_folder_is_filled_and_not_replaced(tmp_path: Path, registry: Registry) -> None:
+    publish_tiny_version(registry, 1.0)
+    target = tmp_path / "target"
+    (target / "lost+found").mkdir(parents=True)
+    inode = target.stat().st_ino
+    files = export_version(1, target, registry)
+    assert target.stat().st_ino == inode
+    assert {*files, target / "lost+found"} == set(target.iterdir())
+    assert read_config(target).gpt == GPTConfig.from_dict(registry.version(1).model)
+
+
+def test_a_version_is_exported_into_a_mount(tmp_path: Path, registry: Registry) -> None:
+    publish_tiny_version(registry, 1.0)
+    target = tmp_path / "target"
+    target.mkdir()
+    mounted = ["unshare", "--mount", "--map-root-user", "sh", "-ec", 'mount -t tmpfs none "$0"; exec "$@"', str(target)]
+    if sys.platform != "linux" or subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        pytest.skip("This system lets nobody mount a file system of their own.")
+    code = (
+        "import sys; from pathlib import Path; from shared.registry.store import Registry; "
+        "from trainer_service.interchange import export_version; "
+        "files = export_version(1, Path(sys.argv[1]), Registry(Path(sys.argv[2]))); "
+        "assert set(files) == set(Path(sys.argv[1]).iterdir()) and Path(sys.argv[1]).is_mount(); print(len(files))"
+    )
+    command = [*mounted, sys.executable, "-c", code, str(target), str(registry.root)]
+    ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "5\n"), ended.stderr
+    assert list(target.iterdir()) == []  # the mount is gone with its process
+
+
+def test_an_export_that_cannot_end_takes_back_what_it_moved(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_tiny_version(registry, 1.0)
+    target = tmp_path / "target"
+    target.mkdir()
+    moved: list[str] = []
+
+    def rename(path: Path, to: Path) -> None:
+        if path.name == "config.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        moved.append(path.name)
+        path.replace(to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(FailedPrecondition, match="target cannot be written: Input/output error"):
+            export_version(1, target, registry)
+    assert len(moved) == 4 and list(target.iterdir()) == []
 
 
 def test_a_version_that_is_missing_or_damaged_is_not_exported(tmp_path: Path, registry: Registry) -> None:

@@ -226,7 +226,9 @@ def test_several_end_tokens_are_told(copy: Path) -> None:
         ("add_cross_attention", True),
         ("tie_word_embeddings", "yes"),
         ("resid_pdrop", "0.1"),
-        ("embd_pdrop", 0.3),
+        ("embd_pdrop", None),
+        ("attn_pdrop", True),
+        ("model_type", "x" * 10_000),
         ("n_layer", None),
         ("n_embd", "48"),
         ("n_head", 3.0),
@@ -255,13 +257,88 @@ def test_a_configuration_that_is_no_json_object_is_refused(copy: Path, content: 
         read_config(copy)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_named(copy: Path, name: str) -> None:
-    (copy / name).unlink()
-    with pytest.raises(NotFound, match=f"has no {name}"):
+def test_a_missing_file_is_named(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(NotFound, match=r"has no model\.safetensors and no model\.safetensors\.index\.json with shards"):
+        read_model(copy, TIED)
+    (copy / "pytorch_model.bin").touch()
+    with pytest.raises(NotFound, match=r"as pytorch_model\.bin only.* write them as model\.safetensors"):
+        read_model(copy, TIED)
+    (copy / "config.json").unlink()
+    with pytest.raises(NotFound, match=r"has no config\.json"):
         read_config(copy)
     with pytest.raises(NotFound, match=r"absent does not exist"):
         read_config(copy / "absent")
+
+
+def test_dropouts_that_differ_are_told_with_the_one_that_training_takes(copy: Path) -> None:
+    assert read_config(copy).notices == ()
+    configure(copy, resid_pdrop=0.2, embd_pdrop=0.3, attn_pdrop=0.1)
+    published = read_config(copy)
+    assert published.gpt.dropout == 0.2
+    (notice,) = published.notices
+    assert notice.startswith("config.json says resid_pdrop 0.2, embd_pdrop 0.3, attn_pdrop 0.1; a run that continues")
+
+
+def split(directory: Path, prefix: str = "transformer.") -> dict[str, str]:
+    """Parts a folder's weights into two shards with an index, and returns which tensor is where."""
+    arrays = {prefix + name.removeprefix("transformer."): array for name, array in load(directory).items()}
+    places = {name: f"model-0000{1 + at % 2}-of-00002.safetensors" for at, name in enumerate(sorted(arrays))}
+    for place in set(places.values()):
+        mx.save_safetensors(str(directory / place), {name: arrays[name] for name in arrays if places[name] == place})
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_shards_are_read_as_one_file(folder: Path, copy: Path, prefix: str) -> None:
+    split(copy, prefix)
+    expected = parameters_of(read_model(folder, TIED))
+    for name, array in parameters_of(read_model(copy, TIED)).items():
+        assert mx.array_equal(array, expected[name])
+
+
+def test_shards_that_are_missing_or_lie_elsewhere_are_refused_by_name(copy: Path) -> None:
+    places = split(copy)
+    index = copy / "model.safetensors.index.json"
+    first = "transformer.h.0.attn.c_attn.bias"
+    for name in (
+        "../elsewhere.safetensors",
+        "/etc/passwd",
+        "..",
+        "",
+        "pytorch_model.bin",
+        "x" * 5000 + "/y.safetensors",
+    ):
+        index.write_text(json.dumps({"weight_map": places | {first: name}}))
+        with pytest.raises(
+            InvalidArgument, match=r"names the file .*, but must name \.safetensors files beside it"
+        ) as raised:
+            read_model(copy, TIED)
+        assert len(str(raised.value)) <= 300 + len(str(index))
+    index.write_text(json.dumps({"weight_map": places | {first: "model-00003-of-00003.safetensors"}}))
+    with pytest.raises(NotFound, match=r"has no 'model-00003-of-00003\.safetensors', which model"):
+        read_model(copy, TIED)
+    for wrong in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(wrong)
+        with pytest.raises(InvalidArgument, match="has no weight_map from the names"):
+            read_model(copy, TIED)
+
+
+def test_a_tied_model_may_store_its_head_only(folder: Path, copy: Path) -> None:
+    arrays = load(copy)
+    arrays["lm_head.weight"] = arrays.pop("transformer.wte.weight")
+    save(copy, arrays)
+    expected = parameters_of(read_model(folder, TIED))
+    for name, array in parameters_of(read_model(copy, TIED)).items():
+        assert mx.array_equal(array, expected[name])
+
+
+def test_rows_beyond_the_tokenizer_are_left_out(folder: Path) -> None:
+    whole, cut = parameters_of(read_model(folder, TIED)), read_model(folder, TIED, 90)
+    assert cut.config == replace(TIED, vocabulary_size=90)
+    assert mx.array_equal(cut.token_embedding.weight, whole["token_embedding.weight"][:90])
 
 
 @pytest.mark.parametrize(
