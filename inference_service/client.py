@@ -101,6 +101,17 @@ class InferenceClient:
         request = _tokenize_request(text, version, label)
         return list(self._call(self._stub.Tokenize, request, timeout_s).token_ids)
 
+    def detokenize(
+        self,
+        tokens: Sequence[int],
+        version: int | None = None,
+        label: str | None = None,
+        timeout_s: float | None = None,
+    ) -> str:
+        """The text of tokens."""
+        request = _detokenize_request(tokens, version, label)
+        return str(self._call(self._stub.Detokenize, request, timeout_s).text)
+
     def model(
         self, version: int | None = None, label: str | None = None, timeout_s: float | None = None
     ) -> pb.GetModelResponse:
@@ -160,6 +171,17 @@ class AsyncInferenceClient:
         request = _tokenize_request(text, version, label)
         return list((await self._call(self._stub.Tokenize, request, timeout_s)).token_ids)
 
+    async def detokenize(
+        self,
+        tokens: Sequence[int],
+        version: int | None = None,
+        label: str | None = None,
+        timeout_s: float | None = None,
+    ) -> str:
+        """The text of tokens."""
+        request = _detokenize_request(tokens, version, label)
+        return str((await self._call(self._stub.Detokenize, request, timeout_s)).text)
+
     async def model(
         self, version: int | None = None, label: str | None = None, timeout_s: float | None = None
     ) -> pb.GetModelResponse:
@@ -199,6 +221,11 @@ def _generate_request(prompt: str | Sequence[int], parameters: Parameters) -> pb
 def _tokenize_request(text: str, version: int | None, label: str | None) -> pb.TokenizeRequest:
     with sendable():
         return pb.TokenizeRequest(text=text, model=_selector(version, label))
+
+
+def _detokenize_request(tokens: Sequence[int], version: int | None, label: str | None) -> pb.DetokenizeRequest:
+    with sendable():
+        return pb.DetokenizeRequest(token_ids=tokens, model=_selector(version, label))
 
 
 def _model_request(version: int | None, label: str | None) -> pb.GetModelRequest:

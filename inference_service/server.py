@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from inference_service.admin import AdminServicer
 from inference_service.admission import Admission
 from inference_service.catalogue import Catalogue
+from inference_service.codec import Codec
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Output
 from inference_service.hotload import HotLoader
@@ -85,7 +86,7 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     pauses = Pauses()
     patience = Patience(settings.slow_reader_s, pauses)
     servicer = InferenceServicer(
-        *(registry, catalogue, engine, residents, admission, metrics, versions.failed),
+        *(catalogue, engine, residents, admission, Codec(), metrics, versions.failed),
         slots=settings.slots,
         patience=patience,
     )

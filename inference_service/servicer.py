@@ -13,6 +13,7 @@ import grpc.aio
 from inference_service import translate
 from inference_service.admission import Admission, Place
 from inference_service.catalogue import Catalogue
+from inference_service.codec import Codec
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import (
     Admitted,
@@ -29,13 +30,11 @@ from inference_service.patience import Patience
 from inference_service.residents import Resident, Residents
 from inference_service.translate import Draft, Selection
 from shared.errors import DeadlineExceeded, GptloopError, Unavailable
-from shared.gpt.tokenizer import Tokenizer
 from shared.grpc_status import code_of
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import labels_of
-from shared.registry.store import Registry
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -43,22 +42,22 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(
         self,
-        registry: Registry,
         catalogue: Catalogue,
         engine: Engine,
         residents: Residents,
         admission: Admission,
+        codec: Codec,
         metrics: InferenceMetrics,
         version_failed: Callable[[int, GptloopError], None],
         *,
         slots: int,
         patience: Patience,
     ) -> None:
-        self._registry = registry
         self._catalogue = catalogue
         self._engine = engine
         self._residents = residents
         self._admission = admission
+        self._codec = codec
         self._metrics = metrics
         self._version_failed = version_failed
         self._slots = slots
@@ -81,18 +80,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return await self._generate(draft, context)
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
-        """Encodes a text with the tokenizer of a version, which need not be in memory."""
-        manifest = (
-            await self._choose(translate.read_selection(message.model)) or self._residents.require_serving().manifest
-        )
-        resident = self._residents.get(manifest.version)
-        if resident is not None:
-            tokenizer = resident.tokenizer
-        else:
-            path = self._registry.version_directory(manifest.version) / "tokenizer.json"
-            tokenizer = await asyncio.to_thread(Tokenizer.load, path)
-        token_ids = await asyncio.to_thread(tokenizer.encode, message.text)
-        return pb.TokenizeResponse(token_ids=token_ids, model_version=manifest.version)
+        """Encodes a text with the tokenizer of a version, which is in memory meanwhile."""
+        chosen = await self._choose(translate.read_selection(message.model))
+        async with self._residents.stream(chosen) as resident:
+            return await self._codec.tokenize(message, resident)
+
+    async def Detokenize(self, message: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:  # noqa: N802
+        """Decodes tokens with the tokenizer of a version, which is in memory meanwhile."""
+        chosen = await self._choose(translate.read_selection(message.model))
+        async with self._residents.stream(chosen) as resident:
+            return await self._codec.detokenize(message, resident)
 
     async def GetModel(self, message: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describes a version, which need not be in memory."""

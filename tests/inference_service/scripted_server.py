@@ -60,6 +60,9 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
     def Tokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
         return [pb.TokenizeResponse(), *self._next(request, context)][-1]
 
+    def Detokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return [pb.DetokenizeResponse(), *self._next(request, context)][-1]
+
     def GetModel(self, request: Any, context: Any) -> Any:  # noqa: N802
         return [pb.GetModelResponse(), *self._next(request, context)][-1]
 

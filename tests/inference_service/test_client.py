@@ -55,8 +55,9 @@ def test_every_parameter_reaches_its_field(serve: Serve, use: Use) -> None:
     use(server.address, "generate", "Once", version=4, timeout_s=50.0, **sampling, **rest)
     use(server.address, "generate", [1, 2], label="best", **dict.fromkeys([*sampling, *rest]))
     use(server.address, "tokenize", "Once", label="latest")
+    use(server.address, "detokenize", [1, 2], version=4)
     use(server.address, "model", version=4)
-    all_of_it, only_tokens, tokenize, model = server.requests
+    all_of_it, only_tokens, tokenize, detokenize, model = server.requests
     assert set(sampling) == set(pb.Sampling.DESCRIPTOR.fields_by_name)
     assert all_of_it == pb.GenerateRequest(
         prompt="Once", model=pb.ModelSelector(version=4), sampling=pb.Sampling(**sampling), **rest
@@ -65,6 +66,7 @@ def test_every_parameter_reaches_its_field(serve: Serve, use: Use) -> None:
         prompt_tokens=pb.TokenIds(ids=[1, 2]), model=pb.ModelSelector(label="best"), sampling=pb.Sampling()
     )
     assert tokenize == pb.TokenizeRequest(text="Once", model=pb.ModelSelector(label="latest"))
+    assert detokenize == pb.DetokenizeRequest(token_ids=[1, 2], model=pb.ModelSelector(version=4))
     assert model == pb.GetModelRequest(model=pb.ModelSelector(version=4))
     # gRPC rounds such a time up to tenths of a second.
     assert 40 < server.remaining_s[0] < 50.2 < server.remaining_s[1]
@@ -184,11 +186,12 @@ def test_an_async_client_belongs_to_one_loop(serve: Serve) -> None:
 
 # When a call is made again.
 
-CALLS = [("generate", "x"), ("complete", "x"), ("tokenize", "x"), ("model",)]
+CALLS = [("generate", "x"), ("complete", "x"), ("tokenize", "x"), ("detokenize", [1]), ("model",)]
 ANSWERS = {
     "generate": STORY,
     "complete": STORY,
     "tokenize": (pb.TokenizeResponse(token_ids=[1, 2]),),
+    "detokenize": (pb.DetokenizeResponse(text="fox"),),
     "model": (pb.GetModelResponse(version=7),),
 }
 
@@ -207,6 +210,8 @@ def test_a_refused_call_is_made_again(serve: Serve, use: Use, call: tuple[str, .
             assert result.text == "a fox"
         case "tokenize":
             assert result == [1, 2]
+        case "detokenize":
+            assert result == "fox"
         case "model":
             assert result.version == 7
 

@@ -88,6 +88,7 @@ def test_version_and_seed_give_the_same_text_again(server: Server) -> None:
 def test_tokens_are_those_of_the_tokenizer(server: Server) -> None:
     with server.client() as client:
         assert client.tokenize("hé") == client.tokenize("hé", version=1) == list("hé".encode())
+        assert client.detokenize(list("hé".encode())) == client.detokenize(list("hé".encode()), label="best") == "hé"
         assert text_of(client.generate(list(b"Once"), seed=1)) == text_of(client.generate("Once", seed=1))
 
 

@@ -203,6 +203,22 @@ class TokenizeResponse(_message.Message):
     model_version: int
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., model_version: _Optional[int] = ...) -> None: ...
 
+class DetokenizeRequest(_message.Message):
+    __slots__ = ("token_ids", "model")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    model: ModelSelector
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., model: _Optional[_Union[ModelSelector, _Mapping]] = ...) -> None: ...
+
+class DetokenizeResponse(_message.Message):
+    __slots__ = ("text", "model_version")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    model_version: int
+    def __init__(self, text: _Optional[str] = ..., model_version: _Optional[int] = ...) -> None: ...
+
 class GetModelRequest(_message.Message):
     __slots__ = ("model",)
     MODEL_FIELD_NUMBER: _ClassVar[int]

@@ -45,6 +45,11 @@ class InferenceServiceStub:
                 request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/inference.v1.InferenceService/Detokenize',
+                request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/inference.v1.InferenceService/GetModel',
                 request_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
@@ -68,7 +73,15 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Encodes text with the tokenizer of a version.
+        """Encodes text with the tokenizer of a version, which is loaded if need be. INVALID_ARGUMENT is a text of
+        more than 1 MiB, RESOURCE_EXHAUSTED one too many that waits.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Decodes tokens of a version, under the same conditions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +106,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
             ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
@@ -155,6 +173,33 @@ class InferenceService:
             '/inference.v1.InferenceService/Tokenize',
             shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/inference.v1.InferenceService/Detokenize',
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            shared_dot_pb_dot_inference_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,154 @@
+"""Texts to tokens and back: bounded, one at a time, and from versions that were examined."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service import codec
+from inference_service.admission import Admission
+from inference_service.codec import MAX_TEXT_BYTES, MAX_TOKENS, MAX_WAITING, Codec
+from inference_service.patience import Patience
+from inference_service.pauses import Pauses
+from inference_service.residents import Resident
+from inference_service.servicer import InferenceServicer
+from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
+from shared.gpt.tokenizer import Tokenizer
+from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.fakes import byte_tokenizer, publish_tiny_version
+from tests.inference_service.world import LIMIT_S, World, run, until
+
+# What a client of gRPC takes by default.
+CLIENT_TAKES_BYTES = 4 << 20
+# A tokenizer with a token of four bytes.
+LONG = Tokenizer("long", byte_tokenizer().pattern, [*(bytes([value]) for value in range(256)), b"text"])
+
+
+class Version3:
+    version = 3
+
+
+def resident(tokenizer: Tokenizer) -> Resident:
+    manifest: Any = Version3()
+    return Resident(manifest, tokenizer, 1.0, 0)
+
+
+def tokenize(text: str, tokenizer: Tokenizer) -> pb.TokenizeResponse:
+    return asyncio.run(Codec().tokenize(pb.TokenizeRequest(text=text), resident(tokenizer)))
+
+
+def detokenize(tokens: list[int], tokenizer: Tokenizer) -> pb.DetokenizeResponse:
+    return asyncio.run(Codec().detokenize(pb.DetokenizeRequest(token_ids=tokens), resident(tokenizer)))
+
+
+@given(st.text(max_size=50))
+def test_a_text_is_what_its_tokens_stand_for(text: str) -> None:
+    answer = tokenize(text, byte_tokenizer())
+    assert answer.model_version == 3
+    assert detokenize(list(answer.token_ids), byte_tokenizer()) == pb.DetokenizeResponse(text=text, model_version=3)
+
+
+def test_bytes_that_are_no_text_are_replaced_and_the_end_token_is_empty() -> None:
+    assert detokenize([0xE9, 256, ord("a")], byte_tokenizer()).text == "\N{REPLACEMENT CHARACTER}a"
+
+
+def test_the_longest_answers_are_those_that_clients_take() -> None:
+    # Each byte is a token, and most of these have two bytes in a message.
+    longest = tokenize("\N{LATIN SMALL LETTER E WITH ACUTE}" * (MAX_TEXT_BYTES // 2), byte_tokenizer())
+    assert len(longest.token_ids) == MAX_TEXT_BYTES
+    replaced = detokenize([0xFF] * MAX_TOKENS, byte_tokenizer())
+    assert len(replaced.text) == MAX_TOKENS
+    for answer in (longest, replaced):
+        assert answer.ByteSize() <= CLIENT_TAKES_BYTES
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: tokenize("é" * (MAX_TEXT_BYTES // 2) + "a", byte_tokenizer()), "text has 1048577 bytes, but may have"),
+        (lambda: detokenize([0] * (MAX_TOKENS + 1), byte_tokenizer()), "token_ids holds 1048577 tokens, but may hold"),
+        (lambda: detokenize([1, -1], byte_tokenizer()), "token_ids holds -1, but version 3 has the tokens 0 to 256"),
+        (lambda: detokenize([2**31 - 1], byte_tokenizer()), "token_ids holds 2147483647, but version 3 has"),
+        (lambda: detokenize([256] * 500_000, LONG), "The tokens stand for 2000000 bytes of text, but may"),
+    ],
+)
+def test_more_than_that_is_one_sentence(call: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(InvalidArgument, match=sentence):
+        call()
+
+
+class HeldTokenizer:
+    """One that encodes once `go_on` is set, and knows how many encode at once."""
+
+    vocabulary_size = 257
+
+    def __init__(self) -> None:
+        self.go_on = threading.Event()
+        self.calls = 0
+        self.most = 0
+        self._now = 0
+
+    def encode(self, text: str) -> list[int]:
+        self._now += 1
+        self.calls += 1
+        self.most = max(self.most, self._now)
+        assert self.go_on.wait(LIMIT_S)
+        self._now -= 1
+        return [1]
+
+
+def test_texts_are_encoded_one_at_a_time_and_only_so_many_wait() -> None:
+    async def body() -> None:
+        tokenizer: Any = HeldTokenizer()
+        one = Codec()
+
+        def ask() -> "asyncio.Task[pb.TokenizeResponse]":
+            return asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(tokenizer)))
+
+        tasks = [ask() for _ in range(MAX_WAITING)]
+        await until(lambda: tokenizer.calls == 1)
+        with pytest.raises(ResourceExhausted, match=f"{MAX_WAITING} texts wait already") as refused:
+            await ask()
+        assert refused.value.retry_after_s == codec._AGAIN_AFTER_S
+        # Who leaves gives its place to another one, and is not worked for.
+        for task in tasks[1:]:
+            task.cancel()
+        await asyncio.wait(tasks[1:])
+        last = ask()
+        tokenizer.go_on.set()
+        assert (await last).token_ids == (await tasks[0]).token_ids == [1]
+        assert (tokenizer.calls, tokenizer.most) == (2, 1)
+
+    asyncio.run(asyncio.wait_for(body(), LIMIT_S))
+
+
+def servicer(world: World) -> InferenceServicer:
+    admission = Admission(1, 1, world.metrics.waiting_requests)
+    return InferenceServicer(
+        *(world.catalogue, world.engine, world.residents, admission, Codec(), world.metrics, lambda *_: None),
+        slots=2,
+        patience=Patience(1.0, Pauses()),
+    )
+
+
+def test_no_tokenizer_is_read_that_was_not_verified(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 1.0)
+    changed = publish_tiny_version(fresh.registry, 2.0)
+    other = Tokenizer("other", byte_tokenizer().pattern, [bytes([255 - value]) for value in range(256)])
+    other.save(fresh.registry.version_directory(changed.version) / "tokenizer.json")
+
+    async def test() -> None:
+        await until(lambda: fresh.serving == 1)
+        service = servicer(fresh)
+        assert (await service.Tokenize(pb.TokenizeRequest(text="a"), None)).token_ids == [97]
+        model = pb.ModelSelector(version=changed.version)
+        with pytest.raises(FailedPrecondition, match=r"tokenizer\.json was changed"):
+            await service.Tokenize(pb.TokenizeRequest(text="a", model=model), None)
+        with pytest.raises(FailedPrecondition, match=r"tokenizer\.json was changed"):
+            await service.Detokenize(pb.DetokenizeRequest(token_ids=[97], model=model), None)
+
+    run(fresh, test)
