@@ -14,8 +14,8 @@ from inference_service.residents import Resident
 from shared.errors import InvalidArgument, ResourceExhausted
 from shared.pb.inference.v1 import inference_pb2 as pb
 
-# Clients take answers of 4 MiB, and an answer is at most three times as long as the text: a token stands for at least one
-# byte and has at most three in a message, and what replaces a byte that is no text has three.
+# Clients take answers of 4 MiB, and an answer is at most three times as long as the text: a token stands for at least
+# one byte and has at most three in a message, and what replaces a byte that is no text has three.
 MAX_TEXT_BYTES = 1 << 20
 MAX_TOKENS = 1 << 20
 MAX_WAITING = 64
