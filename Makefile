@@ -22,7 +22,7 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-.PHONY: help demo up down status train eval jobs watch cancel data checkpoints verify prune import export generate chat info \
+.PHONY: help demo up down status train eval runs jobs watch cancel data checkpoints verify prune import export generate chat info \
   test bench bench-serve soak soak-serve soak-swap check fix proto lock
 
 help: ## List the targets.
@@ -41,11 +41,14 @@ down: $(VENV) ## Stop what `make up` started.
 status: $(VENV) ## Show the state of each process.
 	$(COMMAND) deploy.stack status
 
-train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" AFTER=<jobs> FOLLOW=0
+train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" NAME= NOTES= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) trainer_service train
 
 eval: $(VENV) ## Measure a version's held-out loss: VERSION= DATASET= VALIDATION= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) trainer_service evaluate
+
+runs: $(VENV) ## List the runs with the values in which they differ: JSON=1
+	$(COMMAND) trainer_service runs
 
 jobs: $(VENV) ## List the jobs: JSON=1
 	$(COMMAND) trainer_service jobs

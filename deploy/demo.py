@@ -115,10 +115,10 @@ class Demo:
         now_s = time.monotonic()
         if now_s - self.told_s >= _PROGRESS_INTERVAL_S or progress.step in (1, progress.max_steps):
             self.told_s = now_s
-            self.say(
-                f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  "
-                f"{progress.tokens_per_second:,.0f} tokens/s  ETA {cli.duration(progress.eta_seconds)}"
-            )
+            speed = "the first step compiles"
+            if progress.HasField("eta_seconds"):
+                speed = f"{progress.tokens_per_second:,.0f} tokens/s  ETA {cli.duration(progress.eta_seconds)}"
+            self.say(f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  {speed}")
 
     def _read_story(self, version: pb.VersionPublished, client: InferenceClient) -> None:
         self.versions.append(version)

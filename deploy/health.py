@@ -8,7 +8,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from redis.exceptions import RedisError
 
 from deploy.ports import Ports, listening_host
-from shared.errors import Unavailable
+from shared.errors import GptloopError
+from shared.registry.identity import registry_id
 from shared.settings import Directories, Environment, to_address
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
@@ -33,7 +34,7 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
         "redis": lambda: _check_redis(url),
         "trainer": lambda: _check_grpc(trainer, needs_serving=True),
         "inference": lambda: _check_grpc(inference, needs_serving=False),
-        "worker": lambda: _check_worker(url),
+        "worker": lambda: _check_worker(url, directories),
     }
 
 
@@ -46,11 +47,11 @@ def _check_redis(url: str) -> Health:
     return Health(True, "answers")
 
 
-def _check_worker(url: str) -> Health:
+def _check_worker(url: str, directories: Directories) -> Health:
     with connect(url) as connection:
         try:
-            workers = JobQueue(connection).live_workers()
-        except Unavailable as error:
+            workers = JobQueue(connection, registry_id(directories.registry)).live_workers()
+        except GptloopError as error:
             return Health(False, str(error))
     return Health(workers > 0, f"{workers} ready for jobs")
 

@@ -126,7 +126,8 @@ def _flush(stream: TextIO) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """A span of time in its largest unit, as `17 s`, `4 min`, `3 h`, `12 d`."""
+    """A span of time in its largest unit, as `17 s`, `4 min`, `3 h`, `12 d`; 0 if a clock was set back meanwhile."""
+    seconds = max(seconds, 0.0)
     for unit, length_s in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length_s:
             return f"{seconds / length_s:.0f} {unit}"

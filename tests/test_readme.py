@@ -74,7 +74,7 @@ class EmptyQueue(JobQueue):
         pass
 
     def jobs(
-        self, states: Sequence[JobState] = (), kinds: Sequence[Kind] = (), before: float | None = None
+        self, states: Sequence[JobState] = (), kinds: Sequence[Kind] = (), before: int | None = None
     ) -> Iterator[JobRecord]:
         return iter(())
 
@@ -83,6 +83,9 @@ class EmptyQueue(JobQueue):
 
     def waiting(self) -> int:
         return 0
+
+    def counts(self) -> dict[JobState, int]:
+        return dict.fromkeys(JobState, 0)
 
     def tokens(self) -> int:
         return 0

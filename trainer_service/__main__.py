@@ -18,6 +18,7 @@ from rich.console import Console
 from shared import accelerator, cli, logs
 from shared.errors import InvalidArgument, Unavailable, shown
 from shared.lists import JsonOption
+from shared.registry.identity import registry_id
 from shared.registry.policy import labels_of
 from shared.registry.store import Registry
 from trainer_service import dataset_names, listings, registry_commands
@@ -28,6 +29,7 @@ from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS, find_preset
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect, run
+from trainer_service.runs import all_runs, chosen
 from trainer_service.settings import TrainerSettings, read_settings
 from trainer_service.spec import DEFAULT_DATASET, DEFAULT_PRESET, JobSpec, TrainingRequest, parse_overrides
 from trainer_service.training.corpus import DatasetSpec, check_spec
@@ -84,6 +86,8 @@ def train(
     only_prepare: Annotated[
         bool, typer.Option("--only-prepare", help="Make the run's tokens, so that it finds them, and do not train.")
     ] = False,
+    name: Annotated[str, typer.Option(help="The name of the run; without it one is made up.")] = "",
+    notes: Annotated[str, typer.Option(help="What you want to remember of the run, as `runs` shows it.")] = "",
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -105,6 +109,8 @@ def train(
         dataset_names.expand(validation or ()),
         _version(resume) if resume else None,
         parse_overrides(overrides),
+        name,
+        notes,
     )
     kind = Kind.PREPARE if only_prepare else Kind.TRAIN
     _enqueue(JobRequest(kind, request, after=_jobs(after)), wait)
@@ -144,7 +150,7 @@ def _enqueue(request: JobRequest, wait: bool) -> None:
         lines = Plan.of(spec, registry, islice(queue.jobs(), _JOBS_TO_LEARN_FROM), Machine.here()).lines()
     record = queue.enqueue(request.kind, spec, request.after)
     console = Console()
-    for line in (f"job {record.id} queued: {record.kind.value} {record.spec.run}", *lines):
+    for line in (f"job {record.id} queued: {request.kind.value} {spec.run}", *lines):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not queue.live_workers():
         raise Unavailable(f"No worker is alive. Start one with `make up`; the job {record.id} stays queued until then.")
@@ -171,6 +177,24 @@ def cancel(job: Annotated[str, typer.Argument(help="The job's id, as `jobs` list
 def jobs(as_json: JsonOption = False) -> None:
     """List every job, the newest first."""
     listings.print_jobs(list(_queue(_settings()).jobs()), as_json)
+
+
+@app.command()
+def runs(
+    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Runs to compare; without any, all.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the runs, the newest first, with the values in which they differ.
+
+    Examples:
+
+    runs
+
+    runs wide narrow --json
+    """
+    settings = _settings()
+    found = all_runs(_queue(settings).jobs(kinds=[Kind.TRAIN]), Registry(settings.directories.registry))
+    listings.print_runs(chosen(found, names or ()), as_json)
 
 
 @app.command()
@@ -279,7 +303,7 @@ def work() -> None:
     from trainer_service import worker
 
     logs.configure("worker")
-    worker.work(_settings().redis_url)
+    worker.work(_settings())
 
 
 @app.command()
@@ -311,7 +335,7 @@ def _jobs(values: list[str] | None) -> tuple[str, ...]:
 
 
 def _queue(settings: TrainerSettings) -> JobQueue:
-    return JobQueue(connect(settings.redis_url))
+    return JobQueue(connect(settings.redis_url), registry_id(settings.directories.registry))
 
 
 def _follow(queue: JobQueue, job: str, console: Console) -> None:

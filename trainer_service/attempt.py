@@ -1,7 +1,8 @@
 """What an attempt at a job is given to work with."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared.accelerator import Accelerator
 from shared.registry.retention import Retention
@@ -13,7 +14,8 @@ from trainer_service.events import Event
 class Attempt:
     """Which attempt it is, where it computes and writes, what it leaves of what was written before, and whom it tells.
 
-    It asks `stop_requested` between any two pieces of work, and ends where that says so.
+    It asks `stop_requested` between any two pieces of work, and ends where that says so. `began_s` is a moment of the
+    monotonic clock.
     """
 
     number: int
@@ -22,6 +24,7 @@ class Attempt:
     device: Accelerator
     tell: Callable[[Event], None]
     stop_requested: Callable[[], bool]
+    began_s: float = field(default_factory=time.monotonic)
 
 
 class Stopped(Exception):

@@ -72,9 +72,13 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
     }
     registry.keep_evaluation(version.version, evaluation_set.digest, json.dumps(result, indent=2))
     attempt.tell(
-        Notice(
-            f"Version {version.version} on {len(evaluation_set.windows)} windows of {prepared.source}: "
-            f"{held_out.nats_per_token:.4f} nats per token, {held_out.bits_per_byte:.4f} bits per byte."
+        Evaluation(
+            version.step,
+            None,
+            held_out.nats_per_token,
+            held_out.bits_per_byte,
+            version=version.version,
+            windows=len(evaluation_set.windows),
+            text=prepared.source,
         )
     )
-    attempt.tell(Evaluation(version.step, version.training_loss, held_out.nats_per_token, held_out.bits_per_byte))

@@ -1,9 +1,12 @@
 """What a job tells while it goes on, as values that travel through Redis as JSON."""
 
 import json
+import math
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
+from typing import get_args
 
 
 class JobState(Enum):
@@ -40,7 +43,10 @@ class Preparation:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The first step is about to be taken; the run has trained on `first_tokens` tokens before."""
+    """The first step is about to be taken; the run has trained on `first_tokens` tokens before.
+
+    `preparation_s` is what the attempt took until here.
+    """
 
     parameters: int
     embedding_parameters: int
@@ -51,11 +57,15 @@ class RunStarted:
     first_tokens: int
     max_steps: int
     device: str
+    preparation_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps were taken. Losses in nats per token; `tokens` counts those of resumed parts too."""
+    """Steps were taken. Losses in nats per token; `tokens` counts those of resumed parts too.
+
+    The first step of an attempt compiles, and nothing follows from it for the others: `eta_s` is None after it.
+    """
 
     step: int
     max_steps: int
@@ -64,7 +74,7 @@ class Progress:
     gradient_norm: float
     tokens: int
     tokens_per_second: float
-    eta_s: float
+    eta_s: float | None
     best_validation_loss: float | None
     active_memory_bytes: int
     cache_memory_bytes: int
@@ -74,12 +84,19 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out loss was measured, in nats per token and bits per byte."""
+    """Held-out loss was measured, in nats per token and bits per byte.
+
+    In training `training_loss` is that of the last steps. An evaluation of its own has no such loss, but says what it
+    measured on what: `version`, and so many `windows` of a `text`.
+    """
 
     step: int
-    training_loss: float
+    training_loss: float | None
     validation_loss: float
     bits_per_byte: float
+    version: int | None = None
+    windows: int | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,10 +141,32 @@ class TimedEvent:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "TimedEvent":
-        """The inverse of `to_json`."""
-        data = json.loads(text)
-        values = data["values"]
-        kind = _KINDS[data["kind"]]
-        if kind is StateChanged:
-            values["state"] = JobState(values["state"])
-        return cls(kind(**values), data["time"])
+        """The inverse of `to_json`; raises `ValueError` where the text is no event."""
+        try:
+            data = json.loads(text)
+            return cls(_typed(_KINDS[data["kind"]], data["values"]), _number(data["time"]))
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"it is no event: {error!r}") from error
+
+
+def _typed(kind: type[Event], values: Mapping[str, object]) -> Event:
+    """An event from what JSON holds: others than this program may have written to Redis."""
+    typed: dict[str, object] = {}
+    for each in fields(kind):
+        if each.name not in values and each.default is not MISSING:
+            continue
+        value, kinds = values[each.name], get_args(each.type) or (each.type,)
+        if JobState in kinds:
+            value = JobState(value)
+        elif float in kinds and value is not None:
+            value = _number(value)
+        if type(value) not in kinds or (isinstance(value, int) and not -(2**63) <= value < 2**63):
+            raise TypeError(f"{each.name} is of another kind")
+        typed[each.name] = value
+    return kind(**typed)  # type: ignore[arg-type]
+
+
+def _number(value: object) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        raise TypeError("there is something else than a number")
+    return float(value)  # type: ignore[arg-type]

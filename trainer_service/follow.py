@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -10,35 +11,70 @@ from shared.live_bar import LiveBar
 from trainer_service import events
 from trainer_service.events import Event, JobState
 from trainer_service.queue import JobQueue
+from trainer_service.reachable import Patience
 from trainer_service.records import JobRecord
 
 _WAIT_S = 1.0
 # A job that nobody works on while no worker lives does not go on by itself.
 _PATIENCE_S = 20.0
+# Training goes on without Redis, and tells afterwards what happened.
+_OUTAGE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The job waits for a worker, and so many others come before it."""
+
+    ahead: int
+
+    def __str__(self) -> str:
+        if not self.ahead:
+            return "waiting for a worker"
+        return f"waiting for a worker: {describe_ahead(self.ahead)}"
 
 
 def follow(queue: JobQueue, job_id: str, console: Console) -> None:
-    """Shows every event of a job until it ends.
+    """Shows every event of a job until it ends, also over a time in which Redis is gone.
 
     Raises `GptloopError` with the reason where it failed, and `Unavailable` where no worker is left to go on with it.
     """
     view = _LiveView(console) if console.is_terminal else _PlainView(console)
     with view:
         for event in _until_end(queue, job_id):
+            if isinstance(event, Waiting):
+                view.wait(event)
+                continue
             view.show(event)
             if isinstance(event, events.StateChanged) and event.state is JobState.FAILED:
                 raise GptloopError(f"The job {job_id} failed: {event.reason}")
 
 
-def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
-    last, abandoned_since_s = "0", None
+def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
+    last, abandoned_since_s, patience, waiting = "0", None, Patience(_OUTAGE_S), None
     while True:
-        for event_id, timed in queue.read_events(job_id, last, _WAIT_S):
+        try:
+            batch = queue.read_events(job_id, last, _WAIT_S)
+            record, workers = queue.get(job_id), queue.live_workers()
+        except Unavailable as error:
+            abandoned_since_s = None
+            if not patience.is_tried:
+                yield events.Notice(f"{error} The job may go on meanwhile; what it says comes when Redis answers.")
+            if not patience.try_again():
+                raise Unavailable(f"{error} Follow the job again with `make watch JOB={job_id}`.") from error
+            time.sleep(_WAIT_S)
+            continue
+        if patience.is_tried:
+            yield events.Notice("Redis answers again.")
+            patience.reset()
+        for event_id, timed in batch:
             last = event_id
             yield timed.event
             if isinstance(timed.event, events.StateChanged) and timed.event.state.is_final:
                 return
-        if queue.get(job_id).is_held or queue.live_workers():
+        if record.ahead is not None and waiting != Waiting(record.ahead):
+            waiting = Waiting(record.ahead)
+            yield waiting
+        if record.is_held or workers:
             abandoned_since_s = None
         elif abandoned_since_s is None:
             abandoned_since_s = time.monotonic()
@@ -69,10 +105,13 @@ def describe(event: Event) -> str | None:
         case events.Progress() as progress:
             return "  ".join(_facts(progress))
         case events.Evaluation() as evaluation:
-            return (
-                f"step {evaluation.step}: held-out loss {evaluation.validation_loss:.4f} nats per token, "
-                f"{evaluation.bits_per_byte:.4f} bits per byte (training loss {evaluation.training_loss:.4f})"
+            held_out = (
+                f"held-out loss {evaluation.validation_loss:.4f} nats per token, "
+                f"{evaluation.bits_per_byte:.4f} bits per byte"
             )
+            if evaluation.version is not None:
+                return f"version {evaluation.version}: {held_out}, on {evaluation.windows} windows of {evaluation.text}"
+            return f"step {evaluation.step}: {held_out} (training loss {evaluation.training_loss:.4f})"
         case events.VersionPublished() as published:
             return f"version {published.version} published" + (", the best so far" if published.best else "")
         case events.Notice(text):
@@ -81,13 +120,22 @@ def describe(event: Event) -> str | None:
 
 def describe_job(record: JobRecord) -> str:
     """Where a job stands, in a few words."""
-    if record.reason:
-        return record.reason
-    if record.state is JobState.QUEUED and record.after:
-        return "after " + ", ".join(record.after)
+    words = [record.reason] if record.reason else []
+    if record.state is JobState.QUEUED:
+        if record.after and record.started_at is None:
+            words.append("after " + ", ".join(record.after))
+        if record.ahead:
+            words.append(describe_ahead(record.ahead))
+    if words:
+        return "; ".join(words)
     if progress := record.progress:
         return f"step {progress.step}/{progress.max_steps}, loss {progress.loss:.3f}"
     return f"held-out loss {record.evaluation.validation_loss:.4f}" if record.evaluation else ""
+
+
+def describe_ahead(ahead: int) -> str:
+    """How many jobs come first."""
+    return "1 job comes first" if ahead == 1 else f"{ahead:,} jobs come first"
 
 
 class _PlainView:
@@ -103,12 +151,19 @@ class _PlainView:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def wait(self, waiting: Waiting) -> None:
+        if waiting.ahead:
+            self._print(str(waiting))
+
     def show(self, event: Event) -> None:
         line = describe(event)
         if isinstance(event, events.Preparation) and event.stage != self._stage:
             self._stage = line = event.stage
         if line:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _LiveView:
@@ -125,6 +180,9 @@ class _LiveView:
     def __exit__(self, *_: object) -> None:
         self._bar.__exit__()
 
+    def wait(self, waiting: Waiting) -> None:
+        self._bar.show(None, str(waiting))
+
     def show(self, event: Event) -> None:
         match event:
             case events.Preparation(stage, fraction):
@@ -138,12 +196,11 @@ class _LiveView:
 
 def _facts(progress: events.Progress) -> list[str]:
     """How training stands, the most important first."""
-    facts = [
-        f"step {progress.step}/{progress.max_steps}",
-        f"loss {progress.loss:.3f}",
-        f"ETA {_duration(progress.eta_s)}",
-        f"{progress.tokens_per_second:,.0f} tokens/s",
-    ]
+    facts = [f"step {progress.step}/{progress.max_steps}", f"loss {progress.loss:.3f}"]
+    if progress.eta_s is None:
+        facts.append("the first step compiles")
+    else:
+        facts += [f"ETA {_duration(progress.eta_s)}", f"{progress.tokens_per_second:,.0f} tokens/s"]
     if progress.best_validation_loss:
         facts.append(f"best held-out {progress.best_validation_loss:.3f}")
     return [*facts, f"lr {progress.learning_rate:.2e}"]

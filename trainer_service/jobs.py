@@ -6,7 +6,8 @@ import signal
 import sys
 
 from shared import accelerator, logs
-from shared.errors import GptloopError, RunOwnershipLost, Unavailable
+from shared.errors import FailedPrecondition, GptloopError, RunOwnershipLost, Unavailable, shown
+from shared.registry.identity import registry_id
 from trainer_service.attempt import Attempt, Stopped
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.kinds import EvaluationSpec, Kind
@@ -17,6 +18,9 @@ from trainer_service.reporter import End, Reporter
 from trainer_service.settings import read_settings
 
 logger = logging.getLogger(__name__)
+
+# A reason is a sentence, or what a library said.
+_REASON_LENGTH = 400
 
 
 def run_attempt(job_id: str, attempt: int, worker: int) -> None:
@@ -34,7 +38,7 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     signal.signal(signal.SIGTERM, terminate)
     logs.configure("trainer")
     settings = read_settings(os.environ)
-    queue = JobQueue(connect(settings.redis_url))
+    queue = JobQueue(connect(settings.redis_url), registry_id(settings.directories.registry))
     if not queue.tell(job_id, attempt, [TimedEvent(StateChanged(JobState.RUNNING))]):
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
         return
@@ -57,14 +61,15 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     except Unavailable as error:
         # What is gone may be there again for the next attempt.
         logger.warning("job %s: %s", job_id, error)
-        reason = str(error).rstrip(".")
+        reason = shown(error, _REASON_LENGTH).rstrip(".")
         end = lambda queue: queue.lose(job_id, attempt, reason)  # noqa: E731
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
-        end = told(StateChanged(JobState.FAILED, str(error)))
+        end = told(StateChanged(JobState.FAILED, shown(error, _REASON_LENGTH)))
     except Exception as error:
         logger.exception("job %s failed", job_id)
-        end = told(StateChanged(JobState.FAILED, f"{type(error).__name__}: {error} (the worker's log has more)"))
+        reason = f"{type(error).__name__}: {shown(error, _REASON_LENGTH)} (the worker's log has more)"
+        end = told(StateChanged(JobState.FAILED, reason))
     else:
         if completed:
             end = told(StateChanged(JobState.FINISHED))
@@ -84,6 +89,8 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
     from trainer_service.evaluation import evaluate_version
     from trainer_service.run import TrainingRun, prepare_data
 
+    if record.spec is None:
+        raise FailedPrecondition(record.reason)
     try:
         if isinstance(record.spec, EvaluationSpec):
             evaluate_version(record.spec, attempt)

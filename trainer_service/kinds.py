@@ -5,11 +5,19 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
 from shared.registry.store import Registry
-from trainer_service.spec import JobSpec, TrainingRequest, resolve
+from trainer_service.spec import JobSpec, TrainingRequest, dataset_from_json, resolve
 from trainer_service.training.corpus import DatasetSpec, absolute, check_spec
 from trainer_service.training.local_files import check_file
+
+# What a request may hold at most: everything of it travels through Redis, messages and lists.
+_MAX_FILES = 1000
+_MAX_PATH_BYTES = 4096
+_MAX_OVERRIDES = 100
+_MAX_AFTER = 100
+_MAX_NOTES_LENGTH = 2000
+_MAX_NUMBER = 2**63 - 1
 
 
 class Kind(Enum):
@@ -44,10 +52,11 @@ class EvaluationSpec:
         """The inverse of `to_json`; raises `InvalidArgument` where the text is not such a job."""
         try:
             values = json.loads(text)
-            data = DatasetSpec(tuple(values["data"]["dataset"]), tuple(values["data"]["validation"]))
-            return cls(values["version"], data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(f"The job cannot be understood: {error!r}.") from error
+            if not isinstance(values["version"], str):
+                raise ValueError("version is of another kind")
+            return cls(values["version"], dataset_from_json(values["data"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InvalidArgument(f"It is no job: {error!r}.") from error
 
 
 Spec = JobSpec | EvaluationSpec
@@ -66,9 +75,12 @@ class JobRequest:
 def complete(request: JobRequest, registry: Registry) -> Spec:
     """All that defines the job, checked.
 
-    Raises `InvalidArgument`, `NotFound` or `DataError` with what would be right.
+    Raises `InvalidArgument`, `NotFound`, `AlreadyExists` or `DataError` with what would be right.
     """
     training = request.training
+    _check_bounds(request)
+    if (training.name or training.notes) and request.kind is not Kind.TRAIN:
+        raise InvalidArgument("A name and notes are for a run, but this job is no training.")
     if request.kind is not Kind.EVALUATE:
         if request.version:
             raise InvalidArgument("version is for evaluations; `resume` names the version that training continues.")
@@ -79,7 +91,7 @@ def complete(request: JobRequest, registry: Registry) -> Spec:
     if version.isdecimal():
         registry.version(int(version))
     elif version not in ("best", "latest"):
-        raise InvalidArgument(f"version is {version!r}, but must be a number, best or latest.")
+        raise InvalidArgument(f"version is {shown(version)}, but must be a number, best or latest.")
     elif not request.after:
         registry.resolve(version)
     for name in training.validation:
@@ -93,3 +105,27 @@ def complete(request: JobRequest, registry: Registry) -> Spec:
 def spec_from_json(kind: Kind, text: str) -> Spec:
     """What defines a job of a kind; raises `InvalidArgument` where the text does not."""
     return EvaluationSpec.from_json(text) if kind is Kind.EVALUATE else JobSpec.from_json(text)
+
+
+def _check_bounds(request: JobRequest) -> None:
+    """Raises `InvalidArgument` on more than a job can hold."""
+    training = request.training
+    files = (*training.dataset, *training.validation)
+    if len(files) > _MAX_FILES:
+        raise InvalidArgument(f"{len(files):,} files are named, but a job has at most {_MAX_FILES}; join some of them.")
+    for name in files:
+        if len(name.encode(errors="surrogatepass")) > _MAX_PATH_BYTES or "\0" in name:
+            raise InvalidArgument(f"The path {shown(name)} cannot be one: a path has at most {_MAX_PATH_BYTES} bytes.")
+    if len(training.overrides) > _MAX_OVERRIDES:
+        raise InvalidArgument(f"{len(training.overrides):,} values are set, but there are not so many.")
+    if len(request.after) > _MAX_AFTER:
+        raise InvalidArgument(f"{len(request.after):,} jobs are named, but a job comes after at most {_MAX_AFTER}.")
+    notes = training.notes
+    if len(notes) > _MAX_NOTES_LENGTH or not all(each.isprintable() or each in "\n\t" for each in notes):
+        raise InvalidArgument(
+            f"The notes are {shown(notes)}, but must be text of at most {_MAX_NOTES_LENGTH} characters."
+        )
+    if training.resume is not None and not 0 < training.resume <= _MAX_NUMBER:
+        raise InvalidArgument(f"resume is {shown(training.resume)}, but versions are numbered from 1 on.")
+    if len(request.version) > len(str(_MAX_NUMBER)):
+        raise InvalidArgument(f"version is {shown(request.version)}, but must be a number, best or latest.")

@@ -10,32 +10,61 @@ from shared.registry.policy import labels_of
 from shared.registry.store import Registry
 from trainer_service.follow import describe_job
 from trainer_service.records import JobRecord
+from trainer_service.runs import Run, differing
+
+_LISTED_FILES = 3
 
 
 def print_jobs(records: Sequence[JobRecord], as_json: bool) -> None:
     """The jobs in the order given."""
     columns = (
         Column[JobRecord]("job", lambda job: job.id),
-        Column[JobRecord]("kind", lambda job: job.kind.value, rank=1),
+        Column[JobRecord]("kind", lambda job: job.kind and job.kind.value, rank=1),
         Column[JobRecord]("state", lambda job: job.state.value),
-        Column[JobRecord]("run", lambda job: job.spec.run, rank=2),
+        Column[JobRecord]("run", lambda job: job.spec and job.spec.run, rank=2),
         Column[JobRecord](
             "data",
-            lambda job: job.spec.data.dataset,
-            lambda job: ", ".join(name.rpartition("/")[2] for name in job.spec.data.dataset),
+            lambda job: job.spec.data.dataset if job.spec else [],
+            lambda job: _files(job.spec.data.dataset) if job.spec else "",
             key="dataset",
             rank=4,
         ),
         Column[JobRecord](
             "enqueued",
             lambda job: job.enqueued_at,
-            lambda job: f"{cli.duration(time.time() - job.enqueued_at)} ago",
+            lambda job: f"{cli.duration(time.time() - job.enqueued_at)} ago" if job.enqueued_at else "",
             key="enqueued_at",
             rank=3,
         ),
         Column[JobRecord]("last progress", describe_job, wraps=True),
+        Column[JobRecord]("", lambda job: job.ahead, key="jobs_ahead"),
     )
     print_list(records, columns, as_json=as_json, empty="No job yet: put one on the queue with `make train`.")
+
+
+def print_runs(runs: Sequence[Run], as_json: bool) -> None:
+    """The runs in the order given, with the values in which they differ; in JSON all values."""
+
+    def value_column(name: str, rank: int) -> Column[Run]:
+        return Column(name, lambda run: run.values.get(name), lambda run: _value(run.values.get(name)), rank=rank)
+
+    different = [] if as_json else differing(runs)
+    columns = (
+        Column[Run]("run", lambda run: run.name),
+        Column[Run]("state", lambda run: run.state, rank=2),
+        Column[Run]("steps", lambda run: run.steps, lambda run: f"{run.steps:,}", rank=1, right=True),
+        Column[Run](
+            "held-out loss", lambda run: run.validation_loss, lambda run: _loss(run.validation_loss), right=True
+        ),
+        Column[Run]("bits per byte", lambda run: run.bits_per_byte, lambda run: _loss(run.bits_per_byte), right=True),
+        # Of many values the last ones give way first.
+        *(value_column(name, rank) for rank, name in enumerate(different, start=3)),
+        Column[Run]("notes", lambda run: run.notes, rank=len(different) + 3, wraps=True),
+        Column[Run]("", lambda run: run.values, key="values"),
+        Column[Run]("", lambda run: run.job, key="job"),
+        Column[Run]("", lambda run: run.began_at, key="began_at"),
+    )
+    print_list(runs, columns, as_json=as_json, empty="No run yet: put one on the queue with `make train`.")
 
 
 def print_checkpoints(registry: Registry, as_json: bool) -> None:
@@ -87,3 +116,19 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
     )
     if not as_json and (sentence := registry.other_text()):
         print(sentence)
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return _files([str(each) for each in value])
+    return "" if value is None else str(value)
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _files(names: Sequence[str]) -> str:
+    """The names of the first files, without their folders, and how many more there are."""
+    text = ", ".join(name.rpartition("/")[2] for name in names[:_LISTED_FILES])
+    return text if len(names) <= _LISTED_FILES else f"{text} and {len(names) - _LISTED_FILES:,} more"

@@ -1,7 +1,7 @@
 """Prometheus metrics of the trainer, computed from what jobs told Redis at the moment of the scrape."""
 
-import collections
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter
@@ -12,6 +12,7 @@ from shared.errors import Unavailable
 from trainer_service.events import JobState, Progress
 from trainer_service.queue import JobQueue
 from trainer_service.records import JobRecord
+from trainer_service.spec import JobSpec
 
 _WORKING = (JobState.RUNNING, JobState.CANCELLING)
 
@@ -28,7 +29,7 @@ class TrainingCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Every metric family of the page."""
         try:
-            records = list(self._queue.jobs())
+            counts, shown = self._queue.counts(), _shown(self._queue)
             tokens, waiting, workers = self._queue.tokens(), self._queue.waiting(), self._queue.live_workers()
         except Unavailable:
             yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
@@ -41,8 +42,8 @@ class TrainingCollector(Collector):
             value=waiting,
         )
         yield GaugeMetricFamily("gptloop_training_workers", "Workers that are alive.", value=workers)
-        yield _jobs(records)
-        yield from _runs(_shown(records))
+        yield _jobs(counts)
+        yield from _runs(shown)
 
 
 def make_metrics(queue: JobQueue) -> CollectorRegistry:
@@ -68,22 +69,26 @@ class CallMetrics:
         self._calls.labels(method, code.name.lower()).inc()
 
 
-def _jobs(records: list[JobRecord]) -> GaugeMetricFamily:
+def _jobs(counts: Mapping[JobState, int]) -> GaugeMetricFamily:
     family = GaugeMetricFamily("gptloop_training_jobs", "Jobs in each state.", labels=["state"])
-    counts = collections.Counter(record.state for record in records)
     for state in JobState:
         family.add_metric([state.value], counts[state])
     return family
 
 
-def _shown(records: list[JobRecord]) -> list[tuple[JobRecord, Progress]]:
-    """The jobs whose progress is on the page: those that run, else the one that ran last."""
-    told = [(record, record.progress) for record in records if record.progress]
-    working = [(record, progress) for record, progress in told if record.state in _WORKING and record.is_held]
-    return working or sorted(told, key=lambda pair: pair[0].started_at or 0)[-1:]
+def _shown(queue: JobQueue) -> dict[str, tuple[JobRecord, Progress]]:
+    """The runs whose progress is on the page: those in training, else the newest that was."""
+
+    def told(states: Sequence[JobState]) -> Iterator[tuple[str, tuple[JobRecord, Progress]]]:
+        for record in queue.jobs(states):
+            if record.progress and isinstance(record.spec, JobSpec):
+                yield record.spec.run, (record, record.progress)
+
+    working = {run: each for run, each in told(_WORKING) if each[0].is_held}
+    return working or dict(islice(told(()), 1))
 
 
-def _runs(shown: list[tuple[JobRecord, Progress]]) -> Iterator[GaugeMetricFamily]:
+def _runs(runs: Mapping[str, tuple[JobRecord, Progress]]) -> Iterator[GaugeMetricFamily]:
     def family(name: str, text: str, values: dict[str, float | None]) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(f"gptloop_training_{name}", text, labels=["run"])
         for run, value in values.items():
@@ -94,7 +99,6 @@ def _runs(shown: list[tuple[JobRecord, Progress]]) -> Iterator[GaugeMetricFamily
     def working(record: JobRecord) -> bool:
         return record.state in _WORKING and record.is_held
 
-    runs = {record.spec.run: (record, progress) for record, progress in shown}
     yield family(
         "tokens_per_second",
         "Tokens trained on per second since the last report; 0 when the run does not run.",

@@ -1,17 +1,19 @@
 """What a job will do and what it takes, told before it starts. Loads no model framework."""
 
+import math
 import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 from shared import cli
 from shared.blas import cpu_threads
 from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
 from trainer_service.records import JobRecord
-from trainer_service.spec import JobSpec
+from trainer_service.spec import DEFAULT_DATASET, JobSpec
 from trainer_service.training.config import CHUNK_ELEMENTS, MICRO_BATCH_TOKENS, TrainingConfig
 
 # MLX keeps freed arrays up to such a part of the memory, see `shared.accelerator`.
@@ -22,6 +24,16 @@ _PROCESS_BYTES = 120 << 20
 _EVALUATED_LAYERS = 4
 # What a CPU thread reaches at least where it is not disturbed: 35 to 50 were measured with the presets.
 _GUESSED_FLOPS_PER_THREAD = 30e9
+# Before the text is read: a process starts, and a first step compiles, which takes less once its kernels are kept.
+_FIRST_START_S, _START_S = 15.0, 4.0
+# What two cores read: while a tokenizer is trained, which sees so many characters at most, and while text is tokenised.
+_LEARNED_CHARACTERS_PER_S, _LEARNED_CHARACTERS = 1e6, 32 << 20
+_TOKENISED_CHARACTERS_PER_S = 5e6
+_CHARACTERS_PER_TOKEN = 4
+# The built-in stories; a data set of the hub counts as larger than what is read of it.
+_BUILTIN_CHARACTERS = 9_100_000
+# An evaluation only goes forward, which is a third of the work on a token.
+_EVALUATION_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,14 @@ class Machine:
 class Plan:
     """What a job will do, and what is known of it beforehand; None for what is not.
 
-    `tokens` are those to train on, `text_tokens` those of the prepared text, and `tokens_per_second` the speed of an
-    earlier job with the same model and batch.
+    `tokens` are those to train on, `text_tokens` those of the prepared text, `preparation_s` is what an earlier job on
+    the same text took before its first step, and `tokens_per_second` the speed of one with the same model and batch.
     """
 
     spec: JobSpec
     first_step: int
     text_tokens: int | None
+    preparation_s: float | None
     tokens_per_second: float | None
     machine: Machine
 
@@ -64,27 +77,48 @@ class Plan:
         return (self.spec.config.max_steps - self.first_step) * self.spec.config.tokens_per_step
 
     @property
+    def before_s(self) -> float:
+        """How long it takes until the first step is done."""
+        start_s = _START_S if self.tokens_per_second else _FIRST_START_S
+        if self.preparation_s is not None:
+            return start_s + self.preparation_s
+        config, characters = self.spec.config, _characters(self.spec)
+        tokenised = min(_wanted_tokens(self.spec) * _CHARACTERS_PER_TOKEN, characters)
+        trains = config.tokenizer == "bpe" and self.spec.resume is None
+        learned = min(characters, _LEARNED_CHARACTERS) if trains else 0
+        return start_s + learned / _LEARNED_CHARACTERS_PER_S + tokenised / _TOKENISED_CHARACTERS_PER_S
+
+    @property
     def time_s(self) -> float | None:
-        """How long the steps take: from the earlier speed, else a guess for a CPU."""
-        if self.tokens_per_second:
-            return self.tokens / self.tokens_per_second
-        if self.machine.threads is None:
-            return None
-        threads = min(self.machine.threads, self.spec.config.batch_size)
-        return self.tokens * flops_per_token(self.spec.config) / (threads * _GUESSED_FLOPS_PER_THREAD)
+        """How long the job takes: its steps and evaluations at the earlier speed, else at a guess for a CPU, and what
+        comes before them."""
+        config = self.spec.config
+        speed = self.tokens_per_second
+        if not speed:
+            if self.machine.threads is None:
+                return None
+            speed = min(self.machine.threads, config.batch_size) * _GUESSED_FLOPS_PER_THREAD / flops_per_token(config)
+        evaluations = config.max_steps // config.evaluation_interval - self.first_step // config.evaluation_interval
+        evaluations += config.max_steps % config.evaluation_interval > 0
+        evaluated = evaluations * config.evaluation_windows * config.context_length
+        return self.before_s + (self.tokens + evaluated * _EVALUATION_SHARE) / speed
 
     @classmethod
     def of(cls, spec: JobSpec, registry: Registry, jobs: Iterable[JobRecord], machine: Machine) -> "Plan":
         """The plan of a job, with what earlier ones, the newest first, tell of the same text and of the same model."""
         first_step = registry.version(spec.resume).step if spec.resume is not None else 0
-        text_tokens, tokens_per_second = None, None
+        text_tokens, preparation_s, tokens_per_second = None, None, None
         for job in jobs:
             if isinstance(job.spec, JobSpec):
-                if job.started and not text_tokens and _text(job.spec) == _text(spec):
-                    text_tokens = job.started.train_tokens
+                if job.started and _text(job.spec) == _text(spec):
+                    text_tokens = text_tokens or job.started.train_tokens
+                    # Its tokens are kept, so that the shortest one is like the next.
+                    if job.started.preparation_s is not None:
+                        preparation_s = min(preparation_s or job.started.preparation_s, job.started.preparation_s)
                 if job.progress and not tokens_per_second and _work(job.spec) == _work(spec):
-                    tokens_per_second = job.progress.tokens_per_second
-        return cls(spec, first_step, text_tokens, tokens_per_second, machine)
+                    # After a first step, which compiles, the speed is not known.
+                    tokens_per_second = job.progress.tokens_per_second if job.progress.eta_s is not None else None
+        return cls(spec, first_step, text_tokens, preparation_s, tokens_per_second, machine)
 
     def lines(self) -> list[str]:
         """The plan as text for a person, one line a subject."""
@@ -130,7 +164,7 @@ class Plan:
     def _time(self) -> str:
         if self.time_s is None:
             return "known after the first steps"
-        about = f"about {cli.duration(self.time_s)}"
+        about = f"about {cli.duration(self.time_s)}, {cli.duration(self.before_s)} of it until the first step is done"
         if self.tokens_per_second:
             return f"{about}, at the {self.tokens_per_second:,.0f} tokens/s of an earlier job"
         return f"{about}; a guess, known after the first steps"
@@ -139,8 +173,22 @@ class Plan:
 def _text(spec: JobSpec) -> tuple[object, ...]:
     """What decides how many tokens are prepared."""
     config = spec.config
-    limit = config.max_train_tokens or config.max_steps * config.batch_size * (config.context_length + 1)
-    return spec.data, config.tokenizer, config.vocabulary_size, config.validation_share, limit
+    return spec.data, config.tokenizer, config.vocabulary_size, config.validation_share, _wanted_tokens(spec)
+
+
+def _wanted_tokens(spec: JobSpec) -> int:
+    config = spec.config
+    return config.max_train_tokens or config.max_steps * config.batch_size * (config.context_length + 1)
+
+
+def _characters(spec: JobSpec) -> float:
+    """About how long the training text is; infinite if that is not known."""
+    if spec.data.dataset == (DEFAULT_DATASET,):
+        return _BUILTIN_CHARACTERS
+    try:
+        return sum(Path(name).stat().st_size for name in spec.data.dataset)
+    except OSError:
+        return math.inf
 
 
 def _work(spec: JobSpec) -> tuple[object, ...]:

@@ -8,7 +8,6 @@ from rq.job import Job
 
 logger = logging.getLogger(__name__)
 
-QUEUE_NAME = "gptloop"
 # What RQ holds as the function of every attempt; the worker calls nothing by its name.
 JOB_FUNCTION = "trainer_service.jobs.run_attempt"
 

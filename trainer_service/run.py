@@ -1,6 +1,7 @@
 """One training run: where the registry, the text and the training loop meet."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -138,6 +139,7 @@ class TrainingRun:
                 first_tokens=trainer.tokens,
                 max_steps=config.max_steps,
                 device=self._attempt.device.device,
+                preparation_s=time.monotonic() - self._attempt.began_s,
             )
         )
         return train(trainer, self._evaluation_set, self, self._attempt.stop_requested) is Outcome.COMPLETED

@@ -3,21 +3,23 @@
 import asyncio
 import base64
 import logging
-import math
 from collections.abc import AsyncIterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from shared.errors import InvalidArgument, Unavailable
+from shared.errors import GptloopError, InvalidArgument, Unavailable
 from shared.grpc_server import GrpcServer, Signals
 from shared.metrics_page import metrics_page
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
+from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from trainer_service.events import StateChanged
 from trainer_service.kinds import complete
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.queue import JobQueue
+from trainer_service.reachable import Patience
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings
 from trainer_service.translate import STATES, event_to_pb, job_to_pb, kinds_from_pb, request_from_pb
@@ -28,8 +30,12 @@ SERVICE = pb.DESCRIPTOR.services_by_name["TrainingService"].full_name
 
 _DEFAULT_PAGE_SIZE = 50
 _MAX_PAGE_SIZE = 1000
+# Clients take messages of 4 MiB by default.
+_MAX_PAGE_BYTES = 1 << 20
 _WATCH_INTERVAL_S = 0.25
 _HEALTH_INTERVAL_S = 1.0
+# A watch waits so long for a Redis that is gone, for it could only begin again from the first event.
+_OUTAGE_S = 60.0
 _DRAIN_S = 2.0
 
 
@@ -63,20 +69,34 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         kinds = kinds_from_pb(request.kinds)
         before = _read_page_token(request.page_token)
         records = await asyncio.to_thread(lambda: list(islice(self._queue.jobs(states, kinds, before), size + 1)))
-        page = records[:size]
-        token = _page_token(page[-1].enqueued_at) if len(records) > size else ""
-        return pb.ListJobsResponse(jobs=[job_to_pb(record) for record in page], next_page_token=token)
+        jobs: list[pb.Job] = []
+        size_bytes = 0
+        for record in records[:size]:
+            job = job_to_pb(record)
+            size_bytes += job.ByteSize()
+            if jobs and size_bytes > _MAX_PAGE_BYTES:
+                break
+            jobs.append(job)
+        token = _page_token(records[len(jobs) - 1].place) if len(records) > len(jobs) else ""
+        return pb.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def WatchJob(  # noqa: N802
         self, request: pb.WatchJobRequest, context: Any
     ) -> AsyncIterator[pb.WatchJobResponse]:
-        """Every event of a job until it ends."""
-        last = "0"
+        """Every event of a job until it ends, also after a while in which Redis was gone."""
+        last, patience = "0", Patience(_OUTAGE_S)
         while True:
-            # Asked before, so that nothing can be told after; raises where the job is gone.
-            ended = (await asyncio.to_thread(self._queue.get, request.job_id)).state.is_final
-            # Without waiting in Redis: a thread is held for a moment only, however many watch.
-            batch = await asyncio.to_thread(self._queue.read_events, request.job_id, last)
+            try:
+                # Asked before, so that nothing can be told after; raises where the job is gone.
+                ended = (await asyncio.to_thread(self._queue.get, request.job_id)).state.is_final
+                # Without waiting in Redis: a thread is held for a moment only, however many watch.
+                batch = await asyncio.to_thread(self._queue.read_events, request.job_id, last)
+                patience.reset()
+            except Unavailable:
+                if not patience.try_again():
+                    raise
+                await asyncio.sleep(_HEALTH_INTERVAL_S)
+                continue
             for event_id, timed in batch:
                 last = event_id
                 yield event_to_pb(timed)
@@ -94,44 +114,50 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
 async def serve(settings: TrainerSettings) -> None:
     """Serves until SIGTERM or SIGINT. Health is SERVING while Redis answers."""
-    queue = JobQueue(connect(settings.redis_url))
+    root = settings.directories.registry
+    queue = JobQueue(connect(settings.redis_url), registry_id(root))
     signals = Signals()
     metrics = make_metrics(queue)
     server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
-    training_pb2_grpc.add_TrainingServiceServicer_to_server(
-        TrainingServicer(queue, Registry(settings.directories.registry)), server.server
-    )
+    training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(queue, Registry(root)), server.server)
     host = settings.host
     with metrics_page(metrics, host, settings.metrics_port, "GPTLOOP_TRAINER_METRICS_PORT") as metrics_port:
         port = await server.start(host, settings.port, "GPTLOOP_TRAINER_PORT")
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, metrics_port)
-        health = asyncio.create_task(_follow_redis(server, queue))
+        health = asyncio.create_task(_follow_redis(server, queue, root, signals))
         await signals.asked.wait()
         health.cancel()
         await server.stop(_DRAIN_S, signals.forced)
 
 
-async def _follow_redis(server: GrpcServer, queue: JobQueue) -> None:
+async def _follow_redis(server: GrpcServer, queue: JobQueue, root: Path, signals: Signals) -> None:
     while True:
         try:
             await asyncio.to_thread(queue.live_workers)
             await server.set_serving(True)
+            if await asyncio.to_thread(registry_id, root) != queue.registry:
+                logger.error(
+                    "%s holds another registry by now: this process ends, and is for the new one next time", root
+                )
+                signals.asked.set()
         except Unavailable:
             await server.set_serving(False)
+        except GptloopError as error:
+            logger.error("%s", error)
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
-def _page_token(enqueued_at: float) -> str:
-    return base64.urlsafe_b64encode(repr(enqueued_at).encode()).decode()
+def _page_token(place: int) -> str:
+    return base64.urlsafe_b64encode(str(place).encode()).decode()
 
 
-def _read_page_token(token: str) -> float | None:
+def _read_page_token(token: str) -> int | None:
     if not token:
         return None
     try:
-        before = float(base64.urlsafe_b64decode(token.encode()).decode())
+        text = base64.urlsafe_b64decode(token.encode()).decode()
     except ValueError:
-        before = math.nan
-    if not math.isfinite(before):
+        text = ""
+    if not text.isdecimal() or len(text) > 18:
         raise InvalidArgument("page_token is not one that ListJobs gave.")
-    return before
+    return int(text)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from shared.errors import InvalidArgument, shown
+from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.store import Registry
 from trainer_service.presets import find_preset
 from trainer_service.training.config import TrainingConfig
@@ -16,27 +16,32 @@ from trainer_service.training.corpus import DatasetSpec, absolute, check_size, c
 DEFAULT_PRESET = "demo"
 DEFAULT_DATASET = "builtin"
 
+_NAME_LENGTH = 64
+
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What a person asks for; empty or None is "not said"."""
+    """What a person asks for; empty or None is "not said". `name` is the run's, and `notes` are for people."""
 
     preset: str = ""
     dataset: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     resume: int | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    notes: str = ""
 
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A run: its name, its values, its text, and the version that it continues."""
+    """A run: its name, its values, its text, the version that it continues, and what a person noted."""
 
     run: str
     preset: str
     config: TrainingConfig
     data: DatasetSpec
     resume: int | None
+    notes: str = ""
 
     def to_json(self) -> str:
         """As the queue holds it."""
@@ -47,23 +52,42 @@ class JobSpec:
         """The inverse of `to_json`; raises `InvalidArgument` where the text is not such a job."""
         try:
             values = json.loads(text)
-            data = DatasetSpec(tuple(values["data"]["dataset"]), tuple(values["data"]["validation"]))
-            config = TrainingConfig.from_dict(values["config"])
-            run = values["run"]
+            run, preset, resume, notes = values["run"], values["preset"], values["resume"], values.get("notes", "")
             # It names a folder.
-            if not re.fullmatch(r"\w[\w.-]*", run):
-                raise ValueError(f"{run!r} is no name of a run")
-            resume = values["resume"]
-            return cls(run, values["preset"], config, data, None if resume is None else int(resume))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(f"The job cannot be understood: {error!r}.") from error
+            check_name(run)
+            if not isinstance(preset, str) or not isinstance(notes, str) or type(resume) not in (int, type(None)):
+                raise ValueError("preset, notes or resume is of another kind")
+            config = TrainingConfig.from_dict(values["config"])
+            return cls(run, preset, config, dataset_from_json(values["data"]), resume, notes)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InvalidArgument(f"It is no job: {error!r}.") from error
+
+
+def check_name(name: str) -> None:
+    """Raises `InvalidArgument` on what cannot name a run, and the folder of its states."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) or len(name) > _NAME_LENGTH:
+        raise InvalidArgument(
+            f"The name of a run is {shown(name)}, but must have from 1 to {_NAME_LENGTH} letters, digits, dots, "
+            "hyphens and underscores, and begin with a letter or digit."
+        )
+
+
+def dataset_from_json(values: Mapping[str, list[str]]) -> DatasetSpec:
+    """The data of a job; raises `TypeError` or `KeyError` where there is something else."""
+    dataset, validation = tuple(values["dataset"]), tuple(values["validation"])
+    if not all(isinstance(name, str) for name in (*dataset, *validation)):
+        raise TypeError("a data set is named by something else than text")
+    return DatasetSpec(dataset, validation)
 
 
 def resolve(request: TrainingRequest, registry: Registry) -> JobSpec:
     """Completes a request from the preset, or from the version that it resumes, and checks all of it.
 
-    Raises `InvalidArgument`, `NotFound` or `DataError` with what would be right.
+    Raises `InvalidArgument`, `NotFound`, `AlreadyExists` or `DataError` with what would be right.
     """
+    if request.name:
+        check_name(request.name)
+        _refuse_taken(request.name, registry)
     if request.resume is None:
         preset = request.preset or DEFAULT_PRESET
         config = find_preset(preset).override(request.overrides)
@@ -72,7 +96,12 @@ def resolve(request: TrainingRequest, registry: Registry) -> JobSpec:
         preset, config, data = _continued(request, request.resume, registry)
     check_spec(data)
     check_size(data, config.context_length)
-    return JobSpec(new_run(preset), preset, config, absolute(data), request.resume)
+    return JobSpec(request.name or new_run(preset), preset, config, absolute(data), request.resume, request.notes)
+
+
+def _refuse_taken(name: str, registry: Registry) -> None:
+    if registry.run_directory(name).exists() or any(version.run == name for version in registry.versions()):
+        raise AlreadyExists(f"The registry has a run named {shown(name)} already; choose another name.")
 
 
 def new_run(preset: str) -> str:

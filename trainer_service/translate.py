@@ -1,6 +1,7 @@
 """Jobs and events as protobuf messages; protobuf stops here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -22,6 +23,12 @@ STATES = {
 }
 
 
+# What of a job's files and of any text goes into a message.
+_FILES_LENGTH = 16_384
+_TEXT_LENGTH = 4096
+# The years 1 and 9999, which a timestamp cannot leave, in seconds since the epoch.
+_EARLIEST_S, _LATEST_S = -62135596800, 253402300799
+
 KINDS = {
     Kind.PREPARE: pb.JOB_KIND_PREPARE,
     Kind.TRAIN: pb.JOB_KIND_TRAIN,
@@ -37,6 +44,8 @@ def request_from_pb(message: pb.EnqueueJobRequest) -> JobRequest:
         validation=tuple(message.validation),
         resume=message.resume if message.HasField("resume") else None,
         overrides=dict(message.overrides),
+        name=message.name,
+        notes=message.notes,
     )
     (kind,) = kinds_from_pb([message.kind or pb.JOB_KIND_TRAIN])
     return JobRequest(kind, training, message.version, tuple(message.after))
@@ -51,23 +60,29 @@ def kinds_from_pb(numbers: Sequence[int]) -> list[Kind]:
 
 
 def job_to_pb(record: JobRecord) -> pb.Job:
-    """A job as it stands."""
+    """A job as it stands, as far as a message can hold it."""
     spec = record.spec
-    named = {"version": spec.version} if isinstance(spec, EvaluationSpec) else {"run": spec.run, "preset": spec.preset}
+    named: dict[str, str] = {}
+    if isinstance(spec, EvaluationSpec):
+        named = {"version": _text(spec.version)}
+    elif spec is not None:
+        named = {"run": _text(spec.run), "preset": _text(spec.preset), "notes": _text(spec.notes)}
     return pb.Job(
-        id=record.id,
+        id=_text(record.id),
         **named,
-        kind=KINDS[record.kind],
-        after=record.after,
+        kind=KINDS[record.kind] if record.kind else pb.JOB_KIND_UNSPECIFIED,
+        after=[_text(job) for job in record.after],
         attempt=record.attempt,
         state=STATES[record.state],
-        dataset=spec.data.dataset,
-        enqueued_at=_timestamp(record.enqueued_at),
+        dataset=_files(spec.data.dataset) if spec else [],
+        enqueued_at=_timestamp(record.enqueued_at) if record.enqueued_at else None,
         started_at=_timestamp(record.started_at) if record.started_at else None,
         ended_at=_timestamp(record.ended_at) if record.ended_at else None,
         progress=_progress(record.progress) if record.progress else None,
-        evaluation=pb.Evaluation(**vars(record.evaluation)) if record.evaluation else None,
-        reason=record.reason,
+        evaluation=pb.Evaluation(**_values(record.evaluation)) if record.evaluation else None,
+        reason=_text(record.reason),
+        jobs_ahead=record.ahead,
+        best_evaluation=pb.Evaluation(**_values(record.best)) if record.best else None,
     )
 
 
@@ -76,29 +91,56 @@ def event_to_pb(timed: TimedEvent) -> pb.WatchJobResponse:
     response = pb.WatchJobResponse(time=_timestamp(timed.time))
     match timed.event:
         case events.StateChanged(state, reason):
-            response.state_changed.CopyFrom(pb.StateChanged(state=STATES[state], reason=reason))
-        case events.Preparation(stage, fraction):
-            response.preparation.CopyFrom(pb.Preparation(stage=stage, fraction=fraction))
+            response.state_changed.CopyFrom(pb.StateChanged(state=STATES[state], reason=_text(reason)))
+        case events.Preparation() as preparation:
+            response.preparation.CopyFrom(pb.Preparation(**_values(preparation)))
         case events.RunStarted() as started:
-            response.run_started.CopyFrom(pb.RunStarted(**vars(started)))
+            values = _values(started)
+            values["preparation_seconds"] = values.pop("preparation_s")
+            response.run_started.CopyFrom(pb.RunStarted(**values))
         case events.Progress() as progress:
             response.progress.CopyFrom(_progress(progress))
         case events.Evaluation() as evaluation:
-            response.evaluation.CopyFrom(pb.Evaluation(**vars(evaluation)))
+            response.evaluation.CopyFrom(pb.Evaluation(**_values(evaluation)))
         case events.VersionPublished() as published:
-            response.version_published.CopyFrom(pb.VersionPublished(**vars(published)))
+            response.version_published.CopyFrom(pb.VersionPublished(**_values(published)))
         case events.Notice(text):
-            response.notice.CopyFrom(pb.Notice(text=text))
+            response.notice.CopyFrom(pb.Notice(text=_text(text)))
     return response
 
 
 def _progress(progress: events.Progress) -> pb.Progress:
-    values = dict(vars(progress))
+    values = _values(progress)
     values["eta_seconds"] = values.pop("eta_s")
     return pb.Progress(**values)
 
 
+def _values(event: events.Event) -> dict[str, Any]:
+    values: Mapping[str, Any] = vars(event)
+    return {name: _text(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _files(names: Sequence[str]) -> list[str]:
+    """The first names, which are together not too long, and how many more there are."""
+    listed: list[str] = []
+    room = _FILES_LENGTH
+    for name in names:
+        text = _text(name)
+        if len(text) > room:
+            return [*listed, f"… and {len(names) - len(listed):,} more"]
+        room -= len(text)
+        listed.append(text)
+    return listed
+
+
+def _text(text: str) -> str:
+    """A text as a message can hold it, with an escape for what is no character, as a byte that is no UTF-8."""
+    if len(text) > _TEXT_LENGTH:
+        text = text[: _TEXT_LENGTH - 1] + "…"
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _timestamp(seconds: float) -> Timestamp:
     timestamp = Timestamp()
-    timestamp.FromNanoseconds(round(seconds * 1e9))
+    timestamp.FromNanoseconds(round(min(max(seconds, _EARLIEST_S), _LATEST_S) * 1e9))
     return timestamp

@@ -59,6 +59,7 @@ def publish(
             bits_per_byte=held_out.bits_per_byte,
             claimed_loss=held_out.claimed,
             files=files,
+            notes=spec.notes,
         )
 
     return registry.publish_version(fence, write, manifest)

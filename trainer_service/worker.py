@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from redis import Redis
@@ -19,9 +20,12 @@ from rq.serializers import JSONSerializer
 from rq.worker import Worker, WorkerStatus
 
 from shared.errors import NotFound, Unavailable
+from shared.registry.identity import registry_id
 from trainer_service.queue import START_LEASE_S, STOPPED, JobQueue
 from trainer_service.redis_server import check_server, connect
 from trainer_service.rq_jobs import AttemptJob
+from trainer_service.settings import TrainerSettings
+from trainer_service.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +35,6 @@ _HEARTBEAT_INTERVAL_S = 10
 _REDIS_LIMIT_S = 30.0
 _POLL_S = 0.1
 _WATCH_INTERVAL_S = 1.0
-# A job without a lease is given up only after so long: where Redis was gone, its process is about to renew it.
-_GRACE_S = 2.0
 # A training process that has lost its job ends by itself after its step.
 _USELESS_LIMIT_S = 10.0
 
@@ -44,8 +46,12 @@ class TrainingWorker(Worker):
     anything there. A shutdown is passed on to it. Where it dies, the queue decides how the job goes on.
     """
 
+    # What the worker takes jobs from.
+    job_queue: JobQueue
     # The job and the number of the attempt that runs here, and since when it is of no use.
     attempt: tuple[str, int] | None = None
+    # Whether the worker was asked to end because it serves a registry that is gone.
+    is_to_end = False
     _useless_since_s: float | None = None
 
     def _set_ip_address(self, connection: Redis) -> None:
@@ -67,7 +73,7 @@ class TrainingWorker(Worker):
         """Runs an attempt; it has its lease from the first moment on."""
         job_id, number = job.args
         with suppress(Unavailable, NotFound):
-            JobQueue(self.connection).renew_job_lease(job_id, number, START_LEASE_S)
+            self.job_queue.renew_job_lease(job_id, number, START_LEASE_S)
         self.attempt = (job_id, number)
         execution = self.prepare_execution(job)
         self.prepare_job_execution(job, remove_from_intermediate_queue=True)
@@ -109,16 +115,16 @@ class TrainingWorker(Worker):
         job_id, attempt = job.args
         try:
             if ended == -signal.SIGTERM and self._stop_requested:  # before it could do more about it
-                JobQueue(self.connection).give_back(job_id, attempt, STOPPED)
+                self.job_queue.give_back(job_id, attempt, STOPPED)
             else:
-                JobQueue(self.connection).lose(job_id, attempt, f"The training process {reason}")
+                self.job_queue.lose(job_id, attempt, f"The training process {reason}")
         except (Unavailable, NotFound) as error:
             logger.warning("job %s: %s %s", job.id, reason, error)
 
     def end_useless(self, given_up: Collection[tuple[str, int]]) -> None:
         """Kills the training process where its attempt was given up, or does not end after another took its place."""
         attempt, process, now_s = self.attempt, self.horse_pid, time.monotonic()
-        if attempt is None or attempt in given_up or JobQueue(self.connection).is_current(*attempt):
+        if attempt is None or attempt in given_up or self.job_queue.is_current(*attempt):
             self._useless_since_s = None
         elif self._useless_since_s is None:
             self._useless_since_s = now_s
@@ -129,17 +135,20 @@ class TrainingWorker(Worker):
                 os.kill(process, signal.SIGKILL)
 
 
-def work(url: str) -> None:
-    """Takes jobs from the Redis at a URL until SIGTERM or SIGINT; a second one kills the job that runs.
+def work(settings: TrainerSettings) -> None:
+    """Takes jobs of the registry until SIGTERM or SIGINT; a second one kills the job that runs.
 
     Waits some seconds for a Redis that starts beside it; raises `Unavailable` if none answers, and `FailedPrecondition`
     if it cannot hold jobs.
     """
+    root = settings.directories.registry
+    registry = registry_id(root)
     # RQ waits on its connection, and so the watch has one of its own.
-    queue, connection = JobQueue(connect(url)), connect(url)
+    queue, connection = JobQueue(connect(settings.redis_url), registry), connect(settings.redis_url)
     _wait_for_redis(connection)
+    jobs = JobQueue(connection, registry)
     worker = TrainingWorker(
-        [JobQueue(connection).rq],
+        [jobs.line.rq],
         connection=connection,
         serializer=JSONSerializer,
         job_class=AttemptJob,
@@ -147,8 +156,9 @@ def work(url: str) -> None:
         maintenance_interval=_MAINTENANCE_INTERVAL_S,
         job_monitoring_interval=_HEARTBEAT_INTERVAL_S,
     )
+    worker.job_queue = jobs
     ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(queue, worker, ended), name="watch", daemon=True)
+    watch = threading.Thread(target=_watch, args=(queue, worker, root, ended), name="watch", daemon=True)
     watch.start()
     try:
         worker.work(logging_level="WARNING")
@@ -169,25 +179,21 @@ def _wait_for_redis(connection: Redis) -> None:
             time.sleep(_POLL_S)
 
 
-def _watch(queue: JobQueue, worker: TrainingWorker, ended: threading.Event) -> None:
-    """Keeps this worker's lease; hands over the jobs whose time has come, and takes those that nobody attends to away
-    from whoever had them. Every worker does so for all of them."""
-    since_s: dict[tuple[str, int], float] = {}
+def _watch(queue: JobQueue, worker: TrainingWorker, root: Path, ended: threading.Event) -> None:
+    """Keeps this worker's lease, watches over the jobs, and ends the worker if its registry was replaced by another."""
+    watch = Watch(queue)
     while not ended.is_set():
         try:
             queue.renew_worker_lease(worker.name)
-            queue.send_ready()
-            unattended = queue.unattended()
-            now_s = time.monotonic()
-            since_s = {job: since_s.get(job, now_s) for job in unattended.items()}
-            given_up = {job for job, first_s in since_s.items() if now_s - first_s >= _GRACE_S}
-            for job_id, attempt in given_up:
-                if queue.lose(job_id, attempt, "The process that worked on the job is gone, or stuck"):
-                    logger.warning("job %s: attempt %d is given up", job_id, attempt)
-            worker.end_useless(given_up)
-        except Unavailable:
-            # Redis may be restarting; leases are renewed when it is back, and nobody is given up before.
-            since_s.clear()
+            worker.end_useless(watch.look())
+            if registry_id(root) != queue.registry and not worker.is_to_end:
+                logger.error(
+                    "%s holds another registry by now: the worker ends, and is for the new one next time", root
+                )
+                worker.is_to_end = True
+                os.kill(os.getpid(), signal.SIGTERM)
+        except Unavailable as error:
+            logger.debug("the watch waits: %s", error)
         except Exception:
             logger.exception("The watch over the jobs failed; it goes on.")
         ended.wait(_WATCH_INTERVAL_S)

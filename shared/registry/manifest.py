@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
@@ -53,12 +53,19 @@ class _Manifest:
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of all values, those of the files among them, in hexadecimal."""
-        return _digest(asdict(self))  # type: ignore[call-overload]
+        return _digest(self._values())
 
     def to_json(self) -> str:
         """As `manifest.json` holds it."""
-        values = asdict(self)  # type: ignore[call-overload]
+        values = self._values()
         return json.dumps(values | {_DIGEST_NAME: self.digest}, indent=2, sort_keys=True)
+
+    def _values(self) -> dict[str, object]:
+        # Without what older manifests lack, if it says nothing: so their digests stay the same.
+        named: Any = fields(self)  # type: ignore[arg-type]
+        silent = {field.name for field in named if getattr(self, field.name) == field.default}
+        values: dict[str, object] = asdict(self)  # type: ignore[call-overload]
+        return {name: value for name, value in values.items() if name not in silent}
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -106,6 +113,8 @@ def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass from what JSON holds; raises `KeyError` or `TypeError` if one is missing or odd."""
     typed = {}
     for field in fields(owner):
+        if field.name not in values and field.default is not MISSING:
+            continue
         value, kind = values[field.name], get_origin(field.type) or field.type
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
@@ -172,3 +181,5 @@ class VersionManifest(_Manifest):
     bits_per_byte: float
     claimed_loss: float
     files: tuple[FileRecord, ...]
+    # What a person noted about the run.
+    notes: str = ""

@@ -23,6 +23,7 @@ from inference_service.client import InferenceClient
 from shared.gpt.weights import load_arrays
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
+from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.settings import Directories
 from trainer_service.events import TimedEvent
@@ -74,7 +75,7 @@ class System:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.ports.trainer}")
         self.trainer = training_pb2_grpc.TrainingServiceStub(self.channel)
         self.redis = connect(redis_url(self.environment, self.directories))
-        self.queue = JobQueue(self.redis)
+        self.queue = JobQueue(self.redis, registry_id(self.directories.registry))
 
     @property
     def registry(self) -> Registry:
@@ -128,7 +129,9 @@ class System:
         return progress.step if progress else 0
 
     def run(self, job: str) -> str:
-        return self.queue.get(job).spec.run
+        spec = self.queue.get(job).spec
+        assert spec is not None
+        return spec.run
 
     def result(self, job: str) -> Result:
         registry, run = self.registry, self.run(job)

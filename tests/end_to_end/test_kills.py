@@ -20,7 +20,7 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.commit import is_locked
 from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress, wait_until
 from trainer_service.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
-from trainer_service.rq_jobs import JOB_FUNCTION, QUEUE_NAME
+from trainer_service.rq_jobs import JOB_FUNCTION
 
 # With random numbers in every step.
 VALUES = TINY | {"context_length": "64", "dropout": "0.1"}
@@ -245,7 +245,7 @@ def job_of(system: System, pid: int) -> str:
 
 def registered(system: System, pid: int) -> BaseWorker | None:
     """A worker as RQ knows it, None before it does."""
-    return next((each for each in Worker.all(queue=system.queue.rq) if each.pid == pid), None)
+    return next((each for each in Worker.all(queue=system.queue.line.rq) if each.pid == pid), None)
 
 
 def wait_for_each(system: System, run: Run, *jobs: str) -> Iterator[str]:
@@ -310,7 +310,7 @@ def fence(system: System, job: str) -> int:
 def test_what_is_no_job_of_this_project_is_dropped_unseen(system: System, run: Run, tmp_path: Path) -> None:
     worker, ran = system.pid("worker"), tmp_path / "ran"
     finished = next(system.queue.jobs([JobState.FINISHED])).id
-    queue = Queue(QUEUE_NAME, connection=system.redis, serializer=JSONSerializer)
+    queue = Queue(system.queue.keys.queue_name, connection=system.redis, serializer=JSONSerializer)
     strangers = [
         queue.enqueue("os.system", f"touch '{ran}'"),
         # Whose import prints.

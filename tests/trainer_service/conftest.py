@@ -9,10 +9,14 @@ import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from tests.jobs import training
+from trainer_service.kinds import Kind
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings, read_settings
 
+# The id of the registry whose jobs the tests queue.
+REGISTRY = "0123456789abcdef"
 PROJECT = Path(__file__).parents[2]
 
 
@@ -60,4 +64,10 @@ def redis(redis_server: str) -> Iterator[Redis]:
 
 @pytest.fixture
 def queue(redis: Redis) -> JobQueue:
-    return JobQueue(redis)
+    return JobQueue(redis, REGISTRY)
+
+
+@pytest.fixture
+def job(queue: JobQueue, tmp_path: Path) -> str:
+    """The id of a job that waits."""
+    return queue.enqueue(Kind.TRAIN, training(tmp_path)).id

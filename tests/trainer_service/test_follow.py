@@ -6,7 +6,6 @@ from redis import Redis
 from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
-from shared.registry.store import Registry
 from tests.events import PROGRESS, STARTED
 from trainer_service import follow as follow_module
 from trainer_service.events import (
@@ -20,16 +19,9 @@ from trainer_service.events import (
     VersionPublished,
 )
 from trainer_service.follow import follow
-from trainer_service.kinds import Kind
 from trainer_service.metrics import make_metrics
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
-from trainer_service.spec import TrainingRequest, resolve
-
-
-@pytest.fixture
-def job(queue: JobQueue, tmp_path: Path) -> str:
-    return queue.enqueue(Kind.TRAIN, resolve(TrainingRequest(), Registry(tmp_path / "registry"))).id
 
 
 def tell(queue: JobQueue, job: str, *events: Event) -> None:
@@ -81,7 +73,9 @@ def test_a_job_without_any_worker_is_not_followed_for_ever(
 def test_metrics_show_the_run_while_it_runs_and_its_last_numbers_afterwards(
     queue: JobQueue, redis: Redis, job: str
 ) -> None:
-    run = {"run": queue.get(job).spec.run}
+    spec = queue.get(job).spec
+    assert spec is not None
+    run = {"run": spec.run}
     metrics = make_metrics(queue)
     assert metrics.get_sample_value("gptloop_training_jobs", {"state": "queued"}) == 1
     assert metrics.get_sample_value("gptloop_training_queue_depth") == 1
@@ -98,5 +92,5 @@ def test_metrics_show_the_run_while_it_runs_and_its_last_numbers_afterwards(
 
 
 def test_the_metrics_page_stands_while_redis_is_gone(tmp_path: Path) -> None:
-    metrics = make_metrics(JobQueue(connect(f"unix://{tmp_path}/none.sock")))
+    metrics = make_metrics(JobQueue(connect(f"unix://{tmp_path}/none.sock"), "none"))
     assert metrics.get_sample_value("gptloop_training_redis_up") == 0

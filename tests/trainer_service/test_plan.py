@@ -1,12 +1,17 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from shared.registry.store import Registry
+from tests.events import PROGRESS, STARTED
 from trainer_service import plan
+from trainer_service.events import Progress, TimedEvent
 from trainer_service.plan import Machine, Plan, flops_per_token, memory_bytes
 from trainer_service.presets import find_preset
+from trainer_service.records import JobRecord, read_record
 from trainer_service.spec import JobSpec
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec
@@ -20,10 +25,11 @@ def make(
     first_step: int = 0,
     text_tokens: int | None = None,
     speed: float | None = None,
+    preparation_s: float | None = None,
     machine: Machine = CPU,
 ) -> Plan:
     spec = JobSpec("run", "demo", config, DatasetSpec(("builtin",)), 3 if first_step else None)
-    return Plan(spec, first_step, text_tokens, speed, machine)
+    return Plan(spec, first_step, text_tokens, preparation_s, speed, machine)
 
 
 def line(plan: Plan, subject: str) -> str:
@@ -81,11 +87,42 @@ def test_the_schedule_is_told_by_the_phases_that_are_to_come(
     assert line(make(config, first_step), "schedule") == f"schedule    {text}"
 
 
-def test_time_follows_from_an_earlier_job_or_is_a_guess() -> None:
-    assert line(make(speed=4096.0), "time") == "time        about 17 min, at the 4,096 tokens/s of an earlier job"
-    assert line(make(), "time").endswith("; a guess, known after the first steps")
-    assert make().time_s == pytest.approx(4_096_000 * flops_per_token(DEMO) / 120e9)
+def test_time_is_of_preparation_steps_and_evaluations_at_the_speed_of_an_earlier_job() -> None:
+    planned = make(speed=4096.0, preparation_s=6.0)
+    assert planned.before_s == 10
+    evaluations = 2000 // 80 * 64 * 128 / 3
+    assert planned.time_s == pytest.approx(10 + (4_096_000 + evaluations) / 4096)
+    assert line(planned, "time") == (
+        "time        about 17 min, 10 s of it until the first step is done, at the 4,096 tokens/s of an earlier job"
+    )
+
+
+def test_without_an_earlier_job_time_is_a_guess_that_leaves_nothing_out(tmp_path: Path) -> None:
+    short = make(replace(DEMO, max_steps=20))
+    assert short.time_s is not None and 20 < short.time_s < 60
+    assert line(short, "time").endswith("until the first step is done; a guess, known after the first steps")
+    text = tmp_path / "stories.txt"
+    text.write_bytes(b"x" * 1_000_000)
+    local = replace(short, spec=replace(short.spec, data=DatasetSpec((str(text),))))
+    assert local.before_s == pytest.approx(15 + 1 + 164_000 / 5e6, rel=0.05)
+    hub = replace(short, spec=replace(short.spec, data=DatasetSpec(("wikitext-103",))))
+    assert hub.before_s == pytest.approx(15 + 33.6, rel=0.05)
     assert line(make(machine=GPU), "time") == "time        known after the first steps"
+
+
+def test_a_plan_learns_from_jobs_that_got_further_than_their_first_step(tmp_path: Path) -> None:
+    spec = make().spec
+
+    def record(preparation_s: float, progress: Progress) -> JobRecord:
+        started = replace(STARTED, preparation_s=preparation_s)
+        fields = {"kind": "train", "spec": spec.to_json(), "state": "finished", "attempt": "1"}
+        told = {"RunStarted": TimedEvent(started).to_json(), "Progress": TimedEvent(progress).to_json()}
+        return read_record("a", fields | told)
+
+    jobs = [record(3.0, replace(PROGRESS, eta_s=None)), record(40.0, PROGRESS)]
+    planned = Plan.of(spec, Registry(tmp_path), jobs, CPU)
+    assert (planned.text_tokens, planned.preparation_s) == (STARTED.train_tokens, 3.0)
+    assert planned.tokens_per_second == PROGRESS.tokens_per_second
 
 
 def test_training_takes_6_operations_for_a_weight_and_token_and_those_of_attention() -> None:

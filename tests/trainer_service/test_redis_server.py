@@ -193,7 +193,7 @@ def test_a_server_that_is_too_old_cannot_hold_jobs(redis: Redis, monkeypatch: py
 
 
 def test_a_full_server_is_called_full(tmp_path: Path, tight: Redis) -> None:
-    queue = JobQueue(tight)
+    queue = JobQueue(tight, "none")
     _configure(tight, maxmemory=1)
     with pytest.raises(Unavailable, match="Redis is out of memory: raise its maxmemory"):
         queue.enqueue(Kind.TRAIN, resolve(TrainingRequest(), Registry(tmp_path)))

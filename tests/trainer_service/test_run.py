@@ -237,7 +237,10 @@ def test_a_version_is_measured_on_more_of_its_text_and_on_other_text(site: Site)
     evaluate_version(EvaluationSpec("best", DatasetSpec(())), site.attempt())
     evaluate_version(EvaluationSpec(str(best.version), DatasetSpec((site.other_text,))), site.attempt())
     own, other = site.all_told(Evaluation)
-    assert own.step == best.step and own.training_loss == best.training_loss
+    # Said once, by the event alone, and without a loss that was measured on something else.
+    assert not any("nats" in notice.text for notice in site.all_told(Notice))
+    assert (own.step, own.version, own.training_loss) == (best.step, best.version, None)
+    assert (own.text, other.text) == ("text.txt", Path(site.other_text).name)
     assert abs(own.validation_loss - best.validation_loss) < 0.5 and own.validation_loss != other.validation_loss
     kept = {found["validation_loss"]: found for found in evaluations(site, best.version)}
     assert set(kept) == {own.validation_loss, other.validation_loss}

@@ -45,9 +45,9 @@ def test_watching_ends_where_nothing_can_come_any_more(
 ) -> None:
     job = enqueue(servicer).id
     queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
-    redis.delete(f"gptloop:events:{job}")
+    redis.delete(queue.keys.events(job))
     assert watch(servicer, job) == []
-    redis.delete(f"gptloop:job:{job}")
+    redis.delete(queue.keys.job(job))
     with pytest.raises(NotFound):
         watch(servicer, job)
 

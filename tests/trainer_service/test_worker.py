@@ -26,7 +26,7 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
                     assert server.poll() is None
                     assert time.monotonic() < deadline_s
             check_server(connection)
-            worker = TrainingWorker([JobQueue(connection).rq], connection=connection, job_class=AttemptJob)
+            worker = TrainingWorker([JobQueue(connection, "none").line.rq], connection=connection, job_class=AttemptJob)
             assert worker.work(burst=True) is False
     finally:
         server.kill()

@@ -25,7 +25,10 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Report:
-    """Means since the last report; `tokens_per_second` leaves evaluations out, `eta_s` does not."""
+    """Means since the last report; `tokens_per_second` leaves evaluations out, `eta_s` does not.
+
+    The first step compiles, and so says nothing of the others: `eta_s` is None after it.
+    """
 
     step: int
     loss: float
@@ -33,7 +36,7 @@ class Report:
     gradient_norm: float
     tokens: int
     tokens_per_second: float
-    eta_s: float
+    eta_s: float | None
     best_validation_loss: float | None
 
 
@@ -111,7 +114,9 @@ class _Meter:
         self._trainer = trainer
         self._first_step = trainer.step + 1
         self._results: list[StepResult] = []
-        self._began_s = self._window_began_s = time.monotonic()
+        self._window_began_s = time.monotonic()
+        # When the first step was done.
+        self._began_s: float | None = None
 
     def add(self, result: StepResult) -> None:
         self._results.append(result)
@@ -139,12 +144,19 @@ class _Meter:
             gradient_norm=norm,
             tokens=trainer.tokens,
             tokens_per_second=len(losses) * config.tokens_per_step / (now_s - self._window_began_s),
-            eta_s=(now_s - self._began_s) / (trainer.step - self._first_step + 1) * (config.max_steps - trainer.step),
+            eta_s=self._eta_s(now_s),
             best_validation_loss=trainer.best_validation_loss,
         )
         self._results.clear()
         self.restart()
         return report
+
+    def _eta_s(self, now_s: float) -> float | None:
+        if self._began_s is None:
+            self._began_s = now_s
+            return None
+        steps = self._trainer.step - self._first_step
+        return (now_s - self._began_s) / steps * (self._trainer.config.max_steps - self._trainer.step)
 
     def restart(self) -> None:
         """Begins a new span of time; what came before it counts for no rate."""

@@ -41,11 +41,22 @@ def test_the_digest_is_that_of_the_file_and_the_same_when_it_was_read_back(regis
     assert len(manifest.digest) == 64
 
 
+def test_a_manifest_from_before_there_were_notes_reads_as_one_without_any_and_keeps_its_digest() -> None:
+    text = make_manifest(1).to_json()
+    assert "notes" not in json.loads(text)
+    read = VersionManifest.from_json(text)
+    assert read.notes == "" and read.digest == json.loads(text)["sha256"]
+    noted = replace(make_manifest(1), notes="twice the width")
+    assert VersionManifest.from_json(noted.to_json()) == noted
+
+
 def _another(value: Any) -> Any:
     match value:
         case None:
             return 1
-        case int() | float() | str():
+        case str():
+            return f"{value}x"
+        case int() | float():
             return value * 2
         case tuple():
             return (*value, value)

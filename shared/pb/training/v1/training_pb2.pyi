@@ -39,7 +39,7 @@ JOB_KIND_TRAIN: JobKind
 JOB_KIND_EVALUATE: JobKind
 
 class EnqueueJobRequest(_message.Message):
-    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version")
+    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes")
     class OverridesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,8 @@ class EnqueueJobRequest(_message.Message):
     KIND_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     preset: str
     dataset: _containers.RepeatedScalarFieldContainer[str]
     validation: _containers.RepeatedScalarFieldContainer[str]
@@ -63,7 +65,9 @@ class EnqueueJobRequest(_message.Message):
     kind: JobKind
     after: _containers.RepeatedScalarFieldContainer[str]
     version: str
-    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
+    name: str
+    notes: str
+    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ...) -> None: ...
 
 class EnqueueJobResponse(_message.Message):
     __slots__ = ("job", "live_workers")
@@ -144,7 +148,7 @@ class CancelJobResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "run", "state", "preset", "dataset", "enqueued_at", "started_at", "ended_at", "progress", "reason", "kind", "after", "attempt", "version", "evaluation")
+    __slots__ = ("id", "run", "state", "preset", "dataset", "enqueued_at", "started_at", "ended_at", "progress", "reason", "kind", "after", "attempt", "version", "evaluation", "notes", "jobs_ahead", "best_evaluation")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +164,9 @@ class Job(_message.Message):
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    JOBS_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    BEST_EVALUATION_FIELD_NUMBER: _ClassVar[int]
     id: str
     run: str
     state: JobState
@@ -175,7 +182,10 @@ class Job(_message.Message):
     attempt: int
     version: str
     evaluation: Evaluation
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., enqueued_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., reason: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
+    notes: str
+    jobs_ahead: int
+    best_evaluation: Evaluation
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., enqueued_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., reason: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., notes: _Optional[str] = ..., jobs_ahead: _Optional[int] = ..., best_evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
 
 class StateChanged(_message.Message):
     __slots__ = ("state", "reason")
@@ -186,7 +196,7 @@ class StateChanged(_message.Message):
     def __init__(self, state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RunStarted(_message.Message):
-    __slots__ = ("parameters", "embedding_parameters", "train_tokens", "validation_tokens", "tokenizer", "first_step", "max_steps", "device", "first_tokens")
+    __slots__ = ("parameters", "embedding_parameters", "train_tokens", "validation_tokens", "tokenizer", "first_step", "max_steps", "device", "first_tokens", "preparation_seconds")
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +206,7 @@ class RunStarted(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREPARATION_SECONDS_FIELD_NUMBER: _ClassVar[int]
     parameters: int
     embedding_parameters: int
     train_tokens: int
@@ -205,7 +216,8 @@ class RunStarted(_message.Message):
     max_steps: int
     device: str
     first_tokens: int
-    def __init__(self, parameters: _Optional[int] = ..., embedding_parameters: _Optional[int] = ..., train_tokens: _Optional[int] = ..., validation_tokens: _Optional[int] = ..., tokenizer: _Optional[str] = ..., first_step: _Optional[int] = ..., max_steps: _Optional[int] = ..., device: _Optional[str] = ..., first_tokens: _Optional[int] = ...) -> None: ...
+    preparation_seconds: float
+    def __init__(self, parameters: _Optional[int] = ..., embedding_parameters: _Optional[int] = ..., train_tokens: _Optional[int] = ..., validation_tokens: _Optional[int] = ..., tokenizer: _Optional[str] = ..., first_step: _Optional[int] = ..., max_steps: _Optional[int] = ..., device: _Optional[str] = ..., first_tokens: _Optional[int] = ..., preparation_seconds: _Optional[float] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("step", "max_steps", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "tokens", "eta_seconds", "best_validation_loss", "active_memory_bytes", "cache_memory_bytes", "peak_memory_bytes", "resident_memory_bytes")
@@ -238,16 +250,22 @@ class Progress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., max_steps: _Optional[int] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., tokens: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., best_validation_loss: _Optional[float] = ..., active_memory_bytes: _Optional[int] = ..., cache_memory_bytes: _Optional[int] = ..., peak_memory_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Evaluation(_message.Message):
-    __slots__ = ("step", "training_loss", "validation_loss", "bits_per_byte")
+    __slots__ = ("step", "training_loss", "validation_loss", "bits_per_byte", "version", "windows", "text")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TRAINING_LOSS_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WINDOWS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
     step: int
     training_loss: float
     validation_loss: float
     bits_per_byte: float
-    def __init__(self, step: _Optional[int] = ..., training_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ...) -> None: ...
+    version: int
+    windows: int
+    text: str
+    def __init__(self, step: _Optional[int] = ..., training_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., version: _Optional[int] = ..., windows: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class VersionPublished(_message.Message):
     __slots__ = ("version", "step", "validation_loss", "bits_per_byte", "best")

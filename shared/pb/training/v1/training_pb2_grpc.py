@@ -80,7 +80,7 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """The newest jobs first.
+        """The newest jobs first. A page holds fewer jobs than `page_size` where they are large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
