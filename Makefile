@@ -118,8 +118,8 @@ check: $(VENV) ## Verify format, types, imports, contracts and README; edit noth
 	$(call TAKES)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
-	.venv/bin/lint-imports
+	$(RUN) mypy
+	.venv/bin/python .venv/bin/lint-imports
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(call PROTOC,"$$folder") && \
 	for name in $(GENERATED); do for kind in _pb2.py _pb2.pyi _pb2_grpc.py; do \
 	  cmp "$$folder/shared/pb/$$name$$kind" "shared/pb/$$name$$kind" || \
@@ -144,14 +144,14 @@ lock: $(VENV) ## Resolve requirements/*.txt anew.
 	$(call TAKES)
 	@requirements/lock
 
-# A virtual environment of the first Python that can make one. 3.12 and 3.11 come first: for them a wheel brings Redis.
-$(VENV): requirements/$(ACCELERATOR).txt requirements/dev.txt
+# A virtual environment of the first Python that MLX runs on.
+$(VENV): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/redis.txt
 	@requirements/install "$(ACCELERATOR)" "$(PYTHON)"
 	@touch $@
 
 .venv/benchmarks: $(VENV) requirements/benchmarks.txt
-	.venv/bin/pip install --disable-pip-version-check --quiet --require-hashes -r requirements/benchmarks.txt
-	.venv/bin/pip install --disable-pip-version-check --quiet torch==2.13.0
+	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/benchmarks.txt
+	$(RUN) pip install --disable-pip-version-check --quiet torch==2.13.0
 	@touch $@
 
 requirements/%.txt:

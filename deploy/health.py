@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from redis.exceptions import RedisError
 
 from deploy.ports import Ports, listening_host
 from shared.errors import GptloopError
 from shared.registry.identity import registry_id
+from shared.registry.store import Registry
 from shared.settings import Directories, Environment, to_address
 from trainer_service.queue import JobQueue
-from trainer_service.redis_server import connect, redis_url
+from trainer_service.redis_server import check_server, connect, redis_url
 
 _LIMIT_S = 3.0
 
@@ -32,8 +32,8 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
     inference = _address(listening_host(environment, "INFERENCE"), ports.inference)
     return {
         "redis": lambda: _check_redis(url),
-        "trainer": lambda: _check_grpc(trainer, needs_serving=True),
-        "inference": lambda: _check_grpc(inference, needs_serving=False),
+        "trainer": lambda: _check_trainer(trainer),
+        "inference": lambda: _check_inference(inference, Registry(directories.registry)),
         "worker": lambda: _check_worker(url, directories),
     }
 
@@ -41,9 +41,9 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
 def _check_redis(url: str) -> Health:
     with connect(url) as connection:
         try:
-            connection.ping()
-        except RedisError as error:
-            return Health(False, f"no answer: {error}")
+            check_server(connection)
+        except GptloopError as error:
+            return Health(False, str(error))
     return Health(True, "answers")
 
 
@@ -56,17 +56,40 @@ def _check_worker(url: str, directories: Directories) -> Health:
     return Health(workers > 0, f"{workers} ready for jobs")
 
 
-def _check_grpc(address: str, *, needs_serving: bool) -> Health:
-    # The inference server is NOT_SERVING until a first version exists, and healthy all the same.
+def _check_trainer(address: str) -> Health:
+    serves = _serves(address)
+    return (
+        _no_answer(address) if serves is None else Health(serves, f"{'serves' if serves else 'not ready'} on {address}")
+    )
+
+
+def _check_inference(address: str, registry: Registry) -> Health:
+    # Without a version it serves nothing, and is healthy all the same.
+    match _serves(address):
+        case None:
+            return _no_answer(address)
+        case True:
+            return Health(True, f"serves on {address}")
+        case False if not registry.versions():
+            return Health(True, f"no version yet, on {address}")
+        case False:
+            return Health(True, f"no version serves, on {address}: `python -m inference_service versions` says why")
+
+
+def _serves(address: str) -> bool | None:
+    """What a server says of its health, or `None` without an answer."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
                 health_pb2.HealthCheckRequest(), timeout=_LIMIT_S, wait_for_ready=True
             )
-        except grpc.RpcError as error:
-            return Health(False, f"no answer on {address}: {error.code().name}")
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    return Health(status == "SERVING" or not needs_serving, f"{status} on {address}")
+        except grpc.RpcError:
+            return None
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _no_answer(address: str) -> Health:
+    return Health(False, f"no answer on {address}")
 
 
 def _address(host: str, port: int) -> str:

@@ -138,7 +138,7 @@ class Stack:
             self._supervisor.stop()
             self._ports.check_free(self._environment)
             if not self._has_redis and not (redis := self._checks["redis"]()).is_healthy:
-                raise Unavailable(f"REDIS_URL is set, but no Redis answers there ({redis.text}).")
+                raise Unavailable(f"REDIS_URL is set, but its Redis cannot be used. {redis.text}")
             try:
                 with _signals_deferred():
                     self._supervisor.start()
@@ -188,7 +188,8 @@ class Stack:
                 return
             if time.monotonic() > deadline_s:
                 raise self._failure(waiting.name, f"is not healthy after {_START_LIMIT_S:.0f} s ({waiting.reason})")
-            report(f"Waiting for {waiting.name}: {waiting.reason}")
+            # Why it is not ready yet alarms for nothing: it is told if it stays so.
+            report(f"Starting {waiting.name}.")
             time.sleep(_POLL_S)
 
     def _failure(self, name: str, what: str) -> Unavailable:

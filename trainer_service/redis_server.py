@@ -145,7 +145,9 @@ def redis_failure(error: failures.RedisError) -> Unavailable:
         case failures.ResponseError():
             return Unavailable(f"Redis refuses a command: {said}.")
         case _:
-            return Unavailable(f"Redis does not answer ({said}). Start everything with `make up`, or set REDIS_URL.")
+            return Unavailable(
+                f"Redis does not answer ({said}). Start everything with `make up`, or correct REDIS_URL."
+            )
 
 
 def _said(error: Exception) -> str:

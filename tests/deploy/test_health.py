@@ -1,0 +1,67 @@
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from deploy.health import Health, health_checks
+from deploy.ports import Ports
+from shared.registry.store import Registry
+from shared.settings import Directories
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Server:
+    """A server whose health a test sets, and what is said of it as the inference server or as the trainer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.directories = Directories(folder)
+        self._health = health.HealthServicer()
+        self.grpc = grpc.server(ThreadPoolExecutor(2))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self.port = self.grpc.add_insecure_port("127.0.0.1:0")
+        self.grpc.start()
+
+    def check(self, name: str, status: int) -> Health:
+        self._health.set("", status)
+        ports = Ports(inference=self.port, trainer=self.port)
+        return health_checks({}, self.directories, ports)[name]()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.grpc.stop(None).wait()
+
+
+@pytest.mark.parametrize("name", ["inference", "trainer"])
+def test_a_server_that_serves_is_healthy(server: Server, name: str) -> None:
+    assert server.check(name, SERVING) == Health(True, f"serves on 127.0.0.1:{server.port}")
+
+
+def test_an_inference_server_without_a_version_is_healthy(server: Server) -> None:
+    assert server.check("inference", NOT_SERVING) == Health(True, f"no version yet, on 127.0.0.1:{server.port}")
+
+
+def test_an_inference_server_that_serves_none_of_its_versions_says_where_to_look(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Registry, "versions", lambda self: ["a version"])
+    answer = server.check("inference", NOT_SERVING)
+    assert answer.is_healthy
+    assert "no version serves" in answer.text
+    assert "inference_service versions" in answer.text
+
+
+def test_the_trainer_is_healthy_only_if_it_serves(server: Server) -> None:
+    assert server.check("trainer", NOT_SERVING) == Health(False, f"not ready on 127.0.0.1:{server.port}")
+
+
+def test_redis_that_does_not_answer_is_not_healthy(server: Server) -> None:
+    answer = server.check("redis", SERVING)
+    assert not answer.is_healthy
+    assert answer.text.startswith("Redis does not answer")
