@@ -9,7 +9,7 @@ import re
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
@@ -32,9 +32,12 @@ DOWNLOAD_TIMEOUT_S = 20.0
 PART_CHARACTERS = 1 << 18
 # Training a BPE takes a time that grows with the square of a word's length, so it sees longer ones in parts.
 LONGEST_WORD = 128
+# Training takes many parts ahead; from short ones it can be seen how far it is.
+_TRAINING_PART_CHARACTERS = 1 << 14
 _LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD}}}(?=\s)")
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)|{_LONG_SPACE.pattern}")
-PUNCTUATION = ".,;:!?。，、；：！？"  # noqa: RUF001
+_WORD_END = re.compile(r"\S(?=[ \n])")
+_LETTER_END = re.compile(r"[^\W\d_](?=[.,;:!?。，、；：！？])")  # noqa: RUF001
 
 
 class Tokenizer:
@@ -84,7 +87,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text; `<|endoftext|>` in it is plain text."""
-        return [token for part in _parts(text) for token in self._encoding.encode_ordinary(part)]
+        return [token for part in _parts(text, PART_CHARACTERS) for token in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of several texts, encoded on several threads."""
@@ -174,37 +177,30 @@ def safe_cut(text: str, start: int, end: int) -> int:
 
     It is `end` if there is no such place.
     """
-    place = max(_rfind(text, mark, start + 1, end, lambda before: not before.isspace()) for mark in " \n")
-    if place < 0:
-        place = max(_rfind(text, mark, start + 1, end, str.isalpha) for mark in PUNCTUATION)
-    return end if place < 0 else place
-
-
-def _rfind(text: str, mark: str, start: int, end: int, follows: Callable[[str], bool]) -> int:
-    """The last place of a mark in [start, end) before which `follows` holds, or -1."""
-    place = text.rfind(mark, start, end)
-    while place >= 0 and not follows(text[place - 1]):
-        place = text.rfind(mark, start, place)
-    return place
+    for boundary in (_WORD_END, _LETTER_END):
+        for window in (1024, end - start):
+            places = [match.end() for match in boundary.finditer(text, max(start, end - window), end)]
+            if places:
+                return places[-1]
+    return end
 
 
 def _short_words(text: str) -> Iterator[str]:
     """A text in parts in which nothing between two white spaces is longer than `LONGEST_WORD`, and no white space."""
-    if max(map(len, text.split()), default=0) <= LONGEST_WORD and not _LONG_SPACE.search(text):
-        yield text
-        return
-    start = 0
-    for long in _LONG_WORD.finditer(text):
-        yield text[start : long.end()]
-        start = long.end()
-    yield text[start:]
+    for part in _parts(text, _TRAINING_PART_CHARACTERS):
+        start = 0
+        if max(map(len, part.split()), default=0) > LONGEST_WORD or _LONG_SPACE.search(part):
+            for long in _LONG_WORD.finditer(part):
+                yield part[start : long.end()]
+                start = long.end()
+        yield part[start:]
 
 
-def _parts(text: str) -> Iterator[str]:
-    """A text in parts that are short enough for tiktoken and encode to the same tokens."""
+def _parts(text: str, most: int) -> Iterator[str]:
+    """A text in parts of so many characters at most that encode to the same tokens, if it has places to cut."""
     start = 0
-    while len(text) - start > PART_CHARACTERS:
-        cut = safe_cut(text, start, start + PART_CHARACTERS)
+    while len(text) - start > most:
+        cut = safe_cut(text, start, start + most)
         yield text[start:cut]
         start = cut
     yield text[start:]

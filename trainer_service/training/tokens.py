@@ -94,8 +94,10 @@ class _Progress:
             self._now = replace(self._now, done=self._now.done + size_bytes, total=total_bytes)
         self.tick()
 
-    def tick(self) -> None:
-        """Reports again where the stage stands, if the last report is old: whoever wants to end the work raises."""
+    def tick(self, done: int = 0, total: int = 0) -> None:
+        """Reports where the stage stands, if the last report is old: whoever wants to end the work raises."""
+        if total:
+            self._now = replace(self._now, done=done, total=total)
         if time.monotonic() - self._reported_s >= REPORT_INTERVAL_S:
             self._set(self._now)
 
@@ -165,15 +167,24 @@ def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _
         except InvalidArgument:
             path.unlink(missing_ok=True)  # damaged: it is trained anew
     progress.begin(Stage.TOKENIZER)
-    texts, characters = [], 0
+    texts, characters, taken = list[str](), 0, 0
     for batch in _batches(corpus.train(), progress.tick):
         texts += [passage.text for passage in batch]
         characters += sum(len(passage.text) for passage in batch)
-        progress.reach(characters, TOKENIZER_CHARACTERS)
+        progress.tick()
         if characters >= TOKENIZER_CHARACTERS:
             break
-    progress.reach(0)  # the library says nothing of how far it has come
-    tokenizer = background.call(lambda: train_bpe(texts, config.vocabulary_size), progress.tick)
+
+    def feed() -> Iterator[str]:
+        nonlocal taken
+        for text in texts:
+            yield text
+            taken += len(text)
+
+    # The library says nothing of how far it has come, but most of its time goes into what it takes.
+    tokenizer = background.call(
+        lambda: train_bpe(feed(), config.vocabulary_size), lambda: progress.tick(taken, characters)
+    )
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)

@@ -139,7 +139,7 @@ def test_a_long_text_has_the_tokens_of_its_words() -> None:
     assert GPT2.encode("the" + " fox" * words) == [*GPT2.encode("the"), *GPT2.encode(" fox") * words]
 
 
-@given(st.text(alphabet=" \n\tab'1!—.。，字", min_size=2))  # noqa: RUF001
+@given(st.text(alphabet=" \n\t\x1c\u3000ab'1½!—.。，字", min_size=2))  # noqa: RUF001
 def test_a_safe_cut_changes_no_token(text: str) -> None:
     cut = safe_cut(text, 0, len(text))
     assert 0 < cut <= len(text)
