@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from shared.accelerator import Accelerator
 from shared.registry.retention import Retention
 from shared.settings import Directories
-from trainer_service.events import Event
+from trainer_service.events import Event, Preparation
 
 
 @dataclass(frozen=True)
@@ -29,3 +29,22 @@ class Attempt:
 
 class Stopped(Exception):
     """The work was ended before it had anything to keep."""
+
+
+def preparation_report(attempt: Attempt) -> Callable[[str, float | None], None]:
+    """Returns a function that takes the stage of some work and how much of it is done, as often as one likes.
+
+    It raises `Stopped` if the attempt is to end, and tells what has changed by a percent.
+    """
+    told: tuple[str, int | None] | None = None
+
+    def report(stage: str, fraction: float | None) -> None:
+        nonlocal told
+        if attempt.stop_requested():
+            raise Stopped
+        now = (stage, None if fraction is None else int(100 * fraction))
+        if now != told:
+            attempt.tell(Preparation(stage, fraction))
+            told = now
+
+    return report

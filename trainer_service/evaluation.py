@@ -7,13 +7,13 @@ from dataclasses import replace
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import load_model
 from shared.registry.store import Registry
-from trainer_service.attempt import Attempt, Stopped
-from trainer_service.events import Evaluation, Notice, Preparation
+from trainer_service.attempt import Attempt, preparation_report
+from trainer_service.events import Evaluation, Notice
 from trainer_service.kinds import EvaluationSpec
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, evaluate
-from trainer_service.training.tokens import PrepareProgress, prepare
+from trainer_service.training.tokens import prepare
 from trainer_service.training.workers import Workers
 
 # At most; there may be less text.
@@ -38,18 +38,13 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
         max_validation_tokens=_WINDOWS * config.context_length + 1,
     )
 
-    def report(stage: str, fraction: float | None) -> None:
-        if attempt.stop_requested():
-            raise Stopped
-        attempt.tell(Preparation(stage, fraction))
-
-    def report_preparation(progress: PrepareProgress) -> None:
-        report(progress.stage, progress.fraction)
-
+    report = preparation_report(attempt)
     data = spec.data
     if not data.dataset:
         data = DatasetSpec(version.dataset_files, data.validation or version.validation_files)
-    prepared = prepare(data, wanted, attempt.directories.data, report_preparation, tokenizer)
+    prepared = prepare(
+        data, wanted, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
+    )
     for text in prepared.notices:
         attempt.tell(Notice(text))
     evaluation_set = EvaluationSet.from_tokens(

@@ -14,12 +14,12 @@ from shared.gpt.tokenizer import Tokenizer
 from shared.registry.fence import Fence
 from shared.registry.retention import prune
 from shared.registry.store import Registry
-from trainer_service.attempt import Attempt, Stopped
+from trainer_service.attempt import Attempt, preparation_report
 from trainer_service.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.spec import JobSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, Report, train
-from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
+from trainer_service.training.tokens import PreparedData, prepare
 from trainer_service.training.trainer import Trainer, saved_config
 from trainer_service.training.workers import Workers
 from trainer_service.versions import TOKENIZER_FILE, publish
@@ -41,12 +41,10 @@ def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
     if state is not None:
         config = replace(config, vocabulary_size=saved_config(state).vocabulary_size)
 
-    def report(progress: PrepareProgress) -> None:
-        if attempt.stop_requested():
-            raise Stopped
-        attempt.tell(Preparation(progress.stage, progress.fraction))
-
-    data = prepare(spec.data, config, attempt.directories.data, report, tokenizer)
+    report = preparation_report(attempt)
+    data = prepare(
+        spec.data, config, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
+    )
     for text in (*data.notices, *_changed_text(spec, data, state, registry)):
         attempt.tell(Notice(text))
     return data

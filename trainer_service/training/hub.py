@@ -82,15 +82,16 @@ def _load(dataset: HubDataset) -> Any:
     # The libraries' own patience is minutes; these are read when they are imported.
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         os.environ.setdefault(name, "10")
+    import huggingface_hub
+
+    # One question without retries: if it gets no answer, the many that follow need not be asked.
+    huggingface_hub.HfApi().dataset_info(dataset.repository, timeout=10)
     # Loading `datasets` takes seconds, which only those who use the hub need to wait.
     import datasets  # type: ignore[import-untyped]
-    import huggingface_hub
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     datasets.config.STREAMING_READ_MAX_RETRIES = 3
     datasets.config.STREAMING_OPEN_MAX_RETRIES = 3
-    # One question without retries: if it gets no answer, the many that follow need not be asked.
-    huggingface_hub.HfApi().dataset_info(dataset.repository, timeout=10)
     return datasets.load_dataset_builder(dataset.repository, dataset.configuration)
 
 

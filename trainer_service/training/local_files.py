@@ -1,6 +1,7 @@
 """Text in local files: .txt, .jsonl and .parquet, the first two also compressed."""
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
     if kind == ".parquet":
         for chunk in file_bytes.content(path, identity, on_read):
             digest.update(chunk)
-    lengths, characters = list[int](), 0
+    lengths, characters = array("q"), 0
     for passage in documents.passages(_pieces(path, kind, identity, counts, on_read, digest.update)):
         characters += len(passage.text)
         if passage.ends_document:
