@@ -1,15 +1,11 @@
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from redis import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.jobs import training
+from tests.redis_process import RedisServer
 from trainer_service.kinds import Kind
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
@@ -17,11 +13,6 @@ from trainer_service.settings import TrainerSettings, read_settings
 
 # The id of the registry whose jobs the tests queue.
 REGISTRY = "0123456789abcdef"
-PROJECT = Path(__file__).parents[2]
-
-
-def environment_of(var: Path) -> dict[str, str]:
-    return os.environ | {"GPTLOOP_VAR": str(var), "REDIS_URL": "", "PYTHONPATH": str(PROJECT)}
 
 
 @pytest.fixture
@@ -33,24 +24,18 @@ def settings(tmp_path: Path) -> TrainerSettings:
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a real server, on a unix socket."""
-    var = tmp_path_factory.mktemp("redis")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "trainer_service", "redis"], env=environment_of(var), stdout=subprocess.DEVNULL
-    )
-    url = read_settings({"GPTLOOP_VAR": str(var)}).redis_url
-    connection = connect(url)
-    deadline_s = time.monotonic() + 20
-    while True:
-        try:
-            connection.ping()
-            break
-        except RedisConnectionError:
-            assert time.monotonic() < deadline_s and server.poll() is None, "Redis did not start."
-    connection.close()
-    yield url
+    """The URL of a server that stands for the whole session."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server.url
     server.kill()
-    server.wait()
+
+
+@pytest.fixture
+def mortal_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server of the test's own, which may be killed and started again."""
+    server = RedisServer(tmp_path_factory.mktemp("mortal"))
+    yield server
+    server.kill()
 
 
 @pytest.fixture

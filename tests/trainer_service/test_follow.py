@@ -1,4 +1,6 @@
 import io
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,25 +9,22 @@ from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
 from tests.events import PROGRESS, STARTED
+from tests.jobs import EVALUATION, start, tell, training, wait_until
+from tests.redis_process import RedisServer
 from trainer_service import follow as follow_module
 from trainer_service.events import (
     Evaluation,
-    Event,
     JobState,
     Notice,
     Preparation,
     StateChanged,
-    TimedEvent,
     VersionPublished,
 )
 from trainer_service.follow import follow
+from trainer_service.kinds import Kind
 from trainer_service.metrics import make_metrics
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
-
-
-def tell(queue: JobQueue, job: str, *events: Event) -> None:
-    assert queue.tell(job, 1, [TimedEvent(event) for event in events])
 
 
 def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) -> None:
@@ -68,6 +67,64 @@ def test_a_job_without_any_worker_is_not_followed_for_ever(
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.05)
     with pytest.raises(Unavailable, match="make up"):
         follow(queue, job, Console(file=io.StringIO()))
+
+
+def test_following_goes_on_when_redis_was_killed_and_started_again(
+    mortal_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_module, "_WAIT_S", 0.1)
+    queue = JobQueue(connect(mortal_redis.url), "one")
+    job = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
+    start(queue, job)
+    # What is followed by somebody else's connection.
+    output = io.StringIO()
+    followed = threading.Thread(
+        target=follow, args=(JobQueue(connect(mortal_redis.url), "one"), job, Console(file=output))
+    )
+    followed.start()
+    wait_until(lambda: "running." in output.getvalue())
+    mortal_redis.kill()
+    wait_until(lambda: "note: Redis does not answer" in output.getvalue())
+    mortal_redis.start()
+    wait_until(lambda: "note: Redis answers again." in output.getvalue())
+    tell(queue, job, PROGRESS, StateChanged(JobState.FINISHED))
+    followed.join(20)
+    assert output.getvalue().splitlines()[-2:] == [follow_module.describe(PROGRESS), "finished."]
+
+
+def test_a_redis_that_stays_away_is_not_waited_for_for_ever(
+    queue: JobQueue, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_module, "_OUTAGE_S", 0.1)
+    monkeypatch.setattr(follow_module, "_WAIT_S", 0.05)
+    gone = JobQueue(connect("unix:///none.sock"), queue.registry)
+    with pytest.raises(Unavailable, match=f"make watch JOB={job}"):
+        follow(gone, job, Console(file=io.StringIO()))
+
+
+def test_a_job_that_waits_says_how_many_come_first(queue: JobQueue, job: str, tmp_path: Path) -> None:
+    last = queue.enqueue(Kind.EVALUATE, EVALUATION, after=[job]).id
+    output = io.StringIO()
+    queue.renew_worker_lease("a")
+    followed = threading.Thread(target=follow, args=(queue, last, Console(file=output)))
+    followed.start()
+    wait_until(lambda: "waiting for a worker: 1 job comes first" in output.getvalue())
+    assert follow_module.describe_job(queue.get(last)) == f"after {job}; 1 job comes first"
+    queue.cancel(last)
+    followed.join(20)
+    assert output.getvalue().splitlines()[-1] == "cancelled."
+
+
+def test_the_result_of_an_evaluation_is_one_line_with_what_was_measured() -> None:
+    measured = Evaluation(1200, None, 1.234, 0.456, version=7, windows=1000, text="letters.txt")
+    assert follow_module.describe(measured) == (
+        "version 7: held-out loss 1.2340 nats per token, 0.4560 bits per byte, on 1000 windows of letters.txt"
+    )
+
+
+def test_after_the_first_step_no_eta_is_told() -> None:
+    line = follow_module.describe(replace(PROGRESS, eta_s=None))
+    assert line is not None and "the first step compiles" in line and "ETA" not in line and "tokens/s" not in line
 
 
 def test_metrics_show_the_run_while_it_runs_and_its_last_numbers_afterwards(

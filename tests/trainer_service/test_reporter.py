@@ -1,21 +1,13 @@
 import os
 import time
-from collections.abc import Callable
 
 from redis import Redis
 
 from tests.events import PROGRESS, STARTED
-from tests.jobs import start, told
+from tests.jobs import start, told, wait_until
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.queue import JobQueue
 from trainer_service.reporter import Reporter
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline_s, "The condition did not come true."
-        time.sleep(0.02)
 
 
 def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(queue: JobQueue, job: str) -> None:

@@ -1,0 +1,46 @@
+"""A real Redis for tests, which can be killed and started again."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from trainer_service.redis_server import connect
+from trainer_service.settings import read_settings
+
+PROJECT = Path(__file__).parents[1]
+
+
+def environment_of(var: Path) -> dict[str, str]:
+    return os.environ | {"GPTLOOP_VAR": str(var), "REDIS_URL": "", "PYTHONPATH": str(PROJECT)}
+
+
+class RedisServer:
+    """A real server on a unix socket, whose data outlive it."""
+
+    def __init__(self, var: Path) -> None:
+        self.url = read_settings({"GPTLOOP_VAR": str(var)}).redis_url
+        self._var = var
+        self.start()
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        command = [sys.executable, "-m", "trainer_service", "redis"]
+        self._process = subprocess.Popen(command, env=environment_of(self._var), stdout=subprocess.DEVNULL)
+        deadline_s = time.monotonic() + 60
+        with connect(self.url) as connection:
+            while True:
+                try:
+                    connection.ping()
+                    return
+                except RedisConnectionError:
+                    assert time.monotonic() < deadline_s and self._process.poll() is None, "Redis did not start."
+                    time.sleep(0.02)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,244 @@
+"""What others wrote to Redis, and what people name their files, breaks neither lists nor streams nor the metrics."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from redis import Redis
+
+from shared.errors import InvalidArgument
+from shared.pb.training.v1 import training_pb2 as pb
+from shared.registry.store import Registry
+from tests.events import PROGRESS, STARTED
+from tests.jobs import EVALUATION, finish, start, tell, told, training
+from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.kinds import JobRequest, Kind, complete
+from trainer_service.listings import print_jobs
+from trainer_service.metrics import make_metrics
+from trainer_service.queue import JobQueue
+from trainer_service.records import read_record
+from trainer_service.runs import all_runs
+from trainer_service.server import TrainingServicer
+from trainer_service.spec import TrainingRequest
+from trainer_service.training.corpus import DatasetSpec
+from trainer_service.translate import event_to_pb, job_to_pb
+
+# A file named in Latin-1, as Python names it.
+LATIN = "caf\udce9.txt"
+
+
+@pytest.fixture
+def servicer(queue: JobQueue, tmp_path: Path) -> TrainingServicer:
+    return TrainingServicer(queue, Registry(tmp_path / "registry"))
+
+
+def listed(servicer: TrainingServicer, **values: int) -> list[pb.Job]:
+    """All jobs, as a client gets them: over the wire, page by page."""
+    found: list[pb.Job] = []
+    token = ""
+    while True:
+        request = pb.ListJobsRequest(page_token=token, **values)  # type: ignore[arg-type]
+        answer = asyncio.run(servicer.ListJobs(request, None))
+        assert len(answer.SerializeToString()) < 4 << 20
+        found += answer.jobs
+        if not (token := answer.next_page_token):
+            return found
+
+
+def watched(servicer: TrainingServicer, job: str) -> list[pb.WatchJobResponse]:
+    async def collect() -> list[pb.WatchJobResponse]:
+        return [event async for event in servicer.WatchJob(pb.WatchJobRequest(job_id=job), None)]
+
+    return asyncio.run(asyncio.wait_for(collect(), 20))
+
+
+ODD: dict[str, Callable[[Redis, str], object]] = {
+    "an unknown kind": lambda redis, key: redis.hset(key, "kind", "dance"),
+    "no kind": lambda redis, key: redis.hdel(key, "kind"),
+    "no spec": lambda redis, key: redis.hdel(key, "spec"),
+    "a spec of another kind": lambda redis, key: redis.hset(key, "spec", "[1, 2]"),
+    "a deep spec": lambda redis, key: redis.hset(key, "spec", "[" * 100_000),
+    "a name that leaves its folder": lambda redis, key: redis.hset(key, "spec", '{"run": "../x"}'),
+    "bytes that are no text": lambda redis, key: redis.hset(key, "spec", b"\xff\xfe"),
+    "an unknown state": lambda redis, key: redis.hset(key, "state", "asleep"),
+    "a huge attempt": lambda redis, key: redis.hset(key, "attempt", "9" * 5000),
+    "a time beyond all": lambda redis, key: redis.hset(key, "enqueued_at", "1e300"),
+    "no time": lambda redis, key: redis.hset(key, "started_at", "nan"),
+    "a progress that is none": lambda redis, key: redis.hset(key, "Progress", "{}"),
+    "a step beyond 64 bits": lambda redis, key: redis.hset(
+        key, "Progress", TimedEvent(replace(PROGRESS, step=10**30)).to_json()
+    ),
+    "a loss that is text": lambda redis, key: redis.hset(
+        key,
+        "Progress",
+        TimedEvent(replace(PROGRESS, loss="x")).to_json(),  # type: ignore[arg-type]
+    ),
+    "a loss that is no number": lambda redis, key: redis.hset(
+        key, "Progress", TimedEvent(replace(PROGRESS, loss=float("nan"))).to_json()
+    ),
+    "a megabyte as reason": lambda redis, key: redis.hset(key, "reason", "x" * (1 << 20)),
+    "another type": lambda redis, key: (redis.delete(key), redis.set(key, "no hash")),
+}
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+def test_an_odd_job_is_listed_among_the_others_as_far_as_it_can_be_shown(
+    servicer: TrainingServicer,
+    queue: JobQueue,
+    redis: Redis,
+    job: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[Redis, str], object],
+) -> None:
+    other = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
+    change(redis, queue.keys.job(job))
+    assert [each.id for each in listed(servicer)] == [other, job]
+    assert asyncio.run(servicer.GetJob(pb.GetJobRequest(job_id=job), None)).job.id == job
+    generate_latest(make_metrics(queue))
+    for as_json in (False, True):
+        print_jobs(list(queue.jobs()), as_json)
+        assert job in capsys.readouterr().out
+    all_runs(queue.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
+
+
+def test_a_job_that_cannot_be_understood_says_so_and_keeps_its_state(
+    servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str
+) -> None:
+    redis.hset(queue.keys.job(job), "spec", '{"run": 7}')
+    (shown,) = listed(servicer)
+    assert (shown.run, shown.state) == ("", pb.JOB_STATE_QUEUED)
+    assert shown.reason.startswith("This job cannot be understood: ") and len(shown.reason) < 300
+    assert asyncio.run(servicer.CancelJob(pb.CancelJobRequest(job_id=job), None)).job.state == pb.JOB_STATE_CANCELLED
+
+
+def test_a_file_whose_name_is_no_text_is_named_with_escapes(
+    servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue.enqueue(Kind.TRAIN, replace(training(tmp_path), data=DatasetSpec((LATIN,))))
+    (shown,) = listed(servicer)
+    assert list(shown.dataset) == [r"caf\udce9.txt"]
+    print_jobs(list(queue.jobs()), False)
+    assert r"caf\udce9.txt" in capsys.readouterr().out
+
+
+def test_pages_of_large_jobs_are_small_and_lose_none(
+    servicer: TrainingServicer, queue: JobQueue, tmp_path: Path
+) -> None:
+    names = tuple(f"{number:04d}".ljust(4000, "x") for number in range(1000))
+    large = replace(training(tmp_path), data=DatasetSpec(names))
+    # Enqueued in one moment: their places tell them apart.
+    jobs = [queue.enqueue(Kind.TRAIN, replace(large, run=f"run-{number}")).id for number in range(5)]
+    found = listed(servicer, page_size=2)
+    assert [each.id for each in found] == jobs[::-1]
+    assert found[0].dataset[0] == names[0] and found[0].dataset[-1] == "… and 996 more"
+
+
+def test_jobs_of_one_moment_are_on_one_page_each(
+    servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time", lambda: 1e9)
+    jobs = [queue.enqueue(Kind.TRAIN, training(tmp_path)).id for _ in range(5)]
+    assert [each.id for each in listed(servicer, page_size=1)] == jobs[::-1]
+
+
+@pytest.mark.parametrize("event", [b"", b"{}", b"\xff", b'{"kind": "Nap", "time": 1, "values": {}}', b"[" * 100_000])
+def test_one_odd_event_ends_no_watch(
+    servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str, event: bytes
+) -> None:
+    redis.xadd(queue.keys.events(job), {"event": event})
+    redis.xadd(queue.keys.events(job), {"other": b"x"})
+    tell(queue, job, Notice("after"), StateChanged(JobState.FINISHED))
+    texts = [response.notice.text for response in watched(servicer, job) if response.WhichOneof("event") == "notice"]
+    assert [text.partition(":")[0] for text in texts] == 2 * ["An event of this job cannot be understood"] + ["after"]
+
+
+def test_a_lost_attempt_with_an_odd_beginning_is_followed_by_another(queue: JobQueue, redis: Redis, job: str) -> None:
+    start(queue, job)
+    tell(queue, job, STARTED)
+    redis.hset(queue.keys.job(job), "RunStarted", "?")
+    assert queue.lose(job, 1, "It crashed") and queue.get(job).attempt == 2
+
+
+def test_what_goes_beyond_its_bounds_is_refused_with_a_short_sentence(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    long = "x" * 100_000
+
+    def request(
+        kind: Kind = Kind.TRAIN, version: str = "", after: tuple[str, ...] = (), **values: object
+    ) -> JobRequest:
+        return JobRequest(kind, TrainingRequest(**values), version, after)  # type: ignore[arg-type]
+
+    for wrong in (
+        request(dataset=(long,)),
+        request(dataset=("a\0b",)),
+        request(dataset=("a.txt",) * 1001),
+        request(validation=("a.txt",) * 1001),
+        request(preset=long),
+        request(overrides={long: "1"}),
+        request(overrides={"max_steps": "9" * 5000}),
+        request(overrides={str(number): "1" for number in range(101)}),
+        request(after=("a",) * 101),
+        request(notes="n" * 2001),
+        request(notes="bell\a"),
+        request(resume=2**63),
+        request(resume=-1),
+        request(name=long),
+        request(Kind.EVALUATE, version=long),
+        request(Kind.EVALUATE, version="9" * 5000),
+        request(Kind.PREPARE, name="wide"),
+        request(Kind.EVALUATE, notes="wide"),
+    ):
+        with pytest.raises(InvalidArgument) as refused:
+            complete(wrong, registry)
+        assert len(str(refused.value)) <= 300
+
+
+def test_a_job_id_of_any_length_is_not_found_in_a_short_sentence(queue: JobQueue) -> None:
+    with pytest.raises(Exception, match="There is no job") as refused:
+        queue.get("x\n" * 100_000)
+    assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)
+
+
+TEXT = st.text(st.characters(exclude_categories=()), max_size=50)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    fields=st.dictionaries(
+        st.sampled_from(["kind", "spec", "state", "attempt", "after", "reason", "enqueued_at", "Progress", "best"]),
+        st.sampled_from(["train", "evaluate", "running", "1", EVALUATION.to_json(), TimedEvent(PROGRESS).to_json()])
+        | TEXT
+        | JSON.map(json.dumps),
+        min_size=1,
+    )
+)
+@settings(suppress_health_check=[HealthCheck.too_slow])
+def test_whatever_a_record_holds_it_becomes_a_message(fields: dict[str, str]) -> None:
+    job_to_pb(read_record("a", fields)).SerializeToString()
+
+
+@given(values=st.dictionaries(st.sampled_from(sorted(vars(PROGRESS))), JSON), moment=JSON)
+def test_whatever_an_event_holds_it_becomes_a_message_or_is_none(values: dict[str, object], moment: object) -> None:
+    text = json.dumps({"kind": "Progress", "time": moment, "values": vars(PROGRESS) | values})
+    try:
+        event = TimedEvent.from_json(text)
+    except ValueError:
+        return
+    event_to_pb(event).SerializeToString()
+
+
+def test_a_reason_is_told_whole_where_it_is_short(queue: JobQueue, job: str) -> None:
+    start(queue, job)
+    finish(queue, job)
+    assert told(queue, job)[-1] == StateChanged(JobState.FINISHED)
