@@ -9,9 +9,9 @@ if __name__ == "__main__":
 
     interrupts.end_quietly()
 
+import argparse
 import fcntl
 import os
-import sys
 from pathlib import Path
 
 # The supervisor closes every file from 5 on when it starts, and so must find the lock below that.
@@ -47,4 +47,9 @@ def holder(lock: Path) -> int | None:
 
 
 if __name__ == "__main__":
-    launch(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser("python -m deploy.launch", description=__doc__)
+    parser.add_argument("lock", type=Path)
+    parser.add_argument("program")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    given = parser.parse_args()
+    launch(given.lock, given.program, given.arguments)

@@ -11,8 +11,8 @@ if __name__ == "__main__":
 
     interrupts.end_quietly()
 
+import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -86,11 +86,10 @@ def _run(target: str, module: str, path: Sequence[str]) -> int:
     return cli.invoke(app, path, values, lambda name: f"{names[name]}=")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs a target and exits."""
-    target, module, *path = arguments
-    cli.end(lambda: _run(target, module, path))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser("python -m deploy.make", description=__doc__)
+    parser.add_argument("target")
+    parser.add_argument("module")
+    parser.add_argument("command", nargs="*")
+    words = parser.parse_args()
+    cli.end(lambda: _run(words.target, words.module, words.command))

@@ -1,14 +1,15 @@
 """Starts, shows and stops Redis, the trainer, its worker and the inference server: `python -m deploy.stack up`."""
 
+from shared import interrupts
+
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared import interrupts
-
     interrupts.end_quietly()
 
 import fcntl
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -247,7 +248,8 @@ def up() -> None:
         with console.status("") as line:
             stack.up(report)
     except KeyboardInterrupt:
-        raise FailedPrecondition("Interrupted: what was started has been stopped.") from None
+        print("Interrupted: what was started has been stopped.", file=sys.stderr)
+        raise typer.Exit(interrupts.EXIT_CODE) from None
     if console.is_terminal:
         print(shown)
 

@@ -17,8 +17,6 @@ from shared.live_bar import LiveBar
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 _LONGEST_SENTENCE = 300
-# What a shell reports of a program that SIGPIPE ended.
-_BROKEN_PIPE = 141
 
 
 def run(app: typer.Typer) -> NoReturn:
@@ -29,14 +27,14 @@ def run(app: typer.Typer) -> NoReturn:
 def end(work: Callable[[], object]) -> NoReturn:
     """Does the work of a process and exits with the code that it returns, if any.
 
-    Otherwise 1 for an expected error, or one of the file system, which is one sentence; 2 if the call itself was wrong;
-    130 after Ctrl-C; 141 if nobody reads the output any more.
+    Otherwise 1 for an expected error, or one of the file system, which is one sentence, and if nobody reads the output
+    any more; 2 if the call itself was wrong; 130 after Ctrl-C.
     """
     _make_streams_robust()
     code = _code_of(work)
     for stream in (sys.stdout, sys.stderr):
         if not _flush(stream):
-            code = code or _BROKEN_PIPE
+            code = code or 1
     if code == interrupts.EXIT_CODE:
         # Threads that are still at work would hold up an orderly end.
         os._exit(code)
@@ -54,9 +52,10 @@ def _code_of(work: Callable[[], object]) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return interrupts.EXIT_CODE
     except BrokenPipeError:
-        return _BROKEN_PIPE
+        return 1
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}." if error.filename else f"error: {error}", file=sys.stderr)
+        what = f"{shown(str(error.filename))}: {error.strerror}" if error.filename else error.strerror or error
+        print(f"error: {what}.", file=sys.stderr)
         return 1
 
 

@@ -1,46 +1,15 @@
 """What people type after `make`: real make, real commands, in a folder that stands for a fresh checkout."""
 
-import os
-import shlex
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
 
 from shared.errors import shown
+from tests.workplace import PROJECT, Workplace
 from trainer_service.presets import PRESETS
 
-PROJECT = Path(__file__).parents[1]
-
-
-class Workplace:
-    """A checkout whose virtual environment is that of the tests, and whose state is empty."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("Makefile", "requirements", "shared", "deploy", "trainer_service", "inference_service"):
-            (folder / name).symlink_to(PROJECT / name)
-        (folder / ".venv/bin").mkdir(parents=True)
-        python = folder / ".venv/bin/python"
-        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-        python.chmod(0o755)
-        (folder / ".venv/installed-cpu").touch()
-
-    def make(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        ours = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-        return subprocess.run(
-            ["make", *words], cwd=self.folder, env=ours | environment, capture_output=True, text=True, timeout=120
-        )
-
-    def refusal(self, *words: str, **environment: str) -> str:
-        """The one sentence with which make ends."""
-        ended = self.make(*words, **environment)
-        assert ended.returncode == 2, ended
-        error, *rest = ended.stderr.splitlines()
-        assert all(line.startswith("make: ***") for line in rest), ended.stderr
-        assert len(error) <= 310
-        return error
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -87,3 +56,12 @@ def test_settings_may_stand_on_the_command_line(workplace: Workplace) -> None:
 @pytest.mark.parametrize("value", ["--help", 'it\'s "quoted"', "$HOME $(HOME) `id`", "two\nlines", "#no comment"])
 def test_a_value_arrives_as_it_was_typed(workplace: Workplace, value: str) -> None:
     assert shown(value) in workplace.refusal("train", f"PRESET={value}")
+
+
+def test_every_make_line_of_the_readme_is_understood(workplace: Workplace) -> None:
+    fenced = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+    lines = re.findall(r"^make .*$", fenced, re.MULTILINE) + re.findall(r"`(make [^`\n]+)`", README)
+    assert len(lines) > 30
+    for line in {line.replace("<", "").replace(">", "") for line in lines} - {"make ACCELERATOR=cuda"}:
+        ended = workplace.run("bash", "-c", line.replace("make", "make -n", 1), AFTER="1")
+        assert ended.returncode == 0 or "cuda" in line, (line, ended.stderr)

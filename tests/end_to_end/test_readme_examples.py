@@ -1,0 +1,130 @@
+"""The examples of the README, run as printed against the real system; only training is made small.
+
+The tests go through the page from top to bottom, each on what those before it have left.
+"""
+
+import json
+import re
+from itertools import islice
+
+import pytest
+from google.protobuf import json_format
+
+from shared.pb.inference.v1 import inference_pb2
+from shared.pb.training.v1 import training_pb2
+from tests.end_to_end.conftest import TINY, System, wait_until
+from tests.workplace import PROJECT, Workplace
+from trainer_service.training.stories import train_stories
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+SMALL = " ".join(f"{name}={value}" for name, value in {**TINY, "max_steps": "20", "evaluation_interval": "10"}.items())
+# In a shell of the reader, `make train` takes a preset of minutes.
+SHELL = f"""
+set -eo pipefail
+make() {{
+    case " $* " in
+        *" train "*) command make "$@" SET="{SMALL}" ;;
+        *) command make "$@" ;;
+    esac
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def workplace(system: System, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    workplace = Workplace(tmp_path_factory.mktemp("a folder"), system.environment)
+    stories = list(islice(train_stories(), 300))
+    (workplace.folder / "one.txt").write_text("<|endoftext|>".join(stories[:200]))
+    (workplace.folder / "two.jsonl").write_text("\n".join(json.dumps({"text": story}) for story in stories[200:250]))
+    (workplace.folder / "held-out.txt").write_text("<|endoftext|>".join(stories[250:]))
+    return workplace
+
+
+def block(language: str, beginning: str) -> str:
+    (found,) = [text for kind, text in BLOCKS if kind == language and text.startswith(beginning)]
+    return str(found)
+
+
+def printed(line: str) -> str:
+    """A line that stands in the README, in its running text or in a table."""
+    assert f"`{line}`" in README, line
+    return line
+
+
+def shell(workplace: Workplace, script: str, prelude: str = SHELL) -> str:
+    ended = workplace.run("bash", "-c", prelude + script)
+    assert ended.returncode == 0, (script, ended.stdout[-2000:], ended.stderr[-2000:])
+    return ended.stdout
+
+
+def queued(workplace: Workplace, line: str) -> str:
+    """What is said of a job that a line puts on the queue as printed, and which is cancelled then."""
+    said = shell(workplace, f"{line} FOLLOW=0", prelude="")
+    (job,) = re.findall(r"^job ([0-9a-f]+) queued", said, re.MULTILINE)
+    assert "is cancel" in shell(workplace, f"make cancel JOB={job}", prelude="")
+    return said
+
+
+def test_the_first_three_commands_train_and_generate(workplace: Workplace) -> None:
+    up, train, generate = block("sh", "make up").splitlines()
+    said = shell(workplace, f"{up}\n{train}")
+    assert "Everything is up already" in said and "version 2 published" in said and "finished." in said
+    wait_until(lambda: "serving" in workplace.run(".venv/bin/python", "-m", "inference_service", "versions").stdout)
+    assert shell(workplace, generate).startswith("Once upon a time")
+
+
+def test_jobs_follow_each_other(workplace: Workplace) -> None:
+    assert "held-out" in shell(workplace, block("sh", "JOB="))
+
+
+def test_a_model_goes_out_and_comes_in(workplace: Workplace) -> None:
+    shell(workplace, "make export VERSION=2 DIR=gpt2")
+    said = shell(workplace, block("sh", "make import"))
+    assert (workplace.folder / "my-gpt2/model.safetensors").exists()
+    assert re.search(r"^version +\d+$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", ["client import InferenceClient", "asyncio"])
+def test_python_examples_run(workplace: Workplace, system: System, module: str) -> None:
+    (code,) = [text for kind, text in BLOCKS if kind == "python" and module in text.splitlines()[0]]
+    ended = workplace.run(".venv/bin/python", "-c", code.replace(":50051", f":{system.ports.inference}"))
+    assert ended.returncode == 0 and ended.stdout.strip(), ended.stderr
+
+
+def test_messages_of_grpcurl_are_those_of_the_contracts() -> None:
+    calls = re.findall(r"-d '(.*?)' \\\n +\S+ (\S+)$", block("sh", "grpcurl"), re.MULTILINE)
+    requests = {"Generate": inference_pb2.GenerateRequest, "EnqueueJob": training_pb2.EnqueueJobRequest}
+    assert [json_format.Parse(text, requests[name.rpartition("/")[2]]()).ByteSize() > 0 for text, name in calls] == [
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('make train PRESET=small SET="max_steps=500 batch_size=8"', "steps       1 to 500"),
+        ('make train DATASET="one.txt two.jsonl" VALIDATION=held-out.txt', "steps       1 to 400"),
+        ('make train RESUME=7 SET="max_steps=800"', "to 800"),
+    ],
+)
+def test_lines_of_the_text_put_jobs_on_the_queue(workplace: Workplace, line: str, said: str) -> None:
+    assert said in queued(workplace, printed(line).replace("RESUME=7", "RESUME=2"))
+
+
+def test_commands_that_look_at_what_is_there_answer(workplace: Workplace) -> None:
+    said = shell(
+        workplace, "make jobs; make checkpoints; make verify; make prune DRY_RUN=1; make status; make chat < /dev/null"
+    )
+    assert "Whole:" in said and "would be removed" in said and "SERVING" in said
+    assert len(json.loads(shell(workplace, "make -s jobs JSON=1"))) >= 5
+    (job, *_) = re.findall(r"^[0-9a-f]{8}", said, re.MULTILINE)
+    watched = workplace.make("watch", f"JOB={job}")
+    assert "queued." in watched.stdout
+
+
+def test_the_same_text_comes_again(workplace: Workplace) -> None:
+    printed('make generate PROMPT="…" VERSION=… SEED=…')
+    line = 'make generate PROMPT="The old dragon" VERSION=1 SEED=7 TOP_K=20'
+    assert shell(workplace, line) == shell(workplace, line)

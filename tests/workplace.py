@@ -1,0 +1,55 @@
+"""A folder that stands for a fresh checkout, in which real make runs real commands."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+PROJECT = Path(__file__).parents[1]
+
+
+class Workplace:
+    """A checkout whose virtual environment is that of the tests, and whose state is empty.
+
+    environment: what its commands see besides.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
+        # What make hands on to the commands that it starts, as the one that may have started the tests.
+        inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+        self.environment = inherited | dict(environment or {})
+        for name in ("Makefile", "requirements", "shared", "deploy", "trainer_service", "inference_service", "tests"):
+            (folder / name).symlink_to(PROJECT / name)
+        (folder / ".venv/bin").mkdir(parents=True)
+        python = folder / ".venv/bin/python"
+        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+        python.chmod(0o755)
+        (folder / ".venv/installed-cpu").touch()
+
+    def run(self, *words: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs a program in the folder."""
+        return subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.environment | environment,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def make(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs make."""
+        return self.run("make", *words, **environment)
+
+    def refusal(self, *words: str, **environment: str) -> str:
+        """The one sentence with which make ends."""
+        ended = self.make(*words, **environment)
+        assert ended.returncode == 2, ended
+        error, *rest = ended.stderr.splitlines()
+        assert all(line.startswith("make: ***") for line in rest), ended.stderr
+        assert len(error) <= 310
+        return error
