@@ -36,10 +36,10 @@ Ended = Callable[[str, grpc.StatusCode, str | None], None]
 
 @dataclass(eq=False)
 class _Call:
-    """A call whose request has arrived. It `waits` if its requests are a stream that its client may leave open."""
+    """A call whose method runs. It `waits` while its requests are a stream and the next one has not come."""
 
     task: asyncio.Task[Any]
-    waits: bool
+    waits: bool = False
     is_cut: bool = False
     reason: str | None = None
 
@@ -57,9 +57,10 @@ class Calls(grpc.aio.ServerInterceptor):
         self._refuses = False
         # How many calls are held, None while none is to be.
         self._held: int | None = None
-        # Those whose method runs, and the tasks of all that have not ended: a status is sent after the method.
+        # Those whose method runs, the tasks of all whose status is not sent, and those whose request has not arrived.
         self._running: set[_Call] = set()
         self._open: set[asyncio.Task[Any]] = set()
+        self._unread: dict[asyncio.Task[Any], str] = {}
 
     def refuse(self) -> set[asyncio.Task[Any]]:
         """From now on every new call is `Unavailable`; the tasks of those that run. Those that wait for more requests
@@ -91,7 +92,22 @@ class Calls(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None:
             return None
+        task = asyncio.current_task()
+        assert task is not None
+        self._unread[task] = details.method
+        task.add_done_callback(self._note_end)
         return _replace(handler, self._wrap(handler, details.method))
+
+    def _note_end(self, task: asyncio.Task[Any]) -> None:
+        self._open.discard(task)
+        if (path := self._unread.pop(task, None)) is not None and (name := self._name_of(path)) is not None:
+            # Its client left in the middle of its request, or gRPC refused it as too large.
+            self._ended(name, grpc.StatusCode.CANCELLED, None)
+
+    def _name_of(self, path: str) -> str | None:
+        """The name of a method of the services."""
+        service, _, name = path.removeprefix("/").partition("/")
+        return name if service in self._services else None
 
     def _cut(self, calls: Iterable[_Call]) -> None:
         for call in calls:
@@ -106,9 +122,7 @@ class Calls(grpc.aio.ServerInterceptor):
         raise Unavailable(ENDING)
 
     def _wrap(self, handler: Any, path: str) -> Callable[[Any, Any], Any]:
-        method = _method_of(handler)
-        service, _, name = path.removeprefix("/").partition("/")
-        is_ours = service in self._services
+        method, name = _method_of(handler), self._name_of(path)
 
         def read(raw: bytes) -> Any:
             if handler.request_deserializer is None:
@@ -117,19 +131,29 @@ class Calls(grpc.aio.ServerInterceptor):
                 message = handler.request_deserializer(raw)
             except DecodeError:
                 raise InvalidArgument(
-                    f"The request of {name} cannot be read: it is cut short, or one of its texts is not valid UTF-8."
+                    f"The request of {path.rpartition('/')[2]} cannot be read: it is cut short, or one of its texts is "
+                    "not valid UTF-8."
                 ) from None
-            if is_ours:
+            if name is not None:
                 _refuse_unknown(message)
             return message
 
-        async def read_each(requests: Any) -> AsyncIterator[Any]:
-            async for raw in requests:
+        async def read_each(requests: Any, call: _Call) -> AsyncIterator[Any]:
+            iterator = aiter(requests)
+            while not self._refuses:
+                call.waits = True
+                try:
+                    raw = await anext(iterator)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    call.waits = False
                 yield read(raw)
+            raise Unavailable(ENDING)
 
         async def answer(request: Any, context: Any) -> Any:
-            async with self._call(path, name if is_ours else None, handler.request_streaming, context) as call:
-                message = read_each(request) if handler.request_streaming else read(request)
+            async with self._call(path, name, context) as call:
+                message = read_each(request, call) if handler.request_streaming else read(request)
                 answered = method(message, context)
                 if hasattr(answered, "__aiter__"):
                     async with aclosing(answered) as responses:
@@ -144,15 +168,15 @@ class Calls(grpc.aio.ServerInterceptor):
         return answer
 
     @asynccontextmanager
-    async def _call(self, path: str, name: str | None, waits: bool, context: Any) -> AsyncIterator[_Call]:
+    async def _call(self, path: str, name: str | None, context: Any) -> AsyncIterator[_Call]:
         """Counts a call while its method runs, and sends the status of what it raises; `name` is the method's, if its
         end is to be told."""
         task = asyncio.current_task()
         assert task is not None
-        call = _Call(task, waits)
+        call = _Call(task)
+        self._unread.pop(task, None)
         self._running.add(call)
         self._open.add(task)
-        task.add_done_callback(self._open.discard)
         code = grpc.StatusCode.CANCELLED
         try:
             if self._refuses and not path.startswith(_HEALTH):

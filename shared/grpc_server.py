@@ -1,8 +1,10 @@
 """The gRPC server that both services run: its limits, health, reflection, and an orderly end."""
 
 import asyncio
+import contextlib
 import errno
 import logging
+import resource
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 _NOTICE_S = 0.2
 # How long calls have to end once they are asked to, and then to send their status once they are cut.
 _CUT_S = 1.0
+# Files and connections that the process may have open, if the system allows it, and those kept for files.
+_MOST_FILES, _KEPT_FILES = 65_536, 256
 # How long connections have to close.
 _GOODBYE_S = 0.2
 
@@ -61,7 +65,8 @@ class GrpcServer:
         # gRPC logs a trace where a client leaves in the moment in which its call ends.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_concerns_the_server)
         self._calls = Calls(services, ended)
-        self.server = grpc.aio.server(interceptors=[self._calls, *interceptors], options=_OPTIONS)
+        options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", _most_connections()))
+        self.server = grpc.aio.server(interceptors=[self._calls, *interceptors], options=options)
         self._services = ("", *services)
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -164,6 +169,19 @@ def cannot_listen(host: str, port: int, port_variable: str, error: OSError) -> I
     return InvalidArgument(
         f"{to_address(host, port)} cannot be listened on ({port_variable} sets the port): {error.strerror}."
     )
+
+
+def _most_connections() -> int:
+    """How many connections there may be so that files can still be opened; allows the process as many of both as it may
+    have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft < wanted:
+        # macOS says that there is no limit, and has one.
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    return max(soft - _KEPT_FILES, soft // 2)
 
 
 async def _wait_for_all(calls: set[asyncio.Task[Any]]) -> None:

@@ -153,6 +153,17 @@ def test_health_ignores_unknown_fields_as_newer_probes_expect() -> None:
     run(test)
 
 
+def test_a_request_that_is_too_large_is_refused_and_counted() -> None:
+    async def test(wire: Wire) -> None:
+        code, details = await refused(wire.stub.Tokenize(pb.TokenizeRequest(text="x" * (5 << 20))))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "larger than max" in details
+        await until(lambda: wire.ends.total() == 1)
+        assert wire.ends == {("Tokenize", "CANCELLED", None): 1}
+
+    run(test)
+
+
 def test_every_end_is_counted_with_its_method_and_code() -> None:
     async def test(wire: Wire) -> None:
         await wire.stub.Tokenize(pb.TokenizeRequest())

@@ -1,6 +1,7 @@
 """The server that both services run, with health's own servicer standing in for a service."""
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -250,6 +251,41 @@ def test_a_connection_without_calls_stays_unless_it_asks_too_often(
         client.close()
         assert answers <= {"", answer}
         assert answer in answers
+        await server.stop(0.0, asyncio.Event())
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_connections_leave_files_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"soft": 256}
+
+    def set_limit(kind: int, both: tuple[int, int]) -> None:
+        if both[0] > 4096:
+            raise ValueError("more than there may be")
+        limits["soft"] = both[0]
+
+    for hard, most in ((256, 128), (4096, 3840), (resource.RLIM_INFINITY, 128)):
+        limits["soft"] = 256
+        monkeypatch.setattr(resource, "getrlimit", lambda kind, hard=hard: (limits["soft"], hard))
+        monkeypatch.setattr(resource, "setrlimit", set_limit)
+        assert grpc_server._most_connections() == most
+
+
+def test_one_connection_too_many_is_unavailable_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "_most_connections", lambda: 2)
+
+    async def body() -> None:
+        server = GrpcServer([SERVICE])
+        port = await server.start("127.0.0.1", 0, "PORT")
+        others = [await PingingClient.connect(port) for _ in range(2)]
+        assert [await other.ping() for other in others] == ["", ""]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await status(channel)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert [await other.ping() for other in others] == ["", ""]
+        for other in others:
+            other.close()
         await server.stop(0.0, asyncio.Event())
 
     asyncio.run(asyncio.wait_for(body(), 30))
