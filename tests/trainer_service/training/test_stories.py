@@ -1,5 +1,8 @@
 import re
+from collections import Counter
 
+from shared.gpt.tokenizer import train_bpe
+from trainer_service.presets import PRESETS
 from trainer_service.training import plots
 from trainer_service.training.stories import generate_stories, train_stories, validation_stories
 
@@ -21,8 +24,13 @@ def test_stories_are_short_and_simple() -> None:
     lengths = [len(story.split()) for story in STORIES]
     assert min(lengths) >= 60
     assert max(lengths) <= 220
-    words = {word for story in STORIES for word in re.findall(r"[a-z]+", story.lower())}
-    assert 600 <= len(words) <= 1200
+    words = Counter(word for story in STORIES for word in re.findall(r"[a-z]+", story.lower()))
+    assert 600 <= sum(count > 10 for count in words.values()) <= 1200
+
+
+def test_the_stories_give_every_preset_its_vocabulary() -> None:
+    sizes = [preset.vocabulary_size for preset in PRESETS.values() if preset.tokenizer == "bpe"]
+    assert train_bpe(train_stories(), max(sizes)).vocabulary_size == max(sizes)
 
 
 def test_every_choice_and_field_is_filled() -> None:
