@@ -1,13 +1,17 @@
 """Reading settings from the environment. A bad value stops the process and names the variable."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
 
 Environment = Mapping[str, str]
+
+_BYTES = re.compile(r"([0-9]{1,19})([KMGTkmgt]?)")
+_SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 Default = TypeVar("Default", int, None)
@@ -38,6 +42,18 @@ def read_float(environment: Environment, name: str, default: float, *, minimum: 
         raise InvalidArgument(f"{name} is {text!r}, but must be a number from {minimum} to {maximum}.") from None
     if not minimum <= value <= maximum:
         raise InvalidArgument(f"{name} is {text}, but must be from {minimum} to {maximum}.")
+    return value
+
+
+def read_bytes(environment: Environment, name: str, default: int, *, maximum: int) -> int:
+    """The number of bytes in a variable, as in 500M, 10G or 1073741824: K, M, G and T count in 1024s."""
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    match = _BYTES.fullmatch(text)
+    value = int(match[1]) << _SHIFT[match[2].upper()] if match else -1
+    if not 0 <= value <= maximum:
+        raise InvalidArgument(f"{name} is {shown(text)}, but must be a number of bytes, as in 500M or 10G.")
     return value
 
 

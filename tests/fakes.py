@@ -1,7 +1,9 @@
 """Small real things for the tests: a tokenizer of bytes, a tiny model, versions in a registry."""
 
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import PATTERN, Tokenizer
-from shared.gpt.weights import save_model
+from shared.gpt.weights import load_arrays, save_arrays, save_model
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.store import Registry
@@ -110,3 +112,26 @@ def publish_tiny_version(
         )
 
     return registry.publish_version(fence, write, manifest)
+
+
+def publish_overflowing_version(registry: Registry, number: int) -> VersionManifest:
+    """Publishes a copy of a version, a little worse, whose state holds weights with which the next step overflows."""
+    like, run = registry.version(number), "overflowing"
+    fence = Fence.raise_for(registry.run_directory(run))
+
+    def copy_files(source: Path, target: Path) -> None:
+        for path in source.iterdir():
+            if path.name != "manifest.json":
+                shutil.copyfile(path, target / path.name)
+
+    def write_state(directory: Path) -> None:
+        copy_files(registry.state_directory(like.run, like.step), directory)
+        weights = load_arrays(directory / "model.safetensors")
+        save_arrays({name: 1e30 * array for name, array in weights.items()}, directory / "model.safetensors")
+
+    registry.write_state(fence, run, like.step, write_state)
+    return registry.publish_version(
+        fence,
+        lambda directory: copy_files(registry.version_directory(number), directory),
+        lambda new, files: replace(like, version=new, run=run, bits_per_byte=like.bits_per_byte + 0.001, files=files),
+    )

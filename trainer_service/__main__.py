@@ -24,6 +24,7 @@ from shared.registry.store import Registry
 from trainer_service import dataset_names, listings, registry_commands
 from trainer_service.events import JobState
 from trainer_service.follow import follow
+from trainer_service.holds import enqueue
 from trainer_service.kinds import JobRequest, Kind, complete
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS, find_preset
@@ -148,7 +149,7 @@ def _enqueue(request: JobRequest, wait: bool) -> None:
     lines = []
     if request.kind is Kind.TRAIN and isinstance(spec, JobSpec):
         lines = Plan.of(spec, registry, islice(queue.jobs(), _JOBS_TO_LEARN_FROM), Machine.here()).lines()
-    record = queue.enqueue(request.kind, spec, request.after)
+    record = enqueue(queue, registry, request.kind, spec, request.after)
     console = Console()
     for line in (f"job {record.id} queued: {request.kind.value} {spec.run}", *lines):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

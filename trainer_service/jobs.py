@@ -8,8 +8,11 @@ import sys
 from shared import accelerator, logs
 from shared.errors import FailedPrecondition, GptloopError, RunOwnershipLost, Unavailable, shown
 from shared.registry.identity import registry_id
+from shared.registry.store import Registry
+from shared.settings import Directories
 from trainer_service.attempt import Attempt, Stopped
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.holds import release_ended
 from trainer_service.kinds import EvaluationSpec, Kind
 from trainer_service.queue import STOPPED, JobQueue
 from trainer_service.records import JobRecord
@@ -79,6 +82,14 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
             end = lambda queue: queue.give_back(job_id, attempt, STOPPED)  # noqa: E731
     finally:
         reporter.close(end)
+        _release(queue, settings.directories)
+
+
+def _release(queue: JobQueue, directories: Directories) -> None:
+    try:
+        release_ended(queue, Registry(directories.registry))
+    except GptloopError as error:
+        logger.warning("versions stay held until another job has ended: %s", error)
 
 
 def _work(record: JobRecord, attempt: Attempt) -> bool:

@@ -114,6 +114,8 @@ def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Chec
 
 
 def _why(verdict: Verdict) -> str:
+    if verdict.has_no_room:
+        return "GPTLOOP_KEEP_BYTES leaves it no room"
     return ", ".join(verdict.reasons) or "nothing keeps it"
 
 

@@ -202,6 +202,8 @@ class TrainingRun:
             self._keep_state(trainer)
             if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
                 self._publish(trainer, held_out)
+            if trainer.step == self._spec.config.max_steps:
+                self._registry.end_run(self._spec.run)
         except FailedPrecondition as error:
             if trainer.step == self._spec.config.max_steps:
                 raise

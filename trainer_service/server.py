@@ -16,6 +16,7 @@ from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from trainer_service.events import StateChanged
+from trainer_service.holds import enqueue
 from trainer_service.kinds import complete
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.queue import JobQueue
@@ -50,7 +51,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """Checks a request, completes it and puts it on the queue."""
         wanted = request_from_pb(request)
         spec = await asyncio.to_thread(complete, wanted, self._registry)
-        record = await asyncio.to_thread(self._queue.enqueue, wanted.kind, spec, wanted.after)
+        record = await asyncio.to_thread(enqueue, self._queue, self._registry, wanted.kind, spec, wanted.after)
         live_workers = await asyncio.to_thread(self._queue.live_workers)
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
 

@@ -1,33 +1,39 @@
 """Which checkpoints are kept, so that training does not fill the disk."""
 
 import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
 from shared.registry import policy
 from shared.registry.commit import writing
+from shared.registry.decisions import Decided
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
-from shared.settings import Environment, read_int
+from shared.settings import Environment, read_bytes, read_int
 
-# A run may still train, or wait to go on, if it wrote a state within this time.
+# A run that has not come to its end may still train, or wait to go on, if it wrote a state within this time.
 _ACTIVE_S = 7 * 24 * 3600.0
 
 _MOST = 1_000_000
+_MOST_BYTES = 2**60
 
 
 @dataclass(frozen=True)
 class Retention:
     """How much is kept. Raises `InvalidArgument` and names the field that is out of range.
 
-    states: the last states of each run that is kept, at least 1.
+    states: the last states of each run that is kept, at least 1; of one that has come to its end only the last.
     best: the best versions of each evaluation set that is kept.
     newest: the newest versions.
     every: each version whose number is a multiple of it; 0 for none.
-    runs: the runs that are kept, those that wrote a state last; and every run that wrote one within a week.
+    runs: the runs that are kept, those that wrote a state last; and every run that may still train.
+    size_bytes: how large all of it may be; 0 for no limit.
 
     The evaluation sets that are kept are that of the newest version and those on which the kept runs were judged. So a
-    model of another text stays until as many later runs have trained. What a label names always stays, with its state.
+    model of another text stays until as many later runs have trained. What a label names or a job waits for always
+    stays, with its state, and so does the last state of each kept run. Of the others, the limit on size takes older
+    states first, then versions that are not among the best, the oldest first, then the worst.
     """
 
     states: int = 2
@@ -35,17 +41,18 @@ class Retention:
     newest: int = 10
     every: int = 0
     runs: int = 10
+    size_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value, minimum = getattr(self, field.name), 1 if field.name == "states" else 0
-            if not minimum <= value <= _MOST:
-                raise InvalidArgument(f"{field.name} is {value}, but must be from {minimum} to {_MOST}.")
+            most = _MOST_BYTES if field.name == "size_bytes" else _MOST
+            if not minimum <= value <= most:
+                raise InvalidArgument(f"{field.name} is {value}, but must be from {minimum} to {most}.")
 
 
 def read_retention(environment: Environment) -> Retention:
-    """From `GPTLOOP_KEEP_STATES`, `GPTLOOP_KEEP_BEST`, `GPTLOOP_KEEP_NEWEST`, `GPTLOOP_KEEP_EVERY` and
-    `GPTLOOP_KEEP_RUNS`; raises `InvalidArgument` and names the variable that is wrong."""
+    """From the variables `GPTLOOP_KEEP_…`; raises `InvalidArgument` and names the variable that is wrong."""
     default = Retention()
 
     def read(name: str, value: int, minimum: int = 0) -> int:
@@ -57,15 +64,21 @@ def read_retention(environment: Environment) -> Retention:
         newest=read("GPTLOOP_KEEP_NEWEST", default.newest),
         every=read("GPTLOOP_KEEP_EVERY", default.every),
         runs=read("GPTLOOP_KEEP_RUNS", default.runs),
+        size_bytes=read_bytes(environment, "GPTLOOP_KEEP_BYTES", default.size_bytes, maximum=_MOST_BYTES),
     )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a checkpoint stays; without a reason it goes."""
+    """Why a checkpoint stays; without a reason it goes.
+
+    `is_firm` says that no limit on size takes it away, `has_no_room` that such a limit did.
+    """
 
     checkpoint: Checkpoint
     reasons: tuple[str, ...]
+    is_firm: bool = False
+    has_no_room: bool = False
 
 
 def judge(registry: Registry, retention: Retention) -> list[Verdict]:
@@ -75,20 +88,18 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
     """
     versions = _versions(registry)
     decided = registry.decided(versions)
-    labels = policy.labels(versions, decided)
+    labels, held = policy.labels(versions, decided), registry.holds.jobs()
+    firm = _firm_reasons(versions, decided, labels, held)
+    continued = {*labels.values(), *held}
     deserving = [each for each in versions if each.version not in decided.refused]
     runs = _kept_runs(registry, retention)
-    verdicts = _judge_versions(versions, deserving, labels, runs, retention)
-    labelled = {(each.run, each.step): each.version for each in versions if each.version in labels.values()}
-    for run in registry.runs():
-        steps = registry.states(run)
-        last = steps[-retention.states :] if run in runs else []
-        for step in steps:
-            reasons = [f"last {retention.states} of its run"] if step in last else []
-            if (run, step) in labelled:
-                reasons.append(f"state of version {labelled[run, step]}")
-            verdicts.append(Verdict(Checkpoint(step, run), tuple(reasons)))
-    return verdicts
+    best = _best(versions, deserving, runs, retention.best)
+    verdicts = _judge_versions(versions, firm, best, retention) + _judge_states(
+        registry, runs, {(each.run, each.step): each.version for each in versions if each.version in continued}
+    )
+    if not retention.size_bytes:
+        return verdicts
+    return _within(verdicts, registry, retention.size_bytes, {number: rank for rank, number in enumerate(best)})
 
 
 def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
@@ -99,11 +110,12 @@ def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
 
 
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
-    """Removes a checkpoint, unless somebody has decided for it since it was judged."""
+    """Removes a checkpoint, unless somebody has decided for it, or waits for it, since it was judged."""
     with registry.decisions.held():
         versions = registry.versions()
-        labelled = set(policy.labels(versions, registry.decided(versions)).values())
-        kept = [each for each in versions if each.version in labelled]
+        labelled = policy.labels(versions, registry.decided(versions)).values()
+        firm = {*labelled, *registry.holds.jobs()}
+        kept = [each for each in versions if each.version in firm]
         if any(checkpoint in (Checkpoint(each.version), Checkpoint(each.step, each.run)) for each in kept):
             return False
         registry.remove(checkpoint)
@@ -125,40 +137,101 @@ def _versions(registry: Registry) -> list[VersionManifest]:
     return versions
 
 
-def _kept_runs(registry: Registry, retention: Retention) -> set[str]:
+def _firm_reasons(
+    versions: Sequence[VersionManifest], decided: Decided, labels: Mapping[str, int], held: Mapping[int, str]
+) -> dict[int, tuple[str, ...]]:
+    """Why versions stay whatever their size."""
+    deserving = [each for each in versions if each.version not in decided.refused]
+    lead = policy.leading(deserving)
+    firm = {}
+    for number in (each.version for each in versions):
+        reasons = [f"label {label}" for label in policy.labels_of(number, labels)]
+        if number in held:
+            reasons.append(f"job {held[number]} waits for it")
+        if lead is not None and number == lead.since.version != deserving[0].version:
+            # Without it the text before could lead again.
+            reasons.append("with it its text took best over")
+        firm[number] = tuple(reasons)
+    return firm
+
+
+def _kept_runs(registry: Registry, retention: Retention) -> dict[str, int]:
+    """The runs that are kept, each with how many of its last states."""
+    ended = {run for run in registry.runs() if registry.has_ended(run)}
     last_written_at = {}
     for run in registry.runs():
         if steps := registry.states(run):
             last_written_at[run] = max(registry.written_at(Checkpoint(step, run)) for step in steps)
     newest = sorted(last_written_at, key=last_written_at.__getitem__, reverse=True)[: retention.runs]
-    return {*newest, *(run for run, at in last_written_at.items() if time.time() - at < _ACTIVE_S)}
+    active = (run for run, at in last_written_at.items() if run not in ended and time.time() - at < _ACTIVE_S)
+    return {run: 1 if run in ended else retention.states for run in (*newest, *active)}
+
+
+def _best(
+    versions: Sequence[VersionManifest], deserving: Sequence[VersionManifest], runs: Collection[str], count: int
+) -> list[int]:
+    """The best versions of each evaluation set that is kept, those of any set before worse ones of others."""
+    ranked: list[tuple[int, int]] = []
+    for evaluation_set in {each.evaluation_set for each in versions if each.run in runs or each is versions[-1]}:
+        judged_alike = [each for each in deserving if each.evaluation_set == evaluation_set]
+        ranked += [(rank, -each.version) for rank, each in enumerate(policy.ranking(judged_alike)[:count])]
+    return [-number for _, number in sorted(ranked)]
 
 
 def _judge_versions(
-    versions: list[VersionManifest],
-    deserving: list[VersionManifest],
-    labels: dict[str, int],
-    runs: set[str],
+    versions: Sequence[VersionManifest],
+    firm: Mapping[int, tuple[str, ...]],
+    best: Collection[int],
     retention: Retention,
 ) -> list[Verdict]:
     newest = {each.version for each in versions[max(0, len(versions) - retention.newest) :]}
-    lead = policy.leading(deserving)
-    sets = {each.evaluation_set for each in versions if each.run in runs or each is versions[-1]}
-    best: set[int] = set()
-    for evaluation_set in sets:
-        judged_alike = [each for each in deserving if each.evaluation_set == evaluation_set]
-        best |= {each.version for each in policy.ranking(judged_alike)[: retention.best]}
     verdicts = []
     for number in (each.version for each in versions):
-        reasons = [f"label {label}" for label in policy.labels_of(number, labels)]
-        if lead is not None and number == lead.since.version != deserving[0].version:
-            # Without it the text before could lead again.
-            reasons.append("with it its text took best over")
+        reasons = list(firm[number])
         if number in newest:
             reasons.append(f"newest {retention.newest}")
         if number in best:
             reasons.append(f"best {retention.best} of its evaluation set")
         if retention.every and number % retention.every == 0:
             reasons.append(f"multiple of {retention.every}")
-        verdicts.append(Verdict(Checkpoint(number), tuple(reasons)))
+        verdicts.append(Verdict(Checkpoint(number), tuple(reasons), is_firm=bool(firm[number])))
     return verdicts
+
+
+def _judge_states(
+    registry: Registry, runs: Mapping[str, int], continued: Mapping[tuple[str, int], int]
+) -> list[Verdict]:
+    """`runs` says how many states of a run stay, `continued` which version's state has to."""
+    verdicts = []
+    for run in registry.runs():
+        steps, count = registry.states(run), runs.get(run, 0)
+        last = steps[len(steps) - min(count, len(steps)) :]
+        for step in steps:
+            reasons = [f"last {count} of its run"] if step in last else []
+            if (run, step) in continued:
+                reasons.append(f"state of version {continued[run, step]}")
+            is_firm = (run, step) in continued or step in last[-1:]
+            verdicts.append(Verdict(Checkpoint(step, run), tuple(reasons), is_firm))
+    return verdicts
+
+
+def _within(verdicts: list[Verdict], registry: Registry, limit_bytes: int, rank: Mapping[int, int]) -> list[Verdict]:
+    """The verdicts with which what stays is no larger than a limit, as far as that can be; `rank` is that of the best
+    versions, 0 for a best one."""
+
+    def value(verdict: Verdict) -> tuple[float, ...]:
+        checkpoint = verdict.checkpoint
+        if checkpoint.run is not None:
+            return (0, registry.written_at(checkpoint))
+        number = checkpoint.number
+        return (2, -rank[number], number) if number in rank else (1, number)
+
+    sizes = {each.checkpoint: registry.size_bytes(each.checkpoint) for each in verdicts if each.reasons}
+    over = sum(sizes.values()) - limit_bytes
+    going = set()
+    for each in sorted((each for each in verdicts if each.reasons and not each.is_firm), key=value):
+        if over <= 0:
+            break
+        over -= sizes[each.checkpoint]
+        going.add(each.checkpoint)
+    return [Verdict(each.checkpoint, (), has_no_room=True) if each.checkpoint in going else each for each in verdicts]

@@ -2,9 +2,11 @@
 
 versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
+runs/<run>/ended           there once the run has come to its end
 evaluations/<n>/           what later evaluations of a version found
 serving/                   what servers found out and operators decided, as `decisions.py` has it
 staging/<id>/              what is being written or removed, as `staging.py` has it
+holds/                     what jobs wait for, as `holds.py` has it
 last_version               the highest number that a version ever had, as `numbering.py` has it
 """
 
@@ -30,11 +32,15 @@ from shared.registry.commit import (
 )
 from shared.registry.decisions import LABELS, Decided, Decisions, check_label, is_refused_everywhere
 from shared.registry.fence import Fence
+from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
 from shared.registry.numbering import HighestVersion, children, number_of, numbers
 from shared.registry.staging import Staging
 
 logger = logging.getLogger(__name__)
+
+# In the folder of a run that has come to its end.
+_ENDED = "ended"
 
 # Fills an empty folder with a checkpoint's files.
 Write = Callable[[Path], None]
@@ -61,6 +67,7 @@ class Registry:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.decisions = Decisions(root)
+        self.holds = Holds(root)
         self._staging = Staging(root)
         self._highest = HighestVersion(root)
         # A version never changes, so its manifest is read once; the inode tells a new registry at the same place.
@@ -216,6 +223,15 @@ class Registry:
     def runs(self) -> list[str]:
         """Every run that has a folder, in alphabetical order."""
         return sorted(path.name for path in children(self.root / "runs") if _is_run(path))
+
+    def end_run(self, run: str) -> None:
+        """Remembers that a run has come to its end, so that only a later run needs its states."""
+        with writing(self.root):
+            replace_text(self.run_directory(run) / _ENDED, "")
+
+    def has_ended(self, run: str) -> bool:
+        """Whether a run has come to its end."""
+        return (self.run_directory(run) / _ENDED).exists()
 
     def states(self, run: str) -> list[int]:
         """The steps that have a state, ascending."""

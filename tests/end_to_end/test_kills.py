@@ -2,13 +2,14 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -335,20 +336,22 @@ class PulledPlug:
 
 
 @pytest.fixture(scope="module")
-def pulled_plug(system: System, run: Run) -> PulledPlug:
+def pulled_plug(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -> PulledPlug:
+    text = Path(shutil.copy(run.text, tmp_path_factory.mktemp("gone") / "text.txt"))
     job = begin(system, run)
     prepare = put(system, run, pb.JOB_KIND_PREPARE)
     train = put(system, run, pb.JOB_KIND_TRAIN, prepare, max_steps="10")
     evaluate = put(system, run, pb.JOB_KIND_EVALUATE, train)
-    diverge = put(system, run, learning_rate="1", max_gradient_norm="1e30", weight_decay="1e30")
-    measure = put(system, run, pb.JOB_KIND_EVALUATE, diverge)
+    fail = put(system, replace(run, text=str(text)))
+    text.unlink()
+    measure = put(system, run, pb.JOB_KIND_EVALUATE, fail)
     pids = [system.training_process()]
     pids += [system.pid(name) for name in ("supervisord", "redis", "trainer", "inference", "worker")]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: all(map(is_gone, pids)))
     system.stack.up(lambda _: None)
-    return PulledPlug(job, [prepare, train, evaluate], [diverge, measure])
+    return PulledPlug(job, [prepare, train, evaluate], [fail, measure])
 
 
 def test_jobs_that_come_after_others_run_in_their_order(system: System, pulled_plug: PulledPlug) -> None:

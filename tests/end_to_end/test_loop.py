@@ -18,6 +18,7 @@ from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.store import Registry
 from tests.end_to_end.conftest import System, is_progress, wait_until
+from tests.fakes import publish_overflowing_version
 
 
 def test_with_an_empty_registry_it_starts_and_says_that_nothing_serves(system: System) -> None:
@@ -201,8 +202,10 @@ def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> N
 
 
 def test_a_loss_that_is_not_finite_fails_the_job_and_keeps_what_was_good(system: System) -> None:
-    versions = len(Registry(system.directories.registry).versions())
-    job = system.enqueue(max_steps="200", learning_rate="1", max_gradient_norm="1e30", weight_decay="1e30")
+    registry = Registry(system.directories.registry)
+    overflowing = publish_overflowing_version(registry, 5)
+    versions = len(registry.versions())
+    job = system.enqueue(resume=overflowing.version, max_steps="300")
     events = system.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FAILED)
     assert "training diverged" in events[-1].state_changed.reason
     assert len(Registry(system.directories.registry).versions()) == versions

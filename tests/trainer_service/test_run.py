@@ -11,11 +11,12 @@ import mlx.core as mx
 import pytest
 
 from shared.accelerator import Accelerator
-from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost
+from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.retention import Retention
 from shared.registry.store import Registry
 from shared.settings import Directories
+from tests.fakes import publish_overflowing_version
 from trainer_service.attempt import Attempt, Stopped
 from trainer_service.evaluation import evaluate_version
 from trainer_service.events import Evaluation, Event, Notice, Progress, VersionPublished
@@ -153,6 +154,16 @@ def test_a_run_that_ends_between_state_and_version_publishes_the_version_when_it
     # Once it is there, nothing is left to do.
     site.told.clear()
     assert site.train(spec) and site.all_told(VersionPublished) == []
+
+
+def test_a_run_that_diverges_fails_and_keeps_nothing(site: Site) -> None:
+    site.train(site.spec())
+    version = publish_overflowing_version(site.registry, 3)
+    spec = site.spec(resume=version.version, max_steps="12")
+    with pytest.raises(TrainingDiverged, match="training diverged"):
+        site.train(spec)
+    assert site.registry.states(spec.run) == [9]  # its own copy of what it continued
+    assert site.registry.versions()[-1] == version
 
 
 def test_what_is_kept_is_what_the_settings_say(site: Site) -> None:

@@ -1,8 +1,11 @@
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.registry.decisions import Finding
@@ -194,6 +197,13 @@ def test_the_environment_sets_each_value() -> None:
     assert read_retention(environment | {"GPTLOOP_KEEP_RUNS": "7"}) == Retention(3, 4, 5, 6, 7)
     with pytest.raises(InvalidArgument, match="GPTLOOP_KEEP_STATES is 0"):
         read_retention({"GPTLOOP_KEEP_STATES": "0"})
+    for text, size_bytes in (("5", 5), ("500M", 500 << 20), ("10g", 10 << 30), (" 2T ", 2 << 40), ("0", 0)):
+        assert read_retention({"GPTLOOP_KEEP_BYTES": text}).size_bytes == size_bytes
+    for text in ("10 G", "1.5G", "-1", "G", "10GB", "٣G", "9" * 30, "9999999999999999999T"):
+        with pytest.raises(
+            InvalidArgument, match=r"GPTLOOP_KEEP_BYTES is .*, but must be a number of bytes, as in 500M"
+        ):
+            read_retention({"GPTLOOP_KEEP_BYTES": text})
 
 
 @pytest.mark.parametrize("content", [b"\0", None])
@@ -220,3 +230,98 @@ def test_refused_versions_are_not_among_the_best(registry: Registry) -> None:
         registry.decisions.keep(number, Finding(digest, "cpu", None, "lying", "It lies.", at=1.0))
     prune(registry, Retention(newest=0, best=2))
     assert numbers(registry) == [1, 4]
+
+
+def test_a_version_that_a_job_waits_for_stays_with_its_state(registry: Registry) -> None:
+    for step in (10, 20, 30):
+        evaluate(registry, "run-1", step, bits=2.0 - step / 100)
+    registry.holds.add("12ab", 1)
+    sparing = Retention(states=1, newest=0, best=0)
+    assert reasons(registry, sparing)[Checkpoint(1)] == ("job 12ab waits for it",)
+    assert reasons(registry, sparing)[Checkpoint(10, "run-1")] == ("state of version 1",)
+    assert set(prune(registry, sparing)) == {Checkpoint(2), Checkpoint(20, "run-1")}
+    registry.holds.remove("12ab")
+    assert set(prune(registry, sparing)) == {Checkpoint(1), Checkpoint(10, "run-1")}
+
+
+def test_what_somebody_comes_to_wait_for_while_others_go_stays(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (10, 20, 30):
+        evaluate(registry, "run-1", step, bits=2.0 - step / 100)
+    remove = registry.remove
+
+    def remove_and_hold(checkpoint: Checkpoint) -> None:
+        remove(checkpoint)
+        monkeypatch.setattr(registry, "remove", remove)
+        registry.holds._folder.mkdir()  # without the lock, which is held here
+        (registry.root / "holds" / "12ab").write_text("2")
+
+    monkeypatch.setattr(registry, "remove", remove_and_hold)
+    assert set(prune(registry, Retention(states=1, newest=0, best=0))) == {Checkpoint(1), Checkpoint(10, "run-1")}
+    assert numbers(registry) == [2, 3] and registry.states("run-1") == [20, 30]
+
+
+def test_a_run_that_has_come_to_its_end_keeps_its_last_state_only(registry: Registry) -> None:
+    for run in ("ended", "goes-on"):
+        for step in (10, 20, 30):
+            evaluate(registry, run, step)
+    registry.end_run("ended")
+    assert (registry.has_ended("ended"), registry.has_ended("goes-on")) == (True, False)
+    prune(registry, Retention(newest=0, best=0))
+    assert (registry.states("ended"), registry.states("goes-on")) == ([30], [20, 30])
+    # However little time ago that was, it is one of the runs that are kept, or it goes.
+    prune(registry, Retention(newest=0, best=0, runs=0))
+    assert (registry.states("ended"), registry.states("goes-on")) == ([], [20, 30])
+
+
+def test_a_limit_on_size_takes_what_is_worth_least_first(registry: Registry) -> None:
+    for step, bits in ((10, 1.3), (20, 1.1), (30, 1.0), (40, 1.2), (50, 1.4)):
+        evaluate(registry, "run-1", step, bits, days_ago=100 - step)
+    keeping = Retention(states=4, best=3, newest=10)
+
+    def going(limit_bytes: int) -> set[Checkpoint]:
+        verdicts = judge(registry, replace(keeping, size_bytes=limit_bytes))
+        assert all(verdict.reasons == () for verdict in verdicts if verdict.has_no_room)
+        return {verdict.checkpoint for verdict in verdicts if verdict.has_no_room}
+
+    # States 20 to 50, of which 30 belongs to the best version and 50 is the last; version 5 is the latest.
+    assert {each.checkpoint for each in judge(registry, keeping) if not each.reasons} == {Checkpoint(10, "run-1")}
+    rest = sum(registry.size_bytes(each.checkpoint) for each in judge(registry, keeping) if each.reasons)
+    assert going(rest) == set()
+    expected: set[Checkpoint] = set()
+    # The worst version is the latest; of the best three, the best one stays.
+    order = [Checkpoint(20, "run-1"), Checkpoint(40, "run-1"), Checkpoint(1), Checkpoint(4), Checkpoint(2)]
+    for checkpoint in order:
+        expected.add(checkpoint)
+        assert going(rest - 1) == expected
+        rest -= registry.size_bytes(checkpoint)
+        assert going(rest) == expected
+    assert going(1) == expected
+    prune(registry, replace(keeping, size_bytes=1))
+    assert numbers(registry) == [3, 5] and registry.states("run-1") == [30, 50]
+
+
+@given(limit_bytes=st.integers(1, 10**6))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_limit_on_size_takes_what_a_label_names_or_the_last_state(
+    registry_of_runs: Registry, limit_bytes: int
+) -> None:
+    registry = registry_of_runs
+    verdicts = judge(registry, Retention(size_bytes=limit_bytes))
+    gone = {each.checkpoint for each in verdicts if not each.reasons}
+    labelled = {Checkpoint(number) for number in registry.labels().values()}
+    last = {Checkpoint(registry.states(run)[-1], run) for run in registry.runs()}
+    assert not gone & (labelled | last)
+    stays = sum(registry.size_bytes(each.checkpoint) for each in verdicts if each.reasons)
+    loose = [each for each in verdicts if each.reasons and not each.is_firm]
+    assert stays <= limit_bytes or not loose
+
+
+@pytest.fixture(scope="module")
+def registry_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Registry:
+    registry = Registry(tmp_path_factory.mktemp("runs") / "registry")
+    for step in range(1, 7):
+        for run in ("run-1", "run-2"):
+            evaluate(registry, run, step, bits=2.0 - step / 10)
+    return registry

@@ -1,0 +1,53 @@
+"""Versions that jobs wait for: the file `holds/<job>` holds the number of one, which is not removed meanwhile."""
+
+import re
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from shared.registry.commit import locked, make_folder, replace_text, writing
+from shared.registry.numbering import children
+
+_JOB = re.compile(r"[0-9A-Za-z_-]{1,64}")
+_NUMBER = re.compile("[1-9][0-9]{0,17}")
+# A job that is older is gone, as what Redis knows of jobs is.
+_LONGEST_S = 30 * 24 * 3600.0
+
+
+class Holds:
+    """The holds of one registry. What writes raises `FailedPrecondition` if the disk does not take it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = root / "holds"
+
+    def add(self, job: str, number: int) -> None:
+        """Holds a version for a job; whoever removes something then has removed it by now, or leaves it alone."""
+        with writing(self._root):
+            make_folder(self._folder, self._root)
+            with locked(self._root / "serving.lock"):
+                replace_text(self._folder / job, str(number))
+
+    def remove(self, job: str) -> None:
+        """Gives back what was held for a job; nothing happens if that was nothing."""
+        with writing(self._root):
+            (self._folder / job).unlink(missing_ok=True)
+
+    def ages_s(self) -> dict[str, float]:
+        """The jobs for which something is held, and for how long."""
+        now, found = time.time(), {}
+        for path in children(self._folder):
+            if _JOB.fullmatch(path.name):
+                with suppress(OSError):  # another process may have removed it
+                    found[path.name] = now - path.stat().st_mtime
+        return found
+
+    def jobs(self) -> dict[int, str]:
+        """The versions that are held, each with a job that waits for it."""
+        held = {}
+        for job, age_s in self.ages_s().items():
+            with suppress(OSError, ValueError):
+                text = (self._folder / job).read_text(encoding="ascii")
+                if age_s < _LONGEST_S and _NUMBER.fullmatch(text):
+                    held[int(text)] = job
+        return held

@@ -1,0 +1,42 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from shared.errors import FailedPrecondition
+from shared.registry.store import Registry
+
+DAY_S = 24 * 3600.0
+
+
+def age(path: Path, days: float) -> None:
+    at_s = path.stat().st_mtime - days * DAY_S
+    os.utime(path, (at_s, at_s))
+
+
+def test_a_hold_stands_until_it_is_removed_or_older_than_jobs_are_kept(registry: Registry) -> None:
+    holds = registry.holds
+    assert holds.jobs() == {} and list(holds.ages_s()) == []
+    holds.add("a", 7)
+    holds.add("b", 9)
+    assert Registry(registry.root).holds.jobs() == {7: "a", 9: "b"}
+    age(registry.root / "holds" / "b", 31)
+    assert holds.jobs() == {7: "a"}
+    holds.remove("a")
+    holds.remove("a")
+    assert holds.jobs() == {} and list(holds.ages_s()) == ["b"]
+
+
+@pytest.mark.parametrize("content", [b"", b"seven", b"\xff", b"9" * 100, "٣".encode()])
+def test_a_hold_that_cannot_be_read_holds_nothing(registry: Registry, content: bytes) -> None:
+    registry.holds.add("a", 7)
+    (registry.root / "holds" / "a").write_bytes(content)
+    (registry.root / "holds" / "no job").touch()
+    assert registry.holds.jobs() == {}
+
+
+def test_a_registry_that_cannot_be_written_is_named(registry: Registry) -> None:
+    registry.root.mkdir()
+    (registry.root / "holds").touch()
+    with pytest.raises(FailedPrecondition, match="cannot be written"):
+        registry.holds.add("a", 7)
