@@ -1,13 +1,12 @@
 """The four TCP ports of the services."""
 
-import errno
 import socket
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from shared.errors import InvalidArgument
-from shared.grpc_server import port_in_use
+from shared.listening import Address
 from shared.settings import Environment, read_int, read_str
 
 
@@ -30,16 +29,12 @@ class Ports:
         }
 
     def check_free(self, environment: Environment) -> None:
-        """Raises `AlreadyExists` where another program listens on one of them, and `InvalidArgument` on an
-        address that is not this machine's."""
+        """Raises `AlreadyExists` if another program listens on one of them, and `InvalidArgument` if one of them or its
+        host cannot be listened on."""
         for variable, text in self.to_environment().items():
-            host = listening_host(environment, "INFERENCE" if "INFERENCE" in variable else "TRAINER")
-            try:
-                _listener(host, int(text)).close()
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise port_in_use(host, int(text), variable) from None
-                raise InvalidArgument(f"{host}:{text} cannot be listened on: {error.strerror}.") from None
+            service = "INFERENCE" if "INFERENCE" in variable else "TRAINER"
+            host = listening_host(environment, service)
+            Address(host, int(text), f"GPTLOOP_{service}_HOST", variable).listener().close()
 
 
 def read_ports(environment: Environment) -> Ports:
@@ -58,23 +53,10 @@ def read_ports(environment: Environment) -> Ports:
 def free_ports() -> Ports:
     """Four ports that nothing listens on now."""
     with ExitStack() as stack:
-        listeners = [stack.enter_context(_listener("127.0.0.1", 0)) for _ in range(4)]
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
         return Ports(*(listener.getsockname()[1] for listener in listeners))
 
 
 def listening_host(environment: Environment, service: str) -> str:
     """The address that a service (`INFERENCE`, `TRAINER`) listens on."""
     return read_str(environment, f"GPTLOOP_{service}_HOST", "127.0.0.1")
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        # A port that was closed a moment ago is free.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
-    return listener

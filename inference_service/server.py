@@ -21,13 +21,14 @@ from inference_service.patience import Patience
 from inference_service.pauses import Pauses
 from inference_service.residents import Residents
 from inference_service.servicer import InferenceServicer
-from inference_service.settings import METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
+from inference_service.settings import HOST_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
 from inference_service.watchdog import Watchdog
 from shared import accelerator
 from shared.gpt.decoder import make_decoder
 from shared.gpt.mlx_decoder import compiled_shapes
 from shared.grpc_calls import ENDING
 from shared.grpc_server import GrpcServer, Signals
+from shared.listening import Address
 from shared.metrics_page import metrics_page
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.registry.store import Registry
@@ -96,13 +97,14 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
         engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s, pauses, patience
     )
 
-    with metrics_page(collectors, settings.host, settings.metrics_port, METRICS_PORT_VARIABLE) as metrics_port:
+    page = Address(settings.host, settings.metrics_port, HOST_VARIABLE, METRICS_PORT_VARIABLE)
+    with metrics_page(collectors, page) as metrics_port:
         # Before any call: what was refused is refused from the beginning on.
         await catalogue.look()
         # What there is stays. A collection that went through it, as after each version, would keep streams waiting.
         gc.collect()
         gc.freeze()
-        port = await server.start(settings.host, settings.port, PORT_VARIABLE)
+        port = await server.start(Address(settings.host, settings.port, HOST_VARIABLE, PORT_VARIABLE))
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", settings.host, port, settings.host, metrics_port)
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from shared.errors import InvalidArgument
 from shared.settings import Directories, Environment, read_directories, read_float, read_int, read_port, read_str
 
+HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
 METRICS_PORT_VARIABLE = "GPTLOOP_INFERENCE_METRICS_PORT"
 ADMIN_TOKEN_VARIABLE = "GPTLOOP_ADMIN_TOKEN"
@@ -73,7 +74,7 @@ def read_settings(environment: Environment) -> Settings:
 
     return Settings(
         directories=default.directories,
-        host=read_str(environment, "GPTLOOP_INFERENCE_HOST", default.host),
+        host=read_str(environment, HOST_VARIABLE, default.host),
         port=read_port(environment, PORT_VARIABLE, default.port),
         metrics_port=read_port(environment, METRICS_PORT_VARIABLE, default.metrics_port),
         slots=read_count("SLOTS", default.slots, 2, 1024),

@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import errno
 import logging
 import resource
 import signal
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +12,9 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shared.errors import AlreadyExists, InvalidArgument
+from shared.errors import Unavailable
 from shared.grpc_calls import Calls, Ended
+from shared.listening import Address, ipv4_alone
 from shared.settings import to_address
 
 logger = logging.getLogger(__name__)
@@ -73,19 +72,19 @@ class GrpcServer:
         named = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(named, self.server)
 
-    async def start(self, host: str, port: int, port_variable: str) -> int:
-        """Listens and answers from now on; the port, which the system chose where it was 0.
+    async def start(self, address: Address) -> int:
+        """Listens and answers from now on; the port, which the system chose if it was 0.
 
-        Raises `AlreadyExists` where the port is in use and `InvalidArgument` where the host cannot be listened on; both
-        name the environment variable that sets the port.
+        Raises `AlreadyExists` if the port is in use and `InvalidArgument` if it or the host cannot be listened on.
+        0.0.0.0 is every address of IPv4, `::` every address.
         """
         await self.set_serving(False)
         # gRPC would only say that binding failed, and would print its own trace of it.
-        _check_address(host, port, port_variable)
-        try:
-            port = self.server.add_insecure_port(to_address(host, port))
-        except RuntimeError as error:
-            raise InvalidArgument(f"{to_address(host, port)} cannot be listened on: {error}.") from None
+        with ipv4_alone(address) as port:
+            try:
+                port = self.server.add_insecure_port(to_address(address.host, port))
+            except RuntimeError as error:
+                raise Unavailable(f"gRPC cannot listen on {to_address(address.host, port)}: {error}.") from None
         await self.server.start()
         return port
 
@@ -157,18 +156,8 @@ class Signals:
         (self.forced if self.asked.is_set() else self.asked).set()
 
 
-def port_in_use(host: str, port: int, port_variable: str) -> AlreadyExists:
-    """The error of a service whose port another program has."""
-    return AlreadyExists(
-        f"Port {port} of {host} is in use: stop what listens there, or set {port_variable} to another port."
-    )
-
-
-def cannot_listen(host: str, port: int, port_variable: str, error: OSError) -> InvalidArgument:
-    """The error of a service whose address is not one of this machine."""
-    return InvalidArgument(
-        f"{to_address(host, port)} cannot be listened on ({port_variable} sets the port): {error.strerror}."
-    )
+def _concerns_the_server(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and type(record.exc_info[1]).__name__ == "ExecuteBatchError")
 
 
 def _most_connections() -> int:
@@ -187,19 +176,3 @@ def _most_connections() -> int:
 async def _wait_for_all(calls: set[asyncio.Task[Any]]) -> None:
     if calls:
         await asyncio.wait(calls)
-
-
-def _concerns_the_server(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and type(record.exc_info[1]).__name__ == "ExecuteBatchError")
-
-
-def _check_address(host: str, port: int, port_variable: str) -> None:
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise port_in_use(host, port, port_variable) from None
-        raise cannot_listen(host, port, port_variable, error) from None

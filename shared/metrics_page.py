@@ -1,27 +1,23 @@
 """The page from which Prometheus reads a service's metrics."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from shared.grpc_server import cannot_listen, port_in_use
+from shared.listening import Address
 
 
 @contextmanager
-def metrics_page(registry: CollectorRegistry, host: str, port: int, port_variable: str) -> Iterator[int]:
-    """Serves `/metrics` meanwhile; the port, which the system chose where it was 0.
+def metrics_page(registry: CollectorRegistry, address: Address) -> Iterator[int]:
+    """Serves `/metrics` meanwhile; the port, which the system chose if it was 0.
 
-    Raises `AlreadyExists` where the port is in use and `InvalidArgument` where the host cannot be listened on; both
-    name the environment variable that sets the port.
+    Raises `AlreadyExists` if the port is in use and `InvalidArgument` if it or the host cannot be listened on.
     """
     try:
-        server, thread = start_http_server(port, host, registry)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise port_in_use(host, port, port_variable) from None
-        raise cannot_listen(host, port, port_variable, error) from None
+        server, thread = start_http_server(address.port, address.host, registry)
+    except (OSError, UnicodeError) as error:
+        raise address.refusal(error) from None
     try:
         yield server.server_port
     finally:

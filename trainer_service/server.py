@@ -10,6 +10,7 @@ from typing import Any
 
 from shared.errors import GptloopError, InvalidArgument, Unavailable
 from shared.grpc_server import GrpcServer, Signals
+from shared.listening import Address
 from shared.metrics_page import metrics_page
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
@@ -122,8 +123,9 @@ async def serve(settings: TrainerSettings) -> None:
     server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
     training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(queue, Registry(root)), server.server)
     host = settings.host
-    with metrics_page(metrics, host, settings.metrics_port, "GPTLOOP_TRAINER_METRICS_PORT") as metrics_port:
-        port = await server.start(host, settings.port, "GPTLOOP_TRAINER_PORT")
+    page = Address(host, settings.metrics_port, "GPTLOOP_TRAINER_HOST", "GPTLOOP_TRAINER_METRICS_PORT")
+    with metrics_page(metrics, page) as metrics_port:
+        port = await server.start(Address(host, settings.port, "GPTLOOP_TRAINER_HOST", "GPTLOOP_TRAINER_PORT"))
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, metrics_port)
         health = asyncio.create_task(_follow_redis(server, queue, root, signals))
         await signals.asked.wait()

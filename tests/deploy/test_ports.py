@@ -22,7 +22,7 @@ def test_two_services_on_one_port_are_refused() -> None:
 
 
 def test_a_host_of_another_machine_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match=r"192\.0\.2\.1"):
+    with pytest.raises(InvalidArgument, match=r"GPTLOOP_INFERENCE_HOST is '192\.0\.2\.1'"):
         free_ports().check_free({"GPTLOOP_INFERENCE_HOST": "192.0.2.1"})
 
 

@@ -17,6 +17,7 @@ from shared import errors
 from shared.grpc_calls import ENDING, MAX_SENTENCE_BYTES, bounded
 from shared.grpc_server import GrpcServer
 from shared.grpc_status import error_of
+from shared.listening import Address
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 
@@ -68,7 +69,7 @@ def run(test: Callable[[Wire], Coroutine[Any, Any, None]]) -> None:
         server = GrpcServer([SERVICE], ended=lambda method, code, reason: ends.update([(method, code.name, reason)]))
         service = Service()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server.server)
-        address = f"127.0.0.1:{await server.start('127.0.0.1', 0, 'PORT')}"
+        address = f"127.0.0.1:{await server.start(Address('127.0.0.1', 0, 'THE_HOST', 'THE_PORT'))}"
         async with grpc.aio.insecure_channel(address) as channel:
             await test(Wire(server, service, channel, address, ends))
         await server.stop(0.0, asyncio.Event())

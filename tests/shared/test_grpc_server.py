@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from shared import errors, grpc_server
 from shared.grpc_server import GrpcServer
 from shared.grpc_status import code_of, error_of
+from shared.listening import Address
 from tests.shared.http2_client import PingingClient
 
 SERVICE = "inference.v1.InferenceService"
@@ -90,10 +91,22 @@ class Hanging(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthCheckResponse(status=SERVING)
 
 
+def here(host: str = "127.0.0.1", port: int = 0) -> Address:
+    return Address(host, port, "THE_HOST", "THE_PORT")
+
+
+def is_open(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def run(test: Callable[[GrpcServer, grpc.aio.Channel], Coroutine[Any, Any, None]]) -> None:
     async def body() -> None:
         server = GrpcServer([SERVICE])
-        port = await server.start("127.0.0.1", 0, "PORT")
+        port = await server.start(here())
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             await test(server, channel)
         await server.stop(0.0, asyncio.Event())
@@ -194,7 +207,7 @@ def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
 def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
     async def body() -> None:
         server = GrpcServer([SERVICE])
-        port = await server.start("127.0.0.1", 0, "PORT")
+        port = await server.start(here())
         await server.set_serving(True)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             watch = aiter(health_stub(channel).Watch(health_pb2.HealthCheckRequest()))
@@ -205,22 +218,29 @@ def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
-def test_a_port_in_use_is_named_with_its_variable() -> None:
+@pytest.mark.parametrize(("host", "over_ipv6"), [("127.0.0.1", False), ("0.0.0.0", False), ("::", True)])
+def test_a_server_listens_on_the_addresses_of_its_host_and_no_others(host: str, over_ipv6: bool) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("There is no IPv6.")
+
     async def body() -> None:
-        with socket.socket() as other:
-            other.bind(("127.0.0.1", 0))
-            other.listen()
-            port = other.getsockname()[1]
-            with pytest.raises(errors.AlreadyExists, match=rf"Port {port} of 127.0.0.1 is in use.*THE_PORT"):
-                await GrpcServer([SERVICE]).start("127.0.0.1", port, "THE_PORT")
+        server = GrpcServer([SERVICE])
+        port = await server.start(here(host))
+        assert is_open("127.0.0.1", port)
+        assert is_open("::1", port) == over_ipv6
+        await server.stop(0.0, asyncio.Event())
 
     asyncio.run(body())
 
 
-def test_a_host_that_is_not_here_is_refused() -> None:
+def test_a_port_in_use_is_refused() -> None:
     async def body() -> None:
-        with pytest.raises(errors.InvalidArgument, match=r"192\.0\.2\.1"):
-            await GrpcServer([SERVICE]).start("192.0.2.1", 0, "THE_PORT")
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            with pytest.raises(errors.AlreadyExists, match=rf"Port {port} of 127.0.0.1 is in use.*THE_PORT"):
+                await GrpcServer([SERVICE]).start(here(port=port))
 
     asyncio.run(body())
 
@@ -240,7 +260,7 @@ def test_a_connection_without_calls_stays_unless_it_asks_too_often(
 
     async def body() -> None:
         server = GrpcServer([SERVICE])
-        client = await PingingClient.connect(await server.start("127.0.0.1", 0, "PORT"))
+        client = await PingingClient.connect(await server.start(here()))
         answers = set()
         # A server forgives two that come too early.
         for _ in range(pings):
@@ -276,7 +296,7 @@ def test_one_connection_too_many_is_unavailable_and_harms_no_other(monkeypatch: 
 
     async def body() -> None:
         server = GrpcServer([SERVICE])
-        port = await server.start("127.0.0.1", 0, "PORT")
+        port = await server.start(here())
         others = [await PingingClient.connect(port) for _ in range(2)]
         assert [await other.ping() for other in others] == ["", ""]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -308,7 +328,7 @@ async def start(servicer: health_pb2_grpc.HealthServicer) -> tuple[GrpcServer, g
     server = GrpcServer([SERVICE])
     # The later registration answers.
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server.server)
-    port = await server.start("127.0.0.1", 0, "PORT")
+    port = await server.start(here())
     return server, grpc.aio.insecure_channel(f"127.0.0.1:{port}")
 
 

@@ -1,0 +1,79 @@
+"""Where a service listens, and what keeps it from doing so."""
+
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from shared.errors import AlreadyExists, GptloopError, InvalidArgument, shown
+
+# Ports below it belong to the administrator.
+_FIRST_FREE_PORT = 1024
+_EVERY_IPV4 = "0.0.0.0"
+
+
+@dataclass(frozen=True)
+class Address:
+    """A host and a port, 0 if the system is to choose, with the environment variables that set them."""
+
+    host: str
+    port: int
+    host_variable: str
+    port_variable: str
+
+    def listener(self) -> socket.socket:
+        """Returns a socket that is bound to the address, and does not listen yet.
+
+        Raises `AlreadyExists` if the port is in use, and `InvalidArgument` if it or the host cannot be listened on.
+        """
+        try:
+            family, kind, protocol, _, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, kind, protocol)
+        except (OSError, UnicodeError) as error:
+            raise self.refusal(error) from None
+        try:
+            # A port that was closed a moment ago is free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+        except OSError as error:
+            listener.close()
+            raise self.refusal(error) from None
+        return listener
+
+    def refusal(self, error: Exception) -> GptloopError:
+        """Returns the error of a service that could not listen, which names the variable to set."""
+        number = error.errno if isinstance(error, OSError) else None
+        if number == errno.EADDRINUSE:
+            return AlreadyExists(
+                f"Port {self.port} of {self.host} is in use: stop what listens there, or set "
+                f"{self.port_variable} to another port."
+            )
+        if number == errno.EACCES and self.port < _FIRST_FREE_PORT:
+            return InvalidArgument(
+                f"{self.port_variable} is {self.port}, on which only an administrator may listen: set it to "
+                f"{_FIRST_FREE_PORT} or more."
+            )
+        return InvalidArgument(
+            f"{self.host_variable} is {shown(self.host)}, which is no address of this machine: 127.0.0.1 is for this "
+            f"machine alone, {_EVERY_IPV4} for every network that it is in."
+        )
+
+
+@contextmanager
+def ipv4_alone(address: Address) -> Iterator[int]:
+    """Keeps gRPC from listening on IPv6 too, if the address is 0.0.0.0; the port, which is chosen here in that case.
+
+    gRPC takes 0.0.0.0 for every address of either kind, and for those of IPv4 only if it cannot have the others.
+    """
+    with address.listener() as listener:
+        host, port = listener.getsockname()[:2]
+    if host != _EVERY_IPV4:
+        yield address.port
+        return
+    with socket.socket(socket.AF_INET6) as other:
+        # Without IPv6, or if another program has that port of it, there is nothing to keep from gRPC.
+        with suppress(OSError):
+            other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            other.bind(("::", port))
+        yield port
