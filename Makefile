@@ -27,7 +27,12 @@ PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=
 
 help: ## List the targets.
 	$(call TAKES)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { \
+	  line = sprintf("make %-12s", $$1); words = split($$2, word, " "); \
+	  for (i = 1; i <= words; i++) { \
+	    if (length(line " " word[i]) > 79) { print line; line = sprintf("%17s", "") } \
+	    line = line " " word[i] } \
+	  print line }' Makefile
 
 demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (six minutes on two cores).
 	$(COMMAND) deploy.demo

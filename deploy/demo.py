@@ -44,7 +44,7 @@ _PROGRESS_INTERVAL_S = 8.0
 _WORKER_STOP_S = 3
 
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings=cli.HELP_OPTIONS)
+app = cli.new_app(None)
 
 
 class Samples(dict[str, float]):

@@ -36,13 +36,7 @@ _START_LIMIT_S = 120.0
 _POLL_S = 0.2
 _LOG_LINES = 20
 
-app = typer.Typer(
-    help=__doc__,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings=cli.HELP_OPTIONS,
-)
+app = cli.new_app(__doc__)
 
 
 @dataclass(frozen=True)

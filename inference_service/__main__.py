@@ -22,13 +22,7 @@ if TYPE_CHECKING:
     from inference_service.admin_client import AdminClient
     from inference_service.client import Parameters
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings=cli.HELP_OPTIONS,
-    help="Serves the best version of the registry over gRPC, and talks to such a server.",
-)
+app = cli.new_app("Serves the best version of the registry over gRPC, and talks to such a server.")
 
 Address = Annotated[
     str | None, typer.Option(help="Where the server is; otherwise as GPTLOOP_INFERENCE_HOST and _PORT say.")
@@ -183,6 +177,7 @@ def chat(
 def versions(address: Address = None, as_json: JsonOption = False) -> None:
     """Lists every version: whether it serves, is in memory or was refused, and why.
 
+    \b
     available: in the registry, not in memory.
     waiting: to be loaded once there is room in memory.
     loading: its files are read, and it is examined.
@@ -190,6 +185,7 @@ def versions(address: Address = None, as_json: JsonOption = False) -> None:
     serving: in memory, for all who name none.
     refused: must not serve; a line below the table says why.
 
+    \b
     streams: requests that it answers now; held, where load keeps it.
     loss: nats a token on held-out text, as this server measured it;
     in parentheses, as training did.
@@ -232,6 +228,7 @@ def follow(
 ) -> None:
     """Lets the version of a label serve, and the next one as soon as the label names it.
 
+    \b
     best: the fewest bits per byte of all that were not refused.
     latest: published last.
     stable: what promote made so.

@@ -13,10 +13,18 @@ from shared import interrupts
 from shared.errors import GptloopError, InvalidArgument, shown
 from shared.live_bar import LiveBar
 
-# Every command shows its help with either, so each app is made with these.
-HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
-
 _LONGEST_SENTENCE = 300
+
+
+def new_app(description: str | None) -> typer.Typer:
+    """An app whose help is plain text, which no terminal is too narrow for, and is shown with `-h` too."""
+    return typer.Typer(
+        help=description,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def run(app: typer.Typer) -> NoReturn:
@@ -72,18 +80,18 @@ def invoke(
     named: what a person calls a parameter of that name; by default its option or its argument.
     """
     command = typer.main.get_command(app)
-    given = None if arguments is None else list(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given and isinstance(command, typer.core.TyperGroup):
+        given = ["--help"]
     try:
         code = command.main(given, standalone_mode=False, default_map=dict(values or {}))
     except typer.TyperException as error:
-        if sentence := _sentence(error, named):
-            raise InvalidArgument(sentence) from None
-        return error.exit_code
+        raise InvalidArgument(_sentence(error, named)) from None
     return code if isinstance(code, int) else 0
 
 
 def _sentence(error: typer.TyperException, named: Callable[[str], str] | None) -> str:
-    """What is wrong with the call; empty if the help was shown instead."""
+    """What is wrong with the call."""
     if isinstance(error, typer.BadParameter) and (parameter := error.param) is not None:
         name = named(parameter.name or "") if named else parameter.get_error_hint().strip("'")
         message = f"{name} is missing." if not error.message else _refusal(name, error)

@@ -35,13 +35,7 @@ from trainer_service.settings import TrainerSettings, read_settings
 from trainer_service.spec import DEFAULT_DATASET, DEFAULT_PRESET, JobSpec, TrainingRequest, parse_overrides
 from trainer_service.training.corpus import DatasetSpec, check_spec
 
-app = typer.Typer(
-    help=__doc__,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    context_settings=cli.HELP_OPTIONS,
-)
+app = cli.new_app(__doc__)
 app.add_typer(registry_commands.app)
 
 PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]

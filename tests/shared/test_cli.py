@@ -21,12 +21,12 @@ from shared import cli, interrupts
 from shared.errors import InvalidArgument, NotFound
 
 interrupts.end_quietly()
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
-                  context_settings=cli.HELP_OPTIONS)
+TIMES = "In whole numbers, how often the word is said."
+app = cli.new_app("Commands of a test.")
 
 
 @app.command()
-def say(word: str, times: Annotated[int, typer.Option(min=1)] = 1) -> None:
+def say(word: str, times: Annotated[int, typer.Option(min=1, help=TIMES)] = 1) -> None:
     for _ in range(times):
         print(word)
 
@@ -92,6 +92,12 @@ def test_what_is_wrong_is_one_short_sentence(words: list[str], code: int, senten
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_help_is_shown(option: str) -> None:
     assert ended("say", option)[0] == 0 and "Usage" in ended(option)[1]
+    assert ended()[:2] == ended(option)[:2]
+
+
+def test_help_cuts_nothing_on_a_narrow_terminal() -> None:
+    code, out, _ = ended("say", "--help", COLUMNS="40")
+    assert code == 0 and "--times" in out and "how often the word is said" in " ".join(out.split()) and "…" not in out
 
 
 def test_what_a_stream_cannot_encode_is_escaped() -> None:
