@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import grpc
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 ENDING = "The server is ending; ask again in a moment."
 # A status travels in the headers, and clients refuse those that are longer than some kilobytes.
 MAX_SENTENCE_BYTES = 1000
+# More than the services have together.
+_MOST_METHODS = 128
 # So long no call may come before the server ends, or so often it looks.
 _QUIET_S = 0.05
 _LOOKS = 20
@@ -61,6 +64,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._running: set[_Call] = set()
         self._open: set[asyncio.Task[Any]] = set()
         self._unread: dict[asyncio.Task[Any], str] = {}
+        self._wrapped = lru_cache(_MOST_METHODS)(self._wrap)
 
     def refuse(self) -> set[asyncio.Task[Any]]:
         """From now on every new call is `Unavailable`; the tasks of those that run. Those that wait for more requests
@@ -96,7 +100,7 @@ class Calls(grpc.aio.ServerInterceptor):
         assert task is not None
         self._unread[task] = details.method
         task.add_done_callback(self._note_end)
-        return _replace(handler, self._wrap(handler, details.method))
+        return self._wrapped(handler, details.method)
 
     def _note_end(self, task: asyncio.Task[Any]) -> None:
         self._open.discard(task)
@@ -121,7 +125,7 @@ class Calls(grpc.aio.ServerInterceptor):
             await asyncio.Event().wait()
         raise Unavailable(ENDING)
 
-    def _wrap(self, handler: Any, path: str) -> Callable[[Any, Any], Any]:
+    def _wrap(self, handler: Any, path: str) -> Any:
         method, name = _method_of(handler), self._name_of(path)
 
         def read(raw: bytes) -> Any:
@@ -165,7 +169,9 @@ class Calls(grpc.aio.ServerInterceptor):
                     call.reason = result
                 return result
 
-        return answer
+        kind = "stream" if handler.request_streaming else "unary"
+        kind += "_stream" if handler.response_streaming else "_unary"
+        return handler._replace(request_deserializer=None, **{kind: answer})
 
     @asynccontextmanager
     async def _call(self, path: str, name: str | None, context: Any) -> AsyncIterator[_Call]:
@@ -201,12 +207,6 @@ def _method_of(handler: Any) -> Callable[[Any, Any], Any]:
     kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
     (method,) = (kind for kind in kinds if kind is not None)
     return method  # type: ignore[no-any-return]
-
-
-def _replace(handler: Any, method: Callable[[Any, Any], Any]) -> Any:
-    """A handler of the same kind that calls another method, with requests that are not parsed."""
-    kind = f"{'stream' if handler.request_streaming else 'unary'}_{'stream' if handler.response_streaming else 'unary'}"
-    return handler._replace(request_deserializer=None, **{kind: method})
 
 
 def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:
