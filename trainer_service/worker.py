@@ -22,7 +22,7 @@ from rq.worker import Worker, WorkerStatus
 from shared.errors import NotFound, Unavailable
 from shared.registry.identity import registry_id
 from trainer_service.queue import START_LEASE_S, STOPPED, JobQueue
-from trainer_service.redis_server import check_server, connect
+from trainer_service.redis_server import check_server, connect, redis_failure
 from trainer_service.rq_jobs import AttemptJob
 from trainer_service.settings import TrainerSettings
 from trainer_service.watch import Watch
@@ -138,8 +138,8 @@ class TrainingWorker(Worker):
 def work(settings: TrainerSettings) -> None:
     """Takes jobs of the registry until SIGTERM or SIGINT; a second one kills the job that runs.
 
-    Waits some seconds for a Redis that starts beside it; raises `Unavailable` if none answers, and `FailedPrecondition`
-    if it cannot hold jobs.
+    Waits some seconds for a Redis that starts beside it; raises `Unavailable` if none answers or if it fails later, and
+    `FailedPrecondition` if it cannot hold jobs.
     """
     root = settings.directories.registry
     registry = registry_id(root)
@@ -162,6 +162,8 @@ def work(settings: TrainerSettings) -> None:
     watch.start()
     try:
         worker.work(logging_level="WARNING")
+    except RedisError as error:
+        raise redis_failure(error) from error
     finally:
         ended.set()
         watch.join()

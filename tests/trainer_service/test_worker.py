@@ -1,14 +1,30 @@
+import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
+import pytest
+from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from shared.errors import FailedPrecondition, Unavailable
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import check_server, connect, find_redis_server
 from trainer_service.rq_jobs import AttemptJob
-from trainer_service.worker import TrainingWorker
+from trainer_service.settings import TrainerSettings
+from trainer_service.worker import TrainingWorker, work
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """RQ's worker takes over signals, and keeps them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None:
@@ -31,3 +47,25 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
     finally:
         server.kill()
         server.wait()
+
+
+def test_a_worker_says_that_redis_is_full(redis: Redis, settings: TrainerSettings, redis_server: str) -> None:
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(Unavailable, match="Redis is out of memory"):
+            work(replace(settings, redis_url=redis_server))
+    finally:
+        redis.config_set("maxmemory", 0)
+
+
+def test_a_worker_does_not_work_for_a_redis_that_removes_jobs(
+    redis: Redis, settings: TrainerSettings, redis_server: str
+) -> None:
+    redis.config_set("maxmemory", "1gb")
+    redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(FailedPrecondition, match="noeviction"):
+            work(replace(settings, redis_url=redis_server))
+    finally:
+        redis.config_set("maxmemory", 0)
+        redis.config_set("maxmemory-policy", "noeviction")

@@ -1,0 +1,77 @@
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+MACHINE = Path(__file__).parents[2] / "requirements" / "machine.py"
+
+
+@pytest.fixture
+def machine() -> Any:
+    """The module on a machine that has everything; tests take something away."""
+    spec = importlib.util.spec_from_file_location("machine", MACHINE)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.sys = SimpleNamespace(version_info=(3, 14, 0))
+    module.shutil = SimpleNamespace(which=lambda name: f"/usr/bin/{name}")
+    set_platform(module)
+    return module
+
+
+def set_platform(
+    machine: Any, architecture: str = "x86_64", libc: tuple[str, str] = ("glibc", "2.35"), macos: str = "14.5"
+) -> None:
+    machine.platform = SimpleNamespace(
+        machine=lambda: architecture, libc_ver=lambda: libc, mac_ver=lambda: (macos, ("", "", ""), architecture)
+    )
+
+
+@pytest.mark.parametrize("architecture", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("minor", [11, 12, 13, 14])
+def test_each_python_of_mlx_will_do(machine: Any, minor: int, architecture: str) -> None:
+    machine.sys.version_info = (3, minor, 1)
+    set_platform(machine, architecture)
+    assert machine.lacks("cpu") == ""
+
+
+def test_a_mac_of_apple_silicon_will_do(machine: Any) -> None:
+    set_platform(machine, "arm64", libc=("", ""))
+    assert machine.lacks("macos") == ""
+    set_platform(machine, "arm64", libc=("", ""), macos="13.6")
+    assert "macOS 14" in machine.lacks("macos")
+    set_platform(machine, "x86_64", libc=("", ""))
+    assert "Apple silicon" in machine.lacks("macos")
+
+
+@pytest.mark.parametrize("version", [(3, 10, 9), (3, 15, 0), (3, 6, 8)])
+def test_another_python_is_named(machine: Any, version: tuple[int, int, int]) -> None:
+    machine.sys.version_info = version
+    sentence = machine.lacks("cpu")
+    assert f"3.11 to 3.14, for which MLX has wheels, and this is {version[0]}.{version[1]}" in sentence
+
+
+@pytest.mark.parametrize("libc", [("glibc", "2.31"), ("glibc", "2.9"), ("", "")])
+def test_an_older_or_another_c_library_is_named(machine: Any, libc: tuple[str, str]) -> None:
+    set_platform(machine, libc=libc)
+    assert "MLX needs glibc 2.35 or newer" in machine.lacks("cpu")
+
+
+def test_another_architecture_is_named(machine: Any) -> None:
+    set_platform(machine, "riscv64")
+    assert "riscv64" in machine.lacks("cpu")
+
+
+def test_a_missing_compiler_is_named_for_a_cpu_alone(machine: Any) -> None:
+    machine.shutil.which = lambda name: None
+    assert "apt-get install g++" in machine.lacks("cpu")
+    assert machine.lacks("cuda") == ""
+
+
+def test_a_colon_in_the_folder_is_named(machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert "colon" in machine.lacks("cpu")
