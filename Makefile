@@ -22,8 +22,8 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-.PHONY: help demo up down status train eval runs jobs watch cancel data checkpoints verify prune import export generate chat info \
-  test bench bench-serve soak soak-serve soak-swap check fix proto lock
+.PHONY: help demo up down status train eval runs jobs watch cancel data checkpoints verify disk prune import export \
+  generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
 
 help: ## List the targets.
 	$(call TAKES)
@@ -72,6 +72,9 @@ checkpoints: $(VENV) ## List the versions that training has published: JSON=1
 
 verify: $(VENV) ## Compare every file of every version and state with its hash.
 	$(COMMAND) trainer_service verify
+
+disk: $(VENV) ## Show how much each kind of files in var takes.
+	$(COMMAND) trainer_service disk
 
 prune: $(VENV) ## Remove the versions and states that need not be kept: DRY_RUN=1 only shows them.
 	$(COMMAND) trainer_service prune

@@ -1,21 +1,26 @@
-"""Commands on what the registry holds: whether it is whole, and what is kept of it."""
+"""Commands on what the registry holds: whether it is whole, what is kept of it, and what takes how much room."""
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from shared.errors import CorruptCheckpoint, NotFound
-from shared.lists import Column, print_list
+from shared.errors import CorruptCheckpoint, NotFound, Unavailable
+from shared.lists import Column, JsonOption, print_list
 from shared.live_bar import LiveBar
 from shared.registry import retention as retention_module
+from shared.registry.identity import registry_id
 from shared.registry.retention import Verdict, judge, read_retention
 from shared.registry.store import Checkpoint, Registry
 from shared.settings import read_directories
+from trainer_service.disk import Usage, usage
+from trainer_service.holds import release_ended
+from trainer_service.queue import JobQueue
+from trainer_service.redis_server import connect, redis_url
 
 app = typer.Typer()
 
@@ -60,8 +65,9 @@ def prune(
 ) -> None:
     """Remove the versions and states that nothing keeps. Training does the same after each version.
 
-    What a label names stays, with the state that continues it, and so do the last states of a run that wrote one within
-    a week. A version that serves keeps serving, as it is in memory. What an option leaves out comes from its variable.
+    What a label names or a job waits for stays, with the state that continues it, and so do the last states of an
+    unfinished run that wrote one within a week. A version that serves keeps serving, as it is in memory. What an option
+    leaves out comes from its variable.
 
     Examples:
 
@@ -69,7 +75,12 @@ def prune(
 
     prune --newest 3 --best 1
     """
-    registry = Registry(read_directories(os.environ).registry)
+    directories = read_directories(os.environ)
+    registry = Registry(directories.registry)
+    if registry.holds.ages_s():
+        with suppress(Unavailable):  # then what is held stays
+            queue = JobQueue(connect(redis_url(os.environ, directories)), registry_id(directories.registry))
+            release_ended(queue, registry)
     given = {"states": states, "best": best, "newest": newest, "every": every, "runs": runs}
     values = {name: value for name, value in given.items() if value is not None}
     retention = replace(read_retention(os.environ), **values)
@@ -91,6 +102,26 @@ def prune(
         gone = retention_module.prune(registry, retention)
     verb = "would be removed" if dry_run else "removed"
     print(f"{_count(gone)} {verb}: {_mebibytes(sum(sizes[each] for each in gone))}.")
+    over = sum(sizes.values()) - sum(sizes[each] for each in gone) - retention.size_bytes
+    if retention.size_bytes and over > 0:
+        print(f"What stays is {_mebibytes(over)} larger than GPTLOOP_KEEP_BYTES, and nothing of it can go.")
+
+
+@app.command()
+def disk(as_json: JsonOption = False) -> None:
+    """Show how much each kind of files below GPTLOOP_VAR takes, and what makes it less."""
+    found = usage(read_directories(os.environ))
+    columns = (
+        Column[Usage]("what", lambda each: each.kind),
+        Column[Usage](
+            "size", lambda each: each.size_bytes, lambda each: _mebibytes(each.size_bytes), key="size_bytes", right=True
+        ),
+        Column[Usage]("where", lambda each: str(each.path), rank=1),
+        Column[Usage]("how it gets less", lambda each: each.advice, rank=2, wraps=True),
+    )
+    print_list(found, columns, as_json=as_json)
+    if not as_json:
+        print(f"All of it: {_mebibytes(sum(each.size_bytes for each in found))}.")
 
 
 def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, str]]:

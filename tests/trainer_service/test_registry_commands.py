@@ -1,3 +1,5 @@
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,31 @@ def test_an_empty_registry_is_whole_and_has_nothing_to_prune(tmp_path: Path) -> 
     assert run(registry, "verify").output == "Whole: 0 versions and 0 states.\n"
     assert "Nothing to prune" in run(registry, "prune").output
     assert not registry.root.exists()
+
+
+def test_disk_says_what_takes_how_much_and_what_makes_it_less(registry: Registry) -> None:
+    table = run(registry, "disk").output
+    assert re.search(r"versions +0\.\d MiB", table) and "GPTLOOP_KEEP_BYTES" in table and "All of it: 0." in table
+    sizes = {row["what"]: row["size_bytes"] for row in json.loads(run(registry, "disk", "--json").output)}
+    assert sizes["versions"] == sum(
+        path.stat().st_size for path in (registry.root / "versions").rglob("*") if path.is_file()
+    )
+    assert list(sizes) == ["versions", "states", "prepared text", "jobs", "logs", "compiled", "other"]
+
+
+def test_prune_says_what_a_limit_on_size_takes_and_what_it_cannot_take(registry: Registry) -> None:
+    result = run(registry, "prune", "--dry-run", GPTLOOP_KEEP_BYTES="1")
+    table = rows(result)
+    assert table["version 1"].endswith("would go GPTLOOP_KEEP_BYTES leaves it no room")
+    assert "stays" in table["version 2"] and "stays" in table["version 4"]
+    assert "larger than GPTLOOP_KEEP_BYTES, and nothing of it can go." in result.output
+    assert "larger" not in run(registry, "prune", "--dry-run", GPTLOOP_KEEP_BYTES="1G").output
+    result = run(registry, "prune", GPTLOOP_KEEP_BYTES="1K5")
+    assert isinstance(result.exception, InvalidArgument) and "GPTLOOP_KEEP_BYTES is '1K5'" in str(result.exception)
+
+
+def test_prune_leaves_what_a_job_waits_for_while_redis_does_not_say_that_it_ended(registry: Registry) -> None:
+    registry.holds.add("12ab", 1)
+    result = run(registry, "prune", "--newest", "1", "--best", "1", "--states", "1", REDIS_URL="")
+    assert rows(result)["version 1"].endswith("stays job 12ab waits for it")
+    assert [manifest.version for manifest in registry.versions()] == [1, 2, 4]

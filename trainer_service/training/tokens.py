@@ -15,7 +15,7 @@ import numpy as np
 
 from shared.errors import DataError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
-from trainer_service.training import background
+from trainer_service.training import background, token_cache
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import Corpus, DatasetSpec, open_corpus
@@ -134,6 +134,8 @@ def prepare(
             )
             config = replace(config, vocabulary_size=tokenizer.vocabulary_size)
     folder = directory / "shards" / _key(corpus.revision, tokenizer.digest)
+    token_cache.mark_used(folder)
+    token_cache.remove_unused(directory / "shards")
     train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
     validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
     _check_size("training", train.size, window, corpus.source, "add text")

@@ -309,3 +309,14 @@ def test_two_at_once_prepare_the_same(text: Path) -> None:
     assert np.array_equal(results[0].train, results[1].train)
     assert np.array_equal(run(text).train, results[0].train)
     assert not files(text, "*.partial")
+
+
+def test_what_a_run_begins_with_stays_and_what_none_has_for_long_goes(text: Path) -> None:
+    run(text)
+    (own,) = (text.parent / "data" / "shards").iterdir()
+    other = own.with_name("other")
+    other.mkdir()
+    for path in (own, other):
+        os.utime(path, (0, 0))
+    run(text)
+    assert own.is_dir() and not other.exists()

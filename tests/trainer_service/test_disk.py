@@ -1,0 +1,48 @@
+import os
+from pathlib import Path
+
+from shared.settings import Directories
+from trainer_service.disk import usage
+
+
+def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
+    directories = Directories(tmp_path / "var")
+    files = {
+        "registry/versions/1/model": "versions",
+        "registry/runs/run/states/5/model": "states",
+        "registry/serving/policy": "other",
+        "registry/staging/x/files/model": "other",
+        "registry/last_version": "other",
+        "data/shards/x/train.bin": "prepared text",
+        "redis/appendonly.aof": "jobs",
+        "log/worker.log": "logs",
+        "cache/trainer/kernels-0/a.so": "compiled",
+        "run/command": "other",
+        "demo/registry/versions/1/model": "other",
+    }
+    expected: dict[str, int] = {}
+    for size, (name, kind) in enumerate(files.items(), start=1000):
+        path = directories.var / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+        expected[kind] = expected.get(kind, 0) + size
+    # Neither what a link names, nor a circle of links, nor a name that is no text.
+    (directories.var / "circle").symlink_to(directories.var)
+    (directories.log / "elsewhere").symlink_to("/")
+    (directories.log / os.fsdecode(b"\xff")).write_bytes(bytes(7))
+    expected["logs"] += 7
+    found = {each.kind: each.size_bytes for each in usage(directories)}
+    assert found == expected
+
+
+def test_nothing_takes_no_room(tmp_path: Path) -> None:
+    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 7
+    assert not (tmp_path / "var").exists()
+
+
+def test_holes_are_not_counted(tmp_path: Path) -> None:
+    directories = Directories(tmp_path)
+    directories.redis.mkdir()
+    with (directories.redis / "sparse").open("wb") as file:
+        file.truncate(1 << 30)
+    assert {each.kind: each.size_bytes for each in usage(directories)}["jobs"] < 1 << 20
