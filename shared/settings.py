@@ -105,8 +105,16 @@ class Directories:
 
 
 def read_directories(environment: Environment) -> Directories:
-    """The folders below `GPTLOOP_VAR`, as absolute paths; nothing is created. Raises `InvalidArgument` on a file."""
+    """The folders below `GPTLOOP_VAR`, as absolute paths; nothing is created. Raises `InvalidArgument` on another path
+    than one of a folder, and on one that MLX cannot read and write."""
     var = Path(read_str(environment, "GPTLOOP_VAR", "var")).absolute()
-    if var.exists() and not var.is_dir():
-        raise InvalidArgument(f"GPTLOOP_VAR is {var}, but must be a folder, or a name for a new one.")
+    try:
+        str(var).encode()
+        is_other = var.exists() and not var.is_dir()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"GPTLOOP_VAR is {shown(str(var), 150)}, but MLX takes only names in UTF-8.") from None
+    except OSError as error:
+        raise InvalidArgument(f"GPTLOOP_VAR is {shown(str(var), 150)}, which cannot be: {error.strerror}.") from None
+    if is_other:
+        raise InvalidArgument(f"GPTLOOP_VAR is {shown(str(var), 150)}, but must be a folder, or a name for a new one.")
     return Directories(var)
