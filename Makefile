@@ -52,7 +52,7 @@ train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_
 eval: $(VENV) ## Measure a version's held-out loss: VERSION= DATASET= VALIDATION= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) trainer_service evaluate
 
-runs: $(VENV) ## List the runs with the values in which they differ: JSON=1
+runs: $(VENV) ## List the runs with the values in which they differ: NAME=<runs> JSON=1
 	$(COMMAND) trainer_service runs
 
 jobs: $(VENV) ## List the jobs: JSON=1

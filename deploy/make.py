@@ -64,7 +64,8 @@ def defaults(target: str, takes: Mapping[str, Any], given: Mapping[str, str]) ->
         if name not in takes:
             raise InvalidArgument(f"{shown(name)[1:-1]} is not a variable of `make {target}`{_advice(name, takes)}")
         if value:
-            values[takes[name].name] = [value] if takes[name].multiple else value
+            several = takes[name].multiple or takes[name].nargs == -1
+            values[takes[name].name] = [value] if several else value
     return values
 
 

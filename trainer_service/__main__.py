@@ -176,7 +176,7 @@ def jobs(as_json: JsonOption = False) -> None:
 
 @app.command()
 def runs(
-    names: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="Runs to compare; without any, all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Runs to compare; without any, all.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs, the newest first, with the values in which they differ.
@@ -189,7 +189,7 @@ def runs(
     """
     settings = _settings()
     found = all_runs(_queue(settings).jobs(kinds=[Kind.TRAIN]), Registry(settings.directories.registry))
-    listings.print_runs(chosen(found, names or ()), as_json)
+    listings.print_runs(chosen(found, " ".join(names or ()).split()), as_json)
 
 
 @app.command()
