@@ -176,7 +176,7 @@ def jobs(as_json: JsonOption = False) -> None:
 
 @app.command()
 def runs(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Runs to compare; without any, all.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these runs.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs, the newest first, with the values in which they differ.

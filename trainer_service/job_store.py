@@ -7,7 +7,7 @@ from typing import Any
 
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import ResponseError, WatchError
+from redis.exceptions import ResponseError
 
 from shared.errors import NotFound, shown
 from trainer_service.events import Evaluation, JobState, Progress, RunStarted, StateChanged, TimedEvent
@@ -137,25 +137,23 @@ class JobStore:
         """Makes a change in one transaction, unless the job has ended, is at another attempt, or cannot be understood;
         raises `NotFound`."""
         key = self.keys.job(job_id)
+
+        def apply(pipeline: Pipeline) -> bool:
+            held: Any = pipeline.hgetall(key)
+            fields = _decoded(held)
+            if not fields:
+                raise not_found(job_id)
+            state, latest = state_of(fields), attempt_of(fields)
+            if state is None or state.is_final or latest is None or attempt not in (None, latest):
+                return False
+            pipeline.multi()
+            change(pipeline, {**fields, "id": job_id})
+            return True
+
         with reachable():
-            pipeline = self.redis.pipeline()
-            while True:
-                pipeline.watch(key, self.line.rq.key)
-                held: Any = pipeline.hgetall(key)
-                fields = _decoded(held)
-                if not fields:
-                    raise not_found(job_id)
-                state, latest = state_of(fields), attempt_of(fields)
-                if state is None or state.is_final or latest is None or attempt not in (None, latest):
-                    pipeline.reset()
-                    return False
-                pipeline.multi()
-                change(pipeline, {**fields, "id": job_id})
-                try:
-                    pipeline.execute()
-                    return True
-                except WatchError:
-                    continue
+            # Its annotation leaves out that it returns what the callable does.
+            run: Any = self.redis.transaction
+            return bool(run(apply, key, self.line.rq.key, value_from_callable=True))
 
     def tell(self, pipeline: Pipeline, job_id: str, events: Sequence[TimedEvent], fields: Fields) -> None:
         """Adds events to a transaction, and what follows from them for the job, whose fields were these before."""

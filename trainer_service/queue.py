@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import WatchError
 
 from shared.errors import AlreadyExists, FailedPrecondition, shown
 from trainer_service.events import JobState, Notice, RunStarted, StateChanged, TimedEvent
@@ -57,37 +56,27 @@ class JobQueue:
         for other in after:
             if self.get(other).state in (JobState.FAILED, JobState.CANCELLED):
                 raise FailedPrecondition(f"The job {other} has not finished, so nothing can come after it.")
+        job_id, now = secrets.token_hex(4), str(time.time())
+        texts: dict[Any, Any] = {"kind": kind.value, "spec": spec.to_json(), "run": spec.run, "after": " ".join(after)}
+
+        def add(pipeline: Pipeline) -> None:
+            if kind is Kind.TRAIN:
+                self._refuse_taken(spec.run)
+            last: Any = pipeline.zrevrange(self.keys.jobs, 0, 0, withscores=True)
+            place = last[0][1] + 1 if last else 1
+            pipeline.multi()
+            pipeline.hset(self.keys.job(job_id), mapping={**texts, "enqueued_at": now, "attempt": 1})
+            pipeline.zadd(self.keys.jobs, {job_id: place})
+            pipeline.zadd(self.keys.open, {job_id: place})
+            self.store.tell(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED))], {})
+            if not after:
+                self.store.send(pipeline, job_id, 1, place)
+
         with reachable():
-            pipeline = self._redis.pipeline()
-            while True:
+            while self._redis.exists(self.keys.job(job_id)):
                 job_id = secrets.token_hex(4)
-                pipeline.watch(self.keys.jobs, self.keys.job(job_id), self.line.rq.key)
-                if kind is Kind.TRAIN:
-                    self._refuse_taken(spec.run)
-                if self._redis.exists(self.keys.job(job_id)):
-                    continue
-                last = cast(list[tuple[bytes, float]], self._redis.zrevrange(self.keys.jobs, 0, 0, withscores=True))
-                place = last[0][1] + 1 if last else 1
-                pipeline.multi()
-                fields: dict[Any, Any] = {
-                    "kind": kind.value,
-                    "spec": spec.to_json(),
-                    "run": spec.run,
-                    "after": " ".join(after),
-                    "enqueued_at": str(time.time()),
-                    "attempt": "1",
-                }
-                pipeline.hset(self.keys.job(job_id), mapping=fields)
-                pipeline.zadd(self.keys.jobs, {job_id: place})
-                pipeline.zadd(self.keys.open, {job_id: place})
-                self.store.tell(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED))], {})
-                if not after:
-                    self.store.send(pipeline, job_id, 1, place)
-                try:
-                    pipeline.execute()
-                    return self.get(job_id)
-                except WatchError:
-                    continue
+            self._redis.transaction(add, self.keys.jobs, self.line.rq.key)
+        return self.get(job_id)
 
     def _refuse_taken(self, run: str) -> None:
         ids = [job_id.decode() for job_id in cast(list[bytes], self._redis.zrange(self.keys.jobs, 0, -1))]

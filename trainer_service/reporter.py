@@ -15,6 +15,8 @@ from trainer_service.queue import JobQueue
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
+# A thread that comes to its turn so much later was frozen with its process, or waited for Redis.
+_FROZEN_S = 5.0
 _LAST_TRY_S = 20.0
 _ORPHAN_LIMIT_S = 8.0
 # Reports of a Redis outage of many hours; older ones are dropped first.
@@ -89,7 +91,13 @@ class Reporter:
         self._thread.join()
 
     def _run(self) -> None:
+        turn_s = time.monotonic()
         while not self._closing.wait(_INTERVAL_S):
+            now_s = time.monotonic()
+            if now_s - turn_s > _FROZEN_S:
+                # Nothing could progress meanwhile, so that the process is not stuck.
+                self._progressed_s = min(self._progressed_s + now_s - turn_s, now_s)
+            turn_s = now_s
             self._try(self._exchange)
             # The loop may end its step and write its state, but nobody waits for a step that takes longer.
             if self.orphaned and not self._closing.wait(_ORPHAN_LIMIT_S):

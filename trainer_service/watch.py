@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # A job without a lease is given up only after so long: where Redis was gone, its process is about to renew it.
 GRACE_S = 2.0
+# Whoever looks again only after so long was frozen, and those whom it watches perhaps with it.
+LATE_S = 4.0
 
 # A job and the number of an attempt.
 AttemptName = tuple[str, int]
@@ -25,18 +27,23 @@ class Watch:
     """Looks at the jobs again and again.
 
     Spans of time are measured by this process's own clock, from the moment at which it first saw what lasts: setting
-    the time of day, here or at Redis, neither holds a job up nor gives one up.
+    the time of day, here or at Redis, neither holds a job up nor gives one up. It is to look every second or so: after
+    a longer pause it gives nobody up for what it did not see.
     """
 
     def __init__(self, queue: JobQueue, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue = queue
         self._clock = clock
+        self._looked_s = clock()
         # What was seen of an attempt, and since when it has not changed.
         self._waiting_since_s: dict[AttemptName, float] = {}
         self._unchanged_since_s: dict[tuple[AttemptName, str], float] = {}
 
     def look(self) -> set[AttemptName]:
         """Does what is due now; the attempts that are given up. Raises `Unavailable` where Redis does not answer."""
+        before_s, self._looked_s = self._looked_s, self._clock()
+        if self._looked_s - before_s > LATE_S:
+            self._unchanged_since_s.clear()
         try:
             jobs = self._queue.store.open_jobs()
             self._send_ready(jobs)

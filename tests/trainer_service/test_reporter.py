@@ -1,10 +1,13 @@
 import os
 import time
+from types import SimpleNamespace
 
+import pytest
 from redis import Redis
 
 from tests.events import PROGRESS, STARTED
 from tests.jobs import start, told, wait_until
+from trainer_service import reporter as reporter_module
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.queue import JobQueue
 from trainer_service.reporter import Reporter
@@ -62,3 +65,20 @@ def test_a_reporter_whose_job_is_anothers_says_nothing_and_asks_for_the_end(queu
     assert reporter.superseded and not reporter.cancelled
     reporter.close(lambda queue: queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))]))
     assert told(queue, job) == before
+
+
+def test_a_process_that_was_frozen_is_not_taken_for_stuck(
+    queue: JobQueue, redis: Redis, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen_s = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + frozen_s, sleep=time.sleep)
+    monkeypatch.setattr(reporter_module, "time", clock)
+    start(queue, job)
+    reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60.0)
+    wait_until(lambda: queue.get(job).is_held)
+    frozen_s = 1000.0
+    # Leases that were renewed after it.
+    for _ in range(3):
+        redis.delete(queue.keys.lease(job))
+        wait_until(lambda: queue.get(job).is_held)
+    reporter.close(None)

@@ -1,17 +1,28 @@
 """The TrainingService's answers from a real Redis, without a network between."""
 
 import asyncio
+import logging
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from redis import Redis
 
-from shared.errors import InvalidArgument, NotFound
+from shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from shared.grpc_server import GrpcServer
+from shared.listening import Address
 from shared.pb.training.v1 import training_pb2 as pb
+from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
+from tests.jobs import start, tell, training
+from tests.redis_process import RedisServer
+from trainer_service import server as server_module
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.kinds import Kind
 from trainer_service.queue import JobQueue
-from trainer_service.server import TrainingServicer
+from trainer_service.redis_server import connect
+from trainer_service.server import SERVICE, TrainingServicer
 
 
 @pytest.fixture
@@ -81,3 +92,87 @@ def test_what_cannot_be_done_is_refused(servicer: TrainingServicer) -> None:
             enqueue(servicer, **wrong)
     with pytest.raises(NotFound):
         enqueue(servicer, after=["x"])
+
+
+def test_a_watch_goes_on_when_redis_was_killed_and_started_again(mortal_redis: RedisServer, tmp_path: Path) -> None:
+    queue = JobQueue(connect(mortal_redis.url), "one")
+    servicer = TrainingServicer(queue, Registry(tmp_path / "registry"))
+    job = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
+    start(queue, job)
+
+    async def body() -> list[pb.WatchJobResponse]:
+        events, finished = [], False
+        async for event in servicer.WatchJob(pb.WatchJobRequest(job_id=job), None):
+            events.append(event)
+            if event.state_changed.state == pb.JOB_STATE_RUNNING:
+                mortal_redis.kill()
+                # The watch meets it while it is gone.
+                asyncio.get_running_loop().call_later(0.5, restart.set)
+                asyncio.create_task(go_on())  # noqa: RUF006
+            finished = event.state_changed.state == pb.JOB_STATE_FINISHED
+        assert finished
+        return events
+
+    restart = asyncio.Event()
+
+    async def go_on() -> None:
+        await restart.wait()
+        await asyncio.to_thread(mortal_redis.start)
+        await asyncio.to_thread(tell, queue, job, Notice("after"), StateChanged(JobState.FINISHED))
+
+    events = asyncio.run(asyncio.wait_for(body(), 60))
+    assert [event.WhichOneof("event") for event in events] == 2 * ["state_changed"] + ["notice", "state_changed"]
+
+
+def test_a_watch_does_not_wait_for_redis_for_ever(
+    queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_OUTAGE_S", 0.0)
+    gone = JobQueue(connect(f"unix://{tmp_path}/none.sock"), queue.registry)
+    with pytest.raises(Unavailable, match="Redis does not answer"):
+        watch(TrainingServicer(gone, Registry(tmp_path / "registry")), "0")
+
+
+@pytest.mark.parametrize(
+    ("method", "raw", "sentence"),
+    [
+        # A name that ends in the middle of an emoji, as JavaScript cuts it.
+        ("EnqueueJob", b"\x0a\x03\xed\xa0\xbd", "cannot be read"),
+        ("GetJob", b"\x0a\x7fx", "cannot be read"),
+        ("WatchJob", b"\xff" * 11, "cannot be read"),
+        ("CancelJob", b"\x0a\x01\xff", "cannot be read"),
+        ("ListJobs", b"\x9a\x06\x01x", "does not know"),
+        ("EnqueueJob", b"\x4a\x02..", "name of a run is"),
+    ],
+)
+def test_a_malformed_request_is_one_sentence_with_the_right_code(
+    servicer: TrainingServicer, caplog: pytest.LogCaptureFixture, method: str, raw: bytes, sentence: str
+) -> None:
+    async def body() -> grpc.aio.AioRpcError:
+        server = GrpcServer([SERVICE])
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(servicer, server.server)
+        port = await server.start(Address("127.0.0.1", 0, "HOST", "PORT"))
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as insecure:
+                channel: Any = insecure
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await channel.unary_unary(f"/{SERVICE}/{method}")(raw)
+                return refused.value
+        finally:
+            await server.stop(0.0, asyncio.Event())
+
+    error = asyncio.run(asyncio.wait_for(body(), 60))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and sentence in str(error.details())
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_run_has_the_name_and_the_notes_that_a_client_gave(servicer: TrainingServicer, queue: JobQueue) -> None:
+    first = enqueue(servicer, name="wide", notes="twice the width\nof demo")
+    second = enqueue(servicer)
+    assert (first.run, first.notes, first.jobs_ahead) == ("wide", "twice the width\nof demo", 0)
+    assert second.run.startswith("demo-") and second.jobs_ahead == 1
+    with pytest.raises(AlreadyExists, match="choose another name"):
+        enqueue(servicer, name="wide")
+    start(queue, first.id)
+    running = asyncio.run(servicer.GetJob(pb.GetJobRequest(job_id=first.id), None)).job
+    assert not running.HasField("jobs_ahead")

@@ -23,6 +23,15 @@ class Clock:
         return self.now_s
 
 
+def looked_for(watch: Watch, clock: Clock, seconds: float) -> set[tuple[str, int]]:
+    """What is given up while so much time passes, second by second."""
+    given_up = set()
+    for _ in range(round(seconds)):
+        clock.now_s += 1
+        given_up |= watch.look()
+    return given_up
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -102,14 +111,23 @@ def test_a_lease_that_is_not_renewed_counts_as_none_although_redis_still_has_it(
     queue.renew_job_lease(job, 1)
     # As where the clock of Redis was set back.
     redis.persist(queue.keys.lease(job))
-    watch.look()
-    clock.now_s += LEASE_S
     assert watch.look() == set()
+    assert not looked_for(watch, clock, LEASE_S)
+    queue.renew_job_lease(job, 1)
+    redis.persist(queue.keys.lease(job))
+    assert not looked_for(watch, clock, LEASE_S)
+    assert looked_for(watch, clock, GRACE_S + 1) == {(job, 1)}
+
+
+def test_whoever_was_frozen_gives_nobody_up_for_what_it_did_not_see(
+    queue: JobQueue, watch: Watch, clock: Clock, job: str
+) -> None:
+    start(queue, job)
     queue.renew_job_lease(job, 1)
     assert watch.look() == set()
-    redis.persist(queue.keys.lease(job))
-    clock.now_s += LEASE_S + GRACE_S
-    assert watch.look() == {(job, 1)}
+    clock.now_s += 1000
+    assert watch.look() == set() and not looked_for(watch, clock, LEASE_S)
+    assert looked_for(watch, clock, GRACE_S + 1) == {(job, 1)}
 
 
 def test_after_an_outage_of_redis_every_attempt_has_its_time_again(

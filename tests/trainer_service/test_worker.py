@@ -1,5 +1,8 @@
 import signal
+import os
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +14,9 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from shared.errors import FailedPrecondition, Unavailable
+from shared.registry.identity import registry_id
+from tests.jobs import wait_until
+from tests.redis_process import PROJECT, RedisServer
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import check_server, connect, find_redis_server
 from trainer_service.rq_jobs import AttemptJob
@@ -69,3 +75,21 @@ def test_a_worker_does_not_work_for_a_redis_that_removes_jobs(
     finally:
         redis.config_set("maxmemory", 0)
         redis.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_worker_whose_registry_was_replaced_ends_so_that_the_next_one_is_for_the_new(
+    mortal_redis: RedisServer, tmp_path: Path
+) -> None:
+    root = tmp_path / "registry"
+    queue = JobQueue(connect(mortal_redis.url), registry_id(root))
+    environment = os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": mortal_redis.url}
+    worker = subprocess.Popen([sys.executable, "-m", "trainer_service", "work"], env=environment, cwd=PROJECT)
+    try:
+        wait_until(lambda: queue.live_workers() == 1)
+        shutil.rmtree(root)
+        assert registry_id(root) != queue.registry
+        assert worker.wait(60) == 0
+        assert queue.live_workers() == 0
+    finally:
+        worker.kill()
+        worker.wait()

@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import mlx.core as mx
@@ -10,12 +11,13 @@ import pytest
 
 from shared.errors import TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
+from trainer_service.training import loop
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
 from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.overfitting import OverfittingWatch
-from trainer_service.training.trainer import Trainer
+from trainer_service.training.trainer import StepResult, Trainer
 from trainer_service.training.workers import Workers
 
 CONFIG = TrainingConfig(
@@ -168,3 +170,19 @@ def test_overfitting_is_told_once_when_held_out_loss_stays_behind() -> None:
 def test_noise_is_no_overfitting() -> None:
     watch = OverfittingWatch()
     assert [watch.check(1.8, held_out) for held_out in (1.7, 1.71, 1.72, 1.73, 1.74)] == [None] * 5
+
+
+def test_the_rest_is_estimated_from_the_steps_after_the_first_which_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now_s))
+    trainer = SimpleNamespace(
+        step=0, config=CONFIG, training_loss=0.0, learning_rate=0.1, tokens=0, best_validation_loss=None
+    )
+    meter = loop._Meter(cast(Trainer, trainer))
+    # An hour for the first step, a second for each other.
+    estimates = []
+    for trainer.step, duration_s in ((1, 3600.0), (2, 1.0), (3, 1.0)):
+        now_s += duration_s
+        meter.add(StepResult(mx.array(1.0), mx.array(1.0)))
+        estimates.append(meter.report().eta_s)
+    assert estimates == [None, 10.0, 9.0]
