@@ -1,6 +1,6 @@
-import signal
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
