@@ -183,23 +183,25 @@ class Calls(grpc.aio.ServerInterceptor):
         self._unread.pop(task, None)
         self._running.add(call)
         self._open.add(task)
-        code = grpc.StatusCode.CANCELLED
         try:
             if self._refuses and not path.startswith(_HEALTH):
                 await self._refuse()
             yield call
-            code = grpc.StatusCode.OK
         except BaseException as error:
-            self._running.discard(call)
             if call.is_cut and isinstance(error, asyncio.CancelledError):
                 task.uncancel()
                 error = Unavailable(ENDING)
             code = _code_of(error, context)
+            self._leave(call, name, code)
             await _abort(context, path, code, error)
-        finally:
-            self._running.discard(call)
-            if name is not None:
-                self._ended(name, code, call.reason)
+        else:
+            self._leave(call, name, grpc.StatusCode.OK)
+
+    def _leave(self, call: _Call, name: str | None, code: grpc.StatusCode) -> None:
+        """Notes the end of a method, before its client hears of it."""
+        self._running.discard(call)
+        if name is not None:
+            self._ended(name, code, call.reason)
 
 
 def _method_of(handler: Any) -> Callable[[Any, Any], Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client import CollectorRegistry
 from redis import Redis
 
 from shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
@@ -20,6 +21,7 @@ from tests.redis_process import RedisServer
 from trainer_service import server as server_module
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.kinds import Kind
+from trainer_service.metrics import CallMetrics
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.server import SERVICE, TrainingServicer
@@ -148,8 +150,10 @@ def test_a_watch_does_not_wait_for_redis_for_ever(
 def test_a_malformed_request_is_one_sentence_with_the_right_code(
     servicer: TrainingServicer, caplog: pytest.LogCaptureFixture, method: str, raw: bytes, sentence: str
 ) -> None:
+    metrics = CollectorRegistry()
+
     async def body() -> grpc.aio.AioRpcError:
-        server = GrpcServer([SERVICE])
+        server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(servicer, server.server)
         port = await server.start(Address("127.0.0.1", 0, "HOST", "PORT"))
         try:
@@ -163,6 +167,8 @@ def test_a_malformed_request_is_one_sentence_with_the_right_code(
 
     error = asyncio.run(asyncio.wait_for(body(), 60))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and sentence in str(error.details())
+    refused = {"method": method, "code": "invalid_argument"}
+    assert metrics.get_sample_value("gptloop_training_calls_total", refused) == 1
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
