@@ -187,8 +187,8 @@ def versions(address: Address = None, as_json: JsonOption = False) -> None:
 
     \b
     streams: requests that it answers now; held, where load keeps it.
-    loss: nats a token on held-out text, as this server measured it;
-    in parentheses, as training did.
+    held-out loss: nats a token, as training measured it on all held-out text.
+    as served: by how much the loss on some of it differs on this server.
     policy: the label whose version is to serve.
 
     Example: python -m inference_service versions

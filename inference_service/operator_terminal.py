@@ -31,7 +31,7 @@ def describe(status: pb.VersionStatus) -> str:
 
 def describe_loaded(status: pb.VersionStatus) -> str:
     """What a version in memory takes there, and how good it is."""
-    return f"{describe(status)} is in memory: {_memory(status)}, held-out loss {_loss(status)}."
+    return f"{describe(status)} is in memory: {_memory(status)}, held-out loss {status.validation_loss:.4f}."
 
 
 def describe_unloaded(status: pb.VersionStatus) -> str:
@@ -72,11 +72,14 @@ def _memory(status: pb.VersionStatus) -> str:
     return f"{status.memory_bytes / 2**20:.0f} MiB" if status.memory_bytes else ""
 
 
-def _loss(status: pb.VersionStatus) -> str:
-    """As this server measured it, else as training claims, in parentheses."""
-    if status.HasField("measured_loss"):
-        return f"{status.measured_loss:.4f}"
-    return f"({status.claimed_loss:.4f})"
+def _measured(status: pb.VersionStatus) -> float | None:
+    return status.measured_loss if status.HasField("measured_loss") else None
+
+
+def _served(status: pb.VersionStatus) -> str:
+    """How far the loss as this server measured it is from what training found on the same windows."""
+    measured = _measured(status)
+    return "" if measured is None else f"{measured - status.claimed_loss:+.4f}"
 
 
 def _if_known(text: Callable[[pb.VersionStatus], str]) -> Callable[[pb.VersionStatus], str]:
@@ -84,20 +87,17 @@ def _if_known(text: Callable[[pb.VersionStatus], str]) -> Callable[[pb.VersionSt
     return lambda status: text(status) if status.digest else ""
 
 
-# The first ones as the trainer lists them.
+# Losses and bits per byte are those that the trainer lists, under the same names.
 _COLUMNS = (
     Column[pb.VersionStatus]("version", lambda status: status.version, right=True),
-    Column[pb.VersionStatus]("state", _state),
-    Column[pb.VersionStatus]("labels", lambda status: list(status.labels), wraps=True),
-    Column[pb.VersionStatus]("streams", lambda status: status.streams, _use, right=True, rank=2),
     Column[pb.VersionStatus](
-        "memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=3
+        "step", lambda status: status.step, _if_known(lambda status: f"{status.step:,}"), right=True, rank=3
     ),
+    Column[pb.VersionStatus]("state", _state),
     Column[pb.VersionStatus](
-        "loss",
-        lambda status: status.measured_loss if status.HasField("measured_loss") else None,
-        _if_known(_loss),
-        key="measured_loss",
+        "held-out loss",
+        lambda status: status.validation_loss,
+        _if_known(lambda status: f"{status.validation_loss:.4f}"),
         right=True,
     ),
     Column[pb.VersionStatus](
@@ -106,14 +106,21 @@ _COLUMNS = (
         _if_known(lambda status: f"{status.bits_per_byte:.4f}"),
         right=True,
     ),
+    Column[pb.VersionStatus]("as served", _measured, _served, right=True, rank=1, key="measured_loss"),
+    Column[pb.VersionStatus]("streams", lambda status: status.streams, _use, right=True, rank=4),
+    Column[pb.VersionStatus](
+        "memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=5
+    ),
     Column[pb.VersionStatus](
         "age",
         lambda status: status.created_at.ToSeconds(),
         _if_known(lambda status: cli.duration(time.time() - status.created_at.ToSeconds())),
         key="created_at",
         right=True,
-        rank=1,
+        rank=2,
     ),
+    Column[pb.VersionStatus]("labels", lambda status: list(status.labels), wraps=True),
+    Column[pb.VersionStatus]("", lambda status: status.claimed_loss, key="claimed_loss"),
     Column[pb.VersionStatus]("", lambda status: status.held, key="held"),
     Column[pb.VersionStatus]("", lambda status: status.reason, key="reason"),
 )

@@ -218,6 +218,7 @@ def write_standing(standing: Standing) -> pb.VersionStatus:
     if (manifest := standing.manifest) is not None:
         described = pb.VersionStatus(
             claimed_loss=manifest.claimed_loss,
+            validation_loss=manifest.validation_loss,
             bits_per_byte=manifest.bits_per_byte,
             step=manifest.step,
             created_at=_write_time(manifest.created_at),

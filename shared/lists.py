@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 # On a narrow terminal, columns are left out until those whose words may wrap are at least this wide.
-_WRAPPED_WIDTH = 30
+_WRAPPED_WIDTH = 24
 _GAP = 2
 
 Row = TypeVar("Row")
@@ -83,10 +83,15 @@ def _print_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> None:
         max(cell_len(column.heading), min(width, _WRAPPED_WIDTH)) if column.wraps else width
         for column, width in zip(columns, natural, strict=True)
     ]
+    # Of a column that wraps: its longest word, unless that must be broken itself.
+    narrowest = [
+        min(width, max(map(cell_len, " ".join([column.heading, *texts]).split()))) if column.wraps else width
+        for column, width, texts in zip(columns, least, cells, strict=True)
+    ]
     kept = list(range(len(columns)))
     if console.is_terminal:
         kept = fitting(least, [column.rank for column in columns], console.width)
-    needed = _width([least[index] for index in kept])
+    needed = _width([narrowest[index] for index in kept])
     # Wider than a very narrow terminal, which wraps the lines itself: nothing is cut.
     width = max(console.width, needed) if console.is_terminal else _width(natural)
     table = Table(box=None, pad_edge=False)
@@ -97,7 +102,7 @@ def _print_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> None:
             justify="right" if column.right else "left",
             no_wrap=not column.wraps,
             overflow="fold",
-            min_width=least[index],
+            min_width=narrowest[index],
         )
     for row in zip(*(cells[index] for index in kept), strict=True):
         table.add_row(*map(Text, row))

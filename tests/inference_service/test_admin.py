@@ -29,7 +29,7 @@ def test_the_listing_says_all_of_a_version(operated: Operated) -> None:
     assert (status.state, status.reason) == (pb.VERSION_STATE_SERVING, "")
     assert (list(status.labels), status.streams, status.held) == (["best", "latest"], 1, False)
     assert status.memory_bytes > 4 * manifest.parameters
-    assert status.claimed_loss == manifest.claimed_loss
+    assert (status.claimed_loss, status.validation_loss) == (manifest.claimed_loss, manifest.validation_loss)
     assert 0 < abs(status.measured_loss - manifest.claimed_loss) < 0.02
     assert (status.bits_per_byte, status.step, status.digest) == (manifest.bits_per_byte, 100 * number, manifest.digest)
     assert abs(status.created_at.ToMilliseconds() / 1000 - manifest.created_at) < 0.001

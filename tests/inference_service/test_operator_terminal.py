@@ -1,5 +1,6 @@
 """What operators type, and what they see of it."""
 
+import json
 import os
 import re
 import subprocess
@@ -33,6 +34,7 @@ def status(version: int, state: pb.VersionState, **fields: Any) -> pb.VersionSta
     created_at = Timestamp(seconds=round(time.time()) - 4 * 3600)
     defaults: dict[str, Any] = {
         "claimed_loss": 3.25,
+        "validation_loss": 3.3,
         "bits_per_byte": 1.5,
         "step": 100 * version,
         "created_at": created_at,
@@ -66,6 +68,17 @@ WIDE = pb.ListVersionsResponse(
 )
 
 
+ROWS = (
+    "version     step  state      held-out loss  bits per byte  as served   streams     memory  age  labels",
+    "      1      100  serving           3.3000         1.5000    -0.2500  12, held  12345 MiB  4 h  "
+    "best, stable, pinned:1",
+    "      2      200  available         3.3000         1.5000                                  4 h",
+    "      3      300  resident          3.3000         1.5000    +6.8734         1     12 MiB  4 h",
+    "      4      400  resident          3.3000         1.5000    -0.2500      held     12 MiB  4 h",
+    "   1234  123,400  refused           3.3000         1.5000    +0.5000                       4 h  latest",
+)
+
+
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """What a terminal shows of an answer, without its styles, or a file, which has no columns."""
@@ -83,26 +96,32 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("columns", [None, 120])
 def test_versions_are_one_row_each(show: Callable[..., list[str]], columns: int | None) -> None:
     assert show(WIDE, columns) == [
-        "version  state      labels                   streams     memory      loss  bits per byte  age",
-        "      1  serving    best, stable, pinned:1  12, held  12345 MiB    3.0000         1.5000  4 h",
-        "      2  available                                               (3.2500)         1.5000  4 h",
-        "      3  resident                                  1     12 MiB   10.1234         1.5000  4 h",
-        "      4  resident                               held     12 MiB    3.0000         1.5000  4 h",
-        "   1234  refused    latest                                         3.7500         1.5000  4 h",
+        *ROWS,
         "version 1234: lying: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
         "policy: pinned:1",
     ]
 
 
-def test_on_a_narrow_terminal_only_labels_take_more_lines(show: Callable[..., list[str]]) -> None:
-    lines = show(WIDE, 80)
+@pytest.mark.parametrize("columns", [80, 60])
+def test_on_a_narrow_terminal_columns_give_way_and_labels_take_more_lines(
+    show: Callable[..., list[str]], columns: int
+) -> None:
+    lines = show(WIDE, columns)
     table = lines[: lines.index(next(line for line in lines if line.startswith("version 1234")))]
-    assert max(len(line) for line in table) <= 80
-    assert "…" not in "".join(table)
+    assert max(len(line) for line in table) <= columns
+    assert "…" not in "".join(table) and "held-out loss  bits per byte" in table[0]
     assert [line.split()[0] for line in table if line[:7].strip()] == ["version", "1", "2", "3", "4", "1234"]
     assert re.findall(r"(?:best|stable|pinned:1|latest)(?=,|\s|$)", " ".join(table)) == [
         *("best", "stable", "pinned:1", "latest")
     ]
+
+
+def test_json_has_the_reasons_too(capsys: pytest.CaptureFixture[str]) -> None:
+    print_versions(WIDE, as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["version"] for row in rows] == [1, 2, 3, 4, 1234]
+    assert rows[-1]["reason"].startswith("lying") and rows[-1]["state"] == "refused"
+    assert (rows[0]["held_out_loss"], rows[0]["measured_loss"], rows[1]["measured_loss"]) == (3.3, 3.0, None)
 
 
 def test_of_no_versions_is_said_when_the_first_one_comes(show: Callable[..., list[str]]) -> None:
@@ -190,12 +209,13 @@ class Operator:
 
     def rows(self) -> dict[int, str]:
         """The version, its state, its labels and what keeps it in memory, of each row of the table."""
-        _, *lines = self.see("versions").splitlines()
-        found = {}
-        for line in lines:
-            if match := re.fullmatch(r" *(\d+)  (.+?) +(?:\d+ MiB +)?\(?\d+\.\d{4}\)? +\d+\.\d{4}  \d+ s *", line):
-                found[int(match[1])] = " ".join(match[2].split())
-        return found
+        rows = json.loads(self.see("versions", "--json"))
+        return {
+            row["version"]: " ".join(
+                filter(None, (row["state"], ", ".join(row["labels"]), str(row["streams"] or ""), "held" * row["held"]))
+            )
+            for row in rows
+        }
 
 
 @pytest.fixture
@@ -326,7 +346,7 @@ def test_the_command_line_itself(server: Server) -> None:
         )
         assert done.returncode == code
         printed, other = (done.stdout, done.stderr) if code == 0 else (done.stderr, done.stdout)
-        assert printed.startswith("version  state" if code == 0 else "error: This call needs")
+        assert printed.startswith("version  step  state" if code == 0 else "error: This call needs")
         assert other == ""
 
 

@@ -270,7 +270,7 @@ class ModelConfig(_message.Message):
     def __init__(self, layers: _Optional[int] = ..., width: _Optional[int] = ..., heads: _Optional[int] = ..., hidden_width: _Optional[int] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., tied_head: _Optional[bool] = ...) -> None: ...
 
 class VersionStatus(_message.Message):
-    __slots__ = ("version", "state", "reason", "labels", "streams", "held", "memory_bytes", "claimed_loss", "measured_loss", "bits_per_byte", "step", "created_at", "digest")
+    __slots__ = ("version", "state", "reason", "labels", "streams", "held", "memory_bytes", "claimed_loss", "measured_loss", "bits_per_byte", "step", "created_at", "digest", "validation_loss")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +284,7 @@ class VersionStatus(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     version: int
     state: VersionState
     reason: str
@@ -297,7 +298,8 @@ class VersionStatus(_message.Message):
     step: int
     created_at: _timestamp_pb2.Timestamp
     digest: str
-    def __init__(self, version: _Optional[int] = ..., state: _Optional[_Union[VersionState, str]] = ..., reason: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., streams: _Optional[int] = ..., held: _Optional[bool] = ..., memory_bytes: _Optional[int] = ..., claimed_loss: _Optional[float] = ..., measured_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
+    validation_loss: float
+    def __init__(self, version: _Optional[int] = ..., state: _Optional[_Union[VersionState, str]] = ..., reason: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., streams: _Optional[int] = ..., held: _Optional[bool] = ..., memory_bytes: _Optional[int] = ..., claimed_loss: _Optional[float] = ..., measured_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ..., validation_loss: _Optional[float] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ()
