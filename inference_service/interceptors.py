@@ -21,11 +21,12 @@ class CredentialInterceptor(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         """The method itself, or one that refuses."""
-        if not details.method.startswith(self._prefix):
-            return await continuation(details)
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(self._prefix):
+            return handler
         given = dict(details.invocation_metadata or ()).get("authorization", "")
         if hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected):
-            return await continuation(details)
+            return handler
         return grpc.unary_unary_rpc_method_handler(_refuse_wrong if given else _refuse_absent)
 
 

@@ -18,6 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shared.accelerator import Memory
+from shared.pb.inference.v1 import inference_pb2
 from shared.registry.manifest import VersionManifest
 
 # Half a millisecond apart where a decode step takes a few, wider above.
@@ -77,6 +78,9 @@ class InferenceMetrics:
         self._calls = Counter(
             name("calls_total"), "Calls that ended, by method and status code.", ["method", "code"], registry=registry
         )
+        for service in inference_pb2.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                self._calls.labels(method.name, "ok")
         Gauge(name("active_streams"), "Streams that have a slot.", registry=registry).set_function(active_streams)
         self.waiting_requests = Gauge(name("waiting_requests"), "Samples that wait for a slot.", registry=registry)
         memory_bytes = Gauge(

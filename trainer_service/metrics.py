@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from shared.errors import Unavailable
+from shared.pb.training.v1 import training_pb2
 from trainer_service.events import JobState, Progress
 from trainer_service.queue import JobQueue
 from trainer_service.records import JobRecord
@@ -63,6 +64,8 @@ class CallMetrics:
             ["method", "code"],
             registry=registry,
         )
+        for method in training_pb2.DESCRIPTOR.services_by_name["TrainingService"].methods:
+            self._calls.labels(method.name, "ok")
 
     def called(self, method: str, code: grpc.StatusCode, reason: str | None) -> None:
         """A call ended."""

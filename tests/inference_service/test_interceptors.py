@@ -48,6 +48,16 @@ def test_every_admin_call_needs_the_credential(operated: Operated) -> None:
     assert (operated.state(serving), operated.admin.versions().policy) == ("SERVING", "best")
 
 
+def test_a_method_that_does_not_exist_is_unknown_to_everybody(operated: Operated) -> None:
+    with grpc.insecure_channel(operated.server.address) as channel:
+        call: Any = channel.unary_unary("/inference.v1.ModelAdminService/Anything")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"")
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    # Names from outside make no series.
+    assert not any("Anything" in labels for labels in operated.server.metrics())
+
+
 def test_a_client_without_the_credential_is_told_what_to_do(operated: Operated) -> None:
     for wrong, brought in (("", "none"), ("close sesame", "another one")):
         with AdminClient(operated.server.address, wrong) as admin, pytest.raises(errors.Unauthenticated) as ended:

@@ -42,6 +42,7 @@ def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: Co
     reasons = {name[1]: value for name, value in values.items() if name[0] == f"{prefix}_requests_total"}
     assert reasons == {"length": 1, "invalid_argument": 1}
     assert values[f"{prefix}_calls_total", "ok", "Generate"] == values[f"{prefix}_calls_total", "ok", "Tokenize"] == 1
+    assert values[f"{prefix}_calls_total", "ok", "RollBack"] == 0
     assert values[f"{prefix}_refused_versions_total", "corrupt"] == 1
     assert values[f"{prefix}_swaps_total",] == 0
     assert values[f"{prefix}_active_streams",] == values[f"{prefix}_waiting_requests",] == 0
