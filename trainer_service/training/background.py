@@ -1,6 +1,6 @@
 """Work on a thread of its own, so that the caller can look after other things meanwhile, and leave it.
 
-Work that is left ends at its next item, native code when it has done what it does; the process waits for neither.
+Work that is left ends at its next item; the process does not wait for it.
 """
 
 import queue
@@ -44,7 +44,8 @@ def iterate(items: Iterable[T], tick: Callable[[], None], silence_s: float = flo
         else:
             put(None)
 
-    threading.Thread(target=work, name="background", daemon=True).start()
+    thread = threading.Thread(target=work, name="background", daemon=True)
+    thread.start()
     heard_s = time.monotonic()
     try:
         while True:
@@ -63,6 +64,7 @@ def iterate(items: Iterable[T], tick: Callable[[], None], silence_s: float = flo
             heard_s = time.monotonic()
     finally:
         left.set()
+        thread.join(2 * INTERVAL_S)
 
 
 def call(work: Callable[[], T], tick: Callable[[], None]) -> T:

@@ -15,7 +15,7 @@ import numpy as np
 
 from shared.errors import DataError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
-from trainer_service.training import background, token_cache
+from trainer_service.training import background, bpe_process, token_cache
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import Corpus, DatasetSpec, open_corpus
@@ -169,26 +169,18 @@ def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _
         except InvalidArgument:
             path.unlink(missing_ok=True)  # damaged: it is trained anew
     progress.begin(Stage.TOKENIZER)
-    texts, characters, taken = list[str](), 0, 0
+    texts, characters = list[str](), 0
     for batch in _batches(corpus.train(), progress.tick):
         texts += [passage.text for passage in batch]
         characters += sum(len(passage.text) for passage in batch)
-        progress.tick()
         if characters >= TOKENIZER_CHARACTERS:
             break
-
-    def feed() -> Iterator[str]:
-        nonlocal taken
-        for text in texts:
-            yield text
-            taken += len(text)
-
-    # The library says nothing of how far it has come, but most of its time goes into what it takes.
-    tokenizer = background.call(
-        lambda: train_bpe(feed(), config.vocabulary_size), lambda: progress.tick(taken, characters)
-    )
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if characters <= bpe_process.SHORT_CHARACTERS:
+            tokenizer = train_bpe(texts, config.vocabulary_size)
+        else:
+            tokenizer = bpe_process.train_apart(texts, config.vocabulary_size, folder, progress.tick)
         tokenizer.save(path)
     return tokenizer
 

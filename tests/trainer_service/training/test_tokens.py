@@ -1,9 +1,14 @@
 import errno
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ import pytest
 from shared.errors import DataError, FailedPrecondition, GptloopError, ResourceExhausted
 from shared.gpt.tokenizer import train_bpe
 from trainer_service.presets import PRESETS
-from trainer_service.training import file_bytes, tokens
+from trainer_service.training import bpe_process, file_bytes, tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.shards import HEADER_BYTES
@@ -223,21 +228,52 @@ def test_the_vocabulary_adapts_to_the_text_and_says_so(text: Path) -> None:
 
 
 def test_training_the_tokenizer_can_be_stopped(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended, begun = threading.Event(), threading.Event()
+    started: list[subprocess.Popen[bytes]] = []
 
-    def slow(*_: object) -> None:
-        begun.set()
-        ended.wait()
+    class Remembered(subprocess.Popen[bytes]):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            started.append(self)
 
     def report(progress: PrepareProgress) -> None:
         assert progress.stage in (Stage.OPEN, Stage.TOKENIZER)
-        if begun.is_set():
+        if started:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tokens, "train_bpe", slow)
+    monkeypatch.setattr(bpe_process, "SHORT_CHARACTERS", 0)
+    monkeypatch.setattr(subprocess, "Popen", Remembered)
+    monkeypatch.setattr(tokens, "REPORT_INTERVAL_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", report)
-    ended.set()
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert not [path for path in files(text, "*") if path.is_file()]
+
+
+def test_a_tokenizer_trained_apart_is_the_same_and_says_how_far_it_is(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = run(text).tokenizer.digest
+    for path in files(text, "*.json"):
+        path.unlink()
+    monkeypatch.setattr(bpe_process, "SHORT_CHARACTERS", 0)
+    monkeypatch.setattr(tokens, "REPORT_INTERVAL_S", 0.0)
+    seen: list[PrepareProgress] = []
+    assert run(text, seen=seen).tokenizer.digest == digest
+    done = [(each.done, each.total) for each in seen if each.stage is Stage.TOKENIZER]
+    assert done == sorted(done) and all(at <= total for at, total in done) and done[-1][1] > 0
+
+
+def test_a_training_apart_that_is_killed_is_a_sentence(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe_process, "SHORT_CHARACTERS", 0)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(AssertionError):
+        run(text)
+    kill = text.parent / "kill"
+    kill.write_text("#!/bin/sh\nkill -9 $$\n")
+    kill.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(kill))
+    with pytest.raises(ResourceExhausted, match="killed by signal 9"):
+        run(text)
 
 
 def test_reading_reports_how_far_it_is(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""Trains a BPE in a process of its own, which can be ended at any moment.
+
+The library's code cannot be interrupted, and a thread that is in it when Python ends takes the whole process down.
+The text goes through a temporary file, whose position says how far the training is; the tokens come back the same way.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from shared.errors import ResourceExhausted
+from shared.gpt.tokenizer import PATTERN, Tokenizer, train_bpe
+from trainer_service.training.background import INTERVAL_S
+
+# Text as short as this is learned from faster than a process starts.
+SHORT_CHARACTERS = 1 << 18
+
+
+def train_apart(
+    texts: Iterable[str], vocabulary_size: int, folder: Path, tick: Callable[[int, int], None]
+) -> Tokenizer:
+    """What `train_bpe` returns; calls `tick` with the bytes that were taken and all bytes, several times a second.
+
+    What `tick` raises ends the training. Temporary files are made in `folder`; raises `OSError` if they cannot be.
+    """
+    with tempfile.TemporaryFile(dir=folder) as text, tempfile.TemporaryFile(dir=folder) as found:
+        for each in texts:
+            tick(0, 0)
+            text.write(json.dumps(each, ensure_ascii=False).encode() + b"\n")
+        text.flush()
+        total_bytes = text.tell()
+        text.seek(0)
+        command = [sys.executable, "-m", "trainer_service.training.bpe_process", str(vocabulary_size)]
+        with subprocess.Popen(command, stdin=text, stdout=found, stderr=subprocess.PIPE) as process:
+            try:
+                while process.poll() is None:
+                    # The process reads through the same open file.
+                    tick(os.lseek(text.fileno(), 0, os.SEEK_CUR), total_bytes)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(INTERVAL_S)
+            except BaseException:
+                process.kill()
+                raise
+            assert process.stderr is not None
+            said = process.stderr.read().decode(errors="replace")
+        if process.returncode < 0:
+            raise ResourceExhausted(
+                f"The training of the tokenizer was killed by signal {-process.returncode}; memory may be short."
+            )
+        assert process.returncode == 0, said
+        found.seek(0)
+        return Tokenizer("bpe", PATTERN, [bytes.fromhex(piece) for piece in json.load(found)])
+
+
+def main() -> None:
+    """What the process does: text as JSON, a line each, from standard input; the tokens to standard output."""
+    tokenizer = train_bpe(map(json.loads, sys.stdin.buffer), int(sys.argv[1]))
+    json.dump([piece.hex() for piece in tokenizer.pieces[:-1]], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
