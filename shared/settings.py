@@ -23,11 +23,15 @@ def read_int(environment: Environment, name: str, default: Default, *, minimum: 
     if not text:
         return default
     try:
+        if not text.isascii():
+            raise ValueError  # Python reads the digits of every script
         value = int(text)
     except ValueError:
-        raise InvalidArgument(f"{name} is {text!r}, but must be a whole number from {minimum} to {maximum}.") from None
+        raise InvalidArgument(
+            f"{name} is {shown(text)}, but must be a whole number from {minimum} to {maximum}."
+        ) from None
     if not minimum <= value <= maximum:
-        raise InvalidArgument(f"{name} is {value}, but must be from {minimum} to {maximum}.")
+        raise InvalidArgument(f"{name} is {shown(value)}, but must be from {minimum} to {maximum}.")
     return value
 
 
@@ -37,11 +41,13 @@ def read_float(environment: Environment, name: str, default: float, *, minimum: 
     if not text:
         return default
     try:
+        if not text.isascii():
+            raise ValueError
         value = float(text)
     except ValueError:
-        raise InvalidArgument(f"{name} is {text!r}, but must be a number from {minimum} to {maximum}.") from None
+        raise InvalidArgument(f"{name} is {shown(text)}, but must be a number from {minimum} to {maximum}.") from None
     if not minimum <= value <= maximum:
-        raise InvalidArgument(f"{name} is {text}, but must be from {minimum} to {maximum}.")
+        raise InvalidArgument(f"{name} is {shown(text)[1:-1]}, but must be from {minimum} to {maximum}.")
     return value
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from shared.errors import CorruptCheckpoint, NotFound, Unavailable
-from shared.lists import Column, JsonOption, print_list
+from shared.lists import Column, JsonOption, print_list, printable
 from shared.live_bar import LiveBar
 from shared.registry import retention as retention_module
 from shared.registry.identity import registry_id
@@ -34,7 +34,9 @@ def verify() -> None:
     """
     registry = Registry(read_directories(os.environ).registry)
     checkpoints = registry.checkpoints()
-    broken = [(path.name, "Its name is no number: nothing reads it.", str(path)) for path in registry.strangers()]
+    broken = [
+        (path.name, "The registry gives no such name: nothing reads it.", str(path)) for path in registry.strangers()
+    ]
     for checkpoint, reason in _check(registry, checkpoints):
         broken.append((str(checkpoint), reason, str(registry.directory(checkpoint))))
     if not broken:
@@ -50,7 +52,7 @@ def verify() -> None:
         "others take its place. Bring its files back from a copy, or remove its folder:"
     )
     for _, _, place in broken:
-        print(f"  {place}")
+        print(f"  {printable(place)}")
     raise typer.Exit(1)
 
 

@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import FailedPrecondition, RunOwnershipLost
+from shared.errors import FailedPrecondition, RunOwnershipLost, shown
 from shared.registry.commit import locked, make_folder, replace_text, writing
+
+_MOST_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ def _lost(run_directory: Path) -> RunOwnershipLost:
 
 def _read(path: Path) -> int:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "0"
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
         raise FailedPrecondition(
-            f"{path} holds {text[:20]!r}, but must hold a whole number; write 1 into it while nobody trains this run."
+            f"{path} holds {shown(text, 20)}, but must hold a whole number; write 1 into it while nobody trains this "
+            "run."
         )
     return int(text)

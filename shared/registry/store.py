@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from shared.errors import CorruptCheckpoint, NotFound
+from shared.errors import CorruptCheckpoint, NotFound, shown
 from shared.registry import policy
 from shared.registry.commit import (
     IGNORED_NAMES,
@@ -252,7 +252,7 @@ class Registry:
         except CorruptCheckpoint:
             if directory.exists():
                 raise
-            kept = ", ".join(map(str, self.states(run))) or "none"
+            kept = shown(", ".join(map(str, self.states(run))) or "none")[1:-1]
             raise NotFound(
                 f"The run {run} has no state of step {step} any more; its states are of the steps: {kept}."
             ) from None

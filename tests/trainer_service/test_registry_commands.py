@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from pathlib import Path
 
@@ -47,15 +48,17 @@ def test_verify_names_all_that_is_broken_and_what_to_do(registry: Registry) -> N
     (registry.version_directory(3) / "manifest.json").write_bytes(b"\xff")
     (registry.state_directory("run-1", 20) / "model.safetensors").unlink()
     (registry.root / "versions" / "backup").mkdir()
+    (registry.root / "runs" / os.fsdecode(b"two\nlines\xff")).mkdir()
     result = run(registry, "verify")
     assert result.exit_code == 1
     table = rows(result)
     assert "config.json has 3 bytes, but its manifest says 2." in table["version 1"]
     assert "manifest.json cannot be understood" in table["version 3"]
     assert "missing or extra are model.safetensors." in table["state 20"]
-    assert "no number" in table["backup Its"]
+    assert "no such name" in table["backup The"]
     assert "version 2" not in table and "version 4" not in table
-    assert "4 broken, looked at 4 versions and 4 states." in result.output
+    assert r"two\nlines" in result.output and "two\n" not in result.output
+    assert "5 broken, looked at 4 versions and 4 states." in result.output
     for path in (registry.version_directory(1), registry.state_directory("run-1", 20)):
         assert f"  {path}\n" in result.output
 

@@ -247,8 +247,20 @@ def test_a_state_in_the_wrong_place_is_not_continued(registry: Registry) -> None
         registry.verified_state(RUN, 6)
 
 
+def test_a_folder_full_of_strange_files_is_one_short_sentence(registry: Registry) -> None:
+    manifest = publish(registry)
+    for number in range(100):
+        (registry.version_directory(1) / f"{number:03}{'x' * 200}").touch()
+    with pytest.raises(CorruptCheckpoint, match=r"missing or extra are 000x+…") as raised:
+        registry.verify(manifest)
+    assert len(str(raised.value)) <= 300 + len(str(registry.root))
+
+
 def test_a_damaged_fence_is_named(registry: Registry) -> None:
     fence = Fence.raise_for(registry.run_directory(RUN))
+    (fence.directory / "fence").write_text("9" * 5000)
+    with pytest.raises(FailedPrecondition, match=r"fence holds '9+…9+', but must hold a whole number"):
+        Fence.raise_for(fence.directory)
     (fence.directory / "fence").write_text("")
     with pytest.raises(FailedPrecondition, match="fence holds '', but must hold a whole number"):
         Fence.raise_for(fence.directory)
