@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
+from shared.lists import printable
 from shared.live_bar import LiveBar
 from trainer_service import events
 from trainer_service.events import Event, JobState
@@ -163,7 +164,7 @@ class _PlainView:
             self._print(line)
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 class _LiveView:
@@ -191,7 +192,7 @@ class _LiveView:
                 self._bar.show(progress.step / progress.max_steps, *_facts(progress))
             case _:
                 if line := describe(event):
-                    self._console.print(line, markup=False, highlight=False)
+                    self._console.print(printable(line), markup=False, highlight=False)
 
 
 def _facts(progress: events.Progress) -> list[str]:

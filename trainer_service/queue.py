@@ -90,7 +90,7 @@ class JobQueue:
 
     def get(self, job_id: str) -> JobRecord:
         """A job; raises `NotFound`."""
-        (record,) = self.store.read([job_id])
+        (record,) = self.store.read([job_id]) if job_id.isalnum() and job_id.isascii() else (None,)
         if record is None:
             raise not_found(job_id)
         return record
@@ -120,6 +120,8 @@ class JobQueue:
 
     def cancel(self, job_id: str) -> JobRecord:
         """Asks a job to end: a waiting one ends now. Raises `NotFound`, or `FailedPrecondition` where it has ended."""
+
+        self.get(job_id)
 
         def change(pipeline: Pipeline, fields: Fields) -> None:
             waiting = state_of(fields) is JobState.QUEUED

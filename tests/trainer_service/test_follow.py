@@ -122,6 +122,14 @@ def test_the_result_of_an_evaluation_is_one_line_with_what_was_measured() -> Non
     )
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_a_job_says_cannot_write_to_the_terminal_by_itself(queue: JobQueue, job: str, terminal: bool) -> None:
+    tell(queue, job, Notice("a\x1b]0;title\x07b\udce9"), StateChanged(JobState.FINISHED))
+    output = io.StringIO()
+    follow(queue, job, Console(file=output, force_terminal=terminal, width=120))
+    assert r"note: a\x1b]0;title\x07b\udce9" in output.getvalue()
+
+
 def test_after_the_first_step_no_eta_is_told() -> None:
     line = follow_module.describe(replace(PROGRESS, eta_s=None))
     assert line is not None and "the first step compiles" in line and "ETA" not in line and "tokens/s" not in line

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from redis import Redis
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, NotFound
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.store import Registry
 from tests.events import PROGRESS, STARTED
@@ -200,10 +200,12 @@ def test_what_goes_beyond_its_bounds_is_refused_with_a_short_sentence(tmp_path: 
         assert len(str(refused.value)) <= 300
 
 
-def test_a_job_id_of_any_length_is_not_found_in_a_short_sentence(queue: JobQueue) -> None:
-    with pytest.raises(Exception, match="There is no job") as refused:
-        queue.get("x\n" * 100_000)
-    assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)
+@pytest.mark.parametrize("name", ["", "x\n" * 100_000, "caf\udce9", "*", "a:b"])
+def test_what_cannot_be_the_id_of_a_job_is_not_found_in_a_short_sentence(queue: JobQueue, name: str) -> None:
+    for ask in (queue.get, queue.cancel):
+        with pytest.raises(NotFound, match="There is no job") as refused:
+            ask(name)
+        assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)
 
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=50)
