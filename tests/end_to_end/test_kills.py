@@ -241,7 +241,7 @@ def job_of(system: System, pid: int) -> str:
     assert worker is not None
     wait_until(lambda: worker.get_current_job_id() is not None)
     wait_until(lambda: bool(children(pid)))
-    return str(worker.get_current_job_id()).partition("-")[0]
+    return str(worker.get_current_job_id()).split("-")[1]
 
 
 def registered(system: System, pid: int) -> BaseWorker | None:

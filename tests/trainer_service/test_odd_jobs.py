@@ -17,6 +17,7 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.store import Registry
 from tests.events import PROGRESS, STARTED
 from tests.jobs import EVALUATION, finish, start, tell, told, training
+from trainer_service import server as server_module
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.kinds import JobRequest, Kind, complete
 from trainer_service.listings import print_jobs
@@ -129,13 +130,15 @@ def test_a_file_whose_name_is_no_text_is_named_with_escapes(
 
 
 def test_pages_of_large_jobs_are_small_and_lose_none(
-    servicer: TrainingServicer, queue: JobQueue, tmp_path: Path
+    servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(server_module, "_MAX_PAGE_BYTES", 40_000)
     names = tuple(f"{number:04d}".ljust(4000, "x") for number in range(1000))
     large = replace(training(tmp_path), data=DatasetSpec(names))
-    # Enqueued in one moment: their places tell them apart.
     jobs = [queue.enqueue(Kind.TRAIN, replace(large, run=f"run-{number}")).id for number in range(5)]
-    found = listed(servicer, page_size=2)
+    first = asyncio.run(servicer.ListJobs(pb.ListJobsRequest(), None))
+    assert len(first.jobs) == 2 and first.ByteSize() < 40_000
+    found = listed(servicer)
     assert [each.id for each in found] == jobs[::-1]
     assert found[0].dataset[0] == names[0] and found[0].dataset[-1] == "… and 996 more"
 
