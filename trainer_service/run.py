@@ -164,6 +164,9 @@ class TrainingRun:
         trainer.record_evaluation(parent.validation_loss)
         if parent.evaluation_set != self._evaluation_set.digest:
             trainer.best_validation_loss = None  # losses on different sets do not compare
+        if trainer.step == self._spec.config.schedule_start > 0:
+            rate = self._spec.config.learning_rate
+            self.notice(f"A new schedule begins after step {trainer.step:,}; its highest rate is {rate:.1e}.")
         # From here on the run does not need the version any more, which may be removed.
         self._keep_state(trainer)
 

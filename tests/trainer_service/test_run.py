@@ -229,6 +229,21 @@ def test_a_version_that_is_continued_on_changed_text_says_so(site: Site) -> None
     assert not any("has changed" in notice.text for notice in site.all_told(Notice))
 
 
+def test_a_continued_run_says_which_rate_a_new_schedule_takes_and_keeps_quiet_on_the_old_one(site: Site) -> None:
+    site.train(site.spec())
+
+    def told(**values: str) -> list[str]:
+        site.told.clear()
+        site.train(site.spec(resume=3 if values else None, **values))
+        return [event.text for event in site.all_told(Notice) if "schedule" in event.text]
+
+    (notice,) = told(max_steps="12")
+    assert notice.startswith("A new schedule begins after step 9; its highest rate is ")
+    (notice,) = told(max_steps="12", learning_rate="0.002")
+    assert notice == "A new schedule begins after step 9; its highest rate is 2.0e-03."
+    assert told() == []
+
+
 def test_a_run_that_has_come_to_its_end_does_nothing_more(site: Site) -> None:
     spec = site.spec()
     assert site.train(spec)

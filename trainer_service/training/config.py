@@ -46,7 +46,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "validation_share": (1e-6, 0.99),
 }
 # Gradients that are clipped further vanish beside AdamW's epsilon.
-_GRADIENT_NORMS = (1e-3, 1e9)
+_GRADIENT_NORMS = (1e-3, 1e30)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class TrainingConfig:
         least, most = _GRADIENT_NORMS
         if self.max_gradient_norm != 0 and not least <= self.max_gradient_norm <= most:
             raise InvalidArgument(
-                f"max_gradient_norm is {shown(self.max_gradient_norm)}, but must be from {least} to {most:.0f}, or 0 "
+                f"max_gradient_norm is {shown(self.max_gradient_norm)}, but must be from {least} to {most}, or 0 "
                 "for gradients as they are."
             )
         if not self.learning_rate * self.weight_decay < 1:
