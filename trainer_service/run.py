@@ -196,21 +196,31 @@ class TrainingRun:
     def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
         """Keeps the state, publishes a version, and removes what is too old.
 
-        A registry that cannot be written now may be at the next evaluation; at the end of the schedule there is none.
+        A registry that cannot be written now may be at the next evaluation. At the end of the schedule there is none,
+        so what is too old makes room before the last try.
         """
         self._tell(Evaluation(trainer.step, trainer.training_loss, held_out.nats_per_token, held_out.bits_per_byte))
+        is_last = trainer.step == self._spec.config.max_steps
         try:
-            # The state first, so that no version is without it. A run that dies between the two evaluates this step
-            # again, as its state does not know of the evaluation yet.
-            self._keep_state(trainer)
-            if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
-                self._publish(trainer, held_out)
-            if trainer.step == self._spec.config.max_steps:
-                self._registry.end_run(self._spec.run)
+            self._keep(trainer, held_out)
         except FailedPrecondition as error:
-            if trainer.step == self._spec.config.max_steps:
-                raise
-            self.notice(f"{error} Training goes on without this checkpoint.")
+            if not is_last:
+                self.notice(f"{error} Training goes on without this checkpoint.")
+            else:
+                self._prune()
+                self._keep(trainer, held_out)
+        if is_last:
+            self._registry.end_run(self._spec.run)
+        self._prune()
+
+    def _keep(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
+        # The state first, so that no version is without it. A run that dies between the two evaluates this step again,
+        # as its state does not know of the evaluation yet.
+        self._keep_state(trainer)
+        if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
+            self._publish(trainer, held_out)
+
+    def _prune(self) -> None:
         try:
             prune(self._registry, self._attempt.retention)
         except GptloopError as error:

@@ -42,7 +42,7 @@ class Outcome:
 
 
 def publish_for_ever(root: Path) -> None:
-    """What the child does until it is killed: takes the run over, then versions, states and prunings in turn."""
+    """What the child does until it is killed: takes the run over, then states, versions and prunings in turn."""
     registry = Registry(root)
     registry.sweep()
     fence = Fence.raise_for(registry.run_directory(RUN))
@@ -55,8 +55,8 @@ def publish_for_ever(root: Path) -> None:
 
     while True:
         step += 1
-        registry.publish_version(fence, _write_model, manifest)
         registry.write_state(fence, RUN, step, _write_model)
+        registry.publish_version(fence, _write_model, manifest)
         prune(registry, RETENTION)
 
 

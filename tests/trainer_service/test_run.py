@@ -14,7 +14,7 @@ from shared.accelerator import Accelerator
 from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.retention import Retention
-from shared.registry.store import Registry
+from shared.registry.store import Checkpoint, Registry
 from shared.settings import Directories
 from tests.fakes import publish_overflowing_version
 from trainer_service.attempt import Attempt, Stopped
@@ -136,6 +136,28 @@ def test_a_version_is_published_only_once_its_state_is_kept(site: Site, monkeypa
     with refusing(monkeypatch, "write_state"), pytest.raises(FailedPrecondition):
         site.train(site.spec(max_steps="3"))
     assert site.registry.versions() == []
+
+
+def test_what_is_too_old_makes_room_for_the_last_checkpoint(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, removed = mx.save_safetensors, list[Checkpoint]()
+
+    def save_if_there_is_room(*arguments: object, **named: object) -> None:
+        if not removed:
+            raise RuntimeError("[write] Unable to write 100 bytes to file.")
+        save(*arguments, **named)  # type: ignore[arg-type]
+
+    site.train(site.spec(evaluation_interval="1"))
+    monkeypatch.setattr(mx, "save_safetensors", save_if_there_is_room)
+    remove = Registry.remove
+
+    def note_and_remove(registry: Registry, checkpoint: Checkpoint) -> None:
+        removed.append(checkpoint)
+        remove(registry, checkpoint)
+
+    monkeypatch.setattr(Registry, "remove", note_and_remove)
+    spec = site.spec(max_steps="3")
+    assert site.train(spec, retention=Retention(states=1, best=1, newest=1))
+    assert removed and [(version.run, version.step) for version in site.registry.versions()][-1] == (spec.run, 3)
 
 
 def test_a_run_that_ends_between_state_and_version_publishes_the_version_when_it_goes_on(
