@@ -15,6 +15,7 @@ from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, evaluate
 from trainer_service.training.tokens import prepare
 from trainer_service.training.workers import Workers
+from trainer_service.versions import changed_text
 
 # At most; there may be less text.
 _WINDOWS = 1000
@@ -45,7 +46,7 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
     prepared = prepare(
         data, wanted, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
     )
-    for text in prepared.notices:
+    for text in (*prepared.notices, *changed_text(version, data, prepared)):
         attempt.tell(Notice(text))
     evaluation_set = EvaluationSet.from_tokens(
         prepared.validation, tokenizer, windows=_WINDOWS, context_length=config.context_length

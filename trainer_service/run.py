@@ -22,7 +22,7 @@ from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.tokens import PreparedData, prepare
 from trainer_service.training.trainer import Trainer, saved_config
 from trainer_service.training.workers import Workers
-from trainer_service.versions import TOKENIZER_FILE, publish
+from trainer_service.versions import TOKENIZER_FILE, changed_text, publish
 
 # What the text of a run was, in each of its states.
 _TEXT_FILE = "text.json"
@@ -45,12 +45,12 @@ def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
     data = prepare(
         spec.data, config, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
     )
-    for text in (*data.notices, *_changed_text(spec, data, state, registry)):
+    for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.tell(Notice(text))
     return data
 
 
-def _changed_text(spec: JobSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
+def _other_text(spec: JobSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
     """A sentence if the version that is continued saw other text under the same names; raises if the run itself did."""
     if state is not None:
         revision = _revision(state)
@@ -61,10 +61,8 @@ def _changed_text(spec: JobSpec, data: PreparedData, state: Path | None, registr
             )
     elif spec.resume is not None:
         parent = registry.version(spec.resume)
-        same_names = (parent.dataset_files, parent.validation_files) == (spec.data.dataset, spec.data.validation)
-        same_share = parent.training["validation_share"] == spec.config.validation_share
-        if same_names and same_share and parent.dataset_revision != data.revision:
-            yield f"{data.source} has changed, or is read in another way, since version {parent.version} was made."
+        if parent.training["validation_share"] == spec.config.validation_share:
+            yield from changed_text(parent, spec.data, data)
 
 
 def _own_state(spec: JobSpec, registry: Registry) -> Path | None:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.store import Registry
 from trainer_service.spec import JobSpec
+from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.tokens import PreparedData
 from trainer_service.training.trainer import Trainer
@@ -63,3 +65,10 @@ def publish(
         )
 
     return registry.publish_version(fence, write, manifest)
+
+
+def changed_text(version: VersionManifest, named: DatasetSpec, data: PreparedData) -> Iterator[str]:
+    """A sentence if a version's data set and files, named again, are not the text that they were."""
+    same_names = (version.dataset_files, version.validation_files) == (named.dataset, named.validation)
+    if same_names and version.dataset_revision != data.revision:
+        yield f"{data.source} has changed, or is read in another way, since version {version.version} was made."

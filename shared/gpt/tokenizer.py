@@ -37,7 +37,8 @@ _TRAINING_PART_CHARACTERS = 1 << 14
 _LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD}}}(?=\s)")
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)|{_LONG_SPACE.pattern}")
 _WORD_END = re.compile(r"\S(?=[ \n])")
-_LETTER_END = re.compile(r"[^\W\d_](?=[.,;:!?。，、；：！？])")  # noqa: RUF001
+_PUNCTUATION = ".,;:!?。，、；：！？"  # noqa: RUF001
+_LETTER_END = re.compile(rf"[^\W\d_](?=[{_PUNCTUATION}])")
 
 
 class Tokenizer:
@@ -177,7 +178,10 @@ def safe_cut(text: str, start: int, end: int) -> int:
 
     It is `end` if there is no such place.
     """
-    for boundary in (_WORD_END, _LETTER_END):
+    for boundary, marks in ((_WORD_END, " \n"), (_LETTER_END, _PUNCTUATION)):
+        # Most text has one near the end; where there is no mark at all, finding that out must not take long.
+        if all(text.find(mark, start, end) < 0 for mark in marks):
+            continue
         for window in (1024, end - start):
             places = [match.end() for match in boundary.finditer(text, max(start, end - window), end)]
             if places:

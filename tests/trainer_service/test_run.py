@@ -247,7 +247,11 @@ def test_a_version_that_is_continued_on_changed_text_says_so(site: Site) -> None
             sum("text.txt has changed, or is read in another way, since version 3" in text for text in notices) == said
         )
     site.told.clear()
+    evaluate_version(EvaluationSpec("3", DatasetSpec(())), site.attempt())
+    assert any("text.txt has changed" in notice.text for notice in site.all_told(Notice))
+    site.told.clear()
     site.train(site.spec(resume=3, dataset=site.other_text, max_steps="12"))
+    evaluate_version(EvaluationSpec("3", DatasetSpec((site.other_text,))), site.attempt())
     assert not any("has changed" in notice.text for notice in site.all_told(Notice))
 
 

@@ -82,7 +82,7 @@ def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Pi
     # Numbers are not needed, and those of thousands of digits are no int.
     decode = json.JSONDecoder(parse_int=float).decode
     for number, line in _lines(chunks, path):
-        if not line.strip():
+        if line.isspace():
             continue
         where = f"Line {number:,} of {shown(path.name)}"
         try:
@@ -103,20 +103,25 @@ def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Pi
 
 
 def _lines(chunks: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not empty, with their numbers."""
     number, parts, length = 1, list[str](), 0
     for chunk in chunks:
         *ended, rest = chunk.split("\n")
         for end in ended:
-            yield number, "".join([*parts, end])
-            number, parts, length = number + 1, [], 0
-        parts.append(rest)
-        length += len(rest)
+            if end or parts:
+                yield number, "".join([*parts, end])
+                parts, length = [], 0
+            number += 1
+        if rest:
+            parts.append(rest)
+            length += len(rest)
         if length > LINE_CHARACTERS:
             raise DataError(
                 f"Line {number:,} of {shown(path.name)} is longer than {LINE_CHARACTERS:,} characters; part its text "
                 "into several lines, or put it into a .txt file."
             )
-    yield number, "".join(parts)
+    if parts:
+        yield number, "".join(parts)
 
 
 def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Piece]:

@@ -37,7 +37,7 @@ class TextFile:
 
     def passages(self) -> Iterator[Passage]:
         """The documents in their order; raises `DataError` if the file is not what it was at the first reading."""
-        return documents.passages(_pieces(self.path, self.kind, self.identity, Counts(), self.on_read, lambda _: None))
+        return _passages(self.path, self.kind, self.identity, Counts(), self.on_read, lambda _: None)
 
 
 def kind_of(path: Path) -> str:
@@ -75,7 +75,7 @@ def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
         for chunk in file_bytes.content(path, identity, on_read):
             digest.update(chunk)
     lengths, characters = array("q"), 0
-    for passage in documents.passages(_pieces(path, kind, identity, counts, on_read, digest.update)):
+    for passage in _passages(path, kind, identity, counts, on_read, digest.update):
         characters += len(passage.text)
         if passage.ends_document:
             lengths.append(characters)
@@ -98,6 +98,14 @@ def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
             f"{name}: {counts.mended_rows:,} {have} half of a character, a lone surrogate, which is read as U+FFFD."
         )
     return TextFile(path, kind, identity, digest.hexdigest(), np.array(lengths), tuple(notices), on_read)
+
+
+def _passages(
+    path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
+) -> Iterator[Passage]:
+    for passage in documents.passages(_pieces(path, kind, identity, counts, on_read, on_content)):
+        on_read(0)  # much text can come out of one reading
+        yield passage
 
 
 def _pieces(
