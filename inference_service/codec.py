@@ -10,7 +10,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from inference_service.engine.request import GenerationRequest
 from inference_service.residents import Resident
+from inference_service.translate import Draft
 from shared.errors import InvalidArgument, ResourceExhausted
 from shared.pb.inference.v1 import inference_pb2 as pb
 
@@ -27,11 +29,19 @@ _T = TypeVar("_T")
 
 
 class Codec:
-    """Encodes and decodes on one thread, one call at a time; at most `MAX_WAITING` wait. Belongs to the event loop."""
+    """Encodes and decodes on one thread, one call at a time; at most `MAX_WAITING` wait. Prompts have a thread of their
+    own, so that none waits behind a long text, and `Admission` bounds them. Belongs to the event loop."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="codec", initializer=_step_back)
+        self._prompts = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         self._waiting = 0
+
+    async def complete(self, draft: Draft, resident: Resident, seed: int) -> GenerationRequest:
+        """The request on a version; raises `InvalidArgument` if it does not fit."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._prompts, draft.complete, resident.manifest.version, resident.tokenizer, resident.context_length, seed
+        )
 
     async def tokenize(self, message: pb.TokenizeRequest, resident: Resident) -> pb.TokenizeResponse:
         """The tokens of a text; raises `InvalidArgument` if it is too long."""

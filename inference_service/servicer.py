@@ -114,10 +114,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Answers a request with a version; how its last sample ended."""
         manifest = resident.manifest
         seed = secrets.randbits(64) if draft.seed is None else draft.seed
-        # On another thread: a long text takes a while to encode.
-        request = await asyncio.to_thread(
-            draft.complete, manifest.version, resident.tokenizer, resident.context_length, seed
-        )
+        request = await self._codec.complete(draft, resident, seed)
         place.weigh(len(request.prompt))
         self._metrics.accepted(len(request.prompt))
         queue = self._outputs[request.id] = asyncio.Queue()

@@ -45,7 +45,7 @@ _OPTIONS = (
 
 
 def _ignore_end(method: str, code: grpc.StatusCode, reason: str | None) -> None:
-    """Is told where a server does not count its calls."""
+    """For servers that do not count their calls."""
 
 
 class GrpcServer:

@@ -16,6 +16,7 @@ from inference_service.patience import Patience
 from inference_service.pauses import Pauses
 from inference_service.residents import Resident
 from inference_service.servicer import InferenceServicer
+from inference_service.translate import read_generate
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -29,7 +30,9 @@ LONG = Tokenizer("long", byte_tokenizer().pattern, [*(bytes([value]) for value i
 
 
 class Version3:
-    version = 3
+    def __init__(self) -> None:
+        self.version = 3
+        self.model = {"context_length": 8}
 
 
 def resident(tokenizer: Tokenizer) -> Resident:
@@ -122,6 +125,20 @@ def test_texts_are_encoded_one_at_a_time_and_only_so_many_wait() -> None:
         tokenizer.go_on.set()
         assert (await last).token_ids == (await tasks[0]).token_ids == [1]
         assert (tokenizer.calls, tokenizer.most) == (2, 1)
+
+    asyncio.run(asyncio.wait_for(body(), LIMIT_S))
+
+
+def test_a_prompt_does_not_wait_behind_a_text() -> None:
+    async def body() -> None:
+        tokenizer: Any = HeldTokenizer()
+        one = Codec()
+        text = asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(tokenizer)))
+        await until(lambda: tokenizer.calls == 1)
+        draft = read_generate(pb.GenerateRequest(prompt="ab"), None, slots=1)
+        assert (await one.complete(draft, resident(byte_tokenizer()), seed=5)).prompt == (97, 98)
+        tokenizer.go_on.set()
+        await text
 
     asyncio.run(asyncio.wait_for(body(), LIMIT_S))
 

@@ -58,6 +58,10 @@ def long(client: InferenceClient) -> Any:
     return client.generate("Once", max_tokens=16000, ignore_eos=True)
 
 
+def until_waiting(server: Server, requests: int) -> None:
+    until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == requests)
+
+
 def endless(client: InferenceClient) -> Any:
     """One that has begun to come."""
     stream = long(client)
@@ -82,7 +86,7 @@ def test_a_full_queue_is_refused_with_the_time_to_come_back(server: Server, clie
     running = [endless(client) for _ in range(2)]
     until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
     waiting = [long(client) for _ in range(2)]
-    until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 2)
+    until_waiting(server, 2)
     with pytest.raises(errors.ResourceExhausted, match="2 requests wait already") as refused:
         list(client.generate("x"))
     assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 0
@@ -100,7 +104,7 @@ def test_prompt_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
             running = [endless(client) for _ in range(2)]
             until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
             waiting = long(client)
-            until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 1)
+            until_waiting(server, 1)
             with pytest.raises(errors.ResourceExhausted, match="4 prompt tokens wait already, and 60 more") as refused:
                 list(client.generate("x" * 60))
             assert refused.value.retry_after_s is not None
@@ -141,7 +145,7 @@ def test_a_deadline_ends_a_call_that_waits_and_one_that_runs(server: Server, cli
     until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
     with pytest.raises(errors.DeadlineExceeded):
         list(client.generate("x", max_tokens=5, timeout_s=0.3))
-    until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 0)
+    until_waiting(server, 0)
     for stream in running:
         stream.cancel()
     with pytest.raises(errors.DeadlineExceeded):
@@ -223,7 +227,7 @@ def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp
     server = start(tmp_path / "var", SLOTS=2, DRAIN_S=60)
     with InferenceClient(server.address, retries=0) as client:
         streams = [client.generate("Once", max_tokens=4000, ignore_eos=True) for _ in range(3)]
-        until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 1)
+        until_waiting(server, 1)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "ending" in "".join(server.lines))
 
@@ -250,7 +254,7 @@ def test_a_second_signal_ends_running_and_waiting_requests_as_unavailable(tmp_pa
     with InferenceClient(server.address, retries=0) as client:
         running = [endless(client) for _ in range(2)]
         waiting = long(client)
-        until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 1)
+        until_waiting(server, 1)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "ending" in "".join(server.lines))
         server.process.send_signal(signal.SIGTERM)
@@ -304,8 +308,10 @@ def test_a_dead_engine_ends_every_stream_and_is_not_left_serving(tmp_path: Path)
             watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
             health = [next(watch).status]
             # Two at a time, three steps end six of them; with the fourth the engine dies.
-            streams = [long(client) for _ in range(10)]
-            until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == 8)
+            streams = [endless(client) for _ in range(2)]
+            for waiting in range(1, 9):
+                streams.append(long(client))
+                until_waiting(server, waiting)
             server.order("fail")
             ends = []
             for stream in streams:
