@@ -182,13 +182,17 @@ class System:
         )
 
 
-@contextmanager
-def running(directories: Directories) -> Iterator[System]:
-    """The system, all of it healthy; it is stopped at the end."""
-    # Compiled kernels outlive the run, as those of the tests do.
+def share_kernels(directories: Directories) -> None:
+    """Lets compiled kernels outlive the run, as those of the other tests do."""
     kernels = PROJECT / ".pytest_cache" / "system"
     kernels.mkdir(parents=True, exist_ok=True)
     directories.cache.symlink_to(kernels)
+
+
+@contextmanager
+def running(directories: Directories) -> Iterator[System]:
+    """The system, all of it healthy; it is stopped at the end."""
+    share_kernels(directories)
     ports = free_ports()
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
     stack = Stack(directories, ports, environment, worker_stop_s=20)
