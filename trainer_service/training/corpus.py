@@ -17,7 +17,7 @@ from trainer_service.training.local_files import ENDINGS, TextFile, check_file, 
 
 BUILTIN = "builtin"
 # Part of every revision: raise it whenever the same content is read as other documents, or split in another way.
-READER_VERSION = 2
+READER_VERSION = 3
 
 # Is told how many bytes were just read, and how many the first reading takes in all.
 OnRead = Callable[[int, int], None]

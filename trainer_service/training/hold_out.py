@@ -56,8 +56,8 @@ def _documents(lengths: np.ndarray, share: float) -> np.ndarray | None:
     held = np.zeros(lengths.size, dtype=bool)  # (N,)
     total = held_out = 0
     for index, length in enumerate(lengths.tolist()):
-        # So that with equal lengths and a share of 1/20 it is every 20th.
-        if share * (total + mean) - held_out >= mean * (1 - 1e-9):
+        # So that with equal lengths and a share of 1/20 it is the middle one of every 20.
+        if share * (total + mean) - held_out >= mean * (0.5 - 1e-9):
             held[index] = True
             held_out += length
         total += length

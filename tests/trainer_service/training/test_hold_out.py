@@ -60,10 +60,10 @@ def test_the_parts_share_nothing_lose_nothing_and_have_the_share(texts: list[str
         assert abs(total(held) - share * whole) <= 0.1 * share * whole
 
 
-def test_of_documents_of_one_length_every_20th_is_held_out() -> None:
+def test_of_documents_of_one_length_one_of_every_20_is_held_out() -> None:
     texts = [f"document {number:03}" for number in range(100)]
     train, held, rule = split(texts, 0.05)
-    assert held == [texts[index] for index in (19, 39, 59, 79, 99)]
+    assert held == [texts[index] for index in (9, 29, 49, 69, 89)]
     assert train == [text for text in texts if text not in held]
     assert rule == "5.0% of the text, 5 of 100 documents, evenly spread, is held out for validation."
 
