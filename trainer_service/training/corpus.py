@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def check_spec(spec: DatasetSpec) -> None:
         raise InvalidArgument(f"{named[0]} stands alone: only local files can be used together.")
     files = [*(() if named else spec.dataset), *spec.validation]
     for name in () if named else spec.dataset:
-        if not Path(name).suffix and not Path(name).exists():
+        if not Path(name).suffix and not os.path.exists(name):  # noqa: PTH110 - Path's raises on odd names
             raise InvalidArgument(f"Unknown data set {shown(name)}. {_accepted()}")
     identities = [check_file(Path(name)) for name in files]
     # By what it is on disk: one file can have several names.
@@ -158,7 +159,7 @@ def _open_builtin() -> Corpus:
 
 
 def _open_files(files: list[TextFile], share: float | None) -> Corpus:
-    names = [shown(file.path.name).strip("'\"") for file in files]
+    names = [shown(file.path.name, 36).strip("'\"") for file in files]
     source = ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
     content = [[file.kind, file.digest] for file in files]
     notices = _notices(files)

@@ -137,6 +137,8 @@ def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Piece]:
             columns = table.schema_arrow.names
             if "text" not in columns:
                 raise DataError(f'{name} has no column "text"; its columns are {shown(", ".join(columns), 120)}.')
+            if columns.count("text") > 1:
+                raise DataError(f'{name} has {columns.count("text")} columns "text"; it must have one.')
             kind = table.schema_arrow.field("text").type
             if not _holds_text(kind, pyarrow.types):
                 raise DataError(f'The column "text" of {name} holds {shown(str(kind), 60)}, which is not text.')
@@ -144,7 +146,7 @@ def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Piece]:
             for batch in table.iter_batches(batch_size=_batch_size(table.metadata), columns=["text"]):
                 yield from _rows(batch.column(0), first, name, counts)
                 first += len(batch)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{name} cannot be read as Parquet: {shown(str(error), 120)}.") from None
 
 

@@ -127,6 +127,7 @@ def test_names_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         (spec("a\0.txt"), InvalidArgument, r"'a\\x00\.txt' is not the name of a file"),
         (spec(text + "/b.txt"), DataError, "Not a directory"),
         (spec("a" * 300 + ".txt"), DataError, "too long"),
+        (spec("a" * 300), InvalidArgument, "Unknown data set 'aaa"),
         (spec(text, validation=(text,)), InvalidArgument, "named twice"),
         (spec("builtin", validation=("builtin",)), NotFound, "does not exist"),
     ]

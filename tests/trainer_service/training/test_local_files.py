@@ -230,6 +230,9 @@ def test_wrong_columns_of_parquet_are_refused_in_a_short_sentence(tmp_path: Path
         assert "The column \"text\" of 'a.parquet' holds " in refused and "which is not text" in refused
     pyarrow.parquet.write_table(pyarrow.table({f"column {number}": [1] for number in range(3000)}), path)
     assert 'has no column "text"; its columns are \'column 0' in refusal(path)
+    twice = pyarrow.Table.from_arrays([["a"], ["b"]], ["text", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    assert refusal(path) == "'a.parquet' has 2 columns \"text\"; it must have one."
     assert "cannot be read as Parquet" in refusal(write(path, "no parquet"))
     whole = parquet(path, ["text"] * 1000).read_bytes()
     assert "cannot be read as Parquet" in refusal(write(path, whole[: len(whole) // 2]))
