@@ -22,8 +22,12 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-.PHONY: help demo up down status train eval runs jobs watch cancel data checkpoints verify disk prune import export \
+TARGETS := help demo up down status train eval runs jobs watch cancel data checkpoints verify disk prune import export \
   generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
+.PHONY: $(TARGETS)
+# All of them are looked at before the first one runs.
+$(foreach goal,$(filter-out $(TARGETS) .venv/% requirements/%,$(MAKECMDGOALS)),\
+  $(error There is no target "$(goal)": `make help` lists those that there are))
 
 help: ## List the targets.
 	$(call TAKES)

@@ -14,7 +14,7 @@ import typer
 
 from inference_service.settings import prefill_tokens_on, read_settings
 from shared import cli, logs
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
 from shared.lists import JsonOption
 from shared.settings import to_address
 
@@ -48,7 +48,10 @@ FrequencyPenalty = Annotated[
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="At most this many tokens. Default 256.")]
 MinTokens = Annotated[int | None, typer.Option(min=0, help="The end token is not drawn before so many tokens.")]
-Samples = Annotated[int | None, typer.Option("--n", min=1, help="How many texts continue each prompt. Default 1.")]
+# A server has at most 1024 slots.
+Samples = Annotated[
+    int | None, typer.Option("--n", min=1, max=1024, help="How many texts continue each prompt. Default 1.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; can be given up to 16 times.")]
 
 
@@ -310,11 +313,13 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
-        raise InvalidArgument(f"The prompts in {path} cannot be read: {error.strerror}.") from None
+        raise InvalidArgument(f"The prompts in {shown(str(path))} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
-        raise InvalidArgument(f"The prompts in {path} are not UTF-8: {error.reason} at byte {error.start}.") from None
+        raise InvalidArgument(
+            f"The prompts in {shown(str(path))} are not UTF-8: {error.reason} at byte {error.start}."
+        ) from None
     if not prompts:
-        raise InvalidArgument(f"{path} holds no prompt: it needs one a line.")
+        raise InvalidArgument(f"{shown(str(path))} holds no prompt: it needs one a line.")
     return prompts
 
 

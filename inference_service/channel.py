@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
 
 # A proxy for the web has no way to a server on this machine.
 NO_PROXY = ("grpc.enable_http_proxy", 0)
@@ -14,5 +14,9 @@ def sendable() -> Iterator[None]:
     """Raises `InvalidArgument` on a value that no field of a message can hold, and on a field that there is not."""
     try:
         yield
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(
+            f"{shown(error.object)} cannot be sent: it is no Unicode text from character {error.start + 1} on."
+        ) from None
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"A parameter cannot be sent: {str(error).rstrip('.')}.") from None

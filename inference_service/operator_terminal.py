@@ -79,7 +79,7 @@ def _measured(status: pb.VersionStatus) -> float | None:
 def _served(status: pb.VersionStatus) -> str:
     """How far the loss as this server measured it is from what training found on the same windows."""
     measured = _measured(status)
-    return "" if measured is None else f"{measured - status.claimed_loss:+.4f}"
+    return "" if measured is None else f"{round(measured - status.claimed_loss, 4) + 0.0:+.4f}"
 
 
 def _if_known(text: Callable[[pb.VersionStatus], str]) -> Callable[[pb.VersionStatus], str]:

@@ -43,6 +43,13 @@ def test_a_variable_of_another_target_is_refused_with_those_that_the_target_take
     assert "FAST is not a variable of `make lock`" in workplace.refusal("lock", "FAST=1")
 
 
+@pytest.mark.parametrize("words", [["jbos"], ["prune", "small"]])
+def test_a_word_that_is_no_target_is_refused_before_anything_runs(workplace: Workplace, words: list[str]) -> None:
+    ended = workplace.make(*words)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f'There is no target "{words[-1]}": `make help` lists' in ended.stderr
+
+
 def test_variables_of_the_environment_do_not_count(workplace: Workplace) -> None:
     ended = workplace.make("prune", DRY_RUN="maybe", VERSION="7", PRSET="x")
     assert ended.returncode == 0 and ended.stdout == "Nothing to prune: the registry holds no version and no state.\n"

@@ -18,8 +18,9 @@ class Workplace:
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
-        # What make hands on to the commands that it starts, as the one that may have started the tests.
-        inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+        # Neither the settings of whoever runs the tests, nor what make hands on, which may have started them.
+        others = ("GPTLOOP_", "REDIS_URL", "MAKE")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         self.environment = inherited | dict(environment or {})
         for name in ("Makefile", "requirements", "shared", "deploy", "trainer_service", "inference_service", "tests"):
             (folder / name).symlink_to(PROJECT / name)
