@@ -75,7 +75,12 @@ def test_the_first_three_commands_train_and_generate(workplace: Workplace) -> No
 
 
 def test_jobs_follow_each_other(workplace: Workplace) -> None:
-    assert "held-out" in shell(workplace, block("sh", "JOB="))
+    said = shell(workplace, block("sh", "JOB="))
+    assert len(re.findall(r"held-out loss [0-9.]+ nats", said)) == 1
+
+
+def test_held_out_files_alone_are_enough_for_an_evaluation(workplace: Workplace) -> None:
+    assert "windows of" in shell(workplace, "make eval VERSION=2 VALIDATION=held-out.txt")
 
 
 def test_a_model_goes_out_and_comes_in(workplace: Workplace) -> None:
@@ -117,7 +122,7 @@ def test_commands_that_look_at_what_is_there_answer(workplace: Workplace) -> Non
     said = shell(
         workplace, "make jobs; make checkpoints; make verify; make prune DRY_RUN=1; make status; make chat < /dev/null"
     )
-    assert "Whole:" in said and "would be removed" in said and "SERVING" in said
+    assert "Whole:" in said and "would be removed" in said and "serves on" in said
     assert len(json.loads(shell(workplace, "make -s jobs JSON=1"))) >= 5
     (job, *_) = re.findall(r"^[0-9a-f]{8}", said, re.MULTILINE)
     watched = workplace.make("watch", f"JOB={job}")
