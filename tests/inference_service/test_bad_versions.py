@@ -51,7 +51,8 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
 
     def drop(change: Callable[[Path], None]) -> None:
         """Puts a version there that was changed after its commit, in one move."""
-        while len(staged.versions()) <= len(server.registry.versions()):
+        version = 0
+        while version <= len(server.registry.versions()):
             version = publish_tiny_version(staged, 0.1).version
         change(staged.version_directory(version))
         staged.version_directory(version).rename(server.registry.version_directory(version))
