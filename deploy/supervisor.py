@@ -17,7 +17,7 @@ from supervisor.xmlrpc import SupervisorTransport
 
 from deploy.launch import holder
 from shared.errors import Unavailable
-from shared.plain_paths import plain_path
+from shared.plain_paths import socket_folder
 from shared.settings import Directories
 
 _ROOT = Path(__file__).parent.parent
@@ -152,7 +152,7 @@ class Supervisor:
         return "".join(texts).splitlines()[-count:]
 
     def _socket(self) -> Path:
-        return plain_path(self._run) / "supervisor.sock"
+        return socket_folder(self._run) / "supervisor.sock"
 
     def _has_ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None

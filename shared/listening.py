@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from shared.errors import AlreadyExists, GptloopError, InvalidArgument, shown
 
@@ -28,18 +29,23 @@ class Address:
         Raises `AlreadyExists` if the port is in use, and `InvalidArgument` if it or the host cannot be listened on.
         """
         try:
-            family, kind, protocol, _, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
-            listener = socket.socket(family, kind, protocol)
+            places = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise self.refusal(error) from None
-        try:
-            # A port that was closed a moment ago is free.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-        except OSError as error:
+        # localhost is two addresses, of which a machine without IPv6 has one. The port must be free on each.
+        listeners, failures = [], []
+        for family, kind, protocol, _, place in places:
+            try:
+                listeners.append(_bound(family, kind, protocol, place))
+            except OSError as error:
+                failures.append(error)
+        in_use = [error for error in failures if error.errno == errno.EADDRINUSE]
+        kept = listeners[:1] if not in_use else []
+        for listener in listeners[len(kept) :]:
             listener.close()
-            raise self.refusal(error) from None
-        return listener
+        if not kept:
+            raise self.refusal((in_use or failures)[0])
+        return kept[0]
 
     def refusal(self, error: Exception) -> GptloopError:
         """Returns the error of a service that could not listen, which names the variable to set."""
@@ -58,6 +64,18 @@ class Address:
             f"{self.host_variable} is {shown(self.host)}, which is no address of this machine: 127.0.0.1 is for this "
             f"machine alone, {_EVERY_IPV4} for every network that it is in."
         )
+
+
+def _bound(family: int, kind: int, protocol: int, place: Any) -> socket.socket:
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # A port that was closed a moment ago is free.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from redis import Redis
 from redis import exceptions as failures
 
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable, shown
-from shared.plain_paths import plain_path
+from shared.plain_paths import socket_folder
 from shared.settings import Directories, Environment, read_str
 
 # RQ moves a job from its queue to a worker by BLMOVE.
@@ -71,7 +71,7 @@ def _text(version: tuple[int, int]) -> str:
 
 def socket_path(directory: Path) -> Path:
     """The unix socket of the Redis whose data are in a folder."""
-    return plain_path(directory) / "redis.sock"
+    return socket_folder(directory) / "redis.sock"
 
 
 def redis_url(environment: Environment, directories: Directories) -> str:

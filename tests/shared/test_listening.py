@@ -36,6 +36,20 @@ def test_a_port_in_use_is_blamed_on_the_port() -> None:
             at("127.0.0.1", port).listener()
 
 
+def test_a_port_must_be_free_on_each_address_that_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(host: str, port: int, type: int) -> list[tuple[int, int, int, str, tuple[str, int]]]:
+        places = [("192.0.2.1", port), ("127.0.0.2", port), ("127.0.0.1", port)]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", place) for place in places]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(AlreadyExists, match="in use"):
+            at("both", port).listener()
+    with at("both", port).listener() as listener:
+        assert listener.getsockname() == ("127.0.0.2", port)
+
+
 def test_a_port_of_the_administrator_is_blamed_on_the_port() -> None:
     error = OSError(errno.EACCES, os.strerror(errno.EACCES))
     assert "THE_PORT is 80" in str(at("127.0.0.1", 80).refusal(error))

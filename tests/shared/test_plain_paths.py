@@ -1,3 +1,4 @@
+import fcntl
 import os
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from shared import plain_paths
 from shared.errors import FailedPrecondition
-from shared.plain_paths import plain_path
+from shared.plain_paths import plain_path, socket_folder
 
 ODD = """sp ace %d " o'ne $HOME `x` ü 猫"""
 
@@ -24,7 +25,15 @@ def test_a_plain_path_is_kept(links: Path) -> None:
     assert not links.exists()
 
 
-@pytest.mark.parametrize("name", [ODD, "long" * 30, "a:b", "a b"])
+def test_only_a_path_to_a_socket_must_be_short(links: Path) -> None:
+    long = Path("/") / ("long" * 30)
+    assert plain_path(long) == long
+    assert socket_folder(long).parent == links
+    assert socket_folder(Path("/short")) == Path("/short")
+    assert socket_folder(Path("/a b")) == plain_path(Path("/a b"))
+
+
+@pytest.mark.parametrize("name", [ODD, "a:b", "a b"])
 def test_another_path_gets_a_link_to_the_same_folder(tmp_path: Path, links: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
@@ -51,6 +60,16 @@ def test_the_link_is_made_when_the_folder_is_there(tmp_path: Path, links: Path) 
     assert before.is_dir()
 
 
+def test_links_are_locked_while_a_process_uses_one(tmp_path: Path, links: Path) -> None:
+    folder = tmp_path / ODD
+    folder.mkdir()
+    plain_path(folder)
+    descriptor = os.open(links, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(descriptor)
+
+
 def test_links_to_folders_that_are_gone_are_removed(tmp_path: Path) -> None:
     old, new = tmp_path / "an old one", tmp_path / "a new one"
     old.mkdir()
@@ -61,9 +80,11 @@ def test_links_to_folders_that_are_gone_are_removed(tmp_path: Path) -> None:
     assert not link.is_symlink()
 
 
-def test_a_place_that_somebody_else_can_write_is_refused(tmp_path: Path, links: Path) -> None:
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_a_place_that_somebody_else_can_write_is_refused(tmp_path: Path, links: Path, with_folder: bool) -> None:
     folder = tmp_path / ODD
-    folder.mkdir()
+    if with_folder:
+        folder.mkdir()
     links.mkdir()
     links.chmod(0o777)
     with pytest.raises(FailedPrecondition, match="only you can write"):
