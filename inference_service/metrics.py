@@ -159,7 +159,8 @@ class InferenceMetrics:
         self._rate.add()
         self._version_tokens.labels(version).inc()
         if (committed_at := self._committed_at.pop(version, None)) is not None:
-            self._commit_to_token.observe(time.time() - committed_at)
+            # Another process's clock, and one that can be set back.
+            self._commit_to_token.observe(max(0.0, time.time() - committed_at))
         if last_at is None:
             self._first_token.observe(at - arrived)
             self._version_first_token.labels(version).observe(at - arrived)

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import grpc
@@ -79,6 +80,18 @@ def test_a_version_that_is_gone_leaves_no_series(
     assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 1
     assert page(registry)["gptloop_inference_swap_duration_seconds_sum",] == 2.0
     assert page(registry)["gptloop_inference_swaps_total",] == 1
+
+
+def test_a_clock_that_was_set_back_makes_no_negative_sum(
+    metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish_tiny_version(Registry(tmp_path), 1.0)
+    metrics.serves(version, 0.5, swap=False, first=True)
+    monkeypatch.setattr(time, "time", lambda: version.created_at - 3600.0)
+    metrics.token(version.version, arrived=1.0, last_at=None, at=1.25)
+    values = page(registry)
+    assert values["gptloop_inference_commit_to_first_token_seconds_count",] == 1
+    assert values["gptloop_inference_commit_to_first_token_seconds_sum",] == 0
 
 
 def page(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
