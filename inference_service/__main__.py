@@ -251,6 +251,7 @@ def rollback(
 ) -> None:
     """Refuses the serving version, so that another one serves: at once where it is in memory.
 
+    If it cannot be loaded, or the decision cannot be written, the serving one stays.
     Streams that run on the refused version go on to their end.
     Only load gives it another chance.
 

@@ -3,8 +3,9 @@
 from typing import Any
 
 from inference_service.catalogue import Catalogue
-from inference_service.hotload import HotLoader, State
-from inference_service.translate import read_number, write_standing
+from inference_service.hotload import HotLoader
+from inference_service.standing import State
+from inference_service.translate import read_number, readable, write_standing
 from shared.errors import NotFound
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -21,7 +22,9 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
         """Every version in the registry, and the policy."""
         standings = await self._versions.standings()
         return pb.ListVersionsResponse(
-            versions=[write_standing(standing) for standing in standings], policy=self._catalogue.policy
+            versions=[write_standing(standing) for standing in standings],
+            policy=self._catalogue.policy,
+            notices=map(readable, self._catalogue.notices),
         )
 
     async def LoadVersion(self, message: pb.LoadVersionRequest, context: Any) -> pb.LoadVersionResponse:  # noqa: N802
@@ -49,7 +52,7 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
         return pb.SetPolicyResponse(serving=serving)
 
     async def RollBack(self, message: pb.RollBackRequest, context: Any) -> pb.RollBackResponse:  # noqa: N802
-        """Returns when the other version serves, or is being loaded."""
+        """Returns when the other version serves."""
         number = read_number(message.version) if message.HasField("version") else None
         return pb.RollBackResponse(version=await self._status(await self._versions.roll_back(number)))
 

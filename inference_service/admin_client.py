@@ -69,8 +69,8 @@ class AdminClient:
         return answer.serving if answer.HasField("serving") else None
 
     def roll_back(self, version: int | None = None) -> pb.VersionStatus:
-        """Takes the serving version away for good; the one that serves instead, or is being loaded for it."""
-        return self._status(self._stub.RollBack, pb.RollBackRequest, version)
+        """Takes the serving version away for good; the one that serves instead."""
+        return self._status(self._stub.RollBack, pb.RollBackRequest, version, _LOAD_S)
 
     def _status(
         self, method: Callable[..., Any], message: type[Any], version: int | None, timeout_s: float | None = None

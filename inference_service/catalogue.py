@@ -2,16 +2,18 @@
 
 import asyncio
 import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from inference_service.gate import Judged
-from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, Unavailable
+from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, Unavailable, shown
 from shared.registry import policy
-from shared.registry.decisions import Decided, Finding, check_label, finding_on, pinned_number, run_of
-from shared.registry.manifest import VersionManifest
+from shared.registry.decisions import Decided, check_label, pinned_number, run_of
+from shared.registry.findings import ROLLED_BACK, Finding, Findings
+from shared.registry.manifest import MANIFEST_NAME, VersionManifest
 from shared.registry.store import Registry
 
 logger = logging.getLogger(__name__)
@@ -24,9 +26,17 @@ class _Seen:
     versions: list[VersionManifest] = field(default_factory=list)
     policy: str = "best"
     stable: int | None = None
-    findings: dict[int, list[Finding]] = field(default_factory=dict)
+    # What is wrong with the files that hold the policy and the stable version.
+    damage: tuple[str, ...] = ()
+    findings: Findings = field(default_factory=lambda: Findings({}, {}, {}))
+    # What was kept of each version, whether or not it stands.
+    kept: Mapping[int, Sequence[Finding]] = field(default_factory=dict)
+    # Versions that lack files, and which.
+    lacking: Mapping[int, str] = field(default_factory=dict)
     # Versions whose manifest cannot be read, and why.
-    unreadable: dict[int, str] = field(default_factory=dict)
+    unreadable: Mapping[int, str] = field(default_factory=dict)
+    # Those of them that have none yet.
+    unsealed: frozenset[int] = frozenset()
 
 
 class Catalogue:
@@ -39,7 +49,10 @@ class Catalogue:
         self._registry = registry
         self._device = device
         self._seen = _Seen()
+        self._findings = self._seen.findings
         self._looking = asyncio.Lock()
+        # Why the last look failed, if it did.
+        self._unreachable = ""
         # What was found out and is not yet, or cannot be, written.
         self._unsaved: dict[int, Finding] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="findings")
@@ -49,25 +62,46 @@ class Catalogue:
         # One after another, or an older look could come last.
         async with self._looking:
             try:
-                seen = await asyncio.to_thread(self._read)
+                seen = await asyncio.to_thread(self._read, dict(self._unsaved))
             except OSError as error:
-                logger.warning("the registry cannot be read now: %s", error)
+                if str(error) != self._unreachable:
+                    self._unreachable = str(error)
+                    logger.warning("the registry cannot be read now: %s", error)
                 return
             self._unsaved = {
-                number: finding
-                for number, finding in self._unsaved.items()
-                if finding not in seen.findings.get(number, ())
+                number: finding for number, finding in self._unsaved.items() if finding not in seen.kept.get(number, ())
             }
+            for sentence in seen.damage:
+                # Once, and not at every look.
+                if sentence not in self._seen.damage:
+                    logger.warning("%s", sentence)
+            self._unreachable = ""
             self._seen = seen
+            self._findings = seen.findings.adding(self._unsaved)
 
-    def _read(self) -> _Seen:
+    def _read(self, unsaved: Mapping[int, Finding]) -> _Seen:
         versions, decisions, last = self._registry.versions(), self._registry.decisions, self._seen
-        findings, unreadable = decisions.findings(), self._registry.unreadable
+        kept = decisions.findings()
+        found = decisions.found(versions, kept, unsaved)
+        lacking = {each.version: what for each in versions if (what := self._registry.lacking(each))}
+        damage = []
         try:
-            return _Seen(versions, decisions.policy(), decisions.stable(), findings, unreadable)
+            label = decisions.policy()
         except CorruptCheckpoint as error:
-            logger.warning("policy and stable version stay as they were: %s", error)
-            return _Seen(versions, last.policy, last.stable, findings, unreadable)
+            label = last.policy
+            damage.append(f"The policy stays {label}: {error}")
+        try:
+            stable = decisions.stable()
+        except CorruptCheckpoint as error:
+            stable = last.stable
+            damage.append(f"The stable version stays as it was: {error}")
+        unreadable = self._registry.unreadable
+        unsealed = frozenset(
+            number
+            for number in unreadable
+            if not os.path.lexists(self._registry.version_directory(number) / MANIFEST_NAME)
+        )
+        return _Seen(versions, label, stable, tuple(damage), found, kept, lacking, unreadable, unsealed)
 
     # Versions and labels.
 
@@ -77,9 +111,21 @@ class Catalogue:
         return self._seen.versions
 
     @property
-    def unreadable(self) -> dict[int, str]:
+    def unreadable(self) -> Mapping[int, str]:
         """The versions whose manifest cannot be read, and why."""
         return self._seen.unreadable
+
+    @property
+    def unsealed(self) -> frozenset[int]:
+        """Those of them that have no manifest yet, as while they are copied."""
+        return self._seen.unsealed
+
+    @property
+    def notices(self) -> list[str]:
+        """What an operator should know: decisions that cannot be read, and versions that do not compare with the best
+        one."""
+        sentence = policy.describe_other_text(self.versions, self._decided().refused)
+        return [*self._seen.damage, sentence] if sentence else list(self._seen.damage)
 
     @property
     def policy(self) -> str:
@@ -101,7 +147,7 @@ class Catalogue:
             return None
         number = pinned_number(label) or policy.number_of(label, self.versions, self._decided())
         if number is None:
-            raise NotFound(f"No version has the label {label!r} now.")
+            raise NotFound(f"No version has the label {shown(label)} now.")
         return await self.manifest(number)
 
     def labels(self) -> dict[str, int]:
@@ -112,8 +158,9 @@ class Catalogue:
         refused = {manifest.version for manifest in self.versions} - {each.version for each in self._deserving()}
         return Decided(frozenset(refused), self._seen.stable, self.policy)
 
-    def candidates(self, before: Sequence[int] | None) -> Iterator[VersionManifest]:
-        """The versions that may serve, the one first that the policy wants.
+    def candidates(self, before: Sequence[int] | None, without: int | None = None) -> Iterator[VersionManifest]:
+        """The versions that may serve, the one first that the policy wants; as if one were refused if `without` names
+        it.
 
         Where `before` are the versions that served, the last one last, these and then any others follow: they are
         better than nothing.
@@ -133,16 +180,19 @@ class Catalogue:
             served = [numbers[number] for number in reversed(before) if number in numbers]
             wanted = [*wanted, *served, *policy.ranking(self._deserving()), *self.versions[::-1]]
         for number in dict.fromkeys(manifest.version for manifest in wanted):
-            if self.refusal(numbers[number]) is None:
+            if number != without and self._may_serve(numbers[number], without):
                 yield numbers[number]
 
+    def _may_serve(self, manifest: VersionManifest, without: int | None = None) -> bool:
+        return self.refusal(manifest, without) is None and not self.lacking(manifest)
+
     def _deserving(self) -> list[VersionManifest]:
-        return [manifest for manifest in self.versions if self.refusal(manifest) is None]
+        return [manifest for manifest in self.versions if self._may_serve(manifest)]
 
     async def make_stable(self, number: int) -> None:
         """Makes a version the stable one; raises `NotFound`, and `FailedPrecondition` where it was refused."""
         await self.look()
-        self.check_not_refused(await self.manifest(number))
+        self.check_may_serve(await self.manifest(number))
         await asyncio.to_thread(self._registry.decisions.set_stable, number)
         # From now on nobody prunes it, but somebody may have just before.
         await self.manifest(number)
@@ -162,7 +212,7 @@ class Catalogue:
             if number is None:
                 raise FailedPrecondition("No version is stable yet: promote one first.")
         if number is not None:
-            self.check_not_refused(await self.manifest(number))
+            self.check_may_serve(await self.manifest(number))
         await asyncio.to_thread(self._registry.decisions.set_policy, label)
         if number is not None:
             await self.manifest(number)
@@ -170,15 +220,23 @@ class Catalogue:
 
     # What was found out.
 
-    def finding(self, manifest: VersionManifest) -> Finding | None:
-        """What was found out about a version as it is now, on this kind of device."""
-        findings = self._seen.findings.get(manifest.version, [])
-        unsaved = [finding for number, finding in self._unsaved.items() if number == manifest.version]
-        return finding_on([*findings, *unsaved], manifest.digest, self._device)
+    def finding(self, manifest: VersionManifest, without: int | None = None) -> Finding | None:
+        """What was found out about a version as it is now, on this kind of device; as if one were refused if `without`
+        names it."""
+        findings = self._findings if without is None else self._findings.without(without)
+        return findings.on(manifest.version, manifest.digest, self._device)
 
-    def refusal(self, manifest: VersionManifest) -> Finding | None:
-        """Why a version must not serve; None where it may, for all that is known."""
-        finding = self.finding(manifest)
+    def lacking(self, manifest: VersionManifest) -> str:
+        """What files a version lacks that was not examined yet, in a sentence: it is probably being copied. Empty for
+        any other one."""
+        what = self._seen.lacking.get(manifest.version, "")
+        if not what or self.finding(manifest) is not None:
+            return ""
+        return f"Version {manifest.version} waits for its files: {what}."
+
+    def refusal(self, manifest: VersionManifest, without: int | None = None) -> Finding | None:
+        """Why a version must not serve; None where it may, for all that is known. `without` as in `finding`."""
+        finding = self.finding(manifest, without)
         return finding if finding is not None and finding.refusal is not None else None
 
     def best_found(self, evaluation_set: str) -> Judged | None:
@@ -193,18 +251,40 @@ class Catalogue:
         ]
         return min(judged, key=lambda one: one.loss, default=None)
 
-    def check_not_refused(self, manifest: VersionManifest) -> None:
-        """Raises `FailedPrecondition` where a version must not serve."""
-        if (refusal := self.refusal(manifest)) is not None:
+    def check_may_serve(self, manifest: VersionManifest, without: int | None = None) -> None:
+        """Raises `FailedPrecondition` if a version must not serve, and `Unavailable` while it lacks files."""
+        if (refusal := self.refusal(manifest, without)) is not None:
             raise refused(manifest.version, refusal.sentence)
+        if sentence := self.lacking(manifest):
+            raise Unavailable(sentence)
 
     def note(
-        self, manifest: VersionManifest, loss: float | None, refusal: str | None = None, sentence: str = ""
+        self,
+        manifest: VersionManifest,
+        loss: float | None,
+        refusal: str | None = None,
+        sentence: str = "",
+        stands_on: str | None = None,
     ) -> None:
         """Keeps what was found out about a version: in memory at once, in the registry a moment later."""
-        finding = Finding(manifest.digest, self._device, loss, refusal, sentence, time.time())
-        self._unsaved[manifest.version] = finding
+        finding = Finding(manifest.digest, self._device, loss, refusal, sentence, time.time(), stands_on)
+        self._remember(manifest, finding)
         self._writer.submit(self._save, manifest.version, finding)
+
+    async def roll_back(self, manifest: VersionManifest, loss: float, sentence: str, label: str | None) -> None:
+        """Refuses a version, and lets that of a label serve if there is one; returns when both are in the registry.
+
+        Raises `FailedPrecondition` if the registry cannot be written; nothing has changed then.
+        """
+        finding = Finding(manifest.digest, self._device, loss, ROLLED_BACK, sentence, time.time())
+        loop, decisions = asyncio.get_running_loop(), self._registry.decisions
+        await loop.run_in_executor(self._writer, decisions.roll_back, manifest.version, finding, label)
+        self._remember(manifest, finding)
+        await self.look()
+
+    def _remember(self, manifest: VersionManifest, finding: Finding) -> None:
+        self._unsaved[manifest.version] = finding
+        self._findings = self._seen.findings.adding(self._unsaved)
 
     def _save(self, number: int, finding: Finding) -> None:
         try:

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from inference_service.engine.examination import Window
-from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, NotFound
+from shared.errors import CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, InvalidArgument, NotFound
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import NotFiniteWeights, load_model
+from shared.registry.commit import files_state
+from shared.registry.findings import CORRUPT, WORSE
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 
@@ -22,12 +24,14 @@ TOLERANCE = 0.02
 
 
 class Refused(FailedPrecondition):
-    """A version must not serve; `reason` says why in a word. `loss` is that of its held-out windows, if it is known."""
+    """A version must not serve; `reason` says why in a word. `loss` is that of its held-out windows, if it is known,
+    and `stands_on` as in `Finding`."""
 
-    def __init__(self, reason: str, clause: str, loss: float | None = None) -> None:
+    def __init__(self, reason: str, clause: str, loss: float | None = None, stands_on: str | None = None) -> None:
         super().__init__(clause)
         self.reason = reason
         self.loss = loss
+        self.stands_on = stands_on
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,19 @@ class Judged:
 
 
 def read_content(registry: Registry, manifest: VersionManifest) -> Content:
-    """Reads a version; raises `Refused` where it cannot serve, and `NotFound` or `OSError` where it cannot be read."""
+    """Reads a version; raises `Refused` where it cannot serve, `IncompleteCheckpoint` while it lacks files, and
+    `NotFound` or `OSError` where it cannot be read."""
     directory = registry.version_directory(manifest.version)
+    # Before they are read, so that what changes meanwhile shows.
+    state = files_state(directory)
     try:
         registry.verify(manifest)
+    except IncompleteCheckpoint:
+        raise
     except CorruptCheckpoint as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
-        raise Refused("corrupt", _clause(error)) from None
+        raise Refused(CORRUPT, _clause(error), stands_on=state) from None
     missing = {MODEL_FILE, TOKENIZER_FILE, WINDOWS_FILE} - {record.name for record in manifest.files}
     if missing:
         raise Refused("unfit", f"it has no {', '.join(sorted(missing))}")
@@ -99,11 +108,18 @@ def check_progress(new: Judged, before: Judged, margin: float) -> None:
         return
     number = before.manifest.version
     if _windows_digest(new.manifest) != _windows_digest(before.manifest):
-        raise Refused("lying", f"it names the evaluation set of version {number}, but has other held-out windows")
+        raise Refused(
+            "lying",
+            f"it names the evaluation set of version {number}, but has other held-out windows",
+            new.loss,
+            before.manifest.digest,
+        )
     if new.loss > before.loss + margin:
         raise Refused(
-            "worse",
+            WORSE,
             f"its held-out loss is {new.loss:.4f} nats a token, but that of version {number} is {before.loss:.4f}",
+            new.loss,
+            before.manifest.digest,
         )
 
 

@@ -7,52 +7,24 @@ import asyncio
 import logging
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from enum import Enum, auto
 
 from inference_service.catalogue import Catalogue
 from inference_service.engine.request import FAILURES_WITHIN_S, MAX_FAILURES
 from inference_service.gate import Judged, Refused, check_progress
 from inference_service.metrics import InferenceMetrics
-from inference_service.residents import Resident, Residents
-from shared.errors import FailedPrecondition, GptloopError, Unavailable
+from inference_service.resident import Resident
+from inference_service.residents import Residents
+from inference_service.standing import Standing, State, why_none_serves
+from shared.errors import FailedPrecondition, GptloopError, NotFound, Unavailable
 from shared.registry.decisions import pinned, run_of
+from shared.registry.findings import ROLLED_BACK
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import labels_of
 
 logger = logging.getLogger(__name__)
-
-
-class State(Enum):
-    """Where a version stands. WAITING is for room in memory; a RESIDENT one is in memory, and answers those who name
-    it."""
-
-    AVAILABLE = auto()
-    WAITING = auto()
-    LOADING = auto()
-    RESIDENT = auto()
-    SERVING = auto()
-    REFUSED = auto()
-
-
-@dataclass(frozen=True)
-class Standing:
-    """All that there is to say of a version: `reason` is why it is refused or could not be loaded, else empty.
-
-    `manifest` is None where it cannot be read. `loss` is that of its carried windows in nats a token, as it was served.
-    """
-
-    number: int
-    manifest: VersionManifest | None
-    state: State
-    reason: str = ""
-    streams: int = 0
-    held: bool = False
-    memory_bytes: int = 0
-    loss: float | None = None
-    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +78,7 @@ class HotLoader:
                 self._tell_unreadable()
                 self.follow()
                 self._residents.load_wanted()
+                self._residents.settle(self._why_none_serves())
                 with suppress(TimeoutError):
                     async with asyncio.timeout(poll_interval_s):
                         await changed.wait()
@@ -136,6 +109,7 @@ class HotLoader:
             logger.error("version %d should not serve any more, but there is no other: %s", number, sentence)
         elif self._given_up is None or now - self._given_up.at > FAILURES_WITHIN_S:
             self._given_up = _GivenUp(resident.manifest, resident.loss, now)
+            self._catalogue.note(resident.manifest, resident.loss, "failing", sentence)
             self._give_up(resident, "failing", sentence)
         elif self._given_up.manifest.version != number:
             # Two versions in a row: what fails is not the versions.
@@ -147,12 +121,19 @@ class HotLoader:
     async def standings(self) -> list[Standing]:
         """How every version stands now, by ascending number."""
         await self._catalogue.look()
+        return self._standings()
+
+    def _standings(self) -> list[Standing]:
         labels = self._catalogue.labels()
         # What is in memory may have been removed from the registry.
         manifests = {each.version: each for each in [*self._catalogue.versions, *self._residents.manifests]}
         standings = [self._standing(manifest, labels) for manifest in manifests.values()]
         for number, why in self._catalogue.unreadable.items():
-            if number not in manifests:
+            if number in self._catalogue.unsealed:
+                standings.append(
+                    Standing(number, None, State.WAITING, "it waits for its files: the manifest is missing")
+                )
+            elif number not in manifests:
                 standings.append(Standing(number, None, State.REFUSED, f"corrupt: {why}"))
         return sorted(standings, key=lambda standing: standing.number)
 
@@ -165,7 +146,7 @@ class HotLoader:
         if resident is None:
             await self._residents.hold(manifest)
             return
-        resident.held = True
+        resident.held, resident.leaving = True, False
         if self._residents.is_refused(resident):
             self._catalogue.note(manifest, resident.loss)
             self._residents.changed.set()
@@ -191,27 +172,47 @@ class HotLoader:
         self.follow()
 
     async def roll_back(self, number: int | None = None) -> int:
-        """Refuses the serving version, so that the policy's next one serves, or one that is named and pinned then; the
-        number of that version.
+        """Refuses the serving version and lets another one serve: one that is named and pinned then, else one that is
+        in memory, else the policy's next; the number of that version.
 
-        Raises `FailedPrecondition` where there is no other version.
+        The other one is in memory, and the decision in the registry, before the serving one is taken away. Raises
+        `FailedPrecondition` if there is no other version that can serve, and as `Residents.secured` and
+        `Catalogue.roll_back` do; nothing has changed then.
         """
-        if self.serving is None:
-            raise FailedPrecondition("No version serves.")
         bad = self.serving
+        if bad is None:
+            raise FailedPrecondition("No version serves.")
         if number == bad.manifest.version:
             raise FailedPrecondition(f"Version {number} serves already.")
-        if number is not None:
-            if sentence := self._residents.postponed(number):
-                raise Unavailable(sentence)
-            await self._catalogue.set_policy(pinned(number))
-        else:
-            await self._catalogue.look()
-        following = next(self._candidates(without=bad.manifest.version), None)
-        if following is None:
-            raise FailedPrecondition(f"There is no other version than {bad.manifest.version} that could serve.")
-        self._give_up(bad, "rolled_back", "an operator rolled it back")
-        return following.version
+        await self._catalogue.look()
+        async with self._successor(bad, number) as successor:
+            sentence, label = "an operator rolled it back", None if number is None else pinned(number)
+            await self._catalogue.roll_back(bad.manifest, bad.loss, sentence, label)
+            self._give_up(bad, ROLLED_BACK, sentence)
+            return successor.manifest.version
+
+    @asynccontextmanager
+    async def _successor(self, bad: Resident, number: int | None) -> AsyncIterator[Resident]:
+        """Keeps in memory what is to serve after a version."""
+        async with AsyncExitStack() as stack:
+            if number is not None:
+                manifest = await self._catalogue.manifest(number)
+                yield await stack.enter_async_context(self._residents.secured(manifest, bad.manifest.version))
+                return
+            others = list(self._candidates(without=bad.manifest.version))
+            why = ""
+            # What is in memory serves at once.
+            for manifest in sorted(others, key=lambda each: self._residents.of(each) is None):
+                try:
+                    successor = await stack.enter_async_context(self._residents.secured(manifest, bad.manifest.version))
+                except (FailedPrecondition, NotFound, Unavailable) as error:
+                    why = f" {error}"
+                    continue
+                yield successor
+                return
+            raise FailedPrecondition(
+                f"There is no other version than {bad.manifest.version} that could serve, so it serves on.{why}"
+            )
 
     # What serves.
 
@@ -219,37 +220,35 @@ class HotLoader:
         """The versions that may serve now, the one that should first; `without` one of them."""
         serving = self.serving
         stays = serving is not None and serving.manifest.version != without and not self._residents.is_refused(serving)
-        for manifest in self._catalogue.candidates(None if stays else self._served):
-            if manifest.version != without and not self._residents.postponed(manifest.version):
+        for manifest in self._catalogue.candidates(None if stays else self._served, without):
+            if not self._residents.postponed(manifest.version):
                 yield manifest
 
     def follow(self) -> None:
         """Lets the first candidate serve that is in memory, and brings in the first one that is not."""
-        self._residents.lacks_room = False
         before = self._awaited
         self._awaited = {number: since for number, since in before.items() if self._residents.is_loading(number)}
-        loads = False
+        missing: VersionManifest | None = None
         for manifest in self._candidates():
             number = manifest.version
             resident = self._residents.get(number)
             if resident is not None and resident.manifest != manifest:
                 # Another registry stands in the place of the one before, and counts from 1 again.
                 self._residents.part_with(resident)
-                return
+                break
             if resident is not None and resident is self.serving:
-                return
-            if resident is None and loads:
+                break
+            if resident is None and missing is not None:
                 continue
             self._awaited[number] = before.get(number, time.monotonic())
             if resident is None:
-                loads = True
-                # At once where the one that serves was refused.
-                self._residents.load(
-                    manifest, urgent=self.serving is not None and self._residents.is_refused(self.serving)
-                )
+                missing = manifest
             elif self._deserves(resident):
                 self._serve(resident)
-                return
+                break
+        # Only now: what was loaded before is not in the way of what comes next, it serves.
+        urgent = self.serving is not None and self._residents.is_refused(self.serving)
+        self._residents.lacks_room = missing is not None and not self._residents.load(missing, urgent)
 
     def _deserves(self, resident: Resident) -> bool:
         """Whether a version may take the place of the one that serves, where nobody but the policy asks for it."""
@@ -272,38 +271,43 @@ class HotLoader:
         except Refused as refusal:
             # Somebody who holds it can still pin it.
             if not resident.held:
-                self._residents.refuse(resident.manifest, resident.loss, refusal.reason, str(refusal))
+                self._catalogue.note(resident.manifest, resident.loss, refusal.reason, str(refusal), refusal.stands_on)
+                self._residents.refuse(resident.manifest, refusal.reason, str(refusal))
             return False
         return True
 
     def _serve(self, resident: Resident) -> None:
         manifest, before = resident.manifest, self.serving
         first = manifest.version not in self._served
-        self._residents.serving = resident
+        self._residents.let_serve(resident)
         self._served = [number for number in self._served if number != manifest.version] + [manifest.version]
-        self._residents.report()
         logger.info(
             "version %d serves: step %d, %.4f bits per byte", manifest.version, manifest.step, manifest.bits_per_byte
         )
         seconds = time.monotonic() - self._awaited.pop(manifest.version)
         self._metrics.serves(manifest, seconds, swap=before is not None, first=first)
-        if before is not None:
-            self._residents.drop_idle(before)
+
+    def _why_none_serves(self) -> str:
+        """Why no version serves, and none is about to; else empty."""
+        if self.serving is not None or next(self._candidates(), None) is not None:
+            return ""
+        return why_none_serves(self._standings(), self._catalogue.policy)
 
     def _give_up(self, resident: Resident, reason: str, sentence: str) -> None:
-        """Refuses a version that serves or served."""
+        """Lets another version serve than one that serves or served, and whose refusal is noted."""
         number = resident.manifest.version
         resident.held = False
         self._failures = [failure for failure in self._failures if failure.version != number]
-        self._residents.refuse(resident.manifest, resident.loss, reason, sentence)
+        self._residents.refuse(resident.manifest, reason, sentence)
         self.follow()
         self._residents.changed.set()
 
     def _tell_unreadable(self) -> None:
         """Counts a version with a damaged manifest once as refused: it cannot serve."""
-        for _ in self._catalogue.unreadable.keys() - self._unreadable:
+        unreadable = frozenset(self._catalogue.unreadable) - self._catalogue.unsealed
+        for _ in unreadable - self._unreadable:
             self._metrics.refused("corrupt")
-        self._unreadable = frozenset(self._catalogue.unreadable)
+        self._unreadable = unreadable
 
     def _standing(self, manifest: VersionManifest, labels: dict[str, int]) -> Standing:
         number = manifest.version
@@ -319,7 +323,7 @@ class HotLoader:
             state = State.REFUSED
         elif resident is not None:
             state = State.RESIDENT
-        elif self._residents.is_wanted(number) or number in self._awaited:
+        elif self._residents.is_wanted(number) or number in self._awaited or self._catalogue.lacking(manifest):
             state = State.WAITING
         else:
             state = State.AVAILABLE
@@ -327,7 +331,7 @@ class HotLoader:
             number,
             manifest,
             state,
-            reason or self._residents.postponed(number),
+            reason or self._catalogue.lacking(manifest) or self._residents.postponed(number),
             streams=0 if resident is None else resident.streams,
             held=resident is not None and resident.held,
             memory_bytes=0 if resident is None else resident.memory_bytes,

@@ -17,6 +17,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from inference_service.engine.request import FinishReason
 from shared.accelerator import Memory
 from shared.pb.inference.v1 import inference_pb2
 from shared.registry.manifest import VersionManifest
@@ -28,6 +29,19 @@ _STEP_BUCKETS = (
 )
 _SWAP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _FIRST_TOKEN_BUCKETS = (*_STEP_BUCKETS, 5.0, 10.0, 30.0)
+# How a request ends: by finish reason, or by the status code of its error.
+_ENDS = tuple(
+    dict.fromkeys(
+        end.lower()
+        for end in (
+            *(reason.name for reason in FinishReason),
+            *("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNAVAILABLE"),
+            *("DATA_LOSS", "INTERNAL"),
+        )
+    )
+)
+# Why a version is refused.
+_REFUSALS = ("corrupt", "unfit", "not_finite", "lying", "worse", "failing", "rolled_back")
 # The span over which tokens per second are counted.
 _RATE_WINDOW_S = 3.0
 
@@ -107,15 +121,18 @@ class InferenceMetrics:
             buckets=_SWAP_BUCKETS,
             registry=registry,
         )
-        self._commit_to_token = Histogram(
-            name("commit_to_first_token_seconds"),
-            "From the commit of a version to the first token that it generated as the serving one.",
+        self._commit_to_serving = Histogram(
+            name("commit_to_serving_seconds"),
+            "From the commit of a version to the moment from which on it answers new requests.",
             buckets=_SWAP_BUCKETS,
             registry=registry,
         )
         self._refused = Counter(
             name("refused_versions_total"), "Versions that were refused, by why.", ["reason"], registry=registry
         )
+        for metric, known in ((self._requests, _ENDS), (self._refused, _REFUSALS)):
+            for reason in known:
+                metric.labels(reason)
         # These are of versions in memory only: what is gone leaves the page.
         self._version_streams = Gauge(
             name("version_streams"), "Requests that a version in memory answers.", ["version"], registry=registry
@@ -144,8 +161,6 @@ class InferenceMetrics:
             ["version"],
             registry=registry,
         )
-        # Versions that began to serve and have not generated a token since: when they were committed.
-        self._committed_at: dict[int, float] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
 
@@ -158,9 +173,6 @@ class InferenceMetrics:
         self._generated.inc()
         self._rate.add()
         self._version_tokens.labels(version).inc()
-        if (committed_at := self._committed_at.pop(version, None)) is not None:
-            # Another process's clock, and one that can be set back.
-            self._commit_to_token.observe(max(0.0, time.time() - committed_at))
         if last_at is None:
             self._first_token.observe(at - arrived)
             self._version_first_token.labels(version).observe(at - arrived)
@@ -192,7 +204,8 @@ class InferenceMetrics:
             self._swaps.inc()
             self._swap_seconds.observe(seconds)
         if first and manifest.created_at > self._since:
-            self._committed_at = {manifest.version: manifest.created_at}
+            # Another process committed it, so only the wall clock compares; it may step back.
+            self._commit_to_serving.observe(max(0.0, time.time() - manifest.created_at))
 
     def refused(self, reason: str) -> None:
         """A version was found unfit to serve."""
@@ -203,13 +216,20 @@ class InferenceMetrics:
         before = {manifest.version for manifest in self._models.versions}
         self._models.show(tuple(versions), serving)
         for manifest in versions:
-            # A version without streams shows that it has none.
-            self._version_streams.labels(manifest.version)
+            # What has not been counted yet is 0, not absent.
+            for metric in (
+                self._version_streams,
+                self._version_tokens,
+                self._version_first_token,
+                self._version_inter_token,
+            ):
+                metric.labels(manifest.version)
+            for reason in _ENDS:
+                self._version_requests.labels(manifest.version, reason)
         for number in before - {manifest.version for manifest in versions}:
             self._forget(number)
 
     def _forget(self, version: int) -> None:
-        self._committed_at.pop(version, None)
         for metric in (
             self._version_streams,
             self._version_requests,
@@ -246,7 +266,9 @@ class _Models(Collector):
         )
         for one in versions:
             numbers = (one.version, one.run, one.step, one.preset, one.tokenizer, one.parameters)
-            family.add_metric([*map(str, numbers), str(one.version == serving).lower()], 1)
+            # Text that comes from a manifest need not be text that a page can hold.
+            values = [str(each).encode(errors="backslashreplace").decode() for each in numbers]
+            family.add_metric([*values, str(one.version == serving).lower()], 1)
         yield family
 
 

@@ -21,6 +21,8 @@ def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> No
     for status in answer.versions:
         if status.reason:
             print(printable(f"version {status.version}: {status.reason}"))
+    for notice in answer.notices:
+        print(printable(notice))
     print(f"policy: {answer.policy}")
 
 

@@ -9,69 +9,39 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 from inference_service.catalogue import Catalogue, refused
 from inference_service.engine.engine import Engine
 from inference_service.gate import Refused, check_loss, read_content
 from inference_service.metrics import InferenceMetrics
-from shared.errors import FailedPrecondition, GptloopError, NotFound, ResourceExhausted, Unavailable
+from inference_service.postponed import Postponed
+from inference_service.resident import Resident
+from inference_service.wanted import Wanted
+from shared.errors import (
+    FailedPrecondition,
+    GptloopError,
+    IncompleteCheckpoint,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from shared.gpt.decoder import Decoder
 from shared.gpt.model import GPT
-from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 
 logger = logging.getLogger(__name__)
 
-# A version that could not be read, for lack of memory or because of its disk, is tried again after so long, then after
-# twice as long, and so on.
-_AGAIN_AFTER_S = 10.0
-_AGAIN_AFTER_AT_MOST_S = 600.0
 # When those may ask again who find too many waiting for versions.
 _ASK_AGAIN_S = 5.0
 
 
-@dataclass(eq=False)
-class Resident:
-    """A version in memory, and how many streams run on it. A held one stays without any."""
-
-    manifest: VersionManifest
-    tokenizer: Tokenizer
-    loss: float
-    memory_bytes: int
-    streams: int = 0
-    held: bool = False
-
-    @property
-    def context_length(self) -> int:
-        """The length of its context, in tokens."""
-        return int(self.manifest.model["context_length"])
-
-
-@dataclass
-class _Wanted:
-    """A version that calls wait for; one of them may hold it then."""
-
-    manifest: VersionManifest
-    waiters: list[asyncio.Future[Resident]] = field(default_factory=list)
-    hold: bool = False
-
-
-@dataclass(frozen=True)
-class _Postponed:
-    """A version that could not be read so many times, and is tried again at a time of `time.monotonic`."""
-
-    times: int
-    until: float
-    sentence: str
-
-
 class Residents:
-    """At most `limit` versions in memory, each examined on its way in and kept as long as it serves, has streams, or is
-    held for an operator. At most `max_waiting` calls wait for versions that are not.
+    """At most `limit` versions in memory, each examined on its way in. One that serves or has streams stays; others
+    stay while there is room. If room is needed, the one that was used longest ago goes first, and those that are held
+    for an operator go last. At most `max_waiting` calls wait for versions that are not in memory.
 
-    `serving` is the one that answers those who name none; who decides that, `HotLoader`, sets it. `lacks_room` says
+    `serving` is the one that answers those who name none; `HotLoader` decides which one that is. `lacks_room` says
     whether a version waits for room: then none that is to leave gets new streams. `changed` is set when there may be
     something to do.
     """
@@ -97,11 +67,14 @@ class Residents:
         self._limit = limit
         self._max_waiting = max_waiting
         self._metrics = metrics
+        # The one that was used longest ago is the first.
         self._residents: dict[int, Resident] = {}
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._leaving: set[Future[None]] = set()
-        self._wanted: dict[int, _Wanted] = {}
-        self._postponed: dict[int, _Postponed] = {}
+        self._wanted: dict[int, Wanted] = {}
+        self._postponed = Postponed()
+        # Calls that wait until some version serves.
+        self._unserved: list[asyncio.Future[None]] = []
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="residents")
 
     def close(self) -> None:
@@ -116,11 +89,33 @@ class Residents:
         """A version that is in memory."""
         return self._residents.get(number)
 
-    def require_serving(self) -> Resident:
-        """The version that answers those who name none; raises `Unavailable` where nothing serves yet."""
+    async def await_serving(self) -> Resident:
+        """The version that answers those who name none, once one serves; raises `Unavailable` with the reason if none
+        is on its way, and `ResourceExhausted` if too many wait."""
         if self.serving is None:
-            raise Unavailable("No version serves yet: the first one does a moment after training has published it.")
+            # It may have been published since the last look.
+            await self._catalogue.look()
+        while self.serving is None:
+            self._check_waiting()
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._unserved.append(turn)
+            self.changed.set()
+            await turn
         return self.serving
+
+    def settle(self, why_none_serves: str) -> None:
+        """Ends the wait of calls for a version that serves: one does, or none will, for a reason; empty while one is on
+        its way."""
+        if self.serving is None and not why_none_serves:
+            return
+        waiting, self._unserved = self._unserved, []
+        for turn in waiting:
+            if turn.done():
+                continue
+            if self.serving is None:
+                turn.set_exception(Unavailable(why_none_serves))
+            else:
+                turn.set_result(None)
 
     def of(self, manifest: VersionManifest) -> Resident | None:
         """A version in memory, and not one of another registry with the same number."""
@@ -142,8 +137,7 @@ class Residents:
 
     def postponed(self, number: int) -> str:
         """Why a version that could not be read is not tried again yet; empty where it may be."""
-        postponed = self._postponed.get(number)
-        return postponed.sentence if postponed is not None and time.monotonic() < postponed.until else ""
+        return self._postponed.sentence(number)
 
     def is_refused(self, resident: Resident) -> bool:
         """Whether a version must not serve any more."""
@@ -166,13 +160,32 @@ class Residents:
 
     async def hold(self, manifest: VersionManifest) -> None:
         """Brings a version in, at once even where it was postponed, and keeps it until its room is needed."""
-        self._postponed.pop(manifest.version, None)
+        self._postponed.forget(manifest.version)
         self._release(await self._wait_for(manifest, hold=True))
 
+    @asynccontextmanager
+    async def secured(self, manifest: VersionManifest, instead_of: int) -> AsyncIterator[Resident]:
+        """Keeps a version in memory that is to serve instead of one that is to be refused; brings it in at once,
+        whether or not there is room.
+
+        Raises `FailedPrecondition` if it must not serve, and `Unavailable` if it cannot be loaded now.
+        """
+        self._catalogue.check_may_serve(manifest, instead_of)
+        self._postponed.forget(manifest.version)
+        resident = self.of(manifest)
+        if resident is not None:
+            self._join(resident)
+        else:
+            resident = await self._wait_for(manifest, instead_of=instead_of)
+        try:
+            yield resident
+        finally:
+            self._release(resident)
+
     def let_go(self, resident: Resident) -> None:
-        """Does not hold a version any more."""
-        resident.held = False
-        self.drop_idle(resident)
+        """Lets a version go with its last stream."""
+        resident.held, resident.leaving = False, True
+        self._tidy()
 
     def part_with(self, resident: Resident) -> None:
         """Lets a version go whose registry is gone, even where it serves."""
@@ -181,11 +194,25 @@ class Residents:
         self.report()
         self.let_go(resident)
 
-    def drop_idle(self, resident: Resident) -> None:
-        """Frees a version that nothing keeps."""
+    def _idle(self) -> list[Resident]:
+        """What nothing uses, the one that was used longest ago first, and what is held last."""
+        idle = [each for each in self._residents.values() if not each.streams and each is not self.serving]
+        return sorted(idle, key=lambda each: each.held)
+
+    def _tidy(self) -> None:
+        """Frees what nothing uses and nobody can ask for any more, or for which there is no room."""
+        known = {each.version: each.digest for each in self._catalogue.versions}
+        for resident in self._idle():
+            removed = known.get(resident.manifest.version) != resident.manifest.digest
+            if resident.leaving or removed or self.is_refused(resident) or self._excess() > 0:
+                self._free(resident)
+
+    def _excess(self) -> int:
+        """How many versions are in memory, or on their way, beyond the limit."""
+        return len(self._residents) + len(self._loads) - self._limit
+
+    def _free(self, resident: Resident) -> None:
         number = resident.manifest.version
-        if resident.streams or resident.held or resident is self.serving or self._residents.get(number) is not resident:
-            return
         del self._residents[number]
         gone = self._engine.remove_version(number)
         self._leaving.add(gone)
@@ -196,23 +223,30 @@ class Residents:
 
     async def _acquire(self, manifest: VersionManifest | None) -> Resident:
         if manifest is None:
-            return self._join(self.require_serving())
-        self._catalogue.check_not_refused(manifest)
+            return self._join(await self.await_serving())
+        self._catalogue.check_may_serve(manifest)
         resident = self.of(manifest)
         if resident is not None and (resident is self.serving or not self.lacks_room):
             return self._join(resident)
         if sentence := self.postponed(manifest.version):
             raise Unavailable(sentence)
-        waiting = sum(len(wanted.waiters) for wanted in self._wanted.values())
-        if waiting >= self._max_waiting:
-            raise ResourceExhausted(f"{waiting} requests wait for versions already, which is the limit.", _ASK_AGAIN_S)
+        self._check_waiting()
         return await self._wait_for(manifest)
 
-    async def _wait_for(self, manifest: VersionManifest, *, hold: bool = False) -> Resident:
+    def _check_waiting(self) -> None:
+        waiting = sum(len(wanted.waiters) for wanted in self._wanted.values())
+        waiting += sum(not turn.done() for turn in self._unserved)
+        if waiting >= self._max_waiting:
+            raise ResourceExhausted(f"{waiting} requests wait for versions already, which is the limit.", _ASK_AGAIN_S)
+
+    async def _wait_for(
+        self, manifest: VersionManifest, *, hold: bool = False, instead_of: int | None = None
+    ) -> Resident:
         waiter: asyncio.Future[Resident] = asyncio.get_running_loop().create_future()
-        wanted = self._wanted.setdefault(manifest.version, _Wanted(manifest))
+        wanted = self._wanted.setdefault(manifest.version, Wanted(manifest))
         wanted.waiters.append(waiter)
         wanted.hold = wanted.hold or hold
+        wanted.instead_of = wanted.instead_of or instead_of
         self.changed.set()
         try:
             return await waiter
@@ -223,14 +257,25 @@ class Residents:
             raise
 
     def _join(self, resident: Resident) -> Resident:
-        resident.streams += 1
-        self._metrics.streams(resident.manifest.version, resident.streams)
+        self._count(resident, +1)
         return resident
 
     def _release(self, resident: Resident) -> None:
-        resident.streams -= 1
-        self._metrics.streams(resident.manifest.version, resident.streams)
-        self.drop_idle(resident)
+        self._count(resident, -1)
+        self._tidy()
+        if self.lacks_room or self._wanted:
+            self.changed.set()
+
+    def _count(self, resident: Resident, change: int) -> None:
+        number = resident.manifest.version
+        resident.streams += change
+        self._metrics.streams(number, resident.streams)
+        self._use(resident)
+
+    def _use(self, resident: Resident) -> None:
+        """Notes that a version is used now."""
+        if self.of(resident.manifest) is resident:
+            self._residents[resident.manifest.version] = self._residents.pop(resident.manifest.version)
 
     # How it comes in.
 
@@ -240,43 +285,43 @@ class Residents:
             wanted.waiters = [waiter for waiter in wanted.waiters if not waiter.done()]
             if not wanted.waiters:
                 del self._wanted[number]
-            elif self.lacks_room:
+            elif self.lacks_room and wanted.instead_of is None:
                 continue
-            elif not wanted.hold and (finding := self._catalogue.refusal(wanted.manifest)) is not None:
+            elif not wanted.hold and (finding := self._catalogue.refusal(wanted.manifest, wanted.instead_of)):
                 self._disappoint(number, refused(number, finding.sentence))
             elif (resident := self.of(wanted.manifest)) is not None:
                 self._hand_over(resident)
-            else:
-                self.load(wanted.manifest)
-        for resident in list(self._residents.values()):
-            self.drop_idle(resident)
+            elif not self.load(wanted.manifest, urgent=wanted.instead_of is not None):
+                self.lacks_room = True
+        self._tidy()
 
-    def load(self, manifest: VersionManifest, urgent: bool = False) -> None:
-        """Begins to bring a version in where there is room, or where it is urgent; else notes that it lacks room."""
+    def load(self, manifest: VersionManifest, urgent: bool = False) -> bool:
+        """Begins to bring a version in if there is room, or if it is urgent; whether it is on its way."""
         number = manifest.version
-        if number not in self._loads:
-            self._make_room()
-            full = len(self._residents) + len(self._loads) >= self._limit
-            if number not in self._residents and (urgent or not full):
+        if number not in self._loads and number not in self._residents:
+            for resident in self._idle():
+                if self._excess() >= 0:
+                    self._free(resident)
+            if urgent or self._excess() < 0:
                 self._loads[number] = asyncio.create_task(self._load(manifest))
-        self.lacks_room = number not in self._loads
+        return number in self._loads
 
-    def refuse(self, manifest: VersionManifest, loss: float | None, reason: str, sentence: str) -> None:
-        """Notes that a version must not serve, and tells those who wait for it."""
+    def refuse(self, manifest: VersionManifest, reason: str, sentence: str) -> None:
+        """Tells that a version must not serve, which is noted, and those who wait for it."""
         self._metrics.refused(reason)
         logger.error("version %d is refused, as %s: %s", manifest.version, reason, sentence)
-        self._catalogue.note(manifest, loss, reason, sentence)
         self._disappoint(manifest.version, refused(manifest.version, sentence))
+
+    def let_serve(self, resident: Resident) -> None:
+        """Lets a version that is in memory answer those who name none."""
+        before, self.serving = self.serving, resident
+        if before is not None:
+            self._use(before)
+        self.report()
 
     def report(self) -> None:
         """Says in the metrics which versions are in memory."""
         self._metrics.resident(self.manifests, None if self.serving is None else self.serving.manifest.version)
-
-    def _make_room(self) -> None:
-        """Lets go what is held for operators and not used, where its room is needed."""
-        for resident in list(self._residents.values()):
-            if len(self._residents) + len(self._loads) >= self._limit and resident.held and resident.streams == 0:
-                self.let_go(resident)
 
     async def _load(self, manifest: VersionManifest) -> None:
         """Brings a version into memory and hands it to those who wait for it, or tells them why it cannot be."""
@@ -284,15 +329,19 @@ class Residents:
         try:
             resident = await self._bring_in(manifest)
         except Refused as refusal:
-            self.refuse(manifest, refusal.loss, refusal.reason, str(refusal))
+            self._catalogue.note(manifest, refusal.loss, refusal.reason, str(refusal), refusal.stands_on)
+            self.refuse(manifest, refusal.reason, str(refusal))
         except (NotFound, FailedPrecondition) as error:
             self._disappoint(number, error)
+        except IncompleteCheckpoint as error:
+            logger.warning("version %d lacks files: %s", number, error)
+            self._disappoint(number, Unavailable(self._postponed.add(number, error)))
         except Exception as error:
             # Nothing that the version is to blame for, as far as anybody can tell.
             logger.exception("version %d cannot be loaded now", number)
-            self._disappoint(number, Unavailable(self._postpone(number, error)))
+            self._disappoint(number, Unavailable(self._postponed.add(number, error)))
         else:
-            self._postponed.pop(number, None)
+            self._postponed.forget(number)
             logger.info("version %d is ready after %.2f s", number, time.monotonic() - begin)
             self._residents[number] = resident
             self.report()
@@ -301,20 +350,14 @@ class Residents:
             del self._loads[number]
             self.changed.set()
 
-    def _postpone(self, number: int, error: Exception) -> str:
-        times = self._postponed[number].times + 1 if number in self._postponed else 1
-        until = time.monotonic() + min(_AGAIN_AFTER_S * 2 ** (times - 1), _AGAIN_AFTER_AT_MOST_S)
-        sentence = f"Version {number} cannot be loaded now: {error or repr(error)}; it is tried again."
-        self._postponed[number] = _Postponed(times, until, sentence)
-        return sentence
-
     async def _bring_in(self, manifest: VersionManifest) -> Resident:
         number = manifest.version
         if leaving := [asyncio.wrap_future(gone) for gone in tuple(self._leaving)]:
             await asyncio.wait(leaving)
-        known = self._catalogue.finding(manifest)
+        wanted = self._wanted.get(number)
+        known = self._catalogue.finding(manifest, None if wanted is None else wanted.instead_of)
         if known is not None and known.refusal is not None:
-            if number not in self._wanted or not self._wanted[number].hold:
+            if wanted is None or not wanted.hold:
                 raise refused(number, known.sentence)
             known = None  # somebody asks for another examination
         loop = asyncio.get_running_loop()
@@ -341,7 +384,8 @@ class Residents:
     def _hand_over(self, resident: Resident) -> None:
         wanted = self._wanted.pop(resident.manifest.version, None)
         if wanted is not None:
-            resident.held = resident.held or wanted.hold
+            if wanted.hold:
+                resident.held, resident.leaving = True, False
             for waiter in wanted.waiters:
                 if not waiter.done():
                     waiter.set_result(self._join(resident))

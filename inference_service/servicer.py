@@ -27,7 +27,8 @@ from inference_service.engine.request import (
 )
 from inference_service.metrics import InferenceMetrics
 from inference_service.patience import Patience
-from inference_service.residents import Resident, Residents
+from inference_service.resident import Resident
+from inference_service.residents import Residents
 from inference_service.translate import Draft, Selection
 from shared.errors import DeadlineExceeded, GptloopError, Unavailable
 from shared.grpc_status import code_of
@@ -94,7 +95,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GetModel(self, message: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describes a version, which need not be in memory."""
         manifest = (
-            await self._choose(translate.read_selection(message.model)) or self._residents.require_serving().manifest
+            await self._choose(translate.read_selection(message.model))
+            or (await self._residents.await_serving()).manifest
         )
         await self._catalogue.look()
         return translate.write_model(manifest, labels_of(manifest.version, self._catalogue.labels()))

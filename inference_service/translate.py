@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from inference_service.engine.request import Delta, Finished, FinishReason, GenerationRequest
-from inference_service.hotload import Standing
+from inference_service.standing import Standing
 from shared.errors import InvalidArgument
 from shared.gpt.sampling import SamplingParameters, check_biases
 from shared.gpt.tokenizer import Tokenizer
@@ -20,6 +20,8 @@ DEFAULT_MAX_TOKENS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
+# Of a text that comes from the registry.
+_MOST_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -185,16 +187,27 @@ def write_finished(finished: Finished, index: int) -> pb.GenerateResponse:
     return pb.GenerateResponse(finished=message)
 
 
+def readable(text: str) -> str:
+    """A text from outside as a message can hold it: valid UTF-8, and not endless."""
+    return text[:_MOST_CHARACTERS].encode(errors="backslashreplace").decode()
+
+
 def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:
     """What a version's manifest says."""
-    config = {name: value for name, value in manifest.model.items() if name in pb.ModelConfig.DESCRIPTOR.fields_by_name}
+    config = {
+        name: value
+        for name, value in manifest.model.items()
+        if name in pb.ModelConfig.DESCRIPTOR.fields_by_name
+        and isinstance(value, bool if name == "tied_head" else int)
+        and abs(value) < 2**31
+    }
     return pb.GetModelResponse(
         version=manifest.version,
-        run=manifest.run,
+        run=readable(manifest.run),
         step=manifest.step,
         created_at=_write_time(manifest.created_at),
         config=pb.ModelConfig(**config),  # type: ignore[arg-type]
-        tokenizer=manifest.tokenizer,
+        tokenizer=readable(manifest.tokenizer),
         parameters=manifest.parameters,
         training_loss=manifest.training_loss,
         validation_loss=manifest.validation_loss,
@@ -208,7 +221,7 @@ def write_standing(standing: Standing) -> pb.VersionStatus:
     status = pb.VersionStatus(
         version=standing.number,
         state=f"VERSION_STATE_{standing.state.name}",
-        reason=standing.reason,
+        reason=readable(standing.reason),
         labels=standing.labels,
         streams=standing.streams,
         held=standing.held,

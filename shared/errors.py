@@ -55,6 +55,10 @@ class CorruptCheckpoint(GptloopError):
     """A checkpoint's files do not match its manifest, or cannot be read."""
 
 
+class IncompleteCheckpoint(CorruptCheckpoint):
+    """A file of a checkpoint is missing or too short, as while the checkpoint is still being copied."""
+
+
 class RunOwnershipLost(GptloopError):
     """Another process took over the run; this one must not write it any more."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from shared import cli
 from shared.lists import Column, print_list
 from shared.registry.manifest import VersionManifest
-from shared.registry.policy import labels_of
+from shared.registry.policy import describe_other_text, labels_of
 from shared.registry.store import Registry
 from trainer_service.follow import describe_job
 from trainer_service.records import JobRecord
@@ -69,7 +69,7 @@ def print_runs(runs: Sequence[Run], as_json: bool) -> None:
 
 def print_checkpoints(registry: Registry, as_json: bool) -> None:
     """Every version in the registry, the oldest first."""
-    labels = registry.labels()
+    versions, labels = registry.versions(), registry.labels()
     columns = (
         Column[VersionManifest]("version", lambda each: each.version, right=True),
         Column[VersionManifest]("step", lambda each: each.step, lambda each: f"{each.step:,}", rank=1, right=True),
@@ -109,12 +109,12 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
         Column[VersionManifest]("run", lambda each: each.run, rank=2),
     )
     print_list(
-        registry.versions(),
+        versions,
         columns,
         as_json=as_json,
         empty="No version yet: the first one comes with the first evaluation of a training job.",
     )
-    if not as_json and (sentence := registry.other_text()):
+    if not as_json and (sentence := describe_other_text(versions, registry.known(versions).refused)):
         print(sentence)
 
 

@@ -4,11 +4,11 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, shown
+from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, shown
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
 
 _CHUNK_BYTES = 1 << 20
@@ -93,19 +93,57 @@ def reveal(staging: Path, final: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Replaces a text file whole, so that readers and power failures find the old text or the new one."""
-    replacement = path.with_name(f"{path.name}.new")
+    replace_texts({path: text})
+
+
+def replace_texts(texts: Mapping[Path, str]) -> None:
+    """Replaces text files, each as `replace_text` does.
+
+    All of them are on the disk before the first one is replaced: a full disk leaves the old texts.
+    """
+    replacements = {path: path.with_name(f"{path.name}.new") for path in texts}
     try:
-        write_synced(replacement, text)
-        replacement.replace(path)
+        for path, replacement in replacements.items():
+            write_synced(replacement, texts[path])
+        for path, replacement in replacements.items():
+            replacement.replace(path)
     except OSError:
-        with suppress(OSError):
-            replacement.unlink(missing_ok=True)
+        for replacement in replacements.values():
+            with suppress(OSError):
+                replacement.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    for folder in {path.parent for path in texts}:
+        sync(folder)
+
+
+def lacking(directory: Path, records: tuple[FileRecord, ...]) -> str:
+    """What a folder does not hold yet of the files of its manifest, in a few words; empty if it holds all of them.
+
+    Looks at names and sizes only. Raises `OSError` if the disk does not yield them.
+    """
+    for record in records:
+        try:
+            size_bytes = (directory / record.name).stat().st_size
+        except FileNotFoundError:
+            return f"{record.name} is missing"
+        if size_bytes < record.size_bytes:
+            return f"{record.name} has {size_bytes:,} of {record.size_bytes:,} bytes"
+    return ""
+
+
+def files_state(directory: Path) -> str:
+    """Names, sizes and times of the files of a folder in one word, which differs once any of them has changed."""
+    states = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            states.append(f"{path.name!r} {status.st_size} {status.st_mtime_ns} {status.st_ino}")
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
 
 def verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
-    """Compares a folder with its manifest; raises `CorruptCheckpoint` and names the first file that differs."""
+    """Compares a folder with its manifest; raises `CorruptCheckpoint` and names the first file that differs, as
+    `IncompleteCheckpoint` if it is missing or too short."""
     try:
         _verify_files(directory, records)
     except OSError as error:
@@ -113,6 +151,8 @@ def verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
 
 
 def _verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
+    if directory.is_dir() and (what := lacking(directory, records)):
+        raise IncompleteCheckpoint(f"{directory} does not hold all files of its manifest: {what}.")
     expected = {record.name for record in records} | {MANIFEST_NAME}
     present = {path.name for path in directory.iterdir()} - IGNORED_NAMES if directory.is_dir() else set()
     if present != expected:

@@ -7,14 +7,15 @@ serving/findings/<n>.<device>.json  what servers on a kind of device found out a
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shared.errors import CorruptCheckpoint, InvalidArgument, shown
-from shared.registry.commit import locked, make_folder, replace_text, writing
-from shared.registry.manifest import RUN_NAME, typed
+from shared.registry.commit import files_state, locked, make_folder, replace_texts, writing
+from shared.registry.findings import CORRUPT, Finding, Findings
+from shared.registry.manifest import RUN_NAME, VersionManifest, typed
 
 LABELS = ("best", "latest", "stable")
 _PINNED = "pinned:"
@@ -22,25 +23,6 @@ _RUN = "run:"
 # A version's number as it is written.
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _FINDING = re.compile(rf"({_NUMBER.pattern})\.[a-z0-9_]+\.json")
-# What a refusal with such a reason says does not depend on what computes.
-_EVERYWHERE = frozenset({"corrupt", "unfit", "rolled_back"})
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a server found out about a version, before or while it served it.
-
-    `digest` is that of the version's manifest, `device` what computed. `loss` is that of the carried windows in nats a
-    token, as the version was served, None where it did not come so far. `refusal` says in a word why the version must
-    not serve, None where it may, and `sentence` in a sentence. `at` is in seconds since the epoch.
-    """
-
-    digest: str
-    device: str
-    loss: float | None
-    refusal: str | None
-    sentence: str
-    at: float
 
 
 @dataclass(frozen=True)
@@ -50,23 +32,6 @@ class Decided:
     refused: frozenset[int] = frozenset()
     stable: int | None = None
     policy: str = LABELS[0]
-
-
-def finding_on(findings: Sequence[Finding], digest: str, device: str) -> Finding | None:
-    """What was found out last about the version of a digest and counts on a kind of device."""
-    counting = [
-        finding
-        for finding in findings
-        if finding.digest == digest and (finding.device == device or finding.refusal in _EVERYWHERE)
-    ]
-    return max(counting, key=lambda finding: finding.at, default=None)
-
-
-def is_refused_everywhere(findings: Sequence[Finding], digest: str) -> bool:
-    """Whether the version of a digest must not serve on any kind of device of which something is known."""
-    known = [finding_on(findings, digest, device) for device in {finding.device for finding in findings}]
-    found = [finding for finding in known if finding is not None]
-    return bool(found) and all(finding.refusal is not None for finding in found)
 
 
 def check_label(label: str) -> str:
@@ -116,18 +81,30 @@ class Decisions:
 
     def set_policy(self, label: str) -> None:
         """Lets the version of a label serve; raises `InvalidArgument` on what is none."""
-        self._write("policy", check_label(label))
+        self._write({"policy": check_label(label)})
 
     def stable(self) -> int | None:
         """The number of the stable version, if there is one."""
         text = _read(self._folder / "stable")
         if text is not None and not _NUMBER.fullmatch(text):
-            raise CorruptCheckpoint(f"{self._folder / 'stable'} cannot be understood: {text[:40]!r} is no version.")
+            raise CorruptCheckpoint(f"{self._folder / 'stable'} cannot be understood: {shown(text)} is no version.")
         return None if text is None else int(text)
 
     def set_stable(self, number: int) -> None:
         """Makes a version the stable one."""
-        self._write("stable", str(number))
+        self._write({"stable": str(number)})
+
+    def found(
+        self,
+        versions: Iterable[VersionManifest],
+        kept: Mapping[int, Sequence[Finding]],
+        unsaved: Mapping[int, Finding] | None = None,
+    ) -> Findings:
+        """What of the findings that are kept still stands; `unsaved` are those that are about to be written."""
+        found = [*(unsaved or {}).items(), *((number, each) for number, known in kept.items() for each in known)]
+        corrupt = {number for number, finding in found if finding.refusal == CORRUPT}
+        files = {number: files_state(self._root / "versions" / str(number)) for number in corrupt}
+        return Findings({version.version: version.digest for version in versions}, kept, files)
 
     def findings(self) -> dict[int, list[Finding]]:
         """What was found out about each version, by its number; what cannot be read is found out again."""
@@ -143,7 +120,11 @@ class Decisions:
 
     def keep(self, number: int, finding: Finding) -> None:
         """Keeps what was found out about a version, in the place of what was found out before on the same device."""
-        self._write(f"findings/{number}.{finding.device}.json", json.dumps(asdict(finding), indent=2))
+        self._write(_file_of(number, finding))
+
+    def roll_back(self, number: int, finding: Finding, policy: str | None = None) -> None:
+        """Keeps the finding that refuses a version, and sets a policy with it if there is one: both or neither."""
+        self._write(_file_of(number, finding) | ({} if policy is None else {"policy": check_label(policy)}))
 
     def forget(self, number: int) -> None:
         """Lets a version be judged anew."""
@@ -163,12 +144,18 @@ class Decisions:
             return [path for path in (self._folder / "findings").iterdir() if _FINDING.fullmatch(path.name)]
         return []
 
-    def _write(self, name: str, text: str) -> None:
-        path = self._folder / name
+    def _write(self, texts: Mapping[str, str]) -> None:
+        paths = {self._folder / name: text for name, text in texts.items()}
         with writing(self._root):
-            make_folder(path.parent, self._root)
+            for path in paths:
+                make_folder(path.parent, self._root)
             with self.held():
-                replace_text(path, text)
+                replace_texts(paths)
+
+
+def _file_of(number: int, finding: Finding) -> dict[str, str]:
+    """The name and the text of the file that keeps a finding."""
+    return {f"findings/{number}.{finding.device}.json": json.dumps(asdict(finding), indent=2)}
 
 
 def _number_of(finding: Path) -> int:
@@ -178,6 +165,8 @@ def _number_of(finding: Path) -> int:
 def _read(path: Path) -> str | None:
     """What a file holds; None where there is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise CorruptCheckpoint(f"{path} cannot be read: it is not a file.")
         return path.read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -71,6 +71,8 @@ class _Manifest:
     def read(cls, directory: Path) -> Self:
         """The manifest of a checkpoint's folder; raises `CorruptCheckpoint` where it cannot be understood."""
         path = directory / MANIFEST_NAME
+        if path.exists() and not path.is_file():
+            raise CorruptCheckpoint(f"{path} is not a file.")
         try:
             with path.open("rb") as file:
                 content = file.read(_MOST_BYTES + 1)
@@ -102,6 +104,9 @@ class _Manifest:
         manifest = cls(**typed(cls, values))
         if not RUN_NAME.fullmatch(manifest.run):
             raise ValueError(f"run is {shown(manifest.run, 40)}")
+        for record in manifest.files:
+            if record.name in ("", ".", "..") or "\0" in record.name or "/" in record.name:
+                raise ValueError(f"{shown(record.name, 40)} is not the name of a file")
         return manifest
 
 

@@ -9,6 +9,8 @@ from shared.registry.manifest import IMPORTED, VersionManifest
 
 # A version on another text takes the lead over once it has trained on this share of the tokens of the best one.
 _SHARE = 0.5
+# Rows of a batch, and tokens of a context.
+_MOST_A_STEP = 2**31
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,13 @@ def labels_of(number: int, labels: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(label for label, named in labels.items() if named == number)
 
 
+def describe_labels(labels: Mapping[str, int]) -> str:
+    """Which labels there are, for a sentence on what there is not."""
+    if not labels:
+        return "the registry is still empty"
+    return "the labels are " + ", ".join(f"{label} (version {number})" for label, number in labels.items())
+
+
 def describe_other_text(versions: Sequence[VersionManifest], refused: frozenset[int] = frozenset()) -> str:
     """A sentence on the newest versions if they do not compare with the best one, and when they take over; else
     empty."""
@@ -122,5 +131,7 @@ def _rank(version: VersionManifest) -> tuple[float, int]:
 
 
 def _tokens_per_step(version: VersionManifest) -> int:
-    rows, length = version.training.get("batch_size"), version.training.get("context_length")
-    return rows * length if isinstance(rows, int) and isinstance(length, int) else 0
+    """0 where a version does not say, in numbers that can be true."""
+    factors = (version.training.get("batch_size"), version.training.get("context_length"))
+    sensible = [factor for factor in factors if isinstance(factor, int) and 0 < factor < _MOST_A_STEP]
+    return math.prod(sensible) if len(sensible) == len(factors) else 0

@@ -21,6 +21,7 @@ from shared.errors import CorruptCheckpoint, NotFound, shown
 from shared.registry import policy
 from shared.registry.commit import (
     IGNORED_NAMES,
+    lacking,
     locked,
     make_folder,
     record_files,
@@ -30,7 +31,7 @@ from shared.registry.commit import (
     verify_files,
     writing,
 )
-from shared.registry.decisions import LABELS, Decided, Decisions, check_label, is_refused_everywhere
+from shared.registry.decisions import LABELS, Decided, Decisions, check_label
 from shared.registry.fence import Fence
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
@@ -102,7 +103,7 @@ class Registry:
         try:
             return self._manifest(number)
         except FileNotFoundError:
-            raise NotFound(f"There is no version {number}; {_existing(self.labels())}.") from None
+            raise NotFound(f"There is no version {number}; {policy.describe_labels(self.labels())}.") from None
 
     def _manifest(self, number: int) -> VersionManifest:
         directory = self.version_directory(number)
@@ -138,33 +139,38 @@ class Registry:
                 raise
             raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
 
+    def lacking(self, manifest: VersionManifest) -> str:
+        """What a version lacks of its files, as while it is copied, in a few words; empty if they are all there."""
+        try:
+            return lacking(self.version_directory(manifest.version), manifest.files)
+        except OSError as error:
+            return f"{error.filename} cannot be read: {error.strerror}"
+
     def labels(self) -> dict[str, int]:
         """Every label with the number of the version that it names now; without those of files that cannot be read."""
         versions = self.versions()
+        return policy.labels(versions, self.known(versions))
+
+    def known(self, versions: Sequence[VersionManifest]) -> Decided:
+        """What was decided and found out about versions, without the decisions that cannot be read."""
         try:
-            return policy.labels(versions, self.decided(versions))
+            return self.decided(versions)
         except CorruptCheckpoint as error:
             logger.warning("only the labels that follow from the manifests are known: %s", error)
-            return policy.labels(versions, Decided())
-
-    def other_text(self) -> str:
-        """A sentence on the newest versions if they do not compare with the best one; else empty."""
-        versions = self.versions()
-        try:
-            return policy.describe_other_text(versions, self.decided(versions).refused)
-        except CorruptCheckpoint:
-            return policy.describe_other_text(versions)
+            return Decided(self._refused(versions))
 
     def decided(self, versions: Sequence[VersionManifest]) -> Decided:
         """What was decided and found out about versions; raises `CorruptCheckpoint` where some decision cannot be
         read."""
-        findings = self.decisions.findings()
-        refused = frozenset(
+        return Decided(self._refused(versions), self.decisions.stable(), self.decisions.policy())
+
+    def _refused(self, versions: Sequence[VersionManifest]) -> frozenset[int]:
+        found = self.decisions.found(versions, self.decisions.findings())
+        return frozenset(
             version.version
             for version in versions
-            if is_refused_everywhere(findings.get(version.version, ()), version.digest)
+            if found.refused_everywhere(version.version, version.digest) or self.lacking(version)
         )
-        return Decided(refused, self.decisions.stable(), self.decisions.policy())
 
     def resolve(self, label: str) -> VersionManifest:
         """The version that a label names; raises `InvalidArgument` on what is no label, and `NotFound`."""
@@ -175,7 +181,7 @@ class Registry:
             versions = self.versions()
             number = policy.number_of(label, versions, self.decided(versions))
         if number is None:
-            raise NotFound(f"No version has the label {label!r}; {_existing(labels)}.")
+            raise NotFound(f"No version has the label {label!r}; {policy.describe_labels(labels)}.")
         return self.version(number)
 
     def publish_version(
@@ -340,9 +346,3 @@ class Registry:
 
 def _is_run(path: Path) -> bool:
     return RUN_NAME.fullmatch(path.name) is not None and path.is_dir()
-
-
-def _existing(labels: dict[str, int]) -> str:
-    if not labels:
-        return "the registry is still empty"
-    return "the labels are " + ", ".join(f"{label} (version {number})" for label, number in labels.items())

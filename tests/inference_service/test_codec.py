@@ -14,7 +14,7 @@ from inference_service.admission import Admission
 from inference_service.codec import MAX_TEXT_BYTES, MAX_TOKENS, MAX_WAITING, Codec
 from inference_service.patience import Patience
 from inference_service.pauses import Pauses
-from inference_service.residents import Resident
+from inference_service.resident import Resident
 from inference_service.servicer import InferenceServicer
 from inference_service.translate import read_generate
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted

@@ -1,5 +1,8 @@
 """Versions that deserve to serve and versions that do not, as a real engine examines them."""
 
+import hashlib
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +11,9 @@ from typing import Any
 import pytest
 
 from inference_service import gate
-from inference_service.hotload import State
-from shared.errors import CorruptCheckpoint, FailedPrecondition
+from inference_service.standing import State
+from inference_service.translate import write_standing
+from shared.errors import CorruptCheckpoint, FailedPrecondition, Unavailable
 from shared.gpt import weights
 from shared.gpt.cpu_decoder import CpuDecoder
 from shared.registry.manifest import VersionManifest
@@ -82,17 +86,116 @@ def test_what_cannot_serve_is_refused_with_the_reason(
     run(world, test)
 
 
-@pytest.mark.parametrize("change", [flip_a_bit, cut_off, lose_a_file])
-def test_what_was_changed_after_its_commit_never_serves(world: World, change: Callable[[Path], None]) -> None:
+def test_what_was_changed_after_its_commit_never_serves(world: World) -> None:
     async def test() -> None:
         publish_tiny_version(world.registry, 2.0)
         await until(lambda: world.serving == 1)
-        drop(world, change, "staged")
+        drop(world, flip_a_bit, "staged")
         await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
         await polls(world)
         assert world.serving == 1
 
     run(world, test)
+
+
+@pytest.mark.parametrize("change", [cut_off, lose_a_file])
+def test_missing_and_short_files_are_waited_for(world: World, change: Callable[[Path], None]) -> None:
+    async def test() -> None:
+        publish_tiny_version(world.registry, 2.0)
+        await until(lambda: world.serving == 1)
+        manifest = drop(world, change, "staged")
+        await polls(world)
+        two = (await world.loader.standings())[1]
+        assert (two.state, two.labels) == (State.WAITING, ())
+        assert two.reason.startswith("Version 2 waits for its files: ")
+        with pytest.raises(Unavailable, match="Version 2 waits for its files"):
+            async with world.residents.stream(manifest):
+                pass
+        with pytest.raises(Unavailable, match="Version 2 waits for its files"):
+            await world.loader.let_serve("pinned:2")
+        assert world.serving == 1
+        assert world.registry.decisions.findings().keys() == {1}
+
+    run(world, test)
+
+
+def test_a_version_that_is_copied_file_by_file_serves_once_it_is_whole(world: World) -> None:
+    staged = Registry(world.registry.root.parent / "staged")
+    publish_tiny_version(staged, 1.0)
+    source, target = staged.version_directory(1), world.registry.version_directory(1)
+
+    async def test() -> None:
+        target.mkdir(parents=True)
+        await polls(world)
+        (nothing,) = await world.loader.standings()
+        assert (nothing.state, nothing.manifest) == (State.WAITING, None)
+        # The manifest first, and each file in two pieces.
+        for path in sorted(source.iterdir(), key=lambda path: path.name != "manifest.json"):
+            content = path.read_bytes()
+            for piece in (content[: len(content) // 2], content):
+                (target / path.name).write_bytes(piece)
+                await polls(world)
+        await until(lambda: world.serving == 1)
+        await until(lambda: bool(world.registry.decisions.findings()))
+
+    run(world, test)
+    assert [each.refusal for each in world.registry.decisions.findings()[1]] == [None]
+
+
+def test_a_corrupt_version_is_examined_again_once_its_files_are_brought_back(world: World, tmp_path: Path) -> None:
+    publish_tiny_version(world.registry, 2.0)
+    publish_tiny_version(world.registry, 1.0)
+    path = world.registry.version_directory(2) / "model.safetensors"
+    whole = path.read_bytes()
+    flip_a_bit(path.parent)
+
+    async def test() -> None:
+        await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
+        await until(lambda: world.serving == 1)
+        await polls(world)
+        assert (await world.loader.standings())[1].reason.startswith("corrupt: ")
+        copy = tmp_path / "copy"
+        copy.write_bytes(whole)
+        copy.replace(path)
+        await until(lambda: world.serving == 2)
+        assert world.value("refused_versions_total", reason="corrupt") == 1
+
+    run(world, test)
+
+
+def test_what_was_worse_than_a_version_serves_once_that_one_is_refused(world: World) -> None:
+    publish_tiny_version(world.registry, 2.0, seed=GOOD_SEED)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 1)
+        publish_tiny_version(world.registry, 1.0, seed=BAD_SEED)
+        await until(lambda: world.value("refused_versions_total", reason="worse") == 1)
+        assert (await world.loader.standings())[1].state is State.REFUSED
+        assert await world.loader.roll_back() == 2
+        await until(lambda: world.serving == 2)
+        one, two = await world.loader.standings()
+        assert (one.state, two.state, two.reason) == (State.REFUSED, State.SERVING, "")
+
+    run(world, test)
+
+
+def test_what_was_worse_than_a_version_serves_after_a_restart_without_that_one(world: World) -> None:
+    publish_tiny_version(world.registry, 2.0, seed=GOOD_SEED)
+    decisions = world.registry.decisions
+
+    async def refuse() -> None:
+        await until(lambda: world.serving == 1)
+        publish_tiny_version(world.registry, 1.0, seed=BAD_SEED)
+        await until(lambda: any(each.refusal for each in decisions.findings().get(2, ())))
+
+    run(world, refuse)
+    world.registry.remove_version(1)
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        await until(lambda: restarted.serving == 2)
+
+    run(restarted, test)
 
 
 def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(world: World) -> None:
@@ -243,12 +346,35 @@ def tear_manifest(directory: Path) -> None:
     manifest.write_text(manifest.read_text()[:-100])
 
 
-def lose_manifest(directory: Path) -> None:
+def odd_manifest(name: str, value: object) -> Callable[[Path], None]:
+    """Lets a manifest hold a value, and the hash of what it holds then."""
+
+    def change(directory: Path) -> None:
+        path = directory / "manifest.json"
+        values = json.loads(path.read_text()) | {name: value}
+        del values["sha256"]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps(values | {"sha256": digest}))
+
+    return change
+
+
+def no_file(directory: Path) -> None:
     (directory / "manifest.json").unlink()
+    os.mkfifo(directory / "manifest.json")
 
 
-@pytest.mark.parametrize("damage", [tear_manifest, lose_manifest])
-def test_a_version_whose_manifest_cannot_be_read_is_listed_as_refused(
+@pytest.mark.parametrize(
+    "damage",
+    [
+        tear_manifest,
+        no_file,
+        *(odd_manifest(name, 10**30) for name in ("step", "parameters", "validation_loss")),
+        *(odd_manifest(name, value) for name, value in (("bits_per_byte", float("nan")), ("run", "\ud800"))),
+        *(odd_manifest("files", [{"name": name, "size_bytes": 1, "sha256": ""}]) for name in ("a\0b", "../model")),
+    ],
+)
+def test_a_version_whose_manifest_cannot_be_understood_is_listed_as_refused(
     world: World, damage: Callable[[Path], None]
 ) -> None:
     publish_tiny_version(world.registry, 1.0)
@@ -261,6 +387,7 @@ def test_a_version_whose_manifest_cannot_be_read_is_listed_as_refused(
         assert (one.number, one.state) == (1, State.SERVING)
         assert (two.number, two.state, two.manifest) == (2, State.REFUSED, None)
         assert two.reason.startswith("corrupt: ")
+        assert len(write_standing(two).reason) < 1000
         await polls(world)
         assert world.value("refused_versions_total", reason="corrupt") == 1
 
@@ -293,7 +420,7 @@ def test_a_version_that_cannot_be_read_now_is_tried_again(world: World, monkeypa
         verify(manifest)
 
     monkeypatch.setattr(world.registry, "verify", unreadable)
-    monkeypatch.setattr("inference_service.residents._AGAIN_AFTER_S", 0.2)
+    monkeypatch.setattr("inference_service.postponed.AGAIN_AFTER_S", 0.2)
 
     async def test() -> None:
         nonlocal failing
@@ -321,7 +448,7 @@ def test_what_a_whole_file_does_not_yield_is_no_refusal(
         return load(*arguments)
 
     monkeypatch.setattr(gate, "load_model", fail_once)
-    monkeypatch.setattr("inference_service.residents._AGAIN_AFTER_S", 0.1)
+    monkeypatch.setattr("inference_service.postponed.AGAIN_AFTER_S", 0.1)
 
     async def test() -> None:
         await until(lambda: world.serving == 1)

@@ -1,16 +1,122 @@
 """Following the registry, and what operators choose, with a real engine and tiny versions."""
 
+import asyncio
 import logging
 from pathlib import Path
 
 import pytest
 
-from inference_service.hotload import State
-from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from inference_service.standing import State
+from shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
 from tests.inference_service.world import World, hold_read, polls, run, served, standing, until
+
+
+async def answer(world: World) -> int:
+    """The version that answers those who name none."""
+    async with world.residents.stream(None) as resident:
+        return resident.manifest.version
+
+
+def test_requests_wait_for_a_version_that_is_about_to_serve(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        # At once after it was published: the server has not looked since.
+        publish_tiny_version(fresh.registry, 1.0)
+        waiting = [asyncio.create_task(answer(fresh)) for _ in range(5)]
+        await until(reading.entered.is_set)
+        await polls(fresh)
+        assert not any(task.done() for task in waiting)
+        waiting[0].cancel()
+        reading.go_on.set()
+        assert await asyncio.gather(*waiting[1:]) == [1] * 4
+
+    run(fresh, test)
+
+
+def test_requests_that_wait_are_told_why_nothing_serves_after_all(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
+        waiting = asyncio.create_task(answer(fresh))
+        await until(reading.entered.is_set)
+        reading.go_on.set()
+        with pytest.raises(Unavailable, match="No version can serve: version 1 was refused, as unfit: "):
+            await waiting
+
+    run(fresh, test)
+
+
+def test_those_who_wait_for_a_first_version_are_bounded(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        publish_tiny_version(fresh.registry, 1.0)
+        waiting = [asyncio.create_task(answer(fresh)) for _ in range(16)]
+        await until(reading.entered.is_set)
+        await polls(fresh)
+        with pytest.raises(ResourceExhausted, match="16 requests wait"):
+            await answer(fresh)
+        reading.go_on.set()
+        assert await asyncio.gather(*waiting) == [1] * 16
+
+    run(fresh, test)
+
+
+def test_after_a_restart_the_reason_is_told_why_nothing_serves(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 2.0, change=no_tokenizer)
+    publish_tiny_version(fresh.registry, 1.0, better_by=0.5)
+    fresh.registry.decisions.set_policy("pinned:7")
+
+    async def refuse() -> None:
+        await until(lambda: len(fresh.registry.decisions.findings()) == 2)
+
+    run(fresh, refuse)
+    restarted = World(fresh.registry.root)
+
+    async def test() -> None:
+        with pytest.raises(Unavailable) as told:
+            await answer(restarted)
+        assert str(told.value).startswith(
+            "No version can serve: versions 1 to 2 were refused, the last one as lying: it claims a held-out loss of"
+        )
+        assert str(told.value).endswith(" The policy is 'pinned:7', which names no version.")
+
+    run(restarted, test)
+
+
+def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = world.registry.root / "serving" / "policy"
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.let_serve("pinned:1")
+        await until(lambda: world.serving == 1)
+        path.write_text("newest")
+        await polls(world, 10)
+        assert (world.serving, world.catalogue.policy) == (1, "pinned:1")
+        (notice,) = world.catalogue.notices
+        assert notice.startswith("The policy stays pinned:1: ") and "'newest' is no label" in notice
+        assert caplog.text.count(notice) == 1
+        path.write_text("newer")
+        await polls(world, 10)
+        assert caplog.text.count("The policy stays") == 2
+        # What is not damaged goes on.
+        await world.loader.promote(3)
+        assert "stable" in (await standing(world, 3)).labels
+        path.write_text("stable")
+        await until(lambda: world.serving == 3)
+        assert world.catalogue.notices == []
+
+    run(world, test)
 
 
 def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -25,7 +131,6 @@ def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogC
         publish_tiny_version(fresh.registry, 3.0)
         publish_tiny_version(fresh.registry, 1.0)
         await until(lambda: fresh.serving == 3)
-        await until(lambda: fresh.resident() == {"3"})
         assert served(caplog) == [1, 3]
         assert fresh.value("swaps_total") == 1
 

@@ -51,6 +51,32 @@ def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: Co
     assert kinds == [1, 2, 3, 4]
 
 
+def test_what_has_not_happened_yet_is_counted_as_zero(
+    metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
+) -> None:
+    one = publish_tiny_version(Registry(tmp_path), 1.0)
+    metrics.resident([one], 1)
+    values = page(registry)
+    prefix = "gptloop_inference"
+    ends = ("eos", "length", "stop", "context_length", "cancelled", "deadline", "unavailable", "resource_exhausted")
+    for end in (*ends, "invalid_argument", "internal"):
+        assert values[f"{prefix}_requests_total", end] == values[f"{prefix}_version_requests_total", end, "1"] == 0
+    for reason in ("corrupt", "unfit", "not_finite", "lying", "worse", "failing", "rolled_back"):
+        assert values[f"{prefix}_refused_versions_total", reason] == 0
+    assert values[f"{prefix}_version_generated_tokens_total", "1"] == 0
+    assert values[f"{prefix}_version_time_to_first_token_seconds_count", "1"] == 0
+
+
+def test_the_commit_of_a_version_is_measured_to_when_it_serves_and_not_to_when_somebody_asks(
+    metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
+) -> None:
+    one = publish_tiny_version(Registry(tmp_path), 1.0)
+    metrics.serves(one, 0.5, swap=False, first=True)
+    assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
+    metrics.token(1, arrived=1.0, last_at=None, at=1.25)
+    assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
+
+
 def test_a_version_that_is_gone_leaves_no_series(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
@@ -76,8 +102,7 @@ def test_a_version_that_is_gone_leaves_no_series(
     assert not any(name.startswith("gptloop_inference_version_") and "1" in labels for name, *labels in page(registry))
     metrics.resident([], None)
     assert set(page(registry)) == before
-    # The first token of version 1 came after it was committed; version 2 began to serve after its last one.
-    assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 1
+    assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 2
     assert page(registry)["gptloop_inference_swap_duration_seconds_sum",] == 2.0
     assert page(registry)["gptloop_inference_swaps_total",] == 1
 

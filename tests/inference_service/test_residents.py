@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from inference_service.hotload import State
+from inference_service.standing import State
 from shared.errors import FailedPrecondition, NotFound, ResourceExhausted
+from shared.registry.manifest import VersionManifest
 from tests.fakes import publish_tiny_version
 from tests.inference_service.world import World, hold_read, polls, run, served, standing, until
 
@@ -31,7 +32,6 @@ def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
                 await polls(fresh)
                 assert fresh.resident() == {"1", "2"}
         await until(lambda: fresh.serving == 4)
-        await until(lambda: fresh.resident() == {"4"})
         assert served(caplog) == [1, 2, 4]
 
     run(fresh, test)
@@ -50,7 +50,6 @@ def test_an_older_version_is_loaded_for_those_who_name_it(fresh: World) -> None:
                 return resident.manifest.version
 
         assert await asyncio.gather(*(use() for _ in range(3))) == [1, 1, 1]
-        await until(lambda: fresh.resident() == {"2"})
         assert fresh.serving == 2
 
     run(fresh, test)
@@ -100,7 +99,71 @@ def test_what_is_held_makes_room_for_the_version_that_is_to_serve(world: World) 
         await world.loader.load(1)
         publish_tiny_version(world.registry, 0.5)
         await until(lambda: world.serving == 4)
-        await until(lambda: world.resident() == {"4"})
+        await until(lambda: "1" not in world.resident())
+
+    run(world, test)
+
+
+def test_a_named_version_is_read_once_while_there_is_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = world.registry.version(1)
+    read: list[int] = []
+    verify = world.registry.verify
+
+    def count(manifest: VersionManifest) -> None:
+        read.append(manifest.version)
+        verify(manifest)
+
+    monkeypatch.setattr(world.registry, "verify", count)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        for _ in range(5):
+            async with world.residents.stream(one) as resident:
+                assert resident.manifest == one
+            await polls(world)
+        assert read == [2, 1]
+        assert world.resident() == {"1", "2"}
+
+    run(world, test)
+
+
+def test_what_was_used_longest_ago_makes_room_and_what_is_held_goes_last(world: World) -> None:
+    world.residents._limit = 4
+    publish_tiny_version(world.registry, 4.0)
+    manifests = {each.version: each for each in world.registry.versions()}
+
+    async def use(number: int) -> None:
+        async with world.residents.stream(manifests[number]):
+            pass
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.load(1)
+        await use(3)
+        await use(4)
+        await use(3)
+        await use(1)
+        assert world.resident() == {"1", "2", "3", "4"}
+        for newest, stay in ((5, {"1", "2", "3", "5"}), (6, {"1", "2", "5", "6"}), (7, {"1", "5", "6", "7"})):
+            publish_tiny_version(world.registry, 0.5 / newest)
+            await until(lambda newest=newest: world.serving == newest)  # type: ignore[misc]
+            assert world.resident() == {str(number) for number in stay}
+
+    run(world, test)
+
+
+def test_an_idle_version_that_was_removed_or_refused_leaves_memory(world: World) -> None:
+    one = world.registry.version(1)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        async with world.residents.stream(one):
+            pass
+        assert world.resident() == {"1", "2"}
+        world.registry.remove_version(1)
+        await until(lambda: world.resident() == {"2"})
+        await world.loader.roll_back()
+        await until(lambda: world.resident() == {"3"})
 
     run(world, test)
 
@@ -199,8 +262,11 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
         waiting.cancel()
         reading.go_on.set()
         await asyncio.wait([waiting])
-        await polls(fresh)
-        await until(lambda: fresh.resident() == {"2"})
+        await until(lambda: fresh.resident() == {"1", "2"})
+        # It is in nobody's way.
+        assert (await standing(fresh, 1)).streams == 0
+        publish_tiny_version(fresh.registry, 0.5)
+        await until(lambda: fresh.serving == 3)
 
     run(fresh, test)
 
@@ -224,7 +290,7 @@ def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
         monkeypatch.setattr(fresh.metrics, "resident", cancel_and_report)
         await asyncio.wait([waiting])
         assert waiting.cancelled()
-        await until(lambda: fresh.resident() == {"2"})
+        assert (await standing(fresh, 1)).streams == 0
 
     run(fresh, test)
 

@@ -1,13 +1,16 @@
 """Versions that served and must not any more: operators roll them back, or failing streams do."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from inference_service.hotload import State
+from inference_service.standing import State
 from shared.errors import FailedPrecondition, GptloopError
+from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
-from tests.inference_service.world import World, polls, run, standing, until
+from tests.inference_service.spoiling import flip_a_bit
+from tests.inference_service.world import World, hold_read, polls, run, standing, until
 
 
 def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: World) -> None:
@@ -47,10 +50,142 @@ def test_a_rollback_does_not_wait_for_room(world: World) -> None:
             await until(lambda: world.serving == 4)
             async with world.residents.stream(None):
                 assert await world.loader.roll_back(1) == 1
-                await until(lambda: world.serving == 1)
+                assert world.serving == 1
                 assert world.resident() == {"1", "2", "4"}
                 assert world.catalogue.policy == "pinned:1"
-        await until(lambda: world.resident() == {"1"})
+        # Version 4 is refused, version 2 has room.
+        await until(lambda: world.resident() == {"1", "2"})
+
+    run(world, test)
+
+
+def in_the_way(world: World) -> Path:
+    """Makes the folder of decisions one that cannot be written, whoever runs the test."""
+    folder = world.registry.root / "serving"
+    folder.rename(world.registry.root / "kept")
+    folder.write_text("in the way")
+    return folder
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: World, number: int | None) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await until(lambda: bool(world.registry.decisions.findings()))
+        in_the_way(world)
+        with pytest.raises(FailedPrecondition, match="cannot be written"):
+            await world.loader.roll_back(number)
+        await polls(world)
+        assert (world.serving, world.catalogue.policy) == (2, "best")
+        assert (await standing(world, 2)).state is State.SERVING
+        assert world.value("refused_versions_total", reason="rolled_back") == 0
+
+    run(world, test)
+
+
+@pytest.mark.parametrize("what", ["best", "latest", "stable", "pinned:1", "run:tiny"])
+def test_a_policy_that_cannot_be_written_is_not_acted_on(world: World, what: str) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.promote(3)
+        in_the_way(world)
+        with pytest.raises(FailedPrecondition):
+            await world.loader.let_serve(what)
+        with pytest.raises(FailedPrecondition):
+            await world.loader.promote(1)
+        await polls(world)
+        assert (world.serving, world.catalogue.policy) == (2, "best")
+
+    run(world, test)
+
+
+def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await world.loader.roll_back(1)
+        reader = Registry(world.registry.root)
+        assert reader.decisions.policy() == "pinned:1"
+        assert [each.refusal for each in reader.decisions.findings()[2]] == ["rolled_back"]
+
+    run(world, test)
+
+
+def test_a_rollback_onto_a_damaged_version_says_so_and_the_one_before_serves_on(world: World) -> None:
+    flip_a_bit(world.registry.version_directory(1))
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        with pytest.raises(FailedPrecondition, match=r"Version 1 cannot serve: .*SHA-256"):
+            await world.loader.roll_back(1)
+        await polls(world)
+        assert (world.serving, world.catalogue.policy) == (2, "best")
+        assert (await standing(world, 2)).state is State.SERVING
+        assert world.resident() == {"2"}
+
+    run(world, test)
+    restarted = World(world.registry.root)
+
+    async def again() -> None:
+        await until(lambda: restarted.serving == 2)
+
+    run(restarted, again)
+
+
+def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> None:
+    flip_a_bit(world.registry.version_directory(3))
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        assert await world.loader.roll_back() == 1
+        assert world.serving == 1
+        with pytest.raises(FailedPrecondition, match="no other version than 1 that could serve, so it serves on"):
+            await world.loader.roll_back()
+        assert world.serving == 1
+
+    run(world, test)
+
+
+def test_the_one_before_serves_until_its_successor_is_loaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        rolling = asyncio.create_task(world.loader.roll_back(1))
+        await until(reading.entered.is_set)
+        async with world.residents.stream(None) as resident:
+            assert resident.manifest.version == 2
+        assert world.catalogue.policy == "best"
+        reading.go_on.set()
+        assert await rolling == 1
+        assert world.serving == 1
+
+    run(world, test)
+
+
+def test_a_rollback_that_nobody_waits_for_any_more_changes_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        rolling = asyncio.create_task(world.loader.roll_back(1))
+        await until(reading.entered.is_set)
+        rolling.cancel()
+        reading.go_on.set()
+        await asyncio.wait([rolling])
+        await polls(world)
+        assert (world.serving, world.catalogue.policy) == (2, "best")
+
+    run(world, test)
+
+
+def test_the_same_rollback_twice_at_once_takes_one_version_away(world: World) -> None:
+    async def test() -> None:
+        await until(lambda: world.serving == 2)
+        await asyncio.gather(world.loader.roll_back(1), world.loader.roll_back(1))
+        assert world.serving == 1
+        assert (await standing(world, 1)).state is State.SERVING
 
     run(world, test)
 

@@ -15,9 +15,10 @@ from prometheus_client import CollectorRegistry
 from inference_service import gate, residents
 from inference_service.catalogue import Catalogue
 from inference_service.engine.engine import Engine
-from inference_service.hotload import HotLoader, Standing
+from inference_service.hotload import HotLoader
 from inference_service.metrics import InferenceMetrics
 from inference_service.residents import Residents
+from inference_service.standing import Standing
 from shared.accelerator import Memory
 from shared.gpt.decoder import make_decoder
 from shared.registry.store import Registry

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared.registry.decisions import Finding
 from shared.registry.fence import Fence
+from shared.registry.findings import Finding
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry

@@ -19,13 +19,11 @@ from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument
 from shared.registry.decisions import (
     LABELS,
     Decisions,
-    Finding,
     check_label,
-    finding_on,
-    is_refused_everywhere,
     pinned,
     pinned_number,
 )
+from shared.registry.findings import Finding
 
 FINDING = Finding("digest", "cpu", loss=2.5, refusal=None, sentence="", at=1.0)
 REFUSAL = replace(FINDING, loss=None, refusal="lying", sentence="It claims too much.")
@@ -189,10 +187,11 @@ def test_what_the_disk_does_not_yield_was_not_left_undecided(decisions: Decision
         Finding,
         digest=st.text(),
         device=st.from_regex("[a-z0-9_]+", fullmatch=True),
-        loss=st.none() | st.floats(allow_nan=False),
+        loss=st.none() | st.floats(allow_nan=False, allow_infinity=False),
         refusal=st.none() | st.text(),
         sentence=st.text(),
-        at=st.floats(allow_nan=False),
+        at=st.floats(allow_nan=False, allow_infinity=False),
+        stands_on=st.none() | st.text(),
     )
 )
 def test_a_finding_is_read_back_as_it_was_kept(tmp_path_factory: pytest.TempPathFactory, finding: Finding) -> None:
@@ -213,30 +212,34 @@ def test_of_each_version_the_last_finding_of_each_device_is_kept(decisions: Deci
     }
 
 
-@pytest.mark.parametrize("reason", ["corrupt", "unfit", "rolled_back"])
-def test_what_no_device_changes_counts_on_every_device(reason: str) -> None:
-    findings = [FINDING, replace(FINDING, device="metal", refusal=reason, at=2.0)]
-    assert finding_on(findings, "digest", "cpu") == finding_on(findings, "digest", "metal") == findings[1]
-    assert is_refused_everywhere(findings, "digest")
-    # Until it was found out anew.
-    again = replace(FINDING, at=3.0)
-    assert finding_on([*findings, again], "digest", "cpu") == again
-    assert not is_refused_everywhere([*findings, again], "digest")
+def test_a_finding_of_before_stands_on_nothing(decisions: Decisions, serving: Path) -> None:
+    values = {name: value for name, value in asdict(REFUSAL).items() if name != "stands_on"}
+    write(serving / "findings" / "7.cpu.json", json.dumps(values))
+    assert decisions.findings() == {7: [REFUSAL]}
 
 
-@pytest.mark.parametrize("reason", ["not_finite", "lying", "worse", "failing"])
-def test_what_a_device_computes_counts_on_that_device_alone(reason: str) -> None:
-    findings = [FINDING, replace(FINDING, device="metal", refusal=reason, at=2.0)]
-    assert finding_on(findings, "digest", "cpu") == FINDING
-    assert finding_on(findings, "digest", "metal") == findings[1]
-    assert not is_refused_everywhere(findings, "digest")
-    assert is_refused_everywhere(findings[1:], "digest")
+def test_a_rollback_is_written_whole_or_not_at_all(
+    decisions: Decisions, serving: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decisions.set_policy("latest")
+    synced: list[int] = []
 
+    def fail_second(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            synced.append(descriptor)
+            if len(synced) == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-def test_what_was_found_out_about_another_version_does_not_count() -> None:
-    assert finding_on([REFUSAL], "another digest", "cpu") is None
-    assert not is_refused_everywhere([REFUSAL], "another digest")
-    assert not is_refused_everywhere([], "digest")
+    monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)
+    monkeypatch.setattr(os, "fsync", fail_second)
+    with pytest.raises(FailedPrecondition, match="free space"):
+        decisions.roll_back(7, REFUSAL, "pinned:6")
+    assert len(synced) == 2
+    assert (decisions.policy(), decisions.findings()) == ("latest", {})
+    assert not list(serving.rglob("*.new"))
+    monkeypatch.undo()
+    decisions.roll_back(7, REFUSAL, "pinned:6")
+    assert (decisions.policy(), decisions.findings()) == ("pinned:6", {7: [REFUSAL]})
 
 
 @pytest.mark.parametrize("content", DAMAGED_FINDINGS)
@@ -310,7 +313,8 @@ def test_of_writers_at_once_a_reader_sees_one_text_or_the_other(decisions: Decis
         import sys
         from concurrent.futures import ThreadPoolExecutor
         from pathlib import Path
-        from shared.registry.decisions import Decisions, Finding
+        from shared.registry.decisions import Decisions
+        from shared.registry.findings import Finding
 
         decisions = Decisions(Path(sys.argv[1]))
         finding = Finding("digest", "cpu", None, "lying", sys.argv[2] * 100_000, 1.0)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument, NotFound
 from shared.registry import policy
-from shared.registry.decisions import Decided, Finding
+from shared.registry.decisions import Decided
+from shared.registry.findings import Finding
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, publish

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptCheckpoint, InvalidArgument
-from shared.registry.decisions import Finding
 from shared.registry.fence import Fence
+from shared.registry.findings import Finding
 from shared.registry.retention import Retention, judge, prune, read_retention
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, write_model

@@ -135,7 +135,7 @@ def test_a_missing_or_damaged_state_is_named(registry: Registry) -> None:
     with pytest.raises(NotFound, match="its states are of the steps: 5"):
         registry.verified_state("run-1", 6)
     (directory / "state").write_text("whol")
-    with pytest.raises(CorruptCheckpoint, match="has 4 bytes"):
+    with pytest.raises(CorruptCheckpoint, match="has 4 of 5 bytes"):
         registry.verified_state("run-1", 5)
 
 

@@ -326,7 +326,8 @@ class ModelAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RollBack(self, request, context):
-        """Takes the serving version away for good, and lets another one serve.
+        """Takes the serving version away for good, and lets another one serve, which is loaded before. If that or
+        writing the decision fails, nothing changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
