@@ -150,7 +150,11 @@ class Terminal:
         with contextlib.ExitStack() as stack:
             if self._notes.is_terminal:
                 stack.enter_context(
-                    Live(get_renderable=lambda: _overview(answers), console=self._notes, transient=True)
+                    Live(
+                        get_renderable=lambda: _overview(answers, self._notes.width),
+                        console=self._notes,
+                        transient=True,
+                    )
                 )
             pool = stack.enter_context(ThreadPoolExecutor(_TOGETHER))
             try:
@@ -242,11 +246,13 @@ def _answer(prompt: str, parameters: Parameters) -> Answer:
     return Answer(prompt, [""] * (parameters.get("n") or 1))
 
 
-def _overview(answers: Sequence[Answer]) -> Table:
+def _overview(answers: Sequence[Answer], width: int) -> Table:
     """One line for each answer that is under way: the end of a sample's text."""
     table = Table.grid(padding=(0, 1))
     for number, answer in enumerate(answers, start=1):
         running = [text for index, text in enumerate(answer.texts) if index not in answer.finished]
         if answer.started is not None and running:
-            table.add_row(str(number), Text((answer.prompt + running[0])[-72:].replace("\n", " ")))
+            # The number, and the gaps around it, take up to eight columns.
+            text = (answer.prompt + running[0])[-max(width - 8, 1) :]
+            table.add_row(str(number), Text(text.replace("\n", " "), no_wrap=True, overflow="crop"))
     return table

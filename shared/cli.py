@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TextIO
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from shared import interrupts
@@ -14,6 +13,12 @@ from shared.errors import GptloopError, InvalidArgument, shown
 from shared.live_bar import LiveBar
 
 _LONGEST_SENTENCE = 300
+# What a value must be, in words.
+_KINDS = {
+    "a valid boolean": "1, 0, yes, no, true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+}
 
 
 def new_app(description: str | None) -> typer.Typer:
@@ -93,7 +98,12 @@ def invoke(
 def _sentence(error: typer.TyperException, named: Callable[[str], str] | None) -> str:
     """What is wrong with the call."""
     if isinstance(error, typer.BadParameter) and (parameter := error.param) is not None:
-        name = named(parameter.name or "") if named else parameter.get_error_hint().strip("'")
+        if named is not None:
+            name = named(parameter.name or "")
+        elif parameter.param_type_name == "argument":
+            name = str(parameter.metavar or parameter.name).upper()
+        else:
+            name = max(parameter.opts, key=len)
         message = f"{name} is missing." if not error.message else _refusal(name, error)
     elif near := getattr(error, "possibilities", None):
         message = f"{error.message}. Did you mean {' or '.join(sorted(near))}?"
@@ -103,12 +113,13 @@ def _sentence(error: typer.TyperException, named: Callable[[str], str] | None) -
 
 
 def _refusal(name: str, error: typer.BadParameter) -> str:
-    """Why a value of a parameter cannot be used; pydantic has checked it, and knows what it was."""
-    if isinstance(error.__cause__, ValidationError):
-        (finding, *_) = error.__cause__.errors()
-        what = finding["msg"].removeprefix("Input should be ").partition(",")[0]
-        return f"{name.removesuffix('=')} is {shown(finding['input'])}, but must be {what}."
-    return f"{name}: {error.message}."
+    """Why a value of a parameter cannot be used; the library that has checked it knows what it was."""
+    findings = getattr(error.__cause__, "errors", None)
+    if findings is None:
+        return f"{name}: {error.message}."
+    (finding, *_) = findings()
+    what = finding["msg"].removeprefix("Input should be ").partition(",")[0]
+    return f"{name.removesuffix('=')} is {shown(finding['input'])}, but must be {_KINDS.get(what, what)}."
 
 
 def _make_streams_robust() -> None:

@@ -81,7 +81,7 @@ def ended(*words: str, **environment: str) -> tuple[int, str, str]:
         (["say", "a", "--tims", "2"], 2, "error: No such option: --tims. Did you mean --times?\n"),
         (["say", "a", "--times", "0"], 2, "error: --times is '0', but must be greater than or equal to 1.\n"),
         (["say", "a", "--times", "x" * 500], 2, None),
-        (["say"], 2, "error: word is missing.\n"),
+        (["say"], 2, "error: WORD is missing.\n"),
         (["say", *"x" * 900], 2, None),
     ],
 )
