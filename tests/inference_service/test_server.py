@@ -237,7 +237,7 @@ def test_prompts_of_a_file_run_together_and_print_in_order(server: Server, tmp_p
         (("generate", "--prompt", "x", "--version", "99"), 1, "There is no version 99"),
         (("generate", "--prompt", "x", "--top-p", "1.5"), 2, "top_p is 1.5"),
         (("generate",), 2, "PROMPT=… or PROMPTS=<file>"),
-        (("generate", "--prompts", "/nowhere/prompts.txt"), 2, "/nowhere/prompts.txt cannot be read"),
+        (("generate", "--prompts", "/nowhere/prompts.txt"), 2, "'/nowhere/prompts.txt' cannot be read"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(server: Server, arguments: tuple[str, ...], code: int, sentence: str) -> None:
