@@ -98,9 +98,9 @@ chat: $(VENV) ## Write to the model, line by line: VERSION= SEED= TEMPERATURE= M
 info: $(VENV) ## Show the device, its memory and the speed of a product.
 	$(COMMAND) inference_service info
 
-test: $(VENV) ## Run all tests.
-	$(call TAKES)
-	@$(RUN) pytest
+test: $(VENV) ## Run all tests (four minutes on two cores): FAST=1 leaves out the slow ones (one minute)
+	$(call TAKES,FAST)
+	@$(RUN) pytest -n 2 --dist loadfile $(if $(filter-out 0 no false,$(FAST)),-m 'not slow')
 
 bench: .venv/benchmarks ## Compare training and decoding with PyTorch and mlx-lm, side by side (a quarter of an hour).
 	$(call TAKES)

@@ -1,7 +1,5 @@
 """Jobs as the tests of the trainer's parts put them on the queue and work on them."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from shared.registry.store import Registry
@@ -39,11 +37,3 @@ def finish(queue: JobQueue, job: str) -> None:
 def told(queue: JobQueue, job: str) -> list[Event]:
     """All that a job told."""
     return [timed.event for _, timed in queue.read_events(job)]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits for what comes true on its own."""
-    deadline_s = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline_s, "The condition did not come true."
-        time.sleep(0.02)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from tests.waiting import HANG_S
 from trainer_service.redis_server import connect
 from trainer_service.settings import read_settings
 
@@ -30,7 +31,7 @@ class RedisServer:
         """Returns when it answers."""
         command = [sys.executable, "-m", "trainer_service", "redis"]
         self._process = subprocess.Popen(command, env=environment_of(self._var), stdout=subprocess.DEVNULL)
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + HANG_S
         with connect(self.url) as connection:
             while True:
                 try:

@@ -9,6 +9,8 @@ from shared.errors import shown
 from tests.workplace import PROJECT, Workplace
 from trainer_service.presets import PRESETS
 
+pytestmark = pytest.mark.slow
+
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 

@@ -34,10 +34,13 @@ MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 CODE = "\n".join(
     block or span for block, span in re.findall(r"^```\w*\n(.*?)^```|`([^`\n]+)`", README, re.DOTALL | re.MULTILINE)
 )
-# The variables of each target that runs a command.
-VARIABLES = {
+# The variables of each target: those of the command that it runs, or those that it names itself.
+VARIABLES: dict[str, Collection[str]] = {
     target: variables(app_of(module), path.split())
     for target, module, path in re.findall(r"^([a-z-]+):.*\n\t\$\(COMMAND\) (\S+) ?(.*)$", MAKEFILE, re.MULTILINE)
+} | {
+    target: names.split()
+    for target, names in re.findall(r"^([a-z-]+):.*\n\t\$\(call TAKES,?(.*)\)$", MAKEFILE, re.MULTILINE)
 }
 # What deploy sets for the processes that it starts; nobody else should.
 INTERNAL = {

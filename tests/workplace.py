@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.waiting import HANG_S
+
 PROJECT = Path(__file__).parents[1]
 
 
@@ -39,7 +41,7 @@ class Workplace:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_S,
         )
 
     def make(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

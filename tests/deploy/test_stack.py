@@ -1,8 +1,7 @@
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,9 @@ from deploy.stack import ProcessStatus, Stack
 from deploy.supervisor import ProcessState
 from shared.errors import AlreadyExists, FailedPrecondition, Unavailable
 from shared.settings import Directories
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 _HEADER = """
 [supervisord]
@@ -93,13 +95,6 @@ def _process(status: ProcessStatus) -> ProcessState:
     return status.process
 
 
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline_s, "The condition did not come true."
-        time.sleep(0.05)
-
-
 def test_up_returns_when_all_is_healthy_and_down_ends_all(fixture: Fixture) -> None:
     stack = fixture.stack
     stack.up(_ignore)
@@ -150,7 +145,7 @@ def test_a_process_that_dies_is_started_again(fixture: Fixture) -> None:
     stack.up(_ignore)
     killed = _pids(stack)["worker"]
     os.kill(killed, signal.SIGKILL)
-    _wait_until(lambda: _pids(stack)["worker"] not in (killed, 0))
+    wait_until(lambda: _pids(stack)["worker"] not in (killed, 0))
 
 
 def test_a_process_that_does_not_start_is_named_with_its_log_and_nothing_stays(
@@ -189,7 +184,7 @@ def _kill_supervisor(fixture: Fixture) -> dict[str, int]:
     fixture.stack.up(_ignore)
     pids = _pids(fixture.stack)
     os.kill(int(fixture.lock("supervisord").read_text()), signal.SIGKILL)
-    _wait_until(lambda: "supervisord" not in fixture.running())
+    wait_until(lambda: "supervisord" not in fixture.running())
     return pids
 
 

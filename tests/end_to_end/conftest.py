@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.settings import Directories
+from tests.waiting import HANG_S, wait_until
 from trainer_service.events import TimedEvent
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
@@ -94,7 +94,7 @@ class System:
     def watch(self, job: str, until: Callable[[pb.WatchJobResponse], bool]) -> list[pb.WatchJobResponse]:
         """The events of a job up to the first that is waited for; fails where the job ends before."""
         events = []
-        for event in self.trainer.WatchJob(pb.WatchJobRequest(job_id=job), timeout=120):
+        for event in self.trainer.WatchJob(pb.WatchJobRequest(job_id=job), timeout=HANG_S):
             events.append(event)
             if until(event):
                 return events
@@ -103,7 +103,7 @@ class System:
     def finish(self, job: str) -> list[pb.WatchJobResponse]:
         return self.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FINISHED)
 
-    def end(self, job: str, limit_s: float = 120.0) -> pb.Job:
+    def end(self, job: str, hang_s: float = HANG_S) -> pb.Job:
         """The job when it has ended, however that was, and whatever was down meanwhile."""
         answer = pb.GetJobResponse()
 
@@ -112,7 +112,7 @@ class System:
                 answer.CopyFrom(self.trainer.GetJob(pb.GetJobRequest(job_id=job)))
             return answer.job.state in _FINAL
 
-        wait_until(ended, limit_s)
+        wait_until(ended, hang_s=hang_s)
         return answer.job
 
     def events(self, job: str) -> list[TimedEvent]:
@@ -160,7 +160,7 @@ class System:
         return process
 
     def scrape(self, port: int) -> tuple[str, dict[str, float]]:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as page:
             text = page.read().decode()
         samples = {
             " ".join([sample.name, *(value for name, value in sample.labels.items() if name in ("kind", "state"))]): (
@@ -178,7 +178,7 @@ class System:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANG_S,
         )
 
 
@@ -212,13 +212,6 @@ def running(directories: Directories) -> Iterator[System]:
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     with running(Directories(tmp_path_factory.mktemp("system"))) as everything:
         yield everything
-
-
-def wait_until(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "The condition did not come true."
-        time.sleep(0.05)
 
 
 def is_progress(step: int) -> Callable[[pb.WatchJobResponse], bool]:

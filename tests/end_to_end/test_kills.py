@@ -19,18 +19,18 @@ from rq.worker import BaseWorker
 
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.commit import is_locked
-from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress, wait_until
+from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress
+from tests.waiting import wait_until
 from trainer_service.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
 from trainer_service.rq_jobs import JOB_FUNCTION
+
+pytestmark = pytest.mark.slow
 
 # With random numbers in every step.
 VALUES = TINY | {"context_length": "64", "dropout": "0.1"}
 # A run takes so long, however fast the machine is: what is done to it must not come after its end.
 RUN_S = 6.0
 FEWEST_STEPS = 240
-# What is promised for a worker that is killed: how long until that is noticed, and until the next step.
-NOTICED_S = 15.0
-GOES_ON_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,12 @@ def taken_over(events: list[TimedEvent]) -> list[TimedEvent]:
     return events[next(returns) :]
 
 
-def check_limits(events: list[TimedEvent], killed_at: float) -> None:
-    """That the worker is gone is noticed, the job begins again and takes further steps: in this order and in time."""
+def check_order(events: list[TimedEvent]) -> None:
+    """That the worker is gone is noticed, the job begins again and takes further steps, in this order."""
     noticed, *rest = taken_over(events)
     assert states(rest) == [JobState.RUNNING, JobState.FINISHED]
     stepped = next(timed for timed in rest if isinstance(timed.event, Progress))
-    assert 0 < noticed.time - killed_at <= NOTICED_S
-    assert noticed.time < stepped.time <= killed_at + GOES_ON_S
+    assert noticed.time < stepped.time
 
 
 def test_a_worker_that_is_asked_to_stop_gives_its_run_back(system: System, run: Run, reference: Result) -> None:
@@ -157,10 +156,9 @@ def test_the_training_process_of_a_killed_worker_ends_and_another_goes_on(
 ) -> None:
     job = begin(system, run)
     worker, process = system.pid("worker"), system.training_process()
-    killed_at = time.time()
     os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: is_gone(process), NOTICED_S)
-    check_limits(check_end(system, job, reference, attempts=2), killed_at)
+    wait_until(lambda: is_gone(process))
+    check_order(check_end(system, job, reference, attempts=2))
 
 
 def test_a_run_takes_no_notice_of_redis_being_killed(system: System, run: Run, reference: Result) -> None:
@@ -175,7 +173,6 @@ class Outage:
     one was stopped; both were stopped of one, until the job had begun on another worker."""
 
     killed: str
-    killed_at: float
     stuck: str
     stuck_process: int
     frozen: str
@@ -204,7 +201,6 @@ def outage(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -
             elif job == frozen:
                 freeze(system, job, frozen_process, frozen_worker)
             else:
-                killed_at = time.time()
                 os.kill(killed_process, signal.SIGKILL)
                 os.kill(killed_worker, signal.SIGKILL)
         wait_until(lambda: sum(isinstance(timed.event, RunStarted) for timed in system.events(frozen)) == 2)
@@ -213,7 +209,7 @@ def outage(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -
         for job in (killed, stuck, frozen):
             system.end(job)
         wait_until(lambda: is_gone(frozen_process))
-    return Outage(killed, killed_at, stuck, stuck_process, frozen, (logs / "log").read_text())
+    return Outage(killed, stuck, stuck_process, frozen, (logs / "log").read_text())
 
 
 @contextmanager
@@ -281,7 +277,7 @@ def test_jobs_of_several_workers_run_side_by_side(system: System, outage: Outage
 def test_a_worker_and_its_process_that_are_killed_at_once_are_replaced(
     system: System, reference: Result, outage: Outage
 ) -> None:
-    check_limits(check_end(system, outage.killed, reference, attempts=2), outage.killed_at)
+    check_order(check_end(system, outage.killed, reference, attempts=2))
 
 
 def test_a_stuck_training_process_loses_its_run_and_its_life(system: System, reference: Result, outage: Outage) -> None:

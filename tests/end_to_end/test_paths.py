@@ -13,7 +13,10 @@ from deploy.ports import Ports, free_ports
 from inference_service.client import InferenceClient
 from shared.errors import Unavailable
 from shared.settings import Directories
-from tests.end_to_end.conftest import PROJECT, TINY, share_kernels, wait_until
+from tests.end_to_end.conftest import PROJECT, TINY, share_kernels
+from tests.waiting import HANG_S, wait_until
+
+pytestmark = pytest.mark.slow
 
 NAME = """sp ace %(here)s %d " o'ne $HOME `x` ü 猫"""
 
@@ -44,7 +47,7 @@ def command(tmp_path: Path, ports: Ports) -> Iterator[Command]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_S,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return ended.stdout

@@ -12,9 +12,12 @@ from google.protobuf import json_format
 
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2
-from tests.end_to_end.conftest import TINY, System, wait_until
+from tests.end_to_end.conftest import TINY, System
+from tests.waiting import wait_until
 from tests.workplace import PROJECT, Workplace
 from trainer_service.training.stories import train_stories
+
+pytestmark = pytest.mark.slow
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

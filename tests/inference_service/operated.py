@@ -9,7 +9,8 @@ from inference_service.admin_client import AdminClient
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
 from tests.fakes import publish_tiny_version
-from tests.inference_service.process import Server, until
+from tests.inference_service.process import Server
+from tests.waiting import wait_until
 
 TOKEN = "open sesame"
 
@@ -42,7 +43,7 @@ class Operated:
         return pb.VersionState.Name(self.status(number).state).removeprefix("VERSION_STATE_")
 
     def await_serving(self, number: int) -> None:
-        until(lambda: self.state(number) == "SERVING")
+        wait_until(lambda: self.state(number) == "SERVING")
 
     def answering(self, **choice: Any) -> int:
         """The version that answers a request, which names it with its digest."""

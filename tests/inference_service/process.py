@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from inference_service.client import InferenceClient
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
+from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT_S = 60.0
 
 # A client that lets little data come that it has not asked for.
 SMALL_WINDOW = [("grpc.enable_http_proxy", 0), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
@@ -94,7 +94,7 @@ class Server:
         assert self.process.stderr is not None
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr or []))
         self._reader.start()
-        until(lambda: self._address() is not None or self.process.poll() is not None)
+        wait_until(lambda: self._address() is not None or self.process.poll() is not None)
         found = self._address()
         assert found is not None, self.lines
         self.address, self.metrics_url = found.group(1), found.group(2)
@@ -114,7 +114,7 @@ class Server:
         return self.health() == health_pb2.HealthCheckResponse.SERVING
 
     def metrics(self) -> dict[tuple[str, ...], float]:
-        with urllib.request.urlopen(self.metrics_url, timeout=LIMIT_S) as page:
+        with urllib.request.urlopen(self.metrics_url, timeout=HANG_S) as page:
             families = list(text_string_to_metric_families(page.read().decode()))
         return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
 
@@ -128,18 +128,11 @@ class Server:
     def end(self, number: int = signal.SIGTERM) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
-        code = self.process.wait(LIMIT_S)
+        code = self.process.wait(HANG_S)
         self._reader.join()
         assert self.process.stderr is not None
         self.process.stderr.close()
         return code
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.01)
 
 
 def text_of(events: Iterator[Any]) -> str:

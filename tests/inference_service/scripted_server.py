@@ -14,7 +14,7 @@ from shared import errors
 from shared.grpc_status import code_of, details_of
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
-from tests.inference_service.process import LIMIT_S, until
+from tests.waiting import HANG_S, wait_until
 
 STARTED = pb.Started(request_id="r1", model_version=7, seed=2**64 - 1, prompt_tokens=3)
 STORY = (
@@ -50,7 +50,7 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
         self._server.stop(None).wait()
 
     def await_calls(self, number: int) -> None:
-        until(lambda: len(self.requests) >= number)
+        wait_until(lambda: len(self.requests) >= number)
 
     def Generate(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
         for event in self._next(request, context):
@@ -104,7 +104,7 @@ def hang(*messages: Any) -> Script:
         if not context.add_callback(leave):
             leave()
         yield from messages
-        gone.wait(LIMIT_S)
+        gone.wait(HANG_S)
 
     return script
 
@@ -113,7 +113,7 @@ def run_async(address: str, body: Callable[[AsyncInferenceClient], Awaitable[Non
     """Runs a coroutine that is given an asynchronous client."""
 
     async def run() -> None:
-        async with AsyncInferenceClient(address) as client, asyncio.timeout(LIMIT_S):
+        async with AsyncInferenceClient(address) as client, asyncio.timeout(HANG_S):
             await body(client)
 
     asyncio.run(run())

@@ -11,7 +11,10 @@ from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import TINY, publish_tiny_version
 from tests.inference_service.operated import TOKEN, Operated
-from tests.inference_service.process import Server, until
+from tests.inference_service.process import Server
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 # So much context that a stream lasts until it is left.
 LONG = replace(TINY, context_length=16384)
@@ -36,7 +39,7 @@ def test_the_listing_says_all_of_a_version(operated: Operated) -> None:
     old = answer.versions[before - 1]
     assert (old.state, list(old.labels), old.streams) == (pb.VERSION_STATE_RESIDENT, [], 0)
     assert old.HasField("measured_loss")
-    until(lambda: operated.status(number).streams == 0)
+    wait_until(lambda: operated.status(number).streams == 0)
 
 
 def test_a_version_that_was_not_examined_has_no_measured_loss(operated: Operated) -> None:
@@ -51,7 +54,7 @@ def test_a_refused_version_is_listed_with_its_reason_and_serves_nobody(operated:
     serving = operated.publish_serving()
     refused_before = operated.server.metrics().get(("gptloop_inference_refused_versions_total", "lying"), 0)
     number = operated.publish(better_by=0.5).version
-    until(lambda: operated.state(number) == "REFUSED")
+    wait_until(lambda: operated.state(number) == "REFUSED")
     status = operated.status(number)
     sentence = (
         f"it claims a held-out loss of {status.claimed_loss:.4f} nats a token, "
@@ -88,7 +91,7 @@ def test_a_loaded_version_stays_in_memory_until_it_is_unloaded(operated: Operate
     with operated.stream(version=first):
         leaving = operated.admin.unload(first)
         assert (leaving.state, leaving.streams, leaving.held) == (pb.VERSION_STATE_RESIDENT, 1, False)
-    until(lambda: operated.state(first) == "AVAILABLE")
+    wait_until(lambda: operated.state(first) == "AVAILABLE")
     assert models(operated.server) == {serving: True}
     with pytest.raises(errors.FailedPrecondition, match=f"Version {first} is not in memory"):
         operated.admin.unload(first)
@@ -138,7 +141,7 @@ def test_a_pinned_version_serves_until_a_label_is_followed_again(operated: Opera
     assert operated.admin.versions().policy == f"pinned:{first}"
     assert list(operated.status(first).labels) == [f"pinned:{first}"]
     newest = operated.publish().version
-    until(lambda: list(operated.status(newest).labels) == ["best", "latest"])
+    wait_until(lambda: list(operated.status(newest).labels) == ["best", "latest"])
     assert operated.answering() == first
     assert models(operated.server) == {first: True, second: False}
     operated.admin.set_policy("latest")
@@ -164,7 +167,7 @@ def test_a_rollback_lets_the_next_best_version_serve_and_keeps_running_streams(o
     assert "best" in operated.status(first).labels and operated.admin.versions().policy == "best"
     with pytest.raises(errors.FailedPrecondition, match=f"Version {bad} cannot serve: an operator rolled it back"):
         operated.answering(version=bad)
-    until(lambda: models(operated.server) == {first: True})
+    wait_until(lambda: models(operated.server) == {first: True})
     assert operated.server.metrics()["gptloop_inference_refused_versions_total", "rolled_back"] == before + 1
     # Another chance, and as the best one it serves again.
     assert operated.admin.load(bad).reason == ""
@@ -233,7 +236,7 @@ def test_a_wrong_call_has_its_code_and_sentence_and_changes_nothing(
     operated: Operated, call: Callable[[AdminClient], object], kind: type[Exception], sentence: str
 ) -> None:
     operated.admin.set_policy("best")
-    until(lambda: any(one.state == pb.VERSION_STATE_SERVING for one in operated.admin.versions().versions))
+    wait_until(lambda: any(one.state == pb.VERSION_STATE_SERVING for one in operated.admin.versions().versions))
     before = operated.admin.versions()
     with pytest.raises(kind, match=sentence):
         call(operated.admin)
@@ -257,7 +260,7 @@ def test_without_a_credential_anybody_operates_a_registry_that_begins_empty(tmp_
                 with pytest.raises(kind, match=sentence):
                     call()
             publish_tiny_version(server.registry, 1.0)
-            until(server.serves)
+            wait_until(server.serves)
             with pytest.raises(errors.FailedPrecondition, match="There is no other version than 1 that could serve"):
                 admin.roll_back()
             with pytest.raises(errors.FailedPrecondition, match="Version 1 serves already"):

@@ -11,7 +11,7 @@ from shared.errors import FailedPrecondition
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
-from tests.inference_service.process import Server, text_of, until
+from tests.inference_service.process import Server, text_of
 from tests.inference_service.spoiling import (
     BAD_SEED,
     GOOD_SEED,
@@ -22,6 +22,9 @@ from tests.inference_service.spoiling import (
     other_shape,
     spoil_weights,
 )
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 STREAMS = 6
 # What was changed before its commit, and after it.
@@ -60,7 +63,7 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
     readers = [threading.Thread(target=stream) for _ in range(STREAMS)]
     try:
         publish_tiny_version(server.registry, 2.0, seed=GOOD_SEED)
-        until(server.serves)
+        wait_until(server.serves)
         for reader in readers:
             reader.start()
         for changes in SPOILED.values():
@@ -71,7 +74,7 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
         for change in CHANGED + INCOMPLETE:
             drop(change)
         with AdminClient(server.address) as admin:
-            until(lambda: sum(one.state == pb.VERSION_STATE_REFUSED for one in admin.versions().versions) == 6)
+            wait_until(lambda: sum(one.state == pb.VERSION_STATE_REFUSED for one in admin.versions().versions) == 6)
             listing = admin.versions().versions
         reasons = [one.reason.partition(":")[0] for one in listing]
         waits = [f"Version {number} waits for its files" for number in (8, 9)]
@@ -81,7 +84,7 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
                 with pytest.raises(FailedPrecondition, match=f"Version {number} cannot serve: "):
                     list(client.generate("x", version=number))
         so_far = len(texts)
-        until(lambda: len(texts) > so_far + STREAMS)
+        wait_until(lambda: len(texts) > so_far + STREAMS)
     finally:
         done.set()
         for reader in readers:

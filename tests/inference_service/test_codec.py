@@ -21,7 +21,8 @@ from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import byte_tokenizer, publish_tiny_version
-from tests.inference_service.world import LIMIT_S, World, run, until
+from tests.inference_service.world import World, run
+from tests.waiting import HANG_S, eventually
 
 # What a client of gRPC takes by default.
 CLIENT_TAKES_BYTES = 4 << 20
@@ -99,7 +100,7 @@ class HeldTokenizer:
         self._now += 1
         self.calls += 1
         self.most = max(self.most, self._now)
-        assert self.go_on.wait(LIMIT_S)
+        assert self.go_on.wait(HANG_S)
         self._now -= 1
         return [1]
 
@@ -113,7 +114,7 @@ def test_texts_are_encoded_one_at_a_time_and_only_so_many_wait() -> None:
             return asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(tokenizer)))
 
         tasks = [ask() for _ in range(MAX_WAITING)]
-        await until(lambda: tokenizer.calls == 1)
+        await eventually(lambda: tokenizer.calls == 1)
         with pytest.raises(ResourceExhausted, match=f"{MAX_WAITING} texts wait already") as refused:
             await ask()
         assert refused.value.retry_after_s == codec._AGAIN_AFTER_S
@@ -126,7 +127,7 @@ def test_texts_are_encoded_one_at_a_time_and_only_so_many_wait() -> None:
         assert (await last).token_ids == (await tasks[0]).token_ids == [1]
         assert (tokenizer.calls, tokenizer.most) == (2, 1)
 
-    asyncio.run(asyncio.wait_for(body(), LIMIT_S))
+    asyncio.run(asyncio.wait_for(body(), HANG_S))
 
 
 def test_a_prompt_does_not_wait_behind_a_text() -> None:
@@ -134,13 +135,13 @@ def test_a_prompt_does_not_wait_behind_a_text() -> None:
         tokenizer: Any = HeldTokenizer()
         one = Codec()
         text = asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(tokenizer)))
-        await until(lambda: tokenizer.calls == 1)
+        await eventually(lambda: tokenizer.calls == 1)
         draft = read_generate(pb.GenerateRequest(prompt="ab"), None, slots=1)
         assert (await one.complete(draft, resident(byte_tokenizer()), seed=5)).prompt == (97, 98)
         tokenizer.go_on.set()
         await text
 
-    asyncio.run(asyncio.wait_for(body(), LIMIT_S))
+    asyncio.run(asyncio.wait_for(body(), HANG_S))
 
 
 def servicer(world: World) -> InferenceServicer:
@@ -159,7 +160,7 @@ def test_no_tokenizer_is_read_that_was_not_verified(fresh: World) -> None:
     other.save(fresh.registry.version_directory(changed.version) / "tokenizer.json")
 
     async def test() -> None:
-        await until(lambda: fresh.serving == 1)
+        await eventually(lambda: fresh.serving == 1)
         service = servicer(fresh)
         assert (await service.Tokenize(pb.TokenizeRequest(text="a"), None)).token_ids == [97]
         model = pb.ModelSelector(version=changed.version)

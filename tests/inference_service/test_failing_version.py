@@ -12,7 +12,10 @@ from shared.errors import GptloopError
 from shared.gpt.weights import load_arrays, save_arrays
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
-from tests.inference_service.process import Server, until
+from tests.inference_service.process import Server
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.slow
 
 BAD_BYTE = "Z"
 
@@ -32,16 +35,16 @@ def test_it_is_rolled_back_by_itself_and_the_server_stays_healthy(tmp_path: Path
     server = Server(tmp_path / "var")
     try:
         publish_tiny_version(server.registry, 2.0)
-        until(server.serves)
+        wait_until(server.serves)
         with InferenceClient(server.address, retries=0) as client, AdminClient(server.address) as admin:
             publish_tiny_version(server.registry, 1.0, change=poison_a_token)
-            until(lambda: client.model().version == 2)
+            wait_until(lambda: client.model().version == 2)
             whole = client.complete("Once", seed=1, max_tokens=40, ignore_eos=True, logit_bias={ord(BAD_BYTE): -100})
             assert whole.version == 2
             for _ in range(3):
                 with pytest.raises(GptloopError, match="computes no finite numbers"):
                     client.complete(BAD_BYTE)
-            until(lambda: client.model().version == 1)
+            wait_until(lambda: client.model().version == 1)
             assert client.complete(BAD_BYTE, max_tokens=5).version == 1
             refused = admin.versions().versions[1]
         page = server.metrics()

@@ -33,7 +33,10 @@ from tests.inference_service.spoiling import (
     spoil_weights,
     strange_windows,
 )
-from tests.inference_service.world import World, polls, run, until
+from tests.inference_service.world import World, polls, run
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -72,8 +75,8 @@ def test_what_cannot_serve_is_refused_with_the_reason(
     bad = publish_tiny_version(world.registry, 1.0, change=change)
 
     async def test() -> None:
-        await until(lambda: world.value("refused_versions_total", reason=reason) == 1)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason=reason) == 1)
+        await eventually(lambda: world.serving == 1)
         with pytest.raises(FailedPrecondition, match=f"Version 2 cannot serve: .*{sentence}"):
             async with world.residents.stream(bad):
                 pass
@@ -81,7 +84,7 @@ def test_what_cannot_serve_is_refused_with_the_reason(
         assert world.value("refused_versions_total", reason=reason) == 1
         assert world.resident() == {"1"}
         # Nothing is left of what was examined.
-        await until(lambda: set(world.engine._lanes) == {1})
+        await eventually(lambda: set(world.engine._lanes) == {1})
 
     run(world, test)
 
@@ -89,9 +92,9 @@ def test_what_cannot_serve_is_refused_with_the_reason(
 def test_what_was_changed_after_its_commit_never_serves(world: World) -> None:
     async def test() -> None:
         publish_tiny_version(world.registry, 2.0)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         drop(world, flip_a_bit, "staged")
-        await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
         await polls(world)
         assert world.serving == 1
 
@@ -102,7 +105,7 @@ def test_what_was_changed_after_its_commit_never_serves(world: World) -> None:
 def test_missing_and_short_files_are_waited_for(world: World, change: Callable[[Path], None]) -> None:
     async def test() -> None:
         publish_tiny_version(world.registry, 2.0)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         manifest = drop(world, change, "staged")
         await polls(world)
         two = (await world.loader.standings())[1]
@@ -135,8 +138,8 @@ def test_a_version_that_is_copied_file_by_file_serves_once_it_is_whole(world: Wo
             for piece in (content[: len(content) // 2], content):
                 (target / path.name).write_bytes(piece)
                 await polls(world)
-        await until(lambda: world.serving == 1)
-        await until(lambda: bool(world.registry.decisions.findings()))
+        await eventually(lambda: world.serving == 1)
+        await eventually(lambda: bool(world.registry.decisions.findings()))
 
     run(world, test)
     assert [each.refusal for each in world.registry.decisions.findings()[1]] == [None]
@@ -150,14 +153,14 @@ def test_a_corrupt_version_is_examined_again_once_its_files_are_brought_back(wor
     flip_a_bit(path.parent)
 
     async def test() -> None:
-        await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
+        await eventually(lambda: world.serving == 1)
         await polls(world)
         assert (await world.loader.standings())[1].reason.startswith("corrupt: ")
         copy = tmp_path / "copy"
         copy.write_bytes(whole)
         copy.replace(path)
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         assert world.value("refused_versions_total", reason="corrupt") == 1
 
     run(world, test)
@@ -167,12 +170,12 @@ def test_what_was_worse_than_a_version_serves_once_that_one_is_refused(world: Wo
     publish_tiny_version(world.registry, 2.0, seed=GOOD_SEED)
 
     async def test() -> None:
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         publish_tiny_version(world.registry, 1.0, seed=BAD_SEED)
-        await until(lambda: world.value("refused_versions_total", reason="worse") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="worse") == 1)
         assert (await world.loader.standings())[1].state is State.REFUSED
         assert await world.loader.roll_back() == 2
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         one, two = await world.loader.standings()
         assert (one.state, two.state, two.reason) == (State.REFUSED, State.SERVING, "")
 
@@ -184,16 +187,16 @@ def test_what_was_worse_than_a_version_serves_after_a_restart_without_that_one(w
     decisions = world.registry.decisions
 
     async def refuse() -> None:
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         publish_tiny_version(world.registry, 1.0, seed=BAD_SEED)
-        await until(lambda: any(each.refusal for each in decisions.findings().get(2, ())))
+        await eventually(lambda: any(each.refusal for each in decisions.findings().get(2, ())))
 
     run(world, refuse)
     world.registry.remove_version(1)
     restarted = World(world.registry.root)
 
     async def test() -> None:
-        await until(lambda: restarted.serving == 2)
+        await eventually(lambda: restarted.serving == 2)
 
     run(restarted, test)
 
@@ -203,8 +206,8 @@ def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(world: World
     lying = publish_tiny_version(world.registry, 1.0, better_by=0.1)
 
     async def test() -> None:
-        await until(lambda: world.value("refused_versions_total", reason="lying") == 1)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        await eventually(lambda: world.serving == 1)
         standing = (await world.loader.standings())[1]
         assert standing.loss == pytest.approx(lying.claimed_loss + 0.1, abs=1e-4)
         assert standing.reason.startswith("lying: it claims a held-out loss of")
@@ -215,15 +218,15 @@ def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(world: World
 def test_a_version_that_is_worse_than_the_one_that_serves_does_not_take_its_place(world: World) -> None:
     async def test() -> None:
         publish_tiny_version(world.registry, 2.0, seed=GOOD_SEED)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         # Its manifest says that it is better; measured on the same windows it is not.
         worse = publish_tiny_version(world.registry, 1.0, seed=BAD_SEED)
         assert worse.claimed_loss > world.registry.version(1).claimed_loss + 0.05
-        await until(lambda: world.value("refused_versions_total", reason="worse") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="worse") == 1)
         assert world.serving == 1
         # On another evaluation set losses do not compare.
         publish_tiny_version(world.registry, 9.0, seed=BAD_SEED, evaluation_set="another")
-        await until(lambda: world.serving == 3)
+        await eventually(lambda: world.serving == 3)
 
     run(world, test)
 
@@ -233,11 +236,11 @@ def test_a_worse_version_can_still_be_had_by_its_number(world: World) -> None:
     worse = publish_tiny_version(world.registry, 2.0, seed=BAD_SEED)
 
     async def test() -> None:
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         async with world.residents.stream(worse) as resident:
             assert resident.manifest == worse
         await world.loader.let_serve("pinned:2")
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
 
     run(world, test)
 
@@ -247,15 +250,15 @@ def test_what_was_found_out_is_remembered_after_a_restart(world: World, monkeypa
     publish_tiny_version(world.registry, 1.0, better_by=0.1)
 
     async def judged() -> None:
-        await until(lambda: world.serving == 1)
-        await until(lambda: len(world.registry.decisions.findings()) == 2)
+        await eventually(lambda: world.serving == 1)
+        await eventually(lambda: len(world.registry.decisions.findings()) == 2)
 
     run(world, judged)
     monkeypatch.setattr(CpuDecoder, "score", lambda *_: pytest.fail("It is examined again."))
     restarted = World(world.registry.root)
 
     async def test() -> None:
-        await until(lambda: restarted.serving == 1)
+        await eventually(lambda: restarted.serving == 1)
         await polls(restarted)
         assert restarted.serving == 1
         assert restarted.value("refused_versions_total", reason="lying") == 0
@@ -271,7 +274,7 @@ def test_what_another_kind_of_device_found_out_does_not_count(world: World) -> N
     decisions = world.registry.decisions
 
     async def judged() -> None:
-        await until(lambda: bool(decisions.findings()))
+        await eventually(lambda: bool(decisions.findings()))
 
     run(world, judged)
     (finding,) = decisions.findings()[1]
@@ -281,7 +284,7 @@ def test_what_another_kind_of_device_found_out_does_not_count(world: World) -> N
     restarted = World(world.registry.root)
 
     async def test() -> None:
-        await until(lambda: restarted.serving == 1)
+        await eventually(lambda: restarted.serving == 1)
         assert elsewhere in decisions.findings()[1]
 
     run(restarted, test)
@@ -292,10 +295,10 @@ def test_what_was_refused_is_not_asked_for_into_serving_while_a_server_begins(wo
     refused = publish_tiny_version(world.registry, 1.0)
 
     async def roll_back() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.roll_back()
-        await until(lambda: world.serving == 1)
-        await until(lambda: any(finding.refusal for finding in world.registry.decisions.findings()[2]))
+        await eventually(lambda: world.serving == 1)
+        await eventually(lambda: any(finding.refusal for finding in world.registry.decisions.findings()[2]))
 
     run(world, roll_back)
     restarted = World(world.registry.root)
@@ -305,7 +308,7 @@ def test_what_was_refused_is_not_asked_for_into_serving_while_a_server_begins(wo
         with pytest.raises(FailedPrecondition, match="an operator rolled it back"):
             async with restarted.residents.stream(refused):
                 pass
-        await until(lambda: restarted.serving == 1)
+        await eventually(lambda: restarted.serving == 1)
 
     run(restarted, test)
 
@@ -314,15 +317,15 @@ def test_a_version_that_came_while_no_server_ran_must_be_as_good_as_what_served_
     publish_tiny_version(world.registry, 1.0, seed=GOOD_SEED)
 
     async def serve() -> None:
-        await until(lambda: world.serving == 1)
-        await until(lambda: bool(world.registry.decisions.findings()))
+        await eventually(lambda: world.serving == 1)
+        await eventually(lambda: bool(world.registry.decisions.findings()))
 
     run(world, serve)
     publish_tiny_version(world.registry, 0.5, seed=BAD_SEED)
     restarted = World(world.registry.root)
 
     async def test() -> None:
-        await until(lambda: restarted.serving == 1)
+        await eventually(lambda: restarted.serving == 1)
         assert restarted.value("refused_versions_total", reason="worse") == 1
 
     run(restarted, test)
@@ -332,9 +335,9 @@ def test_a_version_with_held_out_windows_of_its_own_does_not_compare(world: Worl
     publish_tiny_version(world.registry, 1.0)
 
     async def test() -> None:
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         publish_tiny_version(world.registry, 0.5, windows=(1, 20))
-        await until(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="lying") == 1)
         assert "has other held-out windows" in (await world.loader.standings())[1].reason
         assert world.serving == 1
 
@@ -380,9 +383,9 @@ def test_a_version_whose_manifest_cannot_be_understood_is_listed_as_refused(
     publish_tiny_version(world.registry, 1.0)
 
     async def test() -> None:
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         drop(world, damage, "staged")
-        await until(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
         one, two = await world.loader.standings()
         assert (one.number, one.state) == (1, State.SERVING)
         assert (two.number, two.state, two.manifest) == (2, State.REFUSED, None)
@@ -399,11 +402,11 @@ def test_a_refused_version_is_examined_again_when_it_is_asked_for(world: World) 
     publish_tiny_version(world.registry, 1.0, better_by=0.1)
 
     async def test() -> None:
-        await until(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="lying") == 1)
         with pytest.raises(FailedPrecondition, match="claims a held-out loss"):
             await world.loader.load(2)
         assert world.value("refused_versions_total", reason="lying") == 2
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
 
     run(world, test)
 
@@ -424,11 +427,11 @@ def test_a_version_that_cannot_be_read_now_is_tried_again(world: World, monkeypa
 
     async def test() -> None:
         nonlocal failing
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         standing = (await world.loader.standings())[1]
         assert "Input/output error" in standing.reason and "tried again" in standing.reason
         failing = False
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         assert world.value("refused_versions_total", reason="corrupt") == 0
 
     run(world, test)
@@ -451,7 +454,7 @@ def test_what_a_whole_file_does_not_yield_is_no_refusal(
     monkeypatch.setattr("inference_service.postponed.AGAIN_AFTER_S", 0.1)
 
     async def test() -> None:
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         assert world.value("refused_versions_total", reason="unfit") == 0
 
     run(world, test)

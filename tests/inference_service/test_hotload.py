@@ -11,7 +11,10 @@ from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Resourc
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
-from tests.inference_service.world import World, hold_read, polls, run, served, standing, until
+from tests.inference_service.world import World, hold_read, polls, run, served, standing
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.slow
 
 
 async def answer(world: World) -> int:
@@ -27,7 +30,7 @@ def test_requests_wait_for_a_version_that_is_about_to_serve(fresh: World, monkey
         # At once after it was published: the server has not looked since.
         publish_tiny_version(fresh.registry, 1.0)
         waiting = [asyncio.create_task(answer(fresh)) for _ in range(5)]
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         await polls(fresh)
         assert not any(task.done() for task in waiting)
         waiting[0].cancel()
@@ -45,7 +48,7 @@ def test_requests_that_wait_are_told_why_nothing_serves_after_all(
     async def test() -> None:
         publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
         waiting = asyncio.create_task(answer(fresh))
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         reading.go_on.set()
         with pytest.raises(Unavailable, match="No version can serve: version 1 was refused, as unfit: "):
             await waiting
@@ -59,7 +62,7 @@ def test_those_who_wait_for_a_first_version_are_bounded(fresh: World, monkeypatc
     async def test() -> None:
         publish_tiny_version(fresh.registry, 1.0)
         waiting = [asyncio.create_task(answer(fresh)) for _ in range(16)]
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         await polls(fresh)
         with pytest.raises(ResourceExhausted, match="16 requests wait"):
             await answer(fresh)
@@ -75,7 +78,7 @@ def test_after_a_restart_the_reason_is_told_why_nothing_serves(fresh: World) -> 
     fresh.registry.decisions.set_policy("pinned:7")
 
     async def refuse() -> None:
-        await until(lambda: len(fresh.registry.decisions.findings()) == 2)
+        await eventually(lambda: len(fresh.registry.decisions.findings()) == 2)
 
     run(fresh, refuse)
     restarted = World(fresh.registry.root)
@@ -97,9 +100,9 @@ def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
     path = world.registry.root / "serving" / "policy"
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.let_serve("pinned:1")
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         path.write_text("newest")
         await polls(world, 10)
         assert (world.serving, world.catalogue.policy) == (1, "pinned:1")
@@ -113,7 +116,7 @@ def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
         await world.loader.promote(3)
         assert "stable" in (await standing(world, 3)).labels
         path.write_text("stable")
-        await until(lambda: world.serving == 3)
+        await eventually(lambda: world.serving == 3)
         assert world.catalogue.notices == []
 
     run(world, test)
@@ -127,10 +130,10 @@ def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogC
             async with fresh.residents.stream(None):
                 pass
         publish_tiny_version(fresh.registry, 2.0)
-        await until(lambda: fresh.serving == 1)
+        await eventually(lambda: fresh.serving == 1)
         publish_tiny_version(fresh.registry, 3.0)
         publish_tiny_version(fresh.registry, 1.0)
-        await until(lambda: fresh.serving == 3)
+        await eventually(lambda: fresh.serving == 3)
         assert served(caplog) == [1, 3]
         assert fresh.value("swaps_total") == 1
 
@@ -142,21 +145,21 @@ def test_a_changed_file_is_refused_once_and_the_version_before_stays(
 ) -> None:
     async def test() -> None:
         publish_tiny_version(fresh.registry, 2.0)
-        await until(lambda: fresh.serving == 1)
+        await eventually(lambda: fresh.serving == 1)
         # Before the loader can see it.
         staged = Registry(fresh.registry.root.parent / "staged")
         publish_tiny_version(staged, 9.0)
         bad = publish_tiny_version(staged, 1.0)
         flip_a_bit(staged.version_directory(2))
         staged.version_directory(2).rename(fresh.registry.version_directory(2))
-        await until(lambda: fresh.value("refused_versions_total", reason="corrupt") == 1)
+        await eventually(lambda: fresh.value("refused_versions_total", reason="corrupt") == 1)
         await polls(fresh)
         assert fresh.serving == 1
         with pytest.raises(FailedPrecondition, match=r"Version 2 cannot serve: .* SHA-256"):
             async with fresh.residents.stream(bad):
                 pass
         publish_tiny_version(fresh.registry, 1.5)
-        await until(lambda: fresh.serving == 3)
+        await eventually(lambda: fresh.serving == 3)
         assert fresh.value("refused_versions_total", reason="corrupt") == 1
 
     run(fresh, test)
@@ -169,7 +172,7 @@ def test_the_next_best_version_serves_where_the_best_is_unfit_at_the_start(fresh
     unfit = publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
 
     async def test() -> None:
-        await until(lambda: fresh.serving == 2)
+        await eventually(lambda: fresh.serving == 2)
         assert fresh.value("refused_versions_total", reason="unfit") == 1
         with pytest.raises(FailedPrecondition, match="Version 3 cannot serve"):
             async with fresh.residents.stream(unfit):
@@ -184,7 +187,7 @@ def test_a_version_that_disappears_is_no_refusal(fresh: World) -> None:
     fresh.registry.remove_version(2)
 
     async def test() -> None:
-        await until(lambda: fresh.serving == 1)
+        await eventually(lambda: fresh.serving == 1)
         with pytest.raises(NotFound, match="was removed"):
             async with fresh.residents.stream(gone):
                 pass
@@ -200,14 +203,14 @@ def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
     reading = hold_read(monkeypatch, 4)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         publish_tiny_version(world.registry, 0.5)
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         publish_tiny_version(world.registry, 0.4)
         await polls(world)
         reading.entered.clear()
         reading.go_on.set()
-        await until(lambda: world.serving == 5)
+        await eventually(lambda: world.serving == 5)
 
     run(world, test)
     assert world.value("swaps_total") == 2
@@ -215,7 +218,7 @@ def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
 
 def test_another_registry_in_the_same_place_begins_anew(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         moved = world.registry.root.with_name("moved")
         world.registry.root.rename(moved)
         await polls(world)
@@ -223,7 +226,7 @@ def test_another_registry_in_the_same_place_begins_anew(world: World) -> None:
         for _ in range(2):
             publish_tiny_version(world.registry, 9.0, seed=3)
         new = world.registry.version(2)
-        await until(lambda: world.loader.serving is not None and world.loader.serving.manifest == new)
+        await eventually(lambda: world.loader.serving is not None and world.loader.serving.manifest == new)
 
     run(world, test)
 
@@ -233,7 +236,7 @@ def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> N
     publish_tiny_version(world.registry, 1.0, windows=(2000, 90))
 
     async def test() -> None:
-        await until(lambda: bool(world.engine._arriving))
+        await eventually(lambda: bool(world.engine._arriving))
 
     run(world, test)
     assert world.serving is None
@@ -241,15 +244,15 @@ def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> N
 
 def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_again(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.let_serve("pinned:1")
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         publish_tiny_version(world.registry, 0.5)
         await polls(world)
         assert world.serving == 1
         assert (await standing(world, 1)).labels == ("pinned:1",)
         await world.loader.let_serve("latest")
-        await until(lambda: world.serving == 4)
+        await eventually(lambda: world.serving == 4)
         await world.loader.let_serve("best")
         await polls(world)
         assert world.serving == 4
@@ -259,15 +262,15 @@ def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_aga
 
 def test_the_policy_is_kept_over_a_restart(world: World) -> None:
     async def pin() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.let_serve("pinned:1")
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
 
     run(world, pin)
     restarted = World(world.registry.root)
 
     async def test() -> None:
-        await until(lambda: restarted.serving is not None)
+        await eventually(lambda: restarted.serving is not None)
         assert restarted.serving == 1
 
     run(restarted, test)
@@ -275,15 +278,15 @@ def test_the_policy_is_kept_over_a_restart(world: World) -> None:
 
 def test_a_run_can_be_followed_and_named(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         with pytest.raises(NotFound, match="of the run 'other'"):
             await world.loader.let_serve("run:other")
         publish_tiny_version(world.registry, 4.0, run="other", evaluation_set="other text")
         await world.loader.let_serve("run:other")
-        await until(lambda: world.serving == 4)
+        await eventually(lambda: world.serving == 4)
         publish_tiny_version(world.registry, 0.5)
         publish_tiny_version(world.registry, 3.5, run="other", evaluation_set="other text")
-        await until(lambda: world.serving == 6)
+        await eventually(lambda: world.serving == 6)
         assert "run:other" in (await standing(world, 6)).labels
         named = await world.catalogue.resolve("run:tiny")
         assert named is not None and named.version == 5
@@ -293,7 +296,7 @@ def test_a_run_can_be_followed_and_named(world: World) -> None:
 
 def test_the_stable_version_is_the_promoted_one(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         with pytest.raises(FailedPrecondition, match="No version is stable yet"):
             await world.loader.let_serve("stable")
         await world.loader.promote(3)
@@ -301,16 +304,16 @@ def test_the_stable_version_is_the_promoted_one(world: World) -> None:
         manifest = await world.catalogue.resolve("stable")
         assert manifest is not None and manifest.version == 3
         await world.loader.let_serve("stable")
-        await until(lambda: world.serving == 3)
+        await eventually(lambda: world.serving == 3)
         await world.loader.promote(1)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
 
     run(world, test)
 
 
 def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.roll_back()
         with pytest.raises(InvalidArgument, match="is no label"):
             await world.loader.let_serve("newest")
@@ -328,13 +331,13 @@ def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> No
 
 def test_a_worse_version_that_an_operator_loads_can_be_pinned(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         publish_tiny_version(world.registry, 0.5, seed=BAD_SEED)
-        await until(lambda: world.value("refused_versions_total", reason="worse") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="worse") == 1)
         await world.loader.load(4)
         await polls(world)
         assert (world.serving, (await standing(world, 4)).state) == (2, State.RESIDENT)
         await world.loader.let_serve("pinned:4")
-        await until(lambda: world.serving == 4)
+        await eventually(lambda: world.serving == 4)
 
     run(world, test)

@@ -16,7 +16,8 @@ from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from tests.inference_service.operated import TOKEN, Operated
-from tests.inference_service.process import LIMIT_S, ROOT
+from tests.inference_service.process import ROOT
+from tests.waiting import HANG_S
 
 
 def test_every_admin_call_needs_the_credential(operated: Operated) -> None:
@@ -42,7 +43,7 @@ def test_every_admin_call_needs_the_credential(operated: Operated) -> None:
                 (stub.RollBack, pb.RollBackRequest()),
             ):
                 with pytest.raises(grpc.RpcError) as ended:
-                    method(request, timeout=LIMIT_S, metadata=metadata)
+                    method(request, timeout=HANG_S, metadata=metadata)
                 assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
                 assert f"brings {brought}: set GPTLOOP_ADMIN_TOKEN" in str(ended.value.details())
     assert (operated.state(serving), operated.admin.versions().policy) == ("SERVING", "best")
@@ -86,7 +87,7 @@ def test_a_server_does_not_start_with_a_credential_that_no_call_can_carry(tmp_pa
         env={**os.environ, "GPTLOOP_VAR": str(tmp_path / "var"), "GPTLOOP_ADMIN_TOKEN": token},
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
     )
     assert (done.returncode, done.stdout) == (2, "")
     sentence = "holds a character that no call can carry: it must be printable ASCII, on one line."

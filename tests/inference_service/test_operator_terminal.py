@@ -20,7 +20,10 @@ from inference_service.operator_terminal import print_versions
 from shared import cli
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
-from tests.inference_service.process import LIMIT_S, ROOT, Server, until
+from tests.inference_service.process import ROOT, Server
+from tests.waiting import HANG_S, wait_until
+
+pytestmark = pytest.mark.slow
 
 TOKEN = "sesame"
 COMMANDS = ("versions", "promote", "pin", "follow", "rollback", "load", "unload")
@@ -177,7 +180,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     try:
         for bits_per_byte in (3.0, 1.0, 2.0):
             publish_tiny_version(server.registry, bits_per_byte)
-        until(server.serves)
+        wait_until(server.serves)
         yield server
     finally:
         assert server.end() == 0, server.lines
@@ -225,7 +228,7 @@ def operator(server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: py
     """Before version 2 serves, as the best one."""
     operator = Operator(server, capsys, monkeypatch)
     operator.see("follow", "best")
-    until(lambda: operator.rows()[2].startswith("serving"))
+    wait_until(lambda: operator.rows()[2].startswith("serving"))
     return operator
 
 
@@ -245,11 +248,11 @@ def test_pin_and_follow_say_what_serves(operator: Operator) -> None:
         r"serves now\.\n",
         printed,
     )
-    until(lambda: operator.rows()[1] == "serving pinned:1")
+    wait_until(lambda: operator.rows()[1] == "serving pinned:1")
     assert operator.see("pin", "1") == "The policy is pinned:1. Version 1 serves now.\n"
     assert operator.see("versions").endswith("policy: pinned:1\n")
     assert operator.see("follow", "best").startswith("The policy is best. ")
-    until(lambda: operator.rows()[2] == "serving best")
+    wait_until(lambda: operator.rows()[2] == "serving best")
     assert operator.see("follow", "best") == "The policy is best. Version 2 serves now.\n"
 
 
@@ -269,21 +272,21 @@ def test_load_and_unload_say_what_is_in_memory(operator: Operator) -> None:
 
 def test_rollback_refuses_the_serving_version_until_it_is_loaded(server: Server, operator: Operator) -> None:
     bad = publish_tiny_version(server.registry, 0.5).version
-    until(lambda: operator.rows()[bad].startswith("serving"))
+    wait_until(lambda: operator.rows()[bad].startswith("serving"))
     assert re.fullmatch(
         r"Version 2 (serves now|\((available|loading|resident)\) serves as soon as it is in memory)\.\n",
         operator.see("rollback"),
     )
-    until(lambda: operator.rows()[2].startswith("serving"))
+    wait_until(lambda: operator.rows()[2].startswith("serving"))
     assert operator.rows()[bad] == "refused"
     assert f"\nversion {bad}: rolled_back: an operator rolled it back\n" in operator.see("versions")
     sentence = f"error: Version {bad} cannot serve: an operator rolled it back.\n"
     assert operator.type("pin", str(bad)) == (1, "", sentence)
     # As the best version that there is, it serves again.
     assert operator.see("load", str(bad)).startswith(f"Version {bad} (")
-    until(lambda: operator.rows()[bad].startswith("serving"))
+    wait_until(lambda: operator.rows()[bad].startswith("serving"))
     operator.see("rollback", "1")
-    until(lambda: operator.rows()[1].startswith("serving"))
+    wait_until(lambda: operator.rows()[1].startswith("serving"))
     assert operator.see("versions").endswith("policy: pinned:1\n")
 
 
@@ -345,7 +348,7 @@ def test_the_command_line_itself(server: Server) -> None:
             env={**os.environ, "GPTLOOP_ADMIN_TOKEN": token},
             capture_output=True,
             text=True,
-            timeout=LIMIT_S,
+            timeout=HANG_S,
         )
         assert done.returncode == code
         printed, other = (done.stdout, done.stderr) if code == 0 else (done.stderr, done.stdout)

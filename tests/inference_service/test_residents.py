@@ -10,7 +10,8 @@ from inference_service.standing import State
 from shared.errors import FailedPrecondition, NotFound, ResourceExhausted
 from shared.registry.manifest import VersionManifest
 from tests.fakes import publish_tiny_version
-from tests.inference_service.world import World, hold_read, polls, run, served, standing, until
+from tests.inference_service.world import World, hold_read, polls, run, served, standing
+from tests.waiting import eventually
 
 
 def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
@@ -20,18 +21,18 @@ def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
 
     async def test() -> None:
         publish_tiny_version(fresh.registry, 5.0)
-        await until(lambda: fresh.serving == 1)
+        await eventually(lambda: fresh.serving == 1)
         async with fresh.residents.stream(None) as first:
             assert first.manifest.version == 1
             publish_tiny_version(fresh.registry, 4.0)
-            await until(lambda: fresh.serving == 2)
+            await eventually(lambda: fresh.serving == 2)
             async with fresh.residents.stream(None):
                 publish_tiny_version(fresh.registry, 3.0)
                 await polls(fresh)
                 publish_tiny_version(fresh.registry, 2.0)
                 await polls(fresh)
                 assert fresh.resident() == {"1", "2"}
-        await until(lambda: fresh.serving == 4)
+        await eventually(lambda: fresh.serving == 4)
         assert served(caplog) == [1, 2, 4]
 
     run(fresh, test)
@@ -42,7 +43,7 @@ def test_an_older_version_is_loaded_for_those_who_name_it(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 1.0)
 
     async def test() -> None:
-        await until(lambda: fresh.serving == 2)
+        await eventually(lambda: fresh.serving == 2)
 
         async def use() -> int:
             async with fresh.residents.stream(old) as resident:
@@ -60,7 +61,7 @@ def test_a_named_version_waits_for_room(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 1.0)
 
     async def test() -> None:
-        await until(lambda: fresh.serving == 3)
+        await eventually(lambda: fresh.serving == 3)
         async with fresh.residents.stream(one):
             waiting = asyncio.create_task(fresh.residents.stream(two).__aenter__())
             cancelled = asyncio.create_task(fresh.residents.stream(two).__aenter__())
@@ -74,7 +75,7 @@ def test_a_named_version_waits_for_room(fresh: World) -> None:
 
 def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.load(1)
         await polls(world)
         one = await standing(world, 1)
@@ -83,7 +84,7 @@ def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
         async with world.residents.stream(one.manifest):
             await world.loader.unload(1)
             assert (await standing(world, 1)).streams == 1
-        await until(lambda: world.resident() == {"2"})
+        await eventually(lambda: world.resident() == {"2"})
         assert (await standing(world, 1)).state is State.AVAILABLE
         with pytest.raises(FailedPrecondition, match="not in memory"):
             await world.loader.unload(1)
@@ -95,11 +96,11 @@ def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
 
 def test_what_is_held_makes_room_for_the_version_that_is_to_serve(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.load(1)
         publish_tiny_version(world.registry, 0.5)
-        await until(lambda: world.serving == 4)
-        await until(lambda: "1" not in world.resident())
+        await eventually(lambda: world.serving == 4)
+        await eventually(lambda: "1" not in world.resident())
 
     run(world, test)
 
@@ -116,7 +117,7 @@ def test_a_named_version_is_read_once_while_there_is_room(world: World, monkeypa
     monkeypatch.setattr(world.registry, "verify", count)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         for _ in range(5):
             async with world.residents.stream(one) as resident:
                 assert resident.manifest == one
@@ -137,7 +138,7 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_goes_last(world: 
             pass
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.load(1)
         await use(3)
         await use(4)
@@ -146,7 +147,7 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_goes_last(world: 
         assert world.resident() == {"1", "2", "3", "4"}
         for newest, stay in ((5, {"1", "2", "3", "5"}), (6, {"1", "2", "5", "6"}), (7, {"1", "5", "6", "7"})):
             publish_tiny_version(world.registry, 0.5 / newest)
-            await until(lambda newest=newest: world.serving == newest)  # type: ignore[misc]
+            await eventually(lambda newest=newest: world.serving == newest)  # type: ignore[misc]
             assert world.resident() == {str(number) for number in stay}
 
     run(world, test)
@@ -156,14 +157,14 @@ def test_an_idle_version_that_was_removed_or_refused_leaves_memory(world: World)
     one = world.registry.version(1)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         async with world.residents.stream(one):
             pass
         assert world.resident() == {"1", "2"}
         world.registry.remove_version(1)
-        await until(lambda: world.resident() == {"2"})
+        await eventually(lambda: world.resident() == {"2"})
         await world.loader.roll_back()
-        await until(lambda: world.resident() == {"3"})
+        await eventually(lambda: world.resident() == {"3"})
 
     run(world, test)
 
@@ -173,14 +174,14 @@ def test_a_held_version_goes_only_where_its_room_is_needed(world: World, monkeyp
     reading = hold_read(monkeypatch, 4)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.load(1)
         publish_tiny_version(world.registry, 0.5)
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         await polls(world)
         assert (await standing(world, 1)).held
         reading.go_on.set()
-        await until(lambda: world.serving == 4)
+        await eventually(lambda: world.serving == 4)
         assert (await standing(world, 1)).held
 
     run(world, test)
@@ -190,7 +191,7 @@ def test_what_is_held_and_unused_keeps_nobody_waiting(world: World) -> None:
     one = world.registry.version(1)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.load(3)
         async with world.residents.stream(one):
             assert world.resident() == {"1", "2"}
@@ -202,7 +203,7 @@ def test_requests_that_name_an_older_version_cannot_keep_the_best_one_out(world:
     one = world.registry.version(1)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         async with world.residents.stream(one):
             publish_tiny_version(world.registry, 0.5)
             await polls(world)
@@ -211,7 +212,7 @@ def test_requests_that_name_an_older_version_cannot_keep_the_best_one_out(world:
             late = asyncio.create_task(world.residents.stream(one).__aenter__())
             await polls(world)
             assert not late.done()
-        await until(lambda: world.serving == 4)
+        await eventually(lambda: world.serving == 4)
         assert (await late).manifest == one
 
     run(world, test)
@@ -221,7 +222,7 @@ def test_requests_for_one_version_do_not_keep_those_for_another_one_waiting_for_
     one, three = world.registry.version(1), world.registry.version(3)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         first = world.residents.stream(one)
         await first.__aenter__()
         other = asyncio.create_task(world.residents.stream(three).__aenter__())
@@ -237,7 +238,7 @@ def test_requests_for_one_version_do_not_keep_those_for_another_one_waiting_for_
 
 def test_what_is_in_memory_is_listed_also_when_it_was_removed(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         for number in (1, 2, 3):
             world.registry.remove_version(number)
         (two,) = await world.loader.standings()
@@ -256,17 +257,17 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
     reading = hold_read(monkeypatch, old.version)
 
     async def test() -> None:
-        await until(lambda: fresh.serving == 2)
+        await eventually(lambda: fresh.serving == 2)
         waiting = asyncio.create_task(fresh.residents.stream(old).__aenter__())
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         waiting.cancel()
         reading.go_on.set()
         await asyncio.wait([waiting])
-        await until(lambda: fresh.resident() == {"1", "2"})
+        await eventually(lambda: fresh.resident() == {"1", "2"})
         # It is in nobody's way.
         assert (await standing(fresh, 1)).streams == 0
         publish_tiny_version(fresh.registry, 0.5)
-        await until(lambda: fresh.serving == 3)
+        await eventually(lambda: fresh.serving == 3)
 
     run(fresh, test)
 
@@ -278,7 +279,7 @@ def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
     publish_tiny_version(fresh.registry, 1.0)
 
     async def test() -> None:
-        await until(lambda: fresh.serving == 2)
+        await eventually(lambda: fresh.serving == 2)
         waiting = asyncio.create_task(fresh.residents.stream(old).__aenter__())
         report = fresh.metrics.resident
 
@@ -297,10 +298,10 @@ def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
 
 def test_those_who_wait_for_a_version_are_bounded(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None), world.residents.stream(world.registry.version(1)):
             publish_tiny_version(world.registry, 0.5)
-            await until(lambda: world.residents.lacks_room)
+            await eventually(lambda: world.residents.lacks_room)
             manifest = world.registry.version(3)
             waiting = [asyncio.create_task(world.residents.hold(manifest)) for _ in range(16)]
             await asyncio.sleep(0)
@@ -311,7 +312,7 @@ def test_those_who_wait_for_a_version_are_bounded(world: World) -> None:
             # Others are answered meanwhile.
             async with world.residents.stream(None) as serving:
                 assert serving.manifest.version == 2
-        await until(lambda: world.serving == 4)
+        await eventually(lambda: world.serving == 4)
         await asyncio.gather(*waiting)
 
     run(world, test)

@@ -19,7 +19,10 @@ from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from tests.fakes import TINY, publish_tiny_version
-from tests.inference_service.process import BREAKABLE, LIMIT_S, SERVE, SMALL_WINDOW, Server, text_of, until
+from tests.inference_service.process import BREAKABLE, SERVE, SMALL_WINDOW, Server, text_of
+from tests.waiting import HANG_S, wait_until
+
+pytestmark = pytest.mark.slow
 
 # So much context that a stream lasts for seconds.
 LONG = replace(TINY, context_length=16384)
@@ -28,7 +31,7 @@ LONG = replace(TINY, context_length=16384)
 def start(var: Path, command: Sequence[str] = SERVE, **settings: Any) -> Server:
     server = Server(var, command, **{f"GPTLOOP_INFERENCE_{name}": str(value) for name, value in settings.items()})
     publish_tiny_version(server.registry, 1.0, config=LONG)
-    until(server.serves)
+    wait_until(server.serves)
     return server
 
 
@@ -49,7 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def client(server: Server) -> Iterator[InferenceClient]:
     with InferenceClient(server.address, retries=0) as client:
         yield client
-    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+    wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
     assert server.metrics()["gptloop_inference_waiting_requests",] == 0
 
 
@@ -59,7 +62,7 @@ def long(client: InferenceClient) -> Any:
 
 
 def until_waiting(server: Server, requests: int) -> None:
-    until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == requests)
+    wait_until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == requests)
 
 
 def endless(client: InferenceClient) -> Any:
@@ -84,7 +87,7 @@ def test_samples_of_one_prompt_are_those_of_their_seeds(client: InferenceClient)
 
 def test_a_full_queue_is_refused_with_the_time_to_come_back(server: Server, client: InferenceClient) -> None:
     running = [endless(client) for _ in range(2)]
-    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
+    wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
     waiting = [long(client) for _ in range(2)]
     until_waiting(server, 2)
     with pytest.raises(errors.ResourceExhausted, match="2 requests wait already") as refused:
@@ -102,7 +105,7 @@ def test_prompt_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
             # What is longer than the limit has its turn alone.
             list(client.generate("x" * 60, max_tokens=1))
             running = [endless(client) for _ in range(2)]
-            until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
+            wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
             waiting = long(client)
             until_waiting(server, 1)
             with pytest.raises(errors.ResourceExhausted, match="4 prompt tokens wait already, and 60 more") as refused:
@@ -132,7 +135,7 @@ def test_ten_times_the_load_harms_no_stream_and_takes_no_memory(server: Server, 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(LIMIT_S)
+        thread.join(HANG_S)
     assert len(texts) + len(refused) == 320
     assert len(refused) > 40 and len(texts) > 4
     assert all(error.retry_after_s is not None for error in refused)
@@ -142,7 +145,7 @@ def test_ten_times_the_load_harms_no_stream_and_takes_no_memory(server: Server, 
 
 def test_a_deadline_ends_a_call_that_waits_and_one_that_runs(server: Server, client: InferenceClient) -> None:
     running = [endless(client) for _ in range(2)]
-    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
+    wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
     with pytest.raises(errors.DeadlineExceeded):
         list(client.generate("x", max_tokens=5, timeout_s=0.3))
     until_waiting(server, 0)
@@ -150,7 +153,7 @@ def test_a_deadline_ends_a_call_that_waits_and_one_that_runs(server: Server, cli
         stream.cancel()
     with pytest.raises(errors.DeadlineExceeded):
         list(client.generate("x", max_tokens=16000, ignore_eos=True, timeout_s=0.3))
-    until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+    wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
 
 
 def test_a_reader_that_is_too_slow_is_ended_and_slows_nobody(server: Server, client: InferenceClient) -> None:
@@ -158,14 +161,14 @@ def test_a_reader_that_is_too_slow_is_ended_and_slows_nobody(server: Server, cli
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         # So much that it does not fit between the two processes, and nobody reads it.
         call = stub.Generate(pb.GenerateRequest(prompt="x", max_tokens=16000, ignore_eos=True, logprobs=20))
-        until(lambda: server.metrics()["gptloop_inference_active_streams",] == 1)
+        wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 1)
         tokens = sum(
             len(event.token_ids)
             for event in client.generate("Once", max_tokens=2000, ignore_eos=True)
             if isinstance(event, pb.Delta)
         )
         assert tokens == 2000
-        until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+        wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
         with pytest.raises(grpc.RpcError) as ended:
             for _ in call:
                 pass
@@ -186,7 +189,7 @@ def test_a_slow_reader_gets_everything_in_fewer_messages(tmp_path: Path) -> None
             expected = text_of(client.generate("x", max_tokens=2000, ignore_eos=True, seed=5))
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             call = stub.Generate(request)
-            until(lambda: written() > 2010)
+            wait_until(lambda: written() > 2010)
             # Nobody reads; as long as another stream of several thousand steps takes, more is generated than fits.
             list(client.generate("x", max_tokens=3000, ignore_eos=True))
             assert written() < 7000
@@ -209,13 +212,13 @@ def test_a_process_that_was_paused_blames_neither_its_engine_nor_a_client(tmp_pa
         with server.client() as client, grpc.insecure_channel(server.address, options=SMALL_WINDOW) as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             unread = stub.Generate(pb.GenerateRequest(prompt="x", max_tokens=3000, ignore_eos=True, logprobs=20))
-            until(is_blocked)
+            wait_until(is_blocked)
             stream = endless(client)
             server.process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
             time.sleep(2.5)
             server.process.send_signal(signal.SIGCONT)
-            until(lambda: "the process was paused for 2." in "".join(server.lines))
+            wait_until(lambda: "the process was paused for 2." in "".join(server.lines))
             assert sum(len(answer.delta.token_ids) for answer in unread) == 3000
             assert isinstance(next(stream), pb.Delta)
             assert server.serves()
@@ -229,7 +232,7 @@ def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp
         streams = [client.generate("Once", max_tokens=4000, ignore_eos=True) for _ in range(3)]
         until_waiting(server, 1)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: "ending" in "".join(server.lines))
+        wait_until(lambda: "ending" in "".join(server.lines))
 
         def refuses() -> bool:
             with InferenceClient(server.address, retries=0) as other:
@@ -239,13 +242,13 @@ def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp
                     return True
                 return False
 
-        until(refuses)
+        wait_until(refuses)
         for stream in streams:
             *_, last = stream
             assert isinstance(last, pb.Finished)
             assert last.reason == pb.FINISH_REASON_LENGTH
     # A second signal would force it.
-    server.process.wait(LIMIT_S)
+    server.process.wait(HANG_S)
     assert server.end() == 0
 
 
@@ -256,7 +259,7 @@ def test_a_second_signal_ends_running_and_waiting_requests_as_unavailable(tmp_pa
         waiting = long(client)
         until_waiting(server, 1)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: "ending" in "".join(server.lines))
+        wait_until(lambda: "ending" in "".join(server.lines))
         server.process.send_signal(signal.SIGTERM)
         for stream in (*running, waiting):
             with pytest.raises(errors.Unavailable, match="The server is ending; ask again in a moment"):
@@ -279,7 +282,7 @@ def test_a_failed_step_ends_its_streams_and_the_server_goes_on(broken: Server) -
     with InferenceClient(broken.address, retries=0) as client:
         expected = text_of(client.generate("Once", seed=1, max_tokens=20))
         streams = [endless(client) for _ in range(3)]
-        until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 3)
+        wait_until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 3)
         broken.order("fail once")
         for stream in streams:
             with pytest.raises(errors.GptloopError, match="INTERNAL: The step that this stream was in failed"):
@@ -297,7 +300,7 @@ def test_steps_that_keep_failing_end_the_process(broken: Server) -> None:
                 list(client.generate("x"))
         with pytest.raises(errors.Unavailable, match="engine failed"):
             list(client.generate("x"))
-    assert broken.process.wait(LIMIT_S) == 1
+    assert broken.process.wait(HANG_S) == 1
 
 
 def test_a_dead_engine_ends_every_stream_and_is_not_left_serving(tmp_path: Path) -> None:
@@ -305,7 +308,7 @@ def test_a_dead_engine_ends_every_stream_and_is_not_left_serving(tmp_path: Path)
     try:
         with InferenceClient(server.address, retries=0) as client, grpc.insecure_channel(server.address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=LIMIT_S)
+            watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=HANG_S)
             health = [next(watch).status]
             # Two at a time, three steps end six of them; with the fourth the engine dies.
             streams = [endless(client) for _ in range(2)]
@@ -319,7 +322,7 @@ def test_a_dead_engine_ends_every_stream_and_is_not_left_serving(tmp_path: Path)
                     list(stream)
                 ends.append(str(ended.value))
             health += [answer.status for answer in watch]
-        assert server.process.wait(LIMIT_S) == 1
+        assert server.process.wait(HANG_S) == 1
     finally:
         server.end(signal.SIGKILL)
     assert [("step that this stream was in failed" in end, "engine failed" in end) for end in ends] == [
@@ -334,16 +337,16 @@ def test_a_stuck_engine_stops_serving_before_its_streams_and_the_process_end(bro
     publish_tiny_version(broken.registry, 2.0, config=LONG)
     with InferenceClient(broken.address, retries=0) as client:
         streams = [endless(client) for _ in range(4)]
-        until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 4)
+        wait_until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 4)
         broken.order("hang")
-        until(lambda: not broken.serves())
+        wait_until(lambda: not broken.serves())
         assert broken.process.poll() is None
         newcomer = client.generate("x")
         for one in (*streams, newcomer):
             with pytest.raises(errors.Unavailable, match="engine is stuck"):
                 list(one)
-    assert broken.process.wait(LIMIT_S) == 1
-    until(lambda: re.search("a step has taken 2", "".join(broken.lines)) is not None)
+    assert broken.process.wait(HANG_S) == 1
+    wait_until(lambda: re.search("a step has taken 2", "".join(broken.lines)) is not None)
     # It is the engine's fault, not the version's.
     findings = broken.registry.decisions.findings()
     assert [finding.refusal for found in findings.values() for finding in found] == [None]
@@ -352,11 +355,11 @@ def test_a_stuck_engine_stops_serving_before_its_streams_and_the_process_end(bro
 def test_an_engine_that_is_stuck_while_the_server_ends_does_not_hold_it(broken: Server) -> None:
     with InferenceClient(broken.address, retries=0) as client:
         stream = endless(client)
-        until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 1)
+        wait_until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 1)
         begin = broken.order("hang")
         broken.process.send_signal(signal.SIGTERM)
         with pytest.raises(errors.Unavailable, match="engine is stuck"):
             list(stream)
-    assert broken.process.wait(LIMIT_S) == 1
+    assert broken.process.wait(HANG_S) == 1
     # Neither the drain of 30 s nor the clients' patience has to end.
     assert time.monotonic() - begin < 20.0

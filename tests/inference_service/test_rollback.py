@@ -10,14 +10,15 @@ from shared.errors import FailedPrecondition, GptloopError
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import flip_a_bit
-from tests.inference_service.world import World, hold_read, polls, run, standing, until
+from tests.inference_service.world import World, hold_read, polls, run, standing
+from tests.waiting import eventually
 
 
 def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         assert await world.loader.roll_back() == 3
-        await until(lambda: world.serving == 3)
+        await eventually(lambda: world.serving == 3)
         await polls(world)
         assert world.serving == 3
         two = await standing(world, 2)
@@ -25,17 +26,17 @@ def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: Worl
         assert (await standing(world, 3)).labels == ("best", "latest")
         # A better one takes over as ever.
         publish_tiny_version(world.registry, 0.5)
-        await until(lambda: world.serving == 4)
+        await eventually(lambda: world.serving == 4)
 
     run(world, test)
 
 
 def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None) as old:
             publish_tiny_version(world.registry, 0.5)
-            await until(lambda: world.serving == 4)
+            await eventually(lambda: world.serving == 4)
             assert await world.loader.roll_back() == 2
             assert world.serving == 2 and world.loader.serving is old
 
@@ -44,17 +45,17 @@ def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
 
 def test_a_rollback_does_not_wait_for_room(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None):
             publish_tiny_version(world.registry, 0.5)
-            await until(lambda: world.serving == 4)
+            await eventually(lambda: world.serving == 4)
             async with world.residents.stream(None):
                 assert await world.loader.roll_back(1) == 1
                 assert world.serving == 1
                 assert world.resident() == {"1", "2", "4"}
                 assert world.catalogue.policy == "pinned:1"
         # Version 4 is refused, version 2 has room.
-        await until(lambda: world.resident() == {"1", "2"})
+        await eventually(lambda: world.resident() == {"1", "2"})
 
     run(world, test)
 
@@ -70,8 +71,8 @@ def in_the_way(world: World) -> Path:
 @pytest.mark.parametrize("number", [None, 1])
 def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: World, number: int | None) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
-        await until(lambda: bool(world.registry.decisions.findings()))
+        await eventually(lambda: world.serving == 2)
+        await eventually(lambda: bool(world.registry.decisions.findings()))
         in_the_way(world)
         with pytest.raises(FailedPrecondition, match="cannot be written"):
             await world.loader.roll_back(number)
@@ -86,7 +87,7 @@ def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: Worl
 @pytest.mark.parametrize("what", ["best", "latest", "stable", "pinned:1", "run:tiny"])
 def test_a_policy_that_cannot_be_written_is_not_acted_on(world: World, what: str) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.promote(3)
         in_the_way(world)
         with pytest.raises(FailedPrecondition):
@@ -101,7 +102,7 @@ def test_a_policy_that_cannot_be_written_is_not_acted_on(world: World, what: str
 
 def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.roll_back(1)
         reader = Registry(world.registry.root)
         assert reader.decisions.policy() == "pinned:1"
@@ -114,7 +115,7 @@ def test_a_rollback_onto_a_damaged_version_says_so_and_the_one_before_serves_on(
     flip_a_bit(world.registry.version_directory(1))
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         with pytest.raises(FailedPrecondition, match=r"Version 1 cannot serve: .*SHA-256"):
             await world.loader.roll_back(1)
         await polls(world)
@@ -126,7 +127,7 @@ def test_a_rollback_onto_a_damaged_version_says_so_and_the_one_before_serves_on(
     restarted = World(world.registry.root)
 
     async def again() -> None:
-        await until(lambda: restarted.serving == 2)
+        await eventually(lambda: restarted.serving == 2)
 
     run(restarted, again)
 
@@ -135,7 +136,7 @@ def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> N
     flip_a_bit(world.registry.version_directory(3))
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         assert await world.loader.roll_back() == 1
         assert world.serving == 1
         with pytest.raises(FailedPrecondition, match="no other version than 1 that could serve, so it serves on"):
@@ -149,9 +150,9 @@ def test_the_one_before_serves_until_its_successor_is_loaded(world: World, monke
     reading = hold_read(monkeypatch, 1)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         rolling = asyncio.create_task(world.loader.roll_back(1))
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         async with world.residents.stream(None) as resident:
             assert resident.manifest.version == 2
         assert world.catalogue.policy == "best"
@@ -168,9 +169,9 @@ def test_a_rollback_that_nobody_waits_for_any_more_changes_nothing(
     reading = hold_read(monkeypatch, 1)
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         rolling = asyncio.create_task(world.loader.roll_back(1))
-        await until(reading.entered.is_set)
+        await eventually(reading.entered.is_set)
         rolling.cancel()
         reading.go_on.set()
         await asyncio.wait([rolling])
@@ -182,7 +183,7 @@ def test_a_rollback_that_nobody_waits_for_any_more_changes_nothing(
 
 def test_the_same_rollback_twice_at_once_takes_one_version_away(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await asyncio.gather(world.loader.roll_back(1), world.loader.roll_back(1))
         assert world.serving == 1
         assert (await standing(world, 1)).state is State.SERVING
@@ -194,7 +195,7 @@ def test_a_rollback_refuses_what_served_when_it_was_asked_for(world: World, monk
     """Even where the pin lets the other version serve before the refusal is noted."""
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.load(1)
         look = world.catalogue.look
 
@@ -217,7 +218,7 @@ def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
         with pytest.raises(FailedPrecondition, match="No version serves"):
             await world.loader.roll_back()
         publish_tiny_version(world.registry, 1.0)
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         with pytest.raises(FailedPrecondition, match="no other version"):
             await world.loader.roll_back()
         with pytest.raises(FailedPrecondition, match="serves already"):
@@ -231,11 +232,11 @@ def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
 
 def test_a_pinned_label_never_means_another_version(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         await world.loader.let_serve("pinned:1")
-        await until(lambda: world.serving == 1)
+        await eventually(lambda: world.serving == 1)
         await world.loader.roll_back()
-        await until(lambda: world.serving != 1)
+        await eventually(lambda: world.serving != 1)
         assert world.catalogue.policy == "pinned:1"
         manifest = await world.catalogue.resolve("pinned:1")
         assert manifest is not None and manifest.version == 1
@@ -245,22 +246,22 @@ def test_a_pinned_label_never_means_another_version(world: World) -> None:
 
 def test_a_rolled_back_version_that_is_still_in_memory_has_another_chance(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None):
             await world.loader.load(2)
             await world.loader.roll_back()
-            await until(lambda: world.serving == 3)
+            await eventually(lambda: world.serving == 3)
             two = await standing(world, 2)
             assert (two.state, two.held, two.streams) == (State.REFUSED, False, 1)
             await world.loader.load(2)
-            await until(lambda: world.serving == 2)
+            await eventually(lambda: world.serving == 2)
 
     run(world, test)
 
 
 def test_a_version_whose_streams_keep_failing_is_rolled_back_by_itself(world: World) -> None:
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         step = GptloopError("a step of eight streams failed")
         for _ in range(8):
             world.loader.failed(2, step)
@@ -268,7 +269,7 @@ def test_a_version_whose_streams_keep_failing_is_rolled_back_by_itself(world: Wo
         world.loader.failed(3, GptloopError("of another version"))
         assert (await standing(world, 2)).state is State.SERVING
         world.loader.failed(2, GptloopError("no finite numbers"))
-        await until(lambda: world.serving == 3)
+        await eventually(lambda: world.serving == 3)
         two = await standing(world, 2)
         assert two.state is State.REFUSED
         assert two.reason == "failing: 3 failures within 60 s, at last: no finite numbers"
@@ -285,13 +286,13 @@ def test_where_the_next_version_fails_alike_the_versions_are_not_to_blame(world:
             world.loader.failed(number, GptloopError("the device is gone"))
 
     async def test() -> None:
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         fail(2)
-        await until(lambda: world.serving == 3)
+        await eventually(lambda: world.serving == 3)
         fail(3)
         states = [(await standing(world, number)).state for number in (2, 3)]
         assert State.REFUSED not in states
-        await until(lambda: world.serving == 2)
+        await eventually(lambda: world.serving == 2)
         fail(2)
         assert (await standing(world, 2)).state is State.SERVING
 

@@ -18,7 +18,10 @@ from inference_service.client import InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
-from tests.inference_service.process import LIMIT_S, ROOT, Server, text_of, until
+from tests.inference_service.process import ROOT, Server, text_of
+from tests.waiting import HANG_S, wait_until
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             with pytest.raises(errors.Unavailable, match="registry is empty"):
                 client.model(label="best")
         publish_tiny_version(server.registry, 2.0, seed=1)
-        until(server.serves)
+        wait_until(server.serves)
         publish_tiny_version(server.registry, 1.0, seed=2)
         with server.client() as client:
-            until(lambda: client.model().version == 2)
+            wait_until(lambda: client.model().version == 2)
         yield server
     finally:
         assert server.end() == 0, server.lines
@@ -125,7 +128,7 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
             stream = client.generate("Once", version=1, max_tokens=90, ignore_eos=True)
             assert isinstance(next(stream), pb.Started)
             stream.cancel()
-        until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+        wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
         assert server.metrics()["gptloop_inference_waiting_requests",] == 0
         assert server.metrics()["gptloop_inference_requests_total", "cancelled"] >= 1
 
@@ -168,7 +171,7 @@ def test_a_port_in_use_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
                 env={**os.environ, "GPTLOOP_VAR": str(tmp_path / "var"), **ports},
                 capture_output=True,
                 text=True,
-                timeout=LIMIT_S,
+                timeout=HANG_S,
             )
             assert done.returncode == 1
             last = done.stderr.strip().splitlines()[-1]
@@ -194,7 +197,7 @@ def command(*arguments: str, address: str, **options: Any) -> subprocess.Complet
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
         **options,
     )
 
@@ -259,4 +262,4 @@ def test_chat_continues_each_line_and_takes_commands(server: Server) -> None:
 
 def test_clients_load_no_model_framework() -> None:
     check = "import sys, inference_service.__main__, inference_service.terminal; sys.exit('mlx' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=LIMIT_S).returncode == 0
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=HANG_S).returncode == 0

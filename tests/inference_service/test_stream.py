@@ -12,8 +12,8 @@ import pytest
 from inference_service.client import AsyncInferenceClient, InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
-from tests.inference_service.process import LIMIT_S, until
 from tests.inference_service.scripted_server import STARTED, STORY, Serve, hang, refuse, run_async, send
+from tests.waiting import HANG_S, wait_until
 
 
 def test_a_stream_tells_what_it_knows_so_far(serve: Serve) -> None:
@@ -98,11 +98,11 @@ def test_leaving_a_loop_cancels_the_call(serve: Serve) -> None:
     with InferenceClient(server.address) as client:
         for _ in client.generate("x"):
             break
-        assert server.left.wait(LIMIT_S)
+        assert server.left.wait(HANG_S)
         server.left.clear()
         for _ in client.generate("x").text():
             break
-        assert server.left.wait(LIMIT_S)
+        assert server.left.wait(HANG_S)
 
 
 @pytest.mark.usefixtures("no_collections")
@@ -112,11 +112,11 @@ def test_leaving_an_async_loop_cancels_the_call(serve: Serve) -> None:
     async def body(client: AsyncInferenceClient) -> None:
         async for _ in client.generate("x"):
             break
-        assert await asyncio.to_thread(server.left.wait, LIMIT_S)
+        assert await asyncio.to_thread(server.left.wait, HANG_S)
         server.left.clear()
         async for _ in client.generate("x").text():
             break
-        assert await asyncio.to_thread(server.left.wait, LIMIT_S)
+        assert await asyncio.to_thread(server.left.wait, HANG_S)
 
     run_async(server.address, body)
 
@@ -128,14 +128,14 @@ def test_a_stream_that_is_dropped_before_its_first_event_is_cancelled(serve: Ser
         stream = client.generate("x")
         server.await_calls(1)
         del stream
-        assert server.left.wait(LIMIT_S)
+        assert server.left.wait(HANG_S)
     server.left.clear()
 
     async def body(client: AsyncInferenceClient) -> None:
         stream = client.generate("x")
         await asyncio.to_thread(server.await_calls, 2)
         del stream
-        assert await asyncio.to_thread(server.left.wait, LIMIT_S)
+        assert await asyncio.to_thread(server.left.wait, HANG_S)
 
     run_async(server.address, body)
 
@@ -146,7 +146,7 @@ def test_an_error_in_a_with_block_cancels_the_call(serve: Serve) -> None:
         with pytest.raises(ZeroDivisionError), client.generate("x") as stream:
             for _ in stream:
                 raise ZeroDivisionError
-        assert server.left.wait(LIMIT_S)
+        assert server.left.wait(HANG_S)
         assert list(stream) == []
     server.left.clear()
 
@@ -155,7 +155,7 @@ def test_an_error_in_a_with_block_cancels_the_call(serve: Serve) -> None:
             async with client.generate("x") as stream:
                 async for _ in stream:
                     raise ZeroDivisionError
-        assert await asyncio.to_thread(server.left.wait, LIMIT_S)
+        assert await asyncio.to_thread(server.left.wait, HANG_S)
         assert [event async for event in stream] == []
 
     run_async(server.address, body)
@@ -166,10 +166,10 @@ def test_cancel_ends_the_loop_of_another_thread(serve: Serve) -> None:
     with InferenceClient(server.address) as client, ThreadPoolExecutor(1) as pool:
         stream = client.generate("x")
         reading = pool.submit(list, stream)
-        until(lambda: stream.started is not None)
+        wait_until(lambda: stream.started is not None)
         stream.cancel()
-        assert reading.result(LIMIT_S) == [STARTED]
-        assert server.left.wait(LIMIT_S)
+        assert reading.result(HANG_S) == [STARTED]
+        assert server.left.wait(HANG_S)
 
 
 def test_cancel_ends_the_loop_of_another_task(serve: Serve) -> None:
@@ -190,7 +190,7 @@ def test_cancel_ends_the_loop_of_another_task(serve: Serve) -> None:
         await began.wait()
         stream.cancel()
         assert await reading == [STARTED]
-        assert await asyncio.to_thread(server.left.wait, LIMIT_S)
+        assert await asyncio.to_thread(server.left.wait, HANG_S)
 
     run_async(server.address, body)
 
@@ -205,21 +205,22 @@ def test_a_cancelled_task_cancels_its_call(serve: Serve) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert await asyncio.to_thread(server.left.wait, LIMIT_S)
+            assert await asyncio.to_thread(server.left.wait, HANG_S)
             server.left.clear()
 
     run_async(server.address, body)
 
 
 def test_cancel_ends_the_wait_for_another_attempt(serve: Serve) -> None:
-    server = serve(refuse(errors.ResourceExhausted("Full.", retry_after_s=LIMIT_S)))
+    pause_s = 60.0  # the longest that a client waits
+    server = serve(refuse(errors.ResourceExhausted("Full.", retry_after_s=pause_s)))
     began_s = time.monotonic()
     with InferenceClient(server.address) as client, ThreadPoolExecutor(1) as pool:
         stream = client.generate("x")
         reading = pool.submit(list, stream)
         server.await_calls(1)
         stream.cancel()
-        assert reading.result(LIMIT_S) == []
+        assert reading.result(HANG_S) == []
 
     async def body(client: AsyncInferenceClient) -> None:
         stream = client.generate("x")
@@ -229,5 +230,5 @@ def test_cancel_ends_the_wait_for_another_attempt(serve: Serve) -> None:
         assert await reading is None
 
     run_async(server.address, body)
-    assert time.monotonic() - began_s < LIMIT_S
+    assert time.monotonic() - began_s < pause_s
     assert len(server.requests) == 2

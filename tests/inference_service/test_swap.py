@@ -4,8 +4,12 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.fakes import TINY
 from tests.soak.swap import start, swap
+
+pytestmark = pytest.mark.slow
 
 
 def test_no_stream_notices_that_versions_take_over(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from inference_service import watchdog
 from inference_service.patience import Patience
 from inference_service.pauses import LOOK_INTERVAL_S, Pauses
 from inference_service.watchdog import Watchdog
-from tests.inference_service.world import until
+from tests.waiting import eventually
 
 STUCK_AFTER_S = 30.0
 
@@ -75,7 +75,7 @@ class Watched:
         """Waits until the watchdog has seen how things are now, and has told it."""
         seen = self._looks
         # It has told what it saw in one look when it takes the next.
-        await until(lambda: self._looks >= seen + 2)
+        await eventually(lambda: self._looks >= seen + 2)
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_watching_ends_once_a_step_has_taken_so_long_that_it_will_not_end(
         await watched.looked()
         assert not watching.done()
         watched.engine.examines = False
-        await until(watching.done)
+        await eventually(watching.done)
         watching.result()
 
     watched.run(test)

@@ -22,8 +22,7 @@ from inference_service.standing import Standing
 from shared.accelerator import Memory
 from shared.gpt.decoder import make_decoder
 from shared.registry.store import Registry
-
-LIMIT_S = 30.0
+from tests.waiting import HANG_S, eventually
 
 
 class World:
@@ -85,7 +84,7 @@ def hold_read(monkeypatch: pytest.MonkeyPatch, number: int) -> HeldRead:
     def slow(*arguments: Any) -> Any:
         if arguments[1].version == number:
             reading.entered.set()
-            assert reading.go_on.wait(LIMIT_S)
+            assert reading.go_on.wait(HANG_S)
         return read(*arguments)
 
     monkeypatch.setattr(residents, "read_content", slow)
@@ -103,12 +102,6 @@ def served(caplog: pytest.LogCaptureFixture) -> list[int]:
     return [int(message.split()[1]) for message in messages if " serves: " in message]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def polls(world: World, count: int = 3) -> None:
     """Waits until the registry was looked at so many times more."""
     seen = 0
@@ -120,7 +113,7 @@ async def polls(world: World, count: int = 3) -> None:
         return versions()
 
     world.registry.versions = counted  # type: ignore[method-assign]
-    await until(lambda: seen >= count)
+    await eventually(lambda: seen >= count)
     world.registry.versions = versions  # type: ignore[method-assign]
 
 

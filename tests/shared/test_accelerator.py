@@ -9,6 +9,8 @@ import pytest
 
 from shared.accelerator import Accelerator, memory, report
 
+pytestmark = pytest.mark.slow
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Only a Linux CPU needs a BLAS and a compiler cache.")
 
 _PREPARE = """

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from shared import cli
+from tests.waiting import HANG_S
+
+pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).parents[2]
 COMMANDS = """
@@ -66,7 +69,7 @@ def ended(*words: str, **environment: str) -> tuple[int, str, str]:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -123,7 +126,7 @@ def test_an_output_that_takes_nothing_ends_a_command_without_a_traceback(
         env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert done.returncode == code
     assert done.stderr in ("", "error: No space left on device.\n")
@@ -135,7 +138,7 @@ def test_ctrl_c_ends_a_command_at_work_after_it_has_cleaned_up_and_waits_for_no_
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=HANG_S)
     assert (process.returncode, out, err) == (130, "cleaned up\n", "")
 
 
@@ -145,7 +148,7 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
 

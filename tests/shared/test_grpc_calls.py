@@ -20,9 +20,11 @@ from shared.grpc_status import error_of
 from shared.listening import Address
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
+from tests.waiting import HANG_S, eventually
+
+pytestmark = pytest.mark.slow
 
 SERVICE = "inference.v1.InferenceService"
-LIMIT_S = 60.0
 Counts = collections.Counter[tuple[str, str, str | None]]
 
 
@@ -74,7 +76,7 @@ def run(test: Callable[[Wire], Coroutine[Any, Any, None]]) -> None:
             await test(Wire(server, service, channel, address, ends))
         await server.stop(0.0, asyncio.Event())
 
-    asyncio.run(asyncio.wait_for(body(), LIMIT_S))
+    asyncio.run(asyncio.wait_for(body(), HANG_S))
 
 
 async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -159,7 +161,7 @@ def test_a_request_that_is_too_large_is_refused_and_counted() -> None:
         code, details = await refused(wire.stub.Tokenize(pb.TokenizeRequest(text="x" * (5 << 20))))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "larger than max" in details
-        await until(lambda: wire.ends.total() == 1)
+        await eventually(lambda: wire.ends.total() == 1)
         assert wire.ends == {("Tokenize", "CANCELLED", None): 1}
 
     run(test)
@@ -178,7 +180,7 @@ def test_every_end_is_counted_with_its_method_and_code() -> None:
         left.cancel()
         late = wire.stub.Generate(pb.GenerateRequest(), timeout=0.05)
         assert (await refused(anext(aiter(late))))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: wire.ends.total() == 5)
+        await eventually(lambda: wire.ends.total() == 5)
         assert wire.ends == {
             ("Tokenize", "OK", None): 1,
             ("GetModel", "RESOURCE_EXHAUSTED", None): 1,
@@ -243,7 +245,7 @@ def test_clients_that_ask_again_at_once_see_no_other_code_at_the_very_end() -> N
                     codes.add(failure.code())
 
         clients = [asyncio.create_task(ask()) for _ in range(200)]
-        await until(lambda: wire.ends.total() > 200)
+        await eventually(lambda: wire.ends.total() > 200)
         await wire.server.stop(1000.0, asyncio.Event())
         await asyncio.gather(*clients)
         assert codes == {grpc.StatusCode.UNAVAILABLE}
@@ -309,8 +311,3 @@ async def code_of(call: Any) -> grpc.StatusCode:
     except grpc.aio.AioRpcError as error:
         return error.code()
     return grpc.StatusCode.OK
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)

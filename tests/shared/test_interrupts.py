@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import HANG_S
+
 PROJECT = Path(__file__).parents[2]
 # Runs a module, and interrupts the process when it imports another one.
 RUN_AND_INTERRUPT = """
@@ -44,6 +46,6 @@ def test_ctrl_c_while_modules_load_ends_the_command_quietly(module: str, importe
         cwd=PROJECT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_S,
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -20,9 +20,10 @@ print(twice(mx.array([1.0, -2.0])).tolist())
 """
 
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("g++"), reason="MLX calls g++ on Linux only"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="MLX calls g++ on Linux only"),
+]
 
 
 def run(cache: Path, search_path: str = ".", path: str = os.environ["PATH"]) -> None:

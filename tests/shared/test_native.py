@@ -12,6 +12,7 @@ import pytest
 from shared import native
 from shared.errors import FailedPrecondition
 from shared.native import build_library
+from tests.waiting import HANG_S
 
 GCC = shutil.which("gcc")
 pytestmark = pytest.mark.skipif(not (GCC and shutil.which("g++")), reason="There is no compiler.")
@@ -83,7 +84,7 @@ def test_two_processes_that_build_at_a_time_do_not_disturb_each_other(tmp_path: 
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", _BUILD, C, *OPTIONS, str(cache)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    answers = {process.communicate(timeout=60)[0] for process in processes}
+    answers = {process.communicate(timeout=HANG_S)[0] for process in processes}
     (library,) = cache.iterdir()
     assert answers == {f"42 {library}\n"}
     assert log.read_text() == "begun\nbegun\n"
@@ -93,7 +94,7 @@ def test_what_a_killed_build_left_is_not_taken_for_a_library(tmp_path: Path, bin
     log = install_compiler(bin_folder, together=99)
     cache = tmp_path / "cache"
     with subprocess.Popen([sys.executable, "-c", _BUILD, C, *OPTIONS, str(cache)], start_new_session=True) as building:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + HANG_S
         while not log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -190,7 +190,7 @@ def main(
         soak = Soak(system, kills, seed)
         began_s = time.monotonic()
         uninterrupted = soak.train()
-        system.end(uninterrupted, limit_s=3600.0)
+        system.end(uninterrupted, hang_s=3600.0)
         reference = system.result(uninterrupted)
         reference_s = time.monotonic() - began_s
         print(f"uninterrupted: {reference.last_step} steps in {cli.duration(reference_s)}", flush=True)
@@ -199,7 +199,7 @@ def main(
         violations = []
         try:
             soak.kill(job)
-            ended = system.end(job, limit_s=3600.0)
+            ended = system.end(job, hang_s=3600.0)
             if system.queue.get(job).state is not JobState.FINISHED:
                 violations.append(f"The job has not finished: {ended.reason}")
             violations += check(system, job, reference)

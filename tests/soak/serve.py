@@ -31,7 +31,8 @@ from shared.lists import print_rows
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from tests.fakes import publish_tiny_version
-from tests.inference_service.process import BREAKABLE, SMALL_WINDOW, Server, until
+from tests.inference_service.process import BREAKABLE, SMALL_WINDOW, Server
+from tests.waiting import wait_until
 
 MODEL = GPTConfig(6, 256, 4, 1024, 512, vocabulary_size=257, tied_head=False)
 SLOTS = 8
@@ -328,7 +329,7 @@ def main(
     )
     try:
         publish_tiny_version(server.registry, 1.0, config=MODEL)
-        until(server.serves)
+        wait_until(server.serves)
         result = asyncio.run(soak(server, minutes, rate, seed))
     finally:
         code = server.end()

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
 from tests.events import PROGRESS, STARTED
-from tests.jobs import EVALUATION, start, tell, training, wait_until
+from tests.jobs import EVALUATION, start, tell, training
 from tests.redis_process import RedisServer
+from tests.waiting import wait_until
 from trainer_service import follow as follow_module
 from trainer_service.events import (
     Evaluation,

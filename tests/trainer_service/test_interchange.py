@@ -40,6 +40,8 @@ from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.loss import window_losses
 from trainer_service.training.workers import Workers
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).parents[2]
 SHAPE = GPTConfig(
     layers=2, width=32, heads=2, hidden_width=64, context_length=16, vocabulary_size=257, tied_head=True, dropout=0.0

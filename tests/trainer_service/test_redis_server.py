@@ -13,6 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from shared.errors import FailedPrecondition, InvalidArgument, Unavailable
 from shared.registry.store import Registry
 from shared.settings import Directories
+from tests.waiting import HANG_S
 from trainer_service.kinds import Kind
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import (
@@ -36,7 +37,7 @@ def _server(directories: Directories) -> Iterator[Redis]:
     process = subprocess.Popen([sys.executable, "-c", _RUN, str(directories.var)], stdout=subprocess.DEVNULL)
     with connect(redis_url({}, directories)) as connection:
         try:
-            deadline_s = time.monotonic() + 20
+            deadline_s = time.monotonic() + HANG_S
             while not _answers(connection):
                 assert process.poll() is None
                 assert time.monotonic() < deadline_s

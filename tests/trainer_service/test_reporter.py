@@ -6,11 +6,14 @@ import pytest
 from redis import Redis
 
 from tests.events import PROGRESS, STARTED
-from tests.jobs import start, told, wait_until
+from tests.jobs import start, told
+from tests.waiting import wait_until
 from trainer_service import reporter as reporter_module
 from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.queue import JobQueue
 from trainer_service.reporter import Reporter
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(queue: JobQueue, job: str) -> None:

@@ -25,6 +25,8 @@ from trainer_service.run import TrainingRun
 from trainer_service.spec import JobSpec, TrainingRequest, resolve
 from trainer_service.training.corpus import DatasetSpec
 
+pytestmark = pytest.mark.slow
+
 Told = TypeVar("Told", bound=Event)
 
 DEVICE = Accelerator("cpu", "cpu", "", blas=None, memory_bytes=0)

@@ -15,13 +15,15 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from shared.errors import FailedPrecondition, Unavailable
 from shared.registry.identity import registry_id
-from tests.jobs import wait_until
 from tests.redis_process import PROJECT, RedisServer
+from tests.waiting import HANG_S, wait_until
 from trainer_service.queue import JobQueue
 from trainer_service.redis_server import check_server, connect, find_redis_server
 from trainer_service.rq_jobs import AttemptJob
 from trainer_service.settings import TrainerSettings
 from trainer_service.worker import TrainingWorker, work
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
     server = subprocess.Popen([program, "--port", "0", "--unixsocket", socket, "--save", ""], stdout=subprocess.DEVNULL)
     try:
         with connect(f"unix://{quote(str(socket))}") as connection:
-            deadline_s = time.monotonic() + 30
+            deadline_s = time.monotonic() + HANG_S
             while True:
                 try:
                     connection.ping()

@@ -16,8 +16,8 @@ from shared.gpt.model import GPT
 from shared.gpt.sampling import Logits, SamplingParameters
 from shared.gpt.spans import Span
 from tests.fakes import byte_tokenizer, tiny_model
+from tests.waiting import HANG_S
 
-LIMIT_S = 30.0
 SLOTS = 4
 
 
@@ -69,7 +69,7 @@ class Harness:
 
     def add_model(self, version: int, model: GPT, decoder: Decoder | None = None) -> None:
         decoder = decoder or make_decoder(model, self.slots, threads=1)
-        self.engine.add_version(version, decoder, byte_tokenizer(), model.config.context_length).result(LIMIT_S)
+        self.engine.add_version(version, decoder, byte_tokenizer(), model.config.context_length).result(HANG_S)
 
     def submit(self, *requests: GenerationRequest) -> None:
         """All before the engine's next step."""
@@ -84,7 +84,7 @@ class Harness:
         """Reads events until this sample has one of a kind."""
         result = self._results[request_id][index]
         while not any(isinstance(event, kind) for event in result.events):
-            self.read(LIMIT_S)
+            self.read(HANG_S)
         return result
 
     def read(self, timeout_s: float) -> None:

@@ -14,7 +14,8 @@ from inference_service.engine.request import Admitted, Delta, Event, Finished
 from shared.gpt.cpu_decoder import CpuDecoder
 from shared.gpt.spans import SCORED_TOKENS, Span
 from tests.fakes import byte_tokenizer, loss_of, tiny_model
-from tests.inference_service.engine.harness import LIMIT_S, SLOTS, Harness, break_forward, request
+from tests.inference_service.engine.harness import SLOTS, Harness, break_forward, request
+from tests.waiting import HANG_S
 
 
 def test_streams_together_equal_each_alone(harness: Harness) -> None:
@@ -217,7 +218,7 @@ def test_an_examination_gives_the_loss_of_held_out_text_and_disturbs_nobody(
         *(2, CpuDecoder(model, SLOTS, threads=1), byte_tokenizer(), model.config.context_length),
         [tuple(window) for window in windows.tolist()],
     )
-    assert loss.result(LIMIT_S) == pytest.approx(loss_of(model, windows), abs=1e-5)
+    assert loss.result(HANG_S) == pytest.approx(loss_of(model, windows), abs=1e-5)
     assert harness.wait("running").tokens == alone.tokens
     # Short pieces, and never two of them between two tokens.
     whole = [SCORED_TOKENS] * 5 + [9]
@@ -227,7 +228,7 @@ def test_an_examination_gives_the_loss_of_held_out_text_and_disturbs_nobody(
         *(3, CpuDecoder(model, SLOTS, threads=1), byte_tokenizer(), model.config.context_length),
         [tuple(window) for window in windows.tolist()],
     )
-    assert idle.result(LIMIT_S) == loss.result()
+    assert idle.result(HANG_S) == loss.result()
     assert pieces[-6:] == [64, 25] * 3
 
 
@@ -242,7 +243,7 @@ def test_a_version_that_is_known_goes_before_one_that_is_examined(harness: Harne
             added.add_done_callback(partial(lambda version, _: order.append(version), version))
             ready.append(added)
     for added in ready:
-        added.result(LIMIT_S)
+        added.result(HANG_S)
     assert order == [4, 2, 3]
 
 
@@ -288,16 +289,16 @@ def test_an_old_stream_survives_a_swap(harness: Harness) -> None:
     harness.submit(request("new", version=2, max_tokens=60))
     assert harness.wait("old").tokens == alone.tokens
     assert harness.wait("new").tokens != alone.tokens
-    harness.engine.remove_version(1).result(LIMIT_S)
+    harness.engine.remove_version(1).result(HANG_S)
     (after,) = harness.generate(request("after", version=2, max_tokens=60))
     assert after.tokens == harness.wait("new").tokens
 
 
 def test_a_removed_version_leaves_no_memory_behind(harness: Harness) -> None:
     harness.add(2, seed=1)
-    harness.engine.remove_version(2).result(LIMIT_S)
+    harness.engine.remove_version(2).result(HANG_S)
     before = mx.get_active_memory()
     for version in range(3, 6):
         harness.add(version, seed=version)
-        harness.engine.remove_version(version).result(LIMIT_S)
+        harness.engine.remove_version(version).result(HANG_S)
     assert mx.get_active_memory() <= before

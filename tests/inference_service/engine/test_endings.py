@@ -20,7 +20,8 @@ from shared.gpt.cpu_decoder import CpuDecoder
 from shared.gpt.mlx_decoder import MlxDecoder
 from shared.gpt.spans import Span
 from tests.fakes import byte_tokenizer, tiny_model
-from tests.inference_service.engine.harness import LIMIT_S, SLOTS, Harness, Result, break_forward, request
+from tests.inference_service.engine.harness import SLOTS, Harness, Result, break_forward, request
+from tests.waiting import HANG_S
 
 # Where a stream stands: its prompt of two chunks, read in one step each.
 STAGES = ["waiting", "reading", "decoding"]
@@ -119,21 +120,21 @@ def test_a_step_that_does_not_end_shows(harness: Harness, monkeypatch: pytest.Mo
     go_on = threading.Event()
 
     def hang(spans: Sequence[Span]) -> bool:
-        go_on.wait(LIMIT_S)
+        go_on.wait(HANG_S)
         return False
 
     assert busy_s(harness) == 0.0
     with monkeypatch.context() as patch:
         break_forward(patch, hang)
         harness.submit(request("a"))
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + HANG_S
         while busy_s(harness) < 0.05:
             assert time.monotonic() < deadline
         waiting = harness.engine.remove_version(1)
         assert not harness.engine.stop(timeout_s=0.0)
         # Nobody waits for what a stuck engine never does.
         with pytest.raises(Unavailable, match="stopping"):
-            waiting.result(LIMIT_S)
+            waiting.result(HANG_S)
         go_on.set()
         assert isinstance(harness.wait("a").events[-1], Failed)
     assert harness.engine.stop()
@@ -207,9 +208,9 @@ def test_a_version_that_cannot_be_made_ready_leaves_no_memory_behind(
     decoder = Broken(tiny_model(1), SLOTS, threads=1)
     gone = weakref.ref(decoder)
     with pytest.raises(RuntimeError, match="no memory"):
-        harness.engine.add_version(2, decoder, byte_tokenizer(), 96).result(LIMIT_S)
+        harness.engine.add_version(2, decoder, byte_tokenizer(), 96).result(HANG_S)
     del decoder
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while gone() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -17,7 +17,8 @@ from shared.gpt.cpu_decoder import CpuDecoder
 from shared.gpt.sampling import Logits, SamplingParameters
 from shared.gpt.spans import Span
 from tests.fakes import byte_tokenizer, tiny_model
-from tests.inference_service.engine.harness import LIMIT_S, SLOTS, Harness, break_forward, request, slow_steps
+from tests.inference_service.engine.harness import SLOTS, Harness, break_forward, request, slow_steps
+from tests.waiting import HANG_S
 
 
 def test_what_fails_while_a_stream_gets_its_slot_ends_the_streams_of_that_version(
@@ -185,7 +186,7 @@ def test_a_version_whose_steps_keep_failing_ends_alone(harness: Harness, monkeyp
     assert "ask for another one" in str(after.events[-1].error)
     assert harness.wait("good").finished.generated_tokens == 90
     assert harness.failures == 0
-    harness.engine.remove_version(2).result(LIMIT_S)
+    harness.engine.remove_version(2).result(HANG_S)
     assert harness.engine._inbox._open == {} and harness.engine._requests == {}
     assert harness.generate(request("last"))[0].finished.generated_tokens == 20
 
@@ -203,7 +204,7 @@ def test_an_engine_that_is_left_with_versions_whose_steps_keep_failing_ends(
     with harness.engine._inbox._changed:
         gone = harness.engine.remove_version(1)
         harness.submit(request("after", version=2))
-    gone.result(LIMIT_S)
+    gone.result(HANG_S)
     last = harness.wait("after").events[-1]
     assert isinstance(last, Failed) and isinstance(last.error, Unavailable)
     assert harness.engine.stop()
@@ -220,9 +221,9 @@ def test_an_engine_says_that_it_failed_even_where_its_streams_cannot_be_told() -
     engine = Engine(SLOTS, 64, 0, outbox, failed.set)
     engine.start()
     model = tiny_model(0)
-    engine.add_version(1, CpuDecoder(model, SLOTS, 1), byte_tokenizer(), model.config.context_length).result(LIMIT_S)
+    engine.add_version(1, CpuDecoder(model, SLOTS, 1), byte_tokenizer(), model.config.context_length).result(HANG_S)
     engine.submit(request("one"))
-    assert failed.wait(LIMIT_S)
+    assert failed.wait(HANG_S)
     with pytest.raises(Unavailable, match="engine failed"):
         engine.submit(request("after"))
-    assert engine.stop(LIMIT_S)
+    assert engine.stop(HANG_S)

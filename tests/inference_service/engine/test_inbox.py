@@ -9,7 +9,8 @@ import pytest
 from inference_service.engine.inbox import Inbox
 from inference_service.engine.request import Failed, NotFinite, Output
 from shared.errors import Unavailable
-from tests.inference_service.engine.harness import LIMIT_S, request
+from tests.inference_service.engine.harness import request
+from tests.waiting import HANG_S
 
 
 def nothing() -> None: ...
@@ -40,8 +41,8 @@ def test_whoever_waits_wakes_when_something_is_asked_or_it_is_closed(closes: boo
         inbox.close("It is over.")
     else:
         inbox.post(nothing)
-    assert taken.result(LIMIT_S) == (None if closes else [nothing])
-    thread.join(LIMIT_S)
+    assert taken.result(HANG_S) == (None if closes else [nothing])
+    thread.join(HANG_S)
 
 
 def test_a_promise_is_kept_with_its_result_or_its_failure() -> None:

@@ -24,6 +24,8 @@ from shared.gpt.model import GPT
 from shared.gpt.spans import SPAN_TOKENS, Span
 from tests.shared.gpt.random_models import forward, full_forward, models, random_model, random_text, seeds
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 SLOTS = 4
 # A context that holds two whole spans and a part of one.

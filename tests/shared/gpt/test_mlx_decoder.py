@@ -15,6 +15,8 @@ from shared.gpt.sampling import PlainDraw
 from shared.gpt.spans import SPAN_TOKENS, Span
 from tests.shared.gpt.random_models import forward, full_forward, random_model, random_text, seeds
 
+pytestmark = pytest.mark.slow
+
 CONFIG = GPTConfig(
     layers=2, width=36, heads=3, hidden_width=50, context_length=150, vocabulary_size=97, tied_head=False
 )

@@ -10,7 +10,7 @@ from tests.shared.registry.scenarios import SCENARIOS
 
 PROJECT = Path(__file__).parents[3]
 
-pytestmark = linux_only
+pytestmark = [pytest.mark.slow, linux_only]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ SURVIVALS = [
     *(Survival(names=True, contents=None, seed=seed) for seed in range(2)),
 ]
 
-pytestmark = linux_only
+pytestmark = [pytest.mark.slow, linux_only]
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 from pathlib import Path
 
+import pytest
 from rich.progress import Progress
 
 from tests.soak.publish import kill_often
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_process_that_is_killed_at_any_moment_leaves_a_whole_registry(tmp_path: Path) -> None:

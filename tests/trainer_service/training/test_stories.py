@@ -1,10 +1,14 @@
 import re
 from collections import Counter
 
+import pytest
+
 from shared.gpt.tokenizer import train_bpe
 from trainer_service.presets import PRESETS
 from trainer_service.training import plots
 from trainer_service.training.stories import generate_stories, train_stories, validation_stories
+
+pytestmark = pytest.mark.slow
 
 STORIES = list(generate_stories(7, range(2000)))
 

@@ -15,6 +15,7 @@ import pytest
 
 from shared.errors import DataError, FailedPrecondition, GptloopError, ResourceExhausted
 from shared.gpt.tokenizer import train_bpe
+from tests.waiting import HANG_S
 from trainer_service.presets import PRESETS
 from trainer_service.training import bpe_process, file_bytes, tokens
 from trainer_service.training.config import TrainingConfig
@@ -22,6 +23,8 @@ from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.shards import HEADER_BYTES
 from trainer_service.training.stories import generate_stories
 from trainer_service.training.tokens import PreparedData, PrepareProgress, Stage, prepare
+
+pytestmark = pytest.mark.slow
 
 MARKER = "<|endoftext|>"
 STORIES = list(generate_stories(3, range(200)))
@@ -327,7 +330,7 @@ def test_what_a_killed_process_left_is_removed(text: Path) -> None:
 
 
 def test_two_at_once_prepare_the_same(text: Path) -> None:
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=HANG_S)
     results: list[PreparedData] = []
 
     def work() -> None:
@@ -341,7 +344,7 @@ def test_two_at_once_prepare_the_same(text: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=HANG_S)
     assert np.array_equal(results[0].train, results[1].train)
     assert np.array_equal(run(text).train, results[0].train)
     assert not files(text, "*.partial")
