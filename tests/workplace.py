@@ -21,9 +21,9 @@ class Workplace:
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         # Neither the settings of whoever runs the tests, nor what make hands on, which may have started them.
-        others = ("GPTLOOP_", "REDIS_URL", "MAKE")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(others)}
-        self.environment = inherited | dict(environment or {})
+        own = ("GPTLOOP_", "REDIS_URL")
+        seen = {name: value for name, value in os.environ.items() if not name.startswith(own)} | dict(environment or {})
+        self.environment = {name: value for name, value in seen.items() if not name.startswith("MAKE")}
         for name in ("Makefile", "requirements", "shared", "deploy", "trainer_service", "inference_service", "tests"):
             (folder / name).symlink_to(PROJECT / name)
         (folder / ".venv/bin").mkdir(parents=True)
