@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -239,13 +239,15 @@ class Catalogue:
         finding = self.finding(manifest, without)
         return finding if finding is not None and finding.refusal is not None else None
 
-    def best_found(self, evaluation_set: str) -> Judged | None:
-        """Of the versions that may serve and were judged on an evaluation set, the one that predicted its held-out
-        windows best as it was served here; None where none was served."""
+    def best_found(self, evaluation_set: str, unread: Callable[[int], bool]) -> Judged | None:
+        """Of the versions that could serve now and were judged on an evaluation set, the one that predicted its
+        held-out windows best as it was served here; None if none was served. `unread` says which could not be read."""
         judged = [
             Judged(manifest, finding.loss)
             for manifest in self._deserving()
             if manifest.evaluation_set == evaluation_set
+            and manifest.version not in self._seen.lacking
+            and not unread(manifest.version)
             and (finding := self.finding(manifest)) is not None
             and finding.loss is not None
         ]

@@ -259,7 +259,9 @@ class HotLoader:
             return True
         if serving is None:
             # After a restart those count that served before.
-            before = self._catalogue.best_found(resident.manifest.evaluation_set)
+            before = self._catalogue.best_found(
+                resident.manifest.evaluation_set, lambda number: bool(self._residents.postponed(number))
+            )
         elif self._residents.is_refused(serving):
             return True
         else:

@@ -36,7 +36,7 @@ _ENDS = tuple(
         for end in (
             *(reason.name for reason in FinishReason),
             *("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "UNAVAILABLE"),
-            *("DATA_LOSS", "INTERNAL"),
+            *("DEADLINE_EXCEEDED", "DATA_LOSS", "INTERNAL"),
         )
     )
 )

@@ -234,7 +234,7 @@ class TrainingRun:
             self._evaluation_set,
             held_out,
         )
-        best = self._registry.labels()["best"] == version.version
+        best = self._registry.labels().get("best") == version.version
         self._tell(
             VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
         )

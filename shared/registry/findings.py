@@ -43,6 +43,7 @@ class Findings:
         self, digests: Mapping[int, str], findings: Mapping[int, Sequence[Finding]], files: Mapping[int, str]
     ) -> None:
         self._digests = digests
+        self._numbers = {digest: number for number, digest in digests.items()}
         self._findings = findings
         self._files = files
 
@@ -83,15 +84,16 @@ class Findings:
             return finding
         return None if finding.loss is None else replace(finding, refusal=None, sentence="", stands_on=None)
 
-    def _stands(self, number: int, finding: Finding) -> bool:
+    def _stands(self, number: int, finding: Finding, refused: frozenset[int] = frozenset()) -> bool:
+        """Whether a refusal counts; not if it stands on itself in the end, through others that are `refused` by it."""
         if finding.refusal == CORRUPT:
             return finding.stands_on == self._files.get(number)
         if finding.stands_on is None:
             return finding.refusal != WORSE
-        for other, digest in self._digests.items():
-            if digest == finding.stands_on:
-                known = self._about(other, digest, finding.device)
-                last = max(known, key=lambda each: each.at, default=None)
-                # What is worse than a version that is worse itself is worse still.
-                return last is None or last.refusal in (None, WORSE) or not self._stands(other, last)
-        return False
+        other = self._numbers.get(finding.stands_on)
+        if other is None or other in refused:
+            return False
+        known = self._about(other, finding.stands_on, finding.device)
+        last = max(known, key=lambda each: each.at, default=None)
+        # What is worse than a version that is worse itself is worse still.
+        return last is None or last.refusal in (None, WORSE) or not self._stands(other, last, refused | {number})

@@ -89,8 +89,10 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
     versions = _versions(registry)
     decided = registry.decided(versions)
     labels, held = policy.labels(versions, decided), registry.holds.jobs()
-    firm = _firm_reasons(versions, decided, labels, held)
-    continued = {*labels.values(), *held}
+    # They may be on their way here, or come back: whatever the others are worth, these wait for a person.
+    lacking = {each.version for each in versions if registry.lacking(each)}
+    firm = _firm_reasons(versions, decided, labels, held, lacking)
+    continued = {*labels.values(), *held, *lacking}
     deserving = [each for each in versions if each.version not in decided.refused]
     runs = _kept_runs(registry, retention)
     best = _best(versions, deserving, runs, retention.best)
@@ -114,7 +116,7 @@ def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
     with registry.decisions.held():
         versions = registry.versions()
         labelled = policy.labels(versions, registry.decided(versions)).values()
-        firm = {*labelled, *registry.holds.jobs()}
+        firm = {*labelled, *registry.holds.jobs(), *(each.version for each in versions if registry.lacking(each))}
         kept = [each for each in versions if each.version in firm]
         if any(checkpoint in (Checkpoint(each.version), Checkpoint(each.step, each.run)) for each in kept):
             return False
@@ -138,7 +140,11 @@ def _versions(registry: Registry) -> list[VersionManifest]:
 
 
 def _firm_reasons(
-    versions: Sequence[VersionManifest], decided: Decided, labels: Mapping[str, int], held: Mapping[int, str]
+    versions: Sequence[VersionManifest],
+    decided: Decided,
+    labels: Mapping[str, int],
+    held: Mapping[int, str],
+    lacking: Collection[int],
 ) -> dict[int, tuple[str, ...]]:
     """Why versions stay whatever their size."""
     deserving = [each for each in versions if each.version not in decided.refused]
@@ -148,6 +154,8 @@ def _firm_reasons(
         reasons = [f"label {label}" for label in policy.labels_of(number, labels)]
         if number in held:
             reasons.append(f"job {held[number]} waits for it")
+        if number in lacking:
+            reasons.append("some of its files are missing or cannot be read")
         if lead is not None and number == lead.since.version != deserving[0].version:
             # Without it the text before could lead again.
             reasons.append("with it its text took best over")

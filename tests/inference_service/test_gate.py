@@ -201,6 +201,24 @@ def test_what_was_worse_than_a_version_serves_after_a_restart_without_that_one(w
     run(restarted, test)
 
 
+def test_after_a_restart_nothing_is_worse_than_a_version_that_cannot_be_read(world: World) -> None:
+    publish_tiny_version(world.registry, 2.0, seed=BAD_SEED)
+    publish_tiny_version(world.registry, 1.0, seed=GOOD_SEED)
+
+    async def serve() -> None:
+        await eventually(lambda: world.serving == 2)
+
+    run(world, serve)
+    path = world.registry.version_directory(2) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        await eventually(lambda: restarted.serving == 1)
+
+    run(restarted, test)
+
+
 def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(world: World) -> None:
     publish_tiny_version(world.registry, 2.0)
     lying = publish_tiny_version(world.registry, 1.0, better_by=0.1)

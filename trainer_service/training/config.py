@@ -46,7 +46,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "validation_share": (1e-6, 0.99),
 }
 # Gradients that are clipped further vanish beside AdamW's epsilon.
-_GRADIENT_NORMS = (1e-3, 1e30)
+_GRADIENT_NORMS = (1e-3, 1e9)
 
 
 @dataclass(frozen=True)

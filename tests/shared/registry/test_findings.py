@@ -62,6 +62,10 @@ def test_what_was_found_out_about_another_version_does_not_count() -> None:
     assert not found.refused_everywhere(6, "digest")
 
 
+# Two versions, each with the other one.
+PAIR = ((2, "two", "three"), (3, "three", "two"))
+
+
 def worse(digest: str, than: str | None) -> Finding:
     return Finding(digest, "cpu", 3.0, WORSE, "It is worse.", 1.0, than)
 
@@ -85,6 +89,11 @@ def test_what_is_worse_than_a_worse_version_is_worse_still() -> None:
 
 def test_two_that_are_worse_than_each_other_do_not_hang() -> None:
     assert refused({2: [worse("two", "three")], 3: [worse("three", "two")]}) == {2, 3}
+
+
+def test_two_that_name_each_other_in_their_refusals_do_not_hang() -> None:
+    lying = {number: [replace(worse(digest, than), refusal="lying")] for number, digest, than in PAIR}
+    assert refused(lying) == {2, 3}
 
 
 def test_a_comparison_of_before_that_does_not_say_with_what_is_made_again() -> None:

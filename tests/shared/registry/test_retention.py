@@ -55,6 +55,18 @@ def test_the_newest_the_best_and_what_a_label_needs_stay(registry: Registry) -> 
     assert registry.states("run-1") == [20, 190, 200]
 
 
+def test_a_version_whose_files_are_on_their_way_stays_with_its_state(registry: Registry) -> None:
+    for version in range(1, 15):
+        evaluate(registry, "run-1", version, 0.5 if version == 1 else 1.0 + version / 100)
+    path = registry.version_directory(1) / registry.version(1).files[0].name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    prune(registry, Retention(newest=2, best=2, states=1))
+    path.write_bytes(content)
+    assert registry.labels()["best"] == 1
+    assert registry.states("run-1") == [1, 2, 14]
+
+
 def test_every_value_keeps_what_it_says(registry: Registry) -> None:
     for version in range(1, 13):
         evaluate(registry, "run-1", version, bits=2.0 - version / 100)

@@ -224,7 +224,7 @@ def test_a_largest_gradient_norm_of_0_clips_nothing() -> None:
     rate=st.sampled_from([1e-8, 1e-6, 1.0]),
     beta1=st.sampled_from([0.0, 0.9, 0.9999]),
     beta2=st.sampled_from([0.0, 0.95, 0.9999]),
-    largest=st.sampled_from([0.0, 1e-3, 1e30]),
+    largest=st.sampled_from([0.0, 1e-3, 1e9]),
     decay=st.sampled_from([0.0, 0.1, 0.999]),
     size=st.sampled_from([1e-3, 1.0, 1e3]),
 )
