@@ -38,7 +38,7 @@ help: ## List the targets.
 	    line = line " " word[i] } \
 	  print line }' Makefile
 
-demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (six minutes on two cores).
+demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (two to four minutes on two cores).
 	$(COMMAND) deploy.demo
 
 up: $(VENV) ## Start Redis, trainer, worker and inference server; return once all are healthy.

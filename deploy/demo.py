@@ -239,7 +239,7 @@ def _running(stack: Stack, console: Console) -> Iterator[None]:
 def demo() -> None:
     """Train a small model on the built-in stories and serve each better version, below `var/demo` and on free ports.
 
-    Takes about six minutes on two cores, and leaves nothing running.
+    Takes two to four minutes on two cores, and leaves nothing running.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)

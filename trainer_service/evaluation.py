@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import load_model
@@ -11,7 +12,7 @@ from trainer_service.attempt import Attempt, preparation_report
 from trainer_service.events import Evaluation, Notice
 from trainer_service.kinds import EvaluationSpec
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
+from trainer_service.training.corpus import DatasetSpec, names_of
 from trainer_service.training.evaluate import EvaluationSet, evaluate
 from trainer_service.training.tokens import prepare
 from trainer_service.training.workers import Workers
@@ -56,9 +57,10 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
         held_out = evaluate(
             model, evaluation_set, config.batch_size, workers, lambda share: report("measuring the loss", share)
         )
+    text = names_of([Path(name) for name in data.validation]) if data.validation else prepared.source
     result = {
         "version": version.version,
-        "dataset": prepared.source,
+        "dataset": text,
         "dataset_revision": prepared.revision,
         "evaluation_set": evaluation_set.digest,
         "windows": len(evaluation_set.windows),
@@ -75,6 +77,6 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
             held_out.bits_per_byte,
             version=version.version,
             windows=len(evaluation_set.windows),
-            text=prepared.source,
+            text=text,
         )
     )

@@ -1,13 +1,17 @@
 """Jobs that name a version: it is held in the registry from before they are enqueued until they have ended."""
 
+import logging
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 
-from shared.errors import NotFound
+from shared.errors import FailedPrecondition, NotFound
 from shared.registry.store import Registry
 from trainer_service.kinds import EvaluationSpec, Kind, Spec
 from trainer_service.queue import JobQueue
 from trainer_service.records import JobRecord
+
+logger = logging.getLogger(__name__)
 
 # Whoever enqueues a job holds its version under another name until the job has an id.
 _YOUNG_S = 60.0
@@ -29,10 +33,16 @@ def enqueue(queue: JobQueue, registry: Registry, kind: Kind, spec: Spec, after: 
         if not isinstance(spec, EvaluationSpec) and version.step not in registry.states(version.run):
             raise NotFound(f"The state of version {number} was removed just now; continue another version.")
         record = queue.enqueue(kind, spec, after)
-        registry.holds.add(record.id, number)
-        return record
-    finally:
-        registry.holds.remove(coming)
+    except BaseException:
+        with suppress(FailedPrecondition):  # it lapses by itself
+            registry.holds.remove(coming)
+        raise
+    try:
+        registry.holds.hand_over(coming, record.id)
+    except FailedPrecondition as error:
+        # The job is queued, and who asked for it must not ask again.
+        logger.warning("nothing is held for job %s, so version %d may be removed: %s", record.id, number, error)
+    return record
 
 
 def release_ended(queue: JobQueue, registry: Registry) -> None:

@@ -82,10 +82,14 @@ class JobQueue:
         ids = [job_id.decode() for job_id in cast(list[bytes], self._redis.zrange(self.keys.jobs, 0, -1))]
         pipeline = self._redis.pipeline(transaction=False)
         for job_id in ids:
-            pipeline.hget(self.keys.job(job_id), "run")
+            pipeline.hmget(self.keys.job(job_id), ["run", "state", RunStarted.__name__])
         answers = pipeline.execute(raise_on_error=False)
-        for job_id, name in zip(ids, answers, strict=True):
-            if name == run.encode():
+        for job_id, answer in zip(ids, answers, strict=True):
+            if isinstance(answer, Exception):
+                continue  # what cannot be understood has no run
+            name, state, started = answer
+            never_ran = started is None and state in (b"failed", b"cancelled")
+            if name == run.encode() and not never_ran:
                 raise AlreadyExists(f"The job {job_id} has a run named {shown(run)} already; choose another name.")
 
     def get(self, job_id: str) -> JobRecord:

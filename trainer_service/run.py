@@ -138,7 +138,10 @@ class TrainingRun:
                 preparation_s=time.monotonic() - self._attempt.began_s,
             )
         )
-        return train(trainer, self._evaluation_set, self, self._attempt.stop_requested) is Outcome.COMPLETED
+        completed = train(trainer, self._evaluation_set, self, self._attempt.stop_requested) is Outcome.COMPLETED
+        if completed:
+            self._end()
+        return completed
 
     def _restore(self, trainer: Trainer) -> None:
         """Goes on from the newest state that is whole: the run's own, else that of the version it continues."""
@@ -207,8 +210,13 @@ class TrainingRun:
             else:
                 self._prune()
                 self._keep(trainer, held_out)
-        if is_last:
+        self._prune()
+
+    def _end(self) -> None:
+        try:
             self._registry.end_run(self._spec.run)
+        except FailedPrecondition as error:
+            self.notice(f"{error} The run is kept as one that may go on.")
         self._prune()
 
     def _keep(self, trainer: Trainer, held_out: HeldOutLoss) -> None:

@@ -28,6 +28,11 @@ class Holds:
             with locked(self._root / "serving.lock"):
                 replace_text(self._folder / job, str(number))
 
+    def hand_over(self, job: str, other: str) -> None:
+        """Gives what is held for a job to another one; this takes no room on the disk."""
+        with writing(self._root):
+            (self._folder / job).rename(self._folder / other)
+
     def remove(self, job: str) -> None:
         """Gives back what was held for a job; nothing happens if that was nothing."""
         with writing(self._root):

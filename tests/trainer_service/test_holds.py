@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import AlreadyExists, NotFound
+from shared.errors import AlreadyExists, FailedPrecondition, NotFound
 from shared.registry.fence import Fence
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
@@ -75,6 +75,18 @@ def test_a_job_that_is_not_put_on_the_queue_holds_nothing(registry: Registry, qu
     with pytest.raises(AlreadyExists):
         enqueue(queue, registry, Kind.TRAIN, resuming(1, "taken"))
     assert list(registry.holds.ages_s()) == []
+
+
+def test_a_disk_that_fills_after_a_job_was_queued_fails_no_call(
+    registry: Registry, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise FailedPrecondition("The disk is full.")
+
+    monkeypatch.setattr(registry.holds, "hand_over", fail)
+    job = enqueue(queue, registry, Kind.TRAIN, resuming(1))
+    assert queue.get(job.id).state is JobState.QUEUED
+    assert f"nothing is held for job {job.id}" in caplog.text
 
 
 def test_a_hold_for_a_job_that_nobody_knows_is_given_back_after_a_while(registry: Registry, queue: JobQueue) -> None:

@@ -328,6 +328,23 @@ def test_a_run_that_has_begun_does_not_need_the_version_that_it_continues(site: 
     assert site.registry.version(4).step == 12
 
 
+def test_a_run_that_died_after_its_last_version_is_ended_by_the_next_attempt(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = site.spec()
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Registry, "end_run", die)
+        site.train(spec)
+    assert not site.registry.has_ended(spec.run)
+    assert site.train(spec)
+    assert site.registry.has_ended(spec.run)
+    assert len(site.registry.states(spec.run)) == 1
+
+
 def test_an_earlier_attempt_cannot_take_a_run_back(site: Site) -> None:
     spec = site.spec()
     later = replace(site.attempt(), number=2)

@@ -56,6 +56,9 @@ def test_a_name_is_given_once_in_a_registry(queue: JobQueue, tmp_path: Path) -> 
     job = queue.enqueue(Kind.TRAIN, wide).id
     with pytest.raises(AlreadyExists, match=f"The job {job} has a run named 'wide' already"):
         queue.enqueue(Kind.TRAIN, wide)
+    # A job that ended before its run began leaves the name.
+    queue.cancel(job)
+    queue.enqueue(Kind.TRAIN, wide)
     publish(Registry(tmp_path / "registry"), run="old")
     with pytest.raises(AlreadyExists, match="The registry has a run named 'old' already"):
         training(tmp_path, name="old")

@@ -9,11 +9,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from shared.errors import ResourceExhausted
+from shared.errors import ResourceExhausted, shown
 from shared.gpt.tokenizer import PATTERN, Tokenizer, train_bpe
 from trainer_service.training.background import INTERVAL_S
 
@@ -26,7 +28,8 @@ def train_apart(
 ) -> Tokenizer:
     """What `train_bpe` returns; calls `tick` with the bytes that were taken and all bytes, several times a second.
 
-    What `tick` raises ends the training. Temporary files are made in `folder`; raises `OSError` if they cannot be.
+    What `tick` raises ends the training. Temporary files are made in `folder`; raises `OSError` if they cannot be, and
+    `ResourceExhausted` if the process does not come to its end.
     """
     with tempfile.TemporaryFile(dir=folder) as text, tempfile.TemporaryFile(dir=folder) as found:
         for each in texts:
@@ -35,7 +38,8 @@ def train_apart(
         text.flush()
         total_bytes = text.tell()
         text.seek(0)
-        command = [sys.executable, "-m", "trainer_service.training.bpe_process", str(vocabulary_size)]
+        module = "trainer_service.training.bpe_process"
+        command = [sys.executable, "-m", module, str(vocabulary_size), str(os.getpid())]
         with subprocess.Popen(command, stdin=text, stdout=found, stderr=subprocess.PIPE) as process:
             try:
                 while process.poll() is None:
@@ -52,15 +56,25 @@ def train_apart(
             raise ResourceExhausted(
                 f"The training of the tokenizer was killed by signal {-process.returncode}; memory may be short."
             )
-        assert process.returncode == 0, said
+        if process.returncode:
+            last = (said.strip() or "it said nothing").splitlines()[-1]
+            raise ResourceExhausted(f"The tokenizer could not be trained: {shown(last, 160)}. Is the disk full?")
         found.seek(0)
         return Tokenizer("bpe", PATTERN, [bytes.fromhex(piece) for piece in json.load(found)])
 
 
 def main() -> None:
     """What the process does: text as JSON, a line each, from standard input; the tokens to standard output."""
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     tokenizer = train_bpe(map(json.loads, sys.stdin.buffer), int(sys.argv[1]))
     json.dump([piece.hex() for piece in tokenizer.pieces[:-1]], sys.stdout)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when another one has started to look after it: nobody waits for the tokens any more."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,6 +140,12 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
     )
 
 
+def names_of(paths: Sequence[Path]) -> str:
+    """The names of files as text for a person."""
+    names = [shown(path.name, 36).strip("'\"") for path in paths]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+
+
 def _accepted() -> str:
     return f"It can be {BUILTIN}, {', '.join(HUB)}, or local files ending in {', '.join(ENDINGS)}."
 
@@ -159,8 +165,7 @@ def _open_builtin() -> Corpus:
 
 
 def _open_files(files: list[TextFile], share: float | None) -> Corpus:
-    names = [shown(file.path.name, 36).strip("'\"") for file in files]
-    source = ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
+    source = names_of([file.path for file in files])
     content = [[file.kind, file.digest] for file in files]
     notices = _notices(files)
     if share is None:
