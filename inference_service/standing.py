@@ -7,7 +7,7 @@ from enum import Enum, auto
 from shared.errors import shown
 from shared.registry.manifest import VersionManifest
 
-# Of a reason, a sentence shows at most so many characters.
+# The most characters of a reason that a sentence shows.
 _REASON_CHARACTERS = 160
 
 

@@ -87,7 +87,7 @@ class Evaluation:
     """Held-out loss was measured, in nats per token and bits per byte.
 
     In training `training_loss` is that of the last steps. An evaluation of its own has no such loss, but says what it
-    measured on what: `version`, and so many `windows` of a `text`.
+    measured on what: `version`, and how many `windows` of which `text`.
     """
 
     step: int

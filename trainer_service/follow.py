@@ -24,7 +24,7 @@ _OUTAGE_S = 600.0
 
 @dataclass(frozen=True)
 class Waiting:
-    """The job waits for a worker, and so many others come before it."""
+    """The job waits for a worker; `ahead` others come before it."""
 
     ahead: int
 

@@ -117,7 +117,7 @@ def _check_bounds(request: JobRequest) -> None:
         if len(name.encode(errors="surrogatepass")) > _MAX_PATH_BYTES or "\0" in name:
             raise InvalidArgument(f"The path {shown(name)} cannot be one: a path has at most {_MAX_PATH_BYTES} bytes.")
     if len(training.overrides) > _MAX_OVERRIDES:
-        raise InvalidArgument(f"{len(training.overrides):,} values are set, but there are not so many.")
+        raise InvalidArgument(f"{len(training.overrides):,} values are set, but a run has fewer.")
     if len(request.after) > _MAX_AFTER:
         raise InvalidArgument(f"{len(request.after):,} jobs are named, but a job comes after at most {_MAX_AFTER}.")
     notes = training.notes

@@ -26,7 +26,7 @@ _EVALUATED_LAYERS = 4
 _GUESSED_FLOPS_PER_THREAD = 30e9
 # Before the text is read: a process starts, and a first step compiles, which takes less once its kernels are kept.
 _FIRST_START_S, _START_S = 15.0, 4.0
-# What two cores read: while a tokenizer is trained, which sees so many characters at most, and while text is tokenised.
+# What two cores read while a tokenizer is trained, from a bounded number of characters, and while text is tokenised.
 _LEARNED_CHARACTERS_PER_S, _LEARNED_CHARACTERS = 1e6, 32 << 20
 _TOKENISED_CHARACTERS_PER_S = 5e6
 _CHARACTERS_PER_TOKEN = 4

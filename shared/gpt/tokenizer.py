@@ -179,7 +179,7 @@ def safe_cut(text: str, start: int, end: int) -> int:
     It is `end` if there is no such place.
     """
     for boundary, marks in ((_WORD_END, " \n"), (_LETTER_END, _PUNCTUATION)):
-        # Most text has one near the end; where there is no mark at all, finding that out must not take long.
+        # Most text has one near the end; if there is no mark at all, finding that out must not take long.
         if all(text.find(mark, start, end) < 0 for mark in marks):
             continue
         for window in (1024, end - start):
@@ -201,7 +201,7 @@ def _short_words(text: str) -> Iterator[str]:
 
 
 def _parts(text: str, most: int) -> Iterator[str]:
-    """A text in parts of so many characters at most that encode to the same tokens, if it has places to cut."""
+    """A text in parts of bounded length that encode to the same tokens, if it has places to cut."""
     start = 0
     while len(text) - start > most:
         cut = safe_cut(text, start, start + most)

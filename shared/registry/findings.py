@@ -79,7 +79,7 @@ class Findings:
         ]
 
     def _standing(self, number: int, finding: Finding) -> Finding | None:
-        """A finding without a refusal that has lapsed; None where nothing of it is left."""
+        """A finding without a refusal that has lapsed; None if nothing of it is left."""
         if finding.refusal is None or self._stands(number, finding):
             return finding
         return None if finding.loss is None else replace(finding, refusal=None, sentence="", stands_on=None)

@@ -71,7 +71,7 @@ def check_spec(spec: DatasetSpec) -> None:
 def check_size(spec: DatasetSpec, context_length: int) -> None:
     """Raises `DataError` if the size of the files alone says that they hold too little; reads none of them.
 
-    No token is shorter than a byte, but for those that end documents.
+    No token is shorter than a byte, except those that end documents.
     """
     window = context_length + 1
     for which, names, windows in (

@@ -38,7 +38,7 @@ def test_what_no_device_changes_counts_on_every_device(reason: str) -> None:
     found = findings(FINDING, refusal)
     assert found.on(7, "digest", "cpu") == found.on(7, "digest", "metal") == refusal
     assert found.refused_everywhere(7, "digest")
-    # Until it was found out anew.
+    # Until it is found out again.
     again = replace(FINDING, at=3.0)
     found = findings(FINDING, refusal, again)
     assert found.on(7, "digest", "cpu") == again
