@@ -10,7 +10,7 @@ _AGAIN_AFTER_AT_MOST_S = 600.0
 
 @dataclass(frozen=True)
 class _Postponed:
-    """A version that could not be read so many times, and is tried again at a time of `time.monotonic`."""
+    """A version that could not be read `times` times, and is not tried again before `until` (`time.monotonic`)."""
 
     times: int
     until: float

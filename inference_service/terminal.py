@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from unicodedata import category
 
 from rich.console import Console
 from rich.live import Live
@@ -83,7 +84,9 @@ class Page:
                 if len(self._answer.texts) > 1:
                     self._notes.print(f"--- {self._index + 1} of {len(self._answer.texts)}", style="dim")
             story = self._answer.prompt + self._answer.texts[self._index]
-            sys.stdout.write(story[self._shown :])
+            new = story[self._shown :]
+            # A model may draw what would act on a terminal; a file gets the text as it is.
+            sys.stdout.write(_harmless(new) if sys.stdout.isatty() else new)
             sys.stdout.flush()
             self._shown = len(story)
             if self._index not in self._answer.finished:
@@ -244,6 +247,14 @@ class Terminal:
 
 def _answer(prompt: str, parameters: Parameters) -> Answer:
     return Answer(prompt, [""] * (parameters.get("n") or 1))
+
+
+def _harmless(text: str) -> str:
+    """A text with its control characters, except line breaks and tabs, as escapes."""
+    return "".join(
+        each.encode("unicode_escape").decode() if category(each) == "Cc" and each not in "\n\t" else each
+        for each in text
+    )
 
 
 def _overview(answers: Sequence[Answer], width: int) -> Table:

@@ -9,6 +9,7 @@ from rq.serializers import JSONSerializer
 
 from trainer_service.keys import Keys
 from trainer_service.reachable import reachable
+from trainer_service.records import number_of
 from trainer_service.rq_jobs import JOB_FUNCTION, AttemptJob
 
 
@@ -35,8 +36,9 @@ class Line:
             registry, _, rest = rq_id.decode(errors="replace").partition("-")
             job_id, _, attempt = rest.rpartition("-")
             # Others than this program may have written to Redis.
-            if registry == self._keys.registry and attempt.isdecimal():
-                found.append((job_id, int(attempt)))
+            number = number_of(attempt)
+            if registry == self._keys.registry and number is not None:
+                found.append((job_id, number))
         return found
 
     def insert(self, pipeline: Pipeline, job_id: str, attempt: int, place: float) -> None:

@@ -18,7 +18,7 @@ from trainer_service.events import JobState, Notice, RunStarted, StateChanged, T
 from trainer_service.job_store import JobStore, Lease, not_found
 from trainer_service.kinds import Kind, Spec
 from trainer_service.reachable import reachable
-from trainer_service.records import Fields, JobRecord, attempt_of, last_told, state_of
+from trainer_service.records import Fields, JobRecord, attempt_of, last_told, number_of, state_of
 
 # A lease is renewed every second or so; whoever does not renew it for so long is gone.
 LEASE_S = 8
@@ -196,8 +196,9 @@ class JobQueue:
             # What an attempt began with is what those before it have kept.
             started = last_told(RunStarted, fields)
             step = started.first_step if started else 0
-            further = step > int(fields.get("crash_step", -1))
-            crashes = 1 if further else 1 + int(fields["crashes"])
+            before = number_of(fields.get("crash_step", ""))
+            further = before is None or step > before
+            crashes = 1 if further else 1 + (number_of(fields.get("crashes", "")) or 0)
             pipeline.hset(self.keys.job(job_id), mapping={"crashes": crashes, "crash_step": step})
             if crashes > len(BACKOFF_S):
                 event = StateChanged(JobState.FAILED, f"{reason}, too often without getting any further.")

@@ -88,7 +88,11 @@ def state_of(fields: Fields) -> JobState | None:
 
 def attempt_of(fields: Mapping[str, str], name: str = "attempt") -> int | None:
     """The number of an attempt; None if there is none, or one that cannot be understood."""
-    text = fields.get(name, "")
+    return number_of(fields.get(name, ""))
+
+
+def number_of(text: str) -> int | None:
+    """A number that is not negative and has at most nine digits; None for any other text."""
     return int(text) if text.isdecimal() and len(text) <= 9 else None
 
 

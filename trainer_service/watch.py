@@ -69,7 +69,7 @@ class Watch:
     def _send_if_ready(self, name: AttemptName, job: OpenJob) -> None:
         job_id, attempt = name
         # Once a job has begun it waits for no other.
-        after = [] if "sent" in job.fields else job.fields["after"].split()
+        after = [] if "sent" in job.fields else job.fields.get("after", "").split()
         others = dict(zip(after, self._queue.store.read(after), strict=True))
         if lost := [name for name, other in others.items() if _can_finish_no_more(other)]:
             reason = f"The job {lost[0]}, which comes before it, has not finished."

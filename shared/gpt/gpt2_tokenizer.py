@@ -32,8 +32,8 @@ _REASON = 160
 
 
 def read_tokenizer(directory: Path, vocabulary_size: int) -> Tokenizer:
-    """The tokenizer of a folder, for a model of so many tokens or fewer; GPT-2's own where it holds none and the model
-    has 50257 tokens or is filled up to some more.
+    """The tokenizer of a folder, with no more tokens than the model has; GPT-2's own if the folder holds none and the
+    model has 50257 tokens or is padded beyond them.
 
     Raises `InvalidArgument` where there is none that we can represent, or it does not fit the model, and `Unavailable`
     where GPT-2's own cannot be had.

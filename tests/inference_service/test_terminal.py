@@ -1,5 +1,6 @@
 """What a person sees of several samples; test_server.py has the rest, from the command line."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,18 @@ class Shown:
 @pytest.fixture
 def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
     return Shown(capsys)
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "text"), [(True, "Once \\x1b[2J\\x03\\r\\x9b é\ta\n"), (False, "Once \x1b[2J\x03\r\x9b é\ta\n")]
+)
+def test_what_a_model_draws_cannot_act_on_a_terminal(
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, text: str
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    ends = [pb.Finished(index=index, reason=pb.FINISH_REASON_EOS) for index in (0, 1)]
+    output, _ = shown.generate(send(STARTED, pb.Delta(text=" \x1b[2J\x03\r\x9b é\ta"), *ends), "Once")
+    assert output.startswith(text)
 
 
 def test_samples_are_printed_one_after_another(shown: Shown) -> None:

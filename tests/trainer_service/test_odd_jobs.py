@@ -29,6 +29,7 @@ from trainer_service.server import TrainingServicer
 from trainer_service.spec import TrainingRequest
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.translate import event_to_pb, job_to_pb
+from trainer_service.watch import Watch
 
 # A file named in Latin-1, as Python names it.
 LATIN = "caf\udce9.txt"
@@ -167,6 +168,19 @@ def test_a_lost_attempt_with_an_odd_beginning_is_followed_by_another(queue: JobQ
     tell(queue, job, STARTED)
     redis.hset(queue.keys.job(job), "RunStarted", "?")
     assert queue.lose(job, 1, "It crashed") and queue.get(job).attempt == 2
+
+
+@pytest.mark.parametrize("odd", ["?", "-1", "9" * 5000, ""])
+def test_odd_numbers_of_one_job_keep_no_watch_from_others(queue: JobQueue, redis: Redis, job: str, odd: str) -> None:
+    start(queue, job)
+    tell(queue, job, STARTED)
+    redis.hset(queue.keys.job(job), mapping={"crash_step": odd, "crashes": odd})
+    redis.hdel(queue.keys.job(job), "after")
+    assert queue.lose(job, 1, "It crashed") and queue.get(job).attempt == 2
+    waiting = queue.line.attempts()
+    redis.rpush(queue.line.rq.key, f"{queue.registry}-{job}-{'9' * 5000}")
+    assert queue.line.attempts() == waiting
+    Watch(queue).look()
 
 
 def test_what_goes_beyond_its_bounds_is_refused_with_a_short_sentence(tmp_path: Path) -> None:
