@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.waiting import HANG_S
@@ -25,7 +26,19 @@ class RedisServer:
     def __init__(self, var: Path) -> None:
         self.url = read_settings({"GPTLOOP_VAR": str(var)}).redis_url
         self._var = var
+        self._clients: list[Redis] = []
         self.start()
+
+    def connect(self) -> Redis:
+        """A client, which `end` closes."""
+        self._clients.append(connect(self.url))
+        return self._clients[-1]
+
+    def end(self) -> None:
+        """Ends it for good, and its clients."""
+        self.kill()
+        for client in self._clients:
+            client.close()
 
     def start(self) -> None:
         """Returns when it answers."""

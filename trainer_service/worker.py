@@ -144,29 +144,30 @@ def work(settings: TrainerSettings) -> None:
     root = settings.directories.registry
     registry = registry_id(root)
     # RQ waits on its connection, and so the watch has one of its own.
-    queue, connection = JobQueue(connect(settings.redis_url), registry), connect(settings.redis_url)
-    _wait_for_redis(connection)
-    jobs = JobQueue(connection, registry)
-    worker = TrainingWorker(
-        [jobs.line.rq],
-        connection=connection,
-        serializer=JSONSerializer,
-        job_class=AttemptJob,
-        worker_ttl=60,
-        maintenance_interval=_MAINTENANCE_INTERVAL_S,
-        job_monitoring_interval=_HEARTBEAT_INTERVAL_S,
-    )
-    worker.job_queue = jobs
-    ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(queue, worker, root, ended), name="watch", daemon=True)
-    watch.start()
-    try:
-        worker.work(logging_level="WARNING")
-    except RedisError as error:
-        raise redis_failure(error) from error
-    finally:
-        ended.set()
-        watch.join()
+    with connect(settings.redis_url) as own, connect(settings.redis_url) as connection:
+        _wait_for_redis(connection)
+        jobs = JobQueue(connection, registry)
+        worker = TrainingWorker(
+            [jobs.line.rq],
+            connection=connection,
+            serializer=JSONSerializer,
+            job_class=AttemptJob,
+            worker_ttl=60,
+            maintenance_interval=_MAINTENANCE_INTERVAL_S,
+            job_monitoring_interval=_HEARTBEAT_INTERVAL_S,
+        )
+        worker.job_queue = jobs
+        ended = threading.Event()
+        arguments = (JobQueue(own, registry), worker, root, ended)
+        watch = threading.Thread(target=_watch, args=arguments, name="watch", daemon=True)
+        watch.start()
+        try:
+            worker.work(logging_level="WARNING")
+        except RedisError as error:
+            raise redis_failure(error) from error
+        finally:
+            ended.set()
+            watch.join()
 
 
 def _wait_for_redis(connection: Redis) -> None:

@@ -27,7 +27,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server that stands for the whole session."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     yield server.url
-    server.kill()
+    server.end()
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def mortal_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
     """A server of the test's own, which may be killed and started again."""
     server = RedisServer(tmp_path_factory.mktemp("mortal"))
     yield server
-    server.kill()
+    server.end()
 
 
 @pytest.fixture

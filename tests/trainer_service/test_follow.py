@@ -74,13 +74,13 @@ def test_following_goes_on_when_redis_was_killed_and_started_again(
     mortal_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.1)
-    queue = JobQueue(connect(mortal_redis.url), "one")
+    queue = JobQueue(mortal_redis.connect(), "one")
     job = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
     start(queue, job)
     # What is followed by somebody else's connection.
     output = io.StringIO()
     followed = threading.Thread(
-        target=follow, args=(JobQueue(connect(mortal_redis.url), "one"), job, Console(file=output))
+        target=follow, args=(JobQueue(mortal_redis.connect(), "one"), job, Console(file=output))
     )
     followed.start()
     wait_until(lambda: "running." in output.getvalue())

@@ -97,7 +97,7 @@ def test_what_cannot_be_done_is_refused(servicer: TrainingServicer) -> None:
 
 
 def test_a_watch_goes_on_when_redis_was_killed_and_started_again(mortal_redis: RedisServer, tmp_path: Path) -> None:
-    queue = JobQueue(connect(mortal_redis.url), "one")
+    queue = JobQueue(mortal_redis.connect(), "one")
     servicer = TrainingServicer(queue, Registry(tmp_path / "registry"))
     job = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
     start(queue, job)

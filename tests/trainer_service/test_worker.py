@@ -1,5 +1,4 @@
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -83,12 +82,13 @@ def test_a_worker_whose_registry_was_replaced_ends_so_that_the_next_one_is_for_t
     mortal_redis: RedisServer, tmp_path: Path
 ) -> None:
     root = tmp_path / "registry"
-    queue = JobQueue(connect(mortal_redis.url), registry_id(root))
+    queue = JobQueue(mortal_redis.connect(), registry_id(root))
     environment = os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": mortal_redis.url}
     worker = subprocess.Popen([sys.executable, "-m", "trainer_service", "work"], env=environment, cwd=PROJECT)
     try:
         wait_until(lambda: queue.live_workers() == 1)
-        shutil.rmtree(root)
+        # At once, as the worker may be writing there.
+        root.rename(tmp_path / "before")
         assert registry_id(root) != queue.registry
         assert worker.wait(60) == 0
         assert queue.live_workers() == 0
