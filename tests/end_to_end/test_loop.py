@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import threading
 import time
-from itertools import combinations
 from pathlib import Path
 
 import grpc
@@ -32,13 +31,11 @@ def test_with_an_empty_registry_it_starts_and_says_that_nothing_serves(system: S
 
 
 def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
-    job = system.enqueue(max_steps="240", evaluation_interval="60")
-    # Of each: the version that answered, the one that served when most of the text was there, and the ends.
+    events = system.finish(system.enqueue(max_steps="60", evaluation_interval="60"))
+    # Of each: the version that answered, the one that served when the last of the text was there, and the ends.
     streams: list[tuple[int, int, list[inference_pb2.Finished]]] = []
     failures: list[BaseException] = []
     truths = 0
-    # Steps trained and tokens generated, one moment after the other.
-    progress: list[tuple[float, float]] = []
     done = threading.Event()
 
     def compare() -> None:
@@ -47,10 +44,7 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
         with AdminClient(f"127.0.0.1:{system.ports.inference}") as admin:
             while not done.is_set():
                 listings = [admin.versions()]
-                text, page = system.scrape(system.ports.inference_metrics)
-                _, training = system.scrape(system.ports.trainer_metrics)
-                step = training.get("gptloop_training_step", 0)
-                progress.append((step, page["gptloop_inference_generated_tokens_total"]))
+                text, _ = system.scrape(system.ports.inference_metrics)
                 listings.append(admin.versions())
                 before, after = ({status.version: status.state for status in listing.versions} for listing in listings)
                 if before == after:
@@ -69,9 +63,9 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
                     events, tokens, serving = [], 0, 0
                     for event in client.generate("Once upon a time", ignore_eos=True, max_tokens=200):
                         events.append(event)
-                        tokens += len(event.token_ids) if isinstance(event, inference_pb2.Delta) else 0
-                        if serving == 0 and 150 <= tokens < 200:
-                            serving = client.model().version
+                        if isinstance(event, inference_pb2.Delta):
+                            tokens += len(event.token_ids)
+                            serving = client.model().version if tokens == 200 else 0
                 except Unavailable:
                     time.sleep(0.05)  # nothing serves yet
                     continue
@@ -87,21 +81,18 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
     for reader in readers:
         reader.start()
     try:
-        events = system.finish(job)
+        # Streams of the first version are under way when training goes on.
+        wait_until(lambda: bool(streams))
+        events += system.finish(system.enqueue(resume=1, max_steps="240"))
         last = Registry(system.directories.registry).labels()["best"]
         with system.client() as client:
             wait_until(lambda: client.model().version == last and any(started == last for started, _, _ in streams))
+        wait_until(lambda: truths > 10 or bool(failures))
     finally:
         done.set()
         for reader in readers:
             reader.join()
     assert failures == []
-    assert truths > 10
-    # However seldom a busy machine let them be looked at.
-    under_way = [(step, tokens) for step, tokens in progress if 0 < step < 240]
-    assert any(before[0] < after[0] and before[1] < after[1] for before, after in combinations(under_way, 2)), (
-        f"Streams made no progress while training did: {under_way}"
-    )
     published = [event.version_published for event in events if event.HasField("version_published")]
     assert [version.version for version in published] == [1, 2, 3, 4]
     losses = [version.bits_per_byte for version in published]
@@ -140,7 +131,7 @@ def test_both_metrics_pages_tell_what_happened(system: System) -> None:
     inference_text, inference = system.scrape(system.ports.inference_metrics)
     assert trainer["gptloop_training_tokens_total"] == 240 * 2 * 256
     assert trainer["gptloop_training_step"] == 240
-    assert trainer["gptloop_training_jobs finished"] == 1
+    assert trainer["gptloop_training_jobs finished"] == 2
     assert trainer["gptloop_training_queue_depth"] == 0
     assert 0 < trainer["gptloop_training_validation_loss"] < 7
     assert inference["gptloop_inference_swaps_total"] >= 1
@@ -197,6 +188,13 @@ def test_a_text_shorter_than_one_context_is_refused_before_a_job_is_queued(syste
 def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> None:
     job = system.enqueue(max_steps="100000", evaluation_interval="50000")
     system.watch(job, is_progress(5))
+    with system.client() as client:
+        stream = client.generate("Once upon a time", ignore_eos=True, max_tokens=200)
+        assert isinstance(next(stream), inference_pb2.Started)
+        trained = system.step(job)
+        assert isinstance(list(stream)[-1], inference_pb2.Finished)
+    # Training goes on beside a stream and after it.
+    system.watch(job, is_progress(trained + 5))
     assert system.trainer.CancelJob(pb.CancelJobRequest(job_id=job)).job.state == pb.JOB_STATE_CANCELLING
     events = system.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_CANCELLED)
     last = [event.progress.step for event in events if event.HasField("progress")][-1]
