@@ -2,7 +2,7 @@
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared import interrupts
+    from shared.service import interrupts
 
     interrupts.end_quietly()
 
@@ -22,15 +22,15 @@ from rich.console import Console
 
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
-from inference_service.client import InferenceClient
-from shared import cli
+from inference_service.client.client import InferenceClient
 from shared.errors import GptloopError, Unavailable
-from shared.grpc_status import error_of
-from shared.lists import print_rows
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
-from shared.settings import read_directories
+from shared.service import cli
+from shared.service.grpc_status import error_of
+from shared.service.lists import print_rows
+from shared.service.settings import read_directories
 
 _PRESET = "demo"
 _PROMPTS = ("Once upon a time", "One morning", "There was once", "Long ago", "One day")

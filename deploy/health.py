@@ -10,8 +10,8 @@ from deploy.ports import Ports, listening_host
 from shared.errors import GptloopError
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
-from shared.settings import Directories, Environment, to_address
-from trainer_service.queue import JobQueue
+from shared.service.settings import Directories, Environment, to_address
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import check_server, connect, redis_url
 
 _LIMIT_S = 3.0

@@ -5,7 +5,7 @@ The lock lasts as long as the program and whatever process it left behind, howev
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared import interrupts
+    from shared.service import interrupts
 
     interrupts.end_quietly()
 

@@ -7,7 +7,7 @@ argument DIR, `DRY_RUN=yes` the flag `--dry-run`. Every option of a command is a
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared import interrupts
+    from shared.service import interrupts
 
     interrupts.end_quietly()
 
@@ -21,8 +21,8 @@ from typing import Any
 
 import typer
 
-from shared import cli
 from shared.errors import InvalidArgument, shown
+from shared.service import cli
 
 # Settings, which make hands on to every process.
 _SETTINGS = ("GPTLOOP_", "REDIS_URL", "TIKTOKEN_CACHE_DIR", "OPENBLAS_NUM_THREADS")

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from shared.errors import InvalidArgument
-from shared.listening import Address
-from shared.settings import Environment, read_int, read_str
+from shared.service.listening import Address
+from shared.service.settings import Environment, read_int, read_str
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Starts, shows and stops Redis, the trainer, its worker and the inference server: `python -m deploy.stack up`."""
 
-from shared import interrupts
+from shared.service import interrupts
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
@@ -26,10 +26,10 @@ import trainer_service.settings
 from deploy.health import Health, health_checks
 from deploy.ports import Ports, read_ports
 from deploy.supervisor import ProcessState, Supervisor
-from shared import cli
 from shared.errors import FailedPrecondition, Unavailable
-from shared.lists import Column, JsonOption, print_list
-from shared.settings import Directories, read_directories
+from shared.service import cli
+from shared.service.lists import Column, JsonOption, print_list
+from shared.service.settings import Directories, read_directories
 
 _CONFIGURATION = Path(__file__).parent / "supervisord.conf"
 _START_LIMIT_S = 120.0

@@ -18,7 +18,7 @@ from supervisor.xmlrpc import SupervisorTransport
 from deploy.launch import holder
 from shared.errors import Unavailable
 from shared.plain_paths import socket_folder
-from shared.settings import Directories
+from shared.service.settings import Directories
 
 _ROOT = Path(__file__).parent.parent
 # supervisord stands in the folder of state, which holds no code.

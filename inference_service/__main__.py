@@ -2,7 +2,7 @@
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared import interrupts
+    from shared.service import interrupts
 
     interrupts.end_quietly()
 
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from inference_service.settings import prefill_tokens_on, read_settings
-from shared import cli, logs
 from shared.errors import InvalidArgument, shown
-from shared.lists import JsonOption
-from shared.settings import to_address
+from shared.service import cli, logs
+from shared.service.lists import JsonOption
+from shared.service.settings import to_address
 
 if TYPE_CHECKING:
-    from inference_service.admin_client import AdminClient
-    from inference_service.client import Parameters
+    from inference_service.client.admin_client import AdminClient
+    from inference_service.client.client import Parameters
 
 app = cli.new_app("Serves the best version of the registry over gRPC, and talks to such a server.")
 
@@ -63,7 +63,7 @@ def serve() -> None:
     """
     import asyncio
 
-    from shared import accelerator
+    from shared.device import accelerator
 
     settings = read_settings(os.environ)
     logs.configure("inference")
@@ -83,7 +83,7 @@ def serve() -> None:
 @app.command()
 def info() -> None:
     """Says what the model computes on: device, backend, memory, speed."""
-    from shared import accelerator
+    from shared.device import accelerator
 
     directories = read_settings(os.environ).directories
     typer.echo(accelerator.report(accelerator.prepare(directories.cache / "inference")))
@@ -139,7 +139,7 @@ def generate(
         "stop": stop,
         "n": n,
     }
-    from inference_service.client import InferenceClient
+    from inference_service.client.client import InferenceClient
     from inference_service.terminal import Terminal
 
     with InferenceClient(address or _default_address()) as client:
@@ -169,7 +169,7 @@ def chat(
         "temperature": temperature,
         "max_tokens": max_tokens,
     }
-    from inference_service.client import InferenceClient
+    from inference_service.client.client import InferenceClient
     from inference_service.terminal import Terminal
 
     with InferenceClient(address or _default_address()) as client:
@@ -300,7 +300,7 @@ def _set_policy(label: str, address: str | None) -> None:
 
 
 def _admin(address: str | None) -> "AdminClient":
-    from inference_service.admin_client import AdminClient
+    from inference_service.client.admin_client import AdminClient
 
     return AdminClient(address or _default_address(), read_settings(os.environ).admin_token)
 

@@ -18,7 +18,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inference_service.engine.request import FinishReason
-from shared.accelerator import Memory
+from shared.device.accelerator import Memory
 from shared.pb.inference.v1 import inference_pb2
 from shared.registry.manifest import VersionManifest
 

@@ -3,9 +3,9 @@
 import time
 from collections.abc import Callable
 
-from shared import cli
-from shared.lists import Column, print_list, printable
 from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.service import cli
+from shared.service.lists import Column, print_list, printable
 
 
 def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> None:

@@ -8,30 +8,30 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry
 
-from inference_service.admin import AdminServicer
 from inference_service.admission import Admission
-from inference_service.catalogue import Catalogue
 from inference_service.codec import Codec
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Output
-from inference_service.hotload import HotLoader
-from inference_service.interceptors import CredentialInterceptor
+from inference_service.grpc.admin import AdminServicer
+from inference_service.grpc.interceptors import CredentialInterceptor
+from inference_service.grpc.servicer import InferenceServicer
 from inference_service.metrics import InferenceMetrics
 from inference_service.patience import Patience
 from inference_service.pauses import Pauses
-from inference_service.residents import Residents
-from inference_service.servicer import InferenceServicer
 from inference_service.settings import HOST_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
+from inference_service.versions.catalogue import Catalogue
+from inference_service.versions.hotload import HotLoader
+from inference_service.versions.residents import Residents
 from inference_service.watchdog import Watchdog
-from shared import accelerator
-from shared.gpt.decoder import make_decoder
-from shared.gpt.mlx_decoder import compiled_shapes
-from shared.grpc_calls import ENDING
-from shared.grpc_server import GrpcServer, Signals
-from shared.listening import Address
-from shared.metrics_page import metrics_page
+from shared.decoding.decoder import make_decoder
+from shared.decoding.mlx_decoder import compiled_shapes
+from shared.device import accelerator
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.registry.store import Registry
+from shared.service.grpc_calls import ENDING
+from shared.service.grpc_server import GrpcServer, Signals
+from shared.service.listening import Address
+from shared.service.metrics_page import metrics_page
 
 logger = logging.getLogger(__name__)
 

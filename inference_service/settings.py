@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field
 
 from shared.errors import InvalidArgument
-from shared.settings import Directories, Environment, read_directories, read_float, read_int, read_port, read_str
+from shared.service.settings import (
+    Directories,
+    Environment,
+    read_directories,
+    read_float,
+    read_int,
+    read_port,
+    read_str,
+)
 
 HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"

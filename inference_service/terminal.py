@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from inference_service.client import InferenceClient, Parameters
-from inference_service.completion import Event, sample_seed
+from inference_service.client.client import InferenceClient, Parameters
+from inference_service.client.completion import Event, sample_seed
 from shared.errors import GptloopError, InvalidArgument
 from shared.pb.inference.v1 import inference_pb2 as pb
 

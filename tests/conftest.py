@@ -5,7 +5,7 @@ import grpc.aio
 import hypothesis
 import pytest
 
-from shared.accelerator import prepare
+from shared.device.accelerator import prepare
 
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("default", deadline=None)

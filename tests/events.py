@@ -1,6 +1,6 @@
 """What a training run tells, as the tests of the trainer's parts tell it."""
 
-from trainer_service.events import Progress, RunStarted
+from trainer_service.jobs.events import Progress, RunStarted
 
 STARTED = RunStarted(
     parameters=52_990_464,

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from shared.registry.store import Registry
-from trainer_service.events import Event, JobState, StateChanged, TimedEvent
-from trainer_service.kinds import EvaluationSpec
-from trainer_service.queue import JobQueue
-from trainer_service.spec import JobSpec, TrainingRequest, resolve
+from trainer_service.jobs.events import Event, JobState, StateChanged, TimedEvent
+from trainer_service.jobs.kinds import EvaluationSpec
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.spec import JobSpec, TrainingRequest, resolve
 from trainer_service.training.corpus import DatasetSpec
 
 EVALUATION = EvaluationSpec("best", DatasetSpec(()))

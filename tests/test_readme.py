@@ -16,14 +16,14 @@ import trainer_service.settings
 from deploy.make import app_of, variables
 from deploy.ports import listening_host, read_ports
 from inference_service.metrics import InferenceMetrics
-from shared.accelerator import Memory
+from shared.device.accelerator import Memory
 from shared.gpt.config import count_parameters
-from trainer_service.events import JobState
-from trainer_service.kinds import Kind
+from trainer_service.jobs.events import JobState
+from trainer_service.jobs.kinds import Kind
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.records import JobRecord
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.presets import PRESETS
-from trainer_service.queue import JobQueue
-from trainer_service.records import JobRecord
 from trainer_service.training.config import TrainingConfig
 
 PROJECT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared import interrupts
+    from shared.service import interrupts
 
     interrupts.end_quietly()
 
@@ -15,24 +15,25 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from shared import accelerator, cli, logs
+from shared.device import accelerator
 from shared.errors import InvalidArgument, Unavailable, shown
-from shared.lists import JsonOption
 from shared.registry.identity import registry_id
 from shared.registry.policy import labels_of
 from shared.registry.store import Registry
+from shared.service import cli, logs
+from shared.service.lists import JsonOption
 from trainer_service import dataset_names, listings, registry_commands
-from trainer_service.events import JobState
 from trainer_service.follow import follow
-from trainer_service.holds import enqueue
-from trainer_service.kinds import JobRequest, Kind, complete
+from trainer_service.jobs.events import JobState
+from trainer_service.jobs.holds import enqueue
+from trainer_service.jobs.kinds import JobRequest, Kind, complete
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.spec import DEFAULT_DATASET, DEFAULT_PRESET, JobSpec, TrainingRequest, parse_overrides
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS, find_preset
-from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect, run
 from trainer_service.runs import all_runs, chosen
 from trainer_service.settings import TrainerSettings, read_settings
-from trainer_service.spec import DEFAULT_DATASET, DEFAULT_PRESET, JobSpec, TrainingRequest, parse_overrides
 from trainer_service.training.corpus import DatasetSpec, check_spec
 
 app = cli.new_app(__doc__)
@@ -246,7 +247,7 @@ def import_(
     check_spec(spec)
     device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
     # Only now, as MLX must load after its fast BLAS.
-    from trainer_service.interchange import import_folder
+    from trainer_service.huggingface.interchange import import_folder
     from trainer_service.training.workers import Workers
 
     with Workers(device.threads) as workers, cli.Stages() as stages:
@@ -277,7 +278,7 @@ def export(
     settings = _settings()
     accelerator.prepare(settings.directories.cache / "trainer")
     # Only now, as MLX must load after its fast BLAS.
-    from trainer_service.interchange import export_version
+    from trainer_service.huggingface.interchange import export_version
 
     for path in export_version(_version(version), directory, Registry(settings.directories.registry)):
         print(f"{path.stat().st_size:>13,} bytes  {path}")
@@ -295,7 +296,7 @@ def serve() -> None:
 @app.command()
 def work() -> None:
     """Run a worker: takes jobs from the queue, one at a time."""
-    from trainer_service import worker
+    from trainer_service.jobs import worker
 
     logs.configure("worker")
     worker.work(_settings())

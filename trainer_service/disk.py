@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.registry.numbering import children
-from shared.settings import Directories
+from shared.service.settings import Directories
 
 
 @dataclass(frozen=True)

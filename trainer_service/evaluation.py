@@ -8,9 +8,9 @@ from pathlib import Path
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import load_model
 from shared.registry.store import Registry
-from trainer_service.attempt import Attempt, preparation_report
-from trainer_service.events import Evaluation, Notice
-from trainer_service.kinds import EvaluationSpec
+from trainer_service.jobs.attempt import Attempt, preparation_report
+from trainer_service.jobs.events import Evaluation, Notice
+from trainer_service.jobs.kinds import EvaluationSpec
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec, names_of
 from trainer_service.training.evaluate import EvaluationSet, evaluate

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
-from shared.lists import printable
-from shared.live_bar import LiveBar
-from trainer_service import events
-from trainer_service.events import Event, JobState
-from trainer_service.queue import JobQueue
-from trainer_service.reachable import Patience
-from trainer_service.records import JobRecord
+from shared.service.lists import printable
+from shared.service.live_bar import LiveBar
+from trainer_service.jobs import events
+from trainer_service.jobs.events import Event, JobState
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.reachable import Patience
+from trainer_service.jobs.records import JobRecord
 
 _WAIT_S = 1.0
 # A job that nobody works on while no worker lives does not go on by itself.

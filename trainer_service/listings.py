@@ -3,13 +3,13 @@
 import time
 from collections.abc import Sequence
 
-from shared import cli
-from shared.lists import Column, print_list
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import describe_other_text, labels_of
 from shared.registry.store import Registry
+from shared.service import cli
+from shared.service.lists import Column, print_list
 from trainer_service.follow import describe_job
-from trainer_service.records import JobRecord
+from trainer_service.jobs.records import JobRecord
 from trainer_service.runs import Run, differing
 
 _LISTED_FILES = 3

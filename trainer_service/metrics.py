@@ -10,10 +10,10 @@ from prometheus_client.registry import Collector
 
 from shared.errors import Unavailable
 from shared.pb.training.v1 import training_pb2
-from trainer_service.events import JobState, Progress
-from trainer_service.queue import JobQueue
-from trainer_service.records import JobRecord
-from trainer_service.spec import JobSpec
+from trainer_service.jobs.events import JobState, Progress
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.records import JobRecord
+from trainer_service.jobs.spec import JobSpec
 
 _WORKING = (JobState.RUNNING, JobState.CANCELLING)
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from shared import cli
-from shared.blas import cpu_threads
+from shared.device.blas import cpu_threads
 from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
-from trainer_service.records import JobRecord
-from trainer_service.spec import DEFAULT_DATASET, JobSpec
+from shared.service import cli
+from trainer_service.jobs.records import JobRecord
+from trainer_service.jobs.spec import DEFAULT_DATASET, JobSpec
 from trainer_service.training.config import CHUNK_ELEMENTS, MICRO_BATCH_TOKENS, TrainingConfig
 
-# MLX keeps freed arrays up to such a part of the memory, see `shared.accelerator`.
+# MLX keeps freed arrays up to such a part of the memory, see `shared.device.accelerator`.
 _CACHE_SHARE = 8
 # What a training process holds before its first step: interpreter, libraries, compiled kernels.
 _PROCESS_BYTES = 120 << 20

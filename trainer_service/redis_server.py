@@ -16,7 +16,7 @@ from redis import exceptions as failures
 
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable, shown
 from shared.plain_paths import socket_folder
-from shared.settings import Directories, Environment, read_str
+from shared.service.settings import Directories, Environment, read_str
 
 # RQ moves a job from its queue to a worker by BLMOVE.
 _OLDEST = (6, 2)

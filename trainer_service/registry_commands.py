@@ -10,16 +10,16 @@ import typer
 from rich.console import Console
 
 from shared.errors import CorruptCheckpoint, NotFound, Unavailable
-from shared.lists import Column, JsonOption, print_list, printable
-from shared.live_bar import LiveBar
 from shared.registry import retention as retention_module
 from shared.registry.identity import registry_id
 from shared.registry.retention import Verdict, judge, read_retention
 from shared.registry.store import Checkpoint, Registry
-from shared.settings import read_directories
+from shared.service.lists import Column, JsonOption, print_list, printable
+from shared.service.live_bar import LiveBar
+from shared.service.settings import read_directories
 from trainer_service.disk import Usage, usage
-from trainer_service.holds import release_ended
-from trainer_service.queue import JobQueue
+from trainer_service.jobs.holds import release_ended
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
 
 app = typer.Typer()

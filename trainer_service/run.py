@@ -7,16 +7,16 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from shared import accelerator
+from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
 from shared.gpt.config import count_parameters
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.fence import Fence
 from shared.registry.retention import prune
 from shared.registry.store import Registry
-from trainer_service.attempt import Attempt, preparation_report
-from trainer_service.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
-from trainer_service.spec import JobSpec
+from trainer_service.jobs.attempt import Attempt, preparation_report
+from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
+from trainer_service.jobs.spec import JobSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.tokens import PreparedData, prepare

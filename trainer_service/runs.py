@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from shared.errors import NotFound, shown
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
-from trainer_service.records import JobRecord
-from trainer_service.spec import JobSpec
+from trainer_service.jobs.records import JobRecord
+from trainer_service.jobs.spec import JobSpec
 
 
 @dataclass(frozen=True)

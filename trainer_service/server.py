@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import GptloopError, InvalidArgument, Unavailable
-from shared.grpc_server import GrpcServer, Signals
-from shared.listening import Address
-from shared.metrics_page import metrics_page
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
-from trainer_service.events import StateChanged
-from trainer_service.holds import enqueue
-from trainer_service.kinds import complete
+from shared.service.grpc_server import GrpcServer, Signals
+from shared.service.listening import Address
+from shared.service.metrics_page import metrics_page
+from trainer_service.jobs.events import StateChanged
+from trainer_service.jobs.holds import enqueue
+from trainer_service.jobs.kinds import complete
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.reachable import Patience
 from trainer_service.metrics import CallMetrics, make_metrics
-from trainer_service.queue import JobQueue
-from trainer_service.reachable import Patience
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings
 from trainer_service.translate import STATES, event_to_pb, job_to_pb, kinds_from_pb, request_from_pb

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from shared.registry.retention import Retention, read_retention
-from shared.settings import Directories, Environment, read_directories, read_float, read_port, read_str
+from shared.service.settings import Directories, Environment, read_directories, read_float, read_port, read_str
 from trainer_service.redis_server import redis_url
 
 

@@ -7,11 +7,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from shared.errors import InvalidArgument
 from shared.pb.training.v1 import training_pb2 as pb
-from trainer_service import events
-from trainer_service.events import JobState, TimedEvent
-from trainer_service.kinds import EvaluationSpec, JobRequest, Kind
-from trainer_service.records import JobRecord
-from trainer_service.spec import TrainingRequest
+from trainer_service.jobs import events
+from trainer_service.jobs.events import JobState, TimedEvent
+from trainer_service.jobs.kinds import EvaluationSpec, JobRequest, Kind
+from trainer_service.jobs.records import JobRecord
+from trainer_service.jobs.spec import TrainingRequest
 
 STATES = {
     JobState.QUEUED: pb.JOB_STATE_QUEUED,

@@ -12,7 +12,7 @@ from shared.gpt.weights import save_model
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.store import Registry
-from trainer_service.spec import JobSpec
+from trainer_service.jobs.spec import JobSpec
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.tokens import PreparedData

@@ -29,10 +29,10 @@ from inference_service.engine.request import (
 from inference_service.engine.runner import Runner
 from inference_service.engine.scheduler import Plan, Scheduler
 from inference_service.engine.sequence import Sequence
-from shared import accelerator
+from shared.decoding.decoder import Decoder
+from shared.decoding.spans import SCORED_TOKENS, SPAN_TOKENS
+from shared.device import accelerator
 from shared.errors import GptloopError, Unavailable
-from shared.gpt.decoder import Decoder
-from shared.gpt.spans import SCORED_TOKENS, SPAN_TOKENS
 from shared.gpt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

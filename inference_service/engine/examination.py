@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Generator, Sequence
 
-from shared.gpt.decoder import Decoder
-from shared.gpt.spans import SCORED_TOKENS, Span
+from shared.decoding.decoder import Decoder
+from shared.decoding.spans import SCORED_TOKENS, Span
 
 Window = tuple[int, ...]
 

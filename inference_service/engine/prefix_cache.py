@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from typing import Any
 
-from shared.gpt.spans import SPAN_TOKENS
+from shared.decoding.spans import SPAN_TOKENS
 
 Tokens = tuple[int, ...]
 

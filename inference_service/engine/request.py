@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from shared.decoding.sampling import SamplingParameters
 from shared.errors import GptloopError
-from shared.gpt.sampling import SamplingParameters
 
 # So many steps of a version may fail within such a time.
 MAX_FAILURES = 3

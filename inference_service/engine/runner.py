@@ -14,10 +14,10 @@ from inference_service.engine.prefix_cache import PrefixCache
 from inference_service.engine.request import Draw, NotFinite, StepFailed, TokenLogprob
 from inference_service.engine.scheduler import Chunk, Plan
 from inference_service.engine.sequence import Sequence
+from shared.decoding.decoder import Decoder
+from shared.decoding.sampling import Logits, PlainDraw, adjust, is_finite, log_probabilities, sample
+from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.errors import GptloopError
-from shared.gpt.decoder import Decoder
-from shared.gpt.sampling import Logits, PlainDraw, adjust, is_finite, log_probabilities, sample
-from shared.gpt.spans import SPAN_TOKENS, Span
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from inference_service.engine.sequence import Sequence
-from shared.gpt.spans import SPAN_TOKENS
+from shared.decoding.spans import SPAN_TOKENS
 
 # The samples of one request. The first reads the prompt, and the others get a copy of what it read.
 Group = tuple[Sequence, ...]

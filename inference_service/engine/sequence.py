@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from inference_service.engine.detokenizer import Detokenizer
 from inference_service.engine.request import Delta, Draw, Event, Finished, FinishReason, GenerationRequest
-from shared.gpt.sampling import SamplingParameters
+from shared.decoding.sampling import SamplingParameters
 
 
 class Sequence:

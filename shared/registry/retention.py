@@ -10,7 +10,7 @@ from shared.registry.commit import writing
 from shared.registry.decisions import Decided
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
-from shared.settings import Environment, read_bytes, read_int
+from shared.service.settings import Environment, read_bytes, read_int
 
 # A run that has not come to its end may still train, or wait to go on, if it wrote a state within this time.
 _ACTIVE_S = 7 * 24 * 3600.0

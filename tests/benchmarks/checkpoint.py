@@ -14,7 +14,7 @@ from shared.gpt.tokenizer import PATTERN, Tokenizer, load_gpt2
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.store import Registry
-from shared.settings import Directories
+from shared.service.settings import Directories
 from tests.benchmarks.side_by_side import ROOT
 from tests.shared.registry.scenarios import RUN, make_manifest
 from trainer_service.presets import find_preset
@@ -109,7 +109,7 @@ def main() -> None:
     from shared.gpt.model import GPT
     from shared.gpt.weights import save_model
     from tests.fakes import loss_of
-    from trainer_service.interchange import export_version
+    from trainer_service.huggingface.interchange import export_version
 
     checkpoint = Checkpoint(Path(sys.argv[1]))
     config = replace(find_preset(sys.argv[2]).gpt, tied_head=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from shared import accelerator
+from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT, print_table
 from trainer_service.presets import find_preset
 from trainer_service.training.config import TrainingConfig

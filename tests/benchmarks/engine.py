@@ -12,8 +12,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from shared import cli
 from shared.errors import InvalidArgument
+from shared.service import cli
 from tests.benchmarks.checkpoint import Checkpoint
 from tests.benchmarks.closed_loop import ClosedLoop
 from tests.benchmarks.implementations import Implementation, find_implementations

@@ -17,9 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from shared import accelerator, cli
+from shared.decoding.spans import SPAN_TOKENS
+from shared.device import accelerator
 from shared.gpt.config import GPTConfig
-from shared.gpt.spans import SPAN_TOKENS
+from shared.service import cli
 from tests.benchmarks.checkpoint import tokenizer_for
 from tests.benchmarks.side_by_side import ROOT, print_table
 from trainer_service.presets import find_preset
@@ -139,7 +140,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
     import mlx.core as mx
 
     from inference_service.engine.engine import Engine
-    from shared.gpt.decoder import make_decoder
+    from shared.decoding.decoder import make_decoder
     from shared.gpt.model import GPT
 
     mx.random.seed(1)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from shared import accelerator
+from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT, print_table
 from trainer_service.presets import PRESETS
 from trainer_service.training.batches import Tokens, batch

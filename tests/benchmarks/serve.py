@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from shared import cli
+from shared.service import cli
 from tests.benchmarks.checkpoint import Checkpoint
 from tests.benchmarks.implementations import Implementation, find_implementations, require_installed
 from tests.benchmarks.player import Player

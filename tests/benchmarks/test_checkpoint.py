@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InvalidArgument
-from shared.gpt.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from tests.benchmarks.checkpoint import tokenizer_for
+from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tokenizer
 
 
 @pytest.mark.parametrize("size", [257, 2048, 4096])

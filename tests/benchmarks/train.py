@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from shared import cli
+from shared.service import cli
 from tests.benchmarks.floor import Machine
 from tests.benchmarks.side_by_side import Task, cores, measure, print_results
 from trainer_service.presets import find_preset

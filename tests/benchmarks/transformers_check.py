@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.accelerator import prepare
-from shared.settings import read_directories
+from shared.device.accelerator import prepare
+from shared.service.settings import read_directories
 
 TOLERANCE = 1e-4
 TEXTS = (
@@ -30,8 +30,8 @@ def check(directory: Path) -> bool:
     # Only now, as MLX must load after its fast BLAS.
     import mlx.core as mx
 
-    from shared.gpt.gpt2 import read_config, read_model
-    from shared.gpt.gpt2_tokenizer import read_tokenizer
+    from trainer_service.huggingface.gpt2 import read_config, read_model
+    from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer
 
     torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(directory).eval()

@@ -9,7 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from deploy.health import Health, health_checks
 from deploy.ports import Ports
 from shared.registry.store import Registry
-from shared.settings import Directories
+from shared.service.settings import Directories
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

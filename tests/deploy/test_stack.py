@@ -13,7 +13,7 @@ from deploy.ports import Ports, free_ports
 from deploy.stack import ProcessStatus, Stack
 from deploy.supervisor import ProcessState
 from shared.errors import AlreadyExists, FailedPrecondition, Unavailable
-from shared.settings import Directories
+from shared.service.settings import Directories
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow

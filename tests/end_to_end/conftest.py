@@ -18,16 +18,16 @@ from redis import Redis
 from deploy.launch import holder
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
-from inference_service.client import InferenceClient
+from inference_service.client.client import InferenceClient
 from shared.gpt.weights import load_arrays
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
-from shared.settings import Directories
+from shared.service.settings import Directories
 from tests.waiting import HANG_S, wait_until
-from trainer_service.events import TimedEvent
-from trainer_service.queue import JobQueue
+from trainer_service.jobs.events import TimedEvent
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
 
 PROJECT = Path(__file__).parents[2]

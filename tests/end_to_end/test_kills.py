@@ -21,8 +21,8 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.commit import is_locked
 from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress
 from tests.waiting import wait_until
-from trainer_service.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
-from trainer_service.rq_jobs import JOB_FUNCTION
+from trainer_service.jobs.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
+from trainer_service.jobs.rq_adapter import JOB_FUNCTION
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from inference_service.client import AsyncInferenceClient, InferenceClient
-from inference_service.stream import AsyncStream, Stream
+from inference_service.client.client import AsyncInferenceClient, InferenceClient
+from inference_service.client.stream import AsyncStream, Stream
 from tests.fakes import publish_tiny_version
 from tests.inference_service.operated import Operated
 from tests.inference_service.scripted_server import Script, ScriptedServer

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from inference_service.admin_client import AdminClient
+from inference_service.client.admin_client import AdminClient
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
 from tests.fakes import publish_tiny_version

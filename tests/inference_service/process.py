@@ -16,7 +16,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from inference_service.client import InferenceClient
+from inference_service.client.client import InferenceClient
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
 from tests.waiting import HANG_S, wait_until
@@ -35,14 +35,14 @@ BREAKABLE = (
 import os, sys, threading, time
 from pathlib import Path
 from inference_service.__main__ import app
-from shared import cli
+from shared.service import cli
 
 orders = Path(os.environ["GPTLOOP_VAR"]) / "orders"
 
 def break_decoder():
-    while not hasattr(sys.modules.get("shared.gpt.cpu_decoder"), "CpuDecoder"):
+    while not hasattr(sys.modules.get("shared.decoding.cpu_decoder"), "CpuDecoder"):
         time.sleep(0.01)
-    decoder = sys.modules["shared.gpt.cpu_decoder"].CpuDecoder
+    decoder = sys.modules["shared.decoding.cpu_decoder"].CpuDecoder
     forward = decoder.forward
     def breakable(self, spans):
         order = orders.read_text() if orders.exists() else ""

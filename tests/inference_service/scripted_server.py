@@ -9,11 +9,11 @@ from typing import Any
 
 import grpc
 
-from inference_service.client import AsyncInferenceClient
+from inference_service.client.client import AsyncInferenceClient
 from shared import errors
-from shared.grpc_status import code_of, details_of
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
+from shared.service.grpc_status import code_of, details_of
 from tests.waiting import HANG_S, wait_until
 
 STARTED = pb.Started(request_id="r1", model_version=7, seed=2**64 - 1, prompt_tokens=3)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from inference_service import codec
 from inference_service.admission import Admission
 from inference_service.codec import MAX_TEXT_BYTES, MAX_TOKENS, MAX_WAITING, Codec
+from inference_service.grpc.servicer import InferenceServicer
+from inference_service.grpc.translate import read_generate
 from inference_service.patience import Patience
 from inference_service.pauses import Pauses
-from inference_service.resident import Resident
-from inference_service.servicer import InferenceServicer
-from inference_service.translate import read_generate
+from inference_service.versions.resident import Resident
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from inference_service.metrics import InferenceMetrics, TokenRate
-from shared.accelerator import Memory
+from shared.device.accelerator import Memory
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from inference_service import operator_terminal
 from inference_service.__main__ import app
 from inference_service.operator_terminal import print_versions
-from shared import cli
 from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.service import cli
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import ROOT, Server
 from tests.waiting import HANG_S, wait_until

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.standing import State
+from inference_service.versions.standing import State
 from shared.errors import FailedPrecondition, GptloopError
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version

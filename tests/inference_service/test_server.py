@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from inference_service.client import InferenceClient
+from inference_service.client.client import InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from inference_service.__main__ import app
-from inference_service.client import InferenceClient
+from inference_service.client.client import InferenceClient
 from inference_service.terminal import Terminal
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb

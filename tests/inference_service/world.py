@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_service import gate, residents
-from inference_service.catalogue import Catalogue
 from inference_service.engine.engine import Engine
-from inference_service.hotload import HotLoader
 from inference_service.metrics import InferenceMetrics
-from inference_service.residents import Residents
-from inference_service.standing import Standing
-from shared.accelerator import Memory
-from shared.gpt.decoder import make_decoder
+from inference_service.versions import gate, residents
+from inference_service.versions.catalogue import Catalogue
+from inference_service.versions.hotload import HotLoader
+from inference_service.versions.residents import Residents
+from inference_service.versions.standing import Standing
+from shared.decoding.decoder import make_decoder
+from shared.device.accelerator import Memory
 from shared.registry.store import Registry
 from tests.waiting import HANG_S, eventually
 

@@ -17,13 +17,13 @@ from typing import Annotated
 
 import typer
 
-from shared import cli
 from shared.errors import GptloopError, Unavailable
-from shared.lists import print_rows
-from shared.settings import Directories
+from shared.service import cli
+from shared.service.lists import print_rows
+from shared.service.settings import Directories
 from tests.end_to_end.conftest import Result, System, children, running
-from trainer_service.events import JobState
-from trainer_service.records import JobRecord
+from trainer_service.jobs.events import JobState
+from trainer_service.jobs.records import JobRecord
 
 _STEPS_PER_KILL = 100
 _STALLED_S = 180.0

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shared.errors import RunOwnershipLost
-from shared.lists import print_rows
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
+from shared.service.lists import print_rows
 from tests.shared.registry.scenarios import RUN, make_manifest, observe
 
 PROJECT = Path(__file__).parents[2]

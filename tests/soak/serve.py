@@ -22,14 +22,14 @@ import grpc.aio
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_service.client import AsyncInferenceClient
-from shared import cli
+from inference_service.client.client import AsyncInferenceClient
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted
 from shared.gpt.config import GPTConfig
-from shared.grpc_status import error_of
-from shared.lists import print_rows
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
+from shared.service import cli
+from shared.service.grpc_status import error_of
+from shared.service.lists import print_rows
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import BREAKABLE, SMALL_WINDOW, Server
 from tests.waiting import wait_until

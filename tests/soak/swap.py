@@ -16,12 +16,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from inference_service.client import AsyncInferenceClient
-from shared import cli
+from inference_service.client.client import AsyncInferenceClient
 from shared.errors import Unavailable
 from shared.gpt.config import GPTConfig
-from shared.lists import print_rows
 from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.service import cli
+from shared.service.lists import print_rows
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import Server
 

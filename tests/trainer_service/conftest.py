@@ -6,8 +6,8 @@ from redis import Redis
 
 from tests.jobs import training
 from tests.redis_process import RedisServer
-from trainer_service.kinds import Kind
-from trainer_service.queue import JobQueue
+from trainer_service.jobs.kinds import Kind
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings, read_settings
 

@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from shared.settings import Directories
+from shared.service.settings import Directories
 from trainer_service.disk import usage
 
 

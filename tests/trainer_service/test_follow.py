@@ -13,7 +13,8 @@ from tests.jobs import EVALUATION, start, tell, training
 from tests.redis_process import RedisServer
 from tests.waiting import wait_until
 from trainer_service import follow as follow_module
-from trainer_service.events import (
+from trainer_service.follow import follow
+from trainer_service.jobs.events import (
     Evaluation,
     JobState,
     Notice,
@@ -21,10 +22,9 @@ from trainer_service.events import (
     StateChanged,
     VersionPublished,
 )
-from trainer_service.follow import follow
-from trainer_service.kinds import Kind
+from trainer_service.jobs.kinds import Kind
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import make_metrics
-from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 
 

@@ -18,18 +18,18 @@ from shared.registry.store import Registry
 from tests.events import PROGRESS, STARTED
 from tests.jobs import EVALUATION, finish, start, tell, told, training
 from trainer_service import server as server_module
-from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
-from trainer_service.kinds import JobRequest, Kind, complete
+from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.jobs.kinds import JobRequest, Kind, complete
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.records import read_record
+from trainer_service.jobs.spec import TrainingRequest
+from trainer_service.jobs.watch import Watch
 from trainer_service.listings import print_jobs
 from trainer_service.metrics import make_metrics
-from trainer_service.queue import JobQueue
-from trainer_service.records import read_record
 from trainer_service.runs import all_runs
 from trainer_service.server import TrainingServicer
-from trainer_service.spec import TrainingRequest
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.translate import event_to_pb, job_to_pb
-from trainer_service.watch import Watch
 
 # A file named in Latin-1, as Python names it.
 LATIN = "caf\udce9.txt"

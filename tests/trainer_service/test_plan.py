@@ -8,11 +8,11 @@ import pytest
 from shared.registry.store import Registry
 from tests.events import PROGRESS, STARTED
 from trainer_service import plan
-from trainer_service.events import Progress, TimedEvent
+from trainer_service.jobs.events import Progress, TimedEvent
+from trainer_service.jobs.records import JobRecord, read_record
+from trainer_service.jobs.spec import JobSpec
 from trainer_service.plan import Machine, Plan, flops_per_token, memory_bytes
 from trainer_service.presets import find_preset
-from trainer_service.records import JobRecord, read_record
-from trainer_service.spec import JobSpec
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec
 

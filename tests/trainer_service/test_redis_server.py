@@ -12,10 +12,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from shared.errors import FailedPrecondition, InvalidArgument, Unavailable
 from shared.registry.store import Registry
-from shared.settings import Directories
+from shared.service.settings import Directories
 from tests.waiting import HANG_S
-from trainer_service.kinds import Kind
-from trainer_service.queue import JobQueue
+from trainer_service.jobs.kinds import Kind
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.spec import TrainingRequest, resolve
 from trainer_service.redis_server import (
     check_server,
     connect,
@@ -25,10 +26,9 @@ from trainer_service.redis_server import (
     run,
     socket_path,
 )
-from trainer_service.spec import TrainingRequest, resolve
 
 ODD = """sp ace %(here)s " o'ne $HOME \\ ü"""
-_RUN = "import sys; from pathlib import Path; from shared.settings import Directories; "
+_RUN = "import sys; from pathlib import Path; from shared.service.settings import Directories; "
 _RUN += "from trainer_service.redis_server import run; run(Directories(Path(sys.argv[1])))"
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 from shared.errors import InvalidArgument
 from shared.registry.fence import Fence
 from shared.registry.store import Registry
-from shared.settings import Directories
+from shared.service.settings import Directories
 from tests.shared.registry.scenarios import make_manifest, write_model
 from trainer_service.registry_commands import app
 

@@ -10,19 +10,19 @@ from typing import TypeVar
 import mlx.core as mx
 import pytest
 
-from shared.accelerator import Accelerator
+from shared.device.accelerator import Accelerator
 from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.retention import Retention
 from shared.registry.store import Checkpoint, Registry
-from shared.settings import Directories
+from shared.service.settings import Directories
 from tests.fakes import publish_overflowing_version
-from trainer_service.attempt import Attempt, Stopped
 from trainer_service.evaluation import evaluate_version
-from trainer_service.events import Evaluation, Event, Notice, Progress, VersionPublished
-from trainer_service.kinds import EvaluationSpec
+from trainer_service.jobs.attempt import Attempt, Stopped
+from trainer_service.jobs.events import Evaluation, Event, Notice, Progress, VersionPublished
+from trainer_service.jobs.kinds import EvaluationSpec
+from trainer_service.jobs.spec import JobSpec, TrainingRequest, resolve
 from trainer_service.run import TrainingRun
-from trainer_service.spec import JobSpec, TrainingRequest, resolve
 from trainer_service.training.corpus import DatasetSpec
 
 pytestmark = pytest.mark.slow

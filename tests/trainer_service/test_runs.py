@@ -9,10 +9,10 @@ from shared.registry.store import Registry
 from tests.events import PROGRESS
 from tests.jobs import start, tell, training
 from tests.shared.registry.scenarios import publish
-from trainer_service.events import Evaluation
-from trainer_service.kinds import Kind
+from trainer_service.jobs.events import Evaluation
+from trainer_service.jobs.kinds import Kind
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.listings import print_runs
-from trainer_service.queue import JobQueue
 from trainer_service.runs import Run, all_runs, chosen, differing
 
 

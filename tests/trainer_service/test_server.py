@@ -11,18 +11,18 @@ from prometheus_client import CollectorRegistry
 from redis import Redis
 
 from shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
-from shared.grpc_server import GrpcServer
-from shared.listening import Address
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
+from shared.service.grpc_server import GrpcServer
+from shared.service.listening import Address
 from tests.jobs import start, tell, training
 from tests.redis_process import RedisServer
 from trainer_service import server as server_module
-from trainer_service.events import JobState, Notice, StateChanged, TimedEvent
-from trainer_service.kinds import Kind
+from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.jobs.kinds import Kind
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import CallMetrics
-from trainer_service.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.server import SERVICE, TrainingServicer
 

@@ -9,13 +9,13 @@ from rq.serializers import JSONSerializer
 from shared.errors import NotFound
 from shared.registry.identity import registry_id
 from tests.jobs import finish, start, training
-from trainer_service.events import JobState
-from trainer_service.kinds import Kind
+from trainer_service.jobs.events import JobState
+from trainer_service.jobs.kinds import Kind
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.rq_adapter import AttemptJob
+from trainer_service.jobs.watch import Watch
+from trainer_service.jobs.worker import TrainingWorker
 from trainer_service.metrics import make_metrics
-from trainer_service.queue import JobQueue
-from trainer_service.rq_jobs import AttemptJob
-from trainer_service.watch import Watch
-from trainer_service.worker import TrainingWorker
 
 
 @pytest.fixture

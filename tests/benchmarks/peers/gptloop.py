@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from shared import accelerator
+from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
@@ -19,10 +19,10 @@ from inference_service.engine.request import Draw, GenerationRequest  # noqa: E4
 from inference_service.engine.runner import Runner  # noqa: E402
 from inference_service.engine.scheduler import Scheduler  # noqa: E402
 from inference_service.engine.sequence import Sequence  # noqa: E402
-from shared.gpt.decoder import make_decoder  # noqa: E402
+from shared.decoding.decoder import make_decoder  # noqa: E402
+from shared.decoding.sampling import SamplingParameters  # noqa: E402
+from shared.decoding.spans import SPAN_TOKENS  # noqa: E402
 from shared.gpt.model import GPT  # noqa: E402
-from shared.gpt.sampling import SamplingParameters  # noqa: E402
-from shared.gpt.spans import SPAN_TOKENS  # noqa: E402
 from trainer_service.training.config import TrainingConfig  # noqa: E402
 from trainer_service.training.trainer import Trainer  # noqa: E402
 from trainer_service.training.workers import Workers  # noqa: E402

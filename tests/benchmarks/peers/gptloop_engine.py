@@ -5,7 +5,7 @@ import time
 from queue import SimpleQueue
 from typing import Any
 
-from shared import accelerator
+from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
@@ -16,8 +16,8 @@ _DEVICE = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 from inference_service.engine.engine import Engine  # noqa: E402
 from inference_service.engine.request import Delta, Failed, Finished, GenerationRequest, Output  # noqa: E402
 from inference_service.settings import Settings, prefill_tokens_on  # noqa: E402
-from shared.gpt.decoder import make_decoder  # noqa: E402
-from shared.gpt.sampling import SamplingParameters  # noqa: E402
+from shared.decoding.decoder import make_decoder  # noqa: E402
+from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.gpt.tokenizer import Tokenizer  # noqa: E402
 from shared.gpt.weights import load_model  # noqa: E402
 from tests.benchmarks.checkpoint import VERSION  # noqa: E402

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared import accelerator
+from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT, cores
 from tests.benchmarks.worker import resident_peak
 

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from typing import Any
 
-from shared import accelerator
+from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
@@ -16,7 +16,6 @@ import mlx.core as mx  # noqa: E402
 from mlx_lm.generate import BatchGenerator  # noqa: E402
 from mlx_lm.models.gpt2 import Model, ModelArgs  # noqa: E402
 
-from shared.gpt.gpt2 import PREFIX  # noqa: E402
 from shared.gpt.weights import load_arrays  # noqa: E402
 from tests.benchmarks.checkpoint import Checkpoint  # noqa: E402
 from tests.benchmarks.closed_loop import ClosedLoop  # noqa: E402
@@ -24,6 +23,7 @@ from tests.benchmarks.player import Progress  # noqa: E402
 from tests.benchmarks.recording import Recording, Stream  # noqa: E402
 from tests.benchmarks.schedule import Schedule  # noqa: E402
 from tests.benchmarks.setup import Setup  # noqa: E402
+from trainer_service.huggingface.gpt2 import PREFIX  # noqa: E402
 
 
 def load(checkpoint: Checkpoint) -> Any:

@@ -10,11 +10,11 @@ import pytest
 
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Delta, Draw, Event, Failed, Finished, GenerationRequest, Output
-from shared.gpt.cpu_decoder import CpuDecoder
-from shared.gpt.decoder import Decoder, make_decoder
+from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.decoder import Decoder, make_decoder
+from shared.decoding.sampling import Logits, SamplingParameters
+from shared.decoding.spans import Span
 from shared.gpt.model import GPT
-from shared.gpt.sampling import Logits, SamplingParameters
-from shared.gpt.spans import Span
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.waiting import HANG_S
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from inference_service.engine.request import Admitted, Delta, Event, Finished
-from shared.gpt.cpu_decoder import CpuDecoder
-from shared.gpt.spans import SCORED_TOKENS, Span
+from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.spans import SCORED_TOKENS, Span
 from tests.fakes import byte_tokenizer, loss_of, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, break_forward, request
 from tests.waiting import HANG_S

@@ -14,11 +14,11 @@ import pytest
 
 from inference_service.engine import engine
 from inference_service.engine.request import Admitted, Failed, FinishReason
-from shared import accelerator
+from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.mlx_decoder import MlxDecoder
+from shared.decoding.spans import Span
+from shared.device import accelerator
 from shared.errors import Unavailable
-from shared.gpt.cpu_decoder import CpuDecoder
-from shared.gpt.mlx_decoder import MlxDecoder
-from shared.gpt.spans import Span
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, Result, break_forward, request
 from tests.waiting import HANG_S

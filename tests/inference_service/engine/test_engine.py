@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from inference_service.engine.request import FinishReason
-from shared.gpt.sampling import SamplingParameters, adjust
+from shared.decoding.sampling import SamplingParameters, adjust
 from tests.fakes import TINY, tiny_model
 from tests.inference_service.engine.harness import Harness, request
 

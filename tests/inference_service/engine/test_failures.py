@@ -12,10 +12,10 @@ from inference_service.engine import runner
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Delta, Failed, FinishReason, NotFinite, Output, StepFailed
 from inference_service.engine.runner import draw_token
+from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.sampling import Logits, SamplingParameters
+from shared.decoding.spans import Span
 from shared.errors import Unavailable
-from shared.gpt.cpu_decoder import CpuDecoder
-from shared.gpt.sampling import Logits, SamplingParameters
-from shared.gpt.spans import Span
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, break_forward, request, slow_steps
 from tests.waiting import HANG_S

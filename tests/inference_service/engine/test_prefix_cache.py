@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_service.engine.prefix_cache import PrefixCache, Tokens
-from shared.gpt.spans import SPAN_TOKENS
+from shared.decoding.spans import SPAN_TOKENS
 
 
 def tokens(*blocks: int) -> Tokens:

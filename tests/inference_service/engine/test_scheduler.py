@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from inference_service.engine.request import Draw, Finished, FinishReason, GenerationRequest
 from inference_service.engine.scheduler import Group, Plan, Scheduler
 from inference_service.engine.sequence import Sequence
-from shared.gpt.spans import SPAN_TOKENS
+from shared.decoding.spans import SPAN_TOKENS
 
 CONTEXT = 1000
 BUDGET = 2 * SPAN_TOKENS

@@ -9,10 +9,10 @@ import mlx.core as mx
 import numpy as np
 from hypothesis import strategies as st
 
+from shared.decoding.decoder import Decoder
+from shared.decoding.spans import Span
 from shared.gpt.config import GPTConfig
-from shared.gpt.decoder import Decoder
 from shared.gpt.model import GPT, parameters_of
-from shared.gpt.spans import Span
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from shared import accelerator
+from shared.device import accelerator
 from shared.errors import CorruptCheckpoint
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT

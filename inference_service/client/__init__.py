@@ -1,0 +1,1 @@
+"""Python clients of the inference service. They import nothing of the server."""

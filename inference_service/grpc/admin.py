@@ -1,0 +1,63 @@
+"""The service that operators call: which version serves, and why."""
+
+from typing import Any
+
+from inference_service.grpc.translate import read_number, readable, write_standing
+from inference_service.versions.catalogue import Catalogue
+from inference_service.versions.hotload import HotLoader
+from inference_service.versions.standing import State
+from shared.errors import NotFound
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.pb.inference.v1 import inference_pb2_grpc
+
+
+class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
+    """`ModelAdminService`. Belongs to the event loop."""
+
+    def __init__(self, catalogue: Catalogue, versions: HotLoader) -> None:
+        self._catalogue = catalogue
+        self._versions = versions
+
+    async def ListVersions(self, message: pb.ListVersionsRequest, context: Any) -> pb.ListVersionsResponse:  # noqa: N802
+        """Every version in the registry, and the policy."""
+        standings = await self._versions.standings()
+        return pb.ListVersionsResponse(
+            versions=[write_standing(standing) for standing in standings],
+            policy=self._catalogue.policy,
+            notices=map(readable, self._catalogue.notices),
+        )
+
+    async def LoadVersion(self, message: pb.LoadVersionRequest, context: Any) -> pb.LoadVersionResponse:  # noqa: N802
+        """Returns when the version is in memory."""
+        await self._versions.load(read_number(message.version))
+        return pb.LoadVersionResponse(version=await self._status(message.version))
+
+    async def UnloadVersion(self, message: pb.UnloadVersionRequest, context: Any) -> pb.UnloadVersionResponse:  # noqa: N802
+        """Returns at once, whether or not streams still run on the version."""
+        await self._versions.unload(read_number(message.version))
+        return pb.UnloadVersionResponse(version=await self._status(message.version))
+
+    async def PromoteVersion(  # noqa: N802
+        self, message: pb.PromoteVersionRequest, context: Any
+    ) -> pb.PromoteVersionResponse:
+        """Returns when the label is written."""
+        await self._versions.promote(read_number(message.version))
+        return pb.PromoteVersionResponse(version=await self._status(message.version))
+
+    async def SetPolicy(self, message: pb.SetPolicyRequest, context: Any) -> pb.SetPolicyResponse:  # noqa: N802
+        """Returns when the policy is written; its version may still have to be loaded."""
+        await self._versions.let_serve(message.label)
+        standings = await self._versions.standings()
+        serving = next((write_standing(one) for one in standings if one.state is State.SERVING), None)
+        return pb.SetPolicyResponse(serving=serving)
+
+    async def RollBack(self, message: pb.RollBackRequest, context: Any) -> pb.RollBackResponse:  # noqa: N802
+        """Returns when the other version serves."""
+        number = read_number(message.version) if message.HasField("version") else None
+        return pb.RollBackResponse(version=await self._status(await self._versions.roll_back(number)))
+
+    async def _status(self, number: int) -> pb.VersionStatus:
+        for standing in await self._versions.standings():
+            if standing.number == number:
+                return write_standing(standing)
+        raise NotFound(f"Version {number} was removed from the registry.")

@@ -1,0 +1,308 @@
+"""Protobuf to frozen values and back. No other file of the service's inside sees a message."""
+
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from inference_service.engine.request import Delta, Finished, FinishReason, GenerationRequest
+from inference_service.versions.standing import Standing
+from shared.decoding.sampling import SamplingParameters, check_biases
+from shared.errors import InvalidArgument
+from shared.gpt.tokenizer import Tokenizer
+from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.registry.manifest import VersionManifest
+
+DEFAULT_MAX_TOKENS = 256
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_LOGPROBS = 20
+# Of a text that comes from the registry.
+_MOST_CHARACTERS = 1000
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which version a call asks for: a number, a label, or (both None) the serving one."""
+
+    version: int | None = None
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checked `GenerateRequest` that still needs a version: the text is encoded with that one's tokenizer.
+
+    The tokens of a prompt are as the message holds them, for there may be millions until a version bounds them.
+    """
+
+    id: str
+    selection: Selection
+    prompt: str | Sequence[int]
+    sampling: SamplingParameters
+    seed: int | None
+    max_tokens: int
+    min_tokens: int
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    logprobs: int | None
+    samples: int
+    arrived: float
+    deadline: float | None
+
+    def complete(self, version: int, tokenizer: Tokenizer, context_length: int, seed: int) -> GenerationRequest:
+        """The request on a version; raises `InvalidArgument` where the prompt does not fit it.
+
+        An empty prompt begins with the end token, as every document of the training text does.
+        """
+        if isinstance(self.prompt, str):
+            _check_characters(self.prompt, tokenizer, context_length)
+            prompt = tuple(tokenizer.encode(self.prompt))
+        else:
+            _check_length(len(self.prompt), version, context_length)
+            prompt = tuple(self.prompt)
+            for token in prompt:
+                if not 0 <= token < tokenizer.vocabulary_size:
+                    raise InvalidArgument(
+                        f"prompt_tokens holds {token}, but version {version} has the tokens 0 to "
+                        f"{tokenizer.vocabulary_size - 1}."
+                    )
+        for token, _ in self.sampling.logit_bias:
+            if not 0 <= token < tokenizer.vocabulary_size:
+                raise InvalidArgument(
+                    f"logit_bias holds token {token}, but version {version} has the tokens 0 to "
+                    f"{tokenizer.vocabulary_size - 1}."
+                )
+        prompt = prompt or (tokenizer.end_token,)
+        _check_length(len(prompt), version, context_length)
+        return GenerationRequest(
+            id=self.id,
+            version=version,
+            prompt=prompt,
+            seed=seed,
+            max_tokens=self.max_tokens,
+            arrived=self.arrived,
+            samples=self.samples,
+            sampling=self.sampling,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
+            ignore_eos=self.ignore_eos,
+            logprobs=self.logprobs,
+            deadline=self.deadline,
+        )
+
+
+def read_generate(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
+    """Checks a request as far as it can be without a version; raises `InvalidArgument` and names the field."""
+    arrived = time.monotonic()
+    max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    if max_tokens < 1:
+        raise InvalidArgument(f"max_tokens is {max_tokens}, but must be at least 1.")
+    if not 0 <= message.min_tokens <= max_tokens:
+        raise InvalidArgument(f"min_tokens is {message.min_tokens}, but must be from 0 to max_tokens, {max_tokens}.")
+    logprobs = message.logprobs if message.HasField("logprobs") else None
+    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
+        raise InvalidArgument(f"logprobs is {logprobs}, but must be from 0 to {MAX_LOGPROBS}.")
+    samples = message.n if message.HasField("n") else 1
+    if not 1 <= samples <= slots:
+        raise InvalidArgument(f"n is {samples}, but must be from 1 to the {slots} slots of this server.")
+    return Draft(
+        id=uuid.uuid4().hex,
+        selection=read_selection(message.model),
+        prompt=_read_prompt(message),
+        sampling=_read_sampling(message.sampling),
+        seed=message.sampling.seed if message.sampling.HasField("seed") else None,
+        max_tokens=max_tokens,
+        min_tokens=message.min_tokens,
+        stop=_read_stops(message.stop),
+        ignore_eos=message.ignore_eos,
+        logprobs=logprobs,
+        samples=samples,
+        arrived=arrived,
+        deadline=None if remaining_s is None else arrived + remaining_s,
+    )
+
+
+def read_selection(message: pb.ModelSelector) -> Selection:
+    """The choice in a selector; raises `InvalidArgument` on a number that no version can have."""
+    match message.WhichOneof("choice"):
+        case "version":
+            return Selection(version=read_number(message.version, "model.version"))
+        case "label":
+            return Selection(label=message.label)
+        case _:
+            return Selection()
+
+
+def read_number(version: int, field: str = "version") -> int:
+    """The number of a version; raises `InvalidArgument` on one that no version can have."""
+    if version < 1:
+        raise InvalidArgument(f"{field} is {version}, but versions are numbered from 1.")
+    return version
+
+
+def write_started(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
+    """The first message of a stream; `digest` is that of its version."""
+    started = pb.Started(
+        request_id=request.id,
+        model_version=request.version,
+        seed=request.seed,
+        prompt_tokens=len(request.prompt),
+        model_digest=digest,
+    )
+    return pb.GenerateResponse(started=started)
+
+
+def write_delta(delta: Delta, index: int) -> pb.GenerateResponse:
+    """What steps added to a sample."""
+    logprobs = [
+        pb.TokenLogprobs(
+            logprob=draw.logprob,
+            rank=draw.rank or 0,
+            alternatives=[pb.TokenLogprob(token_id=other.token, logprob=other.logprob) for other in draw.alternatives],
+        )
+        for draw in delta.draws
+        if draw.logprob is not None
+    ]
+    token_ids = [draw.token for draw in delta.draws]
+    return pb.GenerateResponse(delta=pb.Delta(text=delta.text, token_ids=token_ids, logprobs=logprobs, index=index))
+
+
+def write_finished(finished: Finished, index: int) -> pb.GenerateResponse:
+    """The last message of a sample."""
+    message = pb.Finished(
+        reason=_REASONS[finished.reason],
+        matched_stop=finished.matched_stop or "",
+        prompt_tokens=finished.prompt_tokens,
+        generated_tokens=finished.generated_tokens,
+        queue_seconds=finished.total_s if finished.queue_s is None else finished.queue_s,
+        time_to_first_token_seconds=finished.first_token_s or 0.0,
+        total_seconds=finished.total_s,
+        index=index,
+        cached_prompt_tokens=finished.cached_prompt_tokens,
+    )
+    return pb.GenerateResponse(finished=message)
+
+
+def readable(text: str) -> str:
+    """A text from outside as a message can hold it: valid UTF-8, and not endless."""
+    return text[:_MOST_CHARACTERS].encode(errors="backslashreplace").decode()
+
+
+def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:
+    """What a version's manifest says."""
+    config = {
+        name: value
+        for name, value in manifest.model.items()
+        if name in pb.ModelConfig.DESCRIPTOR.fields_by_name
+        and isinstance(value, bool if name == "tied_head" else int)
+        and abs(value) < 2**31
+    }
+    return pb.GetModelResponse(
+        version=manifest.version,
+        run=readable(manifest.run),
+        step=manifest.step,
+        created_at=_write_time(manifest.created_at),
+        config=pb.ModelConfig(**config),  # type: ignore[arg-type]
+        tokenizer=readable(manifest.tokenizer),
+        parameters=manifest.parameters,
+        training_loss=manifest.training_loss,
+        validation_loss=manifest.validation_loss,
+        bits_per_byte=manifest.bits_per_byte,
+        labels=labels,
+    )
+
+
+def write_standing(standing: Standing) -> pb.VersionStatus:
+    """Where a version stands."""
+    status = pb.VersionStatus(
+        version=standing.number,
+        state=f"VERSION_STATE_{standing.state.name}",
+        reason=readable(standing.reason),
+        labels=standing.labels,
+        streams=standing.streams,
+        held=standing.held,
+        memory_bytes=standing.memory_bytes,
+        measured_loss=standing.loss,
+    )
+    if (manifest := standing.manifest) is not None:
+        described = pb.VersionStatus(
+            claimed_loss=manifest.claimed_loss,
+            validation_loss=manifest.validation_loss,
+            bits_per_byte=manifest.bits_per_byte,
+            step=manifest.step,
+            created_at=_write_time(manifest.created_at),
+            digest=manifest.digest,
+        )
+        status.MergeFrom(described)
+    return status
+
+
+_REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
+
+
+def _write_time(seconds: float) -> Timestamp:
+    """A time of `time.time`."""
+    written = Timestamp()
+    written.FromMilliseconds(round(seconds * 1000))
+    return written
+
+
+def _check_length(tokens: int, version: int, context_length: int) -> None:
+    if tokens >= context_length:
+        raise InvalidArgument(
+            f"The prompt has {tokens} tokens, but must have fewer than the {context_length} of the context of version "
+            f"{version}."
+        )
+
+
+def _check_characters(prompt: str, tokenizer: Tokenizer, context_length: int) -> None:
+    """Refuses a text that no encoding fits into the context, without the time that encoding it takes."""
+    size_bytes, longest = len(prompt.encode()), int(tokenizer.byte_lengths.max())
+    fewest = math.ceil(size_bytes / longest)
+    if fewest >= context_length:
+        raise InvalidArgument(
+            f"The prompt of {size_bytes} bytes has at least {fewest} tokens, but must have fewer than the "
+            f"{context_length} of the context."
+        )
+
+
+def _read_prompt(message: pb.GenerateRequest) -> str | Sequence[int]:
+    match message.WhichOneof("input"):
+        case "prompt":
+            return message.prompt
+        case "prompt_tokens":
+            return message.prompt_tokens.ids
+        case _:
+            raise InvalidArgument(
+                "The request has neither prompt nor prompt_tokens; an empty prompt must be given as such."
+            )
+
+
+def _read_sampling(message: pb.Sampling) -> SamplingParameters:
+    check_biases(len(message.logit_bias))
+    given = {
+        name: getattr(message, name)
+        for name in (
+            *("temperature", "top_k", "top_p", "min_p"),
+            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+        )
+        if message.HasField(name)
+    }
+    return SamplingParameters(**given, logit_bias=tuple(sorted(message.logit_bias.items())))
+
+
+def _read_stops(stops: Sequence[str]) -> tuple[str, ...]:
+    if len(stops) > MAX_STOPS:
+        raise InvalidArgument(f"stop has {len(stops)} texts, but may have at most {MAX_STOPS}.")
+    for stop in stops:
+        if not stop:
+            raise InvalidArgument("stop holds an empty text, but every stop text must have at least one character.")
+        if len(stop) > MAX_STOP_CHARACTERS:
+            raise InvalidArgument(
+                f"stop holds a text of {len(stop)} characters, but each may have at most {MAX_STOP_CHARACTERS}."
+            )
+    return tuple(stops)

@@ -1,0 +1,1 @@
+"""Decides which versions are in memory and which one serves."""

@@ -1,0 +1,1 @@
+"""Runs a model token by token: decoders for each device, spans, and sampling."""

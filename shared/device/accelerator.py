@@ -1,0 +1,177 @@
+"""The device that MLX computes on, and what has to stand before MLX is imported."""
+
+import fcntl
+import functools
+import gc
+import logging
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+from shared.device.blas import cpu_threads, load_blas
+from shared.device.kernel_compiler import name_mlx_plainly, speed_up_compiler
+from shared.plain_paths import plain_path
+
+_log = logging.getLogger(__name__)
+
+NO_BLAS = (
+    "No fast BLAS was found, so MLX will be about fifty times slower than it could be. "
+    "Install one: apt-get install libopenblas0-pthread, or gcc and pip install scipy-openblas32."
+)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """The device, its memory in bytes, and the BLAS that MLX found on a CPU (`None`: only its own slow one)."""
+
+    device: str
+    backend: Literal["metal", "cuda", "cpu"]
+    mlx_version: str
+    blas: str | None
+    memory_bytes: int
+    # Threads in which the caller is to compute side by side; 1 where the device, or its BLAS, uses all cores itself.
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What this process uses: MLX's arrays, its cache and the most it ever held, and all that is resident."""
+
+    active_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+    resident_bytes: int
+
+
+@functools.cache
+def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
+    """Loads a fast BLAS, makes a private folder for compiled kernels below `cache`, and sets MLX's cache limit.
+
+    With `own_threads`, on a CPU, each product runs on one core, for the caller computes in several threads: as many as
+    OPENBLAS_NUM_THREADS allows, else as there are cores. Call it once in a process, before anything imports MLX.
+    """
+    assert "mlx.core" not in sys.modules, "prepare() must run before MLX is imported."
+    blas = None
+    threads = 1
+    if own_threads:
+        threads = cpu_threads()
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    if sys.platform == "linux":
+        cache.mkdir(parents=True, exist_ok=True)
+        name_mlx_plainly()
+        _make_kernel_cache(plain_path(cache))
+        speed_up_compiler(plain_path(cache))
+        blas = load_blas(cache)
+    import mlx.core as mx
+
+    info = mx.device_info()
+    if mx.metal.is_available():
+        backend: Literal["metal", "cuda", "cpu"] = "metal"
+        memory_bytes = int(info["memory_size"])
+    elif mx.cuda.is_available():
+        backend = "cuda"
+        memory_bytes = int(info["total_memory"])
+    else:
+        backend = "cpu"
+        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # MLX's own limit of 32 MiB makes every large array a fresh one, whose pages the kernel has to clear.
+        mx.set_cache_limit(memory_bytes // 8)
+        if blas is None:
+            _log.warning(NO_BLAS)
+    if backend != "cpu":
+        threads = 1
+    return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes, threads)
+
+
+def memory() -> Memory:
+    """The memory that this process uses now."""
+    import mlx.core as mx
+
+    return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory(), _resident_bytes())
+
+
+def release_memory() -> None:
+    """Gives back what this process has freed, as after the last use of a model."""
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
+
+
+def report(accelerator: Accelerator) -> str:
+    """Several lines about the device, with the speed of a product measured now."""
+    compiler = shutil.which("g++")
+    lines = [
+        ("device", accelerator.device),
+        ("backend", f"{accelerator.backend} (MLX {accelerator.mlx_version})"),
+        ("memory", f"{accelerator.memory_bytes / 2**30:.1f} GiB"),
+        ("fp32 product", f"{_measure_gflops():.0f} GFLOP/s"),
+    ]
+    if accelerator.backend == "cpu":
+        lines.append(("BLAS", accelerator.blas or f"none. {NO_BLAS}"))
+        lines.append(("compiler", compiler or "none. MLX compiles kernels with g++: apt-get install g++."))
+    return "\n".join(f"{name:<14}{value}" for name, value in lines)
+
+
+def _make_kernel_cache(cache: Path) -> None:
+    # MLX writes compiled kernels to $TMPDIR/mlx in place and unlocked. So each process takes a folder of its own, which
+    # it locks until it ends, and clears it of what a killed compiler left.
+    # Python's own temporary files stay where they were.
+    tempfile.gettempdir()
+    for number in count():
+        folder = cache / f"kernels-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            continue
+        for library in folder.rglob("*.so"):
+            if not _is_whole(library):
+                library.unlink()
+        os.environ["TMPDIR"] = str(folder)
+        return
+
+
+def _is_whole(library: Path) -> bool:
+    # An ELF file ends with its section table, whose place and size its header tells (ELF-64, figure 2-2).
+    size = library.stat().st_size
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return False
+    (table,) = struct.unpack_from("<Q", header, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
+    return bool(size >= table + entry_size * entries)
+
+
+def _resident_bytes() -> int:
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    else:
+        command = ["ps", "-o", "rss=", "-p", str(os.getpid())]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout) * 1024
+
+
+def _measure_gflops() -> float:
+    import mlx.core as mx
+
+    size = 1024
+    matrix = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(matrix @ matrix)
+    best_s = float("inf")
+    for _ in range(5):
+        start_s = time.perf_counter()
+        mx.eval(matrix @ matrix)
+        best_s = min(best_s, time.perf_counter() - start_s)
+    return 2 * size**3 / best_s / 1e9

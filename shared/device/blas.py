@@ -1,0 +1,60 @@
+"""A fast BLAS for MLX on a Linux CPU: the library that MLX's wheel brings multiplies about fifty times slower."""
+
+import ctypes
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from shared.device.native import build_library
+from shared.errors import FailedPrecondition
+
+# Fedora's plain libopenblas is its single-threaded build, so the threaded names come first.
+_SYSTEM_LIBRARIES = ("libopenblasp.so.0", "libopenblaso.so.0", "libopenblas.so.0")
+
+# The wheel's OpenBLAS prefixes its symbols with `scipy_`; MLX looks for the plain names.
+_FORWARDER = """
+#define FORWARD(name, scalar, matrix)                                                                        \\
+    void scipy_##name(int, int, int, int, int, int, scalar, const matrix *, int, const matrix *, int,        \\
+                      scalar, matrix *, int);                                                                \\
+    void name(int order, int transpose_a, int transpose_b, int m, int n, int k, scalar alpha,                \\
+              const matrix *a, int lda, const matrix *b, int ldb, scalar beta, matrix *c, int ldc) {         \\
+        scipy_##name(order, transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);         \\
+    }
+FORWARD(cblas_sgemm, float, float)
+FORWARD(cblas_dgemm, double, double)
+FORWARD(cblas_cgemm, const void *, void)
+"""
+
+
+def load_blas(cache: Path) -> str | None:
+    """Loads OpenBLAS into the global symbol scope and says which; `None` where there is none.
+
+    The system's library, else the one of the `scipy-openblas32` wheel through a forwarder that the C compiler builds
+    once into `cache`. It takes effect only before MLX is imported.
+    """
+    for name in _SYSTEM_LIBRARIES:
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL).cblas_sgemm  # noqa: B018 - raises where it is missing
+        except (OSError, AttributeError):
+            continue
+        return f"OpenBLAS of the system ({name})"
+    wheel = importlib.util.find_spec("scipy_openblas32")
+    if wheel is None or wheel.origin is None:
+        return None
+    try:
+        ctypes.CDLL(str(Path(wheel.origin).parent / "lib" / "libscipy_openblas.so"), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(build_library(_FORWARDER, "c", ["-O2"], cache)), mode=ctypes.RTLD_GLOBAL)
+    except (OSError, FailedPrecondition):
+        return None
+    return "OpenBLAS of the scipy-openblas32 wheel"
+
+
+def cpu_threads() -> int:
+    """In how many threads a process may compute: as many as OPENBLAS_NUM_THREADS says, else as there are cores."""
+    limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    return (
+        int(limit)
+        if limit.isdecimal() and int(limit) > 0
+        else (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    )

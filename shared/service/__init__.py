@@ -1,0 +1,1 @@
+"""What every process and every command needs: gRPC server, metrics page, settings, logs, and the terminal."""

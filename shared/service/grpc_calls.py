@@ -1,0 +1,269 @@
+"""What each call goes through: its request is read, its error becomes a status, and it ends before its server does."""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+from grpc_health.v1 import health_pb2
+
+from shared.errors import GptloopError, InvalidArgument, Unavailable
+from shared.service.grpc_status import code_of, details_of
+
+logger = logging.getLogger(__name__)
+
+# The sentence of calls that a server does not carry out because it ends.
+ENDING = "The server is ending; ask again in a moment."
+# A status travels in the headers, and clients refuse those that are longer than some kilobytes.
+MAX_SENTENCE_BYTES = 1000
+# More than the services have together.
+_MOST_METHODS = 128
+# So long no call may come before the server ends, or so often it looks.
+_QUIET_S = 0.05
+_LOOKS = 20
+# Health answers until the end, so that whoever asks learns that the server does not serve any more.
+_HEALTH = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
+
+# Hears of every call of the services that has ended: the name of its method, its status code, and the reason that a
+# method which streams its answer has returned.
+Ended = Callable[[str, grpc.StatusCode, str | None], None]
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call whose method runs. It `waits` while its requests are a stream and the next one has not come."""
+
+    task: asyncio.Task[Any]
+    waits: bool = False
+    is_cut: bool = False
+    reason: str | None = None
+
+
+class Calls(grpc.aio.ServerInterceptor):
+    """The calls of a server. Belongs to the event loop; the first of the server's interceptors.
+
+    Requests are parsed here: one that is malformed, or of which a field is unknown to `services` (their full names), is
+    `InvalidArgument`. A method that raises ends its call with the code and the sentence of the error.
+    """
+
+    def __init__(self, services: Collection[str], ended: Ended) -> None:
+        self._services = services
+        self._ended = ended
+        self._refuses = False
+        # How many calls are held, None while none is to be.
+        self._held: int | None = None
+        # Those whose method runs, the tasks of all whose status is not sent, and those whose request has not arrived.
+        self._running: set[_Call] = set()
+        self._open: set[asyncio.Task[Any]] = set()
+        self._unread: dict[asyncio.Task[Any], str] = {}
+        self._wrapped = lru_cache(_MOST_METHODS)(self._wrap)
+
+    def refuse(self) -> set[asyncio.Task[Any]]:
+        """From now on every new call is `Unavailable`; the tasks of those that run. Those that wait for more requests
+        are cut."""
+        self._refuses = True
+        self._cut(call for call in self._running if call.waits)
+        return self._open.copy()
+
+    def cut(self) -> None:
+        """Ends all calls that run with `Unavailable`, wherever they stand."""
+        self._cut(self._running)
+
+    async def hold(self) -> bool:
+        """From now on new calls get no answer; whether there are any. Returns once none has come for a moment.
+
+        A client that asks again as soon as it is refused would always have calls on their way when the server ends, and
+        gRPC ends those as CANCELLED. Calls that are held end as UNAVAILABLE, when their connections do.
+        """
+        self._held = 0
+        for _ in range(_LOOKS):
+            held = self._held
+            await asyncio.sleep(_QUIET_S)
+            if self._held == held:
+                break
+        return self._held > 0
+
+    async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        """A handler around the service's own."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        task = asyncio.current_task()
+        assert task is not None
+        self._unread[task] = details.method
+        task.add_done_callback(self._note_end)
+        return self._wrapped(handler, details.method)
+
+    def _note_end(self, task: asyncio.Task[Any]) -> None:
+        self._open.discard(task)
+        if (path := self._unread.pop(task, None)) is not None and (name := self._name_of(path)) is not None:
+            # Its client left in the middle of its request, or gRPC refused it as too large.
+            self._ended(name, grpc.StatusCode.CANCELLED, None)
+
+    def _name_of(self, path: str) -> str | None:
+        """The name of a method of the services."""
+        service, _, name = path.removeprefix("/").partition("/")
+        return name if service in self._services else None
+
+    def _cut(self, calls: Iterable[_Call]) -> None:
+        for call in calls:
+            if not call.is_cut:
+                call.is_cut = True
+                call.task.cancel()
+
+    async def _refuse(self) -> NoReturn:
+        if self._held is not None:
+            self._held += 1
+            await asyncio.Event().wait()
+        raise Unavailable(ENDING)
+
+    def _wrap(self, handler: Any, path: str) -> Any:
+        method, name = _method_of(handler), self._name_of(path)
+
+        def read(raw: bytes) -> Any:
+            if handler.request_deserializer is None:
+                return raw
+            try:
+                message = handler.request_deserializer(raw)
+            except DecodeError:
+                raise InvalidArgument(
+                    f"The request of {path.rpartition('/')[2]} cannot be read: it is cut short, or one of its texts is "
+                    "not valid UTF-8."
+                ) from None
+            if name is not None:
+                _refuse_unknown(message)
+            return message
+
+        async def read_each(requests: Any, call: _Call) -> AsyncIterator[Any]:
+            iterator = aiter(requests)
+            while not self._refuses:
+                call.waits = True
+                try:
+                    raw = await anext(iterator)
+                except StopAsyncIteration:
+                    return
+                finally:
+                    call.waits = False
+                yield read(raw)
+            raise Unavailable(ENDING)
+
+        async def answer(request: Any, context: Any) -> Any:
+            async with self._call(path, name, context) as call:
+                message = read_each(request, call) if handler.request_streaming else read(request)
+                answered = method(message, context)
+                if hasattr(answered, "__aiter__"):
+                    async with aclosing(answered) as responses:
+                        async for response in responses:
+                            await context.write(response)
+                    return None
+                result = await answered
+                if handler.response_streaming:
+                    call.reason = result
+                return result
+
+        kind = "stream" if handler.request_streaming else "unary"
+        kind += "_stream" if handler.response_streaming else "_unary"
+        return handler._replace(request_deserializer=None, **{kind: answer})
+
+    @asynccontextmanager
+    async def _call(self, path: str, name: str | None, context: Any) -> AsyncIterator[_Call]:
+        """Counts a call while its method runs, and sends the status of what it raises; `name` is the method's, if its
+        end is to be told."""
+        task = asyncio.current_task()
+        assert task is not None
+        call = _Call(task)
+        self._unread.pop(task, None)
+        self._running.add(call)
+        self._open.add(task)
+        try:
+            if self._refuses and not path.startswith(_HEALTH):
+                await self._refuse()
+            yield call
+        except BaseException as error:
+            if call.is_cut and isinstance(error, asyncio.CancelledError):
+                task.uncancel()
+                error = Unavailable(ENDING)
+            code = _code_of(error, context)
+            self._leave(call, name, code)
+            await _abort(context, path, code, error)
+        else:
+            self._leave(call, name, grpc.StatusCode.OK)
+
+    def _leave(self, call: _Call, name: str | None, code: grpc.StatusCode) -> None:
+        """Notes the end of a method, before its client hears of it."""
+        self._running.discard(call)
+        if name is not None:
+            self._ended(name, code, call.reason)
+
+
+def _method_of(handler: Any) -> Callable[[Any, Any], Any]:
+    """What a handler calls, of whatever kind it is."""
+    kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+    (method,) = (kind for kind in kinds if kind is not None)
+    return method  # type: ignore[no-any-return]
+
+
+def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:
+    match error:
+        case GptloopError():
+            return code_of(error)
+        case grpc.aio.AbortError():
+            return context.code() or grpc.StatusCode.UNKNOWN
+        case asyncio.CancelledError():
+            # The end of the client's time looks as if the client had left.
+            remaining_s = context.time_remaining()
+            is_late = remaining_s is not None and remaining_s <= 0
+            return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+        case grpc.aio.InternalError() | GeneratorExit():
+            # A client that left in the very moment in which a message was written.
+            return grpc.StatusCode.CANCELLED
+        case _:
+            return grpc.StatusCode.INTERNAL
+
+
+async def _abort(context: Any, path: str, code: grpc.StatusCode, error: BaseException) -> None:
+    if isinstance(error, GptloopError):
+        await context.abort(code, bounded(str(error)), details_of(error))
+    if code is not grpc.StatusCode.INTERNAL or not isinstance(error, Exception):
+        raise error
+    request_id = uuid.uuid4().hex
+    logger.error("%s failed, request %s", path, request_id, exc_info=error)
+    await context.abort(code, f"The server failed on this request; its log says why, under {request_id}.")
+
+
+def bounded(sentence: str) -> str:
+    """A sentence that fits into a status."""
+    encoded = sentence.encode(errors="replace")
+    if len(encoded) <= MAX_SENTENCE_BYTES:
+        return sentence
+    return encoded[: MAX_SENTENCE_BYTES - 3].decode(errors="ignore") + "…"
+
+
+def _refuse_unknown(message: Message, path: str = "") -> None:
+    """Raises `InvalidArgument` if a message, or one within it, has a field that its contract does not know."""
+    fields = UnknownFieldSet(message)
+    if len(fields):
+        raise InvalidArgument(
+            f"The request has a field {path}{fields[0].field_number} that this server does not know: the client's "
+            "contract is newer."
+        )
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        if isinstance(value, Message):
+            within = [value]
+        elif field.message_type.GetOptions().map_entry:
+            is_message = field.message_type.fields_by_name["value"].message_type is not None
+            within = list(value.values()) if is_message else []
+        else:
+            within = list(value)
+        for one in within:
+            _refuse_unknown(one, f"{path}{field.name}.")

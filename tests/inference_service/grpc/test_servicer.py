@@ -1,0 +1,48 @@
+"""What the service does between the engine and a client; the calls themselves are tested on a real server."""
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inference_service.engine.request import Admitted, Delta, Draw, Finished, FinishReason, Output
+from inference_service.grpc.servicer import _take
+
+SAMPLES = 3
+
+
+def finished(tokens: int) -> Finished:
+    return Finished(FinishReason.LENGTH, None, 1, 0, tokens, 0.0, 0.0, 0.0)
+
+
+def take(outputs: list[Output]) -> list[Output]:
+    async def body() -> list[Output]:
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        for output in outputs:
+            queue.put_nowait(output)
+        return await _take(queue)
+
+    return asyncio.run(body())
+
+
+@given(st.lists(st.integers(0, SAMPLES - 1), max_size=30))
+def test_what_has_come_since_is_one_delta_a_sample(indices: list[int]) -> None:
+    outputs = [Output("r", 0, Admitted(0.0))]
+    for number, index in enumerate(indices):
+        outputs.append(Output("r", index, Delta((float(number),), f"{number} ", (Draw(number),))))
+    outputs += [Output("r", index, finished(indices.count(index))) for index in set(indices)]
+    taken = take(outputs)
+    assert taken[0] == outputs[0]
+    assert len(taken) == 1 + 2 * len(set(indices))
+    for index in set(indices):
+        delta, end = (output.event for output in taken[1:] if output.index == index)
+        numbers = [number for number, place in enumerate(indices) if place == index]
+        assert delta == Delta(
+            tuple(map(float, numbers)), "".join(f"{number} " for number in numbers), tuple(map(Draw, numbers))
+        )
+        assert end == finished(len(numbers))
+
+
+def test_a_reader_that_keeps_up_gets_each_event_as_it_is() -> None:
+    output = Output("r", 0, Delta((1.0,), "a", (Draw(1),)))
+    assert take([output]) == [output]

@@ -1,0 +1,343 @@
+"""Following the registry, and what operators choose, with a real engine and tiny versions."""
+
+import asyncio
+import logging
+from pathlib import Path
+
+import pytest
+
+from inference_service.versions.standing import State
+from shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from shared.registry.store import Registry
+from tests.fakes import publish_tiny_version
+from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
+from tests.inference_service.world import World, hold_read, polls, run, served, standing
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.slow
+
+
+async def answer(world: World) -> int:
+    """The version that answers those who name none."""
+    async with world.residents.stream(None) as resident:
+        return resident.manifest.version
+
+
+def test_requests_wait_for_a_version_that_is_about_to_serve(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        # At once after it was published: the server has not looked since.
+        publish_tiny_version(fresh.registry, 1.0)
+        waiting = [asyncio.create_task(answer(fresh)) for _ in range(5)]
+        await eventually(reading.entered.is_set)
+        await polls(fresh)
+        assert not any(task.done() for task in waiting)
+        waiting[0].cancel()
+        reading.go_on.set()
+        assert await asyncio.gather(*waiting[1:]) == [1] * 4
+
+    run(fresh, test)
+
+
+def test_requests_that_wait_are_told_why_nothing_serves_after_all(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
+        waiting = asyncio.create_task(answer(fresh))
+        await eventually(reading.entered.is_set)
+        reading.go_on.set()
+        with pytest.raises(Unavailable, match="No version can serve: version 1 was refused, as unfit: "):
+            await waiting
+
+    run(fresh, test)
+
+
+def test_those_who_wait_for_a_first_version_are_bounded(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = hold_read(monkeypatch, 1)
+
+    async def test() -> None:
+        publish_tiny_version(fresh.registry, 1.0)
+        waiting = [asyncio.create_task(answer(fresh)) for _ in range(16)]
+        await eventually(reading.entered.is_set)
+        await polls(fresh)
+        with pytest.raises(ResourceExhausted, match="16 requests wait"):
+            await answer(fresh)
+        reading.go_on.set()
+        assert await asyncio.gather(*waiting) == [1] * 16
+
+    run(fresh, test)
+
+
+def test_after_a_restart_the_reason_is_told_why_nothing_serves(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 2.0, change=no_tokenizer)
+    publish_tiny_version(fresh.registry, 1.0, better_by=0.5)
+    fresh.registry.decisions.set_policy("pinned:7")
+
+    async def refuse() -> None:
+        await eventually(lambda: len(fresh.registry.decisions.findings()) == 2)
+
+    run(fresh, refuse)
+    restarted = World(fresh.registry.root)
+
+    async def test() -> None:
+        with pytest.raises(Unavailable) as told:
+            await answer(restarted)
+        assert str(told.value).startswith(
+            "No version can serve: versions 1 to 2 were refused, the last one as lying: it claims a held-out loss of"
+        )
+        assert str(told.value).endswith(" The policy is 'pinned:7', which names no version.")
+
+    run(restarted, test)
+
+
+def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = world.registry.root / "serving" / "policy"
+
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        await world.loader.let_serve("pinned:1")
+        await eventually(lambda: world.serving == 1)
+        path.write_text("newest")
+        await polls(world, 10)
+        assert (world.serving, world.catalogue.policy) == (1, "pinned:1")
+        (notice,) = world.catalogue.notices
+        assert notice.startswith("The policy stays pinned:1: ") and "'newest' is no label" in notice
+        assert caplog.text.count(notice) == 1
+        path.write_text("newer")
+        await polls(world, 10)
+        assert caplog.text.count("The policy stays") == 2
+        # What is not damaged goes on.
+        await world.loader.promote(3)
+        assert "stable" in (await standing(world, 3)).labels
+        path.write_text("stable")
+        await eventually(lambda: world.serving == 3)
+        assert world.catalogue.notices == []
+
+    run(world, test)
+
+
+def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def test() -> None:
+        with pytest.raises(Unavailable):
+            async with fresh.residents.stream(None):
+                pass
+        publish_tiny_version(fresh.registry, 2.0)
+        await eventually(lambda: fresh.serving == 1)
+        publish_tiny_version(fresh.registry, 3.0)
+        publish_tiny_version(fresh.registry, 1.0)
+        await eventually(lambda: fresh.serving == 3)
+        assert served(caplog) == [1, 3]
+        assert fresh.value("swaps_total") == 1
+
+    run(fresh, test)
+
+
+def test_a_changed_file_is_refused_once_and_the_version_before_stays(
+    fresh: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        publish_tiny_version(fresh.registry, 2.0)
+        await eventually(lambda: fresh.serving == 1)
+        # Before the loader can see it.
+        staged = Registry(fresh.registry.root.parent / "staged")
+        publish_tiny_version(staged, 9.0)
+        bad = publish_tiny_version(staged, 1.0)
+        flip_a_bit(staged.version_directory(2))
+        staged.version_directory(2).rename(fresh.registry.version_directory(2))
+        await eventually(lambda: fresh.value("refused_versions_total", reason="corrupt") == 1)
+        await polls(fresh)
+        assert fresh.serving == 1
+        with pytest.raises(FailedPrecondition, match=r"Version 2 cannot serve: .* SHA-256"):
+            async with fresh.residents.stream(bad):
+                pass
+        publish_tiny_version(fresh.registry, 1.5)
+        await eventually(lambda: fresh.serving == 3)
+        assert fresh.value("refused_versions_total", reason="corrupt") == 1
+
+    run(fresh, test)
+    assert sum("is refused" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_the_next_best_version_serves_where_the_best_is_unfit_at_the_start(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 3.0)
+    publish_tiny_version(fresh.registry, 2.0)
+    unfit = publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
+
+    async def test() -> None:
+        await eventually(lambda: fresh.serving == 2)
+        assert fresh.value("refused_versions_total", reason="unfit") == 1
+        with pytest.raises(FailedPrecondition, match="Version 3 cannot serve"):
+            async with fresh.residents.stream(unfit):
+                pass
+
+    run(fresh, test)
+
+
+def test_a_version_that_disappears_is_no_refusal(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 1.0)
+    gone = publish_tiny_version(fresh.registry, 2.0)
+    fresh.registry.remove_version(2)
+
+    async def test() -> None:
+        await eventually(lambda: fresh.serving == 1)
+        with pytest.raises(NotFound, match="was removed"):
+            async with fresh.residents.stream(gone):
+                pass
+        assert fresh.value("refused_versions_total", reason="corrupt") == 0
+
+    run(fresh, test)
+
+
+def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or versions that come faster than they are examined would never serve."""
+    reading = hold_read(monkeypatch, 4)
+
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        publish_tiny_version(world.registry, 0.5)
+        await eventually(reading.entered.is_set)
+        publish_tiny_version(world.registry, 0.4)
+        await polls(world)
+        reading.entered.clear()
+        reading.go_on.set()
+        await eventually(lambda: world.serving == 5)
+
+    run(world, test)
+    assert world.value("swaps_total") == 2
+
+
+def test_another_registry_in_the_same_place_begins_anew(world: World) -> None:
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        moved = world.registry.root.with_name("moved")
+        world.registry.root.rename(moved)
+        await polls(world)
+        assert world.serving == 2
+        for _ in range(2):
+            publish_tiny_version(world.registry, 9.0, seed=3)
+        new = world.registry.version(2)
+        await eventually(lambda: world.loader.serving is not None and world.loader.serving.manifest == new)
+
+    run(world, test)
+
+
+def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> None:
+    world = World(tmp_path / "registry")
+    publish_tiny_version(world.registry, 1.0, windows=(2000, 90))
+
+    async def test() -> None:
+        await eventually(lambda: bool(world.engine._arriving))
+
+    run(world, test)
+    assert world.serving is None
+
+
+def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_again(world: World) -> None:
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        await world.loader.let_serve("pinned:1")
+        await eventually(lambda: world.serving == 1)
+        publish_tiny_version(world.registry, 0.5)
+        await polls(world)
+        assert world.serving == 1
+        assert (await standing(world, 1)).labels == ("pinned:1",)
+        await world.loader.let_serve("latest")
+        await eventually(lambda: world.serving == 4)
+        await world.loader.let_serve("best")
+        await polls(world)
+        assert world.serving == 4
+
+    run(world, test)
+
+
+def test_the_policy_is_kept_over_a_restart(world: World) -> None:
+    async def pin() -> None:
+        await eventually(lambda: world.serving == 2)
+        await world.loader.let_serve("pinned:1")
+        await eventually(lambda: world.serving == 1)
+
+    run(world, pin)
+    restarted = World(world.registry.root)
+
+    async def test() -> None:
+        await eventually(lambda: restarted.serving is not None)
+        assert restarted.serving == 1
+
+    run(restarted, test)
+
+
+def test_a_run_can_be_followed_and_named(world: World) -> None:
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        with pytest.raises(NotFound, match="of the run 'other'"):
+            await world.loader.let_serve("run:other")
+        publish_tiny_version(world.registry, 4.0, run="other", evaluation_set="other text")
+        await world.loader.let_serve("run:other")
+        await eventually(lambda: world.serving == 4)
+        publish_tiny_version(world.registry, 0.5)
+        publish_tiny_version(world.registry, 3.5, run="other", evaluation_set="other text")
+        await eventually(lambda: world.serving == 6)
+        assert "run:other" in (await standing(world, 6)).labels
+        named = await world.catalogue.resolve("run:tiny")
+        assert named is not None and named.version == 5
+
+    run(world, test)
+
+
+def test_the_stable_version_is_the_promoted_one(world: World) -> None:
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        with pytest.raises(FailedPrecondition, match="No version is stable yet"):
+            await world.loader.let_serve("stable")
+        await world.loader.promote(3)
+        assert world.serving == 2
+        manifest = await world.catalogue.resolve("stable")
+        assert manifest is not None and manifest.version == 3
+        await world.loader.let_serve("stable")
+        await eventually(lambda: world.serving == 3)
+        await world.loader.promote(1)
+        await eventually(lambda: world.serving == 1)
+
+    run(world, test)
+
+
+def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> None:
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        await world.loader.roll_back()
+        with pytest.raises(InvalidArgument, match="is no label"):
+            await world.loader.let_serve("newest")
+        for label, kind in (("pinned:9", NotFound), ("pinned:2", FailedPrecondition)):
+            with pytest.raises(kind):
+                await world.loader.let_serve(label)
+        with pytest.raises(NotFound):
+            await world.loader.promote(9)
+        with pytest.raises(FailedPrecondition, match="an operator rolled it back"):
+            await world.loader.promote(2)
+        assert world.catalogue.policy == "best"
+
+    run(world, test)
+
+
+def test_a_worse_version_that_an_operator_loads_can_be_pinned(world: World) -> None:
+    async def test() -> None:
+        await eventually(lambda: world.serving == 2)
+        publish_tiny_version(world.registry, 0.5, seed=BAD_SEED)
+        await eventually(lambda: world.value("refused_versions_total", reason="worse") == 1)
+        await world.loader.load(4)
+        await polls(world)
+        assert (world.serving, (await standing(world, 4)).state) == (2, State.RESIDENT)
+        await world.loader.let_serve("pinned:4")
+        await eventually(lambda: world.serving == 4)
+
+    run(world, test)

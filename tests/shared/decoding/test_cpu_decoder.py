@@ -1,0 +1,211 @@
+"""Bit for bit, what a row gets on a CPU depends on the tokens of its slot alone; and in every shape it is right.
+
+Shapes: T tokens, V vocabulary.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from shared.decoding import cpu_decoder
+from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.spans import Span
+from shared.device.accelerator import memory
+from shared.device.native import build_library
+from shared.gpt.config import GPTConfig
+from shared.gpt.model import GPT
+from tests.shared.gpt.random_models import forward, full_forward, models, random_model, random_text, seeds
+
+# Relative to the largest logit.
+TOLERANCE = 5e-6
+
+# Head widths 8 to 80, the other widths no multiples of a vector; contexts no multiples of a span.
+SHAPES = {
+    "8": GPTConfig(2, 24, 3, 50, 70, 97, tied_head=True),
+    "11": GPTConfig(2, 33, 3, 100, 45, 61, tied_head=False),
+    "12": GPTConfig(2, 36, 3, 77, 70, 257, tied_head=False),
+    "24": GPTConfig(1, 72, 3, 130, 70, 257, tied_head=True),
+    "48": GPTConfig(1, 96, 2, 384, 70, 257, tied_head=False),
+    "64": GPTConfig(2, 64, 1, 256, 130, 97, tied_head=True),
+    "80": GPTConfig(1, 160, 2, 640, 70, 257, tied_head=False),
+}
+shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
+
+
+def decode_alone(model: GPT, tokens: Sequence[int]) -> np.ndarray:
+    """The logits (T, V) after each token, read one by one with nothing beside them."""
+    decoder = CpuDecoder(model, 1, 1)
+    return np.stack([forward(decoder, [Span(0, place, (token,))])[0] for place, token in enumerate(tokens)])
+
+
+def assert_agrees(model: GPT, tokens: Sequence[int], logits: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    expected = full_forward(model, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def assert_same_bits_in_any_company(model: GPT, threads: int) -> None:
+    """1 to 40 slots in a step, each at another position, after prompts that were read in one step."""
+    text = random_text(model.config, 3, model.config.context_length)
+    expected = decode_alone(model, text)
+    decoder = CpuDecoder(model, 40, threads)
+    starts = [1 + slot % (len(text) - 1) for slot in range(40)]
+    for start, logits in zip(
+        starts,
+        forward(decoder, [Span(slot, 0, text[:start]) for slot, start in enumerate(starts)]),
+        strict=True,
+    ):
+        assert np.array_equal(logits, expected[start - 1])
+    spans = [Span(slot, start, (text[start],)) for slot, start in enumerate(starts)]
+    for rows in range(1, 41):
+        for span, logits in zip(spans[:rows], forward(decoder, spans[:rows]), strict=True):
+            assert np.array_equal(logits, expected[span.start])
+
+
+@shapes
+def test_every_position_agrees_with_the_plain_forward(config: GPTConfig) -> None:
+    model = random_model(config, 1)
+    text = random_text(config, 2, config.context_length)
+    assert_agrees(model, text, decode_alone(model, text))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@shapes
+def test_neither_rows_nor_threads_nor_slots_change_one_bit(config: GPTConfig, threads: int) -> None:
+    assert_same_bits_in_any_company(random_model(config, 1), threads)
+
+
+@pytest.fixture(params=["x86-64", "haswell"])
+def other_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles the library for vectors of 4 or of 8 numbers."""
+    if platform.machine() != "x86_64":
+        pytest.skip("These are x86-64 processors.")
+    cpu = Path("/proc/cpuinfo")
+    if request.param == "haswell" and not (cpu.exists() and {"avx2", "fma", "bmi2"} <= set(cpu.read_text().split())):
+        pytest.skip("This processor has no AVX2.")
+
+    def build(source: str, language: str, options: Sequence[str], cache: Path) -> Path:
+        assert "-march=native" in options
+        return build_library(source, language, [*options, f"-march={request.param}"], cache)
+
+    monkeypatch.setattr(cpu_decoder, "build_library", build)
+    library = cpu_decoder._library.__wrapped__()
+    assert library.block_size() == {"x86-64": 8, "haswell": 16}[request.param]
+    monkeypatch.setattr(cpu_decoder, "_library", lambda: library)
+
+
+@pytest.mark.usefixtures("other_processor")
+@pytest.mark.parametrize("shape", ["11", "48"])
+def test_narrower_vectors_do_the_same(shape: str) -> None:
+    model = random_model(SHAPES[shape], 1)
+    text = random_text(model.config, 2, model.config.context_length)
+    assert_agrees(model, text, decode_alone(model, text))
+    assert_same_bits_in_any_company(model, 2)
+
+
+class Bits(RuleBasedStateMachine):
+    """Sequences of one text in slots that are read in any pieces, copied and read back."""
+
+    SLOTS = 5
+
+    @initialize(model=models(longest_context=40), seed=seeds, threads=st.integers(1, 2))
+    def begin(self, model: GPT, seed: int, threads: int) -> None:
+        self.length = model.config.context_length
+        self.text = random_text(model.config, seed, self.length)
+        self.expected = decode_alone(model, self.text)
+        self.decoder = CpuDecoder(model, self.SLOTS, threads)
+        self.read = [0] * self.SLOTS
+
+    @rule(data=st.data(), slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
+    def read_tokens(self, data: st.DataObject, slots: list[int]) -> None:
+        spans = []
+        for slot in slots:
+            # From any position that was read on, so that a sequence can also begin anew.
+            start = data.draw(st.integers(0, min(self.read[slot], self.length - 1)), "start")
+            cuts = data.draw(st.sets(st.integers(start + 1, self.length), min_size=1, max_size=3), "cuts")
+            for end in sorted(cuts):
+                spans.append(Span(slot, start, self.text[start:end]))
+                start = end
+            self.read[slot] = start
+        for span, logits in zip(spans, forward(self.decoder, spans), strict=True):
+            assert np.array_equal(logits, self.expected[span.start + len(span.tokens) - 1])
+
+    @rule(data=st.data(), source=st.integers(0, SLOTS - 1), other=st.integers(0, SLOTS - 1))
+    def copy(self, data: st.DataObject, source: int, other: int) -> None:
+        length = data.draw(st.integers(0, self.read[source]), "length")
+        self.decoder.copy(source, [other], length)
+        self.read[other] = length
+
+    @rule(data=st.data(), source=st.integers(0, SLOTS - 1), other=st.integers(0, SLOTS - 1))
+    def read_and_write(self, data: st.DataObject, source: int, other: int) -> None:
+        start = data.draw(st.integers(0, min(self.read[source], self.read[other])), "start")
+        end = data.draw(st.integers(start, self.read[source]), "end")
+        self.decoder.write(other, start, self.decoder.read(source, start, end))
+        self.read[other] = end
+
+
+def test_pieces_copies_and_neighbours_change_not_one_bit() -> None:
+    run_state_machine_as_test(Bits, settings=settings(max_examples=60, stateful_step_count=12))
+
+
+# Far from what a good model computes
+
+
+def test_not_a_number_stays_in_its_row_and_goes_with_it() -> None:
+    config = SHAPES["12"]
+    spoiled = config.vocabulary_size - 1
+    model = random_model(config, 1)
+    text = random_text(replace(config, vocabulary_size=spoiled), 2, 40)
+    expected = decode_alone(model, text)
+    model.token_embedding.weight[spoiled] = mx.nan
+    decoder = CpuDecoder(model, 1, 1)
+    # All rows in one step: those before do not meet it, those after do.
+    tokens = (*text[:20], spoiled, *text[21:])
+    logits = np.stack(forward(decoder, [Span(0, place, (token,)) for place, token in enumerate(tokens)]))
+    assert np.array_equal(logits[:20], expected[:20])
+    assert np.isnan(logits[20:]).all()
+    # Nothing clears the slot, and it goes on where it was right.
+    assert np.array_equal(forward(decoder, [Span(0, 15, text[15:21])])[0], expected[20])
+    assert np.array_equal(forward(decoder, [Span(0, 0, text)])[0], expected[-1])
+
+
+@pytest.mark.parametrize("size", [100.0, 1e4])
+def test_far_numbers_do_not_overflow_in_the_activation(size: float) -> None:
+    config = SHAPES["12"]
+    model = random_model(config, 1)
+    for block in model.blocks:
+        block.feed_forward.up.bias = mx.linspace(-size, size, config.hidden_width)
+    text = random_text(config, 2, 40)
+    assert_agrees(model, text, decode_alone(model, text))
+
+
+# The last digits of so large a score are no small part of the weight that it gives.
+@pytest.mark.parametrize(("size", "tolerance"), [(100.0, 1e-5), (1e4, 1e-3)])
+def test_far_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float) -> None:
+    config = SHAPES["12"]
+    model = random_model(config, 1)
+    for block in model.blocks:
+        # All queries and all keys lie far out in one direction.
+        bias = block.attention.qkv.bias
+        bias[: config.width] += 10.0
+        bias[config.width : 2 * config.width] += size / 10 / config.head_width**0.5
+    text = random_text(config, 2, 40)
+    assert_agrees(model, text, decode_alone(model, text), tolerance)
+
+
+def test_a_slot_takes_no_more_memory_than_it_has_tokens() -> None:
+    slots = 128
+    decoder = CpuDecoder(random_model(replace(SHAPES["64"], context_length=4096), 1), slots, 1)
+    whole = slots * 4096 * decoder.token_bytes
+    assert whole > 256 << 20
+    before = memory().resident_bytes
+    for slot in range(slots):
+        decoder.forward([Span(slot, 0, (1,))])
+    assert memory().resident_bytes - before < whole / 8

@@ -1,0 +1,51 @@
+"""Ctrl-C while the modules of a command load: at any of their imports, in every module that people run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import HANG_S
+
+PROJECT = Path(__file__).parents[3]
+# Runs a module, and interrupts the process when it imports another one.
+RUN_AND_INTERRUPT = """
+import os, runpy, signal, sys
+
+module, interrupted = sys.argv[1:3]
+
+
+class Interruption:
+    def find_spec(self, name, path=None, target=None):
+        if name == interrupted:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+sys.meta_path.insert(0, Interruption())
+sys.argv = [module, "--help"]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        *((module, imported) for module in ("trainer_service", "inference_service") for imported in ("typer", "rich")),
+        ("trainer_service", "redis"),
+        ("deploy.stack", "grpc"),
+        ("deploy.demo", "grpc"),
+        ("deploy.make", "typer"),
+        ("deploy.launch", "argparse"),
+    ],
+)
+def test_ctrl_c_while_modules_load_ends_the_command_quietly(module: str, imported: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_AND_INTERRUPT, module, imported],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -1,0 +1,38 @@
+import socket
+import urllib.request
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+
+from shared.errors import AlreadyExists, InvalidArgument
+from shared.service.listening import Address
+from shared.service.metrics_page import metrics_page
+
+
+def test_the_page_shows_the_registry() -> None:
+    registry = CollectorRegistry()
+    Counter("eggs_total", "Eggs.", registry=registry).inc(3)
+    with (
+        metrics_page(registry, Address("127.0.0.1", 0, "THE_HOST", "THE_PORT")) as port,
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page,
+    ):
+        assert "eggs_total 3.0" in page.read().decode()
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(AlreadyExists, match=rf"Port {port} .*THE_PORT"),
+            metrics_page(CollectorRegistry(), Address("127.0.0.1", port, "THE_HOST", "THE_PORT")),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "x" * 300])
+def test_an_address_of_another_machine_is_refused(host: str) -> None:
+    with (
+        pytest.raises(InvalidArgument, match="THE_HOST"),
+        metrics_page(CollectorRegistry(), Address(host, 0, "THE_HOST", "THE_PORT")),
+    ):
+        pass

@@ -1,0 +1,100 @@
+"""What a queued job names is there when it begins: holds from the queue's side, on a real Redis."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shared.errors import AlreadyExists, FailedPrecondition, NotFound
+from shared.registry.fence import Fence
+from shared.registry.retention import Retention, prune
+from shared.registry.store import Registry
+from tests.shared.registry.scenarios import make_manifest, write_model
+from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
+from trainer_service.jobs.holds import enqueue, release_ended
+from trainer_service.jobs.kinds import EvaluationSpec, Kind
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.spec import JobSpec
+from trainer_service.presets import find_preset
+from trainer_service.training.corpus import DatasetSpec
+
+SPARING = Retention(states=1, best=0, newest=0)
+TEXT = DatasetSpec(("builtin",), ())
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """Three versions with their states, the last of them the best."""
+    registry = Registry(tmp_path / "registry")
+    fence = Fence.raise_for(registry.run_directory("run-1"))
+    for number in range(1, 4):
+        registry.write_state(fence, "run-1", 10 * number, write_model)
+        registry.publish_version(
+            fence, write_model, lambda number, files: make_manifest(number, files, bits_per_byte=2.0 - number / 10)
+        )
+    return registry
+
+
+def resuming(number: int | None, run: str = "next") -> JobSpec:
+    return JobSpec(run, "demo", find_preset("demo"), TEXT, number)
+
+
+def left(registry: Registry) -> tuple[list[int], list[int]]:
+    prune(registry, SPARING)
+    return [version.version for version in registry.versions()], registry.states("run-1")
+
+
+def test_what_a_queued_run_continues_stays_until_the_job_has_ended(registry: Registry, queue: JobQueue) -> None:
+    job = enqueue(queue, registry, Kind.TRAIN, resuming(1)).id
+    assert left(registry) == ([1, 3], [10, 30])
+    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
+    release_ended(queue, registry)
+    assert left(registry) == ([1, 3], [10, 30])
+    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
+    release_ended(queue, registry)
+    assert left(registry) == ([3], [30])
+
+
+def test_what_a_queued_evaluation_names_by_its_number_stays(registry: Registry, queue: JobQueue) -> None:
+    job = enqueue(queue, registry, Kind.EVALUATE, EvaluationSpec("2", TEXT)).id
+    enqueue(queue, registry, Kind.EVALUATE, EvaluationSpec("best", TEXT))
+    assert registry.holds.jobs() == {2: job}
+    assert left(registry)[0] == [2, 3]
+    queue.cancel(job)
+    release_ended(queue, registry)
+    assert left(registry)[0] == [3]
+
+
+def test_a_job_that_is_not_put_on_the_queue_holds_nothing(registry: Registry, queue: JobQueue) -> None:
+    with pytest.raises(NotFound, match="There is no version 9"):
+        enqueue(queue, registry, Kind.TRAIN, resuming(9))
+    registry.remove_state("run-1", 20)
+    with pytest.raises(NotFound, match="The state of version 2 was removed just now"):
+        enqueue(queue, registry, Kind.TRAIN, resuming(2))
+    enqueue(queue, registry, Kind.TRAIN, resuming(None, "taken"))
+    with pytest.raises(AlreadyExists):
+        enqueue(queue, registry, Kind.TRAIN, resuming(1, "taken"))
+    assert list(registry.holds.ages_s()) == []
+
+
+def test_a_disk_that_fills_after_a_job_was_queued_fails_no_call(
+    registry: Registry, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise FailedPrecondition("The disk is full.")
+
+    monkeypatch.setattr(registry.holds, "hand_over", fail)
+    job = enqueue(queue, registry, Kind.TRAIN, resuming(1))
+    assert queue.get(job.id).state is JobState.QUEUED
+    assert f"nothing is held for job {job.id}" in caplog.text
+
+
+def test_a_hold_for_a_job_that_nobody_knows_is_given_back_after_a_while(registry: Registry, queue: JobQueue) -> None:
+    registry.holds.add("new-1234", 1)
+    release_ended(queue, registry)
+    assert registry.holds.jobs() == {1: "new-1234"}
+    path = registry.root / "holds" / "new-1234"
+    before_s = path.stat().st_mtime - 100
+    os.utime(path, (before_s, before_s))
+    release_ended(queue, registry)
+    assert registry.holds.jobs() == {}

@@ -1,0 +1,84 @@
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from shared.errors import InvalidArgument
+from shared.registry.store import Registry
+from trainer_service.jobs.spec import JobSpec, TrainingRequest, parse_overrides, resolve
+from trainer_service.presets import find_preset
+from trainer_service.training.config import TrainingConfig
+
+
+def registry_with(config: TrainingConfig, step: int) -> Registry:
+    """A registry whose version 3 is that step of a run with these values."""
+    version = SimpleNamespace(
+        run="r", step=step, preset="demo", training=config.to_dict(), dataset_files=("builtin",), validation_files=()
+    )
+    return cast(Registry, SimpleNamespace(version=lambda _: version, verified_state=lambda *_: None))
+
+
+def resume(config: TrainingConfig, step: int, **overrides: str) -> JobSpec:
+    return resolve(TrainingRequest(resume=3, overrides=overrides), registry_with(config, step))
+
+
+DEMO = find_preset("demo")
+
+
+def test_a_version_in_the_middle_goes_on_along_the_schedule_of_its_run() -> None:
+    assert resume(DEMO, 160).config == DEMO
+    assert resume(DEMO, 160, max_steps="400", dropout="0.1").config.schedule_start == 0
+
+
+def test_another_end_begins_a_schedule_at_the_version() -> None:
+    longer = resume(DEMO, 400, max_steps="800").config
+    assert (longer.schedule_start, longer.max_steps) == (400, 800)
+    assert (longer.learning_rate, longer.schedule_start_ratio) == (DEMO.learning_rate_at(399), 1.0)
+    # It lasts over an interruption, and a second continuation begins anew.
+    assert resume(longer, 600).config == longer
+    longest = resume(longer, 800, max_steps="1200").config
+    assert (longest.schedule_start, longest.warmup_end) == (800, 800)
+    shorter = resume(longer, 600, max_steps="700").config
+    assert (shorter.schedule_start, shorter.max_steps) == (600, 700)
+
+
+def test_the_start_of_the_schedule_is_part_of_the_job() -> None:
+    spec = resume(DEMO, 400, max_steps="800")
+    assert JobSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_fresh_run_begins_its_schedule_at_its_first_step() -> None:
+    spec = resolve(TrainingRequest(), registry_with(DEMO, 0))
+    assert (spec.config.schedule_start, spec.config.schedule_start_ratio) == (0, 0.0)
+
+
+@pytest.mark.parametrize("max_steps", ["400", "399", "5"])
+def test_a_version_at_or_past_the_end_is_refused_with_what_to_set(max_steps: str) -> None:
+    longer = resume(DEMO, 400, max_steps="800").config
+    with pytest.raises(InvalidArgument, match=rf'Version 3 is at step 400 of {max_steps}, .* SET="max_steps=800"'):
+        resume(DEMO, 400, max_steps=max_steps)
+    with pytest.raises(InvalidArgument, match=rf"Version 3 is at step 600 of {max_steps}, so nothing is left to do"):
+        resume(longer, 600, max_steps=max_steps)
+
+
+def test_where_the_schedule_began_cannot_be_set() -> None:
+    with pytest.raises(InvalidArgument, match="There is no value 'schedule_start' to set"):
+        resume(DEMO, 160, schedule_start="5")
+
+
+def test_a_rate_that_is_set_is_warmed_up_to_even_if_it_is_that_of_before() -> None:
+    longer = resume(DEMO, 400, max_steps="800", learning_rate=str(DEMO.learning_rate)).config
+    assert (longer.learning_rate, longer.warmup_end) == (DEMO.learning_rate, 450)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps", "'max_steps' is not of the form name=value"),
+        ("max_steps = 5", "'max_steps' is not of the form name=value"),
+        ("max_steps=5 max_steps=6", "'max_steps' is set twice, to '5' and to '6'"),
+    ],
+)
+def test_what_is_no_override_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        parse_overrides(text)

@@ -1,0 +1,97 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from redis import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from shared.errors import FailedPrecondition, Unavailable
+from shared.registry.identity import registry_id
+from tests.redis_process import PROJECT, RedisServer
+from tests.waiting import HANG_S, wait_until
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.rq_adapter import AttemptJob
+from trainer_service.jobs.worker import TrainingWorker, work
+from trainer_service.redis_server import check_server, connect, find_redis_server
+from trainer_service.settings import TrainerSettings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """RQ's worker takes over signals, and keeps them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None:
+    socket = tmp_path / """sp ace = %d 'two' ü.sock"""
+    program, _ = find_redis_server()
+    server = subprocess.Popen([program, "--port", "0", "--unixsocket", socket, "--save", ""], stdout=subprocess.DEVNULL)
+    try:
+        with connect(f"unix://{quote(str(socket))}") as connection:
+            deadline_s = time.monotonic() + HANG_S
+            while True:
+                try:
+                    connection.ping()
+                    break
+                except RedisConnectionError:
+                    assert server.poll() is None
+                    assert time.monotonic() < deadline_s
+            check_server(connection)
+            worker = TrainingWorker([JobQueue(connection, "none").line.rq], connection=connection, job_class=AttemptJob)
+            assert worker.work(burst=True) is False
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_worker_says_that_redis_is_full(redis: Redis, settings: TrainerSettings, redis_server: str) -> None:
+    redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(Unavailable, match="Redis is out of memory"):
+            work(replace(settings, redis_url=redis_server))
+    finally:
+        redis.config_set("maxmemory", 0)
+
+
+def test_a_worker_does_not_work_for_a_redis_that_removes_jobs(
+    redis: Redis, settings: TrainerSettings, redis_server: str
+) -> None:
+    redis.config_set("maxmemory", "1gb")
+    redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(FailedPrecondition, match="noeviction"):
+            work(replace(settings, redis_url=redis_server))
+    finally:
+        redis.config_set("maxmemory", 0)
+        redis.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_worker_whose_registry_was_replaced_ends_so_that_the_next_one_is_for_the_new(
+    mortal_redis: RedisServer, tmp_path: Path
+) -> None:
+    root = tmp_path / "registry"
+    queue = JobQueue(mortal_redis.connect(), registry_id(root))
+    environment = os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": mortal_redis.url}
+    worker = subprocess.Popen([sys.executable, "-m", "trainer_service", "work"], env=environment, cwd=PROJECT)
+    try:
+        wait_until(lambda: queue.live_workers() == 1)
+        # At once, as the worker may be writing there.
+        root.rename(tmp_path / "before")
+        assert registry_id(root) != queue.registry
+        assert worker.wait(60) == 0
+        assert queue.live_workers() == 0
+    finally:
+        worker.kill()
+        worker.wait()

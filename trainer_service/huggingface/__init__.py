@@ -1,0 +1,1 @@
+"""Reads and writes GPT-2 in Hugging Face's layout."""

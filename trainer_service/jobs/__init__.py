@@ -1,0 +1,1 @@
+"""The queue of jobs: requests, records, events, and the worker."""
