@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 import grpc.aio
@@ -23,6 +24,9 @@ prepare(Path(__file__).parent.parent / ".pytest_cache" / "accelerator")
 # gRPC ends its polling with its last object. A collection that finds that object in the middle of a test would wait for
 # calls that nobody ends any more.
 grpc.aio.init_grpc_aio()
+
+# A shell starts background commands with Ctrl-C ignored, and every process that a test starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
