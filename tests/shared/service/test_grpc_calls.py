@@ -2,7 +2,8 @@
 
 import asyncio
 import collections
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -20,7 +21,8 @@ from shared.service.grpc_calls import ENDING, MAX_SENTENCE_BYTES, bounded
 from shared.service.grpc_server import GrpcServer
 from shared.service.grpc_status import error_of
 from shared.service.listening import Address
-from tests.waiting import HANG_S, eventually
+from tests.asynchronous import async_test
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -65,18 +67,16 @@ class Wire:
         return [response async for response in self.stub.Generate(pb.GenerateRequest())]
 
 
-def run(test: Callable[[Wire], Coroutine[Any, Any, None]]) -> None:
-    async def body() -> None:
-        ends: Counts = collections.Counter()
-        server = GrpcServer([SERVICE], ended=lambda method, code, reason: ends.update([(method, code.name, reason)]))
-        service = Service()
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server.server)
-        address = f"127.0.0.1:{await server.start(Address('127.0.0.1', 0, 'THE_HOST', 'THE_PORT'))}"
-        async with grpc.aio.insecure_channel(address) as channel:
-            await test(Wire(server, service, channel, address, ends))
-        await server.stop(0.0, asyncio.Event())
-
-    asyncio.run(asyncio.wait_for(body(), HANG_S))
+@asynccontextmanager
+async def serving() -> AsyncIterator[Wire]:
+    ends: Counts = collections.Counter()
+    server = GrpcServer([SERVICE], ended=lambda method, code, reason: ends.update([(method, code.name, reason)]))
+    service = Service()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server.server)
+    address = f"127.0.0.1:{await server.start(Address('127.0.0.1', 0, 'THE_HOST', 'THE_PORT'))}"
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield Wire(server, service, channel, address, ends)
+    await server.stop(0.0, asyncio.Event())
 
 
 async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
@@ -102,30 +102,28 @@ def field(number: int, content: bytes) -> bytes:
         ("Tokenize", b"\xff" * 11),
     ],
 )
-def test_a_malformed_request_is_one_sentence_and_counted(
+@async_test
+async def test_a_malformed_request_is_one_sentence_and_counted(
     method: str, raw: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test(wire: Wire) -> None:
+    async with serving() as wire:
         code, details = await refused(wire.send(method, raw))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert details.startswith(f"The request of {method} cannot be read: ")
         assert wire.ends == {(method, "INVALID_ARGUMENT", None): 1}
         assert (await wire.stub.Tokenize(pb.TokenizeRequest(text="a"))).token_ids == [97]
-
-    run(test)
     assert not caplog.records
 
 
-def test_a_malformed_request_to_reflection_is_one_sentence_too(caplog: pytest.LogCaptureFixture) -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_a_malformed_request_to_reflection_is_one_sentence_too(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as wire:
         call = wire.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
         code, details = await refused(anext(aiter(call(iter([field(7, b"\xff")])))))
         assert (code, details.split(":")[0]) == (
             grpc.StatusCode.INVALID_ARGUMENT,
             "The request of ServerReflectionInfo cannot be read",
         )
-
-    run(test)
     assert not caplog.records
 
 
@@ -138,37 +136,35 @@ def test_a_malformed_request_to_reflection_is_one_sentence_too(caplog: pytest.Lo
         ("Generate", field(2, field(3, b"x")), "field prompt_tokens.3 "),
     ],
 )
-def test_an_unknown_field_is_refused_by_its_number_in_every_method(method: str, raw: bytes, named: str) -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_an_unknown_field_is_refused_by_its_number_in_every_method(method: str, raw: bytes, named: str) -> None:
+    async with serving() as wire:
         code, details = await refused(wire.send(method, raw))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert named in details
         assert wire.ends == {(method, "INVALID_ARGUMENT", None): 1}
 
-    run(test)
 
-
-def test_health_ignores_unknown_fields_as_newer_probes_expect() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_health_ignores_unknown_fields_as_newer_probes_expect() -> None:
+    async with serving() as wire:
         answer = await wire.send("Check", field(15, b"x"), service="grpc.health.v1.Health")
         assert health_pb2.HealthCheckResponse.FromString(answer).status == health_pb2.HealthCheckResponse.NOT_SERVING
 
-    run(test)
 
-
-def test_a_request_that_is_too_large_is_refused_and_counted() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_a_request_that_is_too_large_is_refused_and_counted() -> None:
+    async with serving() as wire:
         code, details = await refused(wire.stub.Tokenize(pb.TokenizeRequest(text="x" * (5 << 20))))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "larger than max" in details
         await eventually(lambda: wire.ends.total() == 1)
         assert wire.ends == {("Tokenize", "CANCELLED", None): 1}
 
-    run(test)
 
-
-def test_every_end_is_counted_with_its_method_and_code() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_every_end_is_counted_with_its_method_and_code() -> None:
+    async with serving() as wire:
         await wire.stub.Tokenize(pb.TokenizeRequest())
         await refused(wire.stub.GetModel(pb.GetModelRequest()))
         wire.service.go_on.set()
@@ -189,11 +185,10 @@ def test_every_end_is_counted_with_its_method_and_code() -> None:
             ("Generate", "DEADLINE_EXCEEDED", None): 1,
         }
 
-    run(test)
 
-
-def test_thousands_of_calls_at_once_are_refused_with_the_time_to_come_back_and_counted() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_thousands_of_calls_at_once_are_refused_with_the_time_to_come_back_and_counted() -> None:
+    async with serving() as wire:
         # Each on its own connection.
         channels = [grpc.aio.insecure_channel(wire.address, options=[("number", number)]) for number in range(3)]
         stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
@@ -206,11 +201,10 @@ def test_thousands_of_calls_at_once_are_refused_with_the_time_to_come_back_and_c
         }
         assert wire.ends == {("GetModel", "RESOURCE_EXHAUSTED", None): 2400}
 
-    run(test)
 
-
-def test_calls_during_a_drain_are_unavailable_while_those_that_run_go_on() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_calls_during_a_drain_are_unavailable_while_those_that_run_go_on() -> None:
+    async with serving() as wire:
         running = asyncio.create_task(wire.generate())
         await wire.service.entered.wait()
         stop = asyncio.create_task(wire.server.stop(1000.0, asyncio.Event()))
@@ -227,11 +221,10 @@ def test_calls_during_a_drain_are_unavailable_while_those_that_run_go_on() -> No
         await stop
         assert await code_of(wire.stub.Tokenize(pb.TokenizeRequest())) is grpc.StatusCode.UNAVAILABLE
 
-    run(test)
 
-
-def test_clients_that_ask_again_at_once_see_no_other_code_at_the_very_end() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_clients_that_ask_again_at_once_see_no_other_code_at_the_very_end() -> None:
+    async with serving() as wire:
         codes = set()
 
         async def ask() -> None:
@@ -250,11 +243,10 @@ def test_clients_that_ask_again_at_once_see_no_other_code_at_the_very_end() -> N
         await asyncio.gather(*clients)
         assert codes == {grpc.StatusCode.UNAVAILABLE}
 
-    run(test)
 
-
-def test_calls_that_outlast_the_drain_end_as_unavailable() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_calls_that_outlast_the_drain_end_as_unavailable() -> None:
+    async with serving() as wire:
         call = refused(anext(aiter(wire.stub.Generate(pb.GenerateRequest()))))
         running = asyncio.create_task(call)
         await wire.service.entered.wait()
@@ -262,11 +254,10 @@ def test_calls_that_outlast_the_drain_end_as_unavailable() -> None:
         assert await running == (grpc.StatusCode.UNAVAILABLE, ENDING)
         assert wire.ends["Generate", "UNAVAILABLE", None] == 1
 
-    run(test)
 
-
-def test_open_reflection_and_half_sent_calls_do_not_hold_up_the_end() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_open_reflection_and_half_sent_calls_do_not_hold_up_the_end() -> None:
+    async with serving() as wire:
         reflection: Any = reflection_pb2_grpc.ServerReflectionStub(wire.channel)
         asked = reflection.ServerReflectionInfo()
         await asked.write(reflection_pb2.ServerReflectionRequest(list_services=""))
@@ -280,17 +271,14 @@ def test_open_reflection_and_half_sent_calls_do_not_hold_up_the_end() -> None:
         assert await refused(asked.read()) == (grpc.StatusCode.UNAVAILABLE, ENDING)
         assert (await refused(half_sent))[0] is grpc.StatusCode.UNAVAILABLE
 
-    run(test)
 
-
-def test_a_long_value_does_not_hide_the_error() -> None:
-    async def test(wire: Wire) -> None:
+@async_test
+async def test_a_long_value_does_not_hide_the_error() -> None:
+    async with serving() as wire:
         wire.service.error = errors.InvalidArgument(f"{'😀' * 100_000} is no label.")
         code, details = await refused(wire.stub.GetModel(pb.GetModelRequest()))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert details == "😀" * 249 + "…"
-
-    run(test)
 
 
 @given(st.text(max_size=40))

@@ -3,7 +3,8 @@
 import asyncio
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from shared.service import grpc_server
 from shared.service.grpc_server import GrpcServer
 from shared.service.grpc_status import code_of, error_of
 from shared.service.listening import Address
+from tests.asynchronous import async_test
 from tests.shared.http2_client import PingingClient
 
 SERVICE = "inference.v1.InferenceService"
@@ -104,15 +106,19 @@ def is_open(host: str, port: int) -> bool:
     return True
 
 
-def run(test: Callable[[GrpcServer, grpc.aio.Channel], Coroutine[Any, Any, None]]) -> None:
-    async def body() -> None:
-        server = GrpcServer([SERVICE])
-        port = await server.start(here())
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            await test(server, channel)
-        await server.stop(0.0, asyncio.Event())
-
-    asyncio.run(asyncio.wait_for(body(), 30))
+@asynccontextmanager
+async def serving(
+    servicer: health_pb2_grpc.HealthServicer | None = None,
+) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel]]:
+    """A server, whose health the servicer answers for if it is given, and a channel to it."""
+    server = GrpcServer([SERVICE])
+    if servicer is not None:
+        # The later registration answers.
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server.server)
+    port = await server.start(here())
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield server, channel
+    await server.stop(0.0, asyncio.Event())
 
 
 async def status(channel: grpc.aio.Channel, service: str = "") -> int:
@@ -120,24 +126,22 @@ async def status(channel: grpc.aio.Channel, service: str = "") -> int:
     return int(answer.status)
 
 
-def test_health_is_not_serving_until_it_is_set() -> None:
-    async def test(server: GrpcServer, channel: grpc.aio.Channel) -> None:
+@async_test
+async def test_health_is_not_serving_until_it_is_set() -> None:
+    async with serving() as (server, channel):
         assert [await status(channel, name) for name in ("", SERVICE)] == [NOT_SERVING] * 2
         await server.set_serving(True)
         assert [await status(channel, name) for name in ("", SERVICE)] == [SERVING] * 2
 
-    run(test)
 
-
-def test_reflection_lists_the_services() -> None:
-    async def test(server: GrpcServer, channel: grpc.aio.Channel) -> None:
+@async_test
+async def test_reflection_lists_the_services() -> None:
+    async with serving() as (_, channel):
         call = reflection_stub(channel).ServerReflectionInfo(
             iter([reflection_pb2.ServerReflectionRequest(list_services="")])
         )
         names = {one.name async for answer in call for one in answer.list_services_response.service}
         assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-
-    run(test)
 
 
 @pytest.mark.parametrize(
@@ -147,8 +151,10 @@ def test_reflection_lists_the_services() -> None:
         (errors.GptloopError("It diverged."), grpc.StatusCode.INTERNAL),
     ],
 )
-def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exception, code: grpc.StatusCode) -> None:
-    async def test(stub: Any) -> None:
+@async_test
+async def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exception, code: grpc.StatusCode) -> None:
+    async with serving(Raising(error)) as (_, channel):
+        stub = health_stub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as unary:
             await stub.Check(health_pb2.HealthCheckRequest())
         with pytest.raises(grpc.aio.AioRpcError) as streaming:
@@ -157,11 +163,11 @@ def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exception, cod
         for raised in (unary.value, streaming.value):
             assert (raised.code(), raised.details()) == (code, str(error))
 
-    run_with(Raising(error), test)
 
-
-def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogCaptureFixture) -> None:
-    async def test(stub: Any) -> None:
+@async_test
+async def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(Raising(ValueError("secret"))) as (_, channel):
+        stub = health_stub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await stub.Check(health_pb2.HealthCheckRequest())
         assert raised.value.code() is grpc.StatusCode.INTERNAL
@@ -171,12 +177,11 @@ def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogCapture
         assert details.split()[-1].rstrip(".") in record.getMessage()
         assert record.exc_info is not None
 
-    run_with(Raising(ValueError("secret")), test)
 
-
-def test_running_calls_end_before_the_server_does() -> None:
-    async def body() -> None:
-        server, servicer, channel = await hanging()
+@async_test
+async def test_running_calls_end_before_the_server_does() -> None:
+    servicer = Hanging()
+    async with serving(servicer) as (server, channel):
         call = health_stub(channel).Check(health_pb2.HealthCheckRequest())
         await servicer.entered.wait()
         stop = asyncio.create_task(server.stop(20.0, asyncio.Event()))
@@ -184,15 +189,13 @@ def test_running_calls_end_before_the_server_does() -> None:
         servicer.ended.set()
         assert (await call).status == SERVING
         await stop
-        await channel.close()
-
-    asyncio.run(asyncio.wait_for(body(), 30))
 
 
 @pytest.mark.parametrize("forced", [False, True])
-def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
-    async def body() -> None:
-        server, servicer, channel = await hanging()
+@async_test
+async def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
+    servicer = Hanging()
+    async with serving(servicer) as (server, channel):
         call = health_stub(channel).Check(health_pb2.HealthCheckRequest())
         await servicer.entered.wait()
         force = asyncio.Event()
@@ -200,50 +203,38 @@ def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> None:
             force.set()
         await server.stop(1000.0 if forced else 0.01, force, servicer.ended.set)
         assert (await call).status == SERVING
-        await channel.close()
-
-    asyncio.run(asyncio.wait_for(body(), 30))
 
 
-def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
-    async def body() -> None:
-        server = GrpcServer([SERVICE])
-        port = await server.start(here())
+@async_test
+async def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
+    async with serving() as (server, channel):
         await server.set_serving(True)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            watch = aiter(health_stub(channel).Watch(health_pb2.HealthCheckRequest()))
-            assert (await anext(watch)).status == SERVING
-            await server.stop(1000.0, asyncio.Event())
-            assert [answer.status async for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
-
-    asyncio.run(asyncio.wait_for(body(), 30))
+        watch = aiter(health_stub(channel).Watch(health_pb2.HealthCheckRequest()))
+        assert (await anext(watch)).status == SERVING
+        await server.stop(1000.0, asyncio.Event())
+        assert [answer.status async for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
 @pytest.mark.parametrize(("host", "over_ipv6"), [("127.0.0.1", False), ("0.0.0.0", False), ("::", True)])
-def test_a_server_listens_on_the_addresses_of_its_host_and_no_others(host: str, over_ipv6: bool) -> None:
+@async_test
+async def test_a_server_listens_on_the_addresses_of_its_host_and_no_others(host: str, over_ipv6: bool) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("There is no IPv6.")
-
-    async def body() -> None:
-        server = GrpcServer([SERVICE])
-        port = await server.start(here(host))
-        assert is_open("127.0.0.1", port)
-        assert is_open("::1", port) == over_ipv6
-        await server.stop(0.0, asyncio.Event())
-
-    asyncio.run(body())
+    server = GrpcServer([SERVICE])
+    port = await server.start(here(host))
+    assert is_open("127.0.0.1", port)
+    assert is_open("::1", port) == over_ipv6
+    await server.stop(0.0, asyncio.Event())
 
 
-def test_a_port_in_use_is_refused() -> None:
-    async def body() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as other:
-            port = other.getsockname()[1]
-            with pytest.raises(errors.AlreadyExists, match=rf"Port {port} of 127.0.0.1 is in use.*THE_PORT"):
-                await GrpcServer([SERVICE]).start(here(port=port))
-
-    asyncio.run(body())
+@async_test
+async def test_a_port_in_use_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(errors.AlreadyExists, match=rf"Port {port} of 127.0.0.1 is in use.*THE_PORT"):
+            await GrpcServer([SERVICE]).start(here(port=port))
 
 
 def test_a_client_may_ask_every_second_whether_the_server_is_there() -> None:
@@ -253,28 +244,25 @@ def test_a_client_may_ask_every_second_whether_the_server_is_there() -> None:
 
 
 @pytest.mark.parametrize(("pings", "interval_s", "answer"), [(6, 0.05, ""), (100, 0.0, "too_many_pings")])
-def test_a_connection_without_calls_stays_unless_it_asks_too_often(
+@async_test
+async def test_a_connection_without_calls_stays_unless_it_asks_too_often(
     pings: int, interval_s: float, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = dict(grpc_server._OPTIONS) | {"grpc.http2.min_ping_interval_without_data_ms": 25}
     monkeypatch.setattr(grpc_server, "_OPTIONS", tuple(often.items()))
-
-    async def body() -> None:
-        server = GrpcServer([SERVICE])
-        client = await PingingClient.connect(await server.start(here()))
-        answers = set()
-        # A server forgives two that come too early.
-        for _ in range(pings):
-            answers.add(await client.ping())
-            await asyncio.sleep(interval_s)
-            if "too_many_pings" in answers:
-                break
-        client.close()
-        assert answers <= {"", answer}
-        assert answer in answers
-        await server.stop(0.0, asyncio.Event())
-
-    asyncio.run(asyncio.wait_for(body(), 30))
+    server = GrpcServer([SERVICE])
+    client = await PingingClient.connect(await server.start(here()))
+    answers = set()
+    # A server forgives two that come too early.
+    for _ in range(pings):
+        answers.add(await client.ping())
+        await asyncio.sleep(interval_s)
+        if "too_many_pings" in answers:
+            break
+    client.close()
+    assert answers <= {"", answer}
+    assert answer in answers
+    await server.stop(0.0, asyncio.Event())
 
 
 def test_connections_leave_files_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,51 +280,21 @@ def test_connections_leave_files_that_can_be_opened(monkeypatch: pytest.MonkeyPa
         assert grpc_server._most_connections() == most
 
 
-def test_one_connection_too_many_is_unavailable_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+@async_test
+async def test_one_connection_too_many_is_unavailable_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_server, "_most_connections", lambda: 2)
-
-    async def body() -> None:
-        server = GrpcServer([SERVICE])
-        port = await server.start(here())
-        others = [await PingingClient.connect(port) for _ in range(2)]
-        assert [await other.ping() for other in others] == ["", ""]
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await status(channel)
-            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert [await other.ping() for other in others] == ["", ""]
-        for other in others:
-            other.close()
-        await server.stop(0.0, asyncio.Event())
-
-    asyncio.run(asyncio.wait_for(body(), 30))
-
-
-def run_with(
-    servicer: health_pb2_grpc.HealthServicer,
-    test: Callable[[Any], Coroutine[Any, Any, None]],
-) -> None:
-    async def body() -> None:
-        server, channel = await start(servicer)
-        await test(health_stub(channel))
-        await channel.close()
-        await server.stop(0.0, asyncio.Event())
-
-    asyncio.run(asyncio.wait_for(body(), 30))
-
-
-async def start(servicer: health_pb2_grpc.HealthServicer) -> tuple[GrpcServer, grpc.aio.Channel]:
     server = GrpcServer([SERVICE])
-    # The later registration answers.
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server.server)
     port = await server.start(here())
-    return server, grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-
-
-async def hanging() -> tuple[GrpcServer, Hanging, grpc.aio.Channel]:
-    servicer = Hanging()
-    server, channel = await start(servicer)
-    return server, servicer, channel
+    others = [await PingingClient.connect(port) for _ in range(2)]
+    assert [await other.ping() for other in others] == ["", ""]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await status(channel)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert [await other.ping() for other in others] == ["", ""]
+    for other in others:
+        other.close()
+    await server.stop(0.0, asyncio.Event())
 
 
 async def until_refused(channel: grpc.aio.Channel) -> None:
