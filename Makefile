@@ -126,7 +126,7 @@ soak-swap: $(VENV) ## Let a hundred versions take over from one another under 64
 	$(call TAKES)
 	@$(RUN) tests.soak.swap
 
-check: $(VENV) ## Verify format, types, imports, contracts and README; edit nothing.
+check: $(VENV) ## Verify format, types, imports, contracts and pages; edit nothing.
 	$(call TAKES)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from shared.errors import shown
-from tests.workplace import PROJECT, Workplace
+from tests.pages import BLOCKS, TEXT
+from tests.workplace import Workplace
 from trainer_service.presets import PRESETS
 
 pytestmark = pytest.mark.slow
-
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -67,9 +66,9 @@ def test_a_value_arrives_as_it_was_typed(workplace: Workplace, value: str) -> No
     assert shown(value) in workplace.refusal("train", f"PRESET={value}")
 
 
-def test_every_make_line_of_the_readme_is_understood(workplace: Workplace) -> None:
-    fenced = "".join(re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
-    lines = re.findall(r"^make .*$", fenced, re.MULTILINE) + re.findall(r"`(make [^`\n]+)`", README)
+def test_every_make_line_on_the_pages_is_understood(workplace: Workplace) -> None:
+    fenced = "".join(text for language, text in BLOCKS if language == "sh")
+    lines = re.findall(r"^make .*$", fenced, re.MULTILINE) + re.findall(r"`(make [^`\n]+)`", TEXT)
     assert len(lines) > 30
     for line in {line.replace("<", "").replace(">", "") for line in lines} - {"make ACCELERATOR=cuda"}:
         ended = workplace.run("bash", "-c", line.replace("make", "make -n", 1), AFTER="1")

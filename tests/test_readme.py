@@ -1,4 +1,4 @@
-"""The README names what a person can type, set and read, all of it, and nothing that does not exist."""
+"""The pages name every command, setting, metric and file that exists, and nothing that does not exist."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +18,8 @@ from deploy.ports import listening_host, read_ports
 from inference_service.metrics import InferenceMetrics
 from shared.device.accelerator import Memory
 from shared.gpt.config import count_parameters
+from tests.pages import CODE, PAGES, TEXT, WINGS, rows, sections, tables
+from tests.workplace import PROJECT
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.kinds import Kind
 from trainer_service.jobs.queue import JobQueue
@@ -26,14 +28,7 @@ from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.presets import PRESETS
 from trainer_service.training.config import TrainingConfig
 
-PROJECT = Path(__file__).parents[1]
-PACKAGES = ("shared", "trainer_service", "inference_service", "deploy")
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
-# Blocks and spans of code, one a line or more.
-CODE = "\n".join(
-    block or span for block, span in re.findall(r"^```\w*\n(.*?)^```|`([^`\n]+)`", README, re.DOTALL | re.MULTILINE)
-)
 # The variables of each target: those of the command that it runs, or those that it names itself.
 VARIABLES: dict[str, Collection[str]] = {
     target: variables(app_of(module), path.split())
@@ -51,6 +46,8 @@ INTERNAL = {
     "GPTLOOP_SUPERVISOR_SOCKET",
     "GPTLOOP_WORKER_STOP_S",
 }
+# What only the tests read.
+TESTS_ONLY = {"GPTLOOP_TEST_DATA"}
 
 
 class AskedNames(Mapping[str, str]):
@@ -94,43 +91,31 @@ class EmptyQueue(JobQueue):
         return 0
 
 
-def section(title: str) -> str:
-    """The text between a heading and the next one of any level."""
-    (text,) = re.findall(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", README, re.DOTALL | re.MULTILINE)
-    return str(text)
-
-
-def rows(title: str) -> list[list[str]]:
-    """The cells of a section's tables, headings too, without the marks of code."""
-    lines = [line for line in section(title).splitlines() if line.startswith("|") and not line.startswith("|---")]
-    return [[cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
-
-
 def require_same(documented: Collection[str], existing: Collection[str]) -> None:
     missing, extra = set(existing) - set(documented), set(documented) - set(existing)
-    assert not missing, f"The README leaves out {sorted(missing)}."
-    assert not extra, f"The README names what does not exist: {sorted(extra)}."
+    assert not missing, f"The pages leave out {sorted(missing)}."
+    assert not extra, f"The pages name what does not exist: {sorted(extra)}."
 
 
-def test_every_make_target_stands_in_the_readme() -> None:
+def test_every_make_target_is_documented() -> None:
     named = re.findall(r"\bmake (?:-s )?(?:[A-Z]+=\S+ )*([a-z-]+)", CODE)
     require_same(named, re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
 
 
-def test_every_variable_of_make_in_the_readme_exists() -> None:
+def test_every_documented_variable_of_make_exists() -> None:
     known = {"ACCELERATOR", "PYTHON"} | {name for takes in VARIABLES.values() for name in takes}
     named = set(re.findall(r"\b([A-Z_]+)=", CODE))
-    assert named <= known, f"The README names what does not exist: {sorted(named - known)}."
+    assert named <= known, f"The pages name what does not exist: {sorted(named - known)}."
 
 
-def test_each_target_takes_the_variables_that_its_row_names() -> None:
-    for command, what in rows("Commands")[1:]:
+def test_each_target_takes_the_variables_of_its_row() -> None:
+    for command, what in rows("Commands"):
         target = command.split()[-1 if "=" not in command else 1]
         named = set(re.findall(r"\b([A-Z_]+)=", f"{command} {what}"))
         assert named <= set(VARIABLES.get(target, ())), target
 
 
-def test_every_environment_variable_stands_in_the_readme() -> None:
+def test_every_environment_variable_is_documented() -> None:
     environment = AskedNames()
     inference_service.settings.read_settings(environment)
     trainer_service.settings.read_settings(environment)
@@ -139,17 +124,19 @@ def test_every_environment_variable_stands_in_the_readme() -> None:
         listening_host(environment, service)
     sources = "\n".join(
         path.read_text(encoding="utf-8")
-        for package in PACKAGES
+        for package in WINGS
         for path in (PROJECT / package).rglob("*")
         if path.suffix in (".py", ".conf")
     )
     own = r"\bGPTLOOP_[A-Z_]*[A-Z](?![A-Z_{*])"
     read = environment.names | set(re.findall(rf'{own}|(?<=environ\.get\(")[A-Z_]+', sources)) - INTERNAL
-    require_same([row[0] for row in rows("Settings")[1:]], read)
-    assert set(re.findall(own, README)) <= read
+    documented = [row[0] for row in rows("Settings")]
+    require_same(documented, read)
+    assert len(documented) == len(set(documented)), "A setting stands in two tables."
+    assert set(re.findall(own, TEXT)) - TESTS_ONLY <= read
 
 
-def test_every_metric_stands_in_the_readme() -> None:
+def test_every_metric_is_documented() -> None:
     registry = CollectorRegistry()
     InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6)
     training = make_metrics(EmptyQueue())
@@ -158,14 +145,14 @@ def test_every_metric_stands_in_the_readme() -> None:
     scraped = re.findall(r"^# TYPE (gptloop_\w+) (\w+)", pages, re.MULTILINE)
     # `_created` comes with every counter and histogram by itself.
     types = {name: kind for name, kind in scraped if not name.endswith("_created")}
-    documented = {row[0]: row[1] for row in rows("Metrics") if row[0] != "metric"}
+    documented = {row[0]: row[1] for row in rows("Metrics")}
     require_same(documented, types)
     assert documented == types
-    assert set(re.findall(r"\bgptloop_\w+", README)) <= set(types)
+    assert set(re.findall(r"\bgptloop_\w+", TEXT)) <= set(types)
 
 
-def test_every_preset_stands_in_the_readme_with_all_its_values() -> None:
-    (_, *names, _), parameters, *values = rows("Presets and their values")
+def test_every_preset_is_documented_with_all_its_values() -> None:
+    (((_, *names, _), parameters, *values),) = tables("Presets and their values")
     require_same(names, PRESETS)
     require_same([row[0] for row in values], [field.name for field in fields(TrainingConfig)])
     assert parameters[1:-1] == [f"{count_parameters(PRESETS[name].gpt).total:,}" for name in names]
@@ -175,33 +162,51 @@ def test_every_preset_stands_in_the_readme_with_all_its_values() -> None:
         assert meaning, value
 
 
-def test_the_file_tree_is_the_one_on_disk() -> None:
-    (tree,) = re.findall(r"```\n(.*?)```", section("Files"), re.DOTALL)
-    named, folders = set[Path](), list[str]()
-    for line in tree.splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2
-        folders[depth:] = [line.split()[0]]
-        named.add(Path(*folders))
+def test_the_file_trees_are_those_on_disk() -> None:
+    trees = sections("Files")
+    assert set(trees) == {f"{wing}/README.md" for wing in WINGS}
+    named = set[Path]()
+    for page, text in trees.items():
+        (tree,) = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+        folders = [str(Path(page).parent)]
+        for line in tree.splitlines():
+            depth = 1 + (len(line) - len(line.lstrip())) // 2
+            folders[depth:] = [line.split()[0]]
+            named.add(Path(*folders))
     absent = sorted(str(path) for path in named if not (PROJECT / path).exists())
-    assert not absent, f"The README names files that do not exist: {absent}."
-    modules = {path.relative_to(PROJECT) for package in PACKAGES for path in (PROJECT / package).rglob("*.py")}
+    assert not absent, f"The pages name files that do not exist: {absent}."
+    modules = {path.relative_to(PROJECT) for wing in WINGS for path in (PROJECT / wing).rglob("*.py")}
     unnamed = {
         str(path) for path in modules - named if path.name != "__init__.py" and path.parts[:2] != ("shared", "pb")
     }
-    assert not unnamed, f"The README leaves out {sorted(unnamed)}."
+    assert not unnamed, f"The pages leave out {sorted(unnamed)}."
 
 
 @pytest.mark.parametrize(
     ("package", "app"),
     [("trainer_service", trainer_service.__main__.app), ("inference_service", inference_service.__main__.app)],
 )
-def test_every_command_in_the_readme_exists(package: str, app: typer.Typer) -> None:
+def test_every_documented_command_exists(package: str, app: typer.Typer) -> None:
     named = set(re.findall(rf"python -m {package} (\w+)", CODE))
     assert named
     assert named <= set(typer.main.get_group(app).commands)
 
 
 def test_every_link_leads_to_a_file() -> None:
-    for page in PROJECT.glob("*.md"):
+    below = (page for folder in (*WINGS, "tests") for page in (PROJECT / folder).rglob("*.md"))
+    for page in (*PROJECT.glob("*.md"), *below):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (PROJECT / target).exists(), f"{page.name} links to {target}, which does not exist."
+            assert (page.parent / target).exists(), f"{page} links to {target}, which does not exist."
+
+
+def test_every_link_to_a_heading_leads_to_one() -> None:
+    for page, text in PAGES.items():
+        for target, anchor in re.findall(r"\]\(([\w./]*)#([\w-]+)\)", text):
+            other = (PROJECT / page).parent / target if target else PROJECT / page
+            headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{page} links to #{anchor} of {target or page}, which does not exist."
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(PAGES["README.md"].encode()) <= 8192

@@ -1,6 +1,6 @@
-"""The examples of the README, run as printed against the real system; only training is made small.
+"""The examples of all pages, run as printed against the real system; only training is made small.
 
-The tests go through the page from top to bottom, each on what those before it have left.
+The tests go through the pages from top to bottom, each on what those before it have left.
 """
 
 import json
@@ -13,14 +13,14 @@ from google.protobuf import json_format
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2
 from tests.end_to_end.conftest import TINY, System
+from tests.pages import BLOCKS, TEXT
 from tests.waiting import wait_until
-from tests.workplace import PROJECT, Workplace
+from tests.workplace import Workplace
 from trainer_service.training.stories import train_stories
 
 pytestmark = pytest.mark.slow
 
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
 SMALL = " ".join(f"{name}={value}" for name, value in {**TINY, "max_steps": "20", "evaluation_interval": "10"}.items())
 # In a shell of the reader, `make train` takes a preset of minutes.
 SHELL = f"""
@@ -50,8 +50,8 @@ def block(language: str, beginning: str) -> str:
 
 
 def printed(line: str) -> str:
-    """A line that stands in the README, in its running text or in a table."""
-    assert f"`{line}`" in README, line
+    """A line that stands on a page, in its running text or in a table."""
+    assert f"`{line}`" in TEXT, line
     return line
 
 
@@ -93,9 +93,8 @@ def test_a_model_goes_out_and_comes_in(workplace: Workplace) -> None:
     assert re.search(r"^version +\d+$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", ["client import InferenceClient", "asyncio"])
-def test_python_examples_run(workplace: Workplace, system: System, module: str) -> None:
-    (code,) = [text for kind, text in BLOCKS if kind == "python" and module in text.splitlines()[0]]
+@pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
+def test_python_examples_run(workplace: Workplace, system: System, code: str) -> None:
     ended = workplace.run(".venv/bin/python", "-c", code.replace(":50051", f":{system.ports.inference}"))
     assert ended.returncode == 0 and ended.stdout.strip(), ended.stderr
 

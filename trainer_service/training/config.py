@@ -208,7 +208,7 @@ class TrainingConfig:
         for name, text in values.items():
             if name not in kinds:
                 near = get_close_matches(name[:40], kinds, n=1)
-                hint = f"Did you mean {near[0]}?" if near else "The README lists all of them."
+                hint = f"Did you mean {near[0]}?" if near else "trainer_service/README.md lists all of them."
                 raise InvalidArgument(f"There is no value {shown(name, 40)} to set. {hint}")
             parsed[name] = _parse(name, text, kinds[name])
         return replace(self, **parsed)  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ def test_every_value_can_be_overridden_as_text() -> None:
     ("values", "message"),
     [
         ({"steps": "5"}, r"There is no value 'steps' to set. Did you mean max_steps\?"),
-        ({"q" * 500: "5"}, r"There is no value 'q+…q+' to set. The README lists all of them\."),
+        ({"q" * 500: "5"}, r"There is no value 'q+…q+' to set. trainer_service/README\.md lists all of them\."),
         ({"max_steps": "five"}, "max_steps is 'five', but must be a whole number"),
         ({"max_steps": "0"}, "max_steps is 0"),
         ({"tied_head": "maybe"}, "true or false"),
