@@ -5,9 +5,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from shared.gpt.tokenizer import Tokenizer
-from shared.gpt.weights import load_model
 from shared.registry.store import Registry
+from shared.version_format import read_model, read_tokenizer
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
 from trainer_service.jobs.kinds import EvaluationSpec
@@ -32,7 +31,7 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
     version = registry.version(int(spec.version)) if spec.version.isdecimal() else registry.resolve(spec.version)
     registry.verify(version)
     directory = registry.version_directory(version.version)
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    tokenizer = read_tokenizer(directory)
     config = TrainingConfig.from_dict(version.training)
     wanted = replace(
         config,
@@ -52,7 +51,7 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
     evaluation_set = EvaluationSet.from_tokens(
         prepared.validation, tokenizer, windows=_WINDOWS, context_length=config.context_length
     )
-    model = load_model(directory / "model.safetensors", config.gpt)
+    model = read_model(directory, config.gpt)
     with Workers(attempt.device.threads) as workers:
         held_out = evaluate(
             model, evaluation_set, config.batch_size, workers, lambda share: report("measuring the loss", share)

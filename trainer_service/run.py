@@ -14,6 +14,7 @@ from shared.gpt.tokenizer import Tokenizer
 from shared.registry.fence import Fence
 from shared.registry.retention import prune
 from shared.registry.store import Registry
+from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_tokenizer
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.spec import JobSpec
@@ -22,10 +23,7 @@ from trainer_service.training.loop import Outcome, Report, train
 from trainer_service.training.tokens import PreparedData, prepare
 from trainer_service.training.trainer import Trainer, saved_config
 from trainer_service.training.workers import Workers
-from trainer_service.versions import TOKENIZER_FILE, changed_text, publish
-
-# What the text of a run was, in each of its states.
-_TEXT_FILE = "text.json"
+from trainer_service.versions import changed_text, publish
 
 
 def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
@@ -76,17 +74,17 @@ def _own_state(spec: JobSpec, registry: Registry) -> Path | None:
 def _revision(state: Path) -> str | None:
     """The revision of the text that a state was trained on; None in states that do not say."""
     try:
-        return str(json.loads((state / _TEXT_FILE).read_text(encoding="utf-8"))["revision"])
+        return str(json.loads((state / TEXT_FILE).read_text(encoding="utf-8"))["revision"])
     except FileNotFoundError:
         return None
 
 
 def _tokenizer_so_far(spec: JobSpec, state: Path | None, registry: Registry) -> Tokenizer | None:
     if state is not None:
-        return Tokenizer.load(state / TOKENIZER_FILE)
+        return read_tokenizer(state)
     if spec.resume is None:
         return None
-    return Tokenizer.load(registry.version_directory(registry.version(spec.resume).version) / TOKENIZER_FILE)
+    return read_tokenizer(registry.version_directory(registry.version(spec.resume).version))
 
 
 class TrainingRun:
@@ -258,7 +256,7 @@ class TrainingRun:
         def write(folder: Path) -> None:
             trainer.save(folder)
             self._data.tokenizer.save(folder / TOKENIZER_FILE)
-            (folder / _TEXT_FILE).write_text(json.dumps({"revision": self._data.revision}), encoding="utf-8")
+            (folder / TEXT_FILE).write_text(json.dumps({"revision": self._data.revision}), encoding="utf-8")
 
         self._registry.write_state(self._fence, self._spec.run, trainer.step, write)
 

@@ -1,24 +1,19 @@
 """A version of a model in training: its files and what its manifest says."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from shared.gpt.config import count_parameters
-from shared.gpt.weights import save_model
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.store import Registry
+from shared.version_format import write_version
 from trainer_service.jobs.spec import JobSpec
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.tokens import PreparedData
 from trainer_service.training.trainer import Trainer
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 def publish(
@@ -33,10 +28,7 @@ def publish(
     """Publishes the model as it is now under the next number; raises `RunOwnershipLost` where the run is another's."""
 
     def write(folder: Path) -> None:
-        save_model(trainer.model, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(spec.config.gpt.to_dict(), indent=2), encoding="utf-8")
-        data.tokenizer.save(folder / TOKENIZER_FILE)
-        np.save(folder / "evaluation.npy", evaluation_set.carried)
+        write_version(folder, trainer.model, data.tokenizer, evaluation_set.carried)
 
     def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
         return VersionManifest(

@@ -2,22 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 
 from inference_service.engine.examination import Window
 from shared.errors import CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, InvalidArgument, NotFound
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
-from shared.gpt.weights import NotFiniteWeights, load_model
+from shared.gpt.weights import NotFiniteWeights
 from shared.registry.commit import files_state
 from shared.registry.findings import CORRUPT, WORSE
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
+from shared.version_format import SERVED_FILES, WINDOWS_FILE, read_model, read_tokenizer, read_windows
 
-MODEL_FILE, TOKENIZER_FILE, WINDOWS_FILE = "model.safetensors", "tokenizer.json", "evaluation.npy"
 # Nats a token by which the loss that a server measures may differ from the one that training measured: on another
 # device, in other formats.
 TOLERANCE = 0.02
@@ -65,19 +62,19 @@ def read_content(registry: Registry, manifest: VersionManifest) -> Content:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
         raise Refused(CORRUPT, _clause(error), stands_on=state) from None
-    missing = {MODEL_FILE, TOKENIZER_FILE, WINDOWS_FILE} - {record.name for record in manifest.files}
+    missing = SERVED_FILES - {record.name for record in manifest.files}
     if missing:
         raise Refused("unfit", f"it has no {', '.join(sorted(missing))}")
     try:
         config = GPTConfig.from_dict(manifest.model)
-        tokenizer = Tokenizer.load(directory / TOKENIZER_FILE)
+        tokenizer = read_tokenizer(directory)
         if tokenizer.vocabulary_size != config.vocabulary_size:
             raise Refused(
                 "unfit",
                 f"its tokenizer has {tokenizer.vocabulary_size} tokens, but its model has {config.vocabulary_size}",
             )
-        windows = _read_windows(directory / WINDOWS_FILE, config)
-        return Content(load_model(directory / MODEL_FILE, config), tokenizer, windows)
+        windows = tuple(tuple(window) for window in read_windows(directory, config).tolist())
+        return Content(read_model(directory, config), tokenizer, windows)
     except NotFiniteWeights as error:
         raise Refused("not_finite", _clause(error)) from None
     except (CorruptCheckpoint, InvalidArgument, TypeError) as error:
@@ -125,21 +122,6 @@ def check_progress(new: Judged, before: Judged, margin: float) -> None:
 
 def _windows_digest(manifest: VersionManifest) -> str:
     return next(record.sha256 for record in manifest.files if record.name == WINDOWS_FILE)
-
-
-def _read_windows(path: Path, config: GPTConfig) -> tuple[Window, ...]:
-    try:
-        windows = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise Refused("unfit", f"its held-out windows cannot be read: {error}") from None
-    if not isinstance(windows, np.ndarray):
-        raise Refused("unfit", "its held-out windows are no table of tokens")
-    if windows.ndim != 2 or not np.issubdtype(windows.dtype, np.integer) or len(windows) == 0:
-        raise Refused("unfit", "its held-out windows are no table of tokens")
-    tokens = windows.shape[1] - 1
-    if not 1 <= tokens <= config.context_length or not 0 <= windows.min() <= windows.max() < config.vocabulary_size:
-        raise Refused("unfit", "its held-out windows do not fit its model")
-    return tuple(tuple(window) for window in windows.tolist())
 
 
 def _clause(error: Exception) -> str:

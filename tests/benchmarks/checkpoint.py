@@ -107,7 +107,7 @@ def main() -> None:
     import numpy as np
 
     from shared.gpt.model import GPT
-    from shared.gpt.weights import save_model
+    from shared.version_format import write_version
     from tests.fakes import loss_of
     from trainer_service.huggingface.interchange import export_version
 
@@ -121,10 +121,7 @@ def main() -> None:
     claimed_loss = loss_of(model, windows)
 
     def write(directory: Path) -> None:
-        save_model(model, directory / "model.safetensors")
-        tokenizer.save(directory / "tokenizer.json")
-        (directory / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-        np.save(directory / "evaluation.npy", windows)
+        write_version(directory, model, tokenizer, windows)
 
     def manifest(number: int, files: tuple[FileRecord, ...]) -> VersionManifest:
         return make_manifest(

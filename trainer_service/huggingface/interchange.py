@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from shared import version_format
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, shown
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import parameters_of
 from shared.gpt.tokenizer import Tokenizer
-from shared.gpt.weights import load_model
 from shared.registry.commit import sync
 from shared.registry.fence import Fence
 from shared.registry.manifest import IMPORTED, VersionManifest
@@ -126,8 +126,8 @@ def export_version(number: int, directory: Path, registry: Registry) -> list[Pat
             raise AlreadyExists(f"{directory} is there already and not empty; name a new or an empty folder.")
     registry.verify(version)
     source = registry.version_directory(number)
-    tokenizer = Tokenizer.load(source / "tokenizer.json")
-    model = load_model(source / "model.safetensors", GPTConfig.from_dict(version.model))
+    tokenizer = version_format.read_tokenizer(source)
+    model = version_format.read_model(source, GPTConfig.from_dict(version.model))
     name = f".{target.name}.{secrets.token_hex(4)}.partial"
     staging = (target if exists else target.parent) / name
     try:

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
+from shared.version_format import MAX_WINDOWS
 from trainer_service.training.batches import Tokens
 from trainer_service.training.loss import window_losses
 from trainer_service.training.workers import Workers
-
-# The windows that a version carries, so that a server can check the loss that the version claims.
-CARRIED_WINDOWS = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class EvaluationSet:
     @property
     def carried(self) -> Tokens:
         """The windows that go into a version."""
-        return self.windows[:CARRIED_WINDOWS]
+        return self.windows[:MAX_WINDOWS]
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def evaluate(
     return HeldOutLoss(
         nats_per_token=nats / tokens,
         bits_per_byte=nats / (math.log(2) * max(evaluation_set.target_bytes, 1)),
-        claimed=float(losses[:CARRIED_WINDOWS].mean()),
+        claimed=float(losses[:MAX_WINDOWS].mean()),
     )
 
 

@@ -19,6 +19,7 @@ from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
+from shared.version_format import MODEL_FILE, OPTIMIZER_FILE, POSITION_FILE
 from trainer_service.training.batches import Batch, Tokens, batch
 from trainer_service.training.config import MICRO_BATCH_TOKENS, TrainingConfig
 from trainer_service.training.loss import mean_loss
@@ -26,8 +27,6 @@ from trainer_service.training.optimizer import AdamW
 from trainer_service.training.workers import Workers
 
 # A loss and its gradients, as a tree of the parameters' shape.
-_POSITION_FILE = "position.json"
-
 Gradients = tuple[mx.array, dict[str, Any]]
 
 
@@ -134,8 +133,8 @@ class Trainer:
 
     def save(self, directory: Path) -> None:
         """Writes everything that a step depends on into an empty folder; raises `OSError` where the disk does not."""
-        save_model(self.model, directory / "model.safetensors")
-        save_arrays(dict(tree_flatten(self.optimizer.state)), directory / "optimizer.safetensors")
+        save_model(self.model, directory / MODEL_FILE)
+        save_arrays(dict(tree_flatten(self.optimizer.state)), directory / OPTIMIZER_FILE)
         position = {
             "step": self.step,
             "tokens": self.tokens,
@@ -144,23 +143,23 @@ class Trainer:
             "best_validation_loss": self.best_validation_loss,
             "config": self.config.to_dict(),
         }
-        (directory / _POSITION_FILE).write_text(json.dumps(position, indent=2), encoding="utf-8")
+        (directory / POSITION_FILE).write_text(json.dumps(position, indent=2), encoding="utf-8")
 
     def restore(self, directory: Path) -> None:
         """Puts a saved state in place. Raises `InvalidArgument` where it is of another shape, `CorruptCheckpoint`
         where it cannot be read."""
         try:
-            position = json.loads((directory / _POSITION_FILE).read_text(encoding="utf-8"))
+            position = json.loads((directory / POSITION_FILE).read_text(encoding="utf-8"))
             step, tokens = position["step"], position["tokens"]
             training_loss, evaluated_step = position["training_loss"], position["evaluated_step"]
             best_validation_loss = position["best_validation_loss"]
         except (OSError, ValueError, KeyError) as error:
-            raise CorruptCheckpoint(f"{directory / _POSITION_FILE} cannot be read: {error}.") from error
+            raise CorruptCheckpoint(f"{directory / POSITION_FILE} cannot be read: {error}.") from error
         saved = saved_config(directory)
         if saved.gpt.to_dict() | {"dropout": 0} != self.config.gpt.to_dict() | {"dropout": 0}:
             raise InvalidArgument("A run can only be continued with the model's shape that it began with.")
-        weights = load_arrays(directory / "model.safetensors")
-        moments = load_arrays(directory / "optimizer.safetensors")
+        weights = load_arrays(directory / MODEL_FILE)
+        moments = load_arrays(directory / OPTIMIZER_FILE)
         self.model.load_weights(list(weights.items()))
         self.optimizer.state = tree_unflatten(list(moments.items()))
         mx.eval(self.model.parameters(), self.optimizer.state)
@@ -173,10 +172,10 @@ class Trainer:
 def saved_config(directory: Path) -> TrainingConfig:
     """The configuration in a saved state; raises `CorruptCheckpoint` if it cannot be read."""
     try:
-        position = json.loads((directory / _POSITION_FILE).read_text(encoding="utf-8"))
+        position = json.loads((directory / POSITION_FILE).read_text(encoding="utf-8"))
         return TrainingConfig.from_dict(position["config"])
     except (OSError, ValueError, KeyError) as error:
-        raise CorruptCheckpoint(f"{directory / _POSITION_FILE} cannot be read: {error}.") from error
+        raise CorruptCheckpoint(f"{directory / POSITION_FILE} cannot be read: {error}.") from error
 
 
 def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:

@@ -18,8 +18,7 @@ from inference_service.engine.request import Delta, Failed, Finished, Generation
 from inference_service.settings import Settings, prefill_tokens_on  # noqa: E402
 from shared.decoding.decoder import make_decoder  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
-from shared.gpt.tokenizer import Tokenizer  # noqa: E402
-from shared.gpt.weights import load_model  # noqa: E402
+from shared.version_format import read_model, read_tokenizer  # noqa: E402
 from tests.benchmarks.checkpoint import VERSION  # noqa: E402
 from tests.benchmarks.closed_loop import ClosedLoop  # noqa: E402
 from tests.benchmarks.setup import Setup  # noqa: E402
@@ -34,9 +33,9 @@ class Generation:
         self._sampling = SamplingParameters(temperature=0.0) if variant == "greedy" else SamplingParameters()
         self._prompts = self._work.prompts()
         checkpoint, config = given.checkpoint, given.checkpoint.config
-        model = load_model(checkpoint.version / "model.safetensors", config)
+        model = read_model(checkpoint.version, config)
         decoder = make_decoder(model, given.slots, given.threads)
-        tokenizer = Tokenizer.load(checkpoint.version / "tokenizer.json")
+        tokenizer = read_tokenizer(checkpoint.version)
         # The engine's thread puts the events of a step here, and this one takes them, as the server's event loop does.
         self._outputs: SimpleQueue[list[Output]] = SimpleQueue()
         prefill_tokens = prefill_tokens_on(_DEVICE.backend)

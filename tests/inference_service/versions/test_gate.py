@@ -13,9 +13,9 @@ import pytest
 from inference_service.grpc.translate import write_standing
 from inference_service.versions import gate
 from inference_service.versions.standing import State
+from shared import version_format
 from shared.decoding.cpu_decoder import CpuDecoder
 from shared.errors import CorruptCheckpoint, FailedPrecondition, Unavailable
-from shared.gpt import weights
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
@@ -61,10 +61,10 @@ def drop(world: World, change: Callable[[Path], None], name: str) -> VersionMani
         (spoil_weights, "not_finite", "values that are not finite"),
         (huge_weights, "not_finite", "predictions of held-out text are not finite"),
         (other_shape, "unfit", "parameters of its configuration"),
-        (no_windows, "unfit", "no table of tokens"),
-        (strange_windows, "unfit", "do not fit its model"),
+        (no_windows, "unfit", "is not a table of tokens"),
+        (strange_windows, "unfit", "does not fit its model"),
         (lose_a_file, "unfit", "it has no evaluation.npy"),
-        (no_array, "unfit", "held-out windows cannot be read"),
+        (no_array, "unfit", "evaluation.npy cannot be read"),
         (no_tokenizer, "unfit", "tokenizer"),
     ],
 )
@@ -460,15 +460,15 @@ def test_what_a_whole_file_does_not_yield_is_no_refusal(
     world: World, monkeypatch: pytest.MonkeyPatch, cause: Exception
 ) -> None:
     publish_tiny_version(world.registry, 1.0)
-    load = weights.load_model
+    read = version_format.read_model
     failing = iter([True])
 
     def fail_once(*arguments: Any) -> Any:
         if next(failing, False):
             raise CorruptCheckpoint("it cannot be read") from cause
-        return load(*arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(gate, "load_model", fail_once)
+    monkeypatch.setattr(gate, "read_model", fail_once)
     monkeypatch.setattr("inference_service.versions.postponed.AGAIN_AFTER_S", 0.1)
 
     async def test() -> None:
