@@ -31,6 +31,7 @@ from shared.service import cli
 from shared.service.grpc_status import error_of
 from shared.service.lists import print_rows
 from shared.service.settings import read_directories
+from shared.text import format_duration, format_size
 
 _PRESET = "demo"
 _PROMPTS = ("Once upon a time", "One morning", "There was once", "Long ago", "One day")
@@ -117,7 +118,7 @@ class Demo:
             self.told_s = now_s
             speed = "the first step compiles"
             if progress.HasField("eta_seconds"):
-                speed = f"{progress.tokens_per_second:,.0f} tokens/s  ETA {cli.duration(progress.eta_seconds)}"
+                speed = f"{progress.tokens_per_second:,.0f} tokens/s  ETA {format_duration(progress.eta_seconds)}"
             self.say(f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  {speed}")
 
     def _read_story(self, version: pb.VersionPublished, client: InferenceClient) -> None:
@@ -201,8 +202,8 @@ class Demo:
             measured.append(
                 (
                     f"{kind} memory",
-                    f"{self.training[f'gptloop_training_{sample}'] / 2**20:,.0f} MiB",
-                    f"{inference[f'gptloop_inference_{sample}'] / 2**20:,.0f} MiB",
+                    format_size(self.training[f"gptloop_training_{sample}"]),
+                    format_size(inference[f"gptloop_inference_{sample}"]),
                 )
             )
         measured.append(("versions published", str(len(self.versions)), ""))

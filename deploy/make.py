@@ -21,8 +21,9 @@ from typing import Any
 
 import typer
 
-from shared.errors import InvalidArgument, shown
+from shared.errors import InvalidArgument
 from shared.service import cli
+from shared.text import excerpt
 
 # Settings, which make hands on to every process.
 _SETTINGS = ("GPTLOOP_", "REDIS_URL", "TIKTOKEN_CACHE_DIR", "OPENBLAS_NUM_THREADS")
@@ -62,7 +63,7 @@ def defaults(target: str, takes: Mapping[str, Any], given: Mapping[str, str]) ->
         if name.startswith(_SETTINGS):
             continue
         if name not in takes:
-            raise InvalidArgument(f"{shown(name)[1:-1]} is not a variable of `make {target}`{_advice(name, takes)}")
+            raise InvalidArgument(f"{excerpt(name)} is not a variable of `make {target}`{_advice(name, takes)}")
         if value:
             several = takes[name].multiple or takes[name].nargs == -1
             values[takes[name].name] = [value] if several else value

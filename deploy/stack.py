@@ -30,6 +30,7 @@ from shared.errors import FailedPrecondition, Unavailable
 from shared.service import cli
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.settings import Directories, read_directories
+from shared.text import format_duration
 
 _CONFIGURATION = Path(__file__).parent / "supervisord.conf"
 _START_LIMIT_S = 120.0
@@ -68,7 +69,7 @@ _COLUMNS = (
     Column[ProcessStatus](
         "uptime",
         lambda each: each.process.uptime_s if each.process else None,
-        lambda each: cli.duration(each.process.uptime_s) if each.process else "",
+        lambda each: format_duration(each.process.uptime_s) if each.process else "",
         key="uptime_s",
         rank=2,
         right=True,

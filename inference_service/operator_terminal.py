@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.service import cli
-from shared.service.lists import Column, print_list, printable
+from shared.service.lists import Column, print_list
+from shared.text import format_duration, format_size, printable
 
 
 def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> None:
@@ -71,7 +71,7 @@ def _use(status: pb.VersionStatus) -> str:
 
 
 def _memory(status: pb.VersionStatus) -> str:
-    return f"{status.memory_bytes / 2**20:.0f} MiB" if status.memory_bytes else ""
+    return format_size(status.memory_bytes) if status.memory_bytes else ""
 
 
 def _measured(status: pb.VersionStatus) -> float | None:
@@ -116,7 +116,7 @@ _COLUMNS = (
     Column[pb.VersionStatus](
         "age",
         lambda status: status.created_at.ToSeconds(),
-        _if_known(lambda status: cli.duration(time.time() - status.created_at.ToSeconds())),
+        _if_known(lambda status: format_duration(time.time() - status.created_at.ToSeconds())),
         key="created_at",
         right=True,
         rank=2,

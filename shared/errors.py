@@ -3,8 +3,7 @@
 A value from outside enters such a sentence through `shown`.
 """
 
-# Of a value that is too long, this share is its beginning; the rest is its end.
-_HEAD_SHARE = 0.7
+from shared.text import excerpt
 
 
 class GptloopError(Exception):
@@ -68,33 +67,6 @@ class TrainingDiverged(GptloopError):
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """Returns a value as a sentence quotes it: printable, on one line, at most about `limit` characters long.
-
-    Text stands in quotes, with what cannot be printed escaped, as in `repr`; anything else as `str` has it, escaped
-    likewise. The middle of what is too long is left out.
-    """
-    if isinstance(value, int) and abs(value) >= 10**limit:
-        return f"a number of about {value.bit_length() * 0.30103:,.0f} digits"
-    try:
-        text = value if isinstance(value, str) else str(value)
-    except ValueError:  # Python refuses to write out numbers of several thousand digits, also inside of a list
-        text = f"a {type(value).__name__} with a very long number"
-    escaped = "".join(_escaped(text[: limit + 1]))
-    if len(text) > limit or len(escaped) > limit:
-        head = int(limit * _HEAD_SHARE)
-        beginning, end = _fitting(text[:head], head), _fitting(text[: -limit - 1 : -1], limit - head - 1)
-        escaped = f"{''.join(beginning)}…{''.join(reversed(end))}"
-    quote = '"' if "'" in text and '"' not in text else "'"
-    return f"{quote}{escaped}{quote}" if isinstance(value, str) else escaped
-
-
-def _escaped(text: str) -> list[str]:
-    return [character if character in "'\"" else repr(character)[1:-1] for character in text]
-
-
-def _fitting(text: str, room: int) -> list[str]:
-    """The first characters of a text, escaped, that fit into a room; an escape is never cut."""
-    pieces = _escaped(text)
-    while sum(map(len, pieces)) > room:
-        pieces.pop()
-    return pieces
+    """Returns a value as a sentence quotes it: an `excerpt` of at most about `limit` characters, text in quotes."""
+    quote = ('"' if "'" in value and '"' not in value else "'") if isinstance(value, str) else ""
+    return f"{quote}{excerpt(value, limit)}{quote}"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
-from shared.service.lists import printable
 from shared.service.live_bar import LiveBar
+from shared.text import format_duration, printable
 from trainer_service.jobs import events
 from trainer_service.jobs.events import Event, JobState
 from trainer_service.jobs.queue import JobQueue
@@ -201,13 +201,7 @@ def _facts(progress: events.Progress) -> list[str]:
     if progress.eta_s is None:
         facts.append("the first step compiles")
     else:
-        facts += [f"ETA {_duration(progress.eta_s)}", f"{progress.tokens_per_second:,.0f} tokens/s"]
+        facts += [f"ETA {format_duration(progress.eta_s)}", f"{progress.tokens_per_second:,.0f} tokens/s"]
     if progress.best_validation_loss:
         facts.append(f"best held-out {progress.best_validation_loss:.3f}")
     return [*facts, f"lr {progress.learning_rate:.2e}"]
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import describe_other_text, labels_of
 from shared.registry.store import Registry
-from shared.service import cli
 from shared.service.lists import Column, print_list
+from shared.text import format_duration, format_size
 from trainer_service.follow import describe_job
 from trainer_service.jobs.records import JobRecord
 from trainer_service.runs import Run, differing
@@ -32,7 +32,7 @@ def print_jobs(records: Sequence[JobRecord], as_json: bool) -> None:
         Column[JobRecord](
             "enqueued",
             lambda job: job.enqueued_at,
-            lambda job: f"{cli.duration(time.time() - job.enqueued_at)} ago" if job.enqueued_at else "",
+            lambda job: f"{format_duration(time.time() - job.enqueued_at)} ago" if job.enqueued_at else "",
             key="enqueued_at",
             rank=3,
         ),
@@ -92,7 +92,7 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
         Column[VersionManifest](
             "size",
             lambda each: each.size_bytes,
-            lambda each: f"{each.size_bytes / 2**20:.1f} MiB",
+            lambda each: format_size(each.size_bytes),
             key="size_bytes",
             rank=4,
             right=True,
@@ -100,7 +100,7 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
         Column[VersionManifest](
             "age",
             lambda each: each.created_at,
-            lambda each: cli.duration(time.time() - each.created_at),
+            lambda each: format_duration(time.time() - each.created_at),
             key="created_at",
             rank=3,
             right=True,

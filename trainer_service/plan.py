@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.device.blas import cpu_threads
 from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
-from shared.service import cli
+from shared.text import format_duration, format_size
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.spec import DEFAULT_DATASET, JobSpec
 from trainer_service.training.config import CHUNK_ELEMENTS, MICRO_BATCH_TOKENS, TrainingConfig
@@ -132,12 +132,12 @@ class Plan:
         ]
         memory = memory_bytes(config, self.machine)
         if memory is not None:
-            lines.append(f"memory      about {_gib(memory)}, on {self.machine.threads} CPU threads")
+            lines.append(f"memory      about {format_size(memory)}, on {self.machine.threads} CPU threads")
         lines.append(f"time        {self._time()}")
         if memory is not None and memory > self.machine.memory_bytes:
             lines.append(
-                f"warning: this machine has {_gib(self.machine.memory_bytes)} of memory, less than the job is expected "
-                "to need. Set a smaller batch_size, or OPENBLAS_NUM_THREADS to fewer threads."
+                f"warning: this machine has {format_size(self.machine.memory_bytes)} of memory, less than the job is "
+                "expected to need. Set a smaller batch_size, or OPENBLAS_NUM_THREADS to fewer threads."
             )
         return lines
 
@@ -164,7 +164,8 @@ class Plan:
     def _time(self) -> str:
         if self.time_s is None:
             return "known after the first steps"
-        about = f"about {cli.duration(self.time_s)}, {cli.duration(self.before_s)} of it until the first step is done"
+        before = format_duration(self.before_s)
+        about = f"about {format_duration(self.time_s)}, {before} of it until the first step is done"
         if self.tokens_per_second:
             return f"{about}, at the {self.tokens_per_second:,.0f} tokens/s of an earlier job"
         return f"{about}; a guess, known after the first steps"
@@ -247,7 +248,3 @@ def flops_per_token(config: TrainingConfig) -> int:
     count = count_parameters(config.gpt)
     weights = count.total - count.embedding + (config.vocabulary_size * config.width if config.tied_head else 0)
     return 6 * weights + 12 * config.layers * config.width * config.context_length // 2
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

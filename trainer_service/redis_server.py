@@ -17,6 +17,7 @@ from redis import exceptions as failures
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, Unavailable, shown
 from shared.plain_paths import socket_folder
 from shared.service.settings import Directories, Environment, read_str
+from shared.text import excerpt
 
 # RQ moves a job from its queue to a worker by BLMOVE.
 _OLDEST = (6, 2)
@@ -152,7 +153,7 @@ def redis_failure(error: failures.RedisError) -> Unavailable:
 
 def _said(error: Exception) -> str:
     # The client puts the whole command before what the server said.
-    return str(error).rpartition("caused error: ")[2].rstrip(".")[:150]
+    return excerpt(str(error).rpartition("caused error: ")[2].rstrip("."), 150)
 
 
 def run(directories: Directories) -> NoReturn:

@@ -14,9 +14,10 @@ from shared.registry import retention as retention_module
 from shared.registry.identity import registry_id
 from shared.registry.retention import Verdict, judge, read_retention
 from shared.registry.store import Checkpoint, Registry
-from shared.service.lists import Column, JsonOption, print_list, printable
+from shared.service.lists import Column, JsonOption, print_list
 from shared.service.live_bar import LiveBar
 from shared.service.settings import read_directories
+from shared.text import format_size, printable
 from trainer_service.disk import Usage, usage
 from trainer_service.jobs.holds import release_ended
 from trainer_service.jobs.queue import JobQueue
@@ -94,7 +95,7 @@ def prune(
     gone_by_now = "would go" if dry_run else "goes"
     columns = (
         Column[Verdict]("checkpoint", lambda each: str(each.checkpoint)),
-        Column[Verdict]("size", lambda each: _mebibytes(sizes[each.checkpoint]), rank=1, right=True),
+        Column[Verdict]("size", lambda each: format_size(sizes[each.checkpoint]), rank=1, right=True),
         Column[Verdict]("outcome", lambda each: "stays" if each.reasons else gone_by_now),
         Column[Verdict]("why", _why, wraps=True),
     )
@@ -103,10 +104,10 @@ def prune(
     if not dry_run:
         gone = retention_module.prune(registry, retention)
     verb = "would be removed" if dry_run else "removed"
-    print(f"{_count(gone)} {verb}: {_mebibytes(sum(sizes[each] for each in gone))}.")
+    print(f"{_count(gone)} {verb}: {format_size(sum(sizes[each] for each in gone))}.")
     over = sum(sizes.values()) - sum(sizes[each] for each in gone) - retention.size_bytes
     if retention.size_bytes and over > 0:
-        print(f"What stays is {_mebibytes(over)} larger than GPTLOOP_KEEP_BYTES, and nothing of it can go.")
+        print(f"What stays is {format_size(over)} larger than GPTLOOP_KEEP_BYTES, and nothing of it can go.")
 
 
 @app.command()
@@ -116,14 +117,18 @@ def disk(as_json: JsonOption = False) -> None:
     columns = (
         Column[Usage]("what", lambda each: each.kind),
         Column[Usage](
-            "size", lambda each: each.size_bytes, lambda each: _mebibytes(each.size_bytes), key="size_bytes", right=True
+            "size",
+            lambda each: each.size_bytes,
+            lambda each: format_size(each.size_bytes),
+            key="size_bytes",
+            right=True,
         ),
         Column[Usage]("where", lambda each: str(each.path), rank=1),
         Column[Usage]("how it gets less", lambda each: each.advice, rank=2, wraps=True),
     )
     print_list(found, columns, as_json=as_json)
     if not as_json:
-        print(f"All of it: {_mebibytes(sum(each.size_bytes for each in found))}.")
+        print(f"All of it: {format_size(sum(each.size_bytes for each in found))}.")
 
 
 def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, str]]:
@@ -134,7 +139,7 @@ def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Chec
     bar = LiveBar(Console(stderr=True))
     with bar if sys.stderr.isatty() else nullcontext():
         for checkpoint, size_bytes in zip(checkpoints, sizes, strict=True):
-            bar.show(done / max(total, 1), str(checkpoint), f"{_mebibytes(done)} of {_mebibytes(total)}")
+            bar.show(done / max(total, 1), str(checkpoint), f"{format_size(done)} of {format_size(total)}")
             try:
                 registry.check(checkpoint)
             except NotFound:
@@ -156,7 +161,3 @@ def _count(checkpoints: list[Checkpoint]) -> str:
     versions = sum(checkpoint.run is None for checkpoint in checkpoints)
     states = len(checkpoints) - versions
     return f"{versions} version{'s' * (versions != 1)} and {states} state{'s' * (states != 1)}"
-
-
-def _mebibytes(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.1f} MiB"

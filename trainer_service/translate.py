@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from shared.errors import InvalidArgument
 from shared.pb.training.v1 import training_pb2 as pb
+from shared.text import shorten, valid_unicode
 from trainer_service.jobs import events
 from trainer_service.jobs.events import JobState, TimedEvent
 from trainer_service.jobs.kinds import EvaluationSpec, JobRequest, Kind
@@ -135,9 +136,7 @@ def _files(names: Sequence[str]) -> list[str]:
 
 def _text(text: str) -> str:
     """A text as a message can hold it, with an escape for what is no character, as a byte that is no UTF-8."""
-    if len(text) > _TEXT_LENGTH:
-        text = text[: _TEXT_LENGTH - 1] + "…"
-    return text.encode(errors="backslashreplace").decode()
+    return valid_unicode(shorten(text, _TEXT_LENGTH))
 
 
 def _timestamp(seconds: float) -> Timestamp:

@@ -15,6 +15,7 @@ from shared.errors import InvalidArgument
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
+from shared.text import shorten, valid_unicode
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS = 16
@@ -189,7 +190,7 @@ def write_finished(finished: Finished, index: int) -> pb.GenerateResponse:
 
 def readable(text: str) -> str:
     """A text from outside as a message can hold it: valid UTF-8, and not endless."""
-    return text[:_MOST_CHARACTERS].encode(errors="backslashreplace").decode()
+    return valid_unicode(shorten(text, _MOST_CHARACTERS))
 
 
 def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:

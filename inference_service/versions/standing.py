@@ -6,6 +6,7 @@ from enum import Enum, auto
 
 from shared.errors import shown
 from shared.registry.manifest import VersionManifest
+from shared.text import shorten
 
 # The most characters of a reason that a sentence shows.
 _REASON_CHARACTERS = 160
@@ -53,10 +54,10 @@ def why_none_serves(standings: Sequence[Standing], policy: str) -> str:
         return f"No version serves yet: version {loading[-1].number} is being examined."
     waiting = [standing for standing in standings if standing.state is not State.REFUSED]
     if waiting:
-        why = _shortened(waiting[-1].reason) or f"version {waiting[-1].number} waits to be examined."
+        why = shorten(waiting[-1].reason, _REASON_CHARACTERS) or f"version {waiting[-1].number} waits to be examined."
         return f"No version serves yet: {why[0].lower()}{why[1:]}"
     *_, last = standings
-    reason = _shortened(last.reason).removesuffix(".")
+    reason = shorten(last.reason, _REASON_CHARACTERS).removesuffix(".")
     if len(standings) == 1:
         why = f"version {last.number} was refused, as {reason}"
     else:
@@ -69,7 +70,3 @@ def _policy_note(standings: Sequence[Standing], policy: str) -> str:
     if ":" not in policy or any(policy in standing.labels for standing in standings):
         return ""
     return f" The policy is {shown(policy)}, which names no version."
-
-
-def _shortened(reason: str) -> str:
-    return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[:_REASON_CHARACTERS]}…"

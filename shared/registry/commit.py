@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, shown
+from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
+from shared.text import excerpt
 
 _CHUNK_BYTES = 1 << 20
 
@@ -156,7 +157,7 @@ def _verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
     expected = {record.name for record in records} | {MANIFEST_NAME}
     present = {path.name for path in directory.iterdir()} - IGNORED_NAMES if directory.is_dir() else set()
     if present != expected:
-        odd = ", ".join(shown(name, 60)[1:-1] for name in sorted(present ^ expected)[:3])
+        odd = ", ".join(excerpt(name, 60) for name in sorted(present ^ expected)[:3])
         raise CorruptCheckpoint(f"{directory} does not hold the files of its manifest: missing or extra are {odd}.")
     for record in records:
         path = directory / record.name

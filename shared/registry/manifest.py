@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
 from shared.errors import CorruptCheckpoint, shown
+from shared.text import excerpt
 
 MANIFEST_NAME = "manifest.json"
 # Stands where a version names its preset if it was imported, or continues one that was.
@@ -84,7 +85,7 @@ class _Manifest:
         except KeyError as error:
             raise CorruptCheckpoint(f"{path} cannot be understood: it has no {error.args[0]}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error) if len(str(error)) <= _REASON else shown(str(error), _REASON)
+            reason = excerpt(error, _REASON)
             raise CorruptCheckpoint(f"{path} cannot be understood: {reason}.") from error
 
     @classmethod

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from shared.errors import CorruptCheckpoint, NotFound, shown
+from shared.errors import CorruptCheckpoint, NotFound
 from shared.registry import policy
 from shared.registry.commit import (
     IGNORED_NAMES,
@@ -37,6 +37,7 @@ from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
 from shared.registry.numbering import HighestVersion, children, number_of, numbers
 from shared.registry.staging import Staging
+from shared.text import excerpt
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ class Registry:
         except CorruptCheckpoint:
             if directory.exists():
                 raise
-            kept = shown(", ".join(map(str, self.states(run))) or "none")[1:-1]
+            kept = excerpt(", ".join(map(str, self.states(run))) or "none")
             raise NotFound(
                 f"The run {run} has no state of step {step} any more; its states are of the steps: {kept}."
             ) from None

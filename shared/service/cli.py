@@ -11,6 +11,7 @@ from rich.console import Console
 from shared.errors import GptloopError, InvalidArgument, shown
 from shared.service import interrupts
 from shared.service.live_bar import LiveBar
+from shared.text import shorten
 
 _LONGEST_SENTENCE = 300
 # What a value must be, in words.
@@ -109,7 +110,7 @@ def _sentence(error: typer.TyperException, named: Callable[[str], str] | None) -
         message = f"{error.message}. Did you mean {' or '.join(sorted(near))}?"
     else:
         message = error.format_message()
-    return message if len(message) <= _LONGEST_SENTENCE else message[: _LONGEST_SENTENCE - 1] + "…"
+    return shorten(message, _LONGEST_SENTENCE)
 
 
 def _refusal(name: str, error: typer.BadParameter) -> str:
@@ -141,15 +142,6 @@ def _flush(stream: TextIO) -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return False
     return True
-
-
-def duration(seconds: float) -> str:
-    """A span of time in its largest unit, as `17 s`, `4 min`, `3 h`, `12 d`; 0 if a clock was set back meanwhile."""
-    seconds = max(seconds, 0.0)
-    for unit, length_s in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length_s:
-            return f"{seconds / length_s:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 class Stages:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shared.text import printable
+
 # On a narrow terminal, columns are left out until those whose words may wrap are at least this wide.
 _WRAPPED_WIDTH = 24
 _GAP = 2
@@ -121,11 +123,6 @@ def fitting(widths: Sequence[int], ranks: Sequence[int], limit: int) -> list[int
 
 def _width(widths: Sequence[int]) -> int:
     return sum(widths) + _GAP * (len(widths) - 1)
-
-
-def printable(text: str) -> str:
-    """The text with every character that a terminal would not show, or would act on, as an escape."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def print_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from shared.errors import InvalidArgument, shown
+from shared.text import excerpt
 
 Environment = Mapping[str, str]
 
@@ -47,7 +48,7 @@ def read_float(environment: Environment, name: str, default: float, *, minimum: 
     except ValueError:
         raise InvalidArgument(f"{name} is {shown(text)}, but must be a number from {minimum} to {maximum}.") from None
     if not minimum <= value <= maximum:
-        raise InvalidArgument(f"{name} is {shown(text)[1:-1]}, but must be from {minimum} to {maximum}.")
+        raise InvalidArgument(f"{name} is {excerpt(text)}, but must be from {minimum} to {maximum}.")
     return value
 
 

@@ -54,7 +54,7 @@ WIDE = pb.ListVersionsResponse(
             labels=["best", "stable", "pinned:1"],
             streams=12,
             held=True,
-            memory_bytes=12345 << 20,
+            memory_bytes=12 << 30,
             measured_loss=3.0,
         ),
         status(2, pb.VERSION_STATE_AVAILABLE),
@@ -73,13 +73,13 @@ WIDE = pb.ListVersionsResponse(
 
 
 ROWS = (
-    "version     step  state      held-out loss  bits per byte  as served   streams     memory  age  labels",
-    "      1      100  serving           3.3000         1.5000    -0.2500  12, held  12345 MiB  4 h  "
+    "version     step  state      held-out loss  bits per byte  as served   streams    memory  age  labels",
+    "      1      100  serving           3.3000         1.5000    -0.2500  12, held  12.0 GiB  4 h  "
     "best, stable, pinned:1",
-    "      2      200  available         3.3000         1.5000                                  4 h",
-    "      3      300  resident          3.3000         1.5000    +6.8734         1     12 MiB  4 h",
-    "      4      400  resident          3.3000         1.5000    -0.2500      held     12 MiB  4 h",
-    "   1234  123,400  refused           3.3000         1.5000    +0.5000                       4 h  latest",
+    "      2      200  available         3.3000         1.5000                                 4 h",
+    "      3      300  resident          3.3000         1.5000    +6.8734         1    12 MiB  4 h",
+    "      4      400  resident          3.3000         1.5000    -0.2500      held    12 MiB  4 h",
+    "   1234  123,400  refused           3.3000         1.5000    +0.5000                      4 h  latest",
 )
 
 
@@ -263,7 +263,7 @@ def test_promote_names_the_stable_version(operator: Operator) -> None:
 
 def test_load_and_unload_say_what_is_in_memory(operator: Operator) -> None:
     assert re.fullmatch(
-        r"Version 1 \(resident\) is in memory: \d+ MiB, held-out loss \d\.\d{4}\.\n", operator.see("load", "1")
+        r"Version 1 \(resident\) is in memory: \d\.\d MiB, held-out loss \d\.\d{4}\.\n", operator.see("load", "1")
     )
     assert operator.rows()[1] == "resident held"
     assert operator.see("unload", "1") == "Version 1 has left memory.\n"

@@ -21,6 +21,7 @@ from shared.errors import GptloopError, Unavailable
 from shared.service import cli
 from shared.service.lists import print_rows
 from shared.service.settings import Directories
+from shared.text import format_duration
 from tests.end_to_end.conftest import Result, System, children, running
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.records import JobRecord
@@ -94,7 +95,7 @@ class Soak:
             left_s = (time.monotonic() - began_s) / len(self.kills) * (self._count - len(self.kills))
             print(
                 f"kill {len(self.kills)} of {self._count} at step {self.kills[-1].step} of {self._max_steps}: "
-                f"{self.kills[-1].target}; about {cli.duration(left_s)} left",
+                f"{self.kills[-1].target}; about {format_duration(left_s)} left",
                 flush=True,
             )
         self._wait(job, 0)
@@ -193,7 +194,7 @@ def main(
         system.end(uninterrupted, hang_s=3600.0)
         reference = system.result(uninterrupted)
         reference_s = time.monotonic() - began_s
-        print(f"uninterrupted: {reference.last_step} steps in {cli.duration(reference_s)}", flush=True)
+        print(f"uninterrupted: {reference.last_step} steps in {format_duration(reference_s)}", flush=True)
         began_s = time.monotonic()
         job = soak.train()
         violations = []
@@ -206,7 +207,7 @@ def main(
         except Violation as violation:
             violations.append(str(violation))
         soak.print_summary()
-        print(f"{cli.duration(time.monotonic() - began_s)}, {system.queue.get(job).attempt} attempts")
+        print(f"{format_duration(time.monotonic() - began_s)}, {system.queue.get(job).attempt} attempts")
     for text in violations:
         print(f"violation: {text}")
     if violations:

@@ -30,6 +30,7 @@ from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.service import cli
 from shared.service.grpc_status import error_of
 from shared.service.lists import print_rows
+from shared.text import format_duration
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import BREAKABLE, SMALL_WINDOW, Server
 from tests.waiting import wait_until
@@ -114,7 +115,7 @@ class Soak:
                 at = self._server.order("fail once" if ordered % 2 else "pause")
                 if ordered % 2 == 0:
                     self._pauses.append(at)
-                print(f"{cli.duration(elapsed_s)} of {cli.duration(end_s)}: {self._line()}", flush=True)
+                print(f"{format_duration(elapsed_s)} of {format_duration(end_s)}: {self._line()}", flush=True)
         await asyncio.gather(*clients)
         await asyncio.sleep(2 * LAG_S)
         sampling.cancel()

@@ -40,7 +40,7 @@ def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) ->
         "tokenising",
         "52,990,464 parameters (19,495,296 in embeddings) on cpu; 483,000 training and 32,769 held-out tokens (gpt2); "
         "step 1 to 10",
-        "step 1/10  loss 10.834  ETA 1:02:05  1,234 tokens/s  best held-out 10.500  lr 1.50e-07",
+        "step 1/10  loss 10.834  ETA 1 h  1,234 tokens/s  best held-out 10.500  lr 1.50e-07",
         "step 1: held-out loss 10.7000 nats per token, 3.5000 bits per byte (training loss 10.8000)",
         "version 1 published, the best so far",
         "note: small text",

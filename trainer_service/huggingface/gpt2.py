@@ -17,6 +17,7 @@ from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound, shown
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
 from shared.gpt.weights import load_arrays, save_arrays
+from shared.text import excerpt
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -104,7 +105,7 @@ def read_config(directory: Path) -> PublishedConfig:
     settings = read_json(path)
 
     def unsupported(name: str, right: str) -> InvalidArgument:
-        value = shown(json.dumps(settings.get(name)))[1:-1]
+        value = excerpt(json.dumps(settings.get(name)))
         return InvalidArgument(f"{path} says that {name} is {value}, but it must be {right}.")
 
     def number(name: str) -> int:
@@ -169,7 +170,7 @@ def read_model(directory: Path, config: GPTConfig, vocabulary_size: int | None =
     if odd := sorted(set(arrays) ^ set(expected)):
         raise CorruptCheckpoint(
             f"{path} does not hold the weights that {CONFIG_FILE} describes: missing or extra are "
-            f"{', '.join(shown(name, 60)[1:-1] for name in odd[:3])}."
+            f"{', '.join(excerpt(name, 60) for name in odd[:3])}."
         )
     for name, tensor in expected.items():
         array = arrays[name]

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from shared.errors import InvalidArgument, shown
+from shared.errors import InvalidArgument
 from shared.gpt.tokenizer import END_OF_TEXT, PATTERN, Tokenizer, byte_of_letter, load_gpt2
+from shared.text import excerpt
 from trainer_service.huggingface.gpt2 import read_json
 
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -55,7 +56,7 @@ def read_tokenizer(directory: Path, vocabulary_size: int) -> Tokenizer:
     except KeyError as error:
         raise InvalidArgument(f"The tokenizer in {directory} cannot be represented here: no {error.args[0]}.") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error) if len(str(error)) <= _REASON else shown(str(error), _REASON)
+        reason = excerpt(error, _REASON)
         raise InvalidArgument(f"The tokenizer in {directory} cannot be represented here: {reason}.") from None
     if tokenizer.vocabulary_size > vocabulary_size:
         raise InvalidArgument(

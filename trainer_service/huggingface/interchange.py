@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from shared import version_format
-from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, shown
+from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import parameters_of
 from shared.gpt.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from shared.registry.manifest import IMPORTED, VersionManifest
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
 from shared.service.settings import Directories
+from shared.text import excerpt
 from trainer_service.huggingface.gpt2 import CONFIG_FILE, read_config, read_model, write_model
 from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from trainer_service.jobs.spec import JobSpec, new_run
@@ -105,7 +106,7 @@ def import_folder(
             f"last {cut} rows of the embedding, which no text uses, are left out.",
         )
     if published.end_tokens not in ((), (tokenizer.end_token,)):
-        ids = shown(", ".join(map(str, published.end_tokens[:10])))[1:-1]
+        ids = excerpt(", ".join(map(str, published.end_tokens[:10])))
         notices += (f"eos_token_id is {ids}, but a text ends with the tokenizer's last token, {tokenizer.end_token}.",)
     return Imported(version, notices)
 

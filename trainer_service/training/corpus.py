@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shared.errors import DataError, InvalidArgument, shown
+from shared.text import excerpt
 from trainer_service.training import stories
 from trainer_service.training.documents import Passage
 from trainer_service.training.hold_out import hold_out
@@ -142,7 +143,7 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
 
 def names_of(paths: Sequence[Path]) -> str:
     """The names of files as text for a person."""
-    names = [shown(path.name, 36).strip("'\"") for path in paths]
+    names = [excerpt(path.name, 36) for path in paths]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from shared.errors import Unavailable, shown
+from shared.errors import Unavailable
+from shared.text import excerpt
 from trainer_service.training import background
 from trainer_service.training.documents import Passage, passages, whole
 
@@ -67,7 +68,7 @@ class HubCorpus:
             try:
                 yield from items
             except Exception as error:
-                raise Unavailable(shown(str(error) or type(error).__name__, 100).strip("'\"")) from error
+                raise Unavailable(excerpt(str(error) or type(error).__name__, 100)) from error
 
         try:
             yield from background.iterate(wrapped(), self._tick, SILENCE_S)

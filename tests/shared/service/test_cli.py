@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from shared.service import cli
 from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.slow
@@ -151,10 +150,3 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         timeout=HANG_S,
     )
     assert (done.stdout, done.stderr) == ("True\n", "")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(-3600.0, "0 s"), (0.4, "0 s"), (59.4, "59 s"), (60.0, "1 min"), (1e6, "12 d")]
-)
-def test_a_span_of_time_is_in_its_largest_unit_and_never_negative(seconds: float, text: str) -> None:
-    assert cli.duration(seconds) == text

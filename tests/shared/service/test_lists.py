@@ -6,9 +6,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.cells import cell_len
 
-from shared.service.lists import Column, fitting, print_list, print_rows, printable
+from shared.service.lists import Column, fitting, print_list, print_rows
 
 Job = tuple[str, str, float, str]
 JOBS: list[Job] = [
@@ -84,13 +83,6 @@ def test_an_empty_list_is_a_sentence(show: Show) -> None:
 def test_what_a_terminal_would_act_on_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     print_rows(("name",), [("[bold]a\x1b[2Jb\n\udc80.txt",)])
     assert capsys.readouterr().out.splitlines()[1].rstrip() == r"[bold]a\x1b[2Jb\n\udc80.txt"
-
-
-@given(st.text())
-def test_printable_text_is_printable_and_keeps_what_was(text: str) -> None:
-    assert printable(text).isprintable()
-    assert cell_len(printable(text)) >= 0
-    assert not text.isprintable() or printable(text) == text
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 4)), min_size=1), st.integers(0, 150))

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from shared.service.live_bar import LiveBar, fitting
 
-FACTS = ("step 27/100", "loss 6.313", "ETA 1:02:05", "3,862 tokens/s", "best held-out 10.500", "lr 3.00e-03")
+FACTS = ("step 27/100", "loss 6.313", "ETA 17 min", "3,862 tokens/s", "best held-out 10.500", "lr 3.00e-03")
 
 
 def frame(width: int, fraction: float | None, *facts: str) -> str:
@@ -19,7 +19,7 @@ def frame(width: int, fraction: float | None, *facts: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("width", "last"), [(200, "lr 3.00e-03"), (120, "lr 3.00e-03"), (80, "3,862 tokens/s"), (60, "ETA 1:02:05")]
+    ("width", "last"), [(200, "lr 3.00e-03"), (120, "lr 3.00e-03"), (80, "3,862 tokens/s"), (60, "ETA 17 min")]
 )
 def test_a_bar_and_the_most_important_facts_stand_on_one_line(width: int, last: str) -> None:
     line = frame(width, 0.27, *FACTS)
