@@ -76,10 +76,10 @@ def job_to_pb(record: JobRecord) -> pb.Job:
         attempt=record.attempt,
         state=STATES[record.state],
         dataset=_files(spec.data.dataset) if spec else [],
-        enqueued_at=_timestamp(record.enqueued_at) if record.enqueued_at else None,
-        started_at=_timestamp(record.started_at) if record.started_at else None,
-        ended_at=_timestamp(record.ended_at) if record.ended_at else None,
-        progress=_progress(record.progress) if record.progress else None,
+        enqueued_at=_time_to_pb(record.enqueued_at) if record.enqueued_at else None,
+        started_at=_time_to_pb(record.started_at) if record.started_at else None,
+        ended_at=_time_to_pb(record.ended_at) if record.ended_at else None,
+        progress=_progress_to_pb(record.progress) if record.progress else None,
         evaluation=pb.Evaluation(**_values(record.evaluation)) if record.evaluation else None,
         reason=_text(record.reason),
         jobs_ahead=record.ahead,
@@ -89,7 +89,7 @@ def job_to_pb(record: JobRecord) -> pb.Job:
 
 def event_to_pb(timed: TimedEvent) -> pb.WatchJobResponse:
     """One event of a job."""
-    response = pb.WatchJobResponse(time=_timestamp(timed.time))
+    response = pb.WatchJobResponse(time=_time_to_pb(timed.time))
     match timed.event:
         case events.StateChanged(state, reason):
             response.state_changed.CopyFrom(pb.StateChanged(state=STATES[state], reason=_text(reason)))
@@ -100,7 +100,7 @@ def event_to_pb(timed: TimedEvent) -> pb.WatchJobResponse:
             values["preparation_seconds"] = values.pop("preparation_s")
             response.run_started.CopyFrom(pb.RunStarted(**values))
         case events.Progress() as progress:
-            response.progress.CopyFrom(_progress(progress))
+            response.progress.CopyFrom(_progress_to_pb(progress))
         case events.Evaluation() as evaluation:
             response.evaluation.CopyFrom(pb.Evaluation(**_values(evaluation)))
         case events.VersionPublished() as published:
@@ -110,7 +110,7 @@ def event_to_pb(timed: TimedEvent) -> pb.WatchJobResponse:
     return response
 
 
-def _progress(progress: events.Progress) -> pb.Progress:
+def _progress_to_pb(progress: events.Progress) -> pb.Progress:
     values = _values(progress)
     values["eta_seconds"] = values.pop("eta_s")
     return pb.Progress(**values)
@@ -139,7 +139,7 @@ def _text(text: str) -> str:
     return valid_unicode(shorten(text, _TEXT_LENGTH))
 
 
-def _timestamp(seconds: float) -> Timestamp:
+def _time_to_pb(seconds: float) -> Timestamp:
     timestamp = Timestamp()
     timestamp.FromNanoseconds(round(min(max(seconds, _EARLIEST_S), _LATEST_S) * 1e9))
     return timestamp

@@ -31,19 +31,15 @@ class StepFailed(GptloopError):
     """The step in which the stream took part failed."""
 
 
-@dataclass(frozen=True)
-class GenerationRequest:
-    """What to generate: `prompt` holds at least one token and fewer than the context, in the tokens of `version`.
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Everything that a request says about its generation and that needs no version.
 
-    `samples` streams continue it, at most as many as there are slots; the one of index i draws with the seed + i.
-    `arrived` and `deadline` are times of `time.monotonic`. `logprobs` is the number of alternatives that come with each
-    token, None for no log-probabilities at all.
+    `samples` streams continue the prompt, at most as many as there are slots. `arrived` and `deadline` are times of
+    `time.monotonic`. `logprobs` is the number of alternatives that each token carries, None for no log-probabilities.
     """
 
     id: str
-    version: int
-    prompt: tuple[int, ...]
-    seed: int
     max_tokens: int
     arrived: float
     samples: int = 1
@@ -53,6 +49,18 @@ class GenerationRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     deadline: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(GenerationOptions):
+    """A request to a version: `prompt` holds at least one of its tokens and fewer than its context length.
+
+    The sample with index i draws with the seed `seed + i`.
+    """
+
+    version: int
+    prompt: tuple[int, ...]
+    seed: int
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from inference_service.grpc.translate import read_number, readable, write_standing
+from inference_service.grpc.translate import number_from_pb, readable, standing_to_pb
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.hotload import HotLoader
 from inference_service.versions.standing import State
@@ -22,42 +22,42 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
         """Every version in the registry, and the policy."""
         standings = await self._versions.standings()
         return pb.ListVersionsResponse(
-            versions=[write_standing(standing) for standing in standings],
+            versions=[standing_to_pb(standing) for standing in standings],
             policy=self._catalogue.policy,
             notices=map(readable, self._catalogue.notices),
         )
 
     async def LoadVersion(self, message: pb.LoadVersionRequest, context: Any) -> pb.LoadVersionResponse:  # noqa: N802
         """Returns when the version is in memory."""
-        await self._versions.load(read_number(message.version))
+        await self._versions.load(number_from_pb(message.version))
         return pb.LoadVersionResponse(version=await self._status(message.version))
 
     async def UnloadVersion(self, message: pb.UnloadVersionRequest, context: Any) -> pb.UnloadVersionResponse:  # noqa: N802
         """Returns at once, whether or not streams still run on the version."""
-        await self._versions.unload(read_number(message.version))
+        await self._versions.unload(number_from_pb(message.version))
         return pb.UnloadVersionResponse(version=await self._status(message.version))
 
     async def PromoteVersion(  # noqa: N802
         self, message: pb.PromoteVersionRequest, context: Any
     ) -> pb.PromoteVersionResponse:
         """Returns when the label is written."""
-        await self._versions.promote(read_number(message.version))
+        await self._versions.promote(number_from_pb(message.version))
         return pb.PromoteVersionResponse(version=await self._status(message.version))
 
     async def SetPolicy(self, message: pb.SetPolicyRequest, context: Any) -> pb.SetPolicyResponse:  # noqa: N802
         """Returns when the policy is written; its version may still have to be loaded."""
         await self._versions.let_serve(message.label)
         standings = await self._versions.standings()
-        serving = next((write_standing(one) for one in standings if one.state is State.SERVING), None)
+        serving = next((standing_to_pb(one) for one in standings if one.state is State.SERVING), None)
         return pb.SetPolicyResponse(serving=serving)
 
     async def RollBack(self, message: pb.RollBackRequest, context: Any) -> pb.RollBackResponse:  # noqa: N802
         """Returns when the other version serves."""
-        number = read_number(message.version) if message.HasField("version") else None
+        number = number_from_pb(message.version) if message.HasField("version") else None
         return pb.RollBackResponse(version=await self._status(await self._versions.roll_back(number)))
 
     async def _status(self, number: int) -> pb.VersionStatus:
         for standing in await self._versions.standings():
             if standing.number == number:
-                return write_standing(standing)
+                return standing_to_pb(standing)
         raise NotFound(f"Version {number} was removed from the registry.")

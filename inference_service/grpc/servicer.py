@@ -77,29 +77,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Generate(self, message: pb.GenerateRequest, context: Any) -> str:  # noqa: N802
         """Streams one generation; returns how its last sample ended. gRPC cancels a coroutine wherever it stands."""
-        draft = translate.read_generate(message, context.time_remaining(), self._slots)
+        draft = translate.draft_from_pb(message, context.time_remaining(), self._slots)
         return await self._generate(draft, context)
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which is in memory meanwhile."""
-        chosen = await self._choose(translate.read_selection(message.model))
+        chosen = await self._choose(translate.selection_from_pb(message.model))
         async with self._residents.stream(chosen) as resident:
             return await self._codec.tokenize(message, resident)
 
     async def Detokenize(self, message: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:  # noqa: N802
         """Decodes tokens with the tokenizer of a version, which is in memory meanwhile."""
-        chosen = await self._choose(translate.read_selection(message.model))
+        chosen = await self._choose(translate.selection_from_pb(message.model))
         async with self._residents.stream(chosen) as resident:
             return await self._codec.detokenize(message, resident)
 
     async def GetModel(self, message: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describes a version, which need not be in memory."""
         manifest = (
-            await self._choose(translate.read_selection(message.model))
+            await self._choose(translate.selection_from_pb(message.model))
             or (await self._residents.await_serving()).manifest
         )
         await self._catalogue.look()
-        return translate.write_model(manifest, labels_of(manifest.version, self._catalogue.labels()))
+        return translate.model_to_pb(manifest, labels_of(manifest.version, self._catalogue.labels()))
 
     async def _generate(self, draft: Draft, context: Any) -> str:
         """Answers a checked request; how its last sample ended."""
@@ -107,7 +107,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         async with self._residents.stream(chosen) as resident:
             with (
                 _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
-                self._admission.enter(draft.samples) as place,
+                self._admission.enter(draft.options.samples) as place,
             ):
                 end.reason = await self._answer(draft, resident, context, place)
             return end.reason
@@ -122,7 +122,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         queue = self._outputs[request.id] = asyncio.Queue()
         try:
             self._engine.submit(request)
-            started = translate.write_started(request, manifest.digest)
+            started = translate.started_to_pb(request, manifest.digest)
             return await self._relay(queue, request, started, context, place)
         finally:
             del self._outputs[request.id]
@@ -157,13 +157,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         for at in delta.times:
                             self._metrics.token(request.version, request.arrived, last_at.get(output.index), at)
                             last_at[output.index] = at
-                        await self._write(context, translate.write_delta(delta, output.index))
+                        await self._write(context, translate.delta_to_pb(delta, output.index))
                     case Finished() as finished:
                         remaining -= 1
                         if output.index == 0:
                             self._metrics.cached(finished.cached_prompt_tokens)
                         ended = finished.reason.name
-                        await self._write(context, translate.write_finished(finished, output.index))
+                        await self._write(context, translate.finished_to_pb(finished, output.index))
                     case Failed(error):
                         if isinstance(error, NotFinite | StepFailed):
                             self._version_failed(request.version, error)

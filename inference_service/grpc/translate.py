@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from inference_service.engine.request import Delta, Finished, FinishReason, GenerationRequest
+from inference_service.engine.request import Delta, Finished, FinishReason, GenerationOptions, GenerationRequest
 from inference_service.versions.standing import Standing
 from shared.decoding.sampling import SamplingParameters, check_biases
 from shared.errors import InvalidArgument
@@ -35,29 +35,20 @@ class Selection:
 
 @dataclass(frozen=True)
 class Draft:
-    """A checked `GenerateRequest` that still needs a version: the text is encoded with that one's tokenizer.
+    """A checked `GenerateRequest` that still needs a version, whose tokenizer encodes the prompt, and perhaps a seed.
 
-    The tokens of a prompt are as the message holds them, for there may be millions until a version bounds them.
+    Prompt tokens stay as the message holds them: there may be millions of them until the version's context limits them.
     """
 
-    id: str
     selection: Selection
     prompt: str | Sequence[int]
-    sampling: SamplingParameters
     seed: int | None
-    max_tokens: int
-    min_tokens: int
-    stop: tuple[str, ...]
-    ignore_eos: bool
-    logprobs: int | None
-    samples: int
-    arrived: float
-    deadline: float | None
+    options: GenerationOptions
 
     def complete(self, version: int, tokenizer: Tokenizer, context_length: int, seed: int) -> GenerationRequest:
-        """The request on a version; raises `InvalidArgument` where the prompt does not fit it.
+        """Returns the request to a version; raises `InvalidArgument` if the prompt does not fit it.
 
-        An empty prompt begins with the end token, as every document of the training text does.
+        An empty prompt becomes the end token, with which every document of the training text begins.
         """
         if isinstance(self.prompt, str):
             _check_characters(self.prompt, tokenizer, context_length)
@@ -71,7 +62,7 @@ class Draft:
                         f"prompt_tokens holds {token}, but version {version} has the tokens 0 to "
                         f"{tokenizer.vocabulary_size - 1}."
                     )
-        for token, _ in self.sampling.logit_bias:
+        for token, _ in self.options.sampling.logit_bias:
             if not 0 <= token < tokenizer.vocabulary_size:
                 raise InvalidArgument(
                     f"logit_bias holds token {token}, but version {version} has the tokens 0 to "
@@ -79,24 +70,10 @@ class Draft:
                 )
         prompt = prompt or (tokenizer.end_token,)
         _check_length(len(prompt), version, context_length)
-        return GenerationRequest(
-            id=self.id,
-            version=version,
-            prompt=prompt,
-            seed=seed,
-            max_tokens=self.max_tokens,
-            arrived=self.arrived,
-            samples=self.samples,
-            sampling=self.sampling,
-            min_tokens=self.min_tokens,
-            stop=self.stop,
-            ignore_eos=self.ignore_eos,
-            logprobs=self.logprobs,
-            deadline=self.deadline,
-        )
+        return GenerationRequest(**vars(self.options), version=version, prompt=prompt, seed=seed)
 
 
-def read_generate(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
+def draft_from_pb(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
     """Checks a request as far as it can be without a version; raises `InvalidArgument` and names the field."""
     arrived = time.monotonic()
     max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
@@ -111,41 +88,43 @@ def read_generate(message: pb.GenerateRequest, remaining_s: float | None, slots:
     if not 1 <= samples <= slots:
         raise InvalidArgument(f"n is {samples}, but must be from 1 to the {slots} slots of this server.")
     return Draft(
-        id=uuid.uuid4().hex,
-        selection=read_selection(message.model),
-        prompt=_read_prompt(message),
-        sampling=_read_sampling(message.sampling),
+        selection=selection_from_pb(message.model),
+        prompt=_prompt_from_pb(message),
         seed=message.sampling.seed if message.sampling.HasField("seed") else None,
-        max_tokens=max_tokens,
-        min_tokens=message.min_tokens,
-        stop=_read_stops(message.stop),
-        ignore_eos=message.ignore_eos,
-        logprobs=logprobs,
-        samples=samples,
-        arrived=arrived,
-        deadline=None if remaining_s is None else arrived + remaining_s,
+        options=GenerationOptions(
+            id=uuid.uuid4().hex,
+            sampling=_sampling_from_pb(message.sampling),
+            max_tokens=max_tokens,
+            min_tokens=message.min_tokens,
+            stop=_stops_from_pb(message.stop),
+            ignore_eos=message.ignore_eos,
+            logprobs=logprobs,
+            samples=samples,
+            arrived=arrived,
+            deadline=None if remaining_s is None else arrived + remaining_s,
+        ),
     )
 
 
-def read_selection(message: pb.ModelSelector) -> Selection:
+def selection_from_pb(message: pb.ModelSelector) -> Selection:
     """The choice in a selector; raises `InvalidArgument` on a number that no version can have."""
     match message.WhichOneof("choice"):
         case "version":
-            return Selection(version=read_number(message.version, "model.version"))
+            return Selection(version=number_from_pb(message.version, "model.version"))
         case "label":
             return Selection(label=message.label)
         case _:
             return Selection()
 
 
-def read_number(version: int, field: str = "version") -> int:
+def number_from_pb(version: int, field: str = "version") -> int:
     """The number of a version; raises `InvalidArgument` on one that no version can have."""
     if version < 1:
         raise InvalidArgument(f"{field} is {version}, but versions are numbered from 1.")
     return version
 
 
-def write_started(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
+def started_to_pb(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
     """The first message of a stream; `digest` is that of its version."""
     started = pb.Started(
         request_id=request.id,
@@ -157,7 +136,7 @@ def write_started(request: GenerationRequest, digest: str) -> pb.GenerateRespons
     return pb.GenerateResponse(started=started)
 
 
-def write_delta(delta: Delta, index: int) -> pb.GenerateResponse:
+def delta_to_pb(delta: Delta, index: int) -> pb.GenerateResponse:
     """What steps added to a sample."""
     logprobs = [
         pb.TokenLogprobs(
@@ -172,7 +151,7 @@ def write_delta(delta: Delta, index: int) -> pb.GenerateResponse:
     return pb.GenerateResponse(delta=pb.Delta(text=delta.text, token_ids=token_ids, logprobs=logprobs, index=index))
 
 
-def write_finished(finished: Finished, index: int) -> pb.GenerateResponse:
+def finished_to_pb(finished: Finished, index: int) -> pb.GenerateResponse:
     """The last message of a sample."""
     message = pb.Finished(
         reason=_REASONS[finished.reason],
@@ -193,7 +172,7 @@ def readable(text: str) -> str:
     return valid_unicode(shorten(text, _MOST_CHARACTERS))
 
 
-def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:
+def model_to_pb(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:
     """What a version's manifest says."""
     config = {
         name: value
@@ -206,7 +185,7 @@ def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModel
         version=manifest.version,
         run=readable(manifest.run),
         step=manifest.step,
-        created_at=_write_time(manifest.created_at),
+        created_at=_time_to_pb(manifest.created_at),
         config=pb.ModelConfig(**config),  # type: ignore[arg-type]
         tokenizer=readable(manifest.tokenizer),
         parameters=manifest.parameters,
@@ -217,7 +196,7 @@ def write_model(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModel
     )
 
 
-def write_standing(standing: Standing) -> pb.VersionStatus:
+def standing_to_pb(standing: Standing) -> pb.VersionStatus:
     """Where a version stands."""
     status = pb.VersionStatus(
         version=standing.number,
@@ -235,7 +214,7 @@ def write_standing(standing: Standing) -> pb.VersionStatus:
             validation_loss=manifest.validation_loss,
             bits_per_byte=manifest.bits_per_byte,
             step=manifest.step,
-            created_at=_write_time(manifest.created_at),
+            created_at=_time_to_pb(manifest.created_at),
             digest=manifest.digest,
         )
         status.MergeFrom(described)
@@ -245,7 +224,7 @@ def write_standing(standing: Standing) -> pb.VersionStatus:
 _REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
 
 
-def _write_time(seconds: float) -> Timestamp:
+def _time_to_pb(seconds: float) -> Timestamp:
     """A time of `time.time`."""
     written = Timestamp()
     written.FromMilliseconds(round(seconds * 1000))
@@ -271,7 +250,7 @@ def _check_characters(prompt: str, tokenizer: Tokenizer, context_length: int) ->
         )
 
 
-def _read_prompt(message: pb.GenerateRequest) -> str | Sequence[int]:
+def _prompt_from_pb(message: pb.GenerateRequest) -> str | Sequence[int]:
     match message.WhichOneof("input"):
         case "prompt":
             return message.prompt
@@ -283,7 +262,7 @@ def _read_prompt(message: pb.GenerateRequest) -> str | Sequence[int]:
             )
 
 
-def _read_sampling(message: pb.Sampling) -> SamplingParameters:
+def _sampling_from_pb(message: pb.Sampling) -> SamplingParameters:
     check_biases(len(message.logit_bias))
     given = {
         name: getattr(message, name)
@@ -296,7 +275,7 @@ def _read_sampling(message: pb.Sampling) -> SamplingParameters:
     return SamplingParameters(**given, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 
-def _read_stops(stops: Sequence[str]) -> tuple[str, ...]:
+def _stops_from_pb(stops: Sequence[str]) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
         raise InvalidArgument(f"stop has {len(stops)} texts, but may have at most {MAX_STOPS}.")
     for stop in stops:

@@ -44,7 +44,15 @@ class Client:
 
         name = str(len(self.times))
         self.times[name] = []
-        request = GenerationRequest(name, 1, prompt, 0, max_tokens, time.monotonic(), ignore_eos=True)
+        request = GenerationRequest(
+            id=name,
+            version=1,
+            prompt=prompt,
+            seed=0,
+            max_tokens=max_tokens,
+            arrived=time.monotonic(),
+            ignore_eos=True,
+        )
         self._engine.submit(request)
         return name
 

@@ -13,7 +13,7 @@ from inference_service import codec
 from inference_service.admission import Admission
 from inference_service.codec import MAX_TEXT_BYTES, MAX_TOKENS, MAX_WAITING, Codec
 from inference_service.grpc.servicer import InferenceServicer
-from inference_service.grpc.translate import read_generate
+from inference_service.grpc.translate import draft_from_pb
 from inference_service.patience import Patience
 from inference_service.pauses import Pauses
 from inference_service.versions.resident import Resident
@@ -136,7 +136,7 @@ def test_a_prompt_does_not_wait_behind_a_text() -> None:
         one = Codec()
         text = asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(tokenizer)))
         await eventually(lambda: tokenizer.calls == 1)
-        draft = read_generate(pb.GenerateRequest(prompt="ab"), None, slots=1)
+        draft = draft_from_pb(pb.GenerateRequest(prompt="ab"), None, slots=1)
         assert (await one.complete(draft, resident(byte_tokenizer()), seed=5)).prompt == (97, 98)
         tokenizer.go_on.set()
         await text

@@ -66,7 +66,15 @@ class Decoding:
         sampling = SamplingParameters(temperature=0.0 if variant == "greedy" else 0.8)
         for seed in range(rows):
             prompt = tuple(np.random.default_rng(seed).integers(whole.vocabulary_size, size=position).tolist())
-            request = GenerationRequest(str(seed), 1, prompt, seed, whole.context_length, time.monotonic(), 1, sampling)
+            request = GenerationRequest(
+                id=str(seed),
+                version=1,
+                prompt=prompt,
+                seed=seed,
+                max_tokens=whole.context_length,
+                arrived=time.monotonic(),
+                sampling=sampling,
+            )
             self._scheduler.add((Sequence(request, 0, whole.context_length, -1, lambda token: b"a"),))
         self._sequences = [one for group in self._scheduler.admit() for one in group]
         while not all(sequence.prefilled for sequence in self._sequences):

@@ -18,23 +18,23 @@ CONTEXT = 16
 
 
 def complete(message: pb.GenerateRequest) -> GenerationRequest:
-    return translate.read_generate(message, None, slots=4).complete(3, byte_tokenizer(), CONTEXT, seed=5)
+    return translate.draft_from_pb(message, None, slots=4).complete(3, byte_tokenizer(), CONTEXT, seed=5)
 
 
 def test_absent_fields_have_the_defaults_of_the_contract() -> None:
-    draft = translate.read_generate(pb.GenerateRequest(prompt="Once"), None, slots=4)
+    draft = translate.draft_from_pb(pb.GenerateRequest(prompt="Once"), None, slots=4)
     assert draft.selection == Selection()
-    assert (draft.max_tokens, draft.min_tokens, draft.stop, draft.seed) == (256, 0, (), None)
-    assert (draft.ignore_eos, draft.logprobs, draft.deadline) == (False, None, None)
-    sampling = draft.sampling
+    options, sampling = draft.options, draft.options.sampling
+    assert (options.max_tokens, options.min_tokens, options.stop, draft.seed) == (256, 0, (), None)
+    assert (options.ignore_eos, options.logprobs, options.deadline) == (False, None, None)
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.8, 0, 1.0, 0.0)
     assert sampling.repetition_penalty == 1.0
 
 
 def test_zeros_that_are_given_are_no_defaults() -> None:
     message = pb.GenerateRequest(prompt="x", logprobs=0, sampling=pb.Sampling(temperature=0.0, seed=0))
-    draft = translate.read_generate(message, None, slots=4)
-    assert (draft.logprobs, draft.sampling.temperature, draft.seed) == (0, 0.0, 0)
+    draft = translate.draft_from_pb(message, None, slots=4)
+    assert (draft.options.logprobs, draft.options.sampling.temperature, draft.seed) == (0, 0.0, 0)
 
 
 def test_every_field_arrives() -> None:
@@ -59,16 +59,16 @@ def test_every_field_arrives() -> None:
         logprobs=20,
         n=3,
     )
-    draft = translate.read_generate(message, 10.0, slots=4)
+    draft = translate.draft_from_pb(message, 10.0, slots=4)
     assert draft.selection == Selection(version=4)
     assert draft.seed == 2**64 - 1
     expected = GenerationRequest(
-        id=draft.id,
+        id=draft.options.id,
         version=3,
         prompt=(1, 2),
         seed=5,
         max_tokens=9,
-        arrived=draft.arrived,
+        arrived=draft.options.arrived,
         samples=3,
         sampling=SamplingParameters(
             temperature=0.5,
@@ -84,7 +84,7 @@ def test_every_field_arrives() -> None:
         stop=("a", "b"),
         ignore_eos=True,
         logprobs=20,
-        deadline=draft.arrived + 10.0,
+        deadline=draft.options.arrived + 10.0,
     )
     assert draft.complete(3, byte_tokenizer(), CONTEXT, seed=5) == expected
     # What is a default would be there without having come.
@@ -118,12 +118,12 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("sentence", "fields"), WRONG, ids=[sentence for sentence, _ in WRONG])
 def test_a_wrong_field_is_named(sentence: str, fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
-        translate.read_generate(pb.GenerateRequest(prompt="x", **fields), None, slots=4)
+        translate.draft_from_pb(pb.GenerateRequest(prompt="x", **fields), None, slots=4)
 
 
 def test_a_request_without_a_prompt_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="neither prompt nor prompt_tokens"):
-        translate.read_generate(pb.GenerateRequest(), None, slots=4)
+        translate.draft_from_pb(pb.GenerateRequest(), None, slots=4)
 
 
 @pytest.mark.parametrize(
@@ -182,18 +182,18 @@ def test_a_bias_outside_the_vocabulary_is_refused(token: int) -> None:
 
 def test_a_delta_carries_text_tokens_and_logprobs() -> None:
     draws = (Draw(5, -0.5, 2, (TokenLogprob(6, -0.25),)), Draw(7, -1.0, 4))
-    delta = translate.write_delta(Delta((0.0, 1.0), "hé", draws), index=3).delta
+    delta = translate.delta_to_pb(Delta((0.0, 1.0), "hé", draws), index=3).delta
     assert (delta.text, list(delta.token_ids), delta.index) == ("hé", [5, 7], 3)
     assert [one.rank for one in delta.logprobs] == [2, 4]
     assert [one.logprob for one in delta.logprobs] == [-0.5, -1.0]
     assert delta.logprobs[0].alternatives[0] == pb.TokenLogprob(token_id=6, logprob=-0.25)
-    assert not translate.write_delta(Delta((0.0,), "a", (Draw(5),)), index=0).delta.logprobs
+    assert not translate.delta_to_pb(Delta((0.0,), "a", (Draw(5),)), index=0).delta.logprobs
 
 
 @pytest.mark.parametrize("reason", FinishReason)
 def test_every_reason_has_its_number(reason: FinishReason) -> None:
     finished = Finished(reason, None, 9, 8, 2, 0.5, 0.75, 1.0)
-    message = translate.write_finished(finished, index=1).finished
+    message = translate.finished_to_pb(finished, index=1).finished
     assert (message.index, message.prompt_tokens, message.cached_prompt_tokens, message.generated_tokens) == (
         1,
         9,

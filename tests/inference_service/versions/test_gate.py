@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.grpc.translate import write_standing
+from inference_service.grpc.translate import standing_to_pb
 from inference_service.versions import gate
 from inference_service.versions.standing import State
 from shared import version_format
@@ -408,7 +408,7 @@ def test_a_version_whose_manifest_cannot_be_understood_is_listed_as_refused(
         assert (one.number, one.state) == (1, State.SERVING)
         assert (two.number, two.state, two.manifest) == (2, State.REFUSED, None)
         assert two.reason.startswith("corrupt: ")
-        assert len(write_standing(two).reason) < 1000
+        assert len(standing_to_pb(two).reason) < 1000
         await polls(world)
         assert world.value("refused_versions_total", reason="corrupt") == 1
 
