@@ -182,7 +182,7 @@ def test_a_text_shorter_than_one_context_is_refused_before_a_job_is_queued(syste
         "trainer_service", "train", "--preset", "tinystories-53m", "--dataset", str(text), "--set", "batch_size=1"
     )
     assert ended.returncode == 1
-    assert "of context_length 512 take at least 1,026 tokens" in ended.stderr and "Traceback" not in ended.stderr
+    assert "of context_length 512 need at least 1,026 tokens" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> None:

@@ -1,6 +1,6 @@
-"""GPT-2 in Hugging Face's layout: config.json and model.safetensors or its shards, into our model and out of it.
+"""Reads and writes GPT-2 in Hugging Face's layout: config.json, and model.safetensors or its shards.
 
-Source: the published GPT-2, and `GPT2LMHeadModel` of the library transformers, which reads and writes such folders.
+Sources: the published GPT-2, and `GPT2LMHeadModel` of the library transformers, which reads and writes such folders.
 Shapes: C width, F hidden width, S positions of the context, V vocabulary.
 """
 
@@ -21,14 +21,14 @@ from shared.text import excerpt
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-# Says in which file each tensor is, if there are several.
+# Names the file of each tensor if the weights are in several files.
 INDEX_FILE = "model.safetensors.index.json"
 PICKLED_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PREFIX = "transformer."
 EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
-# Masks that older files hold beside the weights.
+# Attention masks, which older files store beside the weights.
 BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")
-# Where our model has no choice, what config.json may say; what it leaves out is the first.
+# The values in config.json that our model supports; the first is the default.
 SUPPORTED: dict[str, tuple[object, ...]] = {
     "model_type": ("gpt2",),
     "architectures": (["GPT2LMHeadModel"],),
@@ -43,7 +43,7 @@ SUPPORTED: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """The shape that a config.json describes, the ids that it says end a text, and what a person should know."""
+    """The content of a config.json: the model's shape, the ids of the end tokens, and notices for the user."""
 
     gpt: GPTConfig
     end_tokens: tuple[int, ...]
@@ -52,24 +52,24 @@ class PublishedConfig:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A parameter under both names, the published one without `transformer.`, and with its published shape: the
-    matrices of a block are (in, out) there."""
+    """A parameter with its published name (without `transformer.`), our name, and its published shape, in which the
+    matrices of blocks are (in, out)."""
 
     published: str
     ours: str
     shape: tuple[int, ...]
 
     def stored(self, prefix: str) -> str:
-        """Its name in a file in which all names but the head's begin with a prefix."""
+        """Returns its name in a file; every name except the head's has the prefix."""
         return self.published if self.published == HEAD else prefix + self.published
 
-    def turned(self, array: mx.array) -> mx.array:
-        """The array in the other layout, either way."""
+    def converted(self, array: mx.array) -> mx.array:
+        """Converts the array between the two layouts, in either direction."""
         return array.T if self.published.startswith("h.") else array
 
 
 def tensors(config: GPTConfig) -> Iterator[Tensor]:
-    """Every parameter of a model; a tied head is none."""
+    """Yields every parameter of a model; a tied head is not a parameter."""
     C, F = config.width, config.hidden_width
     modules = [
         ("ln_1", "attention_norm", (C,)),
@@ -92,21 +92,22 @@ def tensors(config: GPTConfig) -> Iterator[Tensor]:
 
 
 def read_config(directory: Path) -> PublishedConfig:
-    """What a folder's config.json says. Dropout is `resid_pdrop`; our model has none where `attn_pdrop` would act, and
-    the same after the embeddings, which matters in training only.
+    """Reads a folder's config.json.
 
-    Raises `NotFound` where the folder or a file is missing, and `InvalidArgument` where our model cannot be like that.
+    Our model uses `resid_pdrop` as dropout, also after the embeddings, and has no dropout in attention; this matters
+    only in training. Raises `NotFound` if the folder or the file is missing, and `InvalidArgument` if our model does
+    not support a value.
     """
     if not directory.is_dir():
         raise NotFound(f"The folder {directory} does not exist.")
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise NotFound(f"{directory} has no {CONFIG_FILE}, so it is no GPT-2 in Hugging Face's layout.")
+        raise NotFound(f"{directory} has no {CONFIG_FILE}, so it is not a model in Hugging Face's layout.")
     settings = read_json(path)
 
     def unsupported(name: str, right: str) -> InvalidArgument:
         value = excerpt(json.dumps(settings.get(name)))
-        return InvalidArgument(f"{path} says that {name} is {value}, but it must be {right}.")
+        return InvalidArgument(f"{path} sets {name} to {value}, but it must be {right}.")
 
     def number(name: str) -> int:
         value = settings.get(name)
@@ -126,8 +127,8 @@ def read_config(directory: Path) -> PublishedConfig:
     if (dropouts["embd_pdrop"], dropouts["attn_pdrop"]) != (dropout, 0):
         stated = ", ".join(f"{name} {shown(value, 20)}" for name, value in dropouts.items())
         notices = (
-            f"{CONFIG_FILE} says {stated}; a run that continues this version takes a dropout of {shown(dropout, 20)} "
-            "after embeddings and layers and none in attention, unless you set another.",
+            f"{CONFIG_FILE} sets {stated}; a run that continues this version uses a dropout of {shown(dropout, 20)} "
+            "after embeddings and layers and none in attention, unless you set dropout.",
         )
     tied = settings.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
@@ -148,38 +149,40 @@ def read_config(directory: Path) -> PublishedConfig:
 
 
 def read_model(directory: Path, config: GPTConfig, vocabulary_size: int | None = None) -> GPT:
-    """The model of a folder in fp32, evaluated and in evaluation mode; fp16 and bf16 become fp32.
+    """Returns the model of a folder in fp32, evaluated and in evaluation mode; converts fp16 and bf16.
 
-    With a `vocabulary_size` below the configuration's, the model has the first tokens only: those of the tokenizer,
-    without the rows by which many programs fill the table up. Raises `CorruptCheckpoint` where names or shapes do not
-    fit the configuration or a value is not finite, `InvalidArgument` where the numbers are of another type, and
-    `NotFound` where a file is missing.
+    A `vocabulary_size` below the configuration's keeps only the first tokens: those of the tokenizer, without the rows
+    with which many programs pad the embedding. Raises `CorruptCheckpoint` if names or shapes do not match the
+    configuration or a value is not finite, `InvalidArgument` for numbers of another type, and `NotFound` for a missing
+    file.
     """
     path, stored = _read_arrays(directory)
     arrays = {name: array for name, array in stored.items() if not BUFFER.fullmatch(name)}
     prefix = PREFIX if any(name.startswith(PREFIX) for name in arrays) else ""
-    # A configuration may claim a million layers, which are better not listed.
+    # Counted first, because a configuration may claim a million layers, each with many names.
     layers = len({name.removeprefix(prefix).split(".")[1] for name in arrays if name.startswith(f"{prefix}h.")})
     if layers != config.layers:
         raise CorruptCheckpoint(f"{path} holds {layers} layers, but n_layer is {config.layers} in {CONFIG_FILE}.")
     if config.tied_head and HEAD in arrays:
-        # Either of the two may stand for both.
+        # A file may hold only one of the two.
         arrays.setdefault(prefix + EMBEDDING, arrays[HEAD])
     head = arrays.pop(HEAD, None) if config.tied_head else None
     expected = {tensor.stored(prefix): tensor for tensor in tensors(config)}
     if odd := sorted(set(arrays) ^ set(expected)):
         raise CorruptCheckpoint(
-            f"{path} does not hold the weights that {CONFIG_FILE} describes: missing or extra are "
+            f"{path} does not match {CONFIG_FILE}: missing or extra weights are "
             f"{', '.join(excerpt(name, 60) for name in odd[:3])}."
         )
     for name, tensor in expected.items():
         array = arrays[name]
         if array.shape != tensor.shape:
-            raise CorruptCheckpoint(f"{path} holds {name} as {array.shape}, but {CONFIG_FILE} makes it {tensor.shape}.")
+            raise CorruptCheckpoint(
+                f"{path} holds {name} with shape {array.shape}, but {CONFIG_FILE} requires {tensor.shape}."
+            )
         if array.dtype not in (mx.float32, mx.float16, mx.bfloat16):
-            raise InvalidArgument(f"{path} holds {name} as {array.dtype}, but only fp32, fp16 and bf16 can be read.")
+            raise InvalidArgument(f"{path} holds {name} as {array.dtype}, but it must be fp32, fp16 or bf16.")
     if head is not None and not mx.array_equal(head, arrays[prefix + EMBEDDING]):
-        raise CorruptCheckpoint(f"{path} holds another {HEAD} than {EMBEDDING}, but tie_word_embeddings is true.")
+        raise CorruptCheckpoint(f"{path} holds different {HEAD} and {EMBEDDING}, but tie_word_embeddings is true.")
     if not mx.all(mx.stack([mx.all(mx.isfinite(array)) for array in arrays.values()])):
         raise CorruptCheckpoint(f"{path} holds values that are not finite.")
     for name in (prefix + EMBEDDING, HEAD):
@@ -187,7 +190,7 @@ def read_model(directory: Path, config: GPTConfig, vocabulary_size: int | None =
             arrays[name] = arrays[name][:vocabulary_size]
     model = GPT(replace(config, vocabulary_size=vocabulary_size or config.vocabulary_size))
     model.load_weights(
-        [(tensor.ours, tensor.turned(arrays[name]).astype(mx.float32)) for name, tensor in expected.items()]
+        [(tensor.ours, tensor.converted(arrays[name]).astype(mx.float32)) for name, tensor in expected.items()]
     )
     model.eval()
     mx.eval(model.parameters())
@@ -195,24 +198,26 @@ def read_model(directory: Path, config: GPTConfig, vocabulary_size: int | None =
 
 
 def _read_arrays(directory: Path) -> tuple[Path, dict[str, mx.array]]:
-    """Every array of a folder, of one file or of its shards, and the file that names them all."""
+    """Returns the path of a folder's weights or of their index, and every array, from one file or several shards."""
     path, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
     if path.is_file():
         return path, load_arrays(path)
     if not index.is_file():
         if pickled := next((name for name in PICKLED_FILES if (directory / name).is_file()), None):
             raise NotFound(
-                f"{directory} has its weights as {pickled} only, which runs code when it is read; write them as "
+                f"{directory} has weights only in {pickled}, a format that can run code when it is read; save them as "
                 f"{WEIGHTS_FILE} with `save_pretrained` of transformers."
             )
-        raise NotFound(f"{directory} has no {WEIGHTS_FILE} and no {INDEX_FILE} with shards.")
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
-        raise InvalidArgument(f"{index} has no weight_map from the names of tensors to the names of files.")
+        raise NotFound(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE} with shards.")
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InvalidArgument(f"{index} has no weight_map from tensor names to file names.")
     arrays: dict[str, mx.array] = {}
-    for name in sorted(set(places.values())):
+    for name in sorted(set(files.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise InvalidArgument(f"{index} names the file {shown(name)}, but must name .safetensors files beside it.")
+            raise InvalidArgument(
+                f"{index} names the file {shown(name)}, but may only name .safetensors files in its own folder."
+            )
         if not (directory / name).is_file():
             raise NotFound(f"{directory} has no {shown(name)}, which {INDEX_FILE} names.")
         arrays |= load_arrays(directory / name)
@@ -220,7 +225,7 @@ def _read_arrays(directory: Path) -> tuple[Path, dict[str, mx.array]]:
 
 
 def write_model(model: GPT, end_token: int, directory: Path) -> None:
-    """Writes config.json and model.safetensors, in fp32, into a folder."""
+    """Writes config.json, and model.safetensors in fp32, into a folder."""
     config, parameters = model.config, parameters_of(model)
     settings = {name: supported[0] for name, supported in SUPPORTED.items()} | {
         "n_layer": config.layers,
@@ -237,13 +242,13 @@ def write_model(model: GPT, end_token: int, directory: Path) -> None:
         "eos_token_id": end_token,
     }
     (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    arrays = {tensor.stored(PREFIX): tensor.turned(parameters[tensor.ours]) for tensor in tensors(config)}
-    # transformers reads no file whose metadata do not name a framework.
+    arrays = {tensor.stored(PREFIX): tensor.converted(parameters[tensor.ours]) for tensor in tensors(config)}
+    # transformers rejects a file whose metadata does not name a framework.
     save_arrays(arrays, directory / WEIGHTS_FILE, {"format": "pt"})
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises `InvalidArgument` where it holds none."""
+    """Returns the JSON object in a file; raises `InvalidArgument` if there is none."""
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -251,5 +256,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"{path} is not JSON: {error}.") from None
     if not isinstance(values, dict):
-        raise InvalidArgument(f"{path} holds no JSON object.")
+        raise InvalidArgument(f"{path} must contain a JSON object, but contains {type(values).__name__}.")
     return values

@@ -1,4 +1,4 @@
-"""Models from elsewhere as versions, and versions as folders for elsewhere: GPT-2 in Hugging Face's layout."""
+"""Imports GPT-2 folders in Hugging Face's layout as versions, and exports versions as such folders."""
 
 import math
 import secrets
@@ -32,16 +32,16 @@ from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
 from trainer_service.versions import publish
 
-# What a file system puts into its own root.
+# Entries that a file system makes in its root folder.
 _OF_A_NEW_DISK = frozenset({"lost+found", ".DS_Store"})
 
-# Tells a stage of the work, and how much of it is done, from 0 to 1.
+# Receives the stage of the work and the share of it that is done, from 0 to 1.
 Report = Callable[[str, float | None], None]
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A version that was made, and sentences that a person should see."""
+    """An imported version, and notices for the user."""
 
     version: VersionManifest
     notices: tuple[str, ...]
@@ -55,11 +55,12 @@ def import_folder(
     workers: Workers,
     report: Report,
 ) -> Imported:
-    """Publishes the model of a folder as a version, judged on the held-out part of a data set, with a state from which
-    training continues it: at step 0, with the optimizer's moments at zero.
+    """Publishes the model of a folder as a version, and writes a state from which training continues it: at step 0,
+    with the optimizer's moments at zero.
 
-    Its training loss is that of one batch of the training text. Raises as `read_config`, `read_tokenizer`, `read_model`
-    and `prepare` do, `InvalidArgument` where a loss is not finite, and `FailedPrecondition` where the disk is full.
+    Its loss is measured on the held-out part of the data set, and its training loss on one batch of the training text.
+    Raises the errors of `read_config`, `read_tokenizer`, `read_model` and `prepare`, `InvalidArgument` if a loss is not
+    finite, and `FailedPrecondition` if the disk is full.
     """
     data = absolute(data)
     report("reading the model", None)
@@ -69,9 +70,9 @@ def import_folder(
     config = _training_config(replace(published.gpt, vocabulary_size=tokenizer.vocabulary_size), tokenizer)
     model = read_model(directory, published.gpt, tokenizer.vocabulary_size)
 
-    # Of the training text, no more than the one batch.
-    few = replace(config, max_train_tokens=config.tokens_per_step + 1)
-    prepared = prepare(data, few, directories.data, lambda each: report(each.stage, each.fraction), tokenizer)
+    # Only one batch of the training text is needed.
+    one_batch = replace(config, max_train_tokens=config.tokens_per_step + 1)
+    prepared = prepare(data, one_batch, directories.data, lambda each: report(each.stage, each.fraction), tokenizer)
     trainer = Trainer(config, prepared.train, workers)
     trainer.model.load_weights(list(parameters_of(model).items()))
     report("measuring the loss", None)
@@ -85,7 +86,7 @@ def import_folder(
     )
     if not math.isfinite(trainer.training_loss + held_out.nats_per_token):
         raise InvalidArgument(
-            f"The model in {directory} cannot be used: its loss is {held_out.nats_per_token} on the held-out text and "
+            f"The model in {directory} has a loss of {held_out.nats_per_token} on the held-out text and of "
             f"{trainer.training_loss} on the training text, but both must be finite."
         )
     trainer.record_evaluation(held_out.nats_per_token)
@@ -95,36 +96,35 @@ def import_folder(
     registry = Registry(directories.registry)
     registry.sweep()
     fence = Fence.raise_for(registry.run_directory(spec.run))
-    # The state first, so that there is no version which cannot be continued.
+    # The state comes first, so that training can continue every version.
     registry.write_state(fence, spec.run, trainer.step, trainer.save)
     version = publish(registry, fence, spec, prepared, trainer, evaluation_set, held_out)
     prune(registry, retention)
     notices = prepared.notices + published.notices
     if cut:
         notices += (
-            f"The model has {published.gpt.vocabulary_size} tokens, the tokenizer {tokenizer.vocabulary_size}: the "
-            f"last {cut} rows of the embedding, which no text uses, are left out.",
+            f"The model has {published.gpt.vocabulary_size} tokens, but the tokenizer has {tokenizer.vocabulary_size}: "
+            f"the import drops the last {cut} rows of the embedding, which no text uses.",
         )
     if published.end_tokens not in ((), (tokenizer.end_token,)):
         ids = excerpt(", ".join(map(str, published.end_tokens[:10])))
-        notices += (f"eos_token_id is {ids}, but a text ends with the tokenizer's last token, {tokenizer.end_token}.",)
+        notices += (f"eos_token_id is {ids}, but the tokenizer's last token, {tokenizer.end_token}, ends a text.",)
     return Imported(version, notices)
 
 
 def export_version(number: int, directory: Path, registry: Registry) -> list[Path]:
-    """Writes a version's model and tokenizer into a new or empty folder, all of it or nothing; returns its files.
+    """Writes a version's model and tokenizer into a new or empty folder, completely or not at all; returns the files.
 
-    A folder that exists may be a mount, so it is filled and never replaced. Raises `AlreadyExists` where the folder
-    holds something, `NotFound` or `CorruptCheckpoint` for a version that is not there or not whole,
-    `FailedPrecondition` where the folder cannot be written, and `InvalidArgument` for a tokenizer that GPT-2's files
-    cannot describe.
+    An existing folder may be a mount, so it is filled and never replaced. Raises `AlreadyExists` if the folder is not
+    empty, `NotFound` or `CorruptCheckpoint` if the version is missing or damaged, `FailedPrecondition` if the folder
+    cannot be written, and `InvalidArgument` if GPT-2's files cannot describe the tokenizer.
     """
     version = registry.version(number)
     target = directory.resolve()
     with _writing(directory):
         exists = target.exists()
         if exists and not (target.is_dir() and {path.name for path in target.iterdir()} <= _OF_A_NEW_DISK):
-            raise AlreadyExists(f"{directory} is there already and not empty; name a new or an empty folder.")
+            raise AlreadyExists(f"{directory} exists and is not empty; name a new or an empty folder.")
     registry.verify(version)
     source = registry.version_directory(number)
     tokenizer = version_format.read_tokenizer(source)
@@ -150,8 +150,8 @@ def export_version(number: int, directory: Path, registry: Registry) -> list[Pat
 
 
 def _move_files(staging: Path, target: Path) -> None:
-    """Moves files into a folder, and those that were moved out of it again if that fails; config.json comes last, and
-    without it the folder is no model."""
+    """Moves files into a folder, and removes the moved files if that fails. config.json comes last, because without it
+    the folder is not a model."""
     moved: list[Path] = []
     try:
         for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
@@ -173,7 +173,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def _training_config(gpt: GPTConfig, tokenizer: Tokenizer) -> TrainingConfig:
-    """What continues an imported version where nothing else is set: a fine-tuning at a low rate."""
+    """Returns the default values for continuing an imported version: fine-tuning at a low rate."""
     return TrainingConfig(
         tokenizer="gpt2" if tokenizer.name == "gpt2" else "bpe",
         max_steps=1000,

@@ -1,1 +1,1 @@
-"""One training run: corpus, tokens, batches, loss, optimizer, loop, evaluation."""
+"""A training run: corpus, tokens, batches, loss, optimizer, loop, evaluation."""

@@ -1,6 +1,6 @@
-"""Work on a thread of its own, so that the caller can look after other things meanwhile, and leave it.
+"""Runs work on a background thread, so that the caller stays responsive and can abandon the work.
 
-Work that is left ends at its next item; the process does not wait for it.
+Abandoned work ends at its next item; the process does not wait for it.
 """
 
 import queue
@@ -15,20 +15,21 @@ from shared.errors import Unavailable
 T = TypeVar("T")
 
 INTERVAL_S = 0.1
-# Items that wait for the caller.
+# The most items that wait for the caller.
 _AHEAD = 4
 
 
 def iterate(items: Iterable[T], tick: Callable[[], None], silence_s: float = float("inf")) -> Iterator[T]:
-    """Yields what an iterable yields and raises what it raises; calls `tick` at least every `INTERVAL_S` meanwhile.
+    """Yields the items of an iterable, which runs on a thread of its own, and raises its errors.
 
-    What `tick` raises ends the iteration. Raises `Unavailable` if nothing came for `silence_s`.
+    Calls `tick` at least every `INTERVAL_S`; an exception from `tick` ends the iteration. Raises `Unavailable` if no
+    item arrives for `silence_s`.
     """
     results: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(_AHEAD)
-    left = threading.Event()
+    abandoned = threading.Event()
 
     def put(result: tuple[T] | BaseException | None) -> bool:
-        while not left.is_set():
+        while not abandoned.is_set():
             with suppress(queue.Full):
                 results.put(result, timeout=INTERVAL_S)
                 return True
@@ -46,28 +47,28 @@ def iterate(items: Iterable[T], tick: Callable[[], None], silence_s: float = flo
 
     thread = threading.Thread(target=work, name="background", daemon=True)
     thread.start()
-    heard_s = time.monotonic()
+    last_item_s = time.monotonic()
     try:
         while True:
             tick()
             try:
                 result = results.get(timeout=INTERVAL_S)
             except queue.Empty:
-                if time.monotonic() - heard_s > silence_s:
-                    raise Unavailable(f"Nothing came for {silence_s:.0f} s.") from None
+                if time.monotonic() - last_item_s > silence_s:
+                    raise Unavailable(f"No data arrived for {silence_s:.0f} s.") from None
                 continue
             if result is None:
                 return
             if isinstance(result, BaseException):
                 raise result
             yield result[0]
-            heard_s = time.monotonic()
+            last_item_s = time.monotonic()
     finally:
-        left.set()
+        abandoned.set()
         thread.join(2 * INTERVAL_S)
 
 
 def call(work: Callable[[], T], tick: Callable[[], None]) -> T:
-    """Returns what a function returns and raises what it raises; calls `tick` as `iterate` does."""
+    """Runs a function on a thread of its own and returns its result or raises its error; calls `tick` meanwhile."""
     (result,) = iterate((work() for _ in range(1)), tick)
     return result

@@ -1,11 +1,13 @@
-"""Trains a BPE in a process of its own, which can be ended at any moment.
+"""Trains a BPE in a separate process, which can be stopped at any moment.
 
-The library's code cannot be interrupted, and a thread that is in it when Python ends takes the whole process down.
-The text goes through a temporary file, whose position says how far the training is; the tokens come back the same way.
+The library's code cannot be interrupted, and a thread that is inside it when Python exits aborts the whole process. The
+process reads its text from a temporary file, whose position shows the progress, and writes the tokens to another one.
 """
 
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,19 +21,21 @@ from shared.errors import ResourceExhausted, shown
 from shared.gpt.tokenizer import PATTERN, Tokenizer, train_bpe
 from trainer_service.training.background import INTERVAL_S
 
-# Text as short as this is learned from faster than a process starts.
+# Training on at most this much text takes less time than starting a process.
 SHORT_CHARACTERS = 1 << 18
+# The exit code of the process if the disk is full, which Python itself never uses.
+DISK_FULL_EXIT_CODE = 28
 
 
 def train_apart(
     texts: Iterable[str], vocabulary_size: int, folder: Path, tick: Callable[[int, int], None]
 ) -> Tokenizer:
-    """What `train_bpe` returns; calls `tick` with the bytes that were taken and all bytes, several times a second.
+    """Returns what `train_bpe` returns; calls `tick` with the bytes read so far and all bytes, several times a second.
 
-    What `tick` raises ends the training. Temporary files are made in `folder`; raises `OSError` if they cannot be, and
-    `ResourceExhausted` if the process does not come to its end.
+    An exception from `tick` ends the training. Raises `OSError` if a temporary file in `folder` cannot be made or the
+    disk is full, and `ResourceExhausted` if the process fails for another reason.
     """
-    with tempfile.TemporaryFile(dir=folder) as text, tempfile.TemporaryFile(dir=folder) as found:
+    with tempfile.TemporaryFile(dir=folder) as text, tempfile.TemporaryFile(dir=folder) as tokens:
         for each in texts:
             tick(0, 0)
             text.write(json.dumps(each, ensure_ascii=False).encode() + b"\n")
@@ -40,10 +44,10 @@ def train_apart(
         text.seek(0)
         module = "trainer_service.training.bpe_process"
         command = [sys.executable, "-m", module, str(vocabulary_size), str(os.getpid())]
-        with subprocess.Popen(command, stdin=text, stdout=found, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(command, stdin=text, stdout=tokens, stderr=subprocess.PIPE) as process:
             try:
                 while process.poll() is None:
-                    # The process reads through the same open file.
+                    # The process reads from the same open file, so both share its position.
                     tick(os.lseek(text.fileno(), 0, os.SEEK_CUR), total_bytes)
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(INTERVAL_S)
@@ -51,27 +55,43 @@ def train_apart(
                 process.kill()
                 raise
             assert process.stderr is not None
-            said = process.stderr.read().decode(errors="replace")
-        if process.returncode < 0:
-            raise ResourceExhausted(
-                f"The training of the tokenizer was killed by signal {-process.returncode}; memory may be short."
-            )
+            stderr = process.stderr.read().decode(errors="replace")
+        if process.returncode == DISK_FULL_EXIT_CODE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if process.returncode:
-            last = (said.strip() or "it said nothing").splitlines()[-1]
-            raise ResourceExhausted(f"The tokenizer could not be trained: {shown(last, 160)}. Is the disk full?")
-        found.seek(0)
-        return Tokenizer("bpe", PATTERN, [bytes.fromhex(piece) for piece in json.load(found)])
+            raise ResourceExhausted(_failure(process.returncode, stderr))
+        tokens.seek(0)
+        return Tokenizer("bpe", PATTERN, [bytes.fromhex(token) for token in json.load(tokens)])
+
+
+def _failure(returncode: int, stderr: str) -> str:
+    """Returns a sentence about a process that failed, with the last line that it wrote to standard error."""
+    if returncode == -signal.SIGKILL:
+        how = "was killed by SIGKILL, perhaps because memory is short"
+    elif returncode < 0:
+        how = f"was killed by signal {-returncode}"
+    else:
+        how = f"ended with exit code {returncode}"
+    last = f": {shown(stderr.strip().splitlines()[-1], 160)}" if stderr.strip() else ""
+    return f"The tokenizer cannot be trained, because its process {how}{last}."
 
 
 def main() -> None:
-    """What the process does: text as JSON, a line each, from standard input; the tokens to standard output."""
+    """Reads texts as lines of JSON from standard input, and writes the tokens to standard output."""
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     tokenizer = train_bpe(map(json.loads, sys.stdin.buffer), int(sys.argv[1]))
-    json.dump([piece.hex() for piece in tokenizer.pieces[:-1]], sys.stdout)
+    try:
+        json.dump([token.hex() for token in tokenizer.pieces[:-1]], sys.stdout)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Without the flush at exit, which would fail again and change the exit code.
+        os._exit(DISK_FULL_EXIT_CODE)
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when another one has started to look after it: nobody waits for the tokens any more."""
+    """Ends this process once its parent has died, because nobody waits for the tokens then."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Everything that defines a training run apart from its data. Importing this loads no model framework."""
+"""Every value that defines a training run, except its data. Importing this module does not load MLX."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -9,21 +9,21 @@ from typing import get_type_hints
 from shared.errors import InvalidArgument, shown
 from shared.gpt.config import GPTConfig, typed_values
 
-# On a CPU, a thread takes its rows through the model so many tokens at a time: what is computed stays near the caches.
+# Tokens in a micro-batch of one CPU thread: few enough that its activations stay in the caches.
 MICRO_BATCH_TOKENS = 1024
-# Logits of so many numbers exist at a time, and as many exponentials: 128 MiB each in fp32.
+# The most logits that exist at a time, and the most exponentials: 128 MiB each in fp32.
 CHUNK_ELEMENTS = 1 << 25
 
-# What shapes the schedule: a run that continues a version with others of these begins a new one.
+# The values that shape the schedule: a continued run that changes one of them starts a new schedule.
 _SHAPE = ("schedule", "max_steps", "learning_rate", "warmup_steps", "decay_ratio", "final_learning_rate_ratio")
-# A schedule that continues another begins at this share of its highest rate at least.
+# A schedule that continues another one starts at no less than this share of its highest rate.
 _LEAST_CONTINUED_SHARE = 0.1
-# Where the schedule began, which nobody sets.
+# Where the schedule started. These are computed; nobody sets them.
 _START = ("schedule_start", "schedule_start_ratio")
 
-# A lower rate changes no weight of the usual size, as fp32 holds it.
+# In fp32, a lower rate does not change a weight of the usual size.
 _LEAST_RATE = 1e-8
-# What each number may be, from and to. Beyond these a run would learn nothing, or count further than 64 bits.
+# The least and the greatest value of each number. Outside this range a run learns nothing or overflows 64 bits.
 _RANGES: dict[str, tuple[float, float]] = {
     "context_length": (2, 1 << 17),
     "max_steps": (1, 10**9),
@@ -34,7 +34,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "final_learning_rate_ratio": (0, 1),
     "schedule_start_ratio": (0, 1),
     "weight_decay": (0, 1e6),
-    # 1 - beta must be told apart from 0 in fp32: AdamW divides by it.
+    # AdamW divides by 1 - beta, which must not round to 0 in fp32.
     "beta1": (0, 0.9999),
     "beta2": (0, 0.9999),
     "seed": (0, 2**32 - 1),
@@ -45,13 +45,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_validation_tokens": (0, 10**12),
     "validation_share": (1e-6, 0.99),
 }
-# Gradients that are clipped further vanish beside AdamW's epsilon.
+# Gradients that are clipped below this range vanish beside AdamW's epsilon.
 _GRADIENT_NORMS = (1e-3, 1e9)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One flat set of values, so that every one can be overridden by name (`SET="max_steps=500"`)."""
+    """A flat set of values, so that each can be overridden by name (`SET="max_steps=500"`)."""
 
     # The tokenizer: "gpt2", or "bpe" trained on the corpus to `vocabulary_size` tokens.
     tokenizer: str
@@ -64,7 +64,7 @@ class TrainingConfig:
     context_length: int
     tied_head: bool
     dropout: float
-    # The schedule: a linear warm-up, then down to a share of the rate at `max_steps`, see `learning_rate_at`.
+    # The schedule: a linear warm-up, then a decay to a share of the rate at `max_steps`; see `learning_rate_at`.
     max_steps: int
     batch_size: int
     learning_rate: float
@@ -72,8 +72,8 @@ class TrainingConfig:
     schedule: str = "cosine"
     decay_ratio: float = 0.2
     final_learning_rate_ratio: float = 0.1
-    # The step at which the schedule began, and the rate there as a share of `learning_rate`: not 0 in a run that
-    # continues a version on a schedule of its own.
+    # The step at which the schedule started, and the rate there as a share of `learning_rate`. They are not 0 if the
+    # run continues a version with a new schedule.
     schedule_start: int = 0
     schedule_start_ratio: float = 0.0
     weight_decay: float = 0.1
@@ -81,18 +81,18 @@ class TrainingConfig:
     beta2: float = 0.95
     max_gradient_norm: float = 1.0
     seed: int = 1337
-    # Held-out evaluation, and with it a state and a version.
+    # Each held-out evaluation also writes a state and a version.
     evaluation_interval: int = 250
     evaluation_windows: int = 64
     report_interval: int = 10
-    # Data. 0: as many as the run will read; for validation, as many as the evaluation reads.
+    # Data. 0 means as many tokens as training, or evaluation, will read.
     max_train_tokens: int = 0
     max_validation_tokens: int = 0
-    # Held out from a data set that has no split of its own.
+    # The share held out of a data set that has no validation split.
     validation_share: float = 0.05
 
     def __post_init__(self) -> None:
-        self.gpt  # noqa: B018 - raises on a shape that cannot be a model
+        self.gpt  # noqa: B018 - raises if the shape is not that of a model
         for name, (least, most) in _RANGES.items():
             if not least <= (value := getattr(self, name)) <= most:
                 raise InvalidArgument(f"{name} is {shown(value)}, but must be from {least} to {most}.")
@@ -100,12 +100,12 @@ class TrainingConfig:
         if self.max_gradient_norm != 0 and not least <= self.max_gradient_norm <= most:
             raise InvalidArgument(
                 f"max_gradient_norm is {shown(self.max_gradient_norm)}, but must be from {least} to {most}, or 0 "
-                "for gradients as they are."
+                "to clip nothing."
             )
         if not self.learning_rate * self.weight_decay < 1:
             raise InvalidArgument(
-                f"weight_decay is {self.weight_decay} with a learning_rate of {self.learning_rate}, but their product, "
-                "the share that a step takes from each weight, must be below 1."
+                f"weight_decay is {self.weight_decay} with a learning_rate of {self.learning_rate}, but their product "
+                "must be below 1: a step shrinks each weight by that share."
             )
         if self.tokenizer not in ("gpt2", "bpe"):
             raise InvalidArgument(f"tokenizer is {shown(self.tokenizer)}, but must be gpt2 or bpe.")
@@ -119,19 +119,19 @@ class TrainingConfig:
             raise InvalidArgument(f"schedule is {shown(self.schedule)}, but must be cosine or wsd.")
         if not 0 <= self.schedule_start < self.max_steps:
             raise InvalidArgument(
-                f"schedule_start is {shown(self.schedule_start)}, but must be from 0 to below max_steps, "
+                f"schedule_start is {shown(self.schedule_start)}, but must be at least 0 and less than max_steps, "
                 f"{self.max_steps}."
             )
         window = self.context_length + 1
         for name in ("max_train_tokens", "max_validation_tokens"):
             if 0 < (limit := getattr(self, name)) < window:
                 raise InvalidArgument(
-                    f"{name} is {limit}, but one window of context_length takes {window} tokens; 0 sets no limit."
+                    f"{name} is {limit}, but one window of context_length needs {window} tokens; 0 means no limit."
                 )
 
     @property
     def gpt(self) -> GPTConfig:
-        """The shape of the model that is trained."""
+        """The shape of the model."""
         return GPTConfig(
             layers=self.layers,
             width=self.width,
@@ -145,28 +145,29 @@ class TrainingConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Target tokens that one step learns from."""
+        """The number of target tokens in a step."""
         return self.batch_size * self.context_length
 
     @property
     def warmup_end(self) -> int:
-        """The first step after the warm-up, which takes at most half of the schedule, and no step from the highest
-        rate on."""
+        """The first step after the warm-up, which takes at most half of the schedule. A schedule that starts at the
+        highest rate has no warm-up."""
         if self.schedule_start_ratio == 1.0:
             return self.schedule_start
         return self.schedule_start + min(self.warmup_steps, (self.max_steps - self.schedule_start) // 2)
 
     @property
     def decay_start(self) -> int:
-        """The step from which the rate goes down: with a cosine the end of the warm-up, else `decay_ratio` of
-        `max_steps` before the end, but not before the warm-up's."""
+        """The step at which the decay starts: with a cosine, the end of the warm-up; with "wsd", the last `decay_ratio`
+        of `max_steps`, but not before the warm-up ends."""
         if self.schedule == "cosine":
             return self.warmup_end
         return max(self.max_steps - max(round(self.decay_ratio * self.max_steps), 1), self.warmup_end)
 
     def learning_rate_at(self, step: int) -> float:
-        """The rate of a step, counted from 0: linear up to `learning_rate` at the end of the warm-up, and from
-        `decay_start` on down to the final share at `max_steps`, along half a cosine or, with "wsd", a line.
+        """Returns the learning rate of a step, counted from 0. It rises linearly to `learning_rate` at the end of the
+        warm-up, and falls from `decay_start` to the final share at `max_steps`: along half a cosine, or with "wsd"
+        linearly.
 
         Sources: Loshchilov & Hutter 2017 (SGDR), equation 5, for the cosine; for warm-up, stable, decay Hu et al. 2024
         (MiniCPM), section 4.2, with the linear decay of Hägele et al. 2024, section 3.
@@ -178,18 +179,18 @@ class TrainingConfig:
         progress = (step - self.decay_start) / (self.max_steps - self.decay_start)
         progress = min(max(progress, 0.0), 1.0)
         kept = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
-        # In this form it is the highest rate exactly, to the last bit, until the decay begins.
+        # Written this way, the rate equals the highest rate to the last bit until the decay starts.
         return self.learning_rate * (1 - (1 - self.final_learning_rate_ratio) * (1 - kept))
 
     def continuing(self, begun: "TrainingConfig", step: int, chosen: Collection[str] = ()) -> "TrainingConfig":
-        """These values for a run that goes on from a step of one with the values `begun`; `chosen` names those that
-        somebody set.
+        """Returns these values for a run that continues, from a step, a run with the values `begun`. `chosen` names the
+        values that a user set.
 
-        Where the two have the same schedule it goes on. Else a new one begins at the step. Its highest rate is the one
-        that was reached: a higher one makes the model worse before it makes it better, as
-        `tests/benchmarks/continuation.py` measures. It is higher only if `learning_rate` was chosen, if the warm-up had
-        not ended, or if the rate had fallen below a tenth of the highest; then the rate is warmed up to it. Source:
-        Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train Large Language Models"
+        If both have the same schedule, it continues. Otherwise a new schedule starts at the step. Its highest rate is
+        the rate of the last step, because a higher rate makes the model worse before it makes it better
+        (`tests/benchmarks/continuation.py` measures this). There are three exceptions: the user set `learning_rate`,
+        the warm-up had not ended, or the rate was below a tenth of the highest. Then the rate warms up to a higher one.
+        Source: Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train Large Language Models"
         (re-warming and re-decaying).
         """
         same = all(getattr(self, name) == getattr(begun, name) for name in _SHAPE)
@@ -202,24 +203,25 @@ class TrainingConfig:
         return replace(self, learning_rate=highest, schedule_start=step, schedule_start_ratio=ratio)
 
     def override(self, values: Mapping[str, str]) -> "TrainingConfig":
-        """A copy with some values replaced; raises `InvalidArgument` on unknown names and on text of the wrong type."""
+        """Returns a copy with some values replaced; raises `InvalidArgument` for an unknown name or a value of the
+        wrong type."""
         kinds = {name: kind for name, kind in get_type_hints(type(self)).items() if name not in _START}
         parsed: dict[str, object] = {}
         for name, text in values.items():
             if name not in kinds:
                 near = get_close_matches(name[:40], kinds, n=1)
-                hint = f"Did you mean {near[0]}?" if near else "trainer_service/README.md lists all of them."
-                raise InvalidArgument(f"There is no value {shown(name, 40)} to set. {hint}")
+                hint = f"Did you mean {near[0]}?" if near else "trainer_service/README.md lists all values."
+                raise InvalidArgument(f"Unknown training value {shown(name, 40)}. {hint}")
             parsed[name] = _parse(name, text, kinds[name])
         return replace(self, **parsed)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON holds it."""
+        """Returns the values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "TrainingConfig":
-        """The inverse of `to_dict`; raises `InvalidArgument` on names, types and values that are not right."""
+        """The inverse of `to_dict`; raises `InvalidArgument` for a wrong name, type or value."""
         return cls(**typed_values(cls, "training", values))
 
 
@@ -228,7 +230,7 @@ def _parse(name: str, text: str, kind: type) -> object:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.strip().lower()]
         if kind is not str and not text.isascii():
-            raise ValueError  # Python reads the digits of every script
+            raise ValueError  # Python would read the digits of any script
         return kind(text)
     except (KeyError, ValueError):
         expected = {int: "a whole number", float: "a number", bool: "true or false"}[kind]

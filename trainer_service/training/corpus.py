@@ -18,16 +18,16 @@ from trainer_service.training.hub import HUB, HubCorpus, HubDataset
 from trainer_service.training.local_files import ENDINGS, TextFile, check_file, kind_of, open_file, passes
 
 BUILTIN = "builtin"
-# Part of every revision: raise it whenever the same content is read as other documents, or split in another way.
+# Part of every revision: raise it when the same content gives different documents or a different split.
 READER_VERSION = 3
 
-# Is told how many bytes were just read, and how many the first reading takes in all.
+# Receives the number of bytes that were just read, and the number that the first reading takes in total.
 OnRead = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What a person named: one data set or several local files, and local files to hold out, if any."""
+    """The data that a user named: one data set or several local files, and local files to hold out, if any."""
 
     dataset: tuple[str, ...]
     validation: tuple[str, ...] = ()
@@ -35,9 +35,9 @@ class DatasetSpec:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two streams of text that share no part; each call of `train` and `validation` begins anew.
+    """Two disjoint streams of text; each call of `train` and `validation` starts at the first document.
 
-    `revision` stands for the content of both. `notices` are sentences that a person should see.
+    `revision` identifies the content of both. `notices` are sentences for the user.
     """
 
     source: str
@@ -48,31 +48,31 @@ class Corpus:
 
 
 def check_spec(spec: DatasetSpec) -> None:
-    """Raises what is wrong with the names and files, as far as it can be told without reading text or the network.
+    """Checks names and files without reading text or using the network.
 
-    `InvalidArgument` for names, `NotFound` for files that do not exist, `DataError` for files that cannot be read.
+    Raises `InvalidArgument` for a wrong name, `NotFound` for a missing file and `DataError` for an unreadable one.
     """
     if not spec.dataset:
-        raise InvalidArgument(f"No data set is named. {_accepted()}")
+        raise InvalidArgument(f"No data set is given. {_accepted()}")
     named = [name for name in spec.dataset if name == BUILTIN or name in HUB]
     if named and len(spec.dataset) > 1:
-        raise InvalidArgument(f"{named[0]} stands alone: only local files can be used together.")
+        raise InvalidArgument(f"{named[0]} cannot be combined with other data: only local files can be combined.")
     files = [*(() if named else spec.dataset), *spec.validation]
     for name in () if named else spec.dataset:
         if not Path(name).suffix and not os.path.exists(name):  # noqa: PTH110 - Path's raises on odd names
             raise InvalidArgument(f"Unknown data set {shown(name)}. {_accepted()}")
     identities = [check_file(Path(name)) for name in files]
-    # By what it is on disk: one file can have several names.
-    places = [(identity.device, identity.inode) for identity in identities]
-    for name, place in zip(files, places, strict=True):
-        if places.count(place) > 1:
-            raise InvalidArgument(f"The file {shown(name)} is named twice; each file can be used once.")
+    # Compared by inode: a file can have several names.
+    inodes = [(identity.device, identity.inode) for identity in identities]
+    for name, inode in zip(files, inodes, strict=True):
+        if inodes.count(inode) > 1:
+            raise InvalidArgument(f"The file {shown(name)} is named twice; name each file once.")
 
 
 def check_size(spec: DatasetSpec, context_length: int) -> None:
-    """Raises `DataError` if the size of the files alone says that they hold too little; reads none of them.
+    """Raises `DataError` if the sizes of the files show that they hold too little text; reads none of them.
 
-    No token is shorter than a byte, except those that end documents.
+    Every token takes at least one byte, except the end tokens.
     """
     window = context_length + 1
     for which, names, windows in (
@@ -83,7 +83,7 @@ def check_size(spec: DatasetSpec, context_length: int) -> None:
         ),
         ("held-out text", spec.validation, 1),
     ):
-        # How much comes out of a compressed file is not known.
+        # The size of a compressed file does not bound its text.
         if not names or any(Path(name).suffix.lower() != kind_of(Path(name)) for name in names):
             continue
         if any(kind_of(Path(name)) == ".parquet" for name in names):
@@ -93,13 +93,13 @@ def check_size(spec: DatasetSpec, context_length: int) -> None:
             parts = "training and held-out text" if windows == 2 else "one window"
             raise DataError(
                 f"The {which} holds {size_bytes:,} bytes, but {parts} of context_length {context_length} "
-                f"{'take' if windows == 2 else 'takes'} at least {windows * window:,} tokens: add text, or set a "
+                f"{'need' if windows == 2 else 'needs'} at least {windows * window:,} tokens: add text, or set a "
                 "smaller context_length."
             )
 
 
 def absolute(spec: DatasetSpec) -> DatasetSpec:
-    """The same with the paths of files made absolute, so that another process finds them."""
+    """Returns the same data with absolute paths, so that another process finds the files."""
 
     def resolve(name: str) -> str:
         return name if name == BUILTIN or name in HUB else str(Path(name).absolute())
@@ -108,11 +108,12 @@ def absolute(spec: DatasetSpec) -> DatasetSpec:
 
 
 def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = lambda *_: None) -> Corpus:
-    """The text that is named; local files are read through, and say what is wrong with them.
+    """Opens the data; local files are read and checked from beginning to end.
 
-    Raises as `check_spec` does, `DataError` where a file's text cannot be read, and `Unavailable` where the hub cannot
-    be reached. What is held out: the validation files; else the data set's own split; else `validation_share`.
-    `on_read` is called many times a second, now and in later readings; what it raises ends them.
+    Held out are the validation files, or else the data set's own validation split, or else `validation_share` of the
+    text. `on_read` is called many times a second, now and in later readings; an exception from it ends the reading.
+    Raises the errors of `check_spec`, `DataError` if a file's text cannot be read, and `Unavailable` if the hub cannot
+    be reached.
     """
     check_spec(spec)
     name = spec.dataset[0]
@@ -142,13 +143,13 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
 
 
 def names_of(paths: Sequence[Path]) -> str:
-    """The names of files as text for a person."""
+    """Returns the names of files for display; of more than three, the first three and a count."""
     names = [excerpt(path.name, 36) for path in paths]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
 
 
 def _accepted() -> str:
-    return f"It can be {BUILTIN}, {', '.join(HUB)}, or local files ending in {', '.join(ENDINGS)}."
+    return f"Use {BUILTIN}, {', '.join(HUB)}, or local files ending in {', '.join(ENDINGS)}."
 
 
 def _digest(*values: object) -> str:

@@ -1,4 +1,4 @@
-"""AdamW over many arrays at once on an NVIDIA GPU: a few kernels for the whole model instead of several an array."""
+"""AdamW on an NVIDIA GPU: a few kernels update the whole model, instead of several kernels for each array."""
 
 import functools
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ import mlx.core as mx
 _THREADS = 256
 # Numbers that a block updates.
 _CHUNK = 4096
-# CUDA hands a kernel at most 4 KiB of arguments, and each array takes up to seven pointers.
+# The arguments of a CUDA kernel take at most 4 KiB, and each array needs up to seven pointers.
 _ARRAYS = 64
 
-# A block looks up which array its chunk belongs to, and where in it the chunk begins.
+# A block looks up the array of its chunk and the position of the chunk in that array.
 _FIND = """
   const int start = table[2 * blockIdx.x + 1];
   int size = 0;
@@ -96,7 +96,7 @@ _UPDATE = """
 
 
 def squared_norm(arrays: Sequence[mx.array]) -> mx.array:
-    """The sum of the squares of all numbers of all arrays, in fp32."""
+    """Returns the sum of the squares of all numbers in all arrays, in fp32."""
     sums = []
     for group in _groups(arrays):
         (partial,) = _squares_kernel(tuple(array.size for array in group))(
@@ -123,9 +123,10 @@ def update(
     epsilon: float,
     weight_decay: float,
 ) -> tuple[list[mx.array], list[mx.array], list[mx.array]]:
-    """New parameters and moments; arrays of two axes and more decay. Gradients may be of any type, the rest is fp32.
+    """Returns new parameters and moments; weight decay applies to arrays of two or more axes.
 
-    `scalars` are the learning rate, the factor of the gradients, and the corrections of both moments' bias.
+    `scalars` are the learning rate, the factor that clips the gradients, and the bias corrections of both moments.
+    Gradients may be of any type; everything else is fp32.
     """
     results: tuple[list[mx.array], list[mx.array], list[mx.array]] = ([], [], [])
     for group in _groups(list(zip(parameters, gradients, first, second, strict=True))):
@@ -160,7 +161,7 @@ def _blocks(arrays: Sequence[mx.array]) -> int:
 
 
 def _table(sizes: tuple[int, ...]) -> mx.array:
-    """For each block, the number of its array and the place in it where its chunk begins, (blocks, 2)."""
+    """For each block, the number of its array and the position of its chunk in that array, (blocks, 2)."""
     chunks = [(number, start) for number, size in enumerate(sizes) for start in range(0, size, _CHUNK)]
     return mx.array(chunks, dtype=mx.int32)
 

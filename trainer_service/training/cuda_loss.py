@@ -1,4 +1,4 @@
-"""Softmax cross-entropy on an NVIDIA GPU: one kernel that reads the logits once.
+"""Softmax cross-entropy on an NVIDIA GPU, in one kernel that reads the logits from memory once.
 
 Shapes: N rows, C width, V vocabulary, P its padded size.
 """
@@ -11,13 +11,13 @@ import mlx.core as mx
 from shared.gpt import cuda
 from shared.gpt.autograd import differentiable
 
-# Widths that are a multiple of this have fast products.
+# Matrix products are fast if their width is a multiple of this.
 _MULTIPLE = 64
 _THREADS = 1024
-# Rows whose logits exist at a time: 3.3 GB of GPT-2's.
+# Rows whose logits exist at a time: 3.3 GB with GPT-2's vocabulary.
 _CHUNK = 32768
 
-# A block a row, which is read twice: the second time from the GPU's cache, which holds the rows in work.
+# One block for each row. It reads the row twice, the second time from the GPU's cache.
 _SOURCE = """
   constexpr int VECTORS = PADDED / 8;
   const long long row = blockIdx.x;
@@ -90,10 +90,10 @@ __device__ float over_block(float value, Combine combine) {
 
 @differentiable
 def mean_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """The mean loss in fp32 of (N, C) hidden states under a (V, C) head, both in bf16, given (N,) targets; and its
-    gradients with respect to both, times N.
+    """Returns the mean loss, in fp32, of (N, C) hidden states under a (V, C) head, both in bf16, given (N,) targets;
+    and its gradients with respect to both, times N.
 
-    The gradients come with the loss, while the logits are at hand. The vocabulary is padded here and nowhere else.
+    The gradients are computed with the loss, while the logits exist. Only this function pads the vocabulary.
     """
     vocabulary_size = weight.shape[0]
     padded = mx.pad(weight, [(0, -vocabulary_size % _MULTIPLE), (0, 0)])  # (P, C)
@@ -123,9 +123,9 @@ def _mean_cross_entropy_vjp(
 
 
 def cross_entropy(logits: mx.array, targets: mx.array, vocabulary_size: int) -> tuple[mx.array, mx.array]:
-    """The loss (N,) in fp32 of each row of (N, P) logits in bf16, and its gradient (N, P) in bf16.
+    """Returns the loss (N,) in fp32 of each row of (N, P) logits in bf16, and its gradient (N, P) in bf16.
 
-    The gradient is that of the softmax over the first `vocabulary_size` columns; those after them get 0.
+    The softmax covers the first `vocabulary_size` columns; the gradient of the others is 0.
     """
     rows, columns = logits.shape
     losses, difference = _kernel()(

@@ -1,6 +1,6 @@
-"""Documents from the formats that hold them: marked text, JSON lines and Parquet.
+"""Reads documents from text with end markers, JSON lines and Parquet.
 
-A reader yields pieces of text, each with whether its document ends there, and counts what it met.
+A reader yields parts of documents, each with a flag that is true for the last part, and counts what it finds.
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Any, BinaryIO
 from shared.errors import DataError, shown
 from shared.gpt.tokenizer import END_OF_TEXT, PART_CHARACTERS, safe_cut
 
-# A longer line would be held in memory whole.
+# The longest line of JSON: a line is held in memory whole.
 LINE_CHARACTERS = 32 << 20
-# Rows of Parquet that are held at a time.
+# The size of a batch of Parquet rows in memory.
 _BATCH_BYTES = 8 << 20
 
 Piece = tuple[str, bool]
@@ -22,7 +22,7 @@ Piece = tuple[str, bool]
 
 @dataclass(frozen=True)
 class Passage:
-    """A document, or a part of a long one; cut where this changes no token."""
+    """A document, or a part of a long one that is cut where the cut changes no token."""
 
     text: str
     ends_document: bool = True
@@ -30,7 +30,7 @@ class Passage:
 
 @dataclass
 class Counts:
-    """What a reading met: markers, rows without text, rows with half a character, and the fields of the first row
+    """What a reader found: end markers, rows without text, rows with half a character, and the fields of the first row
     without text."""
 
     markers: int = 0
@@ -40,7 +40,7 @@ class Counts:
 
 
 def passages(pieces: Iterable[Piece]) -> Iterator[Passage]:
-    """Documents without surrounding white space and without empty ones, long ones in several passages.
+    """Yields documents, stripped of surrounding white space; long ones as several passages, empty ones not at all.
 
     White space at the end of a document stays if it is longer than a passage.
     """
@@ -61,7 +61,7 @@ def passages(pieces: Iterable[Piece]) -> Iterator[Passage]:
 
 
 def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Piece]:
-    """The text before, between and after the end markers."""
+    """Yields the text before, between and after the end markers."""
     rest = ""
     for chunk in chunks:
         text = rest + chunk
@@ -70,7 +70,7 @@ def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Piece]:
             counts.markers += 1
             yield text[start:end], True
             start = end + len(END_OF_TEXT)
-        # The chunk may end within a marker.
+        # The chunk may end inside a marker.
         kept = max(start, len(text) - len(END_OF_TEXT) + 1)
         yield text[start:kept], False
         rest = text[kept:]
@@ -78,8 +78,8 @@ def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Piece]:
 
 
 def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Piece]:
-    """The texts of JSON objects, one a line, in the field `text`."""
-    # Numbers are not needed, and those of thousands of digits are no int.
+    """Yields the field `text` of JSON objects, one object a line."""
+    # No number is used, and Python refuses to parse an int of thousands of digits.
     decode = json.JSONDecoder(parse_int=float).decode
     for number, line in _lines(chunks, path):
         if line.isspace():
@@ -88,22 +88,24 @@ def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Pi
         try:
             row: Any = decode(line)
         except RecursionError:
-            raise DataError(f"{where} is nested too deeply to be read.") from None
+            raise DataError(f"{where} is nested too deeply.") from None
         except ValueError as error:
             reason = shown(getattr(error, "msg", str(error)), 60)
-            raise DataError(f"{where} is not JSON: {reason}. Each line must be an object with a text.") from None
+            raise DataError(
+                f'{where} is not JSON: {reason}. Each line must be an object with its text in the field "text".'
+            ) from None
         if not isinstance(row, dict):
-            raise DataError(f'{where} is not a JSON object with its text in the field "text", but {_kind(row)}.')
+            raise DataError(f'{where} is {_kind(row)}, but must be a JSON object with its text in the field "text".')
         text = row.get("text")
         if text is not None and not isinstance(text, str):
-            raise DataError(f'{where} has {_kind(text)} in the field "text", which is not text.')
+            raise DataError(f'{where} has {_kind(text)} in the field "text", but must have a string there.')
         if text is None and not counts.fields:
             counts.fields = list(row)
         yield from _row(text, counts)
 
 
 def _lines(chunks: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, with their numbers."""
+    """Yields the non-empty lines with their numbers."""
     number, parts, length = 1, list[str](), 0
     for chunk in chunks:
         *ended, rest = chunk.split("\n")
@@ -117,7 +119,7 @@ def _lines(chunks: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
             length += len(rest)
         if length > LINE_CHARACTERS:
             raise DataError(
-                f"Line {number:,} of {shown(path.name)} is longer than {LINE_CHARACTERS:,} characters; part its text "
+                f"Line {number:,} of {shown(path.name)} is longer than {LINE_CHARACTERS:,} characters; split its text "
                 "into several lines, or put it into a .txt file."
             )
     if parts:
@@ -125,23 +127,23 @@ def _lines(chunks: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
 
 
 def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Piece]:
-    """The texts of the column `text`."""
-    # Loading pyarrow takes about a second, which only those who read .parquet need to wait.
+    """Yields the texts of the column `text`."""
+    # Loading pyarrow takes about a second, so only reading .parquet loads it.
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     name = shown(path.name)
     try:
-        # Column chunks are read bit by bit, however large they are.
+        # Reads column chunks of any size through a small buffer.
         with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
             columns = table.schema_arrow.names
             if "text" not in columns:
                 raise DataError(f'{name} has no column "text"; its columns are {shown(", ".join(columns), 120)}.')
             if columns.count("text") > 1:
-                raise DataError(f'{name} has {columns.count("text")} columns "text"; it must have one.')
+                raise DataError(f'{name} has {columns.count("text")} columns "text", but must have one.')
             kind = table.schema_arrow.field("text").type
             if not _holds_text(kind, pyarrow.types):
-                raise DataError(f'The column "text" of {name} holds {shown(str(kind), 60)}, which is not text.')
+                raise DataError(f'The column "text" of {name} holds {shown(str(kind), 60)}, but must hold strings.')
             first = 1
             for batch in table.iter_batches(batch_size=_batch_size(table.metadata), columns=["text"]):
                 yield from _rows(batch.column(0), first, name, counts)
@@ -159,7 +161,7 @@ def _holds_text(kind: Any, types: Any) -> bool:
 
 
 def _batch_size(metadata: Any) -> int:
-    """Rows of about `_BATCH_BYTES`."""
+    """Returns how many rows take about `_BATCH_BYTES`."""
     size_bytes = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
     return int(min(max(_BATCH_BYTES * metadata.num_rows // max(size_bytes, 1), 1), 1024))
 
@@ -172,7 +174,7 @@ def _rows(column: Any, first: int, name: str, counts: Counts) -> Iterator[Piece]
             try:
                 scalar.as_py()
             except UnicodeDecodeError:
-                raise DataError(f"Row {number:,} of {name} is not UTF-8 text. Convert it, or leave it out.") from None
+                raise DataError(f"Row {number:,} of {name} is not UTF-8 text. Convert or remove it.") from None
         raise
     for text in texts:
         yield from _row(text, counts)
@@ -188,7 +190,8 @@ def _row(text: str | None, counts: Counts) -> Iterator[Piece]:
 
 
 def whole(text: str) -> str:
-    """The same text, with U+FFFD for each half of a character (a lone surrogate), which no tokenizer can read."""
+    """Returns the text with U+FFFD in place of each half of a character (a lone surrogate), which no tokenizer can
+    encode."""
     try:
         if not text.isascii():
             text.encode()
@@ -198,6 +201,6 @@ def whole(text: str) -> str:
 
 
 def _kind(value: object) -> str:
-    """The kind of a value of JSON, in words."""
-    names = {list: "a list", dict: "an object", str: "a text", float: "a number", bool: "true or false"}
+    """Returns the kind of a JSON value, in words."""
+    names = {list: "a list", dict: "an object", str: "a string", float: "a number", bool: "true or false"}
     return names.get(type(value), "null")

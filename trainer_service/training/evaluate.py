@@ -1,4 +1,4 @@
-"""Held-out evaluation: always the same windows, dropout off.
+"""Measures the held-out loss, always on the same windows and without dropout.
 
 Shapes: N windows, T tokens of context, V vocabulary.
 """
@@ -22,7 +22,7 @@ from trainer_service.training.workers import Workers
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Windows (N, T+1) of held-out tokens, the bytes of text that their targets spell, and a name for all of it."""
+    """Windows (N, T+1) of held-out tokens, the number of text bytes in their targets, and a digest of the set."""
 
     windows: Tokens
     target_bytes: int
@@ -30,7 +30,7 @@ class EvaluationSet:
 
     @classmethod
     def from_tokens(cls, tokens: Tokens, tokenizer: Tokenizer, *, windows: int, context_length: int) -> "EvaluationSet":
-        """The first windows of the held-out tokens, side by side; as many as there are, up to `windows`."""
+        """Makes a set of the first adjacent windows of the held-out tokens, at most `windows`."""
         count = min(windows, (tokens.size - 1) // context_length)
         starts = np.arange(count) * context_length
         chosen = np.stack([tokens[start : start + context_length + 1] for start in starts])  # (N, T+1)
@@ -39,16 +39,16 @@ class EvaluationSet:
 
     @property
     def carried(self) -> Tokens:
-        """The windows that go into a version."""
+        """The windows that are stored in a version."""
         return self.windows[:MAX_WINDOWS]
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """How well a model predicts the evaluation set.
+    """The loss of a model on the evaluation set.
 
-    `claimed` is the loss on the carried windows alone. Bits per byte count every target's nats, also those of
-    end tokens, over the bytes of text, so that tokenizers compare.
+    `claimed` is the loss on the carried windows only. Bits per byte divide the loss of all targets, including end
+    tokens, by the bytes of text, which makes different tokenizers comparable.
     """
 
     nats_per_token: float
@@ -63,9 +63,10 @@ def evaluate(
     workers: Workers,
     report: Callable[[float], object] = lambda _: None,
 ) -> HeldOutLoss:
-    """The loss on the whole set, `rows` windows at a time by all workers; leaves the model in the mode it was in.
+    """Returns the loss on the whole set, computed on `rows` windows at a time by all workers together.
 
-    `report` is told the share that is done, from any thread; what it raises ends the evaluation.
+    `report` receives the share that is done, on any thread; an exception from it ends the evaluation. The model keeps
+    its mode.
     """
     windows = evaluation_set.windows
     was_training = model.training

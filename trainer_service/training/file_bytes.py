@@ -1,4 +1,4 @@
-"""The bytes and the text of a local file: regular, decompressed, UTF-8, and the same at every reading."""
+"""Reads the bytes and the UTF-8 text of a regular file, decompressed, and detects changes of the file."""
 
 import codecs
 import gzip
@@ -17,7 +17,7 @@ from trainer_service.training import zstd
 
 CHUNK_BYTES = 1 << 18
 COMPRESSED = (".gz", ".zst")
-# What a file begins with that is no UTF-8 text, whatever its name says; the longer marks first.
+# The first bytes of files that are not UTF-8 text; longer marks come first.
 _BEGINNINGS = {
     codecs.BOM_UTF32_LE: "UTF-32 text: convert it, as with iconv -f UTF-32 -t UTF-8",
     codecs.BOM_UTF32_BE: "UTF-32 text: convert it, as with iconv -f UTF-32 -t UTF-8",
@@ -33,7 +33,7 @@ _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a de
 
 
 class Identity(NamedTuple):
-    """What stays the same while nobody writes to a file or puts another in its place."""
+    """The part of a file's status that changes when the file is written or replaced."""
 
     device: int
     inode: int
@@ -43,12 +43,15 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Identity":
-        """The identity in a file's status."""
+        """Takes the identity from a file's status."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def identify(path: Path) -> Identity:
-    """The identity of a regular file, which is not opened; raises `NotFound`, `InvalidArgument` or `DataError`."""
+    """Returns the identity of a regular file without opening it.
+
+    Raises `NotFound`, `InvalidArgument` or `DataError`.
+    """
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -56,24 +59,26 @@ def identify(path: Path) -> Identity:
     except OSError as error:
         raise DataError(f"The file {_name(path)} cannot be read: {error.strerror}.") from None
     except ValueError as error:  # a name with a NUL
-        raise InvalidArgument(f"{_name(path)} is not the name of a file: {error}.") from None
+        raise InvalidArgument(f"{_name(path)} is not a valid file name: {error}.") from None
     if stat.S_ISDIR(status.st_mode):
         raise InvalidArgument(f"{_name(path)} is a folder; name the files in it.")
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise InvalidArgument(f"{_name(path)} is {kind}, not a file: text is read more than once. Copy it to a file.")
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "of another kind")
+        raise InvalidArgument(
+            f"{_name(path)} is {kind}, but must be a regular file, because text is read more than once."
+        )
     return Identity.of(status)
 
 
 @contextmanager
 def open_bytes(path: Path, identity: Identity, on_read: Callable[[int], None]) -> Iterator[BinaryIO]:
-    """A file opened for reading its bytes as they are; each reading raises `DataError` if it has changed since it was
-    identified, and tells `on_read` how many bytes it took."""
+    """Opens a file for reading its raw bytes. Each read passes the number of bytes to `on_read`, and raises `DataError`
+    if the file has changed since it was identified."""
     try:
-        # A pipe that came in the file's place must not be waited for.
+        # Non-blocking, because a pipe may have replaced the file.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise NotFound(f"The file {_name(path)} does not exist any more.") from None
+        raise NotFound(f"The file {_name(path)} no longer exists.") from None
     except OSError as error:
         raise DataError(f"The file {_name(path)} cannot be read: {error.strerror}.") from None
     with io.BufferedReader(_WatchedFile(descriptor, path, identity, on_read), CHUNK_BYTES) as file:
@@ -81,7 +86,7 @@ def open_bytes(path: Path, identity: Identity, on_read: Callable[[int], None]) -
 
 
 class _WatchedFile(io.RawIOBase):
-    """A file that is read only while it is what it was when it was identified."""
+    """A file whose reads fail once its identity has changed."""
 
     def __init__(self, descriptor: int, path: Path, identity: Identity, on_read: Callable[[int], None]) -> None:
         self._descriptor = descriptor
@@ -99,14 +104,16 @@ class _WatchedFile(io.RawIOBase):
         return os.lseek(self._descriptor, offset, whence)
 
     def readinto(self, buffer: Any) -> int:
-        # The status after the reading: what was read had been written before.
+        # The status is taken after the read, so that it covers every byte that was read.
         try:
             count = os.readv(self._descriptor, [buffer])
             now = Identity.of(os.fstat(self._descriptor))
         except OSError as error:
             raise DataError(f"The file {_name(self._path)} cannot be read: {error.strerror}.") from None
         if now != self._identity:
-            raise DataError(f"The file {_name(self._path)} changed while it was read. Start again when it is complete.")
+            raise DataError(
+                f"The file {_name(self._path)} changed while it was read. Start again when nothing writes to it."
+            )
         self._on_read(count)
         return count
 
@@ -117,19 +124,17 @@ class _WatchedFile(io.RawIOBase):
 
 
 def content(path: Path, identity: Identity, on_read: Callable[[int], None]) -> Iterator[bytes]:
-    """The content of a file in chunks, decompressed if its name ends in .gz or .zst; in bounded memory."""
+    """Yields the content of a file in chunks, decompressed if its name ends in .gz or .zst, in bounded memory."""
     with open_bytes(path, identity, on_read) as file, _decompressed(file, path, identity.size_bytes) as plain:
         while True:
             try:
                 chunk = plain.read(CHUNK_BYTES)
             except (OSError, EOFError, zlib.error) as error:
                 reason = shown(str(error), 100)
-                raise DataError(
-                    f"The file {_name(path)} cannot be decompressed; it may be cut off: {reason}."
-                ) from None
+                raise DataError(f"The file {_name(path)} is damaged or cut off: {reason}.") from None
             if not chunk:
                 return
-            on_read(0)  # much can come out of few bytes
+            on_read(0)  # a few compressed bytes can give many chunks
             yield chunk
 
 
@@ -140,11 +145,13 @@ def _decompressed(file: BinaryIO, path: Path, size_bytes: int) -> Iterator[Any]:
             with gzip.open(file) as plain:
                 yield plain
         case ".zst":
-            # Loading pyarrow takes about a second, which only those who read such files need to wait.
+            # Loading pyarrow takes about a second, so only reading .zst loads it.
             import pyarrow  # type: ignore[import-untyped]
 
             if not zstd.is_whole(file, size_bytes):
-                raise DataError(f"The file {_name(path)} cannot be decompressed: it is cut off, or not made by zstd.")
+                raise DataError(
+                    f"The file {_name(path)} is damaged or cut off: it does not end with a whole zstd frame."
+                )
             file.seek(0)
             with pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), "zstd") as plain:
                 yield plain
@@ -153,7 +160,8 @@ def _decompressed(file: BinaryIO, path: Path, size_bytes: int) -> Iterator[Any]:
 
 
 def text(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
-    """The text of UTF-8 bytes, without a byte order mark, line ends as "\\n"; raises `DataError` for other bytes."""
+    """Yields the text of UTF-8 bytes, without a byte order mark and with "\\n" as line ends; raises `DataError` if the
+    bytes are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     position_bytes = 0
@@ -169,7 +177,7 @@ def text(path: Path, chunks: Iterator[bytes]) -> Iterator[str]:
             decoded = newlines.decode(decoder.decode(chunk, final=not chunk), final=not chunk)
         except UnicodeDecodeError as error:
             at = position_bytes - pending_bytes + error.start
-            raise DataError(_not_utf8(path, beginning, f"byte {at} cannot be read", chunk)) from None
+            raise DataError(_not_utf8(path, beginning, f"byte {at} is invalid", chunk)) from None
         position_bytes += len(chunk)
         if decoded:
             yield decoded if begun else decoded.removeprefix("\ufeff")
@@ -185,7 +193,7 @@ def _not_utf8(path: Path, beginning: bytes, finding: str, chunk: bytes) -> str:
     elif 0 in (chunk[::2].count(0), chunk[1::2].count(0)):
         advice = "If it is UTF-16, convert it, as with iconv -f UTF-16LE -t UTF-8"
     else:
-        advice = "It looks like no text at all"
+        advice = "It does not look like text"
     return f"The file {_name(path)} is not UTF-8 text: {finding}. {advice}."
 
 

@@ -1,4 +1,4 @@
-"""Which part of a text is held out: whole documents or the end of each, as many characters as were asked for."""
+"""Splits a text into training and held-out parts: holds out whole documents or the end of each document."""
 
 import re
 import unicodedata
@@ -8,12 +8,12 @@ import numpy as np
 
 from trainer_service.training.documents import Passage
 
-# Whole documents are held out if their characters are so near to the share, as a part of it; else the end of each is.
+# Whole documents are held out if their characters differ from the share by at most this part of it.
 TOLERANCE = 0.1
-# How far from its place a document is cut at most for the sake of a boundary: in characters, and as a part of its end.
+# The farthest that a cut moves to reach a boundary: in characters, and as a part of the shorter side of the cut.
 _WINDOW_CHARACTERS = 2000
 _WINDOW_SHARE = 0.1
-# From the best boundary down; the cut is at the end of what matches.
+# Boundaries in order of preference; the cut is at the end of a match.
 _BOUNDARIES = [
     re.compile(pattern)
     for pattern in (
@@ -28,9 +28,9 @@ Split = Callable[[bool], Iterator[Passage]]
 
 
 def hold_out(read: Callable[[], Iterator[Passage]], lengths: np.ndarray, share: float) -> tuple[str, Split]:
-    """A sentence that says what is held out, and the passages that are, or those that are not.
+    """Returns a sentence about what is held out, and a function that yields the held-out passages or the others.
 
-    `read` reads all passages from the first on, `lengths` are the characters of their documents, (N,).
+    Each call of `read` yields all passages; `lengths` are the characters of their documents, (N,).
     """
     held = _documents(lengths, share)
     if held is not None:
@@ -40,23 +40,23 @@ def hold_out(read: Callable[[], Iterator[Passage]], lengths: np.ndarray, share: 
             lambda held_out: _split_documents(read(), held, held_out),
         )
     cuts = _cuts(read(), lengths, share)
-    few = "it is one document" if lengths.size == 1 else "its documents are too few or too unequal to hold out whole"
+    few = "one document" if lengths.size == 1 else "documents that are too few or too unequal to hold out whole"
     return (
-        f"The last {share:.1%} of each document is held out for validation: {few}.",
+        f"The last {share:.1%} of each document is held out for validation: the text is {few}.",
         lambda held_out: _split_ends(read(), cuts, lengths, held_out),
     )
 
 
 def _documents(lengths: np.ndarray, share: float) -> np.ndarray | None:
-    """Which documents are held out, (N,), or None if the whole ones do not make up the share.
+    """Returns which documents are held out, (N,), or None if whole documents cannot make up the share.
 
-    A document's own length does not decide, so that those held out are like the others.
+    The choice does not depend on a document's own length, so that held-out documents are like the others.
     """
     mean = lengths.mean()
     held = np.zeros(lengths.size, dtype=bool)  # (N,)
     total = held_out = 0
     for index, length in enumerate(lengths.tolist()):
-        # So that with equal lengths and a share of 1/20 it is the middle one of every 20.
+        # With equal lengths and a share of 1/20, this takes the middle one of every 20.
         if share * (total + mean) - held_out >= mean * (0.5 - 1e-9):
             held[index] = True
             held_out += length
@@ -73,7 +73,7 @@ def _split_documents(passages: Iterable[Passage], held: np.ndarray, held_out: bo
 
 
 def _cuts(passages: Iterable[Passage], lengths: np.ndarray, share: float) -> list[int]:
-    """For each document the position from which on it is held out, near the share of all characters so far."""
+    """Returns, for each document, where its held-out part starts; together these parts have the share of the text."""
     ends = np.floor(share * np.cumsum(lengths) + 1e-9).astype(np.int64)
     targets = lengths - np.diff(ends, prepend=0)  # (N,)
     cuts, window, position = list[int](), "", 0
@@ -90,13 +90,13 @@ def _cuts(passages: Iterable[Passage], lengths: np.ndarray, share: float) -> lis
 
 
 def _boundary(window: str, target: int) -> int:
-    """The best boundary in a window of text, of several the one nearest to the target."""
+    """Returns the best boundary in a window of text: of the most preferred kind, the one nearest to the target."""
     for pattern in _BOUNDARIES:
         places = [match.end() for match in pattern.finditer(window)]
         if places:
             return min(places, key=lambda place: abs(place - target))
     while 0 < target < len(window) and unicodedata.category(window[target])[0] == "M":
-        target += 1  # a mark belongs to the letter before it
+        target += 1  # a combining mark belongs to the letter before it
     return target
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, read on a thread of their own, so that a slow network holds nothing up."""
+"""Reads data sets of the Hugging Face hub on a background thread, so that a slow network blocks nothing."""
 
 import logging
 import os
@@ -13,9 +13,9 @@ from shared.text import excerpt
 from trainer_service.training import background
 from trainer_service.training.documents import Passage, passages, whole
 
-# Nothing heard for so long means that the hub does not answer.
+# The hub counts as unreachable if it sends nothing for this long.
 SILENCE_S = 60.0
-# Rows that cross from one thread to the other at once.
+# Rows that pass between the threads together.
 _ROWS = 64
 
 
@@ -25,7 +25,7 @@ class HubDataset:
 
     repository: str
     configuration: str | None = None
-    # Rows are lines of articles, not documents.
+    # Each row is a line of an article, not a document.
     has_article_lines: bool = False
 
 
@@ -38,31 +38,31 @@ HUB = {
 
 
 class HubCorpus:
-    """A data set as it stands on the hub now; raises `Unavailable` if the hub does not answer.
+    """The current version of a data set on the hub; raises `Unavailable` if the hub does not answer.
 
-    `tick` is called several times a second while the hub is waited for.
+    Calls `tick` several times a second while it waits for the hub.
     """
 
     def __init__(self, dataset: HubDataset, tick: Callable[[], None]) -> None:
         self._dataset = dataset
         self._tick = tick
-        (self._builder,) = self._heard(_load(dataset) for _ in range(1))
+        (self._builder,) = self._fetched(_load(dataset) for _ in range(1))
         self.hash = str(self._builder.hash)
 
     def read(self, split: str) -> Iterator[Passage]:
-        """The documents of a split."""
+        """Yields the documents of a split."""
 
         def batches() -> Iterator[list[str]]:
             rows = iter(self._builder.as_streaming_dataset(split=split))
             while batch := [row["text"] for row in islice(rows, _ROWS)]:
                 yield batch
 
-        texts = (text for batch in self._heard(batches()) for text in batch if text is not None)
+        texts = (text for batch in self._fetched(batches()) for text in batch if text is not None)
         articles = _articles(texts) if self._dataset.has_article_lines else texts
         return passages((whole(text), True) for text in articles)
 
-    def _heard(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What comes from the hub, whose libraries raise errors of many kinds; to a person they all mean the same."""
+    def _fetched(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yields items from the hub. Its libraries raise errors of many types, which all become `Unavailable`."""
 
         def wrapped() -> Iterator[Any]:
             try:
@@ -75,19 +75,19 @@ class HubCorpus:
         except Unavailable as error:
             raise Unavailable(
                 f"The data set {self._dataset.repository} cannot be downloaded: {str(error).rstrip('.')}. "
-                "Try again when the hub can be reached, or use builtin or a local file."
+                "Try again later, or use builtin or a local file."
             ) from error
 
 
 def _load(dataset: HubDataset) -> Any:
-    # The libraries' own patience is minutes; these are read when they are imported.
+    # The libraries wait for minutes by default; they read these variables when they are imported.
     for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
         os.environ.setdefault(name, "10")
     import huggingface_hub
 
-    # One question without retries: if it gets no answer, the many that follow need not be asked.
+    # One request without retries fails fast if the hub cannot be reached.
     huggingface_hub.HfApi().dataset_info(dataset.repository, timeout=10)
-    # Loading `datasets` takes seconds, which only those who use the hub need to wait.
+    # Loading `datasets` takes seconds, so only the hub's data sets load it.
     import datasets  # type: ignore[import-untyped]
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -97,7 +97,7 @@ def _load(dataset: HubDataset) -> Any:
 
 
 def _articles(lines: Iterable[str]) -> Iterator[str]:
-    """WikiText's lines joined to articles, each of which begins with a heading of the first level, " = Title = "."""
+    """Joins WikiText's lines to articles; each starts with a first-level heading, " = Title = "."""
     article: list[str] = []
     for line in lines:
         if article and re.fullmatch(r" = [^=]+ = \n?", line):

@@ -1,4 +1,4 @@
-"""Text in local files: .txt, .jsonl and .parquet, the first two also compressed."""
+"""Reads text from local .txt, .jsonl and .parquet files; the first two may be compressed."""
 
 import hashlib
 from array import array
@@ -14,7 +14,7 @@ from trainer_service.training.documents import Counts, Passage
 from trainer_service.training.file_bytes import COMPRESSED, Identity
 
 KINDS = (".txt", ".jsonl", ".parquet")
-# Parquet is compressed within, and cannot be read as a stream.
+# Parquet has its own compression and cannot be read as a stream.
 ENDINGS = (*KINDS, *(kind + packed for kind in KINDS[:2] for packed in COMPRESSED))
 
 OnRead = Callable[[int], None]
@@ -22,9 +22,9 @@ OnRead = Callable[[int], None]
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file that was read through once.
+    """A file that was read once from beginning to end.
 
-    `digest` is the SHA-256 of its content, decompressed; `lengths` are the characters of its documents, (N,).
+    `digest` is the SHA-256 of its decompressed content; `lengths` are the characters of its documents, (N,).
     """
 
     path: Path
@@ -36,12 +36,12 @@ class TextFile:
     on_read: OnRead
 
     def passages(self) -> Iterator[Passage]:
-        """The documents in their order; raises `DataError` if the file is not what it was at the first reading."""
+        """Yields the documents in order; raises `DataError` if the file has changed since it was first read."""
         return _passages(self.path, self.kind, self.identity, Counts(), self.on_read, lambda _: None)
 
 
 def kind_of(path: Path) -> str:
-    """What the name says that a file holds: one of `KINDS`; raises `InvalidArgument` for other names."""
+    """Returns the one of `KINDS` that a file's name stands for; raises `InvalidArgument` for other names."""
     ending = "".join(path.suffixes[-2:] if path.suffix.lower() in COMPRESSED else path.suffixes[-1:]).lower()
     if ending not in ENDINGS:
         raise InvalidArgument(f"The file {shown(str(path))} cannot be read: its name must end in {', '.join(ENDINGS)}.")
@@ -49,7 +49,7 @@ def kind_of(path: Path) -> str:
 
 
 def check_file(path: Path) -> Identity:
-    """The identity of a file; raises `NotFound`, `InvalidArgument` or `DataError` if it cannot be read."""
+    """Returns the identity of a file; raises `NotFound`, `InvalidArgument` or `DataError` if it cannot be read."""
     identity = file_bytes.identify(path)
     kind_of(path)
     if identity.size_bytes == 0:
@@ -60,14 +60,15 @@ def check_file(path: Path) -> Identity:
 
 
 def passes(path: Path) -> int:
-    """How often `open_file` goes through the bytes of a file."""
+    """Returns how many times `open_file` reads a file."""
     return 2 if kind_of(path) == ".parquet" else 1
 
 
 def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
-    """Reads a file through; raises as `check_file` does, and `DataError` if its text cannot be read or it has none.
+    """Reads a file from beginning to end.
 
-    `on_read` is told of the bytes that are read, now and in later readings; what it raises ends the reading.
+    `on_read` receives the number of bytes of each read, now and in later readings; an exception from it ends the
+    reading. Raises the errors of `check_file`, and `DataError` if the text cannot be read or there is none.
     """
     identity, kind = check_file(path), kind_of(path)
     digest, counts = hashlib.sha256(), Counts()
@@ -88,14 +89,12 @@ def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
     if kind == ".txt" and not counts.markers:
         notices.append(f"{name} has no <|endoftext|> marker, so the whole file is one document.")
     if counts.empty_rows:
-        have = "row has" if counts.empty_rows == 1 else "rows have"
-        notices.append(
-            f"{name}: {counts.empty_rows:,} {have} no text and {'was' if counts.empty_rows == 1 else 'were'} skipped."
-        )
+        rows = "row" if counts.empty_rows == 1 else "rows"
+        notices.append(f"{name}: skipped {counts.empty_rows:,} {rows} without text.")
     if counts.mended_rows:
-        have = "row has" if counts.mended_rows == 1 else "rows have"
+        rows = "row" if counts.mended_rows == 1 else "rows"
         notices.append(
-            f"{name}: {counts.mended_rows:,} {have} half of a character, a lone surrogate, which is read as U+FFFD."
+            f"{name}: replaced lone surrogates (half characters) with U+FFFD in {counts.mended_rows:,} {rows}."
         )
     return TextFile(path, kind, identity, digest.hexdigest(), np.array(lengths), tuple(notices), on_read)
 
@@ -104,23 +103,23 @@ def _passages(
     path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
 ) -> Iterator[Passage]:
     for passage in documents.passages(_pieces(path, kind, identity, counts, on_read, on_content)):
-        on_read(0)  # much text can come out of one reading
+        on_read(0)  # one read can give many passages
         yield passage
 
 
 def _pieces(
     path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
 ) -> Iterator[documents.Piece]:
-    """What a reader of the kind yields; `on_content` is told the content of text."""
+    """Yields what the reader of the kind yields; passes the content of text files to `on_content`."""
     if kind == ".parquet":
         with file_bytes.open_bytes(path, identity, on_read) as file:
             yield from documents.parquet(file, path, counts)
         return
 
-    def told() -> Iterator[bytes]:
+    def observed() -> Iterator[bytes]:
         for chunk in file_bytes.content(path, identity, on_read):
             on_content(chunk)
             yield chunk
 
-    chunks = file_bytes.text(path, told())
+    chunks = file_bytes.text(path, observed())
     yield from documents.marked(chunks, counts) if kind == ".txt" else documents.json_lines(chunks, path, counts)

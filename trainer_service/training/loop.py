@@ -1,4 +1,4 @@
-"""The training loop: step, report, evaluate, checkpoint, until the schedule ends or somebody asks to stop."""
+"""The training loop: step, report, evaluate, checkpoint, until the schedule ends or a stop is requested."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evalua
 from trainer_service.training.overfitting import OverfittingWatch
 from trainer_service.training.trainer import StepResult, Trainer, scalar
 
-# Where steps take long, a report is due after so many seconds.
+# The longest time between two reports, unless a single step takes longer.
 _REPORT_AT_LATEST_S = 5.0
 
 
@@ -25,9 +25,9 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class Report:
-    """Means since the last report; `tokens_per_second` leaves evaluations out, `eta_s` does not.
+    """Means since the last report. `tokens_per_second` excludes evaluations, `eta_s` includes them.
 
-    The first step compiles, and so says nothing of the others: `eta_s` is None after it.
+    `eta_s` is None after the first step, which compiles and so predicts nothing about the others.
     """
 
     step: int
@@ -41,42 +41,42 @@ class Report:
 
 
 class Observer(Protocol):
-    """Who is told what happens, and who keeps what must last."""
+    """Receives reports and stores checkpoints."""
 
     def report(self, report: Report) -> None:
-        """Some steps were taken."""
+        """Receives a report on the last steps."""
 
     def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
-        """An evaluation is done: the state and a version are to be kept. The trainer does not know of it yet, so that a
-        state which has no version is evaluated again."""
+        """Stores the state and a version after an evaluation, before the trainer records it: a state without a version
+        is evaluated again."""
 
     def save(self, trainer: Trainer) -> None:
-        """The loop stops before its end: the state is to be kept."""
+        """Stores the state when the loop stops early."""
 
     def notice(self, text: str) -> None:
-        """Something that a person should know."""
+        """Receives a sentence for the user."""
 
 
 def train(
     trainer: Trainer, evaluation_set: EvaluationSet, observer: Observer, stop_requested: Callable[[], bool]
 ) -> Outcome:
-    """Runs to the end of the schedule, or to the end of the step in which `stop_requested` says so.
+    """Runs to the end of the schedule, or to the end of the step after which `stop_requested` returns true.
 
-    An evaluation that is interrupted is made when the run goes on. Raises `TrainingDiverged` where a loss is not
-    finite; nothing is written then, so the last checkpoint stays good.
+    An interrupted evaluation is repeated when the run continues. Raises `TrainingDiverged` if a loss is not finite;
+    nothing is written then, so the last checkpoint stays valid.
     """
     config = trainer.config
     meter = _Meter(trainer)
     watch = OverfittingWatch()
 
-    def go_on(_: float) -> None:
+    def check_stop(_: float) -> None:
         if stop_requested():
             raise _Interrupted
 
     while True:
         if _is_due(trainer):
             try:
-                held_out = evaluate(trainer.model, evaluation_set, config.batch_size, trainer.workers, go_on)
+                held_out = evaluate(trainer.model, evaluation_set, config.batch_size, trainer.workers, check_stop)
             except _Interrupted:
                 observer.save(trainer)
                 return Outcome.STOPPED
@@ -108,14 +108,14 @@ def _is_due(trainer: Trainer) -> bool:
 
 
 class _Meter:
-    """Means and rates between reports."""
+    """Computes means and rates between reports."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._first_step = trainer.step + 1
         self._results: list[StepResult] = []
         self._window_began_s = time.monotonic()
-        # When the first step was done.
+        # When the first step ended.
         self._began_s: float | None = None
 
     def add(self, result: StepResult) -> None:
@@ -123,7 +123,7 @@ class _Meter:
 
     @property
     def due(self) -> bool:
-        """At the first step, every `report_interval` steps, and after some seconds where steps are long."""
+        """Whether to report now: at the first step, every `report_interval` steps, and after a few seconds."""
         step = self._trainer.step
         long_ago = time.monotonic() - self._window_began_s >= _REPORT_AT_LATEST_S
         return step == self._first_step or step % self._trainer.config.report_interval == 0 or long_ago
@@ -159,7 +159,7 @@ class _Meter:
         return (now_s - self._began_s) / steps * (self._trainer.config.max_steps - self._trainer.step)
 
     def restart(self) -> None:
-        """Begins a new span of time; what came before it counts for no rate."""
+        """Starts a new interval; earlier time does not count for rates."""
         self._window_began_s = time.monotonic()
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model, in a few rows at a time, so that the logits of a whole batch never exist.
+"""Cross-entropy of a language model, computed in chunks of rows, so that the logits of a whole batch never exist.
 
 Shapes: B rows, T tokens, N = B x T predictions, n of them in a chunk, C width, V vocabulary, v of it in a block.
 """
@@ -15,12 +15,12 @@ from shared.gpt.operations import exp_below, on_cpu
 from trainer_service.training import cuda_loss
 from trainer_service.training.config import CHUNK_ELEMENTS
 
-# On a CPU, those of so many tokens are computed together: then they pass from one operation to the next in its cache.
+# Tokens of the vocabulary in a block on a CPU: its logits stay in the cache between operations.
 _BLOCK_TOKENS = 2048
 
 
 def mean_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
-    """The mean cross-entropy, in nats per token, of (B, T) targets given (B, T) inputs."""
+    """Returns the mean cross-entropy, in nats per token, of (B, T) targets given (B, T) inputs."""
     hidden = model.hidden(inputs)
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     mean_cross_entropy = cuda_loss.mean_cross_entropy if cuda.usable(rows) else _mean_cross_entropy
@@ -29,7 +29,7 @@ def mean_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
 
 
 def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
-    """The mean cross-entropy (B,) of each row, in nats per token."""
+    """Returns the mean cross-entropy (B,) of each row, in nats per token."""
     hidden = model.hidden(inputs)
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     weight = model.head_weight
@@ -43,12 +43,12 @@ def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
 
 @differentiable
 def _mean_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """The mean loss of (N, C) hidden states under a (V, C) head, and its gradients with respect to both.
+    """Returns the mean loss of (N, C) hidden states under a (V, C) head, and its gradients with respect to both.
 
-    The gradients come with the loss, chunk by chunk, while the chunk's exponentials are at hand; where nobody asks for
-    them, MLX does not compute them. With respect to the logits they are the probabilities, less one at the target. So
-    with respect to the rest they are products of the exponentials, of which the smaller factor is divided by the sums,
-    less the rows that the targets choose.
+    The gradients are computed with the loss, chunk by chunk, while the chunk's exponentials exist; MLX skips them if
+    they are not used. The gradient of the logits is the probabilities minus one at the target. The other gradients are
+    therefore products of the exponentials, in which the smaller factor is divided by the sums, minus the rows that the
+    targets select.
     """
     scale = 1 / targets.size
     losses, hidden_gradients, block_gradients = [], [], []
@@ -72,7 +72,8 @@ def _mean_cross_entropy_vjp(
 
 
 def _losses(rows: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """The loss (n,) of (n, C) rows, and their exponentials: the sums (n, 1), and those of each block, (v, n)."""
+    """Returns the loss (n,) of (n, C) rows, the sums of their exponentials (n, 1), and the exponentials of each block
+    (v, n)."""
     logits = [block @ rows.T for block in _blocks(weight)]  # each (v, n)
     highest = reduce(mx.maximum, [mx.max(block, axis=0, keepdims=True) for block in logits])  # (1, n)
     if on_cpu():

@@ -1,4 +1,4 @@
-"""AdamW as GPTs are trained with it: clipped gradients, bias correction, decay on matrices only.
+"""AdamW as it is used to train GPTs: clipped gradients, bias correction, weight decay on matrices only.
 
 Sources: Loshchilov & Hutter 2019 (AdamW), Brown et al. 2020, appendix B (betas, decay, clipping).
 """
@@ -15,10 +15,10 @@ _EPSILON = 1e-8
 
 
 class AdamW:
-    """The moments of every parameter, as trees `m` and `v` of the parameters' shape, and the steps taken so far.
+    """The moments of every parameter, as trees `m` and `v` of the parameters' shape, and the number of steps so far.
 
-    MLX's own optimizer clips, and updates each array, in operations of their own; here it is one pass over an array,
-    and on an NVIDIA GPU a few kernels for the whole model.
+    MLX's optimizer clips and updates each array in separate operations. This one makes one pass over each array, and on
+    an NVIDIA GPU uses a few kernels for the whole model.
     """
 
     def __init__(self, config: TrainingConfig, parameters: dict[str, Any]) -> None:
@@ -32,10 +32,7 @@ class AdamW:
     def update(
         self, parameters: dict[str, Any], gradients: dict[str, Any], rate: mx.array
     ) -> tuple[dict[str, Any], mx.array]:
-        """New parameters at a learning rate, and the norm of the gradients before they were clipped.
-
-        The moments move on.
-        """
+        """Updates the moments; returns new parameters, and the norm of the gradients before clipping."""
         config = self._config
         names, old = zip(*tree_flatten(parameters), strict=True)
         new = dict(tree_flatten(gradients))
@@ -74,7 +71,7 @@ class AdamW:
         return trees[0], norm
 
     def _clip(self, norm: mx.array) -> mx.array:
-        """The factor that brings gradients of a norm down to the largest one allowed; 1 if there is no largest one."""
+        """Returns the factor that scales gradients of this norm down to the largest norm; 1 if clipping is off."""
         if not self._config.max_gradient_norm:
             return mx.array(1.0)
         return mx.minimum(self._config.max_gradient_norm / (norm + 1e-6), 1.0)

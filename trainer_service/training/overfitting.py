@@ -1,11 +1,11 @@
-"""Noticing that a model learns its text by heart."""
+"""Detects overfitting."""
 
-# So many evaluations in a row above the best are more than noise.
+# This many evaluations in a row without improvement are more than noise.
 _PATIENCE = 3
 
 
 class OverfittingWatch:
-    """Warns once when held-out loss keeps above its best while training loss is below it."""
+    """Warns once when the held-out loss stays above its best while the training loss is below it."""
 
     def __init__(self) -> None:
         self._best = float("inf")
@@ -13,7 +13,7 @@ class OverfittingWatch:
         self._warned = False
 
     def check(self, training_loss: float, validation_loss: float) -> str | None:
-        """A warning, or None; both losses in nats per token."""
+        """Returns a warning or None; both losses are in nats per token."""
         if validation_loss < self._best:
             self._best, self._worse = validation_loss, 0
             return None
@@ -23,6 +23,6 @@ class OverfittingWatch:
         self._warned = True
         return (
             f"Overfitting: held-out loss is {validation_loss:.3f} and has not improved on {self._best:.3f} for "
-            f"{self._worse} evaluations, while training loss is {training_loss:.3f}. The best version stays the one "
-            "that serves; more text, a smaller model or dropout would help."
+            f"{self._worse} evaluations, while training loss is {training_loss:.3f}. The best version keeps serving; "
+            "more text, a smaller model or dropout would help."
         )

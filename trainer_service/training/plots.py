@@ -1,6 +1,6 @@
 """The words and plots of the built-in stories.
 
-A plot is a list of beats, each one or two sentences. `[a|b]` is a choice between a and b, and may be empty or nested.
+A plot is a list of beats of one or two sentences. `[a|b]` is a choice between a and b; it may be empty or nested.
 `{h}` is the hero, `{f}` a friend, `{g}` a grown-up of the hero's family, `{w}` a wise stranger, `{x}` a small animal,
 `{o}` and `{o2}` things, `{p}` a place, `{s}`, `{s2}` and `{s3}` spots outside, `{c}` a colour.
 """

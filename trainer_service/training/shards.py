@@ -1,4 +1,4 @@
-"""Tokens on disk: a header of fixed size, then little-endian 16-bit numbers; written whole or not at all."""
+"""Stores tokens on disk: a header of fixed size, then little-endian 16-bit numbers. A shard is whole or absent."""
 
 import json
 import os
@@ -16,13 +16,13 @@ MAGIC = "gptloop-tokens"
 VERSION = 1
 HEADER_BYTES = 4096
 DTYPE = np.dtype("<u2")
-# What nobody has written to for so long was left behind by a process that was killed.
+# A partial file that has not changed for this long belongs to a process that was killed.
 ABANDONED_S = 3600.0
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard holds: `count` tokens of a split; `complete` where the split has no more."""
+    """Describes a shard: `count` tokens of a split, which has no more if `complete` is true."""
 
     tokenizer: str
     source: str
@@ -33,9 +33,9 @@ class ShardHeader:
 
 
 def read_shard(path: Path, limit: int) -> Tokens | None:
-    """The first `limit` tokens of a shard, memory-mapped, (N,); all where it holds its whole split.
+    """Returns the first `limit` tokens of a shard, memory-mapped, (N,); fewer only if the whole split has fewer.
 
-    None where there is no shard, where it holds fewer, or where its size is not what its header says.
+    Returns None if the shard does not exist, holds too few tokens, or has another size than its header says.
     """
     try:
         with path.open("rb") as file:
@@ -47,16 +47,16 @@ def read_shard(path: Path, limit: int) -> Tokens | None:
             if size_bytes != HEADER_BYTES + count * DTYPE.itemsize or (count < limit and not complete):
                 return None
             if count == 0:
-                return np.zeros(0, dtype=DTYPE)  # nothing can be mapped
+                return np.zeros(0, dtype=DTYPE)  # an empty range cannot be mapped
             return np.memmap(file, dtype=DTYPE, mode="r", offset=HEADER_BYTES, shape=(count,))[:limit]  # (N,)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_shard(path: Path, header: ShardHeader, arrays: Iterable[Tokens], limit: int) -> None:
-    """Write the first `limit` of some tokens, atomically; the header's `count` and `complete` are set to what came.
+    """Writes the first `limit` tokens atomically, with a header whose `count` and `complete` match them.
 
-    Raises `OSError` where the disk does not take it; nothing is left behind then.
+    Raises `OSError` if the disk cannot be written, and leaves no partial file then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for partial in path.parent.glob("*.partial"):

@@ -1,4 +1,4 @@
-"""The built-in data set: small English stories, made by a deterministic generator so that everything runs offline."""
+"""The built-in data set: small English stories from a deterministic generator, so that no network is needed."""
 
 import random
 import re
@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 from trainer_service.training import plots, words
 
-# Part of the revision of the data: raise it whenever the same seed and index give another story.
+# Part of the revision of the data: raise it when the same seed and index give another story.
 GENERATOR_VERSION = 2
 SEED = 2024
 TRAIN_STORIES = 12_000
 VALIDATION_STORIES = 600
-# Stories with a detail beside the plot: few, so that a small model learns the plots first.
+# The share of stories with a detail beside the plot. It is small, so that a small model learns the plots first.
 DETAIL_SHARE = 0.15
 
 _NAMES, _THINGS = words.NAMES.split(), words.THINGS.split()
@@ -27,7 +27,7 @@ Sequence: TypeAlias = "list[str | list[Sequence]]"
 
 @dataclass(frozen=True)
 class Character:
-    """Somebody or something in a story: as text the name, with the pronouns that stand for it."""
+    """A person or an animal in a story. Its text is the name; its fields give the pronouns."""
 
     name: str
     noun: str
@@ -39,7 +39,7 @@ class Character:
 
     @property
     def a_kind(self) -> str:
-        """As a story first names it: "a small brown fox"."""
+        """The words that introduce it: "a small fox"."""
         return f"a {self.kind}"
 
     @property
@@ -75,36 +75,36 @@ class Thing:
 
     @property
     def a_kind(self) -> str:
-        """As a story first names it: "a red ball"."""
+        """The words that introduce it: "a red ball"."""
         return f"a {self}"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a story happens, as a direction and as a location."""
+    """The place of a story, as a direction and as a location."""
 
     to: str
     at: str
 
 
 def train_stories() -> Iterator[str]:
-    """The training split."""
+    """Yields the training split."""
     return generate_stories(SEED, range(TRAIN_STORIES))
 
 
 def validation_stories() -> Iterator[str]:
-    """The held-out split: the indices that follow the training split."""
+    """Yields the held-out split: the indices after the training split."""
     return generate_stories(SEED, range(TRAIN_STORIES, TRAIN_STORIES + VALIDATION_STORIES))
 
 
 def generate_stories(seed: int, indices: range) -> Iterator[str]:
-    """One story for each index; a story is a pure function of (seed, index)."""
+    """Yields a story for each index; a story is a pure function of the seed and the index."""
     for index in indices:
         yield generate_story(random.Random(f"{seed}:{index}"))
 
 
 def generate_story(rng: random.Random) -> str:
-    """One story of 60 to 200 words, in two or three paragraphs."""
+    """Returns a story of 60 to 220 words in three paragraphs."""
     plot = rng.choice(plots.PLOTS)
     opening = rng.choice(plots.OPENINGS)
     middle = len(plot) // 2
@@ -117,7 +117,7 @@ def generate_story(rng: random.Random) -> str:
 
 
 def _tell(beat: str, fills: dict[str, object], rng: random.Random) -> str:
-    """A beat with its choices made and its fields filled, as written English."""
+    """Makes the choices of a beat, fills its fields, and corrects articles and capitals."""
     text = " ".join("".join(_choose(_parse(beat), rng)).format_map(fills).split())
     text = _BEFORE_VOWEL.sub(r"\1n ", text)
     return _SENTENCE_START.sub(lambda start: start[1] + start[2].upper(), text)
@@ -133,7 +133,7 @@ def _choose(sequence: Sequence, rng: random.Random) -> Iterator[str]:
 
 @cache
 def _parse(beat: str) -> Sequence:
-    """A beat as text and choices: "a [b|c]" is `["a ", [["b"], ["c"]]]`."""
+    """Parses a beat into text and choices: "a [b|c]" becomes `["a ", [["b"], ["c"]]]`."""
     sequences: list[Sequence] = [[]]
     choices: list[list[Sequence]] = []
     for mark in _MARKS.findall(beat):
@@ -152,7 +152,7 @@ def _parse(beat: str) -> Sequence:
 
 
 def _fills(rng: random.Random) -> dict[str, object]:
-    """Who and what a story is about; everything in it is distinct."""
+    """Draws the characters, things and places of a story; no two are alike."""
     species = rng.sample(plots.ANIMALS.split(), 2)
     hero, friend = (_character(name, animal, rng) for name, animal in zip(_names(rng), species, strict=True))
     role, pronoun = rng.choice(plots.FAMILY)
@@ -181,7 +181,7 @@ def _fills(rng: random.Random) -> dict[str, object]:
 
 
 def _names(rng: random.Random) -> list[str]:
-    """Two names; each is a girl's, a boy's or an animal's with the same chance."""
+    """Draws two different names; each is a girl's, a boy's or an animal's with equal probability."""
     groups = [rng.choice([plots.GIRLS.split(), plots.BOYS.split(), plots.PETS.split()]) for _ in range(2)]
     first = rng.choice(groups[0])
     return [first, rng.choice([name for name in groups[1] if name != first])]

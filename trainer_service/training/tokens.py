@@ -1,4 +1,4 @@
-"""From text to tokens: opens the corpus, gets its tokenizer, and keeps both splits as shards of tokens."""
+"""Prepares a corpus: trains or loads its tokenizer, and stores both splits as shards of tokens."""
 
 import errno
 import hashlib
@@ -22,14 +22,14 @@ from trainer_service.training.corpus import Corpus, DatasetSpec, open_corpus
 from trainer_service.training.documents import Passage
 from trainer_service.training.shards import ShardHeader, read_shard, write_shard
 
-# Text beyond this changes a vocabulary of some thousand tokens little.
+# More text than this hardly changes a vocabulary of several thousand tokens.
 TOKENIZER_CHARACTERS = 32 << 20
 BATCH_CHARACTERS = 1 << 20
 REPORT_INTERVAL_S = 0.1
 
 
 class Stage(StrEnum):
-    """What preparing is doing, in words."""
+    """The stages of preparation, in words."""
 
     OPEN = "reading the text"
     TOKENIZER = "training the tokenizer"
@@ -39,7 +39,7 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """How far a stage has come: `done` of `total` bytes, characters or tokens; `total` is 0 if that is not known."""
+    """The progress of a stage: `done` of `total` bytes, characters or tokens; `total` is 0 if it is unknown."""
 
     stage: Stage
     done: int = 0
@@ -47,15 +47,15 @@ class PrepareProgress:
 
     @property
     def fraction(self) -> float | None:
-        """How much is done, 0 to 1; None if that is not known."""
+        """The share that is done, from 0 to 1; None if it is unknown."""
         return min(self.done / self.total, 1.0) if self.total else None
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run reads: both splits as memory-mapped tokens, (N,) each, with an end token after every document.
+    """The data of a run: both splits as memory-mapped tokens, (N,) each, with an end token after every document.
 
-    `config` is the configuration with the number of tokens that a tokenizer trained on the text has.
+    `config` is the run's configuration with the size of the tokenizer's vocabulary.
     """
 
     config: TrainingConfig
@@ -71,9 +71,9 @@ Report = Callable[[PrepareProgress], None]
 
 
 class _Progress:
-    """Reports the beginning of each stage at once, and how it goes on not more often than every `REPORT_INTERVAL_S`.
+    """Reports the start of each stage at once, and its progress every `REPORT_INTERVAL_S`.
 
-    `tick` is called between any two pieces of work, each far shorter than that, from this thread alone.
+    `tick` must be called more often than that, always from the same thread.
     """
 
     def __init__(self, report: Report) -> None:
@@ -85,17 +85,17 @@ class _Progress:
         self._set(PrepareProgress(stage, 0, total))
 
     def reach(self, done: int, total: int = 0) -> None:
-        """Reports how far the stage has come, whenever that was last."""
+        """Reports the progress of the stage, however recent the last report is."""
         self._set(replace(self._now, done=done, total=total))
 
     def read(self, size_bytes: int, total_bytes: int) -> None:
-        """Counts what was read in the first stage."""
+        """Counts the bytes that were read in the first stage."""
         if self._now.stage is Stage.OPEN:
             self._now = replace(self._now, done=self._now.done + size_bytes, total=total_bytes)
         self.tick()
 
     def tick(self, done: int = 0, total: int = 0) -> None:
-        """Reports where the stage stands, if the last report is old: whoever wants to end the work raises."""
+        """Reports the progress if the last report is old. The receiver of the report ends the work by raising."""
         if total:
             self._now = replace(self._now, done=done, total=total)
         if time.monotonic() - self._reported_s >= REPORT_INTERVAL_S:
@@ -110,13 +110,13 @@ class _Progress:
 def prepare(
     spec: DatasetSpec, config: TrainingConfig, directory: Path, report: Report, tokenizer: Tokenizer | None = None
 ) -> PreparedData:
-    """The tokens of a data set, from shards below `directory` where they are there, else made and kept.
+    """Returns the tokens of a data set, from the shards below `directory`; tokenises the text if they are missing.
 
-    `tokenizer` is that of the version which a run continues; without one it is the one that the configuration asks for,
-    with fewer tokens if the text does not give as many. No more is tokenised than the run will read. `report` is called
-    several times a second; what it raises ends the work and leaves no partial file. Several processes may prepare the
-    same data at once. Raises as `open_corpus` does, `DataError` where there is less text than one window, and
-    `ResourceExhausted` or `FailedPrecondition` where `directory` cannot be written.
+    `tokenizer` is that of the version which a run continues. Without one, the configuration decides; a tokenizer that
+    is trained on little text may get fewer tokens than configured. Only the text that the run will read is tokenised.
+    `report` is called several times a second; an exception from it ends the work and leaves no partial file. Several
+    processes may prepare the same data at once. Raises the errors of `open_corpus`, `DataError` if a split is shorter
+    than one window, and `ResourceExhausted` or `FailedPrecondition` if `directory` cannot be written.
     """
     window = config.context_length + 1
     train_limit = config.max_train_tokens or config.max_steps * config.batch_size * window
@@ -129,8 +129,8 @@ def prepare(
         tokenizer = _tokenizer(corpus, config, directory / "tokenizers", progress)
         if tokenizer.vocabulary_size < config.vocabulary_size:
             notices.append(
-                f"The text gives a vocabulary of {tokenizer.vocabulary_size:,} tokens, not {config.vocabulary_size:,}; "
-                "the model is made for as many."
+                f"The text is enough for a vocabulary of only {tokenizer.vocabulary_size:,} tokens, not "
+                f"{config.vocabulary_size:,}; the model uses this size."
             )
             config = replace(config, vocabulary_size=tokenizer.vocabulary_size)
     folder = directory / "shards" / _key(corpus.revision, tokenizer.digest)
@@ -153,7 +153,7 @@ def _key(*values: object) -> str:
 def _check_size(which: str, count: int, window: int, source: str, remedy: str) -> None:
     if count < window:
         raise DataError(
-            f"The {which} text of {source} holds {count} tokens, but one window of context_length takes {window}: "
+            f"The {which} text of {source} holds {count} tokens, but one window of context_length needs {window}: "
             f"{remedy}, or set a smaller context_length."
         )
 
@@ -167,7 +167,7 @@ def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _
         try:
             return Tokenizer.load(path)
         except InvalidArgument:
-            path.unlink(missing_ok=True)  # damaged: it is trained anew
+            path.unlink(missing_ok=True)  # damaged: train it again
     progress.begin(Stage.TOKENIZER)
     texts, characters = list[str](), 0
     for batch in _batches(corpus.train(), progress.tick):
@@ -186,7 +186,7 @@ def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _
 
 
 def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limit: int, progress: _Progress) -> Tokens:
-    """A split from its shard, which is written first where it is not there or holds too little."""
+    """Returns a split from its shard; writes the shard first if it is missing or too short."""
     tokens = read_shard(path, limit)
     if tokens is None:
         split = corpus.train if stage is Stage.TRAIN else corpus.validation
@@ -200,7 +200,7 @@ def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limi
 
 
 def _encode(passages: Iterable[Passage], tokenizer: Tokenizer, limit: int, progress: _Progress) -> Iterator[Tokens]:
-    """The tokens of some passages, a batch of them at a time, (N,) each."""
+    """Yields the tokens of passages, a batch of passages at a time, (N,) each."""
     count = 0
     for batch in _batches(passages, progress.tick):
         encoded = tokenizer.encode_batch([passage.text for passage in batch])
@@ -228,7 +228,7 @@ def _batches(passages: Iterable[Passage], tick: Callable[[], None]) -> Iterator[
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Errors of the disk as sentences; those of reading text are others by then."""
+    """Turns errors of writing into sentences; errors of reading text have their own types."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A model in training: weights, optimizer, position; compiled steps; states in and out.
+"""A model in training: its weights, optimizer and position, its compiled step, and its saved states.
 
 Shapes: B rows, T tokens.
 """
@@ -26,23 +26,23 @@ from trainer_service.training.loss import mean_loss
 from trainer_service.training.optimizer import AdamW
 from trainer_service.training.workers import Workers
 
-# A loss and its gradients, as a tree of the parameters' shape.
+# A loss and its gradients, a tree of the parameters' shape.
 Gradients = tuple[mx.array, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Two scalars of a step that may still be computing."""
+    """Two scalars of a step, which may still be computing."""
 
     loss: mx.array
     gradient_norm: mx.array
 
 
 class Trainer:
-    """Everything that a step changes. A step depends on the state before it, the configuration, the text and the number
-    of workers alone: its windows and its dropout follow from (seed, step), so a restored state goes on exactly.
+    """Everything that a step changes. A step depends only on the state before it, the configuration, the text and the
+    number of workers: its windows and its dropout follow from (seed, step). So a restored run continues exactly.
 
-    Each worker takes a part of every batch. On an NVIDIA GPU the model computes in bf16, from weights in fp32.
+    Each worker takes a part of every batch. On an NVIDIA GPU the model computes in bf16 from weights in fp32.
     """
 
     def __init__(self, config: TrainingConfig, tokens: Tokens, workers: Workers | None = None) -> None:
@@ -61,7 +61,7 @@ class Trainer:
         self._start()
 
     def _start(self) -> None:
-        """Compiles the step over the state that stands now; a state that is put in place later would not be seen."""
+        """Compiles the step over the current arrays of the state; the compiled step would not see replaced arrays."""
 
         def update(parts: list[Gradients], rate: mx.array) -> tuple[mx.array, mx.array]:
             (loss, gradients), *others = parts
@@ -78,7 +78,7 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the step that was taken last."""
+        """The learning rate of the last step."""
         return self.config.learning_rate_at(max(self.step - 1, 0))
 
     def take_step(self) -> StepResult:
@@ -99,7 +99,7 @@ class Trainer:
         loss, norm = self._update(self.workers.map(work, range(parts)), rate)
         mx.async_eval(loss, norm, self._captured)
         if parts > 1:
-            mx.eval(self._captured)  # other threads may use the new weights only once they are there
+            mx.eval(self._captured)  # other threads may only use evaluated weights
         elif self._previous is not None:
             mx.eval(self._previous)
         self._previous = loss
@@ -108,31 +108,31 @@ class Trainer:
         return StepResult(loss, norm)
 
     def _gradients(self, weights: dict[str, Any], drawn: Batch, seed: int) -> Gradients:
-        """This thread's share of a step's mean loss and of its gradients: those of some of its rows."""
+        """Returns this thread's share of a step's mean loss and gradients, from its rows of the batch."""
         if not hasattr(self._of_thread, "add"):
             self._of_thread.add = _compile_gradients(self.config)
         mx.random.seed(seed)
         rows = len(drawn.inputs)
-        pieces = min(rows, -(-drawn.inputs.size // MICRO_BATCH_TOKENS)) if on_cpu() else 1
+        micro_batches = min(rows, -(-drawn.inputs.size // MICRO_BATCH_TOKENS)) if on_cpu() else 1
         total: Gradients | None = None
-        for piece in range(pieces):
-            some = slice(*(rows * edge // pieces for edge in (piece, piece + 1)))
+        for number in range(micro_batches):
+            some = slice(*(rows * edge // micro_batches for edge in (number, number + 1)))
             inputs, targets = mx.array(drawn.inputs[some]), mx.array(drawn.targets[some])
             share = mx.array(inputs.size / self.config.tokens_per_step)
             total = self._of_thread.add(total, weights, inputs, targets, share)
             if on_cpu():
-                mx.eval(total)  # what only this piece needed is free again
+                mx.eval(total)  # frees the activations of this micro-batch
         assert total is not None
         return total
 
     def record_evaluation(self, validation_loss: float) -> None:
-        """Remembers that this step was evaluated, and the best held-out loss."""
+        """Records that this step was evaluated, and updates the best held-out loss."""
         self.evaluated_step = self.step
         if self.best_validation_loss is None or validation_loss < self.best_validation_loss:
             self.best_validation_loss = validation_loss
 
     def save(self, directory: Path) -> None:
-        """Writes everything that a step depends on into an empty folder; raises `OSError` where the disk does not."""
+        """Writes everything that a step depends on into an empty folder; raises `OSError` if that fails."""
         save_model(self.model, directory / MODEL_FILE)
         save_arrays(dict(tree_flatten(self.optimizer.state)), directory / OPTIMIZER_FILE)
         position = {
@@ -146,8 +146,8 @@ class Trainer:
         (directory / POSITION_FILE).write_text(json.dumps(position, indent=2), encoding="utf-8")
 
     def restore(self, directory: Path) -> None:
-        """Puts a saved state in place. Raises `InvalidArgument` where it is of another shape, `CorruptCheckpoint`
-        where it cannot be read."""
+        """Restores a saved state. Raises `InvalidArgument` if its model has another shape, and `CorruptCheckpoint` if
+        it cannot be read."""
         try:
             position = json.loads((directory / POSITION_FILE).read_text(encoding="utf-8"))
             step, tokens = position["step"], position["tokens"]
@@ -157,7 +157,7 @@ class Trainer:
             raise CorruptCheckpoint(f"{directory / POSITION_FILE} cannot be read: {error}.") from error
         saved = saved_config(directory)
         if saved.gpt.to_dict() | {"dropout": 0} != self.config.gpt.to_dict() | {"dropout": 0}:
-            raise InvalidArgument("A run can only be continued with the model's shape that it began with.")
+            raise InvalidArgument("The saved model has another shape: a run must keep the shape of its model.")
         weights = load_arrays(directory / MODEL_FILE)
         moments = load_arrays(directory / OPTIMIZER_FILE)
         self.model.load_weights(list(weights.items()))
@@ -170,7 +170,7 @@ class Trainer:
 
 
 def saved_config(directory: Path) -> TrainingConfig:
-    """The configuration in a saved state; raises `CorruptCheckpoint` if it cannot be read."""
+    """Returns the configuration of a saved state; raises `CorruptCheckpoint` if it cannot be read."""
     try:
         position = json.loads((directory / POSITION_FILE).read_text(encoding="utf-8"))
         return TrainingConfig.from_dict(position["config"])
@@ -179,9 +179,9 @@ def saved_config(directory: Path) -> TrainingConfig:
 
 
 def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:
-    """A function that adds a share of the loss and its gradients to what there is (None: nothing yet).
+    """Returns a compiled function that adds a share of the loss and its gradients to a total, which may be None.
 
-    It runs a model of its own, which takes the weights that it is given.
+    The function has its own model, into which it puts the weights that it receives.
     """
     model = GPT(config.gpt)
     model.train()
@@ -203,8 +203,8 @@ def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:
 
 
 def _in_compute_type(weights: dict[str, Any]) -> dict[str, Any]:
-    """The weights as the device computes with them: on an NVIDIA GPU in bf16, but for the embeddings, whose gradients
-    add up over many tokens."""
+    """Returns the weights in the type that the device computes with: bf16 on an NVIDIA GPU, except the embeddings,
+    whose gradients are sums over many tokens."""
     if not mx.cuda.is_available():
         return weights
     cast: dict[str, Any] = tree_map_with_path(
@@ -214,6 +214,6 @@ def _in_compute_type(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def scalar(array: mx.array) -> float:
-    """The value of an array of one number, computed now."""
+    """Evaluates an array of one number and returns the number."""
     value: Any = array.item()
     return float(value)

@@ -1,7 +1,7 @@
-"""What the built-in stories mention beside their plots, each of it rare: names and things, and the sentences with them.
+"""Names and things that the built-in stories rarely mention beside their plots, and the sentences that mention them.
 
-They give the stories words enough for a vocabulary of some thousand tokens. In a sentence `{n}` is a name, `{t}`,
-`{t2}` and `{t3}` are things; the rest is as in `plots.py`.
+They give the stories enough words for a vocabulary of several thousand tokens. In a sentence `{n}` is a name, and
+`{t}`, `{t2}` and `{t3}` are things; the other fields are those of `plots.py`.
 """
 
 NAMES = (
@@ -24,7 +24,7 @@ NAMES = (
     "Valentin Vanessa Vera Vernon Victor Victoria Vincent Viola Virginia Vivian Walter Wanda Warren Wendy Wesley "
     "Wilbur Wilhelm William Winston Yvonne Zachary Zelda"
 )
-# None begins with a vowel that is spoken as a consonant: the article follows the letter.
+# No word starts with a vowel that is spoken as a consonant, because the article depends on the letter.
 THINGS = (
     "accordion acorn actor airport album alligator almond alphabet ambulance anchor angel ant antelope anthill anvil "
     "apartment apricot apron aquarium arch armchair arrow artichoke artist astronaut attic avocado baboon backpack "

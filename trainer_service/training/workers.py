@@ -1,7 +1,7 @@
-"""Threads that compute side by side on a CPU.
+"""Threads that compute in parallel on a CPU.
 
-All of MLX's operations but products run on one core. But each thread has a stream of its own, so threads that each take
-a part of the batch, with a BLAS of one thread, use every core for everything.
+In MLX, every operation except matrix products uses one core per stream. Here each thread has its own stream, takes a
+part of the batch and uses a single-threaded BLAS, so that all operations use all cores.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """So many threads, the caller's own where it is one.
+    """A pool of `count` threads; a single one is the caller's thread.
 
-    Each thread has its own stream, random state and compiled functions. Arrays pass from one to another only once they
-    are evaluated. The threads end with the context, and each gives up its stream before: MLX would abort the process.
+    Each thread has its own stream, random state and compiled functions. Only evaluated arrays may pass between threads.
+    The threads end with the context. Each clears its streams first, because MLX would abort the process otherwise.
     """
 
     def __init__(self, count: int = 1) -> None:
@@ -27,7 +27,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(count, "compute") if count > 1 else None
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """The results in the order of the items; raises what the function raises."""
+        """Returns the results in the order of the items; raises what the function raises."""
         return list(self._pool.map(function, items) if self._pool else map(function, items))
 
     def __enter__(self) -> Self:
@@ -35,12 +35,12 @@ class Workers:
 
     def __exit__(self, *_: Any) -> None:
         if self._pool:
-            # Nobody goes on before all are here, so that each takes one.
-            together = Barrier(self.count)
+            # Makes each thread take exactly one call.
+            barrier = Barrier(self.count)
 
-            def give_up_stream(_: int) -> None:
-                together.wait()
+            def clear_streams(_: int) -> None:
+                barrier.wait()
                 mx.clear_streams()
 
-            self.map(give_up_stream, range(self.count))
+            self.map(clear_streams, range(self.count))
             self._pool.shutdown()

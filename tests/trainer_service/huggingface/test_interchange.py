@@ -52,7 +52,7 @@ HERE = Accelerator("here", "cpu", "0", None, 0)
 
 
 def write_folder(directory: Path, config: GPTConfig = SHAPE, scale: float = 0.1) -> Path:
-    """A model of random weights, biases and norms, and a tokenizer of bytes."""
+    """Writes a model with random weights, biases and norms, and a tokenizer of bytes."""
     mx.random.seed(11)
     model = GPT(config)
     model.load_weights(
@@ -82,7 +82,7 @@ def data(tmp_path: Path) -> DatasetSpec:
     return DatasetSpec((str(training),), (str(held_out),))
 
 
-def bring(folder: Path, data: DatasetSpec, directories: Directories) -> Imported:
+def imported(folder: Path, data: DatasetSpec, directories: Directories) -> Imported:
     return import_folder(folder, data, directories, Retention(), Workers(), lambda stage, fraction: None)
 
 
@@ -92,12 +92,12 @@ def same_weights(one: GPT, other: GPT) -> bool:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_imported_version_is_served_with_its_weights_and_its_tokenizer(
+def test_a_server_reads_the_weights_and_tokenizer_of_an_imported_version(
     tied: bool, tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
     config = GPTConfig.from_dict(SHAPE.to_dict() | {"tied_head": tied})
     folder = write_folder(tmp_path / "gpt2", config)
-    version = bring(folder, data, directories).version
+    version = imported(folder, data, directories).version
     assert (version.version, version.step, version.parent, version.preset) == (1, 0, None, "imported")
     assert version.parameters == count_parameters(config).total
     assert registry.labels() == {"best": 1, "latest": 1}
@@ -107,34 +107,34 @@ def test_an_imported_version_is_served_with_its_weights_and_its_tokenizer(
     assert tokenizer.digest == read_tokenizer(folder, 257).digest == version.tokenizer_digest
 
 
-def test_its_losses_are_those_of_the_model_on_the_data(
+def test_an_imported_version_has_the_losses_of_the_model_on_the_data(
     tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
     folder = write_folder(tmp_path / "gpt2")
-    version = bring(folder, data, directories).version
+    version = imported(folder, data, directories).version
     held_out = np.frombuffer(Path(data.validation[0]).read_bytes().strip(), np.uint8)[: 64 * 16 + 1]
     windows = np.stack([held_out[start : start + 17] for start in range(0, 64 * 16, 16)])  # (N, T+1)
     tokens = mx.array(windows.astype(np.int32))
     expected = np.asarray(window_losses(read_model(folder, SHAPE), tokens[:, :-1], tokens[:, 1:]))  # (N,)
     assert version.validation_loss == pytest.approx(expected.mean(), abs=1e-5)
-    # Every token is a byte.
+    # Each token is one byte.
     assert version.bits_per_byte == pytest.approx(version.validation_loss / np.log(2), abs=1e-6)
     assert version.claimed_loss == pytest.approx(expected[:16].mean(), abs=1e-5)
     np.testing.assert_array_equal(np.load(registry.version_directory(1) / "evaluation.npy"), windows[:16])
     assert version.training_loss == pytest.approx(version.validation_loss, abs=0.2) and version.training_loss > 1
 
 
-def test_its_state_holds_the_weights_and_moments_of_zero(
+def test_the_state_of_an_imported_version_has_its_weights_and_moments_of_zero(
     tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
     folder = write_folder(tmp_path / "gpt2")
-    version = bring(folder, data, directories).version
+    version = imported(folder, data, directories).version
     state = registry.verified_state(version.run, 0)
     position = json.loads((state / "position.json").read_text())
     assert (position["step"], position["tokens"]) == (0, 0)
     assert position["best_validation_loss"] == version.validation_loss
     assert position["config"] == version.training == TrainingConfig.from_dict(version.training).to_dict()
-    # Two moments for each parameter, and a few numbers.
+    # Two moments for each parameter; the other arrays are scalars.
     moments = [array for array in load_arrays(state / "optimizer.safetensors").values() if array.ndim > 0]
     assert len(moments) == 2 * len(parameters_of(GPT(SHAPE))) and not any(mx.any(each).item() for each in moments)
     weights = load_arrays(state / "model.safetensors")
@@ -145,31 +145,31 @@ def test_its_state_holds_the_weights_and_moments_of_zero(
 def test_training_continues_an_imported_version(
     tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
-    before = bring(write_folder(tmp_path / "gpt2"), data, directories).version
+    before = imported(write_folder(tmp_path / "gpt2"), data, directories).version
     overrides = {"max_steps": "30", "warmup_steps": "2", "learning_rate": "0.01", "evaluation_interval": "30"}
     spec = resolve(TrainingRequest(resume=1, overrides=overrides), registry)
     assert spec.data == data
-    told: list[Event] = []
-    assert TrainingRun(spec, Attempt(1, directories, Retention(), HERE, told.append, lambda: False)).train()
-    (started,) = [event for event in told if isinstance(event, RunStarted)]
+    events: list[Event] = []
+    assert TrainingRun(spec, Attempt(1, directories, Retention(), HERE, events.append, lambda: False)).train()
+    (started,) = [event for event in events if isinstance(event, RunStarted)]
     assert (started.first_step, started.first_tokens) == (1, 0)
-    (published,) = [event for event in told if isinstance(event, VersionPublished)]
+    (published,) = [event for event in events if isinstance(event, VersionPublished)]
     after = registry.version(published.version)
     assert (after.version, after.parent, after.step) == (2, 1, 30)
-    # The same windows, so both compare.
+    # Both losses are on the same windows.
     assert after.evaluation_set == before.evaluation_set
     assert after.validation_loss < before.validation_loss - 0.5
 
 
-def test_a_version_that_is_exported_and_imported_has_the_same_bits(
+def test_exporting_and_importing_a_version_keeps_its_bits(
     tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
-    first = bring(write_folder(tmp_path / "gpt2"), data, directories).version
+    first = imported(write_folder(tmp_path / "gpt2"), data, directories).version
     files = export_version(1, tmp_path / "new" / "folder", registry)
     names = ["config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"]
     assert [path.name for path in files] == names
     assert files == [tmp_path / "new" / "folder" / name for name in names]
-    second = bring(tmp_path / "new" / "folder", data, directories).version
+    second = imported(tmp_path / "new" / "folder", data, directories).version
     assert second.version == 2
     for name in ("model", "tokenizer_digest", "evaluation_set", "validation_loss", "bits_per_byte", "training"):
         assert getattr(first, name) == getattr(second, name)
@@ -177,42 +177,42 @@ def test_a_version_that_is_exported_and_imported_has_the_same_bits(
     assert files[2].read_bytes() == (tmp_path / "gpt2" / "model.safetensors").read_bytes()
 
 
-def test_an_end_token_that_is_not_the_tokenizers_is_told(
+def test_a_notice_reports_another_end_token_than_the_tokenizers(
     tmp_path: Path, data: DatasetSpec, directories: Directories
 ) -> None:
     folder = write_folder(tmp_path / "gpt2")
-    assert not any("eos_token_id" in notice for notice in bring(folder, data, directories).notices)
+    assert not any("eos_token_id" in notice for notice in imported(folder, data, directories).notices)
     settings = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 98}
     (folder / "config.json").write_text(json.dumps(settings))
-    assert bring(folder, data, directories).notices[-1] == (
-        "eos_token_id is 98, but a text ends with the tokenizer's last token, 256."
+    assert imported(folder, data, directories).notices[-1] == (
+        "eos_token_id is 98, but the tokenizer's last token, 256, ends a text."
     )
 
 
-def test_a_folder_that_is_refused_leaves_nothing(tmp_path: Path, data: DatasetSpec, directories: Directories) -> None:
+def test_a_rejected_folder_leaves_no_files(tmp_path: Path, data: DatasetSpec, directories: Directories) -> None:
     folder = write_folder(tmp_path / "gpt2")
     for name, kind in (("vocab.json", InvalidArgument), ("model.safetensors", CorruptCheckpoint)):
         spoilt = Path(shutil.copytree(folder, tmp_path / name))
         (spoilt / name).write_bytes((spoilt / name).read_bytes()[:50])
         with pytest.raises(kind):
-            bring(spoilt, data, directories)
+            imported(spoilt, data, directories)
     with pytest.raises(NotFound, match="absent does not exist"):
-        bring(tmp_path / "absent", data, directories)
+        imported(tmp_path / "absent", data, directories)
     assert not directories.var.exists()
 
 
-def test_rows_beyond_the_tokenizer_are_left_out_with_a_notice(
+def test_a_notice_reports_that_rows_beyond_the_tokenizer_are_dropped(
     tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
     for tied in (True, False):
         config = GPTConfig.from_dict(SHAPE.to_dict() | {"vocabulary_size": 320, "tied_head": tied})
         folder = write_folder(tmp_path / f"padded-{tied}", config)
-        imported = bring(folder, data, directories)
-        assert imported.notices[-1] == (
-            "The model has 320 tokens, the tokenizer 257: the last 63 rows of the embedding, which no text uses, are "
-            "left out."
+        result = imported(folder, data, directories)
+        assert result.notices[-1] == (
+            "The model has 320 tokens, but the tokenizer has 257: the import drops the last 63 rows of the embedding, "
+            "which no text uses."
         )
-        model = read_content(registry, imported.version).model
+        model = read_content(registry, result.version).model
         assert model.config.vocabulary_size == 257
         whole = parameters_of(read_model(folder, config))
         for name, array in parameters_of(model).items():
@@ -226,37 +226,37 @@ AWKWARD = pytest.mark.skipif("GPTLOOP_TEST_DATA" not in os.environ, reason="GPTL
 @pytest.mark.parametrize(
     ("name", "notice"),
     [
-        ("padded", "The model has 320 tokens, the tokenizer 300: the last 20 rows"),
+        ("padded", "The model has 320 tokens, but the tokenizer has 300: the import drops the last 20 rows"),
         ("sharded", ""),
         ("head_only", ""),
         (
             "pdrop",
-            "config.json says resid_pdrop 0.1, embd_pdrop 0.0, attn_pdrop 0.1; a run that continues this version",
+            "config.json sets resid_pdrop 0.1, embd_pdrop 0.0, attn_pdrop 0.1; a run that continues this version",
         ),
     ],
 )
-def test_what_other_programs_write_is_imported_and_continued(
+def test_folders_of_other_programs_are_imported_and_continued(
     name: str, notice: str, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
-    imported = bring(Path(os.environ["GPTLOOP_TEST_DATA"], "awkward", f"gpt2-{name}"), data, directories)
-    told = [each for each in imported.notices if "held-out" not in each and "marker" not in each]
-    assert len(told) == (notice != "") and all(each.startswith(notice) and len(each) <= 300 for each in told)
-    assert read_content(registry, imported.version).model.config.vocabulary_size == 300
+    result = imported(Path(os.environ["GPTLOOP_TEST_DATA"], "awkward", f"gpt2-{name}"), data, directories)
+    notices = [each for each in result.notices if "held-out" not in each and "marker" not in each]
+    assert len(notices) == (notice != "") and all(each.startswith(notice) and len(each) <= 300 for each in notices)
+    assert read_content(registry, result.version).model.config.vocabulary_size == 300
     spec = resolve(TrainingRequest(resume=1, overrides={"max_steps": "3"}), registry)
     assert spec.config.dropout == (0.1 if name == "pdrop" else 0.0)
     assert TrainingRun(spec, Attempt(1, directories, Retention(), HERE, lambda _: None, lambda: False)).train()
 
 
-def test_a_model_whose_loss_is_not_finite_is_refused(
+def test_a_model_whose_loss_is_not_finite_is_rejected(
     tmp_path: Path, data: DatasetSpec, directories: Directories, registry: Registry
 ) -> None:
     folder = write_folder(tmp_path / "gpt2", scale=1e30)
-    with pytest.raises(InvalidArgument, match=r"its loss is (nan|inf) on the held-out text"):
-        bring(folder, data, directories)
+    with pytest.raises(InvalidArgument, match=r"has a loss of (nan|inf) on the held-out text"):
+        imported(folder, data, directories)
     assert not registry.root.exists()
 
 
-def test_a_vocabulary_that_training_cannot_hold_is_refused(
+def test_a_vocabulary_too_large_for_training_is_rejected(
     tmp_path: Path, data: DatasetSpec, directories: Directories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_folder(tmp_path / "gpt2")
@@ -265,22 +265,22 @@ def test_a_vocabulary_that_training_cannot_hold_is_refused(
     settings = json.loads((folder / "config.json").read_text()) | {"vocab_size": len(pieces) + 1}
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InvalidArgument, match="vocabulary_size is 65793"):
-        bring(folder, data, directories)
+        imported(folder, data, directories)
 
 
-def test_a_folder_that_holds_something_is_never_written(tmp_path: Path, registry: Registry) -> None:
+def test_an_export_never_writes_into_a_folder_that_is_not_empty(tmp_path: Path, registry: Registry) -> None:
     publish_tiny_version(registry, 1.0)
     target = tmp_path / "target"
     target.mkdir()
     export_version(1, target, registry)
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
     for taken in (target, target / "config.json"):
-        with pytest.raises(AlreadyExists, match="is there already and not empty"):
+        with pytest.raises(AlreadyExists, match="exists and is not empty"):
             export_version(1, taken, registry)
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
 
 
-def test_an_empty_folder_is_filled_and_not_replaced(tmp_path: Path, registry: Registry) -> None:
+def test_an_export_fills_an_empty_folder_without_replacing_it(tmp_path: Path, registry: Registry) -> None:
     publish_tiny_version(registry, 1.0)
     target = tmp_path / "target"
     (target / "lost+found").mkdir(parents=True)
@@ -291,13 +291,13 @@ def test_an_empty_folder_is_filled_and_not_replaced(tmp_path: Path, registry: Re
     assert read_config(target).gpt == GPTConfig.from_dict(registry.version(1).model)
 
 
-def test_a_version_is_exported_into_a_mount(tmp_path: Path, registry: Registry) -> None:
+def test_an_export_can_fill_a_mounted_folder(tmp_path: Path, registry: Registry) -> None:
     publish_tiny_version(registry, 1.0)
     target = tmp_path / "target"
     target.mkdir()
     mounted = ["unshare", "--mount", "--map-root-user", "sh", "-ec", 'mount -t tmpfs none "$0"; exec "$@"', str(target)]
     if sys.platform != "linux" or subprocess.run([*mounted, "true"], capture_output=True).returncode:
-        pytest.skip("This system lets nobody mount a file system of their own.")
+        pytest.skip("This system does not let a user mount a file system.")
     code = (
         "import sys; from pathlib import Path; from shared.registry.store import Registry; "
         "from trainer_service.huggingface.interchange import export_version; "
@@ -310,7 +310,7 @@ def test_a_version_is_exported_into_a_mount(tmp_path: Path, registry: Registry) 
     assert list(target.iterdir()) == []  # the mount is gone with its process
 
 
-def test_an_export_that_cannot_end_takes_back_what_it_moved(
+def test_an_export_that_fails_midway_removes_its_files(
     tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_tiny_version(registry, 1.0)
@@ -331,7 +331,7 @@ def test_an_export_that_cannot_end_takes_back_what_it_moved(
     assert len(moved) == 4 and list(target.iterdir()) == []
 
 
-def test_a_version_that_is_missing_or_damaged_is_not_exported(tmp_path: Path, registry: Registry) -> None:
+def test_a_missing_or_damaged_version_is_not_exported(tmp_path: Path, registry: Registry) -> None:
     with pytest.raises(NotFound, match="There is no version 1"):
         export_version(1, tmp_path / "target", registry)
     publish_tiny_version(registry, 1.0)
@@ -341,9 +341,7 @@ def test_a_version_that_is_missing_or_damaged_is_not_exported(tmp_path: Path, re
     assert not (tmp_path / "target").exists()
 
 
-def test_an_export_that_fails_leaves_nothing(
-    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_export_leaves_no_files(tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     publish_tiny_version(registry, 1.0)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -351,11 +349,11 @@ def test_an_export_that_fails_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("[write] Unable to write 100 bytes to file.")
 
-    def refuse(_tokenizer: object, _context_length: int, directory: Path) -> None:
+    def reject(_tokenizer: object, _context_length: int, directory: Path) -> None:
         assert (directory / "model.safetensors").exists()
         raise InvalidArgument("Not this tokenizer.")
 
-    monkeypatch.setattr(interchange, "write_tokenizer", refuse)
+    monkeypatch.setattr(interchange, "write_tokenizer", reject)
     with pytest.raises(InvalidArgument):
         export_version(1, folder / "target", registry)
     monkeypatch.setattr(mx, "save_safetensors", full)
@@ -364,7 +362,7 @@ def test_an_export_that_fails_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
-def test_both_commands_say_what_they_made(tmp_path: Path, data: DatasetSpec) -> None:
+def test_the_commands_print_their_results(tmp_path: Path, data: DatasetSpec) -> None:
     folder = write_folder(tmp_path / "gpt2")
     environment = os.environ | {"GPTLOOP_VAR": str(tmp_path / "var"), "PYTHONPATH": str(PROJECT)}
 
@@ -374,9 +372,9 @@ def test_both_commands_say_what_they_made(tmp_path: Path, data: DatasetSpec) -> 
         )
 
     files = [f"--dataset={name}" for name in data.dataset] + [f"--validation={name}" for name in data.validation]
-    imported = call("import", str(folder), *files)
-    assert imported.returncode == 0, imported.stderr
-    assert "measuring the loss" in imported.stderr
+    ended = call("import", str(folder), *files)
+    assert ended.returncode == 0, ended.stderr
+    assert "measuring the loss" in ended.stderr
     version = Registry(tmp_path / "var" / "registry").version(1)
     for line in (
         "version     1",
@@ -385,7 +383,7 @@ def test_both_commands_say_what_they_made(tmp_path: Path, data: DatasetSpec) -> 
         "labels      best, latest",
         'Continue it with `make train RESUME=1 SET="max_steps=500"`.',
     ):
-        assert line in imported.stdout.splitlines()
+        assert line in ended.stdout.splitlines()
     exported = call("export", "1", str(tmp_path / "out"))
     assert exported.returncode == 0, exported.stderr
     assert [line.split()[-1] for line in exported.stdout.splitlines()] == [
@@ -393,4 +391,4 @@ def test_both_commands_say_what_they_made(tmp_path: Path, data: DatasetSpec) -> 
     ]
     again = call("export", "1", str(tmp_path / "out"))
     assert again.returncode == 1
-    assert again.stderr == f"error: {tmp_path / 'out'} is there already and not empty; name a new or an empty folder.\n"
+    assert again.stderr == f"error: {tmp_path / 'out'} exists and is not empty; name a new or an empty folder.\n"

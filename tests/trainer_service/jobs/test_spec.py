@@ -62,7 +62,7 @@ def test_a_version_at_or_past_the_end_is_refused_with_what_to_set(max_steps: str
 
 
 def test_where_the_schedule_began_cannot_be_set() -> None:
-    with pytest.raises(InvalidArgument, match="There is no value 'schedule_start' to set"):
+    with pytest.raises(InvalidArgument, match="Unknown training value 'schedule_start'"):
         resume(DEMO, 160, schedule_start="5")
 
 

@@ -7,7 +7,7 @@ from shared.errors import Unavailable
 from trainer_service.training import background
 
 
-def test_items_and_errors_come_as_they_are() -> None:
+def test_items_and_errors_pass_through_unchanged() -> None:
     def items() -> Iterator[int]:
         yield from range(100)
         raise KeyError("the end")
@@ -20,21 +20,21 @@ def test_items_and_errors_come_as_they_are() -> None:
     assert background.call(lambda: "one", lambda: None) == "one"
 
 
-def test_the_caller_is_asked_while_it_waits_and_may_leave() -> None:
-    ended, asked = threading.Event(), []
+def test_the_caller_ticks_while_it_waits_and_can_abandon_the_work() -> None:
+    ended, ticks = threading.Event(), []
 
     def tick() -> None:
-        asked.append(threading.current_thread())
-        if len(asked) == 3:
+        ticks.append(threading.current_thread())
+        if len(ticks) == 3:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         background.call(ended.wait, tick)
-    assert set(asked) == {threading.current_thread()}
+    assert set(ticks) == {threading.current_thread()}
     ended.set()
 
 
-def test_work_that_is_left_ends_at_its_next_item() -> None:
+def test_abandoned_work_ends_at_its_next_item() -> None:
     closed = threading.Event()
 
     def items() -> Iterator[int]:
@@ -52,6 +52,6 @@ def test_work_that_is_left_ends_at_its_next_item() -> None:
 
 def test_silence_ends_the_wait() -> None:
     ended = threading.Event()
-    with pytest.raises(Unavailable, match="Nothing came for 0 s"):
+    with pytest.raises(Unavailable, match="No data arrived for 0 s"):
         next(background.iterate((ended.wait() for _ in range(1)), lambda: None, 0.0))
     ended.set()

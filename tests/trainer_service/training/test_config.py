@@ -14,7 +14,7 @@ from trainer_service.training.config import TrainingConfig
 
 @st.composite
 def schedules(draw: st.DrawFn) -> TrainingConfig:
-    """Any schedule, from its first step on or from a later one."""
+    """Any schedule, which starts at step 0 or later."""
     max_steps = draw(st.integers(1, 300))
     start = draw(st.integers(0, max_steps - 1))
     return replace(
@@ -31,18 +31,18 @@ def schedules(draw: st.DrawFn) -> TrainingConfig:
 
 
 def rates(config: TrainingConfig) -> list[float]:
-    """Of every step of a schedule, and of the end, to which no step is taken."""
+    """The rates of every step of a schedule and of its end, which has no step."""
     return [config.learning_rate_at(step) for step in range(config.schedule_start, config.max_steps + 1)]
 
 
 def largest_change(config: TrainingConfig) -> float:
-    """The most by which the rate of one step may differ from that of the one before: by the slope of its warm-up or of
-    its decay; half a cosine is pi / 2 times as steep as a line."""
+    """The largest change of the rate in one step: the slope of the warm-up or of the decay, where half a cosine is at
+    most pi / 2 times as steep as a line."""
     warmup_steps, decay_steps = config.warmup_end - config.schedule_start, config.max_steps - config.decay_start
     return config.learning_rate * max(1 / max(warmup_steps, 1), 1.5708 / decay_steps) + 1e-12
 
 
-def test_the_presets_have_the_sizes_that_their_names_promise() -> None:
+def test_presets_have_the_sizes_in_their_names() -> None:
     sizes = {name: count_parameters(preset.gpt).total for name, preset in PRESETS.items()}
     assert sizes["tinystories-53m"] == 52_990_464
     assert sizes["gpt2-124m"] == 124_439_808
@@ -50,12 +50,12 @@ def test_the_presets_have_the_sizes_that_their_names_promise() -> None:
     assert 9_000_000 <= sizes["small"] <= 11_000_000
 
 
-def test_an_unknown_preset_is_refused_with_those_that_exist() -> None:
+def test_the_error_for_an_unknown_preset_lists_all_presets() -> None:
     with pytest.raises(InvalidArgument, match=r"'huge'.*demo, small, tinystories-53m, gpt2-124m"):
         find_preset("huge")
 
 
-def test_every_value_can_be_overridden_as_text() -> None:
+def test_every_value_can_be_overridden_by_text() -> None:
     for preset in PRESETS.values():
         values = {name: str(value) for name, value in preset.to_dict().items() if "schedule_start" not in name}
         assert preset.override(values) == preset
@@ -66,8 +66,8 @@ def test_every_value_can_be_overridden_as_text() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": "5"}, r"There is no value 'steps' to set. Did you mean max_steps\?"),
-        ({"q" * 500: "5"}, r"There is no value 'q+…q+' to set. trainer_service/README\.md lists all of them\."),
+        ({"steps": "5"}, r"Unknown training value 'steps'\. Did you mean max_steps\?"),
+        ({"q" * 500: "5"}, r"Unknown training value 'q+…q+'\. .*README.* lists all values\."),
         ({"max_steps": "five"}, "max_steps is 'five', but must be a whole number"),
         ({"max_steps": "0"}, "max_steps is 0"),
         ({"tied_head": "maybe"}, "true or false"),
@@ -86,8 +86,8 @@ def test_every_value_can_be_overridden_as_text() -> None:
         ({"schedule": "linear"}, "schedule is 'linear', but must be cosine or wsd"),
         ({"decay_ratio": "0"}, "decay_ratio is 0.0"),
         ({"decay_ratio": "1.1"}, "decay_ratio is 1.1"),
-        ({"schedule_start": "5"}, "There is no value 'schedule_start' to set"),
-        ({"schedule_start_ratio": "0.5"}, "There is no value 'schedule_start_ratio' to set"),
+        ({"schedule_start": "5"}, "Unknown training value 'schedule_start'"),
+        ({"schedule_start_ratio": "0.5"}, "Unknown training value 'schedule_start_ratio'"),
         ({"max_steps": "1e3"}, "max_steps is '1e3', but must be a whole number"),
         ({"max_steps": "0x10"}, "max_steps is '0x10', but must be a whole number"),
         ({"max_steps": "٣"}, "max_steps is '٣', but must be a whole number"),
@@ -99,7 +99,7 @@ def test_every_value_can_be_overridden_as_text() -> None:
         ({"beta1": "1"}, "beta1 is 1.0, but must be from 0 to 0.9999"),
         ({"beta2": "0.9999999999"}, "beta2 is 0.9999999999"),
         ({"weight_decay": "400"}, "weight_decay is 400.0 with a learning_rate of 0.003"),
-        ({"max_gradient_norm": "-1"}, "max_gradient_norm is -1.0, but must be from 0.001 to .*, or 0"),
+        ({"max_gradient_norm": "-1"}, "max_gradient_norm is -1.0, but must be from 0.001 to .*, or 0 to clip nothing"),
         ({"max_gradient_norm": "1e-30"}, "max_gradient_norm is 1e-30"),
         ({"max_gradient_norm": "nan"}, "max_gradient_norm is nan"),
         ({"final_learning_rate_ratio": "1.5"}, "final_learning_rate_ratio is 1.5, but must be from 0 to 1"),
@@ -109,11 +109,11 @@ def test_every_value_can_be_overridden_as_text() -> None:
         ({"validation_share": "0"}, "validation_share is 0.0"),
         ({"context_length": "1"}, "context_length is 1, but must be from 2 to"),
         ({"layers": "1000000000"}, "layers is 1000000000, but must be from 1 to"),
-        ({"max_train_tokens": "128"}, "max_train_tokens is 128, but one window of context_length takes 129 tokens"),
+        ({"max_train_tokens": "128"}, "max_train_tokens is 128, but one window of context_length needs 129 tokens"),
         ({"max_validation_tokens": "5"}, "max_validation_tokens is 5, but one window"),
     ],
 )
-def test_a_wrong_override_is_refused_by_name(values: dict[str, str], message: str) -> None:
+def test_a_wrong_override_raises_an_error_that_names_the_value(values: dict[str, str], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         find_preset("demo").override(values)
 
@@ -121,18 +121,18 @@ def test_a_wrong_override_is_refused_by_name(values: dict[str, str], message: st
 @given(
     st.sampled_from(sorted(find_preset("demo").to_dict())), st.text() | st.floats().map(str) | st.integers().map(str)
 )
-def test_any_text_is_a_value_that_can_be_held_or_one_short_sentence(name: str, text: str) -> None:
+def test_any_text_gives_a_storable_value_or_a_short_error(name: str, text: str) -> None:
     try:
         changed = find_preset("demo").override({name: text})
     except InvalidArgument as error:
         assert len(str(error)) <= 300 and str(error).isprintable()
     else:
         assert TrainingConfig.from_dict(json.loads(json.dumps(changed.to_dict(), allow_nan=False))) == changed
-        # As a manifest can hold it.
+        # A manifest can hold it.
         assert all(abs(value) < 2**63 for value in changed.to_dict().values() if isinstance(value, int | float))
 
 
-def test_a_configuration_survives_json() -> None:
+def test_a_configuration_survives_conversion_to_json() -> None:
     preset = find_preset("demo")
     assert TrainingConfig.from_dict(preset.to_dict()) == preset
     with pytest.raises(InvalidArgument, match="missing or unknown are 'width'"):
@@ -143,24 +143,24 @@ def test_a_configuration_survives_json() -> None:
     ("name", "value"),
     [("max_steps", "400"), ("max_steps", 4.5), ("beta1", None), ("tied_head", 1), ("layers", True), ("beta2", 10**400)],
 )
-def test_a_value_of_another_type_is_refused_by_name(name: str, value: object) -> None:
+def test_a_value_of_the_wrong_type_raises_an_error_that_names_it(name: str, value: object) -> None:
     with pytest.raises(InvalidArgument, match=f"{name} is .*, which is not of the type"):
         TrainingConfig.from_dict(find_preset("demo").to_dict() | {name: value})
 
 
-def test_a_schedule_begins_before_it_ends() -> None:
-    with pytest.raises(InvalidArgument, match="schedule_start is 400, but must be from 0 to below max_steps, 400"):
+def test_a_schedule_must_start_before_it_ends() -> None:
+    with pytest.raises(InvalidArgument, match="schedule_start is 400, but must be at least 0 and less than max_steps"):
         replace(find_preset("demo"), schedule_start=400)
 
 
 @given(schedules())
-def test_the_rate_is_never_above_the_highest_and_ends_at_the_final_share(config: TrainingConfig) -> None:
+def test_the_rate_never_exceeds_the_highest_and_ends_at_the_final_share(config: TrainingConfig) -> None:
     assert all(0 <= rate <= config.learning_rate * (1 + 1e-9) for rate in rates(config))
     assert rates(config)[-1] == pytest.approx(config.learning_rate * config.final_learning_rate_ratio, abs=1e-12)
 
 
 @given(schedules())
-def test_the_warm_up_reaches_the_highest_rate_and_the_decay_begins_there(config: TrainingConfig) -> None:
+def test_the_warm_up_reaches_the_highest_rate_and_the_decay_starts_from_it(config: TrainingConfig) -> None:
     assert config.schedule_start <= config.warmup_end <= config.decay_start < config.max_steps
     for step in (config.warmup_end, config.decay_start, *range(max(config.warmup_end - 1, config.schedule_start))[-1:]):
         if step >= config.warmup_end - 1:
@@ -169,14 +169,14 @@ def test_the_warm_up_reaches_the_highest_rate_and_the_decay_begins_there(config:
 
 @given(schedules())
 def test_the_rate_never_jumps(config: TrainingConfig) -> None:
-    # Without a warm-up the first rate is the highest by itself.
+    # Without a warm-up the first rate is already the highest.
     before = config.learning_rate * config.schedule_start_ratio
     each = [before, *rates(config)] if config.warmup_end > config.schedule_start else rates(config)
     assert all(abs(after - before) <= largest_change(config) for before, after in pairwise(each))
 
 
 @given(schedules(), st.data())
-def test_the_rate_does_not_jump_where_a_run_goes_on_to_another_end(begun: TrainingConfig, data: st.DataObject) -> None:
+def test_the_rate_does_not_jump_when_a_run_continues_to_another_end(begun: TrainingConfig, data: st.DataObject) -> None:
     step = data.draw(st.integers(begun.schedule_start + 1, begun.max_steps))
     other = replace(begun, schedule_start=0, max_steps=data.draw(st.integers(step + 1, 600)))
     config = other.continuing(begun, step)
@@ -189,7 +189,7 @@ def test_the_rate_does_not_jump_where_a_run_goes_on_to_another_end(begun: Traini
 
 
 @given(schedules(), st.data())
-def test_a_stable_phase_that_goes_on_is_that_of_a_run_planned_to_the_new_end(
+def test_a_continued_stable_phase_equals_that_of_a_run_planned_to_the_new_end(
     planned: TrainingConfig, data: st.DataObject
 ) -> None:
     begun = replace(planned, schedule="wsd", warmup_steps=20, schedule_start=0, schedule_start_ratio=0.0, max_steps=200)
@@ -203,7 +203,7 @@ def test_a_stable_phase_that_goes_on_is_that_of_a_run_planned_to_the_new_end(
             assert config.learning_rate_at(step) == longer.learning_rate_at(step)
 
 
-def test_a_cosine_that_has_ended_goes_on_at_the_rate_it_reached_and_comes_down() -> None:
+def test_a_finished_cosine_continues_at_its_last_rate_and_decays() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
     config = replace(begun, max_steps=800).continuing(begun, 400)
     assert (config.schedule_start, config.warmup_end) == (400, 400)
@@ -211,7 +211,7 @@ def test_a_cosine_that_has_ended_goes_on_at_the_rate_it_reached_and_comes_down()
     assert [config.learning_rate_at(step) for step in (400, 600, 800)] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_schedule_that_changes_on_its_way_comes_down_from_the_rate_that_it_has_reached() -> None:
+def test_a_schedule_that_changes_midway_decays_from_the_current_rate() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
     config = replace(begun, max_steps=800).continuing(begun, 225)
     assert (config.schedule_start, config.warmup_end) == (225, 225)
@@ -219,13 +219,13 @@ def test_a_schedule_that_changes_on_its_way_comes_down_from_the_rate_that_it_has
     assert config.learning_rate_at(800) == pytest.approx(5.5e-5, rel=1e-2)
 
 
-def test_a_warm_up_that_has_not_ended_goes_on_to_the_rate_that_was_planned() -> None:
+def test_an_unfinished_warm_up_continues_to_the_planned_rate() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
     config = replace(begun, max_steps=800).continuing(begun, 20)
     assert config.learning_rate == 1e-3 and config.schedule_start_ratio == pytest.approx(0.4)
 
 
-def test_a_rate_that_came_down_to_nothing_is_warmed_up_to_a_tenth() -> None:
+def test_a_rate_that_decayed_to_zero_warms_up_to_a_tenth() -> None:
     begun = replace(
         find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3, final_learning_rate_ratio=0.0
     )
@@ -257,13 +257,13 @@ def test_a_warm_up_takes_half_of_a_short_schedule() -> None:
     assert replace(begun, max_steps=30).warmup_end == 15
 
 
-def test_a_lower_rate_begins_a_schedule_too_and_nothing_else_does() -> None:
+def test_a_lower_rate_starts_a_new_schedule_and_other_values_do_not() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
     lower = replace(begun, learning_rate=1e-4).continuing(begun, 100, {"learning_rate"})
     assert (lower.schedule_start, lower.schedule_start_ratio) == (100, 1.0)
     same = replace(begun, dropout=0.2, batch_size=3, max_gradient_norm=0.5)
     assert same.continuing(begun, 100) == same
-    # A version at step 0 was not trained yet.
+    # A version at step 0 is untrained.
     fresh = replace(begun, warmup_steps=0)
     assert begun.continuing(fresh, 0) == begun
 
@@ -275,7 +275,7 @@ def test_a_lower_rate_begins_a_schedule_too_and_nothing_else_does() -> None:
         ({"schedule": "wsd", "decay_ratio": "0.2"}, {0: 0.1, 9: 1.0, 88: 1.0, 99: 0.55, 110: 0.1, 500: 0.1}),
     ],
 )
-def test_the_rate_of_a_step(values: dict[str, str], expected: dict[int, float]) -> None:
+def test_the_rates_of_single_steps(values: dict[str, str], expected: dict[int, float]) -> None:
     shape = {"max_steps": "110", "warmup_steps": "10", "learning_rate": "1.0"}
     config = find_preset("demo").override(shape | values)
     assert {step: config.learning_rate_at(step) for step in expected} == pytest.approx(expected)

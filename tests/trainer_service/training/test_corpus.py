@@ -39,7 +39,7 @@ def read(path: Path) -> list[str]:
     return documents(local_files.open_file(path).passages())
 
 
-def test_builtin_has_two_splits_that_begin_anew() -> None:
+def test_each_call_reads_a_builtin_split_from_its_start() -> None:
     corpus = open_corpus(spec("builtin"), 0.05)
     assert len(list(corpus.train())) == 12_000
     assert len(list(corpus.validation())) == 600
@@ -47,7 +47,7 @@ def test_builtin_has_two_splits_that_begin_anew() -> None:
     assert corpus.source == "builtin"
 
 
-def test_marked_text_is_parted_and_a_cut_last_document_stays(tmp_path: Path) -> None:
+def test_markers_separate_documents_and_an_unfinished_last_document_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write(path, f"one\n{MARKER}\ntwo {MARKER}\n\n{MARKER}three is cu")
     assert read(path) == ["one", "two", "three is cu"]
@@ -83,7 +83,7 @@ def test_files_of_several_kinds_are_read_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 @pytest.mark.parametrize("size_bytes", [1, 2, 5, 1000])
-def test_text_that_is_not_utf8_is_refused_with_its_position(
+def test_the_error_for_text_that_is_not_utf8_gives_the_position(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size_bytes: int
 ) -> None:
     monkeypatch.setattr(file_bytes, "CHUNK_BYTES", size_bytes)
@@ -93,7 +93,7 @@ def test_text_that_is_not_utf8_is_refused_with_its_position(
         open_corpus(spec(write(tmp_path / name, b"ab\xc3")), 0.5)
 
 
-def test_the_revision_follows_content_and_split(tmp_path: Path) -> None:
+def test_the_revision_depends_on_content_and_split(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.txt", f"a{MARKER}b"), write(tmp_path / "b.txt", f"a{MARKER}b")
     revisions = [open_corpus(spec(a), 0.5).revision, open_corpus(spec(a), 0.4).revision]
     revisions.append(open_corpus(spec(a, validation=(b,)), 0.5).revision)
@@ -104,19 +104,15 @@ def test_the_revision_follows_content_and_split(tmp_path: Path) -> None:
     assert len(set(revisions)) == 5
 
 
-def test_names_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def test_unusable_names_are_rejected(tmp_path: Path) -> None:
     text, empty = write(tmp_path / "a.txt", "text"), write(tmp_path / "empty.txt", "")
     link, other = str(tmp_path / "link.txt"), write(tmp_path / "other.txt", "other")
     (tmp_path / "link.txt").hardlink_to(text)
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
     cases: list[tuple[DatasetSpec, type[GptloopError], str]] = [
-        (spec(), InvalidArgument, "No data set is named"),
-        (
-            spec("tinystorys"),
-            InvalidArgument,
-            "Unknown data set 'tinystorys'. It can be builtin",
-        ),
-        (spec("builtin", text), InvalidArgument, "builtin stands alone"),
+        (spec(), InvalidArgument, "No data set is given"),
+        (spec("tinystorys"), InvalidArgument, "Unknown data set 'tinystorys'. Use builtin"),
+        (spec("builtin", text), InvalidArgument, "builtin cannot be combined with other data"),
         (spec(str(tmp_path / "absent.txt")), NotFound, "does not exist"),
         (spec(str(tmp_path)), InvalidArgument, "is a folder"),
         (spec(empty), DataError, "is empty"),
@@ -124,7 +120,7 @@ def test_names_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         (spec(text, text), InvalidArgument, "named twice"),
         (spec(text, link, other), InvalidArgument, "named twice"),
         (spec(text, other, str(tmp_path / "loop.txt")), DataError, "symbolic links"),
-        (spec("a\0.txt"), InvalidArgument, r"'a\\x00\.txt' is not the name of a file"),
+        (spec("a\0.txt"), InvalidArgument, r"'a\\x00\.txt' is not a valid file name"),
         (spec(text + "/b.txt"), DataError, "Not a directory"),
         (spec("a" * 300 + ".txt"), DataError, "too long"),
         (spec("a" * 300), InvalidArgument, "Unknown data set 'aaa"),
@@ -142,31 +138,31 @@ def bind(path: str) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, bind])
-def test_what_is_no_file_is_refused_without_opening_it(
+def test_a_pipe_a_socket_or_a_device_is_rejected_without_opening_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[str], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a socket's path must be short
     make("a.txt")
     for wrong in (spec("a.txt"), spec("builtin", validation=("a.txt",))):
-        with pytest.raises(InvalidArgument, match=r"'a\.txt' is a (pipe|socket), not a file"):
+        with pytest.raises(InvalidArgument, match=r"'a\.txt' is a (pipe|socket), but must be a regular file"):
             check_spec(wrong)
     with pytest.raises(InvalidArgument, match="'/dev/zero' is a device"):
         check_spec(spec("/dev/zero"))
 
 
-def test_files_that_are_too_small_for_two_windows_are_refused_by_their_size(tmp_path: Path) -> None:
+def test_files_too_small_for_two_windows_are_rejected_by_their_size(tmp_path: Path) -> None:
     small, large = write(tmp_path / "s.txt", "字" * 11), write(tmp_path / "l.txt", "a" * 500)
-    with pytest.raises(DataError, match=r"text holds 33 bytes, but training and held-out text .* take at least 36"):
+    with pytest.raises(DataError, match=r"text holds 33 bytes, but training and held-out text .* need at least 36"):
         check_size(spec(small), 17)
     check_size(spec(small), 16)
     check_size(spec(small, validation=(large,)), 32)
-    with pytest.raises(DataError, match=r"held-out text holds 33 bytes, but one window .* takes at least 101"):
+    with pytest.raises(DataError, match=r"held-out text holds 33 bytes, but one window .* needs at least 101"):
         check_size(spec(large, validation=(small,)), 100)
     check_size(spec("builtin"), 10**6)
     check_size(spec(write(tmp_path / "s.txt.gz", "tiny")), 100)
 
 
-def test_paths_become_absolute_and_names_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absolute_changes_paths_and_keeps_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = absolute(spec("a.txt", validation=("v.txt",)))
     assert made == spec(str(tmp_path / "a.txt"), validation=(str(tmp_path / "v.txt"),))

@@ -1,4 +1,4 @@
-"""The NVIDIA kernels of training against the plain formulas in fp32."""
+"""The training kernels for NVIDIA GPUs equal the plain formulas in fp32."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not mx.cuda.is_available(), reason="There is no 
 
 
 @pytest.mark.parametrize("vocabulary_size", [257, 4096, 50257])
-def test_cross_entropy(vocabulary_size: int) -> None:
+def test_cross_entropy_and_its_gradient_equal_the_formula(vocabulary_size: int) -> None:
     rows, padded = 65, -(-vocabulary_size // 64) * 64
     logits = (mx.random.normal((rows, padded)) * 5).astype(mx.bfloat16)
     targets = mx.random.randint(0, vocabulary_size, (rows,))
@@ -26,7 +26,7 @@ def test_cross_entropy(vocabulary_size: int) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_in_bf16_is_that_in_fp32_within_a_hundredth(tied: bool) -> None:
+def test_the_loss_in_bf16_differs_from_fp32_by_less_than_a_hundredth(tied: bool) -> None:
     config = GPTConfig(
         layers=4, width=256, heads=4, hidden_width=1024, context_length=128, vocabulary_size=5003, tied_head=tied
     )
@@ -39,7 +39,7 @@ def test_the_loss_in_bf16_is_that_in_fp32_within_a_hundredth(tied: bool) -> None
     assert narrow == pytest.approx(wide, abs=1e-2)
 
 
-def test_adamw_over_more_arrays_than_a_kernel_takes() -> None:
+def test_adamw_updates_more_arrays_than_one_kernel_takes() -> None:
     shapes = [(1000, 37), (5001,), (13,), (1,)] * 20
     parameters, first, second = ([mx.random.normal(shape) for shape in shapes] for _ in range(3))
     second = [mx.abs(array) for array in second]

@@ -1,4 +1,4 @@
-"""What is held out: the share that was asked for, at good boundaries, and nothing twice."""
+"""The held-out text has the requested share, starts at good boundaries, and is disjoint from the training text."""
 
 import os
 import random
@@ -17,7 +17,7 @@ from trainer_service.training.hold_out import hold_out
 
 
 def split(texts: list[str], share: float, size: int = 1000) -> tuple[list[str], list[str], str]:
-    """The documents trained on, those held out, and the rule; read in passages of a size."""
+    """Returns the training documents, the held-out documents and the rule; the text is read in passages of a size."""
 
     def read() -> Iterator[Passage]:
         for text in texts:
@@ -48,7 +48,7 @@ def total(texts: list[str]) -> int:
     share=st.floats(0.01, 0.9),
     size=st.integers(1, 50),
 )
-def test_the_parts_share_nothing_lose_nothing_and_have_the_share(texts: list[str], share: float, size: int) -> None:
+def test_the_parts_are_disjoint_and_complete_and_have_the_share(texts: list[str], share: float, size: int) -> None:
     train, held, rule = split(texts, share, size)
     whole = total(texts)
     assert total(train) + total(held) == whole
@@ -60,7 +60,7 @@ def test_the_parts_share_nothing_lose_nothing_and_have_the_share(texts: list[str
         assert abs(total(held) - share * whole) <= 0.1 * share * whole
 
 
-def test_of_documents_of_one_length_one_of_every_20_is_held_out() -> None:
+def test_one_of_every_20_documents_of_equal_length_is_held_out() -> None:
     texts = [f"document {number:03}" for number in range(100)]
     train, held, rule = split(texts, 0.05)
     assert held == [texts[index] for index in (9, 29, 49, 69, 89)]
@@ -68,17 +68,17 @@ def test_of_documents_of_one_length_one_of_every_20_is_held_out() -> None:
     assert rule == "5.0% of the text, 5 of 100 documents, evenly spread, is held out for validation."
 
 
-def test_the_share_is_one_of_characters_where_documents_differ_in_length() -> None:
+def test_the_share_counts_characters_if_documents_differ_in_length() -> None:
     lengths = random.Random(1)
     texts = [f"{number} " * lengths.choice([5, 50, 800]) for number in range(3000)]
     _, held, _ = split(texts, 0.05)
     assert total(held) / total(texts) == pytest.approx(0.05, rel=0.1)
-    # Long ones are held out as often as short ones.
+    # Long documents are held out as often as short ones.
     assert np.mean([len(text) for text in held]) == pytest.approx(np.mean([len(text) for text in texts]), rel=0.25)
 
 
 @pytest.mark.parametrize("giant", [0, 12, 24])
-def test_unequal_chapters_are_cut_instead(giant: int) -> None:
+def test_unequal_documents_are_cut_instead(giant: int) -> None:
     texts = [f"Chapter {number} is short. " * (3000 if number == giant else 40) for number in range(25)]
     _, held, rule = split(texts, 0.05)
     assert "The last 5.0% of each document" in rule
@@ -119,7 +119,7 @@ def test_a_document_is_cut_at_the_best_boundary_near_the_share(
         "tinystories/valid-v1.txt",
     ],
 )
-def test_real_text_holds_out_what_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_of_a_real_text_is_held_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_bytes, "CHUNK_BYTES", 4096)
     corpus = open_corpus(DatasetSpec((str(Path(os.environ["GPTLOOP_TEST_DATA"]) / name),)), 0.05)
     train, held = total(documents(corpus.train())), total(documents(corpus.validation()))

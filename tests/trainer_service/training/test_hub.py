@@ -26,7 +26,7 @@ def texts(passages: Iterator[Passage]) -> list[str]:
 
 
 class FakeBuilder:
-    """What `datasets.load_dataset_builder` returns, as far as it is used here."""
+    """The part that is used here of what `datasets.load_dataset_builder` returns."""
 
     hash = "c0ffee"
 
@@ -37,36 +37,36 @@ class FakeBuilder:
         return ({"text": text} for text in self.rows[split])
 
 
-def test_a_hub_data_set_has_its_own_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_hub_data_set_uses_its_own_validation_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
 
     def load(repository: str, configuration: str | None) -> FakeBuilder:
-        asked.append((repository, configuration))
+        loaded.append((repository, configuration))
         return FakeBuilder({"train": ["one ", "", "two"], "validation": ["three"]})
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     corpus = open_corpus(STORIES, 0.05)
-    assert asked == [("roneneldan/TinyStories", None)]
+    assert loaded == [("roneneldan/TinyStories", None)]
     assert (texts(corpus.train()), texts(corpus.validation())) == (["one", "two"], ["three"])
     assert not corpus.notices
 
 
 def test_wikitext_is_read_as_articles(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["", " = First = \n", " Text . \n", " = = Part = = \n", " More . \n", " = Second = \n", " End . \n"]
-    asked = []
+    loaded = []
 
     def load(repository: str, configuration: str | None) -> FakeBuilder:
-        asked.append((repository, configuration))
+        loaded.append((repository, configuration))
         return FakeBuilder({"train": lines, "validation": []})
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     corpus = open_corpus(DatasetSpec(("wikitext-103",)), 0.05)
-    assert asked == [("Salesforce/wikitext", "wikitext-103-raw-v1")]
+    assert loaded == [("Salesforce/wikitext", "wikitext-103-raw-v1")]
     assert texts(corpus.train()) == ["= First = \n Text . \n = = Part = = \n More .", "= Second = \n End ."]
     assert corpus.source == "Salesforce/wikitext wikitext-103-raw-v1"
 
 
-def test_a_hub_that_cannot_be_reached_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> SimpleNamespace:
         raise ConnectionError("no network")
 
@@ -79,7 +79,7 @@ def test_a_hub_that_cannot_be_reached_is_unavailable(monkeypatch: pytest.MonkeyP
         next(open_corpus(STORIES, 0.05).train())
 
 
-def test_the_real_library_reads_a_hub_folder_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_real_library_gives_the_same_as_the_fake_builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"a story to {split}"}) + "\n")
     real = datasets.load_dataset_builder
@@ -96,7 +96,7 @@ def test_the_real_library_reads_a_hub_folder_in_the_same_way(tmp_path: Path, mon
     )
 
 
-def test_a_long_error_of_the_hub_becomes_one_short_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_error_of_the_hub_becomes_a_short_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("Max retries\n\x1b[31m" + "exceeded with url " * 500)
 
@@ -106,15 +106,15 @@ def test_a_long_error_of_the_hub_becomes_one_short_sentence(monkeypatch: pytest.
     assert len(str(raised.value)) <= 300 and str(raised.value).isprintable()
 
 
-def test_whoever_waits_for_the_hub_can_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, asked = threading.Event(), threading.Event()
+def test_a_wait_for_the_hub_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, requested = threading.Event(), threading.Event()
 
     def wait(*_: object, **__: object) -> None:
-        asked.set()
+        requested.set()
         answer.wait()
 
     def tick(*_: int) -> None:
-        if asked.is_set():
+        if requested.is_set():
             raise KeyboardInterrupt
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", wait)
@@ -123,16 +123,16 @@ def test_whoever_waits_for_the_hub_can_stop(monkeypatch: pytest.MonkeyPatch) -> 
     answer.set()
 
 
-def test_a_hub_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_hub_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = threading.Event()
     monkeypatch.setattr(hub, "SILENCE_S", 0.0)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: answer.wait())
-    with pytest.raises(Unavailable, match="cannot be downloaded: Nothing came for 0 s"):
+    with pytest.raises(Unavailable, match="cannot be downloaded: No data arrived for 0 s"):
         open_corpus(STORIES, 0.05)
     answer.set()
 
 
-def test_rows_of_the_hub_without_text_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_the_hub_without_text_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"text": "one"}, {"text": None}, {"text": "half \ud83d"}]
     builder = SimpleNamespace(hash="c0ffee", as_streaming_dataset=lambda split: rows)
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: builder)

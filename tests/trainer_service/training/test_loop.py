@@ -43,7 +43,7 @@ TEXT: Tokens = (np.arange(5000) * 7 % 300).astype(np.uint16)
 
 @dataclass
 class Recorder:
-    """An observer that keeps what it was told."""
+    """An observer that records every call."""
 
     reports: list[Report] = field(default_factory=list)
     checkpoints: list[tuple[int, float, HeldOutLoss]] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Recorder:
 
 
 class TwoBytesEach:
-    """As a tokenizer whose tokens spell two bytes each."""
+    """Stands for a tokenizer whose tokens all have two bytes."""
 
     digest = "two"
     byte_lengths = np.full(300, 2, np.int32)
@@ -79,7 +79,7 @@ def run(trainer: Trainer, stop_requested: Callable[[], bool] = lambda: False) ->
     return train(trainer, evaluation_set(), recorder, stop_requested), recorder
 
 
-def test_reports_evaluations_and_checkpoints_come_when_they_are_due() -> None:
+def test_reports_and_checkpoints_happen_at_their_intervals() -> None:
     trainer = Trainer(CONFIG, TEXT)
     outcome, recorder = run(trainer)
     assert outcome is Outcome.COMPLETED
@@ -93,22 +93,22 @@ def test_reports_evaluations_and_checkpoints_come_when_they_are_due() -> None:
     assert recorder.reports[0].best_validation_loss is None
 
 
-def test_a_stop_ends_the_step_and_keeps_the_state() -> None:
+def test_a_stop_finishes_the_step_and_saves_the_state() -> None:
     trainer = Trainer(CONFIG, TEXT)
     outcome, recorder = run(trainer, lambda: trainer.step >= 7)
     assert outcome is Outcome.STOPPED
     assert recorder.saved == [7] and recorder.reports[-1].step == 7
 
 
-@pytest.mark.parametrize("asked", [range(12, 13), range(13, 15)], ids=["in the last step", "in its evaluation"])
-def test_a_stop_before_the_evaluation_leaves_it_to_whoever_goes_on(asked: range, tmp_path: Path) -> None:
+@pytest.mark.parametrize("calls", [range(1, 2), range(2, 4)], ids=["in the last step", "in its evaluation"])
+def test_a_resumed_run_makes_the_evaluation_that_a_stop_prevented(calls: range, tmp_path: Path) -> None:
     trainer = Trainer(CONFIG, TEXT)
-    questions = 0
+    calls_at_end = 0
 
     def stop_requested() -> bool:
-        nonlocal questions
-        questions += trainer.step == 12
-        return trainer.step == 12 and 11 + questions in asked
+        nonlocal calls_at_end
+        calls_at_end += trainer.step == 12
+        return trainer.step == 12 and calls_at_end in calls
 
     outcome, recorder = run(trainer, stop_requested)
     assert outcome is Outcome.STOPPED and recorder.saved == [12]
@@ -121,7 +121,7 @@ def test_a_stop_before_the_evaluation_leaves_it_to_whoever_goes_on(asked: range,
     assert [(step, loss) for step, loss, _ in recorder.checkpoints] == [(12, trainer.training_loss)]
 
 
-def test_a_loss_that_is_not_finite_ends_training_before_anything_is_kept() -> None:
+def test_a_loss_that_is_not_finite_ends_training_before_anything_is_saved() -> None:
     trainer = Trainer(CONFIG, TEXT)
     trainer.model.load_weights([("final_norm.weight", mx.full((16,), math.nan))], strict=False)
     recorder = Recorder()
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_ends_training_before_anything_is_kept() -> No
     assert recorder.checkpoints == [] and recorder.saved == []
 
 
-def test_the_evaluation_set_is_the_first_windows_side_by_side() -> None:
+def test_the_evaluation_set_is_the_first_adjacent_windows() -> None:
     chosen = evaluation_set(windows=3)
     np.testing.assert_array_equal(chosen.windows[:, 0], TEXT[[0, 8, 16]])
     np.testing.assert_array_equal(chosen.windows[:-1, -1], chosen.windows[1:, 0])
@@ -139,18 +139,18 @@ def test_the_evaluation_set_is_the_first_windows_side_by_side() -> None:
     assert chosen.digest == evaluation_set(windows=3).digest != evaluation_set(windows=4).digest
 
 
-def test_held_out_loss_is_exact_whatever_the_rows_at_a_time() -> None:
+def test_the_held_out_loss_is_exact_for_any_number_of_rows_at_a_time() -> None:
     trainer = Trainer(CONFIG, TEXT)
     trainer.model.load_weights([("token_embedding.weight", mx.zeros((300, 16)))], strict=False)
     for rows in (1, 7, 64):
         held_out = evaluate(trainer.model, evaluation_set(), rows, Workers())
-        # With a tied head of zeros every token is as likely as any other.
+        # With a tied head of zeros, all tokens are equally likely.
         assert held_out.nats_per_token == pytest.approx(math.log(300), rel=1e-5)
         assert held_out.bits_per_byte == pytest.approx(math.log2(300) / 2, rel=1e-5)
         assert held_out.claimed == pytest.approx(math.log(300), rel=1e-5)
 
 
-def test_evaluation_uses_no_dropout_and_leaves_training_on() -> None:
+def test_evaluation_uses_no_dropout_and_restores_training_mode() -> None:
     trainer = Trainer(CONFIG, TEXT)
     assert evaluate(trainer.model, evaluation_set(), 4, Workers()) == evaluate(
         trainer.model, evaluation_set(), 4, Workers()
@@ -158,28 +158,28 @@ def test_evaluation_uses_no_dropout_and_leaves_training_on() -> None:
     assert trainer.model.training
 
 
-def test_overfitting_is_told_once_when_held_out_loss_stays_behind() -> None:
+def test_overfitting_gives_one_warning() -> None:
     watch = OverfittingWatch()
-    told = [
+    warnings = [
         watch.check(2.0 - 0.1 * step, held_out) for step, held_out in enumerate([1.9, 1.7, 1.8, 1.8, 1.9, 2.0, 2.1])
     ]
-    assert [text is not None for text in told] == [False, False, False, False, True, False, False]
-    assert told[4] is not None and "1.700" in told[4]
+    assert [text is not None for text in warnings] == [False, False, False, False, True, False, False]
+    assert warnings[4] is not None and "1.700" in warnings[4]
 
 
-def test_noise_is_no_overfitting() -> None:
+def test_noise_is_not_overfitting() -> None:
     watch = OverfittingWatch()
     assert [watch.check(1.8, held_out) for held_out in (1.7, 1.71, 1.72, 1.73, 1.74)] == [None] * 5
 
 
-def test_the_rest_is_estimated_from_the_steps_after_the_first_which_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_of_the_remaining_time_ignores_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 0.0
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now_s))
     trainer = SimpleNamespace(
         step=0, config=CONFIG, training_loss=0.0, learning_rate=0.1, tokens=0, best_validation_loss=None
     )
     meter = loop._Meter(cast(Trainer, trainer))
-    # An hour for the first step, a second for each other.
+    # The first step, which compiles, takes an hour; the others take a second.
     estimates = []
     for trainer.step, duration_s in ((1, 3600.0), (2, 1.0), (3, 1.0)):
         now_s += duration_s

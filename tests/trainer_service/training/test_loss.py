@@ -1,4 +1,4 @@
-"""The loss and its gradients against the plain formula: in MLX's own operations, and in NumPy with 64 bits."""
+"""The loss and its gradients equal the plain formula, in MLX's own operations and in NumPy in 64 bits."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,14 +28,14 @@ def random_model(tied_head: bool, context_length: int = 16, vocabulary_size: int
 
 
 def random_tokens(seed: int, *shape: int) -> mx.array:
-    """Random tokens, of which the first is the lowest and the last is the highest."""
+    """Returns random tokens; the first is the lowest id and the last is the highest."""
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, shape)
     tokens.flat[0], tokens.flat[-1] = 0, VOCABULARY - 1
     return mx.array(tokens)
 
 
 def plain_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
-    """The formula as MLX's own operations write it."""
+    """Returns the loss by the formula in MLX's own operations."""
     config = model.config
 
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -53,7 +53,7 @@ def plain_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
 
 
 def exact_losses(model: GPT, weights: dict[str, np.ndarray], inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The losses (B, T) by the formula in NumPy, with as many bits as the weights have."""
+    """Returns the losses (B, T) by the formula in NumPy, in the precision of the weights."""
     heads = model.config.heads
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
@@ -95,7 +95,7 @@ def value_and_gradients(function: Loss, model: GPT, *batch: mx.array) -> tuple[f
 def assert_agrees(
     model: GPT, inputs: mx.array, targets: mx.array, function: Loss = mean_loss, plain: Loss = plain_loss
 ) -> None:
-    """Value and gradients are those of the plain formula, relative to each gradient's largest element."""
+    """Compares value and gradients with the plain formula, relative to each gradient's largest element."""
     value, gradients = value_and_gradients(function, model, inputs, targets)
     expected_value, expected = value_and_gradients(plain, model, inputs, targets)
     assert value == pytest.approx(expected_value, rel=1e-5)
@@ -109,14 +109,14 @@ def assert_agrees(
 def test_loss_and_gradients_agree_with_the_plain_formula(
     tied_head: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks that are a row, that leave a rest, that are all rows, and that are more than there are."""
+    """Chunks of one row, with a remainder, of all rows, and of more rows than there are."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_rows * VOCABULARY)
     assert_agrees(random_model(tied_head), random_tokens(1, 3, 16), random_tokens(2, 3, 16))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (5, 3), (2, 130)])
 @pytest.mark.parametrize("vocabulary_size", [VOCABULARY, 5001])
-def test_batches_and_vocabularies_may_have_any_size(shape: tuple[int, int], vocabulary_size: int) -> None:
+def test_loss_and_gradients_agree_for_any_batch_and_vocabulary(shape: tuple[int, int], vocabulary_size: int) -> None:
     model = random_model(False, shape[1], vocabulary_size)
     targets = random_tokens(2, *shape)
     targets[-1, -1] = vocabulary_size - 1
@@ -124,7 +124,7 @@ def test_batches_and_vocabularies_may_have_any_size(shape: tuple[int, int], voca
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
-def test_loss_and_gradients_agree_where_logits_are_large(tied_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_agree_for_large_logits(tied_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     model, inputs = random_model(tied_head), random_tokens(1, 3, 16)
     model.final_norm.bias = mx.zeros_like(model.final_norm.bias)
@@ -137,7 +137,7 @@ def test_loss_and_gradients_agree_where_logits_are_large(tied_head: bool, monkey
 
 
 @pytest.mark.parametrize("outlier", [0, 3000, 5000])
-def test_one_token_of_a_large_vocabulary_may_outdo_all_others(outlier: int) -> None:
+def test_loss_and_gradients_agree_if_one_token_dominates_a_large_vocabulary(outlier: int) -> None:
     model, inputs = random_model(False, vocabulary_size=5001), random_tokens(1, 3, 16)
     weight, bias = model.head.weight, model.final_norm.bias
     weight[outlier] = 200 * bias / (bias * bias).sum()
@@ -147,7 +147,7 @@ def test_one_token_of_a_large_vocabulary_may_outdo_all_others(outlier: int) -> N
 
 
 class GivenLogits(GPT):
-    """A model whose logits (1, T, V) are a parameter, so that not one bit of them is rounded."""
+    """A model whose logits (1, T, V) are a parameter, so that nothing rounds them."""
 
     def __init__(self, logits: np.ndarray) -> None:
         _, T, V = logits.shape
@@ -159,7 +159,7 @@ class GivenLogits(GPT):
         return self.given
 
 
-def test_the_gradient_is_the_probabilities_less_the_target_even_where_logits_are_extreme(
+def test_the_gradient_is_the_probabilities_minus_the_target_for_extreme_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [[80, -80, 0], [-80, 80, 79], [80, 80, 80], [-80, -80, -80], [80, -80, -80], [-80, -79, -78], [0.5, 0, -9]]
@@ -177,13 +177,13 @@ def test_the_gradient_is_the_probabilities_less_the_target_even_where_logits_are
         np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_arrays_need_not_lie_side_by_side() -> None:
+def test_arrays_need_not_be_contiguous() -> None:
     model = random_model(tied_head=False)
     model.head.weight = mx.random.normal((32, 2 * VOCABULARY), scale=0.3).T[::2]
     assert_agrees(model, random_tokens(1, 16, 3).T, random_tokens(2, 16, 6)[:, ::2].T)
 
 
-def test_gradients_follow_what_is_done_with_the_loss() -> None:
+def test_gradients_pass_through_a_function_of_the_loss() -> None:
     def cube(function: Loss) -> Loss:
         return lambda model, inputs, targets: function(model, inputs, targets) ** 3
 
@@ -192,7 +192,7 @@ def test_gradients_follow_what_is_done_with_the_loss() -> None:
 
 
 def test_a_compiled_step_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As training takes it; what is compiled is computed by other kernels."""
+    """Training compiles its step, and compiled code uses other kernels."""
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 7 * VOCABULARY)
     model, batch = random_model(tied_head=True), (random_tokens(1, 3, 16), random_tokens(2, 3, 16))
 
@@ -211,7 +211,7 @@ def test_a_compiled_step_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("tied_head", [True, False])
 @pytest.mark.parametrize("chunk_rows", [7, 1000])
 @pytest.mark.parametrize("as_on_cpu", [True, False])
-def test_losses_of_windows_agree_with_the_formula_in_64_bits(
+def test_window_losses_agree_with_the_formula_in_64_bits(
     tied_head: bool, chunk_rows: int, as_on_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss, "on_cpu", lambda: as_on_cpu)
@@ -237,7 +237,7 @@ def test_gradients_agree_with_central_differences_in_64_bits(tied_head: bool) ->
         return float(exact_losses(model, shifted, np.array(inputs), np.array(targets)).mean())
 
     for name, gradient in gradients.items():
-        # In the gradient's own direction its slope is its norm, which nothing cancels; a random part sees the rest.
+        # Along the gradient itself, the slope is its norm, which cannot cancel; the random part covers the rest.
         unit = gradient / np.linalg.norm(gradient)
         noise = generator.standard_normal(gradient.shape)
         direction = unit + noise / np.linalg.norm(noise)
@@ -245,7 +245,7 @@ def test_gradients_agree_with_central_differences_in_64_bits(tied_head: bool) ->
         assert (gradient * direction).sum() == pytest.approx(slope, rel=1e-4), name
 
 
-def test_weights_that_are_not_finite_make_the_loss_so() -> None:
+def test_weights_that_are_not_finite_give_a_loss_that_is_not_finite() -> None:
     model, inputs, targets = random_model(tied_head=True), random_tokens(1, 2, 16), random_tokens(2, 2, 16)
     weight = model.token_embedding.weight
     weight[int(inputs[1, 5])] = mx.nan

@@ -4,7 +4,7 @@ from pathlib import Path
 from trainer_service.training.token_cache import UNUSED_S, mark_used, remove_unused
 
 
-def test_what_no_run_has_begun_with_for_long_goes(tmp_path: Path) -> None:
+def test_tokens_that_no_run_has_used_for_long_are_removed(tmp_path: Path) -> None:
     for name in ("old", "used", "new"):
         folder = tmp_path / name
         folder.mkdir()

@@ -43,7 +43,7 @@ def weights(trainer: Trainer) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in parameters_of(trainer.model).items()}
 
 
-def test_a_restored_run_ends_with_the_same_bits_as_one_that_never_stopped(tmp_path: Path) -> None:
+def test_a_restored_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = Trainer(tiny(), TEXT)
     for _ in range(8):
         whole.take_step()
@@ -62,7 +62,7 @@ def test_a_restored_run_ends_with_the_same_bits_as_one_that_never_stopped(tmp_pa
         np.testing.assert_array_equal(value, expected[name])
 
 
-def test_a_run_on_a_schedule_of_its_own_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_continued_run_with_a_new_schedule_resumes_with_the_same_bits(tmp_path: Path) -> None:
     begun = Trainer(tiny(), TEXT)
     for _ in range(20):
         begun.take_step()
@@ -104,14 +104,14 @@ def test_dropout_differs_from_step_to_step() -> None:
     assert len(losses) == 4
 
 
-def test_a_state_of_another_shape_is_refused(tmp_path: Path) -> None:
+def test_a_state_of_another_shape_is_rejected(tmp_path: Path) -> None:
     Trainer(tiny(), TEXT).save(tmp_path)
     with pytest.raises(InvalidArgument, match="shape"):
         Trainer(tiny(width=32), TEXT).restore(tmp_path)
 
 
 def test_matrices_decay_and_biases_do_not() -> None:
-    # With no gradient at all (a learning text of one token gives some, so the rate of decay is made huge).
+    # The decay is so large that it outweighs the gradients.
     config = tiny(weight_decay=50.0, learning_rate=1e-3, warmup_steps=0, dropout=0.0)
     trainer = Trainer(config, TEXT)
     trainer.model.load_weights([("final_norm.weight", mx.full((16,), 3.0))], strict=False)
@@ -134,8 +134,8 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("config", SCHEDULES)
-def test_a_compiled_step_takes_the_rate_of_the_schedule(config: TrainingConfig, tmp_path: Path) -> None:
-    # Without memory of earlier gradients AdamW moves every number by the rate, up or down; vectors do not decay.
+def test_a_compiled_step_uses_the_rate_of_the_schedule(config: TrainingConfig, tmp_path: Path) -> None:
+    # With betas of 0, AdamW moves every number by the rate, up or down; vectors do not decay.
     config = replace(config, beta1=0.0, beta2=0.0)
     trainer = Trainer(config, TEXT)
     trainer.step = config.schedule_start
@@ -173,7 +173,7 @@ def test_a_text_of_one_window_is_enough() -> None:
 
 
 def test_several_workers_take_the_same_step_as_one() -> None:
-    # 5 rows among 2 workers: parts of 2 and 3.
+    # Two workers share 5 rows: 2 and 3.
     config = tiny(batch_size=5, dropout=0.0)
     alone = Trainer(config, TEXT)
     with Workers(2) as workers:
@@ -186,19 +186,19 @@ def test_several_workers_take_the_same_step_as_one() -> None:
         np.testing.assert_array_equal(weights(together)[name], weights(again)[name])
 
 
-def test_a_batch_in_pieces_takes_the_same_step_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_micro_batches_take_the_same_step_as_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(batch_size=7, dropout=0.0)
     whole = Trainer(config, TEXT)
     whole.take_step()
     monkeypatch.setattr(trainer_module, "MICRO_BATCH_TOKENS", 3 * config.context_length)
-    pieces = Trainer(config, TEXT)
-    pieces.take_step()
+    divided = Trainer(config, TEXT)
+    divided.take_step()
     for name, value in weights(whole).items():
-        np.testing.assert_allclose(weights(pieces)[name], value, atol=2e-5)
+        np.testing.assert_allclose(weights(divided)[name], value, atol=2e-5)
 
 
 def test_workers_draw_different_dropout() -> None:
-    # Every row holds the same tokens, so that only dropout can tell the parts' losses apart.
+    # All rows hold the same tokens, so that only dropout can make their losses differ.
     config = tiny(dropout=0.5, batch_size=2)
     text = np.full(9, 5, np.uint16)
     with Workers(2) as workers:
@@ -207,7 +207,7 @@ def test_workers_draw_different_dropout() -> None:
     assert scalar(both) != scalar(one)
 
 
-def test_a_largest_gradient_norm_of_0_clips_nothing() -> None:
+def test_a_max_gradient_norm_of_0_clips_nothing() -> None:
     gradients = {"matrix": mx.full((5, 3), 100.0)}
     outcomes = []
     for largest in (0.0, 1e9, 1.0):
@@ -218,7 +218,7 @@ def test_a_largest_gradient_norm_of_0_clips_nothing() -> None:
     assert unclipped == far_below == pytest.approx(10.0) and clipped < 0.1
 
 
-# The ends of the ranges, and what lies between.
+# The ends of each range, and a value between them.
 @settings(deadline=None, max_examples=60)
 @given(
     rate=st.sampled_from([1e-8, 1e-6, 1.0]),
@@ -228,7 +228,7 @@ def test_a_largest_gradient_norm_of_0_clips_nothing() -> None:
     decay=st.sampled_from([0.0, 0.1, 0.999]),
     size=st.sampled_from([1e-3, 1.0, 1e3]),
 )
-def test_every_value_that_the_optimizer_may_have_moves_the_weights(
+def test_the_optimizer_moves_the_weights_with_all_allowed_values(
     rate: float, beta1: float, beta2: float, largest: float, decay: float, size: float
 ) -> None:
     config = tiny(learning_rate=rate, beta1=beta1, beta2=beta2, max_gradient_norm=largest, weight_decay=decay)
@@ -241,7 +241,7 @@ def test_every_value_that_the_optimizer_may_have_moves_the_weights(
     assert mx.abs(moved).max() < 2.5 * rate
 
 
-def test_the_optimizer_is_clipped_adamw_as_mlx_has_it() -> None:
+def test_the_optimizer_equals_clipping_and_adamw_of_mlx() -> None:
     config = tiny(warmup_steps=0, max_steps=10, learning_rate=0.1, max_gradient_norm=0.5)
     parameters = {"matrix": mx.random.normal((5, 3)), "bias": mx.random.normal((7,))}
     expected = dict(parameters)
