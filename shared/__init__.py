@@ -1,1 +1,1 @@
-"""What the trainer and the inference service must agree on, and nothing else."""
+"""What both services use, and nothing else."""

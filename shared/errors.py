@@ -1,33 +1,33 @@
-"""Errors that a person caused or can mend. Their text is a whole sentence: what is wrong, and what would be right.
+"""Errors that a person caused or can fix. Their text is a whole sentence: what is wrong, and what would be right.
 
-A value from outside enters such a sentence through `shown`.
+Use `shown` to quote a value from outside in such a sentence.
 """
 
 from shared.text import excerpt
 
 
 class GptloopError(Exception):
-    """Base of every error that is reported as one sentence instead of a stack trace."""
+    """Base class of the errors that are reported as one sentence instead of a traceback."""
 
 
 class InvalidArgument(GptloopError):
-    """A value that a caller gave cannot be used; calling again with the same value cannot help."""
+    """A value from the caller is invalid; the same call always fails."""
 
 
 class NotFound(GptloopError):
-    """What the caller named does not exist."""
+    """The object that the caller named does not exist."""
 
 
 class AlreadyExists(GptloopError):
-    """What the caller wants to create, or the port it wants to open, is already there."""
+    """The object to create exists already, or the port to open is in use."""
 
 
 class FailedPrecondition(GptloopError):
-    """The system is not in a state in which the call can be carried out."""
+    """The call is valid, but not possible in the current state of the system."""
 
 
 class ResourceExhausted(GptloopError):
-    """A limit is reached; the same call may succeed in `retry_after_s`, where that is known."""
+    """A limit is reached; the same call may succeed after `retry_after_s` seconds, if that is known."""
 
     def __init__(self, sentence: str, retry_after_s: float | None = None) -> None:
         super().__init__(sentence)
@@ -35,19 +35,19 @@ class ResourceExhausted(GptloopError):
 
 
 class Unauthenticated(GptloopError):
-    """The call needs a credential that the caller did not bring."""
+    """The call lacks a valid credential."""
 
 
 class DeadlineExceeded(GptloopError):
-    """The caller's own deadline passed before the call had ended."""
+    """The caller's deadline passed before the call ended."""
 
 
 class Unavailable(GptloopError):
-    """Something that is needed cannot be reached now: Redis, a worker, a first version."""
+    """Something that the call needs is not available now: Redis, a worker, a first version."""
 
 
 class DataError(GptloopError):
-    """A data set cannot be read, or holds too little to train on."""
+    """A data set cannot be read, or is too small to train on."""
 
 
 class CorruptCheckpoint(GptloopError):
@@ -55,15 +55,15 @@ class CorruptCheckpoint(GptloopError):
 
 
 class IncompleteCheckpoint(CorruptCheckpoint):
-    """A file of a checkpoint is missing or too short, as while the checkpoint is still being copied."""
+    """A file of a checkpoint is missing or too short, for example because the checkpoint is still being copied."""
 
 
 class RunOwnershipLost(GptloopError):
-    """Another process took over the run; this one must not write it any more."""
+    """Another process owns the run now; this one must not write to it."""
 
 
 class TrainingDiverged(GptloopError):
-    """The loss is not finite any more."""
+    """The loss is no longer finite."""
 
 
 def shown(value: object, limit: int = 80) -> str:

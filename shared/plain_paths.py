@@ -1,6 +1,7 @@
-"""Second names for folders, for programs that do not understand every path.
+"""Plain second names for folders, for programs that do not accept every path.
 
-Unix sockets take about a hundred bytes. MLX hands paths to a shell in double quotes, and PATH is split at colons.
+The path of a unix socket has at most about a hundred bytes. MLX passes paths to a shell in double quotes, and PATH is
+split at colons.
 """
 
 import fcntl
@@ -13,24 +14,24 @@ from pathlib import Path
 
 from shared.errors import FailedPrecondition
 
-# macOS allows 103 bytes for a socket: this leaves room for its own name, and for a temporary one while it is made.
+# macOS allows 103 bytes for a socket. This leaves room for its name, and for a temporary name while it is created.
 _MAX_LENGTH_BYTES = 74
-# Not the folder that TMPDIR names: it differs among the processes.
+# Not the folder in TMPDIR, which differs between the processes.
 _PLACE = Path("/tmp")
 _PLAIN = re.compile(r"[A-Za-z0-9/._+-]+")
 
 
 def plain_path(folder: Path) -> Path:
-    """A path of letters, digits, `.`, `_`, `+` and `-`: the folder's own, else a link below /tmp.
+    """Returns a path of letters, digits, `.`, `_`, `+` and `-`: the folder's own path, or else a link below /tmp.
 
-    Every process derives the same link. It is made if the folder exists, so call this again once you have made the
-    folder. Raises `FailedPrecondition` if another user made the place of the links.
+    Every process gets the same link. It is created only if the folder exists; if it does not, call this again after
+    creating it. Raises `FailedPrecondition` if another user owns the folder of the links.
     """
     return folder if _PLAIN.fullmatch(str(folder)) else _link(folder)
 
 
 def socket_folder(folder: Path) -> Path:
-    """The same for a folder with a unix socket in it, whose path is short too."""
+    """Does the same for the folder of a unix socket, and also replaces a path that is too long."""
     return plain_path(folder) if len(os.fsencode(folder)) <= _MAX_LENGTH_BYTES else _link(folder)
 
 
@@ -45,7 +46,7 @@ def _link(folder: Path) -> Path:
         for other in links.iterdir():
             if not other.exists():
                 other.unlink(missing_ok=True)
-        # Another process may make it in the same moment.
+        # Another process may create it at the same time.
         with suppress(FileExistsError):
             link.symlink_to(folder)
     return link
@@ -53,10 +54,10 @@ def _link(folder: Path) -> Path:
 
 @cache
 def _hold(links: Path) -> int:
-    """Locks the links until this process ends: systemd-tmpfiles removes nothing old from a folder that is locked."""
+    """Locks the folder of the links until this process ends, so that systemd-tmpfiles does not remove old links."""
     status = links.lstat()
     if links.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise FailedPrecondition(f"{links} must be a folder that only you can write, but it is not: remove it.")
+        raise FailedPrecondition(f"{links} must be a folder that only you can write to, but it is not; remove it.")
     descriptor = os.open(links, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor

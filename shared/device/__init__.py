@@ -1,1 +1,1 @@
-"""The device that MLX computes on, and the libraries and compilers that it needs."""
+"""The device that MLX computes on, with the libraries and compilers that it needs."""

@@ -1,4 +1,4 @@
-"""The device that MLX computes on, and what has to stand before MLX is imported."""
+"""The device that MLX computes on, and what must happen before MLX is imported."""
 
 import fcntl
 import functools
@@ -24,27 +24,27 @@ from shared.plain_paths import plain_path
 _log = logging.getLogger(__name__)
 
 NO_BLAS = (
-    "No fast BLAS was found, so MLX will be about fifty times slower than it could be. "
+    "No fast BLAS was found, so MLX multiplies about fifty times slower than it could. "
     "Install one: apt-get install libopenblas0-pthread, or gcc and pip install scipy-openblas32."
 )
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """The device, its memory in bytes, and the BLAS that MLX found on a CPU (`None`: only its own slow one)."""
+    """The device, its memory, and on a CPU the BLAS that was loaded (`None`: only MLX's own slow one)."""
 
     device: str
     backend: Literal["metal", "cuda", "cpu"]
     mlx_version: str
     blas: str | None
     memory_bytes: int
-    # Threads in which the caller is to compute side by side; 1 where the device, or its BLAS, uses all cores itself.
+    # How many threads the caller should compute in; 1 if the device, or its BLAS, uses all cores itself.
     threads: int = 1
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What this process uses: MLX's arrays, its cache and the most it ever held, and all that is resident."""
+    """The memory of this process: MLX's arrays, its cache, the peak of the arrays, and all resident memory."""
 
     active_bytes: int
     cache_bytes: int
@@ -54,10 +54,10 @@ class Memory:
 
 @functools.cache
 def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
-    """Loads a fast BLAS, makes a private folder for compiled kernels below `cache`, and sets MLX's cache limit.
+    """Loads a fast BLAS, creates a private folder for compiled kernels below `cache`, and sets MLX's cache limit.
 
-    With `own_threads`, on a CPU, each product runs on one core, for the caller computes in several threads: as many as
-    OPENBLAS_NUM_THREADS allows, else as there are cores. Call it once in a process, before anything imports MLX.
+    Call it once in each process, before anything imports MLX. With `own_threads`, each product on a CPU runs on one
+    core, and the caller computes in several threads: OPENBLAS_NUM_THREADS, or else the number of cores.
     """
     assert "mlx.core" not in sys.modules, "prepare() must run before MLX is imported."
     blas = None
@@ -83,7 +83,7 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
     else:
         backend = "cpu"
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        # MLX's own limit of 32 MiB makes every large array a fresh one, whose pages the kernel has to clear.
+        # With MLX's own limit of 32 MiB, every large array takes fresh pages, which the kernel has to clear.
         mx.set_cache_limit(memory_bytes // 8)
         if blas is None:
             _log.warning(NO_BLAS)
@@ -93,14 +93,14 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
 
 
 def memory() -> Memory:
-    """The memory that this process uses now."""
+    """Returns the memory that this process uses now."""
     import mlx.core as mx
 
     return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory(), _resident_bytes())
 
 
 def release_memory() -> None:
-    """Gives back what this process has freed, as after the last use of a model."""
+    """Returns freed memory to the system, for example after the last use of a model."""
     import mlx.core as mx
 
     gc.collect()
@@ -108,7 +108,7 @@ def release_memory() -> None:
 
 
 def report(accelerator: Accelerator) -> str:
-    """Several lines about the device, with the speed of a product measured now."""
+    """Measures the speed of a product, and returns several lines about the device."""
     compiler = shutil.which("g++")
     lines = [
         ("device", accelerator.device),
@@ -123,9 +123,9 @@ def report(accelerator: Accelerator) -> str:
 
 
 def _make_kernel_cache(cache: Path) -> None:
-    # MLX writes compiled kernels to $TMPDIR/mlx in place and unlocked. So each process takes a folder of its own, which
-    # it locks until it ends, and clears it of what a killed compiler left.
-    # Python's own temporary files stay where they were.
+    # MLX writes compiled kernels to $TMPDIR/mlx in place and without a lock. So each process locks a folder of its own
+    # until it ends, and first removes incomplete files that a killed compiler left there.
+    # Calling gettempdir() first keeps Python's own temporary files where they were.
     tempfile.gettempdir()
     for number in count():
         folder = cache / f"kernels-{number}"
@@ -144,7 +144,7 @@ def _make_kernel_cache(cache: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    # An ELF file ends with its section table, whose place and size its header tells (ELF-64, figure 2-2).
+    # An ELF file ends with its section table, whose offset and size are in its header (ELF-64, figure 2-2).
     size = library.stat().st_size
     with library.open("rb") as file:
         header = file.read(64)

@@ -1,4 +1,4 @@
-"""Small libraries in C and C++ that a compiler of this machine builds once, for this machine."""
+"""Small libraries in C and C++, compiled once on each machine."""
 
 import hashlib
 import os
@@ -11,20 +11,20 @@ from pathlib import Path
 
 from shared.errors import FailedPrecondition
 
-# Characters of what a compiler says that an error shows, from the end.
-_MOST_SAID = 2000
+# An error quotes this many characters from the end of the compiler's output.
+_QUOTED_CHARACTERS = 2000
 
 
 def build_library(source: str, language: str, options: Sequence[str], cache: Path) -> Path:
-    """Compiles source, "c" or "c++", to a shared library in `cache`, unless it is there already.
+    """Returns the shared library of a source in "c" or "c++"; compiles it into `cache` if it is not there yet.
 
-    Raises `FailedPrecondition` where there is no compiler or where it fails.
+    Raises `FailedPrecondition` if there is no compiler, or if it fails.
     """
     names = ("gcc", "cc", "clang") if language == "c" else ("g++", "c++", "clang++")
     compiler = next((path for name in names if (path := shutil.which(name))), None)
     if compiler is None:
-        raise FailedPrecondition(f"There is no {language} compiler: install one of {', '.join(names)}.")
-    # A cache may be on a disk that machines of several kinds share.
+        raise FailedPrecondition(f"No {language} compiler is installed; install one of {', '.join(names)}.")
+    # Machines of different kinds may share the disk of the cache.
     key = hashlib.sha256("\0".join((language, source, *options, _processor())).encode()).hexdigest()[:16]
     library = cache / f"native-{key}.so"
     if not library.exists():
@@ -35,14 +35,14 @@ def build_library(source: str, language: str, options: Sequence[str], cache: Pat
             try:
                 subprocess.run(command, input=source.encode(), check=True, capture_output=True, timeout=120)
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                said = (error.stderr or b"").decode(errors="replace")[-_MOST_SAID:]
+                said = (error.stderr or b"").decode(errors="replace")[-_QUOTED_CHARACTERS:]
                 raise FailedPrecondition(f"The compiler failed: {error}\n{said}".rstrip()) from None
             built.replace(library)
     return library
 
 
 def _processor() -> str:
-    """What distinguishes processors that cannot run each other's code."""
+    """Returns a text that differs between processors that cannot run each other's code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""A client that speaks just enough HTTP/2 to ask a server whether it is there, as fast as it likes."""
+"""A client with just enough HTTP/2 to ping a server at any rate."""
 
 import asyncio
 from typing import Self
@@ -9,21 +9,21 @@ _ACK = 1
 
 
 class PingingClient:
-    """One connection without calls."""
+    """A connection without calls."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
 
     @classmethod
     async def connect(cls, port: int) -> Self:
-        """Opens the connection and says hello."""
+        """Opens a connection and sends the preface."""
         client = cls(*await asyncio.open_connection("127.0.0.1", port))
         client._writer.write(_PREFACE)
         client._send(_SETTINGS, b"")
         return client
 
     async def ping(self) -> str:
-        """Asks; empty once the server has answered, and why it closes the connection if it does."""
+        """Pings the server; returns an empty text for its answer, or its reason if it closes the connection."""
         self._send(_PING, b"are you?")
         while True:
             kind, flags, content = await self._receive()

@@ -13,7 +13,7 @@ ODD = """sp ace %d " o'ne $HOME `x` ü 猫"""
 
 @pytest.fixture(autouse=True)
 def links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place of the links: one of this test instead of /tmp."""
+    """The folder of the links: below the test's own folder instead of /tmp."""
     place = tmp_path / "links"
     place.mkdir()
     monkeypatch.setattr(plain_paths, "_PLACE", place)
@@ -25,7 +25,7 @@ def test_a_plain_path_is_kept(links: Path) -> None:
     assert not links.exists()
 
 
-def test_only_a_path_to_a_socket_must_be_short(links: Path) -> None:
+def test_only_the_path_of_a_socket_must_be_short(links: Path) -> None:
     long = Path("/") / ("long" * 30)
     assert plain_path(long) == long
     assert socket_folder(long).parent == links
@@ -34,7 +34,7 @@ def test_only_a_path_to_a_socket_must_be_short(links: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [ODD, "a:b", "a b"])
-def test_another_path_gets_a_link_to_the_same_folder(tmp_path: Path, links: Path, name: str) -> None:
+def test_any_other_path_gets_a_link_to_the_same_folder(tmp_path: Path, links: Path, name: str) -> None:
     folder = tmp_path / name
     folder.mkdir()
     (folder / "file").write_text("here")
@@ -51,7 +51,7 @@ def test_two_folders_have_two_links() -> None:
     assert plain_path(Path("/a b")) != plain_path(Path("/a c"))
 
 
-def test_the_link_is_made_when_the_folder_is_there(tmp_path: Path, links: Path) -> None:
+def test_the_link_is_created_once_the_folder_exists(tmp_path: Path, links: Path) -> None:
     folder = tmp_path / ODD
     before = plain_path(folder)
     assert not links.exists()
@@ -60,7 +60,7 @@ def test_the_link_is_made_when_the_folder_is_there(tmp_path: Path, links: Path) 
     assert before.is_dir()
 
 
-def test_links_are_locked_while_a_process_uses_one(tmp_path: Path, links: Path) -> None:
+def test_the_links_are_locked_while_a_process_uses_one(tmp_path: Path, links: Path) -> None:
     folder = tmp_path / ODD
     folder.mkdir()
     plain_path(folder)
@@ -70,7 +70,7 @@ def test_links_are_locked_while_a_process_uses_one(tmp_path: Path, links: Path) 
     os.close(descriptor)
 
 
-def test_links_to_folders_that_are_gone_are_removed(tmp_path: Path) -> None:
+def test_links_to_missing_folders_are_removed(tmp_path: Path) -> None:
     old, new = tmp_path / "an old one", tmp_path / "a new one"
     old.mkdir()
     link = plain_path(old)
@@ -81,7 +81,7 @@ def test_links_to_folders_that_are_gone_are_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
-def test_a_place_that_somebody_else_can_write_is_refused(tmp_path: Path, links: Path, with_folder: bool) -> None:
+def test_links_that_another_user_can_write_to_are_rejected(tmp_path: Path, links: Path, with_folder: bool) -> None:
     folder = tmp_path / ODD
     if with_folder:
         folder.mkdir()

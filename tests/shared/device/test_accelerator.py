@@ -11,7 +11,7 @@ from shared.device.accelerator import Accelerator, memory, report
 
 pytestmark = pytest.mark.slow
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Only a Linux CPU needs a BLAS and a compiler cache.")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Only Linux needs a BLAS and a compiler cache.")
 
 _PREPARE = """
 import json, os, sys, tempfile
@@ -47,7 +47,7 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, object]:
 
 
 @linux_only
-def test_processes_at_once_compile_in_folders_of_their_own(tmp_path: Path) -> None:
+def test_concurrent_processes_compile_in_separate_folders(tmp_path: Path) -> None:
     with _prepare(tmp_path, stays=True) as first:
         assert first.stdout is not None
         ready = json.loads(first.stdout.readline())
@@ -61,7 +61,7 @@ def test_processes_at_once_compile_in_folders_of_their_own(tmp_path: Path) -> No
 
 
 @linux_only
-def test_a_kernel_that_a_killed_compiler_left_is_compiled_again(tmp_path: Path) -> None:
+def test_a_kernel_of_a_killed_compiler_is_compiled_again(tmp_path: Path) -> None:
     _answer(_prepare(tmp_path))
     (library,) = (tmp_path / "kernels-0").rglob("*.so")
     whole = library.read_bytes()
@@ -69,7 +69,7 @@ def test_a_kernel_that_a_killed_compiler_left_is_compiled_again(tmp_path: Path) 
     assert _answer(_prepare(tmp_path))["two"] == 2.0
     modified = library.stat().st_mtime_ns
     assert _answer(_prepare(tmp_path))["two"] == 2.0
-    assert library.stat().st_mtime_ns == modified, "A whole kernel is kept."
+    assert library.stat().st_mtime_ns == modified, "A complete kernel is kept."
 
 
 @linux_only
@@ -80,8 +80,8 @@ def test_a_fast_blas_is_found_and_reported(tmp_path: Path) -> None:
 
 
 @linux_only
-def test_the_fast_blas_is_the_one_that_mlx_finds_first() -> None:
-    # MLX's own has the name too, but not in the global scope, which this asks.
+def test_mlx_finds_the_fast_blas_first() -> None:
+    # MLX's own BLAS has this symbol too, but not in the global scope.
     assert ctypes.CDLL(None).cblas_sgemm
 
 
@@ -96,7 +96,7 @@ print(prepare(Path(sys.argv[1])).blas)
 
 
 @linux_only
-def test_the_blas_of_the_wheel_is_loaded_through_a_library_that_is_built_once(tmp_path: Path) -> None:
+def test_the_blas_of_the_wheel_is_loaded_through_a_forwarder_that_is_built_once(tmp_path: Path) -> None:
     for _ in range(2):
         command = [sys.executable, "-c", _WITHOUT_THE_SYSTEMS, str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -110,19 +110,19 @@ def test_the_blas_of_the_wheel_is_loaded_through_a_library_that_is_built_once(tm
     "lacking",
     [
         "import importlib.util; importlib.util.find_spec = lambda name: None",
-        # There is no compiler for the forwarder.
+        # Without a compiler, the forwarder cannot be built.
         "import os; os.environ['PATH'] = ''",
     ],
     ids=["wheel", "compiler"],
 )
-def test_no_blas_is_a_loud_warning(tmp_path: Path, lacking: str) -> None:
+def test_a_missing_blas_is_logged_as_a_warning(tmp_path: Path, lacking: str) -> None:
     command = [sys.executable, "-c", f"{lacking}\n{_WITHOUT_THE_SYSTEMS}", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
     assert "No fast BLAS was found" in done.stderr
 
 
-def test_memory_counts_what_arrays_hold() -> None:
+def test_memory_counts_arrays() -> None:
     import mlx.core as mx
 
     before = memory()
@@ -134,7 +134,7 @@ def test_memory_counts_what_arrays_hold() -> None:
     assert after.resident_bytes > array.nbytes
 
 
-def test_the_report_says_what_is_missing() -> None:
+def test_the_report_names_a_missing_blas() -> None:
     text = report(Accelerator("A processor", "cpu", "1.0", None, 2**34))
     assert "A processor" in text
     assert "16.0 GiB" in text
@@ -151,7 +151,7 @@ print(prepare(Path(sys.argv[1]), own_threads=True).threads, os.environ["OPENBLAS
 
 @linux_only
 @pytest.mark.parametrize(("limit", "threads"), [("3", "3"), ("none", None), ("0", None)])
-def test_who_computes_in_threads_is_told_how_many_and_gets_products_on_one_core(
+def test_with_own_threads_the_caller_gets_the_threads_and_products_run_on_one_core(
     tmp_path: Path, limit: str, threads: str | None
 ) -> None:
     command = [sys.executable, "-c", _THREADS, str(tmp_path)]

@@ -27,7 +27,7 @@ pytestmark = [
 
 
 def run(cache: Path, search_path: str = ".", path: str = os.environ["PATH"]) -> None:
-    """Compiles a kernel in a process of its own."""
+    """Compiles a kernel in a separate process."""
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(cache)],
         cwd=Path(__file__).parents[3],
@@ -53,7 +53,7 @@ def test_kernels_are_compiled_with_the_precompiled_header(tmp_path: Path) -> Non
     assert f"! {header}" in includes.stderr
 
 
-def test_a_process_compiles_that_was_started_by_one_with_the_same_folder(tmp_path: Path) -> None:
+def test_a_child_process_with_the_same_folder_compiles(tmp_path: Path) -> None:
     run(tmp_path)
     (script,) = tmp_path.rglob("g++")
     for kernel in tmp_path.rglob("*.so"):
@@ -62,7 +62,7 @@ def test_a_process_compiles_that_was_started_by_one_with_the_same_folder(tmp_pat
     assert str(script) not in script.read_text()
 
 
-def test_cache_and_mlx_may_lie_in_folders_with_any_name(tmp_path: Path) -> None:
+def test_the_cache_and_mlx_may_be_in_folders_with_any_name(tmp_path: Path) -> None:
     packages = tmp_path / ODD
     packages.mkdir()
     (mlx,) = importlib.import_module("mlx").__path__

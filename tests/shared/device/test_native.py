@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,16 @@ import pytest
 from shared.device import native
 from shared.device.native import build_library
 from shared.errors import FailedPrecondition
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, wait_until
 
 GCC = shutil.which("gcc")
-pytestmark = pytest.mark.skipif(not (GCC and shutil.which("g++")), reason="There is no compiler.")
+pytestmark = pytest.mark.skipif(not (GCC and shutil.which("g++")), reason="Needs gcc and g++.")
 
 C = "int answer(void) { return ANSWER; }"
 CPP = 'template <int value> int same() { return value; } extern "C" int answer() { return same<ANSWER>(); }'
 OPTIONS = ["-O1", "-DANSWER=42"]
 
-# A compiler that begins its output, writes a line to a log, and goes on when there are as many lines as it is told.
+# A compiler that begins its output, adds a line to a log, and continues once the log has `together` lines.
 _COMPILER = """#!/bin/sh
 for output; do :; done
 echo half > "$output"
@@ -44,7 +43,7 @@ def answer(library: Path) -> int:
 
 
 def install_compiler(folder: Path, together: int = 1) -> Path:
-    """Puts a compiler that logs its calls into a folder; the log."""
+    """Puts a compiler that logs its calls into a folder, and returns the log."""
     log = folder / "log"
     log.touch()
     script = folder / "gcc"
@@ -55,7 +54,7 @@ def install_compiler(folder: Path, together: int = 1) -> Path:
 
 @pytest.fixture
 def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder before all others on the search path."""
+    """A folder that is first on PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -63,11 +62,11 @@ def bin_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("language", "source"), [("c", C), ("c++", CPP)], ids=["c", "c++"])
-def test_source_becomes_a_library(tmp_path: Path, language: str, source: str) -> None:
+def test_a_source_is_compiled_to_a_library(tmp_path: Path, language: str, source: str) -> None:
     cache = tmp_path / "not" / """there yet: %d " o'ne $HOME `x` ü"""
     library = build_library(source, language, OPTIONS, cache)
     assert answer(library) == 42
-    assert list(cache.iterdir()) == [library], "Nothing else stays."
+    assert list(cache.iterdir()) == [library], "Nothing else is left."
 
 
 def test_a_library_is_built_once(tmp_path: Path, bin_folder: Path) -> None:
@@ -79,7 +78,7 @@ def test_a_library_is_built_once(tmp_path: Path, bin_folder: Path) -> None:
     assert log.read_text() == "begun\n"
 
 
-def test_two_processes_that_build_at_a_time_do_not_disturb_each_other(tmp_path: Path, bin_folder: Path) -> None:
+def test_two_processes_can_build_the_same_library_at_once(tmp_path: Path, bin_folder: Path) -> None:
     log = install_compiler(bin_folder, together=2)
     cache = tmp_path / "cache"
     command = [sys.executable, "-c", _BUILD, C, *OPTIONS, str(cache)]
@@ -90,20 +89,17 @@ def test_two_processes_that_build_at_a_time_do_not_disturb_each_other(tmp_path: 
     assert log.read_text() == "begun\nbegun\n"
 
 
-def test_what_a_killed_build_left_is_not_taken_for_a_library(tmp_path: Path, bin_folder: Path) -> None:
+def test_the_output_of_a_killed_build_is_not_used(tmp_path: Path, bin_folder: Path) -> None:
     log = install_compiler(bin_folder, together=99)
     cache = tmp_path / "cache"
     with subprocess.Popen([sys.executable, "-c", _BUILD, C, *OPTIONS, str(cache)], start_new_session=True) as building:
-        deadline = time.monotonic() + HANG_S
-        while not log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: log.read_text() != "")
         os.killpg(building.pid, signal.SIGKILL)
     install_compiler(bin_folder)
     assert answer(build_library(C, "c", OPTIONS, cache)) == 42
 
 
-def test_another_source_language_option_or_processor_is_another_library(
+def test_a_library_depends_on_source_language_options_and_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     libraries = [
@@ -122,11 +118,11 @@ def test_another_source_language_option_or_processor_is_another_library(
 @pytest.mark.parametrize(
     ("language", "message"),
     [
-        ("c", "There is no c compiler: install one of gcc, cc, clang."),
-        ("c++", "There is no c++ compiler: install one of g++, c++, clang++."),
+        ("c", "No c compiler is installed; install one of gcc, cc, clang."),
+        ("c++", "No c++ compiler is installed; install one of g++, c++, clang++."),
     ],
 )
-def test_no_compiler_is_said_by_name(
+def test_a_missing_compiler_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, message: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -136,7 +132,7 @@ def test_no_compiler_is_said_by_name(
     assert not (tmp_path / "cache").exists()
 
 
-def test_source_that_does_not_compile_leaves_nothing(tmp_path: Path) -> None:
+def test_a_source_that_does_not_compile_leaves_no_files(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(FailedPrecondition, match=r"(?s)returned non-zero exit status 1.*error: "):
             build_library("int answer(void) { return", "c", [], tmp_path)
