@@ -40,7 +40,7 @@ def check_label(label: str) -> str:
     if label in LABELS or (pin != label and _NUMBER.fullmatch(pin)) or (run != label and RUN_NAME.fullmatch(run)):
         return label
     raise InvalidArgument(
-        f"{shown(label)} is no label: the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."
+        f"{shown(label)} is not a label: the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."
     )
 
 

@@ -1,1 +1,1 @@
-"""What every process and every command needs: gRPC server, metrics page, settings, logs, and the terminal."""
+"""What every process and every command uses: gRPC server, metrics page, settings, logs, and the terminal."""

@@ -1,4 +1,4 @@
-"""What the commands of both services do alike: one-sentence errors, orderly ends, stages of work, durations."""
+"""Commands of both services: one-sentence errors, exit codes, and progress in stages."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from shared.service.live_bar import LiveBar
 from shared.text import shorten
 
 _LONGEST_SENTENCE = 300
-# What a value must be, in words.
+# What the validation library expects, and how an error says it.
 _KINDS = {
     "a valid boolean": "1, 0, yes, no, true or false",
     "a valid integer": "a whole number",
@@ -23,7 +23,7 @@ _KINDS = {
 
 
 def new_app(description: str | None) -> typer.Typer:
-    """An app whose help is plain text, which no terminal is too narrow for, and is shown with `-h` too."""
+    """Returns an app whose help is plain text, fits any terminal, and is also shown with `-h`."""
     return typer.Typer(
         help=description,
         pretty_exceptions_enable=False,
@@ -34,15 +34,15 @@ def new_app(description: str | None) -> typer.Typer:
 
 
 def run(app: typer.Typer) -> NoReturn:
-    """Runs the command that the arguments of this process name, and exits as `end` does."""
+    """Runs the command in the arguments of this process, and exits as `end` does."""
     end(lambda: invoke(app))
 
 
 def end(work: Callable[[], object]) -> NoReturn:
-    """Does the work of a process and exits with the code that it returns, if any.
+    """Runs `work` and exits with the code that it returns, or else 0.
 
-    Otherwise 1 for an expected error, or one of the file system, which is one sentence, and if nobody reads the output
-    any more; 2 if the call itself was wrong; 130 after Ctrl-C.
+    The exit code is 1 after a `GptloopError` or an `OSError`, which is printed as one sentence, or if the output is
+    closed; 2 after `InvalidArgument`; 130 after Ctrl-C.
     """
     _make_streams_robust()
     code = _code_of(work)
@@ -50,7 +50,7 @@ def end(work: Callable[[], object]) -> NoReturn:
         if not _flush(stream):
             code = code or 1
     if code == interrupts.EXIT_CODE:
-        # Threads that are still at work would hold up an orderly end.
+        # A normal exit would wait for threads that still run.
         os._exit(code)
     sys.exit(code)
 
@@ -79,11 +79,11 @@ def invoke(
     values: Mapping[str, object] | None = None,
     named: Callable[[str], str] | None = None,
 ) -> int:
-    """Runs a command and returns its exit code; raises `InvalidArgument` if the call is wrong.
+    """Runs a command and returns its exit code; raises `InvalidArgument` if its arguments are invalid.
 
-    arguments: those of this process by default.
-    values: parameters that no argument sets, by name, in a mapping for each subcommand.
-    named: what a person calls a parameter of that name; by default its option or its argument.
+    arguments: the arguments; by default those of this process.
+    values: defaults for parameters, by name, in a mapping for each subcommand.
+    named: returns how an error names a parameter; by default as its option or its argument.
     """
     command = typer.main.get_command(app)
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -97,7 +97,7 @@ def invoke(
 
 
 def _sentence(error: typer.TyperException, named: Callable[[str], str] | None) -> str:
-    """What is wrong with the call."""
+    """Returns one sentence about an invalid call."""
     if isinstance(error, typer.BadParameter) and (parameter := error.param) is not None:
         if named is not None:
             name = named(parameter.name or "")
@@ -114,7 +114,7 @@ def _sentence(error: typer.TyperException, named: Callable[[str], str] | None) -
 
 
 def _refusal(name: str, error: typer.BadParameter) -> str:
-    """Why a value of a parameter cannot be used; the library that has checked it knows what it was."""
+    """Returns one sentence about an invalid value; the cause of the error holds the value, if there is one."""
     findings = getattr(error.__cause__, "errors", None)
     if findings is None:
         return f"{name}: {error.message}."
@@ -124,18 +124,18 @@ def _refusal(name: str, error: typer.BadParameter) -> str:
 
 
 def _make_streams_robust() -> None:
-    """Nothing that is printed or read can fail for its encoding, or because a stream was closed from the start."""
+    """Keeps printing and reading from failing because of an encoding, or a stream that was closed from the start."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            # Also keeps files that are opened later from taking the place of the closed stream.
+            # Also keeps a file that is opened later from getting the descriptor of the closed stream.
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _flush(stream: TextIO) -> bool:
-    """Whether what was printed could be written; if not, nothing more is tried when the interpreter ends."""
+    """Flushes a stream and returns whether that worked; if not, the interpreter does not try it again at its end."""
     try:
         stream.flush()
     except OSError:
@@ -145,7 +145,7 @@ def _flush(stream: TextIO) -> bool:
 
 
 class Stages:
-    """Shows work that has stages: a live bar on a terminal, a line a stage elsewhere."""
+    """Shows the stages of some work: as a live bar on a terminal, elsewhere as one line for each stage."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -161,7 +161,7 @@ class Stages:
         self._bar.__exit__()
 
     def show(self, stage: str, fraction: float | None) -> None:
-        """Shows a stage and how much of it is done, from 0 to 1."""
+        """Shows a stage, and the fraction of it that is done, from 0 to 1."""
         self._bar.show(fraction, stage)
         if stage != self._stage and not self._console.is_terminal:
             self._console.print(stage, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""What each call goes through: its request is read, its error becomes a status, and it ends before its server does."""
+"""Handles every call of a server: parses requests, turns errors into statuses, and ends calls when the server stops."""
 
 import asyncio
 import logging
@@ -20,26 +20,26 @@ from shared.service.grpc_status import code_of, details_of
 
 logger = logging.getLogger(__name__)
 
-# The sentence of calls that a server does not carry out because it ends.
-ENDING = "The server is ending; ask again in a moment."
-# A status travels in the headers, and clients refuse those that are longer than some kilobytes.
+# The status message of calls that a server rejects because it stops.
+ENDING = "The server is shutting down; try again in a moment."
+# A status is sent in headers, and clients reject headers of more than a few kilobytes.
 MAX_SENTENCE_BYTES = 1000
-# More than the services have together.
+# More methods than all services have.
 _MOST_METHODS = 128
-# So long no call may come before the server ends, or so often it looks.
+# The server stops once no call has arrived for this time, or after this many checks.
 _QUIET_S = 0.05
-_LOOKS = 20
-# Health answers until the end, so that whoever asks learns that the server does not serve any more.
+_CHECKS = 20
+# Health answers until the end, so that clients learn that the server no longer serves.
 _HEALTH = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
 
-# Hears of every call of the services that has ended: the name of its method, its status code, and the reason that a
-# method which streams its answer has returned.
+# Called when a call of the services has ended: with the name of its method, its status code, and the return value of a
+# method that streams its responses.
 Ended = Callable[[str, grpc.StatusCode, str | None], None]
 
 
 @dataclass(eq=False)
 class _Call:
-    """A call whose method runs. It `waits` while its requests are a stream and the next one has not come."""
+    """A call whose method runs. `waits` is true while it waits for the next request of a stream."""
 
     task: asyncio.Task[Any]
     waits: bool = False
@@ -48,43 +48,43 @@ class _Call:
 
 
 class Calls(grpc.aio.ServerInterceptor):
-    """The calls of a server. Belongs to the event loop; the first of the server's interceptors.
+    """The calls of a server. Belongs to the event loop; must be the first interceptor.
 
-    Requests are parsed here: one that is malformed, or of which a field is unknown to `services` (their full names), is
-    `InvalidArgument`. A method that raises ends its call with the code and the sentence of the error.
+    Parses requests: a malformed request, or one to `services` (full names) with an unknown field, ends with
+    `InvalidArgument`. If a method raises, its call ends with the code and the message of the error.
     """
 
     def __init__(self, services: Collection[str], ended: Ended) -> None:
         self._services = services
         self._ended = ended
         self._refuses = False
-        # How many calls are held, None while none is to be.
+        # How many calls are held, or None if calls are not held yet.
         self._held: int | None = None
-        # Those whose method runs, the tasks of all whose status is not sent, and those whose request has not arrived.
+        # Calls whose method runs, tasks of calls whose status is not sent yet, and tasks whose request has not arrived.
         self._running: set[_Call] = set()
         self._open: set[asyncio.Task[Any]] = set()
         self._unread: dict[asyncio.Task[Any], str] = {}
         self._wrapped = lru_cache(_MOST_METHODS)(self._wrap)
 
     def refuse(self) -> set[asyncio.Task[Any]]:
-        """From now on every new call is `Unavailable`; the tasks of those that run. Those that wait for more requests
-        are cut."""
+        """Rejects new calls as `Unavailable` from now on, ends calls that wait for more requests, and returns the tasks
+        of all open calls."""
         self._refuses = True
         self._cut(call for call in self._running if call.waits)
         return self._open.copy()
 
     def cut(self) -> None:
-        """Ends all calls that run with `Unavailable`, wherever they stand."""
+        """Ends all running calls with `Unavailable`."""
         self._cut(self._running)
 
     async def hold(self) -> bool:
-        """From now on new calls get no answer; whether there are any. Returns once none has come for a moment.
+        """Stops answering new calls, waits until none has arrived for a moment, and returns whether calls are held.
 
-        A client that asks again as soon as it is refused would always have calls on their way when the server ends, and
-        gRPC ends those as CANCELLED. Calls that are held end as UNAVAILABLE, when their connections do.
+        A client that retries at once would always have a call in flight when the server stops, and gRPC would end it as
+        CANCELLED. Held calls end as UNAVAILABLE when their connection closes.
         """
         self._held = 0
-        for _ in range(_LOOKS):
+        for _ in range(_CHECKS):
             held = self._held
             await asyncio.sleep(_QUIET_S)
             if self._held == held:
@@ -92,7 +92,7 @@ class Calls(grpc.aio.ServerInterceptor):
         return self._held > 0
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        """A handler around the service's own."""
+        """Wraps the handler of a service."""
         handler = await continuation(details)
         if handler is None:
             return None
@@ -105,11 +105,11 @@ class Calls(grpc.aio.ServerInterceptor):
     def _note_end(self, task: asyncio.Task[Any]) -> None:
         self._open.discard(task)
         if (path := self._unread.pop(task, None)) is not None and (name := self._name_of(path)) is not None:
-            # Its client left in the middle of its request, or gRPC refused it as too large.
+            # The client left during its request, or gRPC rejected the request as too large.
             self._ended(name, grpc.StatusCode.CANCELLED, None)
 
     def _name_of(self, path: str) -> str | None:
-        """The name of a method of the services."""
+        """Returns the name of a method if its service is one of `services`."""
         service, _, name = path.removeprefix("/").partition("/")
         return name if service in self._services else None
 
@@ -135,8 +135,8 @@ class Calls(grpc.aio.ServerInterceptor):
                 message = handler.request_deserializer(raw)
             except DecodeError:
                 raise InvalidArgument(
-                    f"The request of {path.rpartition('/')[2]} cannot be read: it is cut short, or one of its texts is "
-                    "not valid UTF-8."
+                    f"The request of {path.rpartition('/')[2]} cannot be read: it is incomplete, or one of its texts "
+                    "is not valid UTF-8."
                 ) from None
             if name is not None:
                 _refuse_unknown(message)
@@ -175,8 +175,8 @@ class Calls(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _call(self, path: str, name: str | None, context: Any) -> AsyncIterator[_Call]:
-        """Counts a call while its method runs, and sends the status of what it raises; `name` is the method's, if its
-        end is to be told."""
+        """Tracks a call while its method runs, and sends the status of an error; `name` is the name of the method if
+        its end is reported."""
         task = asyncio.current_task()
         assert task is not None
         call = _Call(task)
@@ -198,14 +198,14 @@ class Calls(grpc.aio.ServerInterceptor):
             self._leave(call, name, grpc.StatusCode.OK)
 
     def _leave(self, call: _Call, name: str | None, code: grpc.StatusCode) -> None:
-        """Notes the end of a method, before its client hears of it."""
+        """Reports the end of a method, before its client receives the status."""
         self._running.discard(call)
         if name is not None:
             self._ended(name, code, call.reason)
 
 
 def _method_of(handler: Any) -> Callable[[Any, Any], Any]:
-    """What a handler calls, of whatever kind it is."""
+    """Returns the method of a handler of any kind."""
     kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
     (method,) = (kind for kind in kinds if kind is not None)
     return method  # type: ignore[no-any-return]
@@ -218,12 +218,12 @@ def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:
         case grpc.aio.AbortError():
             return context.code() or grpc.StatusCode.UNKNOWN
         case asyncio.CancelledError():
-            # The end of the client's time looks as if the client had left.
+            # A call is cancelled in the same way after its deadline and if its client leaves.
             remaining_s = context.time_remaining()
             is_late = remaining_s is not None and remaining_s <= 0
             return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
         case grpc.aio.InternalError() | GeneratorExit():
-            # A client that left in the very moment in which a message was written.
+            # The client left while a message was written.
             return grpc.StatusCode.CANCELLED
         case _:
             return grpc.StatusCode.INTERNAL
@@ -236,11 +236,11 @@ async def _abort(context: Any, path: str, code: grpc.StatusCode, error: BaseExce
         raise error
     request_id = uuid.uuid4().hex
     logger.error("%s failed, request %s", path, request_id, exc_info=error)
-    await context.abort(code, f"The server failed on this request; its log says why, under {request_id}.")
+    await context.abort(code, f"The server failed on this request; see its log for {request_id}.")
 
 
 def bounded(sentence: str) -> str:
-    """A sentence that fits into a status."""
+    """Returns a sentence, shortened if it does not fit into a status."""
     encoded = sentence.encode(errors="replace")
     if len(encoded) <= MAX_SENTENCE_BYTES:
         return sentence
@@ -248,12 +248,12 @@ def bounded(sentence: str) -> str:
 
 
 def _refuse_unknown(message: Message, path: str = "") -> None:
-    """Raises `InvalidArgument` if a message, or one within it, has a field that its contract does not know."""
+    """Raises `InvalidArgument` if a message, or a message inside it, has a field that its contract does not know."""
     fields = UnknownFieldSet(message)
     if len(fields):
         raise InvalidArgument(
-            f"The request has a field {path}{fields[0].field_number} that this server does not know: the client's "
-            "contract is newer."
+            f"The request has a field {path}{fields[0].field_number} that this server does not know; the client uses a "
+            "newer contract."
         )
     for field, value in message.ListFields():
         if field.message_type is None:

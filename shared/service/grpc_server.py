@@ -1,4 +1,4 @@
-"""The gRPC server that both services run: its limits, health, reflection, and an orderly end."""
+"""The gRPC server of both services: limits, health, reflection, and a graceful stop."""
 
 import asyncio
 import contextlib
@@ -19,40 +19,39 @@ from shared.service.settings import to_address
 
 logger = logging.getLogger(__name__)
 
-# So long a load balancer has to notice NOT_SERVING before new calls are refused.
+# How long a load balancer has to notice NOT_SERVING before new calls are rejected.
 _NOTICE_S = 0.2
-# How long calls have to end once they are asked to, and then to send their status once they are cut.
+# How long calls have to end once `cut` asks them to, and then to send their status once they are cancelled.
 _CUT_S = 1.0
-# Files and connections that the process may have open, if the system allows it, and those kept for files.
+# Open files and connections of the process, if the system allows this many, and how many of them are kept for files.
 _MOST_FILES, _KEPT_FILES = 65_536, 256
-# How long connections have to close.
+# How long clients have to close their connections.
 _GOODBYE_S = 0.2
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
-    # Calls that have arrived and wait for the event loop. gRPC's own limit of 1,000 ends others as CANCELLED, before
-    # anything here can refuse them with a reason.
+    # Calls that wait for the event loop. By default gRPC ends all beyond 1,000 as CANCELLED, without a reason.
     ("grpc.server.max_pending_requests", 50_000),
     ("grpc.server.max_pending_requests_hard_limit", 100_000),
-    # Clients and proxies may ask every second whether the server is there, with or without calls. By default a client
-    # that asks every 10 s loses its connection at the third time.
+    # Clients and proxies may ping the server every second, with or without calls. By default, a client that pings every
+    # 10 s loses its connection at the third ping.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # The server asks whether a client is there once it has heard nothing of it for so long.
+    # The server pings a client after this time without any message from it.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
 def _ignore_end(method: str, code: grpc.StatusCode, reason: str | None) -> None:
-    """For servers that do not count their calls."""
+    """Default for servers that do not count their calls."""
 
 
 class GrpcServer:
-    """An asyncio gRPC server. `services` are the full names that health and reflection report; `ended` is told of each
-    of their calls that has ended.
+    """An asyncio gRPC server.
 
-    Every service, and the server as a whole (the name ""), is NOT_SERVING until `set_serving`.
+    Health and reflection report `services` (full names); `ended` is called when one of their calls has ended. The
+    health of every service, and of the server as a whole (the name ""), is NOT_SERVING until `set_serving`.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class GrpcServer:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         ended: Ended = _ignore_end,
     ) -> None:
-        # gRPC logs a trace where a client leaves in the moment in which its call ends.
+        # gRPC logs a traceback if a client leaves while its call ends.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_concerns_the_server)
         self._calls = Calls(services, ended)
         options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", _most_connections()))
@@ -73,13 +72,13 @@ class GrpcServer:
         reflection.enable_server_reflection(named, self.server)
 
     async def start(self, address: Address) -> int:
-        """Listens and answers from now on; the port, which the system chose if it was 0.
+        """Starts to listen, and returns the port, which the system chooses if it is 0.
 
-        Raises `AlreadyExists` if the port is in use and `InvalidArgument` if it or the host cannot be listened on.
-        0.0.0.0 is every address of IPv4, `::` every address.
+        0.0.0.0 stands for every IPv4 address, `::` for every address. Raises `AlreadyExists` if the port is in use, and
+        `InvalidArgument` if the server cannot listen on the host or the port.
         """
         await self.set_serving(False)
-        # gRPC would only say that binding failed, and would print its own trace of it.
+        # gRPC itself would only report that binding failed, and print a traceback.
         with ipv4_alone(address) as port:
             try:
                 port = self.server.add_insecure_port(to_address(address.host, port))
@@ -89,16 +88,16 @@ class GrpcServer:
         return port
 
     async def set_serving(self, serving: bool) -> None:
-        """What health answers for every service, to those who ask and those who watch."""
+        """Sets the health of every service."""
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
             await self._health.set(service, status)
 
     async def stop(self, drain_s: float, force: asyncio.Event, cut: Callable[[], None] | None = None) -> None:
-        """Ends in order: NOT_SERVING, then every new call is UNAVAILABLE, and those that run have `drain_s` to end.
+        """Stops in steps: sets NOT_SERVING, rejects new calls as UNAVAILABLE, and gives running calls `drain_s` to end.
 
-        Calls still running then are asked to end by `cut`, if it is given, and a second later they are ended as
-        UNAVAILABLE. Calls whose requests have not arrived are not waited for. `force` skips the waiting.
+        Then calls `cut`, if given, to ask the remaining calls to end, and a second later ends them as UNAVAILABLE. Does
+        not wait for calls whose requests have not arrived. `force` skips the waiting.
         """
         await self._health.enter_graceful_shutdown()
         forced = asyncio.create_task(force.wait())
@@ -114,23 +113,23 @@ class GrpcServer:
             await asyncio.wait((ending,), timeout=_CUT_S)
         ending.cancel()
         forced.cancel()
-        # A connection without calls hears of the end and closes.
+        # Clients without calls close their connections when they receive GOAWAY.
         await self.server.stop(None if await self._calls.hold() else _GOODBYE_S)
 
 
 class _Health(health.aio.HealthServicer):
-    """Health whose watchers do not keep a server from ending: theirs would be the last calls to end."""
+    """Health whose watchers do not keep a server from stopping."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ended = asyncio.Event()
 
     def end_watches(self) -> None:
-        """Ends every watch, and those that come later at once."""
+        """Ends every watch, and every later one at once."""
         self._ended.set()
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        """Tells of changes until the watches end."""
+        """Sends changes until the watches end."""
         watch = asyncio.create_task(super().Watch(request, context))
         ended = asyncio.create_task(self._ended.wait())
         try:
@@ -152,7 +151,7 @@ class Signals:
             asyncio.get_running_loop().add_signal_handler(number, self._receive, signal.Signals(number).name)
 
     def _receive(self, name: str) -> None:
-        logger.info("%s: %s", name, "ending at once" if self.asked.is_set() else "ending; once more ends at once")
+        logger.info("%s: %s", name, "stopping now" if self.asked.is_set() else "stopping; send it again to stop now")
         (self.forced if self.asked.is_set() else self.asked).set()
 
 
@@ -161,12 +160,11 @@ def _concerns_the_server(record: logging.LogRecord) -> bool:
 
 
 def _most_connections() -> int:
-    """How many connections there may be so that files can still be opened; allows the process as many of both as it may
-    have."""
+    """Raises the limit on open files as far as possible, and returns how many connections leave room for files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft < wanted:
-        # macOS says that there is no limit, and has one.
+        # macOS reports no limit although it has one.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted

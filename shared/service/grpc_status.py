@@ -1,4 +1,4 @@
-"""Errors and gRPC status codes: one table, read both ways."""
+"""Errors and gRPC status codes: one table, used in both directions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from shared import errors
 
-# Where a status carries its details (gRPC's richer error model).
+# The metadata key of a status's details (gRPC's richer error model).
 _DETAILS_KEY = "grpc-status-details-bin"
 
 _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
@@ -21,18 +21,18 @@ _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.CorruptCheckpoint: grpc.StatusCode.DATA_LOSS,
-    # Last, so that its code reads back as `InvalidArgument`.
+    # Last, so that its code maps back to `InvalidArgument`.
     errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
 }
 
 
 def code_of(error: errors.GptloopError) -> grpc.StatusCode:
-    """The status code of an error; INTERNAL for one that no caller can mend."""
+    """Returns the status code of an error; INTERNAL for an error that a caller cannot fix."""
     return next((_CODES[kind] for kind in type(error).__mro__ if kind in _CODES), grpc.StatusCode.INTERNAL)
 
 
 def details_of(error: errors.GptloopError) -> Sequence[tuple[str, bytes]]:
-    """The trailing metadata of an error: a google.rpc.RetryInfo where it says when to call again."""
+    """Returns the trailing metadata of an error: a google.rpc.RetryInfo if it says when to call again."""
     if not isinstance(error, errors.ResourceExhausted) or error.retry_after_s is None:
         return ()
     status = status_pb2.Status(code=code_of(error).value[0], message=str(error))
@@ -43,7 +43,7 @@ def details_of(error: errors.GptloopError) -> Sequence[tuple[str, bytes]]:
 
 
 def error_of(call: grpc.RpcError, address: str) -> errors.GptloopError:
-    """What a failed call to a server says, as the error that the server raised."""
+    """Returns the error that the server raised, from a failed call."""
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceExhausted(details, _retry_after_s(call))
@@ -66,7 +66,7 @@ def _retry_after_s(call: Any) -> float | None:
 
 
 def _has_no_server(details: str) -> bool:
-    """Whether a sentence comes from gRPC itself, which found nobody to talk to, and not from a server."""
+    """Returns whether gRPC itself reports that it could not reach a server."""
     return details.startswith(
         (
             *("failed to connect", "Socket closed", "DNS resolution failed", "connections to all backends"),

@@ -1,6 +1,6 @@
-"""Ending quietly on Ctrl-C while a command is not at work: before it, when its modules load, and after it.
+"""Ends a command without a traceback on Ctrl-C, also while its modules load and after its work.
 
-Loads nothing but the standard library, as it must come before everything that takes time to load.
+Imports only the standard library, because it must run before any import that takes time.
 """
 
 import os
@@ -8,19 +8,19 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What a shell reports of a program that SIGINT ended.
+# The exit code that a shell reports for a program that SIGINT ended.
 EXIT_CODE = 128 + signal.SIGINT
 
 
 def end_quietly() -> None:
-    """Lets SIGINT end this process at once, without a traceback; where SIGINT is ignored, it stays ignored."""
+    """Makes SIGINT end this process at once, without a traceback; if SIGINT is ignored, it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Lets SIGINT raise KeyboardInterrupt, so that the work inside can clean up."""
+    """Makes SIGINT raise KeyboardInterrupt inside the block, so that it can clean up."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

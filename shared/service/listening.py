@@ -1,4 +1,4 @@
-"""Where a service listens, and what keeps it from doing so."""
+"""The address that a service listens on, and the errors if it cannot."""
 
 import errno
 import socket
@@ -9,14 +9,14 @@ from typing import Any
 
 from shared.errors import AlreadyExists, GptloopError, InvalidArgument, shown
 
-# Ports below it belong to the administrator.
+# Only an administrator may listen on ports below this one.
 _FIRST_FREE_PORT = 1024
 _EVERY_IPV4 = "0.0.0.0"
 
 
 @dataclass(frozen=True)
 class Address:
-    """A host and a port, 0 if the system is to choose, with the environment variables that set them."""
+    """A host and a port, 0 to let the system choose one, with the environment variables that set them."""
 
     host: str
     port: int
@@ -24,15 +24,15 @@ class Address:
     port_variable: str
 
     def listener(self) -> socket.socket:
-        """Returns a socket that is bound to the address, and does not listen yet.
+        """Returns a socket that is bound to the address but does not listen yet.
 
-        Raises `AlreadyExists` if the port is in use, and `InvalidArgument` if it or the host cannot be listened on.
+        Raises `AlreadyExists` if the port is in use, and `InvalidArgument` if the host or the port cannot be used.
         """
         try:
             places = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise self.refusal(error) from None
-        # localhost is two addresses, of which a machine without IPv6 has one. The port must be free on each.
+        # localhost has two addresses, or one on a machine without IPv6. The port must be free on each.
         listeners, failures = [], []
         for family, kind, protocol, _, place in places:
             try:
@@ -48,28 +48,28 @@ class Address:
         return kept[0]
 
     def refusal(self, error: Exception) -> GptloopError:
-        """Returns the error of a service that could not listen, which names the variable to set."""
+        """Returns the error for a failure to listen; it names the variable to set."""
         number = error.errno if isinstance(error, OSError) else None
         if number == errno.EADDRINUSE:
             return AlreadyExists(
-                f"Port {self.port} of {self.host} is in use: stop what listens there, or set "
+                f"Port {self.port} of {self.host} is in use; stop the program that listens there, or set "
                 f"{self.port_variable} to another port."
             )
         if number == errno.EACCES and self.port < _FIRST_FREE_PORT:
             return InvalidArgument(
-                f"{self.port_variable} is {self.port}, on which only an administrator may listen: set it to "
+                f"{self.port_variable} is {self.port}, on which only an administrator may listen; set it to "
                 f"{_FIRST_FREE_PORT} or more."
             )
         return InvalidArgument(
-            f"{self.host_variable} is {shown(self.host)}, which is no address of this machine: 127.0.0.1 is for this "
-            f"machine alone, {_EVERY_IPV4} for every network that it is in."
+            f"{self.host_variable} is {shown(self.host)}, which is not an address of this machine; use 127.0.0.1 for "
+            f"this machine only, or {_EVERY_IPV4} for every network that it is in."
         )
 
 
 def _bound(family: int, kind: int, protocol: int, place: Any) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
-        # A port that was closed a moment ago is free.
+        # A port that was closed a moment ago can be used again.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
     except OSError:
@@ -80,9 +80,9 @@ def _bound(family: int, kind: int, protocol: int, place: Any) -> socket.socket:
 
 @contextmanager
 def ipv4_alone(address: Address) -> Iterator[int]:
-    """Keeps gRPC from listening on IPv6 too, if the address is 0.0.0.0; the port, which is chosen here in that case.
+    """Keeps gRPC from also listening on IPv6 if the host is 0.0.0.0, and yields the port to use.
 
-    gRPC takes 0.0.0.0 for every address of either kind, and for those of IPv4 only if it cannot have the others.
+    gRPC listens on IPv6 for 0.0.0.0 too, unless that port of IPv6 is taken. So this takes it while gRPC binds.
     """
     with address.listener() as listener:
         host, port = listener.getsockname()[:2]
@@ -90,7 +90,7 @@ def ipv4_alone(address: Address) -> Iterator[int]:
         yield address.port
         return
     with socket.socket(socket.AF_INET6) as other:
-        # Without IPv6, or if another program has that port of it, there is nothing to keep from gRPC.
+        # Without IPv6, or if another program has that port, nothing needs to be taken.
         with suppress(OSError):
             other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             other.bind(("::", port))

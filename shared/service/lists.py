@@ -1,4 +1,4 @@
-"""Lists, as a table that fits the terminal or as JSON: here is decided which columns give way."""
+"""Prints lists as a table that fits the terminal, or as JSON."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from shared.text import printable
 
-# On a narrow terminal, columns are left out until those whose words may wrap are at least this wide.
+# On a narrow terminal, columns are omitted until each column that may wrap is at least this wide.
 _WRAPPED_WIDTH = 24
 _GAP = 2
 
@@ -27,13 +27,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON: an array w
 class Column(Generic[Row]):
     """A column of a list.
 
-    heading: what stands above it. The column without a heading is in JSON only.
-    value: what JSON holds of a row: numbers and lists as they are.
-    text: what people read of a row; without it the value as text.
-    key: its name in JSON; without it the heading with underscores.
-    rank: 0 for what always stays; on a narrow terminal columns of higher ranks are left out first.
-    wraps: its text may go on in another line.
-    right: numbers that people compare stand at the right.
+    heading: the heading in the table; a column without one is only in JSON.
+    value: returns the value of a row for JSON.
+    text: returns the text of a row for the table; by default the value as text.
+    key: the name in JSON; by default the heading with underscores.
+    rank: 0 if the column is always shown; on a narrow terminal the columns with the highest rank are omitted first.
+    wraps: whether the text may wrap.
+    right: whether the text is aligned to the right, as numbers are.
     """
 
     heading: str
@@ -45,7 +45,7 @@ class Column(Generic[Row]):
     right: bool = False
 
     def shown(self, row: Row) -> str:
-        """The text of a row, printable and on one line."""
+        """Returns the text of a row, as one printable line."""
         if self.text is not None:
             return printable(self.text(row))
         value = self.value(row)
@@ -57,8 +57,8 @@ class Column(Generic[Row]):
 def print_list(rows: Sequence[Row], columns: Sequence[Column[Row]], *, as_json: bool = False, empty: str = "") -> None:
     """Prints a list as a table that fits the terminal, or as JSON: an array with an object for each row.
 
-    No cell is ever cut: columns are left out by their rank, and then words wrap where they may. Where no terminal
-    bounds it, every row is one line. `empty` is the sentence that stands for a table without rows.
+    Never cuts a cell: omits columns by their rank, then wraps words. If the output is not a terminal, every row is one
+    line. Prints `empty` instead of a table without rows.
     """
     if as_json:
         print(json.dumps([_to_json(row, columns) for row in rows], indent=2))
@@ -85,7 +85,7 @@ def _print_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> None:
         max(cell_len(column.heading), min(width, _WRAPPED_WIDTH)) if column.wraps else width
         for column, width in zip(columns, natural, strict=True)
     ]
-    # Of a column that wraps: its longest word, unless that must be broken itself.
+    # A column that wraps is at least as wide as its longest word, up to `_WRAPPED_WIDTH`.
     narrowest = [
         min(width, max(map(cell_len, " ".join([column.heading, *texts]).split()))) if column.wraps else width
         for column, width, texts in zip(columns, least, cells, strict=True)
@@ -94,7 +94,7 @@ def _print_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> None:
     if console.is_terminal:
         kept = fitting(least, [column.rank for column in columns], console.width)
     needed = _width([narrowest[index] for index in kept])
-    # Wider than a very narrow terminal, which wraps the lines itself: nothing is cut.
+    # May be wider than a very narrow terminal, which then wraps the lines itself.
     width = max(console.width, needed) if console.is_terminal else _width(natural)
     table = Table(box=None, pad_edge=False)
     for index in kept:
@@ -112,8 +112,10 @@ def _print_table(rows: Sequence[Row], columns: Sequence[Column[Row]]) -> None:
 
 
 def fitting(widths: Sequence[int], ranks: Sequence[int], limit: int) -> list[int]:
-    """The indexes of the columns that stay on a line of `limit` characters: the highest rank goes first, and of equal
-    ones the last; rank 0 stays in any case."""
+    """Returns the indexes of the columns that fit on a line of `limit` characters.
+
+    Omits the column with the highest rank first, of equal ranks the last one, and never one with rank 0.
+    """
     kept = list(range(len(widths)))
     for index in sorted(kept, key=lambda index: (-ranks[index], -index)):
         if ranks[index] and _width([widths[each] for each in kept]) > limit:
@@ -126,5 +128,5 @@ def _width(widths: Sequence[int]) -> int:
 
 
 def print_rows(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table of texts of which no column may be left out."""
+    """Prints a table of texts with all of its columns."""
     print_list(rows, [Column(heading, itemgetter(index)) for index, heading in enumerate(headings)])

@@ -1,4 +1,4 @@
-"""A bar with facts behind it on one line of a terminal, which fits its width at every moment."""
+"""A progress bar followed by facts, on one line that always fits the terminal."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ _GAP = "  "
 
 
 class LiveBar:
-    """Shows on a terminal how far something is while its block lasts; what the console prints stands above.
+    """Shows progress on a terminal inside a `with` block; what the console prints appears above the bar.
 
-    Its facts are in the order of their importance: as many stand on the line as fit beside the narrowest bar, and the
-    bar takes what is left, up to its widest. The terminal is measured for every frame, so a resize needs nothing.
+    The facts are ordered by importance: the line shows as many as fit beside the narrowest bar, and the bar takes the
+    remaining room, up to its maximum width. Each frame measures the terminal, so the bar follows a resize.
     """
 
     def __init__(self, console: Console, facts: Sequence[str] = ("",)) -> None:
@@ -37,11 +37,11 @@ class LiveBar:
         self._live.stop()
 
     def show(self, fraction: float | None, *facts: str) -> None:
-        """Shows how much is done, from 0 to 1, `None` if nobody knows, and the facts, the most important first."""
+        """Shows the fraction that is done (`None` if it is unknown), and the facts, the most important one first."""
         self._fraction, self._facts = fraction, facts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # A terminal breaks the line that it fills, and then cannot draw over it.
+        # A terminal wraps a line that fills it, and then cannot draw over it.
         room = options.max_width - 1
         share = "" if self._fraction is None else f"{self._fraction:5.0%}"
         behind = f"{share}{_GAP}{fitting(self._facts, room - _NARROWEST - len(share + _GAP))}"
@@ -49,7 +49,7 @@ class LiveBar:
         if bar < 1:
             yield Text(fitting(self._facts, room), no_wrap=True)
             return
-        # The table fills up what a bar without colors leaves out.
+        # The table pads a bar without colors, which would be shorter.
         line = Table.grid()
         line.add_column(width=bar)
         line.add_column(no_wrap=True)
@@ -58,7 +58,7 @@ class LiveBar:
 
 
 def fitting(facts: Sequence[str], room: int) -> str:
-    """As many of the first facts as fit into a number of characters, one at least, which is cut if it must be."""
+    """Joins as many of the first facts as fit into `room` characters; at least one, cut if it is too long."""
     line = ""
     for fact in facts:
         longer = f"{line}{_GAP}{fact}" if line else fact

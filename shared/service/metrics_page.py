@@ -1,4 +1,4 @@
-"""The page from which Prometheus reads a service's metrics."""
+"""The page with the metrics of a service, for Prometheus."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from shared.service.listening import Address
 
 @contextmanager
 def metrics_page(registry: CollectorRegistry, address: Address) -> Iterator[int]:
-    """Serves `/metrics` meanwhile; the port, which the system chose if it was 0.
+    """Serves `/metrics` inside the block, and yields the port, which the system chooses if it is 0.
 
-    Raises `AlreadyExists` if the port is in use and `InvalidArgument` if it or the host cannot be listened on.
+    Raises `AlreadyExists` if the port is in use, and `InvalidArgument` if the host or the port cannot be used.
     """
     try:
         server, thread = start_http_server(address.port, address.host, registry)

@@ -1,4 +1,4 @@
-"""Reading settings from the environment. A bad value stops the process and names the variable."""
+"""Reads settings from the environment. An invalid value stops the process with an error that names the variable."""
 
 import re
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ Default = TypeVar("Default", int, None)
 
 
 def read_int(environment: Environment, name: str, default: Default, *, minimum: int, maximum: int) -> int | Default:
-    """The integer in a variable; raises `InvalidArgument` outside [minimum, maximum]."""
+    """Reads an integer; raises `InvalidArgument` if it is not in [minimum, maximum]."""
     text = environment.get(name, "").strip()
     if not text:
         return default
     try:
         if not text.isascii():
-            raise ValueError  # Python reads the digits of every script
+            raise ValueError  # Python accepts the digits of every script
         value = int(text)
     except ValueError:
         raise InvalidArgument(
@@ -37,7 +37,7 @@ def read_int(environment: Environment, name: str, default: Default, *, minimum: 
 
 
 def read_float(environment: Environment, name: str, default: float, *, minimum: float, maximum: float) -> float:
-    """The number in a variable; raises `InvalidArgument` outside [minimum, maximum]."""
+    """Reads a number; raises `InvalidArgument` if it is not in [minimum, maximum]."""
     text = environment.get(name, "").strip()
     if not text:
         return default
@@ -53,35 +53,35 @@ def read_float(environment: Environment, name: str, default: float, *, minimum: 
 
 
 def read_bytes(environment: Environment, name: str, default: int, *, maximum: int) -> int:
-    """The number of bytes in a variable, as in 500M, 10G or 1073741824: K, M, G and T count in 1024s."""
+    """Reads a number of bytes, such as 500M, 10G or 1073741824; K, M, G and T are powers of 1024."""
     text = environment.get(name, "").strip()
     if not text:
         return default
     match = _BYTES.fullmatch(text)
     value = int(match[1]) << _SHIFT[match[2].upper()] if match else -1
     if not 0 <= value <= maximum:
-        raise InvalidArgument(f"{name} is {shown(text)}, but must be a number of bytes, as in 500M or 10G.")
+        raise InvalidArgument(f"{name} is {shown(text)}, but must be a number of bytes, such as 500M or 10G.")
     return value
 
 
 def read_str(environment: Environment, name: str, default: str) -> str:
-    """The text in a variable, or the default where it is unset or empty."""
+    """Reads a text; returns the default if the variable is unset or empty."""
     return environment.get(name, "").strip() or default
 
 
 def read_port(environment: Environment, name: str, default: int) -> int:
-    """A TCP port; 0 lets the system choose a free one."""
+    """Reads a TCP port; 0 lets the system choose a free one."""
     return read_int(environment, name, default, minimum=0, maximum=65535)
 
 
 def to_address(host: str, port: int) -> str:
-    """A host and a port as one text."""
+    """Joins a host and a port."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @dataclass(frozen=True)
 class Directories:
-    """Where state lives. Everything is below one folder, `GPTLOOP_VAR` (default `var`)."""
+    """The folders of all state, below one folder, `GPTLOOP_VAR` (default `var`)."""
 
     var: Path
 
@@ -107,21 +107,24 @@ class Directories:
 
     @property
     def cache(self) -> Path:
-        """What can be built again: compiled kernels, the BLAS forwarder."""
+        """Files that can be built again: compiled kernels, the BLAS forwarder."""
         return self.var / "cache"
 
 
 def read_directories(environment: Environment) -> Directories:
-    """The folders below `GPTLOOP_VAR`, as absolute paths; nothing is created. Raises `InvalidArgument` on another path
-    than one of a folder, and on one that MLX cannot read and write."""
+    """Returns the folders below `GPTLOOP_VAR` as absolute paths, without creating them.
+
+    Raises `InvalidArgument` if the path is not a folder, or not valid UTF-8, which MLX needs.
+    """
     var = Path(read_str(environment, "GPTLOOP_VAR", "var")).absolute()
+    finding = f"GPTLOOP_VAR is {shown(str(var), 150)}"
     try:
         str(var).encode()
         is_other = var.exists() and not var.is_dir()
     except UnicodeEncodeError:
-        raise InvalidArgument(f"GPTLOOP_VAR is {shown(str(var), 150)}, but MLX takes only names in UTF-8.") from None
+        raise InvalidArgument(f"{finding}, but must be valid UTF-8, which MLX needs.") from None
     except OSError as error:
-        raise InvalidArgument(f"GPTLOOP_VAR is {shown(str(var), 150)}, which cannot be: {error.strerror}.") from None
+        raise InvalidArgument(f"{finding}, which is not a possible path: {error.strerror}.") from None
     if is_other:
-        raise InvalidArgument(f"GPTLOOP_VAR is {shown(str(var), 150)}, but must be a folder, or a name for a new one.")
+        raise InvalidArgument(f"{finding}, but must be a folder, or the name of a new one.")
     return Directories(var)

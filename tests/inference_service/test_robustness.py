@@ -262,7 +262,7 @@ def test_a_second_signal_ends_running_and_waiting_requests_as_unavailable(tmp_pa
         wait_until(lambda: "ending" in "".join(server.lines))
         server.process.send_signal(signal.SIGTERM)
         for stream in (*running, waiting):
-            with pytest.raises(errors.Unavailable, match="The server is ending; ask again in a moment"):
+            with pytest.raises(errors.Unavailable, match="The server is shutting down; try again in a moment"):
                 list(stream)
         # So another server may be asked the same.
         assert waiting.started is None

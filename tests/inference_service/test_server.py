@@ -102,7 +102,7 @@ def test_tokens_are_those_of_the_tokenizer(server: Server) -> None:
         (
             {"label": "worst"},
             errors.InvalidArgument,
-            "'worst' is no label.*best, latest, stable, run:<name> and pinned:",
+            "'worst' is not a label.*best, latest, stable, run:<name> and pinned:",
         ),
         ({"label": "stable"}, errors.NotFound, "No version has the label 'stable' now"),
         ({"label": "pinned:9"}, errors.NotFound, "no version 9"),

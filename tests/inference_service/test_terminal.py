@@ -80,8 +80,8 @@ def test_samples_are_printed_one_after_another(shown: Shown) -> None:
 
 
 def test_no_text_is_promised_again_where_the_server_ended_it(shown: Shown) -> None:
-    cut = refuse(errors.Unavailable("The server is ending; ask again in a moment."), *TWO[:5])
-    with pytest.raises(errors.Unavailable, match="is ending"):
+    cut = refuse(errors.Unavailable("The server is shutting down; try again in a moment."), *TWO[:5])
+    with pytest.raises(errors.Unavailable, match="is shutting down"):
         shown.generate(cut, "Once")
     assert len(shown.notes) == 2
     assert "stopped after" in shown.notes[1]

@@ -107,7 +107,7 @@ def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
         await polls(world, 10)
         assert (world.serving, world.catalogue.policy) == (1, "pinned:1")
         (notice,) = world.catalogue.notices
-        assert notice.startswith("The policy stays pinned:1: ") and "'newest' is no label" in notice
+        assert notice.startswith("The policy stays pinned:1: ") and "'newest' is not a label" in notice
         assert caplog.text.count(notice) == 1
         path.write_text("newer")
         await polls(world, 10)
@@ -315,7 +315,7 @@ def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> No
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
         await world.loader.roll_back()
-        with pytest.raises(InvalidArgument, match="is no label"):
+        with pytest.raises(InvalidArgument, match="is not a label"):
             await world.loader.let_serve("newest")
         for label, kind in (("pinned:9", NotFound), ("pinned:2", FailedPrecondition)):
             with pytest.raises(kind):

@@ -107,7 +107,7 @@ def test_a_policy_is_read_back_as_it_was_set(decisions: Decisions, serving: Path
     ],
 )
 def test_what_is_no_label_is_refused_by_name(decisions: Decisions, label: str) -> None:
-    sentence = f"{shown(label)} is no label: the labels are best, latest, stable, run:<name> and pinned:<version>."
+    sentence = f"{shown(label)} is not a label: the labels are best, latest, stable, run:<name> and pinned:<version>."
     decisions.set_policy("latest")
     with pytest.raises(InvalidArgument, match=re.escape(sentence)):
         check_label(label)

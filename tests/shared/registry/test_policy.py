@@ -162,7 +162,7 @@ def test_a_registry_resolves_the_label_of_any_run(registry: Registry) -> None:
     assert registry.resolve("run:one").version == 1
     with pytest.raises(NotFound, match="No version has the label 'run:three'"):
         registry.resolve("run:three")
-    with pytest.raises(InvalidArgument, match="is no label"):
+    with pytest.raises(InvalidArgument, match="is not a label"):
         registry.resolve("run:../x")
 
 
@@ -227,7 +227,7 @@ def test_damaged_decisions_leave_the_labels_of_the_manifests(
     registry.decisions.set_stable(1)
     (registry.root / "serving" / "policy").write_text("newest")
     assert registry.labels() == {"best": 1, "latest": 1}
-    assert "policy cannot be understood: 'newest' is no label" in caplog.text
+    assert "policy cannot be understood: 'newest' is not a label" in caplog.text
 
 
 def judged(manifest: VersionManifest, refusal: str | None = None) -> Finding:

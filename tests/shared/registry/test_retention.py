@@ -213,7 +213,7 @@ def test_the_environment_sets_each_value() -> None:
         assert read_retention({"GPTLOOP_KEEP_BYTES": text}).size_bytes == size_bytes
     for text in ("10 G", "1.5G", "-1", "G", "10GB", "٣G", "9" * 30, "9999999999999999999T"):
         with pytest.raises(
-            InvalidArgument, match=r"GPTLOOP_KEEP_BYTES is .*, but must be a number of bytes, as in 500M"
+            InvalidArgument, match=r"GPTLOOP_KEEP_BYTES is .*, but must be a number of bytes, such as 500M"
         ):
             read_retention({"GPTLOOP_KEEP_BYTES": text})
 

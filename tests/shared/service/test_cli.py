@@ -1,4 +1,4 @@
-"""How commands end: real processes, as what matters is what a shell sees of them."""
+"""How commands end, tested with real processes as a shell sees them."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from shared.service import cli, interrupts
 from shared.errors import InvalidArgument, NotFound
 
 interrupts.end_quietly()
-TIMES = "In whole numbers, how often the word is said."
+TIMES = "How often to print the word, as a whole number."
 app = cli.new_app("Commands of a test.")
 
 
@@ -48,7 +48,7 @@ def ignores() -> None:
 
 @app.command()
 def wait() -> None:
-    # Native code that nobody can end, as that of a library in another thread.
+    # A thread that cannot be ended, like native code of a library.
     threading.Thread(target=time.sleep, args=(600,)).start()
     try:
         print("ready", flush=True)
@@ -87,7 +87,7 @@ def ended(*words: str, **environment: str) -> tuple[int, str, str]:
         (["say", *"x" * 900], 2, None),
     ],
 )
-def test_what_is_wrong_is_one_short_sentence(words: list[str], code: int, sentence: str | None) -> None:
+def test_an_error_is_one_short_sentence(words: list[str], code: int, sentence: str | None) -> None:
     returned, out, err = ended(*words)
     assert (returned, out) == (code, "")
     assert err == sentence if sentence else len(err) < 320 and err.count("\n") == 1
@@ -99,12 +99,12 @@ def test_help_is_shown(option: str) -> None:
     assert ended()[:2] == ended(option)[:2]
 
 
-def test_help_cuts_nothing_on_a_narrow_terminal() -> None:
+def test_help_is_complete_on_a_narrow_terminal() -> None:
     code, out, _ = ended("say", "--help", COLUMNS="40")
-    assert code == 0 and "--times" in out and "how often the word is said" in " ".join(out.split()) and "…" not in out
+    assert code == 0 and "--times" in out and "How often to print the word" in " ".join(out.split()) and "…" not in out
 
 
-def test_what_a_stream_cannot_encode_is_escaped() -> None:
+def test_characters_that_a_stream_cannot_encode_are_escaped() -> None:
     assert ended("say", "ä文\udc80", PYTHONIOENCODING="ascii:strict")[:2] == (0, "\\xe4\\u6587\\udc80\n")
     assert ended("say", "ä文", PYTHONIOENCODING="utf-8")[1] == "ä文\n"
 
@@ -113,11 +113,11 @@ def test_what_a_stream_cannot_encode_is_escaped() -> None:
     ("redirection", "code"), [(">&-", 0), ("<&- >&- 2>&-", 0), ("> /dev/full", 1), ("| head -n 1 > /dev/null", 1)]
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_an_output_that_takes_nothing_ends_a_command_without_a_traceback(
+def test_a_closed_or_full_output_ends_a_command_without_a_traceback(
     redirection: str, code: int, unbuffered: str
 ) -> None:
     if "full" in redirection and not Path("/dev/full").exists():
-        pytest.skip("There is no /dev/full here.")
+        pytest.skip("Needs /dev/full.")
     script = f'"$0" -c "$1" say word --times 100000 {redirection}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(
         ["bash", "-c", script, sys.executable, COMMANDS],
@@ -131,7 +131,7 @@ def test_an_output_that_takes_nothing_ends_a_command_without_a_traceback(
     assert done.stderr in ("", "error: No space left on device.\n")
 
 
-def test_ctrl_c_ends_a_command_at_work_after_it_has_cleaned_up_and_waits_for_no_thread() -> None:
+def test_ctrl_c_lets_a_command_clean_up_and_waits_for_no_thread() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", COMMANDS, "wait"], cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

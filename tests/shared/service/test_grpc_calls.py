@@ -1,4 +1,4 @@
-"""What every call of a server goes through, with a small `InferenceService` of each kind of method."""
+"""The handling of calls, tested with a small `InferenceService` that has one method of each kind."""
 
 import asyncio
 import collections
@@ -31,7 +31,7 @@ Counts = collections.Counter[tuple[str, str, str | None]]
 
 
 class Service(inference_pb2_grpc.InferenceServiceServicer):
-    """`Tokenize` answers, `Generate` waits until `go_on` is set and returns a reason, `GetModel` raises `error`."""
+    """`Tokenize` answers; `Generate` waits for `go_on`, then returns a reason; `GetModel` raises `error`."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
@@ -52,14 +52,14 @@ class Service(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class Wire:
-    """A server, a channel to it, and the ends of its calls."""
+    """A server, a channel to it, and the ended calls that were reported."""
 
     def __init__(self, server: GrpcServer, service: Service, channel: Any, address: str, ends: Counts) -> None:
         self.server, self.service, self.channel, self.address, self.ends = server, service, channel, address, ends
         self.stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
 
     async def send(self, method: str, raw: bytes, service: str = SERVICE) -> bytes:
-        """The answer to bytes that no stub would send."""
+        """Sends a request of any bytes, and returns the answer."""
         call = self.channel.unary_unary(f"/{service}/{method}")
         return bytes(await call(raw))
 
@@ -86,14 +86,14 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
 
 
 def field(number: int, content: bytes) -> bytes:
-    """A field of length-delimited content, as protobuf writes it; at most 127 bytes."""
+    """Encodes a length-delimited protobuf field of at most 127 bytes."""
     return bytes([number << 3 | 2, len(content)]) + content
 
 
 @pytest.mark.parametrize(
     ("method", "raw"),
     [
-        # A string that ends in the middle of an emoji, as JavaScript cuts it.
+        # Half of an emoji, as JavaScript may cut a string.
         ("Tokenize", field(1, b"\xed\xa0\xbd")),
         ("Generate", field(1, "😀".encode()[:2])),
         ("GetModel", field(1, field(2, b"\xff"))),
@@ -103,7 +103,7 @@ def field(number: int, content: bytes) -> bytes:
     ],
 )
 @async_test
-async def test_a_malformed_request_is_one_sentence_and_counted(
+async def test_a_malformed_request_is_an_error_and_counted(
     method: str, raw: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving() as wire:
@@ -116,7 +116,7 @@ async def test_a_malformed_request_is_one_sentence_and_counted(
 
 
 @async_test
-async def test_a_malformed_request_to_reflection_is_one_sentence_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_malformed_request_to_reflection_is_an_error_too(caplog: pytest.LogCaptureFixture) -> None:
     async with serving() as wire:
         call = wire.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
         code, details = await refused(anext(aiter(call(iter([field(7, b"\xff")])))))
@@ -137,7 +137,7 @@ async def test_a_malformed_request_to_reflection_is_one_sentence_too(caplog: pyt
     ],
 )
 @async_test
-async def test_an_unknown_field_is_refused_by_its_number_in_every_method(method: str, raw: bytes, named: str) -> None:
+async def test_an_unknown_field_is_rejected_by_its_number_in_every_method(method: str, raw: bytes, named: str) -> None:
     async with serving() as wire:
         code, details = await refused(wire.send(method, raw))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -153,7 +153,7 @@ async def test_health_ignores_unknown_fields_as_newer_probes_expect() -> None:
 
 
 @async_test
-async def test_a_request_that_is_too_large_is_refused_and_counted() -> None:
+async def test_a_request_that_is_too_large_is_rejected_and_counted() -> None:
     async with serving() as wire:
         code, details = await refused(wire.stub.Tokenize(pb.TokenizeRequest(text="x" * (5 << 20))))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -163,7 +163,7 @@ async def test_a_request_that_is_too_large_is_refused_and_counted() -> None:
 
 
 @async_test
-async def test_every_end_is_counted_with_its_method_and_code() -> None:
+async def test_every_call_is_counted_with_its_method_and_code() -> None:
     async with serving() as wire:
         await wire.stub.Tokenize(pb.TokenizeRequest())
         await refused(wire.stub.GetModel(pb.GetModelRequest()))
@@ -187,9 +187,9 @@ async def test_every_end_is_counted_with_its_method_and_code() -> None:
 
 
 @async_test
-async def test_thousands_of_calls_at_once_are_refused_with_the_time_to_come_back_and_counted() -> None:
+async def test_thousands_of_calls_at_once_are_rejected_with_a_time_to_retry_and_counted() -> None:
     async with serving() as wire:
-        # Each on its own connection.
+        # Each channel has its own connection.
         channels = [grpc.aio.insecure_channel(wire.address, options=[("number", number)]) for number in range(3)]
         stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
         calls = [stubs[number % 3].GetModel(pb.GetModelRequest()) for number in range(2400)]
@@ -203,7 +203,7 @@ async def test_thousands_of_calls_at_once_are_refused_with_the_time_to_come_back
 
 
 @async_test
-async def test_calls_during_a_drain_are_unavailable_while_those_that_run_go_on() -> None:
+async def test_new_calls_during_a_drain_are_unavailable_and_running_calls_continue() -> None:
     async with serving() as wire:
         running = asyncio.create_task(wire.generate())
         await wire.service.entered.wait()
@@ -223,13 +223,13 @@ async def test_calls_during_a_drain_are_unavailable_while_those_that_run_go_on()
 
 
 @async_test
-async def test_clients_that_ask_again_at_once_see_no_other_code_at_the_very_end() -> None:
+async def test_clients_that_retry_at_once_only_see_unavailable_during_a_stop() -> None:
     async with serving() as wire:
         codes = set()
 
         async def ask() -> None:
             error = None
-            # Until nobody listens any more.
+            # Until the server no longer listens.
             while "failed to connect" not in str(error):
                 try:
                     await wire.stub.Tokenize(pb.TokenizeRequest())
@@ -256,16 +256,16 @@ async def test_calls_that_outlast_the_drain_end_as_unavailable() -> None:
 
 
 @async_test
-async def test_open_reflection_and_half_sent_calls_do_not_hold_up_the_end() -> None:
+async def test_open_reflection_and_half_sent_calls_do_not_delay_the_stop() -> None:
     async with serving() as wire:
         reflection: Any = reflection_pb2_grpc.ServerReflectionStub(wire.channel)
         asked = reflection.ServerReflectionInfo()
         await asked.write(reflection_pb2.ServerReflectionRequest(list_services=""))
         assert len((await asked.read()).list_services_response.service) == 3
-        # A call of which nothing but the headers comes.
+        # A call that sends only its headers.
         half_sent = wire.channel.stream_unary(f"/{SERVICE}/Tokenize")()
         await half_sent.wait_for_connection()
-        # That it has arrived is sure once another call on the connection was answered.
+        # It has arrived once another call on the connection has an answer.
         await wire.stub.Tokenize(pb.TokenizeRequest())
         await wire.server.stop(1000.0, asyncio.Event())
         assert await refused(asked.read()) == (grpc.StatusCode.UNAVAILABLE, ENDING)
@@ -273,16 +273,16 @@ async def test_open_reflection_and_half_sent_calls_do_not_hold_up_the_end() -> N
 
 
 @async_test
-async def test_a_long_value_does_not_hide_the_error() -> None:
+async def test_the_message_of_an_error_is_shortened() -> None:
     async with serving() as wire:
-        wire.service.error = errors.InvalidArgument(f"{'😀' * 100_000} is no label.")
+        wire.service.error = errors.InvalidArgument(f"{'😀' * 100_000} is not a label.")
         code, details = await refused(wire.stub.GetModel(pb.GetModelRequest()))
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert details == "😀" * 249 + "…"
 
 
 @given(st.text(max_size=40))
-def test_a_sentence_is_cut_only_if_it_must_be(text: str) -> None:
+def test_a_message_is_cut_only_if_it_must_be(text: str) -> None:
     sentence = text * 40
     encoded = sentence.encode(errors="replace")
     cut = bounded(sentence)

@@ -1,4 +1,4 @@
-"""The server that both services run, with health's own servicer standing in for a service."""
+"""The server of both services, tested with the servicer of health."""
 
 import asyncio
 import resource
@@ -26,7 +26,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def test_every_error_has_its_code_and_reads_back() -> None:
+def test_every_error_has_a_code_that_maps_back() -> None:
     for kind in (
         errors.InvalidArgument,
         errors.NotFound,
@@ -42,7 +42,7 @@ def test_every_error_has_its_code_and_reads_back() -> None:
     assert code_of(errors.GptloopError("x")) is grpc.StatusCode.INTERNAL
 
 
-# The stubs' types know neither their methods nor channels of asyncio.
+# The types of the stubs cover neither their methods nor asyncio channels.
 
 
 def health_stub(channel: Any) -> Any:
@@ -68,7 +68,7 @@ class FakeError(grpc.RpcError):
 
 
 class Raising(health_pb2_grpc.HealthServicer):
-    """`Check` raises the error that was given, `Watch` sends one message and raises it."""
+    """`Check` raises `error`; `Watch` sends one message and raises it."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -110,10 +110,10 @@ def is_open(host: str, port: int) -> bool:
 async def serving(
     servicer: health_pb2_grpc.HealthServicer | None = None,
 ) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel]]:
-    """A server, whose health the servicer answers for if it is given, and a channel to it."""
+    """A server and a channel to it; `servicer` answers calls of health if it is given."""
     server = GrpcServer([SERVICE])
     if servicer is not None:
-        # The later registration answers.
+        # The last registered servicer answers.
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server.server)
     port = await server.start(here())
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -152,7 +152,7 @@ async def test_reflection_lists_the_services() -> None:
     ],
 )
 @async_test
-async def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exception, code: grpc.StatusCode) -> None:
+async def test_an_error_ends_the_call_with_its_code_and_message(error: Exception, code: grpc.StatusCode) -> None:
     async with serving(Raising(error)) as (_, channel):
         stub = health_stub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as unary:
@@ -165,7 +165,7 @@ async def test_an_error_ends_the_call_with_its_code_and_sentence(error: Exceptio
 
 
 @async_test
-async def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_unexpected_error_shows_an_id_and_no_details(caplog: pytest.LogCaptureFixture) -> None:
     async with serving(Raising(ValueError("secret"))) as (_, channel):
         stub = health_stub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -179,7 +179,7 @@ async def test_an_unexpected_error_shows_an_id_and_no_inside(caplog: pytest.LogC
 
 
 @async_test
-async def test_running_calls_end_before_the_server_does() -> None:
+async def test_a_stop_waits_for_running_calls() -> None:
     servicer = Hanging()
     async with serving(servicer) as (server, channel):
         call = health_stub(channel).Check(health_pb2.HealthCheckRequest())
@@ -206,7 +206,7 @@ async def test_calls_that_outlast_the_drain_are_asked_to_end(forced: bool) -> No
 
 
 @async_test
-async def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> None:
+async def test_a_health_watcher_receives_the_end_and_does_not_delay_it() -> None:
     async with serving() as (server, channel):
         await server.set_serving(True)
         watch = aiter(health_stub(channel).Watch(health_pb2.HealthCheckRequest()))
@@ -217,11 +217,11 @@ async def test_who_watches_health_hears_of_the_end_and_does_not_hold_it_up() -> 
 
 @pytest.mark.parametrize(("host", "over_ipv6"), [("127.0.0.1", False), ("0.0.0.0", False), ("::", True)])
 @async_test
-async def test_a_server_listens_on_the_addresses_of_its_host_and_no_others(host: str, over_ipv6: bool) -> None:
+async def test_a_server_listens_only_on_the_addresses_of_its_host(host: str, over_ipv6: bool) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
-        pytest.skip("There is no IPv6.")
+        pytest.skip("Needs IPv6.")
     server = GrpcServer([SERVICE])
     port = await server.start(here(host))
     assert is_open("127.0.0.1", port)
@@ -230,14 +230,14 @@ async def test_a_server_listens_on_the_addresses_of_its_host_and_no_others(host:
 
 
 @async_test
-async def test_a_port_in_use_is_refused() -> None:
+async def test_a_port_in_use_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(errors.AlreadyExists, match=rf"Port {port} of 127.0.0.1 is in use.*THE_PORT"):
             await GrpcServer([SERVICE]).start(here(port=port))
 
 
-def test_a_client_may_ask_every_second_whether_the_server_is_there() -> None:
+def test_a_client_may_ping_every_second() -> None:
     options = dict(grpc_server._OPTIONS)
     assert options["grpc.http2.min_ping_interval_without_data_ms"] <= 1000
     assert options["grpc.keepalive_permit_without_calls"] == 1
@@ -245,7 +245,7 @@ def test_a_client_may_ask_every_second_whether_the_server_is_there() -> None:
 
 @pytest.mark.parametrize(("pings", "interval_s", "answer"), [(6, 0.05, ""), (100, 0.0, "too_many_pings")])
 @async_test
-async def test_a_connection_without_calls_stays_unless_it_asks_too_often(
+async def test_an_idle_connection_stays_open_unless_it_pings_too_often(
     pings: int, interval_s: float, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = dict(grpc_server._OPTIONS) | {"grpc.http2.min_ping_interval_without_data_ms": 25}
@@ -253,7 +253,7 @@ async def test_a_connection_without_calls_stays_unless_it_asks_too_often(
     server = GrpcServer([SERVICE])
     client = await PingingClient.connect(await server.start(here()))
     answers = set()
-    # A server forgives two that come too early.
+    # A server tolerates two pings that come too early.
     for _ in range(pings):
         answers.add(await client.ping())
         await asyncio.sleep(interval_s)
@@ -265,12 +265,12 @@ async def test_a_connection_without_calls_stays_unless_it_asks_too_often(
     await server.stop(0.0, asyncio.Event())
 
 
-def test_connections_leave_files_that_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_on_connections_leaves_room_for_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"soft": 256}
 
     def set_limit(kind: int, both: tuple[int, int]) -> None:
         if both[0] > 4096:
-            raise ValueError("more than there may be")
+            raise ValueError("above the limit of the system")
         limits["soft"] = both[0]
 
     for hard, most in ((256, 128), (4096, 3840), (resource.RLIM_INFINITY, 128)):
@@ -281,7 +281,7 @@ def test_connections_leave_files_that_can_be_opened(monkeypatch: pytest.MonkeyPa
 
 
 @async_test
-async def test_one_connection_too_many_is_unavailable_and_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_connection_too_many_is_unavailable_and_disturbs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_server, "_most_connections", lambda: 2)
     server = GrpcServer([SERVICE])
     port = await server.start(here())
@@ -298,7 +298,7 @@ async def test_one_connection_too_many_is_unavailable_and_harms_no_other(monkeyp
 
 
 async def until_refused(channel: grpc.aio.Channel) -> None:
-    """Waits until the server takes no new calls."""
+    """Waits until the server rejects new calls."""
     while True:
         try:
             call = reflection_stub(channel).ServerReflectionInfo(
@@ -307,6 +307,6 @@ async def until_refused(channel: grpc.aio.Channel) -> None:
             async for _ in call:
                 pass
         except grpc.aio.AioRpcError as error:
-            # A call that meets the very moment of the stop is cancelled.
+            # A call at the moment of the stop may be cancelled.
             assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
             return

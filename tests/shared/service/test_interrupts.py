@@ -1,4 +1,4 @@
-"""Ctrl-C while the modules of a command load: at any of their imports, in every module that people run."""
+"""Ctrl-C while the modules of a command load, for every module that people run."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from tests.waiting import HANG_S
 
 PROJECT = Path(__file__).parents[3]
-# Runs a module, and interrupts the process when it imports another one.
+# Runs a module, and interrupts the process when it imports a given module.
 RUN_AND_INTERRUPT = """
 import os, runpy, signal, sys
 

@@ -26,7 +26,7 @@ Show = Callable[..., list[str]]
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Show:
-    """What a terminal of some columns shows of a list, without its styles; without columns, a file."""
+    """Prints a list to a terminal with this many columns, or to a file, and returns the lines without styles."""
 
     def show(rows: list[Job], columns: int | None, **options: bool | str) -> list[str]:
         monkeypatch.setenv("COLUMNS", str(columns or 80))
@@ -44,16 +44,16 @@ def test_a_wide_terminal_shows_every_column(show: Show) -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 60, 50])
-def test_a_narrow_terminal_leaves_columns_out_and_cuts_nothing(show: Show, columns: int) -> None:
+def test_a_narrow_terminal_omits_columns_and_cuts_nothing(show: Show, columns: int) -> None:
     lines = show(JOBS, columns)
     assert max(map(len, lines)) <= columns
     assert lines[0].split() == ["job", *(["run"] * (columns == 80)), "held-out", "loss", "reason"]
     text = " ".join(lines)
     assert "524cfb1e" in text and "0.6489" in text and "…" not in text
-    assert text.count("reason") == 1 + 4, "Words wrap, all of them."
+    assert text.count("reason") == 1 + 4, "All words are there, wrapped."
 
 
-def test_what_has_no_room_at_all_is_still_whole(show: Show) -> None:
+def test_values_are_complete_on_a_terminal_that_is_too_narrow(show: Show) -> None:
     text = " ".join(show(JOBS, 10))
     assert "524cfb1e" in text and "0.6489" in text
 
@@ -63,7 +63,7 @@ def test_without_a_terminal_a_row_is_one_line_with_every_column(show: Show) -> N
     assert len(lines) == 3 and JOBS[0][1] in lines[1] and JOBS[0][3].strip() in lines[1]
 
 
-def test_json_holds_numbers_and_lists_and_no_value_that_json_lacks(show: Show) -> None:
+def test_json_has_numbers_and_lists_and_null_for_nan(show: Show) -> None:
     rows = json.loads("\n".join(show(JOBS, 60, as_json=True)))
     assert rows[0] == {
         "job": JOBS[0][0],
@@ -80,13 +80,13 @@ def test_an_empty_list_is_a_sentence(show: Show) -> None:
     assert show([], 60, empty="No job yet.") == ["No job yet."]
 
 
-def test_what_a_terminal_would_act_on_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     print_rows(("name",), [("[bold]a\x1b[2Jb\n\udc80.txt",)])
     assert capsys.readouterr().out.splitlines()[1].rstrip() == r"[bold]a\x1b[2Jb\n\udc80.txt"
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 4)), min_size=1), st.integers(0, 150))
-def test_only_columns_of_a_rank_give_way_and_only_where_they_must(columns: list[tuple[int, int]], limit: int) -> None:
+def test_columns_are_omitted_by_rank_and_only_if_they_must(columns: list[tuple[int, int]], limit: int) -> None:
     widths, ranks = [width for width, _ in columns], [rank for _, rank in columns]
 
     def width(kept: list[int]) -> int:

@@ -19,7 +19,7 @@ def test_the_page_shows_the_registry() -> None:
         assert "eggs_total 3.0" in page.read().decode()
 
 
-def test_a_port_in_use_is_refused() -> None:
+def test_a_port_in_use_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with (
@@ -30,7 +30,7 @@ def test_a_port_in_use_is_refused() -> None:
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "x" * 300])
-def test_an_address_of_another_machine_is_refused(host: str) -> None:
+def test_an_address_of_another_machine_is_an_error(host: str) -> None:
     with (
         pytest.raises(InvalidArgument, match="THE_HOST"),
         metrics_page(CollectorRegistry(), Address(host, 0, "THE_HOST", "THE_PORT")),

@@ -8,14 +8,14 @@ from shared.errors import InvalidArgument
 from shared.service.settings import Directories, read_bytes, read_directories, read_float, read_int
 
 
-def test_the_folder_of_state_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_all_state_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_directories({}) == Directories(tmp_path / "var")
     assert read_directories({"GPTLOOP_VAR": "sp ace ü"}) == Directories(tmp_path / "sp ace ü")
 
 
 @pytest.mark.parametrize("name", ["a file", "not \udcff UTF-8", "long" * 2000])
-def test_a_path_that_cannot_hold_state_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_unusable_folder_is_rejected(tmp_path: Path, name: str) -> None:
     (tmp_path / "a file").touch()
     with pytest.raises(InvalidArgument, match=r"^GPTLOOP_VAR is ") as raised:
         read_directories({"GPTLOOP_VAR": str(tmp_path / name)})
@@ -27,7 +27,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 
 @given(TEXTS | st.integers().map(str))
-def test_any_text_in_a_variable_is_a_value_in_its_range_or_one_short_sentence(text: str) -> None:
+def test_any_text_in_a_variable_gives_a_value_in_its_range_or_a_short_error(text: str) -> None:
     def read(kind: str) -> float:
         if kind == "int":
             return read_int({"NAME": text}, "NAME", 5, minimum=1, maximum=9)
@@ -43,12 +43,12 @@ def test_any_text_in_a_variable_is_a_value_in_its_range_or_one_short_sentence(te
 
 
 @pytest.mark.parametrize("text", ["٣", "3" * 5000, "nan", "1e1", "0x3"])
-def test_what_is_no_whole_number_is_refused(text: str) -> None:
+def test_a_text_that_is_not_a_whole_number_is_rejected(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"NAME is .*, but must be"):
         read_int({"NAME": text}, "NAME", 5, minimum=1, maximum=9)
 
 
 @pytest.mark.parametrize("text", ["٣", "nan", "inf", "9" * 5000, "three"])
-def test_what_is_no_number_in_the_range_is_refused(text: str) -> None:
+def test_a_text_that_is_not_a_number_in_the_range_is_rejected(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"NAME is .*, but must be"):
         read_float({"NAME": text}, "NAME", 5.0, minimum=1.0, maximum=9.0)
