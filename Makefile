@@ -1,4 +1,4 @@
-# Thin lines over the commands of the services and of deploy: each of a command's options is a variable of its target.
+# Thin lines over `gptloop`: each option of a command is a variable of its target.
 # Only what stands on make's command line counts. Values may hold quotes, dollar signs and line breaks: they travel through
 # the environment, never through a command line; deploy/make.py reads them there.
 
@@ -11,7 +11,8 @@ export GPTLOOP_GIVEN := $(GIVEN)
 # cpu, cuda or macos: what .venv holds, else what suits this system.
 INSTALLED := $(patsubst .venv/installed-%,%,$(firstword $(wildcard .venv/installed-*)))
 ACCELERATOR ?= $(or $(INSTALLED),$(if $(filter Darwin,$(shell uname -s)),macos,cpu))
-VENV := .venv/installed-$(ACCELERATOR)
+PACKAGES := .venv/installed-$(ACCELERATOR)
+VENV := .venv/bin/gptloop
 RUN := .venv/bin/python -m
 COMMAND = @$(RUN) deploy.make $@
 # The variables that a target without a command takes.
@@ -39,64 +40,64 @@ help: ## List the targets.
 	  print line }' Makefile
 
 demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (two to four minutes on two cores).
-	$(COMMAND) deploy.demo
+	$(COMMAND) demo
 
 up: $(VENV) ## Start Redis, trainer, worker and inference server; return once all are healthy.
-	$(COMMAND) deploy.stack up
+	$(COMMAND) up
 
 down: $(VENV) ## Stop what `make up` started.
-	$(COMMAND) deploy.stack down
+	$(COMMAND) down
 
 status: $(VENV) ## Show the state of each process.
-	$(COMMAND) deploy.stack status
+	$(COMMAND) status
 
 train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" NAME= NOTES= AFTER=<jobs> FOLLOW=0
-	$(COMMAND) trainer_service train
+	$(COMMAND) train
 
 eval: $(VENV) ## Measure a version's held-out loss: VERSION= DATASET= VALIDATION= AFTER=<jobs> FOLLOW=0
-	$(COMMAND) trainer_service evaluate
+	$(COMMAND) eval
 
 runs: $(VENV) ## List the runs with the values in which they differ: NAME=<runs> JSON=1
-	$(COMMAND) trainer_service runs
+	$(COMMAND) runs
 
 jobs: $(VENV) ## List the jobs: JSON=1
-	$(COMMAND) trainer_service jobs
+	$(COMMAND) jobs
 
 watch: $(VENV) ## Follow a job: JOB=<id>
-	$(COMMAND) trainer_service watch
+	$(COMMAND) watch
 
 cancel: $(VENV) ## End a job after its step: JOB=<id>
-	$(COMMAND) trainer_service cancel
+	$(COMMAND) cancel
 
 data: $(VENV) ## Prepare a data set and show a sample: PRESET= DATASET= VALIDATION= SET=
-	$(COMMAND) trainer_service data
+	$(COMMAND) prepare
 
 checkpoints: $(VENV) ## List the versions that training has published: JSON=1
-	$(COMMAND) trainer_service checkpoints
+	$(COMMAND) checkpoints
 
 verify: $(VENV) ## Compare every file of every version and state with its hash.
-	$(COMMAND) trainer_service verify
+	$(COMMAND) verify
 
 disk: $(VENV) ## Show how much each kind of files in var takes.
-	$(COMMAND) trainer_service disk
+	$(COMMAND) disk
 
 prune: $(VENV) ## Remove the versions and states that need not be kept: DRY_RUN=1 only shows them.
-	$(COMMAND) trainer_service prune
+	$(COMMAND) prune
 
 import: $(VENV) ## Make a version of a GPT-2 folder in Hugging Face's layout: DIR= DATASET= VALIDATION=
-	$(COMMAND) trainer_service import
+	$(COMMAND) import
 
 export: $(VENV) ## Write a version as such a folder: VERSION= DIR=<new or empty folder>
-	$(COMMAND) trainer_service export
+	$(COMMAND) export
 
 generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMPERATURE= MAX_TOKENS= TOP_K= …
-	$(COMMAND) inference_service generate
+	$(COMMAND) generate
 
 chat: $(VENV) ## Write to the model, line by line: VERSION= SEED= TEMPERATURE= MAX_TOKENS=
-	$(COMMAND) inference_service chat
+	$(COMMAND) chat
 
 info: $(VENV) ## Show the device, its memory and the speed of a product.
-	$(COMMAND) inference_service info
+	$(COMMAND) info
 
 test: $(VENV) ## Run all tests (four minutes on two cores): FAST=1 leaves out the slow ones (one minute)
 	$(call TAKES,FAST)
@@ -156,12 +157,17 @@ lock: $(VENV) ## Resolve requirements/*.txt anew.
 	$(call TAKES)
 	@requirements/lock
 
+# The command `gptloop`, an editable install: it runs the code of this checkout.
+$(VENV): $(PACKAGES) pyproject.toml
+	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 # A virtual environment of the first Python that MLX runs on.
-$(VENV): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/redis.txt
+$(PACKAGES): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/redis.txt
 	@requirements/install "$(ACCELERATOR)" "$(PYTHON)"
 	@touch $@
 
-.venv/benchmarks: $(VENV) requirements/benchmarks.txt
+.venv/benchmarks: $(PACKAGES) requirements/benchmarks.txt
 	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/benchmarks.txt
 	$(RUN) pip install --disable-pip-version-check --quiet torch==2.13.0
 	@touch $@

@@ -238,9 +238,12 @@ def _running(stack: Stack, console: Console) -> Iterator[None]:
 
 @app.command()
 def demo() -> None:
-    """Train a small model on the built-in stories and serve each better version, below `var/demo` and on free ports.
+    """Show the whole loop: train, serve each better version, measure.
 
-    Takes two to four minutes on two cores, and leaves nothing running.
+    Trains a small model on the built-in stories, in `var/demo` and on free ports. Takes two to four minutes on two
+    cores and leaves nothing running.
+
+    Example: gptloop demo
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)

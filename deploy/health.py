@@ -73,7 +73,7 @@ def _check_inference(address: str, registry: Registry) -> Health:
         case False if not registry.versions():
             return Health(True, f"no version yet, on {address}")
         case False:
-            return Health(True, f"no version serves, on {address}: `python -m inference_service versions` says why")
+            return Health(True, f"no version serves, on {address}: `gptloop versions` says why")
 
 
 def _serves(address: str) -> bool | None:

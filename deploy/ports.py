@@ -5,19 +5,21 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import inference_service.settings
+import trainer_service.settings
 from shared.errors import InvalidArgument
 from shared.service.listening import Address
-from shared.service.settings import Environment, read_int, read_str
+from shared.service.settings import Environment
 
 
 @dataclass(frozen=True)
 class Ports:
     """Where the services listen: gRPC and `/metrics` of each."""
 
-    inference: int = 50051
-    inference_metrics: int = 9101
-    trainer: int = 50052
-    trainer_metrics: int = 9102
+    inference: int
+    inference_metrics: int
+    trainer: int
+    trainer_metrics: int
 
     def to_environment(self) -> dict[str, str]:
         """The variables from which the services read these ports."""
@@ -29,8 +31,8 @@ class Ports:
         }
 
     def check_free(self, environment: Environment) -> None:
-        """Raises `AlreadyExists` if another program listens on one of them, and `InvalidArgument` if one of them or its
-        host cannot be listened on."""
+        """Raises `AlreadyExists` if another program listens on one of them, and `InvalidArgument` if the host or a port
+        cannot be used."""
         for variable, text in self.to_environment().items():
             service = "INFERENCE" if "INFERENCE" in variable else "TRAINER"
             host = listening_host(environment, service)
@@ -38,16 +40,22 @@ class Ports:
 
 
 def read_ports(environment: Environment) -> Ports:
-    """The ports from the environment; raises `InvalidArgument` on a bad number and where two are the same."""
-    defaults = Ports().to_environment()
-    chosen = {
-        name: read_int(environment, name, int(default), minimum=1, maximum=65535) for name, default in defaults.items()
-    }
-    port, uses = Counter(chosen.values()).most_common(1)[0]
+    """The ports in the settings of the services.
+
+    Raises `InvalidArgument` if a setting is wrong or two ports are the same.
+    """
+    inference = inference_service.settings.read_settings(environment)
+    trainer = trainer_service.settings.read_settings(environment)
+    ports = Ports(inference.port, inference.metrics_port, trainer.port, trainer.metrics_port)
+    chosen = ports.to_environment()
+    for name, text in chosen.items():
+        if text == "0":
+            raise InvalidArgument(f"{name} is 0, but must be from 1 to 65535.")
+    text, uses = Counter(chosen.values()).most_common(1)[0]
     if uses > 1:
-        names = " and ".join(name for name, value in chosen.items() if value == port)
-        raise InvalidArgument(f"{names} are the same port, {port}, but each needs one of its own.")
-    return Ports(*chosen.values())
+        names = " and ".join(name for name, value in chosen.items() if value == text)
+        raise InvalidArgument(f"{names} are the same port, {text}, but must be different.")
+    return ports
 
 
 def free_ports() -> Ports:
@@ -59,4 +67,6 @@ def free_ports() -> Ports:
 
 def listening_host(environment: Environment, service: str) -> str:
     """The address that a service (`INFERENCE`, `TRAINER`) listens on."""
-    return read_str(environment, f"GPTLOOP_{service}_HOST", "127.0.0.1")
+    if service == "INFERENCE":
+        return inference_service.settings.read_settings(environment).host
+    return trainer_service.settings.read_settings(environment).host

@@ -1,4 +1,4 @@
-"""Starts, shows and stops Redis, the trainer, its worker and the inference server: `python -m deploy.stack up`."""
+"""Starts, shows and stops Redis, the trainer, its worker and the inference server: `gptloop up`."""
 
 from shared.service import interrupts
 
@@ -21,8 +21,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-import inference_service.settings
-import trainer_service.settings
 from deploy.health import Health, health_checks
 from deploy.ports import Ports, read_ports
 from deploy.supervisor import ProcessState, Supervisor
@@ -83,9 +81,9 @@ class Stack:
     """The processes of one folder of state.
 
     ports: where the services listen.
-    environment: what the processes see besides; `REDIS_URL` in it takes the place of the embedded Redis.
+    environment: the variables of the processes; `REDIS_URL` in it replaces the embedded Redis.
     configuration: a supervisord.conf.
-    checks: by the name of each of its programs, what asks whether it does its work.
+    checks: a health check for each of its programs, by name.
     worker_stop_s: how long a training step may take to end before its worker is killed.
     """
 
@@ -115,10 +113,10 @@ class Stack:
         )
 
     def up(self, report: Callable[[str], None]) -> None:
-        """Starts everything and returns when all of it is healthy; `report` is told what is being waited for.
+        """Starts everything and returns when all of it is healthy; calls `report` with each process that it starts.
 
-        Whatever ends it early, Ctrl-C too, leaves nothing running. Raises `Unavailable` with the end of a log where a
-        process fails or does not get healthy, and `AlreadyExists` where a port is in use.
+        If anything ends it early, Ctrl-C too, nothing is left running. Raises `Unavailable` with the end of a log if a
+        process fails or does not become healthy, and `AlreadyExists` if a port is in use.
         """
         with self._alone():
             if self._supervisor.is_running():
@@ -126,9 +124,9 @@ class Stack:
                 if waiting is not None:
                     raise FailedPrecondition(
                         f"Everything is up already, but {waiting.name} is not healthy ({waiting.reason}). "
-                        "`make status` shows more; `make down` stops everything."
+                        "`gptloop status` shows more; `gptloop down` stops everything."
                     )
-                report("Everything is up already. Settings apply from the next `make down` and `make up` on.")
+                report("Everything is up already. New settings apply after `gptloop down` and `gptloop up`.")
                 return
             # A supervisord that was killed may have left its programs.
             self._supervisor.stop()
@@ -146,20 +144,22 @@ class Stack:
                 raise
 
     def down(self) -> bool:
-        """Stops everything, and returns when it is gone; false where nothing ran."""
+        """Stops everything and returns when it is gone; false if nothing ran."""
         with self._alone():
             ran = self._supervisor.is_running() or bool(self._supervisor.orphans())
             self._supervisor.stop()
             return ran
 
     def status(self) -> list[ProcessStatus] | None:
-        """Every process, or `None` where nothing is up; raises `Unavailable` where only remains of it run."""
+        """Every process, or `None` if nothing is up; raises `Unavailable` if programs run without their supervisor."""
         if self._supervisor.is_running():
             return list(self._statuses())
         orphans = self._supervisor.orphans()
         if orphans:
             remains = ", ".join(f"{name} (pid {pid})" for name, pid in orphans.items())
-            raise Unavailable(f"The supervisor is gone, but its programs still run: {remains}. `make down` ends them.")
+            raise Unavailable(
+                f"The supervisor is gone, but its programs still run: {remains}. `gptloop down` ends them."
+            )
         return None
 
     def _statuses(self) -> Iterator[ProcessStatus]:
@@ -175,17 +175,23 @@ class Stack:
     def _wait_until_healthy(self, report: Callable[[str], None]) -> None:
         deadline_s = time.monotonic() + _START_LIMIT_S
         self._supervisor.wait_for_answer()
+        started = set[str]()
         while True:
             failed = next((process for process in self._supervisor.processes() if process.state == "FATAL"), None)
             if failed is not None:
                 raise self._failure(failed.name, "ends again and again")
-            waiting = self._first_unhealthy()
-            if waiting is None:
+            for status in self._statuses():
+                if status.is_healthy and (status.name in started or status.process is None):
+                    continue
+                # The reason that it is not ready yet would alarm people; the failure names it.
+                report(f"Starting {status.name}.")
+                started.add(status.name)
+                if not status.is_healthy:
+                    break
+            else:
                 return
             if time.monotonic() > deadline_s:
-                raise self._failure(waiting.name, f"is not healthy after {_START_LIMIT_S:.0f} s ({waiting.reason})")
-            # Why it is not ready yet alarms for nothing: it is told if it stays so.
-            report(f"Starting {waiting.name}.")
+                raise self._failure(status.name, f"is not healthy after {_START_LIMIT_S:.0f} s ({status.reason})")
             time.sleep(_POLL_S)
 
     def _failure(self, name: str, what: str) -> Unavailable:
@@ -201,7 +207,9 @@ class Stack:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise FailedPrecondition(f"Another `make up` or `make down` is at work on {run.parent}.") from None
+                raise FailedPrecondition(
+                    f"Another `gptloop up` or `gptloop down` is at work on {run.parent}."
+                ) from None
             yield
 
 
@@ -224,7 +232,15 @@ def _signals_deferred() -> Iterator[None]:
 
 @app.command()
 def up() -> None:
-    """Start everything and return when all of it is healthy."""
+    """Start every process and return when all of them are healthy.
+
+    The processes are Redis, the trainer, a worker and the inference server.
+
+    \b
+    Examples:
+      gptloop up
+      GPTLOOP_INFERENCE_PORT=50061 gptloop up
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     stack = _read_stack()
@@ -251,24 +267,32 @@ def up() -> None:
 
 @app.command()
 def down() -> None:
-    """Stop everything, and return when it is gone."""
+    """Stop every process and return when all of them are gone.
+
+    Example: gptloop down
+    """
     print("Everything is stopped." if _read_stack().down() else "Nothing ran.")
 
 
 @app.command()
 def status(as_json: JsonOption = False) -> None:
-    """Show each process. The exit code is 0 where all are healthy, 1 where one is not, 3 where nothing is up."""
+    """Show every process and its health.
+
+    The exit code is 0 if all are healthy, 1 if one is not, and 3 if nothing is up.
+
+    \b
+    Examples:
+      gptloop status
+      gptloop status --json
+    """
     statuses = _read_stack().status()
-    print_list(statuses or [], _COLUMNS, as_json=as_json, empty="Nothing is up. Start everything with `make up`.")
+    print_list(statuses or [], _COLUMNS, as_json=as_json, empty="Nothing is up. Start everything with `gptloop up`.")
     if statuses is None:
         raise typer.Exit(3)
     raise typer.Exit(0 if all(each.is_healthy for each in statuses) else 1)
 
 
 def _read_stack() -> Stack:
-    # So that a bad value is named here, and not only in the log of a process that does not start.
-    inference_service.settings.read_settings(os.environ)
-    trainer_service.settings.read_settings(os.environ)
     return Stack(read_directories(os.environ), read_ports(os.environ), os.environ)
 
 

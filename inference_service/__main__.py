@@ -1,4 +1,4 @@
-"""The commands of the inference service: `python -m inference_service --help`."""
+"""The commands of the inference service: talk to a server, choose the version that serves, run a server."""
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
@@ -22,42 +22,50 @@ if TYPE_CHECKING:
     from inference_service.client.admin_client import AdminClient
     from inference_service.client.client import Parameters
 
-app = cli.new_app("Serves the best version of the registry over gRPC, and talks to such a server.")
+app = cli.new_app("Serve the best version of the registry over gRPC, and talk to such a server.")
 
 Address = Annotated[
-    str | None, typer.Option(help="Where the server is; otherwise as GPTLOOP_INFERENCE_HOST and _PORT say.")
+    str | None,
+    typer.Option(help="The server's host and port. Default: GPTLOOP_INFERENCE_HOST and GPTLOOP_INFERENCE_PORT."),
 ]
 Version = Annotated[int | None, typer.Option(min=1, help="The number of the version that answers.")]
 Label = Annotated[
-    str | None, typer.Option(help="best, latest, stable, run:<name> or pinned:<version>; else what serves.")
+    str | None,
+    typer.Option(help="best, latest, stable, run:<name> or pinned:<version>. Default: the serving version."),
 ]
 Number = Annotated[int, typer.Argument(min=1, help="The number of a version.")]
 Seed = Annotated[
-    int | None, typer.Option(min=0, max=2**64 - 1, help="With the same version and prompt: the same text.")
+    int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed, version and prompt give the same text.")
 ]
-Temperature = Annotated[float | None, typer.Option(help="0 takes the likeliest token. Default 0.8.")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 0: all.")]
-TopP = Annotated[float | None, typer.Option(help="Only the likeliest tokens that together reach this probability.")]
-MinP = Annotated[float | None, typer.Option(help="Only tokens at least this fraction as likely as the likeliest.")]
-RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1 makes tokens that were seen less likely.")]
+Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token. Default 0.8.")]
+TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0: from all.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the most likely tokens that together reach this probability.")
+]
+MinP = Annotated[
+    float | None, typer.Option(help="Draw from tokens that have at least this fraction of the highest probability.")
+]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Above 1: tokens that were seen become less likely.")]
 PresencePenalty = Annotated[
-    float | None, typer.Option(help="From -2 to 2; above 0 makes tokens that were generated less likely.")
+    float | None, typer.Option(help="From -2 to 2; above 0: tokens that were generated become less likely.")
 ]
 FrequencyPenalty = Annotated[
-    float | None, typer.Option(help="From -2 to 2; the same, once for each time that a token was generated.")
+    float | None, typer.Option(help="From -2 to 2; the same, once for each time that the token was generated.")
 ]
 MaxTokens = Annotated[int | None, typer.Option(help="At most this many tokens. Default 256.")]
-MinTokens = Annotated[int | None, typer.Option(min=0, help="The end token is not drawn before so many tokens.")]
+MinTokens = Annotated[int | None, typer.Option(min=0, help="The end token is not drawn before this many tokens.")]
 # A server has at most 1024 slots.
 Samples = Annotated[
     int | None, typer.Option("--n", min=1, max=1024, help="How many texts continue each prompt. Default 1.")
 ]
-Stop = Annotated[list[str] | None, typer.Option(help="End before this text; can be given up to 16 times.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable up to 16 times.")]
 
 
 @app.command()
 def serve() -> None:
-    """Serves until it is stopped. Settings are read from the environment: GPTLOOP_VAR and GPTLOOP_INFERENCE_*.
+    """Run the inference server until it is stopped.
+
+    Settings are read from the environment: GPTLOOP_VAR and GPTLOOP_INFERENCE_*.
 
     Example: GPTLOOP_INFERENCE_PORT=50061 python -m inference_service serve
     """
@@ -67,9 +75,9 @@ def serve() -> None:
 
     settings = read_settings(os.environ)
     logs.configure("inference")
-    # Training runs on the same cores, and BLAS threads that wait there for one another make a step ten times slower.
+    # Training runs on the same cores. BLAS threads that wait for one another make a step ten times slower.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # The threads of a step wait for one another only for moments, but between steps they would keep cores busy.
+    # The threads of a step wait for one another only briefly, but between steps they would keep cores busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     device = accelerator.prepare(settings.directories.cache / "inference")
     # Brings MLX in, so not before the accelerator is prepared.
@@ -82,7 +90,10 @@ def serve() -> None:
 
 @app.command()
 def info() -> None:
-    """Says what the model computes on: device, backend, memory, speed."""
+    """Show the device, its memory and its speed.
+
+    Example: gptloop info
+    """
     from shared.device import accelerator
 
     directories = read_settings(os.environ).directories
@@ -91,11 +102,9 @@ def info() -> None:
 
 @app.command()
 def generate(
-    prompt: Annotated[
-        str | None, typer.Option(help="The beginning that is continued; empty: a text from its very start.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; empty: a new text from its start.")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with one prompt a line; all are continued together.")
+        Path | None, typer.Option(help="A file with one prompt on each line; all are continued at the same time.")
     ] = None,
     version: Version = None,
     label: Label = None,
@@ -113,16 +122,21 @@ def generate(
     n: Samples = None,
     address: Address = None,
 ) -> None:
-    """Continues a prompt, or every line of a file. The text, its prompt first, goes to standard output.
+    """Continue a prompt, or every line of a file.
 
-    Example: python -m inference_service generate --prompt "Once upon a time" --temperature 0.7
+    The prompt and its continuation go to standard output, everything else to standard error.
 
-    Example: python -m inference_service generate --prompts prompts.txt --max-tokens 100 > stories.txt
+    \b
+    Examples:
+      gptloop generate --prompt "Once upon a time" --temperature 0.7
+      gptloop generate --prompts prompts.txt --max-tokens 100 > stories.txt
 
-    Example, the same text again: python -m inference_service generate --prompt "Once" --version 7 --seed 1234
+    \b
+    The same text again:
+      gptloop generate --prompt "Once" --version 7 --seed 1234
     """
     if (prompt is None) == (prompts is None):
-        raise InvalidArgument("Give a prompt, as PROMPT=… or PROMPTS=<file> to make, or as --prompt or --prompts here.")
+        raise InvalidArgument("Give a prompt with --prompt or --prompts; with make, as PROMPT=… or PROMPTS=<file>.")
     parameters: Parameters = {
         "version": version,
         "label": label,
@@ -158,9 +172,11 @@ def chat(
     max_tokens: MaxTokens = None,
     address: Address = None,
 ) -> None:
-    """Continues what you type, line by line; /help there says more.
+    """Continue what you type, line by line.
 
-    Example: python -m inference_service chat --temperature 0.5
+    /help lists the commands that you can type there.
+
+    Example: gptloop chat --temperature 0.5
     """
     parameters: Parameters = {
         "version": version,
@@ -178,23 +194,23 @@ def chat(
 
 @app.command()
 def versions(address: Address = None, as_json: JsonOption = False) -> None:
-    """Lists every version: whether it serves, is in memory or was refused, and why.
+    """List the versions as the server sees them.
 
     \b
     available: in the registry, not in memory.
-    waiting: to be loaded once there is room in memory.
-    loading: its files are read, and it is examined.
-    resident: in memory, for those who name it.
-    serving: in memory, for all who name none.
+    waiting: is loaded as soon as there is room in memory.
+    loading: its files are read and examined.
+    resident: in memory, for requests that name it.
+    serving: in memory, for requests that name no version.
     refused: must not serve; a line below the table says why.
 
     \b
-    streams: requests that it answers now; held, where load keeps it.
-    held-out loss: nats a token, as training measured it on all held-out text.
-    as served: by how much the loss on some of it differs on this server.
+    streams: the number of requests that it answers now; held, if load keeps it.
+    held-out loss: nats per token, as training measured it on all held-out text.
+    as served: the difference on this server, measured on a part of that text.
     policy: the label whose version is to serve.
 
-    Example: python -m inference_service versions
+    Example: gptloop versions
     """
     from inference_service.operator_terminal import print_versions
 
@@ -204,9 +220,11 @@ def versions(address: Address = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def promote(version: Number, address: Address = None) -> None:
-    """Makes a version the stable one, which the label stable names; it serves where that is the policy.
+    """Make a version the stable one.
 
-    Example: python -m inference_service promote 7
+    The label stable names it from then on. It serves if that label is the policy.
+
+    Example: gptloop promote 7
     """
     from inference_service.operator_terminal import describe
 
@@ -216,11 +234,11 @@ def promote(version: Number, address: Address = None) -> None:
 
 @app.command()
 def pin(version: Number, address: Address = None) -> None:
-    """Lets a version serve, whatever training publishes, until follow names a label again.
+    """Serve one version, whatever training publishes.
 
-    The one before it serves until it is in memory.
+    It serves until follow names a label again. Until it is in memory, the version before it serves.
 
-    Example: python -m inference_service pin 7
+    Example: gptloop pin 7
     """
     _set_policy(f"pinned:{version}", address)
 
@@ -229,15 +247,15 @@ def pin(version: Number, address: Address = None) -> None:
 def follow(
     label: Annotated[str, typer.Argument(help="best, latest, stable or run:<name>.")], address: Address = None
 ) -> None:
-    """Lets the version of a label serve, and the next one as soon as the label names it.
+    """Serve the version of a label, now and when it changes.
 
     \b
-    best: the fewest bits per byte of all that were not refused.
-    latest: published last.
-    stable: what promote made so.
-    run:<name>: the best one of a run.
+    best: the fewest bits per byte of all versions that were not refused.
+    latest: the version that was published last.
+    stable: the version that promote named.
+    run:<name>: the best version of a run.
 
-    Example: python -m inference_service follow best
+    Example: gptloop follow best
     """
     _set_policy(label, address)
 
@@ -245,19 +263,19 @@ def follow(
 @app.command()
 def rollback(
     version: Annotated[
-        int | None, typer.Argument(min=1, help="The version to serve, which is pinned then; else the policy's next.")
+        int | None, typer.Argument(min=1, help="The version to serve and pin. Default: the next one of the policy.")
     ] = None,
     address: Address = None,
 ) -> None:
-    """Refuses the serving version, so that another one serves: at once where it is in memory.
+    """Refuse the serving version, so that another one serves.
 
-    If it cannot be loaded, or the decision cannot be written, the serving one stays.
-    Streams that run on the refused version go on to their end.
-    Only load gives it another chance.
+    The other version serves at once if it is in memory. If it cannot be loaded, or the decision cannot be written, the
+    serving version stays. Streams on the refused version run to their end. Only load gives it another chance.
 
-    Example: python -m inference_service rollback
-
-    Example, to a version of your choice: python -m inference_service rollback 7
+    \b
+    Examples:
+      gptloop rollback
+      gptloop rollback 7
     """
     from inference_service.operator_terminal import describe_rollback
 
@@ -267,11 +285,12 @@ def rollback(
 
 @app.command()
 def load(version: Number, address: Address = None) -> None:
-    """Brings a version into memory, so that it answers at once; one that was refused is examined again.
+    """Load a version into memory, so that it answers at once.
 
-    It stays until unload, or without streams until another one needs its room.
+    A refused version is examined again. The version stays until unload; without streams, it also leaves when another
+    one needs its room.
 
-    Example: python -m inference_service load 7
+    Example: gptloop load 7
     """
     from inference_service.operator_terminal import describe_loaded
 
@@ -281,9 +300,11 @@ def load(version: Number, address: Address = None) -> None:
 
 @app.command()
 def unload(version: Number, address: Address = None) -> None:
-    """Lets a loaded version go, once its last stream has ended.
+    """Remove a version from memory.
 
-    Example: python -m inference_service unload 7
+    It leaves when its last stream has ended.
+
+    Example: gptloop unload 7
     """
     from inference_service.operator_terminal import describe_unloaded
 
@@ -320,7 +341,7 @@ def _read_prompts(path: Path) -> list[str]:
             f"The prompts in {shown(str(path))} are not UTF-8: {error.reason} at byte {error.start}."
         ) from None
     if not prompts:
-        raise InvalidArgument(f"{shown(str(path))} holds no prompt: it needs one a line.")
+        raise InvalidArgument(f"{shown(str(path))} holds no prompt: it needs one on each line.")
     return prompts
 
 

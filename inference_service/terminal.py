@@ -1,6 +1,7 @@
 """What a person sees of generations: text on standard output, everything else on standard error."""
 
 import contextlib
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -111,25 +112,18 @@ class Terminal:
         self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def generate(self, prompt: str, parameters: Parameters) -> None:
-        """Streams one story, its prompt first; then a line about it, and how to have it again.
+        """Streams one story after its prompt; then prints a line about it and the command that repeats it.
 
         Several samples follow one another.
         """
         answer = self._stream(prompt, parameters)
         if answer.started is None:
             return
-        settings = ("temperature", "max_tokens")
-        others = set(parameters) - {*settings, "version", "label", "seed", "n", "timeout_s"}
-        same = sorted(name for name in others if parameters.get(name) is not None)
         for index in sorted(answer.finished):
             what = "The same text" if len(answer.texts) == 1 else f"Sample {index + 1}"
-            again = f"VERSION={answer.started.model_version} SEED={sample_seed(answer.started, index)}"
-            for name in settings:
-                if (value := parameters.get(name)) is not None:
-                    again += f" {name.upper()}={value}"
-            if same:
-                again += f", and the same {', '.join(same)}"
-            self._notes.print(f"{what} again: {again}", style="dim")
+            version, seed = answer.started.model_version, sample_seed(answer.started, index)
+            command = _command_of(prompt, {**parameters, "version": version, "seed": seed, "label": None, "n": None})
+            self._notes.print(f"{what} again: {command}", style="dim", markup=False)
 
     def generate_all(self, prompts: Sequence[str], parameters: Parameters) -> None:
         """Streams a story for each prompt, together; each is printed when it and those before it are whole.
@@ -247,6 +241,16 @@ class Terminal:
 
 def _answer(prompt: str, parameters: Parameters) -> Answer:
     return Answer(prompt, [""] * (parameters.get("n") or 1))
+
+
+def _command_of(prompt: str, parameters: Parameters) -> str:
+    """The command line that continues a prompt with these parameters."""
+    words = ["gptloop", "generate", "--prompt", prompt]
+    for name, value in parameters.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None:
+                words += [f"--{name.replace('_', '-')}", str(each)]
+    return _harmless(shlex.join(words))
 
 
 def _harmless(text: str) -> str:

@@ -31,6 +31,11 @@ def workplace(tmp_path: Path) -> Workplace:
         (["prune", "DRY_RUN=maybe"], "DRY_RUN is 'maybe', but must be 1, 0, yes, no, true or false."),
         (["generate", "PROMPT=a", "TOP_K=few"], "TOP_K is 'few', but must be a whole number."),
         (["generate", "PROMPT=a", "SEED=-1"], "SEED is '-1', but must be greater than or equal to 0."),
+        (["train", "GPTLOOP_VRA=x"], "GPTLOOP_VRA is not a setting; did you mean GPTLOOP_VAR?"),
+        (
+            ["up", "GPTLOOP_COLOUR=red"],
+            "GPTLOOP_COLOUR is not a setting; the README of each service lists its settings.",
+        ),
         (["train", "PRESET=smal"], f"Unknown preset 'smal'. Did you mean small? The presets are {', '.join(PRESETS)}."),
     ],
 )

@@ -1,7 +1,7 @@
 """The pages name every command, setting, metric and file that exists, and nothing that does not exist."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,11 +10,10 @@ import typer
 from prometheus_client import CollectorRegistry, generate_latest
 
 import inference_service.__main__
-import inference_service.settings
 import trainer_service.__main__
-import trainer_service.settings
-from deploy.make import app_of, variables
-from deploy.ports import listening_host, read_ports
+from deploy.commands import COMMANDS
+from deploy.known_settings import known_settings
+from deploy.make import variables
 from inference_service.metrics import InferenceMetrics
 from shared.device.accelerator import Memory
 from shared.gpt.config import count_parameters
@@ -31,8 +30,8 @@ from trainer_service.training.config import TrainingConfig
 MAKEFILE = (PROJECT / "Makefile").read_text(encoding="utf-8")
 # The variables of each target: those of the command that it runs, or those that it names itself.
 VARIABLES: dict[str, Collection[str]] = {
-    target: variables(app_of(module), path.split())
-    for target, module, path in re.findall(r"^([a-z-]+):.*\n\t\$\(COMMAND\) (\S+) ?(.*)$", MAKEFILE, re.MULTILINE)
+    target: variables(command)
+    for target, command in re.findall(r"^([a-z-]+):.*\n\t\$\(COMMAND\) (\S+)$", MAKEFILE, re.MULTILINE)
 } | {
     target: names.split()
     for target, names in re.findall(r"^([a-z-]+):.*\n\t\$\(call TAKES,?(.*)\)$", MAKEFILE, re.MULTILINE)
@@ -48,23 +47,6 @@ INTERNAL = {
 }
 # What only the tests read.
 TESTS_ONLY = {"GPTLOOP_TEST_DATA"}
-
-
-class AskedNames(Mapping[str, str]):
-    """An empty environment that remembers which variables were asked for."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-
-    def __getitem__(self, name: str) -> str:
-        self.names.add(name)
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 class EmptyQueue(JobQueue):
@@ -116,12 +98,6 @@ def test_each_target_takes_the_variables_of_its_row() -> None:
 
 
 def test_every_environment_variable_is_documented() -> None:
-    environment = AskedNames()
-    inference_service.settings.read_settings(environment)
-    trainer_service.settings.read_settings(environment)
-    read_ports(environment)
-    for service in ("INFERENCE", "TRAINER"):
-        listening_host(environment, service)
     sources = "\n".join(
         path.read_text(encoding="utf-8")
         for package in WINGS
@@ -129,7 +105,7 @@ def test_every_environment_variable_is_documented() -> None:
         if path.suffix in (".py", ".conf")
     )
     own = r"\bGPTLOOP_[A-Z_]*[A-Z](?![A-Z_{*])"
-    read = environment.names | set(re.findall(rf'{own}|(?<=environ\.get\(")[A-Z_]+', sources)) - INTERNAL
+    read = known_settings() | set(re.findall(rf'{own}|(?<=environ\.get\(")[A-Z_]+', sources)) - INTERNAL
     documented = [row[0] for row in rows("Settings")]
     require_same(documented, read)
     assert len(documented) == len(set(documented)), "A setting stands in two tables."
@@ -190,6 +166,10 @@ def test_every_documented_command_exists(package: str, app: typer.Typer) -> None
     named = set(re.findall(rf"python -m {package} (\w+)", CODE))
     assert named
     assert named <= set(typer.main.get_group(app).commands)
+
+
+def test_every_documented_command_of_gptloop_exists() -> None:
+    assert set(re.findall(r"\bgptloop ([a-z]+)", CODE)) <= set(COMMANDS)
 
 
 def test_every_link_leads_to_a_file() -> None:

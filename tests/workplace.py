@@ -24,13 +24,19 @@ class Workplace:
         own = ("GPTLOOP_", "REDIS_URL")
         seen = {name: value for name, value in os.environ.items() if not name.startswith(own)} | dict(environment or {})
         self.environment = {name: value for name, value in seen.items() if not name.startswith("MAKE")}
-        for name in ("Makefile", "requirements", "shared", "deploy", "trainer_service", "inference_service", "tests"):
+        packages = ("shared", "deploy", "trainer_service", "inference_service", "tests")
+        for name in ("Makefile", "pyproject.toml", "requirements", *packages):
             (folder / name).symlink_to(PROJECT / name)
         (folder / ".venv/bin").mkdir(parents=True)
-        python = folder / ".venv/bin/python"
-        python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-        python.chmod(0o755)
         (folder / ".venv/installed-cpu").touch()
+        python = shlex.quote(sys.executable)
+        self._write_script("python", f'exec {python} "$@"')
+        self._write_script("gptloop", f'PYTHONPATH={shlex.quote(str(folder))} exec {python} -P -m deploy.cli "$@"')
+
+    def _write_script(self, name: str, line: str) -> None:
+        script = self.folder / ".venv/bin" / name
+        script.write_text(f"#!/bin/sh\n{line}\n")
+        script.chmod(0o755)
 
     def run(self, *words: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs a program in the folder."""

@@ -1,4 +1,4 @@
-"""The trainer's commands: put jobs on the queue, follow them, run the service's processes."""
+"""The trainer's commands: queue jobs, follow them, run the processes of the service."""
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
@@ -44,27 +44,28 @@ DatasetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--dataset",
-        help="builtin (the default), roneneldan/TinyStories, wikitext-103; or files of text, folders, patterns, with "
-        "quotes around a name that holds spaces. Repeatable.",
+        help="builtin (the default), roneneldan/TinyStories, wikitext-103; or text files, folders and patterns. Put "
+        "quotes around a name with spaces. Repeatable.",
     ),
 ]
 ValidationOption = Annotated[
     list[str] | None,
     typer.Option(
         "--validation",
-        help="Held-out files, likewise; without them the data set's own split or a share of it. Repeatable.",
+        help="Held-out files, given in the same way. Default: the data set's own split or a share of it. Repeatable.",
     ),
 ]
 OverridesOption = Annotated[
-    str, typer.Option("--set", help='Values that replace the preset\'s, as in "max_steps=500 batch_size=8".')
+    str, typer.Option("--set", help='Values that override the preset, as in "max_steps=500 batch_size=8".')
 ]
 AfterOption = Annotated[
     list[str] | None, typer.Option("--after", help="Jobs that must finish first. Repeatable.", metavar="JOB")
 ]
+JobArgument = Annotated[str, typer.Argument(help="The id of the job, as `gptloop jobs` lists it.")]
 FollowOption = Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the job until it ends.")]
 
 
-# The newest, from which a plan takes speed and size of text.
+# A plan takes the speed and the size of text from the newest jobs.
 _JOBS_TO_LEARN_FROM = 200
 # Versions have numbers of 64 bits.
 _LONGEST_NUMBER = 18
@@ -75,29 +76,28 @@ def train(
     preset: PresetOption = "",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
-    resume: Annotated[
-        str, typer.Option(help="The version to continue from: a number, or a label such as best as it stands now.")
-    ] = "",
+    resume: Annotated[str, typer.Option(help="The version to continue from: a number, or a label such as best.")] = "",
     overrides: OverridesOption = "",
     only_prepare: Annotated[
-        bool, typer.Option("--only-prepare", help="Make the run's tokens, so that it finds them, and do not train.")
+        bool, typer.Option("--only-prepare", help="Prepare the tokens of the run and do not train.")
     ] = False,
-    name: Annotated[str, typer.Option(help="The name of the run; without it one is made up.")] = "",
-    notes: Annotated[str, typer.Option(help="What you want to remember of the run, as `runs` shows it.")] = "",
+    name: Annotated[str, typer.Option(help="The name of the run. Default: a new one.")] = "",
+    notes: Annotated[str, typer.Option(help="A note on the run, which `gptloop runs` shows.")] = "",
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
-    """Put a training job on the queue and follow it.
+    """Queue a training job and follow it.
 
+    \b
     Examples:
+      gptloop train --preset small --dataset stories.txt --set "max_steps=500 batch_size=8"
+      gptloop train --resume 3 --set "max_steps=1200"
 
-    train --preset small --dataset stories.txt --set "max_steps=500 batch_size=8"
-
-    train --resume 3 --set "max_steps=1200"
-
-    Three jobs that follow each other:
-
-    train --only-prepare --no-follow; train --after PREPARE_JOB --no-follow; evaluate --after TRAIN_JOB
+    \b
+    Three jobs, each of which waits for the one before it:
+      gptloop train --only-prepare --no-follow
+      gptloop train --after PREPARE_JOB --no-follow
+      gptloop eval --after TRAIN_JOB
     """
     request = TrainingRequest(
         preset,
@@ -115,20 +115,21 @@ def train(
 @app.command()
 def evaluate(
     version: Annotated[
-        str, typer.Argument(help="A number, best or latest, as it stands when the job begins.")
+        str, typer.Argument(help="A number, best or latest; a label is resolved when the job starts.")
     ] = "best",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
-    """Put a job on the queue that measures a version's loss on up to 1000 windows of held-out text.
+    """Queue a job that measures the held-out loss of a version.
 
+    The job reads up to 1000 windows of held-out text.
+
+    \b
     Examples:
-
-    evaluate
-
-    evaluate 3 --dataset builtin --validation letters.txt
+      gptloop eval
+      gptloop eval 3 --dataset builtin --validation letters.txt
     """
     request = TrainingRequest(
         dataset=dataset_names.expand(dataset or ()), validation=dataset_names.expand(validation or ())
@@ -149,29 +150,45 @@ def _enqueue(request: JobRequest, wait: bool) -> None:
     for line in (f"job {record.id} queued: {request.kind.value} {spec.run}", *lines):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not queue.live_workers():
-        raise Unavailable(f"No worker is alive. Start one with `make up`; the job {record.id} stays queued until then.")
+        raise Unavailable(
+            f"No worker is running. Start one with `gptloop up`; the job {record.id} stays queued until then."
+        )
     if wait:
         _follow(queue, record.id, console)
 
 
 @app.command()
-def watch(job: Annotated[str, typer.Argument(help="The job's id, as `jobs` lists it.")]) -> None:
-    """Follow a job from its first event until it ends."""
+def watch(job: JobArgument) -> None:
+    """Follow a job from its first event until it ends.
+
+    Example: gptloop watch 3f2a91c4
+    """
     queue = _queue(_settings())
     queue.get(job)
     _follow(queue, job, Console())
 
 
 @app.command()
-def cancel(job: Annotated[str, typer.Argument(help="The job's id, as `jobs` lists it.")]) -> None:
-    """Ask a job to end: a running one finishes its step and keeps its state."""
+def cancel(job: JobArgument) -> None:
+    """Ask a job to end.
+
+    A running job finishes its step and keeps its state.
+
+    Example: gptloop cancel 3f2a91c4
+    """
     record = _queue(_settings()).cancel(job)
     print(f"job {job} is {record.state.value}")
 
 
 @app.command()
 def jobs(as_json: JsonOption = False) -> None:
-    """List every job, the newest first."""
+    """List the jobs, the newest first.
+
+    \b
+    Examples:
+      gptloop jobs
+      gptloop jobs --json
+    """
     listings.print_jobs(list(_queue(_settings()).jobs()), as_json)
 
 
@@ -180,13 +197,12 @@ def runs(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these runs.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs, the newest first, with the values in which they differ.
+    """List the runs and the values in which they differ.
 
+    \b
     Examples:
-
-    runs
-
-    runs wide narrow --json
+      gptloop runs
+      gptloop runs wide narrow --json
     """
     settings = _settings()
     found = all_runs(_queue(settings).jobs(kinds=[Kind.TRAIN]), Registry(settings.directories.registry))
@@ -195,7 +211,10 @@ def runs(
 
 @app.command()
 def checkpoints(as_json: JsonOption = False) -> None:
-    """List every version in the registry, the oldest first."""
+    """List the versions in the registry, the oldest first.
+
+    Example: gptloop checkpoints
+    """
     listings.print_checkpoints(Registry(_settings().directories.registry), as_json)
 
 
@@ -206,7 +225,15 @@ def data(
     validation: ValidationOption = None,
     overrides: OverridesOption = "",
 ) -> None:
-    """Prepare a data set for a preset: train its tokenizer where it has none, tokenise, count, and show a sample."""
+    """Prepare a data set and show a sample of it.
+
+    Trains a tokenizer if there is none yet, writes the tokens and counts them.
+
+    \b
+    Examples:
+      gptloop prepare
+      gptloop prepare --preset small --dataset stories.txt
+    """
     from trainer_service.training import tokens
 
     config = find_preset(preset).override(parse_overrides(overrides))
@@ -232,15 +259,15 @@ def import_(
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
 ) -> None:
-    """Make a version of a GPT-2 in Hugging Face's layout: config.json, model.safetensors, vocab.json, merges.txt.
+    """Make a version of a GPT-2 folder in Hugging Face's layout.
 
-    Its held-out loss is measured on a data set, as that of every version, so that versions compare.
+    The folder holds config.json, model.safetensors, vocab.json and merges.txt. The held-out loss is measured on a data
+    set, as for every version, so that versions can be compared.
 
+    \b
     Examples:
-
-    import gpt2
-
-    import my-gpt2 --dataset stories.txt --validation held-out.txt
+      gptloop import gpt2
+      gptloop import my-gpt2 --dataset stories.txt --validation held-out.txt
     """
     settings = _settings()
     spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))
@@ -261,19 +288,19 @@ def import_(
     print(f"training    {version.training_loss:.4f} nats per token, on one batch")
     print(f"held out    {version.validation_loss:.4f} nats per token, {version.bits_per_byte:.4f} bits per byte")
     print("labels      " + (", ".join(labels_of(version.version, labels)) or "none"))
-    print(f'Continue it with `make train RESUME={version.version} SET="max_steps=500"`.')
+    print(f'Continue it with `gptloop train --resume {version.version} --set "max_steps=500"`.')
 
 
 @app.command()
 def export(
-    version: Annotated[str, typer.Argument(help="A number, as `checkpoints` lists it, best or latest.")],
+    version: Annotated[str, typer.Argument(help="A number, as `gptloop checkpoints` lists it, best or latest.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
 ) -> None:
-    """Write a version as a folder in Hugging Face's layout of GPT-2, which transformers and others load.
+    """Write a version as a GPT-2 folder in Hugging Face's layout.
 
-    Example:
+    transformers and other libraries load such a folder.
 
-    export 3 my-gpt2
+    Example: gptloop export 3 my-gpt2
     """
     settings = _settings()
     accelerator.prepare(settings.directories.cache / "trainer")
@@ -313,7 +340,7 @@ def _settings() -> TrainerSettings:
 
 
 def _version(text: str) -> int:
-    """The number of a version that is named by its number or by a label; raises `NotFound` if it is not there."""
+    """Returns the number of a version that a number or a label names; raises `NotFound` if it does not exist."""
     registry = Registry(_settings().directories.registry)
     if text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER:
         return registry.version(int(text)).version
@@ -326,7 +353,7 @@ def _version(text: str) -> int:
 
 
 def _jobs(values: list[str] | None) -> tuple[str, ...]:
-    """The ids in some values, of which each may hold several."""
+    """Returns the ids in some values, each of which may hold several."""
     return tuple(job for value in values or () for job in value.split())
 
 
@@ -339,7 +366,7 @@ def _follow(queue: JobQueue, job: str, console: Console) -> None:
         follow(queue, job, console)
     except KeyboardInterrupt:
         console.print(
-            f"The job goes on. Follow it again with `make watch JOB={job}`, end it with `make cancel JOB={job}`."
+            f"The job goes on. Follow it again with `gptloop watch {job}`, end it with `gptloop cancel {job}`."
         )
         raise typer.Exit(130) from None
     if queue.get(job).state is JobState.CANCELLED:

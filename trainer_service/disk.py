@@ -24,8 +24,12 @@ def usage(directories: Directories) -> list[Usage]:
     """Every kind of files below `GPTLOOP_VAR`; nothing is counted twice, or left out."""
     registry = directories.registry
     parts = [
-        ("versions", registry / "versions", "`make prune`, GPTLOOP_KEEP_NEWEST, GPTLOOP_KEEP_BEST, GPTLOOP_KEEP_BYTES"),
-        ("states", registry / "runs", "`make prune`, GPTLOOP_KEEP_STATES, GPTLOOP_KEEP_RUNS, GPTLOOP_KEEP_BYTES"),
+        (
+            "versions",
+            registry / "versions",
+            "`gptloop prune`, GPTLOOP_KEEP_NEWEST, GPTLOOP_KEEP_BEST, GPTLOOP_KEEP_BYTES",
+        ),
+        ("states", registry / "runs", "`gptloop prune`, GPTLOOP_KEEP_STATES, GPTLOOP_KEEP_RUNS, GPTLOOP_KEEP_BYTES"),
         ("prepared text", directories.data, "goes after 30 days without use; made again when it is missing"),
         ("jobs", directories.redis, "what Redis keeps; jobs that ended go after 30 days"),
         ("logs", directories.log, "may be removed while nothing runs"),

@@ -61,7 +61,7 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
             if not patience.is_tried:
                 yield events.Notice(f"{error} The job may go on meanwhile; what it says comes when Redis answers.")
             if not patience.try_again():
-                raise Unavailable(f"{error} Follow the job again with `make watch JOB={job_id}`.") from error
+                raise Unavailable(f"{error} Follow the job again with `gptloop watch {job_id}`.") from error
             time.sleep(_WAIT_S)
             continue
         if patience.is_tried:
@@ -81,7 +81,7 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
             abandoned_since_s = time.monotonic()
         elif time.monotonic() - abandoned_since_s > _PATIENCE_S:
             raise Unavailable(
-                f"No worker is alive, so the job {job_id} waits. Start one with `make up`; "
+                f"No worker is alive, so the job {job_id} waits. Start one with `gptloop up`; "
                 "it goes on from its last state."
             )
 

@@ -39,7 +39,7 @@ def print_jobs(records: Sequence[JobRecord], as_json: bool) -> None:
         Column[JobRecord]("last progress", describe_job, wraps=True),
         Column[JobRecord]("", lambda job: job.ahead, key="jobs_ahead"),
     )
-    print_list(records, columns, as_json=as_json, empty="No job yet: put one on the queue with `make train`.")
+    print_list(records, columns, as_json=as_json, empty="No job yet: queue one with `gptloop train`.")
 
 
 def print_runs(runs: Sequence[Run], as_json: bool) -> None:
@@ -64,7 +64,7 @@ def print_runs(runs: Sequence[Run], as_json: bool) -> None:
         Column[Run]("", lambda run: run.job, key="job"),
         Column[Run]("", lambda run: run.began_at, key="began_at"),
     )
-    print_list(runs, columns, as_json=as_json, empty="No run yet: put one on the queue with `make train`.")
+    print_list(runs, columns, as_json=as_json, empty="No run yet: queue one with `gptloop train`.")
 
 
 def print_checkpoints(registry: Registry, as_json: bool) -> None:

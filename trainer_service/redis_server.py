@@ -147,7 +147,7 @@ def redis_failure(error: failures.RedisError) -> Unavailable:
             return Unavailable(f"Redis refuses a command: {said}.")
         case _:
             return Unavailable(
-                f"Redis does not answer ({said}). Start everything with `make up`, or correct REDIS_URL."
+                f"Redis does not answer ({said}). Start everything with `gptloop up`, or correct REDIS_URL."
             )
 
 

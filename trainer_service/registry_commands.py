@@ -1,4 +1,4 @@
-"""Commands on what the registry holds: whether it is whole, what is kept of it, and what takes how much room."""
+"""Commands on the content of the registry: check it, remove what is not needed, show what takes how much space."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from shared.registry import retention as retention_module
 from shared.registry.identity import registry_id
 from shared.registry.retention import Verdict, judge, read_retention
 from shared.registry.store import Checkpoint, Registry
+from shared.service import cli
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.live_bar import LiveBar
 from shared.service.settings import read_directories
@@ -23,15 +24,16 @@ from trainer_service.jobs.holds import release_ended
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
 
-app = typer.Typer()
+app = cli.new_app(None)
 
 
 @app.command()
 def verify() -> None:
-    """Check every file of every version and state against its manifest.
+    """Compare every file of every version and state with its hash.
 
-    Reads all of the registry, so it takes as long as its disk needs for that. Nothing is changed. Exit code 1 where
-    something is broken.
+    Reads the whole registry and changes nothing. The exit code is 1 if something is broken.
+
+    Example: gptloop verify
     """
     registry = Registry(read_directories(os.environ).registry)
     checkpoints = registry.checkpoints()
@@ -49,8 +51,8 @@ def verify() -> None:
     )
     print_list(broken, columns)
     print(
-        f"{len(broken)} broken, looked at {_count(checkpoints)}. What is broken is never served and never continued: "
-        "others take its place. Bring its files back from a copy, or remove its folder:"
+        f"{len(broken)} broken, looked at {_count(checkpoints)}. Broken versions and states are never served and never "
+        "continued: others take their place. Restore the files from a copy, or remove the folder:"
     )
     for _, _, place in broken:
         print(f"  {printable(place)}")
@@ -66,22 +68,21 @@ def prune(
     every: Annotated[int | None, typer.Option(help="Multiples of this number, 0: none; GPTLOOP_KEEP_EVERY.")] = None,
     runs: Annotated[int | None, typer.Option(help="Runs that wrote a state last; GPTLOOP_KEEP_RUNS.")] = None,
 ) -> None:
-    """Remove the versions and states that nothing keeps. Training does the same after each version.
+    """Remove the versions and states that no rule keeps.
 
-    What a label names or a job waits for stays, with the state that continues it, and so do the last states of an
-    unfinished run that wrote one within a week. A version that serves keeps serving, as it is in memory. What an option
-    leaves out comes from its variable.
+    Training does the same after each version. A version stays if a label names it or a job needs it, together with the
+    state that continues it. The last states of an unfinished run stay if one of them was written within a week. A
+    serving version goes on serving from memory. An option that you leave out takes the value of its variable.
 
+    \b
     Examples:
-
-    prune --dry-run
-
-    prune --newest 3 --best 1
+      gptloop prune --dry-run
+      gptloop prune --newest 3 --best 1
     """
     directories = read_directories(os.environ)
     registry = Registry(directories.registry)
     if registry.holds.ages_s():
-        with suppress(Unavailable):  # then what is held stays
+        with suppress(Unavailable):  # then held versions stay
             queue = JobQueue(connect(redis_url(os.environ, directories)), registry_id(directories.registry))
             release_ended(queue, registry)
     given = {"states": states, "best": best, "newest": newest, "every": every, "runs": runs}
@@ -112,7 +113,12 @@ def prune(
 
 @app.command()
 def disk(as_json: JsonOption = False) -> None:
-    """Show how much each kind of files below GPTLOOP_VAR takes, and what makes it less."""
+    """Show how much disk space each kind of file takes.
+
+    The list covers the folder that GPTLOOP_VAR names, and says how to free space.
+
+    Example: gptloop disk
+    """
     found = usage(read_directories(os.environ))
     columns = (
         Column[Usage]("what", lambda each: each.kind),
@@ -132,7 +138,7 @@ def disk(as_json: JsonOption = False) -> None:
 
 
 def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Checkpoint, str]]:
-    """What is broken, and why; shows how far it is."""
+    """Returns what is broken and why; shows its progress."""
     broken = []
     sizes = [registry.size_bytes(checkpoint) for checkpoint in checkpoints]
     total, done = sum(sizes), 0

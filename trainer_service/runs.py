@@ -47,7 +47,7 @@ def chosen(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
     known = {run.name: run for run in runs}
     for name in names:
         if name not in known:
-            raise NotFound(f"There is no run named {shown(name)}; `make runs` lists those that exist.")
+            raise NotFound(f"There is no run named {shown(name)}; `gptloop runs` lists those that exist.")
     return [known[name] for name in names] or list(runs)
 
 

@@ -27,7 +27,7 @@ class Server:
 
     def check(self, name: str, status: int) -> Health:
         self._health.set("", status)
-        ports = Ports(inference=self.port, trainer=self.port)
+        ports = Ports(inference=self.port, inference_metrics=1, trainer=self.port, trainer_metrics=2)
         return health_checks({}, self.directories, ports)[name]()
 
 
@@ -54,7 +54,7 @@ def test_an_inference_server_that_serves_none_of_its_versions_says_where_to_look
     answer = server.check("inference", NOT_SERVING)
     assert answer.is_healthy
     assert "no version serves" in answer.text
-    assert "inference_service versions" in answer.text
+    assert "gptloop versions" in answer.text
 
 
 def test_the_trainer_is_healthy_only_if_it_serves(server: Server) -> None:

@@ -128,7 +128,7 @@ def test_up_again_starts_nothing(fixture: Fixture) -> None:
     before = _pids(fixture.stack)
     reports: list[str] = []
     fixture.stack.up(reports.append)
-    assert reports == ["Everything is up already. Settings apply from the next `make down` and `make up` on."]
+    assert reports == ["Everything is up already. New settings apply after `gptloop down` and `gptloop up`."]
     assert _pids(fixture.stack) == before
 
 

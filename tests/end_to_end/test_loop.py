@@ -228,4 +228,4 @@ def test_without_a_worker_a_job_waits_and_the_command_says_so(system: System) ->
     """Last, as it stops everything."""
     system.stack.down()
     ended = system.command("trainer_service", "train")
-    assert ended.returncode == 1 and "make up" in ended.stderr and "Traceback" not in ended.stderr
+    assert ended.returncode == 1 and "gptloop up" in ended.stderr and "Traceback" not in ended.stderr

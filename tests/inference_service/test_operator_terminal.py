@@ -374,10 +374,10 @@ def test_an_empty_registry_has_no_versions(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_teaches_itself(name: str) -> None:
-    done = CliRunner().invoke(app, [name, "--help"], prog_name="python -m inference_service", env={"COLUMNS": "80"})
+    done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"})
     assert done.exit_code == 0
     text = " ".join(done.output.replace("│", " ").split())
-    assert f"Example: python -m inference_service {name}" in text
+    assert f"Example: gptloop {name}" in text or f"Examples: gptloop {name}" in text
     assert "GPTLOOP_INFERENCE_HOST" in text
     words = {
         "versions": "available",

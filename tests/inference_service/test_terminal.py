@@ -74,8 +74,8 @@ def test_samples_are_printed_one_after_another(shown: Shown) -> None:
         "version 7 · seed 41 · 1 tokens · first token 0 ms · LENGTH",
         "--- 2 of 2",
         "version 7 · seed 42 · 1 tokens · first token 0 ms · EOS",
-        "Sample 1 again: VERSION=7 SEED=41",
-        "Sample 2 again: VERSION=7 SEED=42",
+        "Sample 1 again: gptloop generate --prompt Once --version 7 --seed 41",
+        "Sample 2 again: gptloop generate --prompt Once --version 7 --seed 42",
     ]
 
 

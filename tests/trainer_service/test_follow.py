@@ -66,7 +66,7 @@ def test_a_job_without_any_worker_is_not_followed_for_ever(
 ) -> None:
     monkeypatch.setattr(follow_module, "_PATIENCE_S", 0.1)
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.05)
-    with pytest.raises(Unavailable, match="make up"):
+    with pytest.raises(Unavailable, match="gptloop up"):
         follow(queue, job, Console(file=io.StringIO()))
 
 
@@ -99,7 +99,7 @@ def test_a_redis_that_stays_away_is_not_waited_for_for_ever(
     monkeypatch.setattr(follow_module, "_OUTAGE_S", 0.1)
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.05)
     gone = JobQueue(connect("unix:///none.sock"), queue.registry)
-    with pytest.raises(Unavailable, match=f"make watch JOB={job}"):
+    with pytest.raises(Unavailable, match=f"gptloop watch {job}"):
         follow(gone, job, Console(file=io.StringIO()))
 
 

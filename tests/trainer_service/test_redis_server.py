@@ -219,8 +219,8 @@ def test_each_failure_has_a_sentence_of_its_own(redis: Redis) -> None:
     }
     assert len(sentences) == 6
     assert all(len(sentence) <= 300 for sentence in sentences)
-    assert [sentence for sentence in sentences if "make up" in sentence] == [
-        "Redis does not answer (Error 111 connecting to host:1. Connection refused). Start everything with `make up`, "
-        "or correct REDIS_URL."
+    assert [sentence for sentence in sentences if "gptloop up" in sentence] == [
+        "Redis does not answer (Error 111 connecting to host:1. Connection refused). Start everything with "
+        "`gptloop up`, or correct REDIS_URL."
     ]
     assert "Redis refuses a command: WRONGTYPE Operation against a key holding the wrong kind of value." in sentences

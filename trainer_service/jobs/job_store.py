@@ -191,7 +191,7 @@ class JobStore:
 
 def not_found(job_id: str) -> NotFound:
     """The error of a job that does not exist."""
-    return NotFound(f"There is no job {shown(job_id)}; `make jobs` lists those that exist.")
+    return NotFound(f"There is no job {shown(job_id)}; `gptloop jobs` lists those that exist.")
 
 
 def _is_of_another_type(error: Exception) -> bool:

@@ -381,7 +381,7 @@ def test_the_commands_print_their_results(tmp_path: Path, data: DatasetSpec) -> 
         f"parameters  {version.parameters:,}",
         f"held out    {version.validation_loss:.4f} nats per token, {version.bits_per_byte:.4f} bits per byte",
         "labels      best, latest",
-        'Continue it with `make train RESUME=1 SET="max_steps=500"`.',
+        'Continue it with `gptloop train --resume 1 --set "max_steps=500"`.',
     ):
         assert line in ended.stdout.splitlines()
     exported = call("export", "1", str(tmp_path / "out"))

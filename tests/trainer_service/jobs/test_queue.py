@@ -163,5 +163,5 @@ def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQ
 
 def test_without_redis_a_sentence_says_what_to_do(tmp_path: Path) -> None:
     queue = JobQueue(connect(f"unix://{tmp_path}/none.sock"), "none")
-    with pytest.raises(Unavailable, match="make up"):
+    with pytest.raises(Unavailable, match="gptloop up"):
         list(queue.jobs())
