@@ -84,7 +84,7 @@ def serve() -> None:
     from inference_service import server
 
     prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
-    if not asyncio.run(server.serve(settings, device.backend, prefill_tokens)):
+    if not asyncio.run(server.serve(settings, device, prefill_tokens)):
         raise typer.Exit(1)
 
 

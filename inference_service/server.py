@@ -23,9 +23,9 @@ from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.hotload import HotLoader
 from inference_service.versions.residents import Residents
 from inference_service.watchdog import Watchdog
-from shared.decoding.decoder import make_decoder
-from shared.decoding.mlx_decoder import compiled_shapes
+from shared.decoding.decoder import DecoderFactory
 from shared.device import accelerator
+from shared.device.accelerator import Accelerator
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.registry.store import Registry
 from shared.service.grpc_calls import ENDING
@@ -42,9 +42,8 @@ _LAST_STEP_S = 5.0
 _STUCK = "The engine is stuck and the server restarts; ask again in a moment."
 
 
-async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
-    """Serves until SIGTERM or SIGINT; whether it ended as asked, and not because a part failed. `device` is the kind of
-    device that computes.
+async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) -> bool:
+    """Serves until SIGTERM or SIGINT; whether it ended as asked, and not because a part failed.
 
     Raises `AlreadyExists` where a port is in use. The process ends here, with code 1, where the engine is stuck.
     """
@@ -72,12 +71,14 @@ async def serve(settings: Settings, device: str, prefill_tokens: int) -> bool:
     registry = Registry(settings.directories.registry)
     protected = [CredentialInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
-    metrics = InferenceMetrics(collectors, accelerator.memory, compiled_shapes, lambda: engine.active_streams)
+    decoders = DecoderFactory(settings.slots, settings.threads, device.cache)
+    metrics = InferenceMetrics(
+        collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams
+    )
     server = GrpcServer([SERVICE, ADMIN_SERVICE], protected, metrics.called)
-    decoders = partial(make_decoder, slots=settings.slots, threads=settings.threads)
-    catalogue = Catalogue(registry, device)
+    catalogue = Catalogue(registry, device.backend)
     residents = Residents(
-        *(registry, catalogue, engine, decoders),
+        *(registry, catalogue, engine, decoders.make),
         limit=settings.resident_versions,
         max_waiting=settings.max_waiting_requests,
         metrics=metrics,

@@ -9,11 +9,8 @@ import ctypes
 import errno
 import math
 import mmap
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +79,9 @@ class CpuDecoder:
     be read in any pieces.
     """
 
-    def __init__(self, model: "GPT", slots: int, threads: int) -> None:
+    def __init__(self, model: "GPT", slots: int, threads: int, library: ctypes.CDLL) -> None:
         config = model.config
-        self._library = _library()
+        self._library = library
         # What the pointers lead to.
         self._held: list[Array] = []
         shape = (2, slots, config.heads, config.context_length, config.head_width)
@@ -214,13 +211,14 @@ class CpuDecoder:
         """Nothing has to be: what a slot holds is written anew before it is read."""
 
 
-@cache
-def _library() -> ctypes.CDLL:
+def load_library(cache: Path) -> ctypes.CDLL:
+    """Loads the library of `cpu_decoder.cpp`, after building it for this processor in the folder `cache` if needed.
+
+    Raises `FailedPrecondition` as `build_library` does.
+    """
     source = Path(__file__).with_suffix(".cpp").read_text()
     options = ["-std=c++17", "-O3", "-march=native", *(["-fopenmp"] if sys.platform == "linux" else [])]
-    # Where the accelerator keeps MLX's kernels, else a folder of nobody else.
-    folder = os.environ["TMPDIR"] if "TMPDIR" in os.environ else tempfile.mkdtemp(prefix="gptloop-")
-    library = ctypes.CDLL(str(build_library(source, "c++", options, Path(folder))))
+    library = ctypes.CDLL(str(build_library(source, "c++", options, cache)))
     model, pointer = ctypes.POINTER(_Model), ctypes.c_void_p
     library.scratch_size.argtypes = [model, ctypes.c_int]
     library.scratch_size.restype = ctypes.c_size_t

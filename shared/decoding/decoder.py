@@ -1,12 +1,15 @@
 """What decodes: a model with keys and values for a fixed number of slots, in the form that suits the device."""
 
+import ctypes
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
 
-from shared.decoding.cpu_decoder import CpuDecoder
-from shared.decoding.mlx_decoder import MlxDecoder
+from shared.decoding.cpu_decoder import CpuDecoder, load_library
+from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.sampling import PlainDraw
 from shared.decoding.spans import Span
 from shared.gpt.model import GPT
@@ -68,8 +71,31 @@ class Decoder(Protocol):
         """Forgets what every slot holds."""
 
 
-def make_decoder(model: GPT, slots: int, threads: int) -> Decoder:
-    """The decoder of an evaluated model; `threads` is in how many a CPU computes a step."""
-    if on_cpu():
-        return CpuDecoder(model, slots, threads)
-    return MlxDecoder(model, slots, spans_together=_CUDA_SPANS_TOGETHER if mx.cuda.is_available() else 1)
+class DecoderFactory:
+    """Makes a decoder with `slots` slots for each model, in the form that suits the device.
+
+    On a CPU a step runs in `threads` threads, and the library that computes it is built in the folder `cache`. On a GPU
+    models of one configuration share their compiled programs.
+    """
+
+    def __init__(self, slots: int, threads: int, cache: Path) -> None:
+        self._slots = slots
+        self._threads = threads
+        self._cache = cache
+        self._programs = ProgramCache()
+
+    def make(self, model: GPT) -> Decoder:
+        """Returns the decoder of an evaluated model. May be called from any one thread."""
+        if on_cpu():
+            return CpuDecoder(model, self._slots, self._threads, self._library)
+        spans_together = _CUDA_SPANS_TOGETHER if mx.cuda.is_available() else 1
+        return MlxDecoder(model, self._slots, self._programs, spans_together)
+
+    @property
+    def compiled_shapes(self) -> int:
+        """The number of programs that were compiled, each for arguments of one shape. Any thread may read it."""
+        return self._programs.compiled_shapes
+
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        return load_library(self._cache)

@@ -37,7 +37,7 @@ class MlxDecoder:
     last digits.
     """
 
-    def __init__(self, model: GPT, slots: int, spans_together: int = 1) -> None:
+    def __init__(self, model: GPT, slots: int, programs: "ProgramCache", spans_together: int = 1) -> None:
         assert slots >= 2
         config = model.config
         self._parameters = model.parameters()
@@ -47,9 +47,7 @@ class MlxDecoder:
         self._shape = (slots, config.heads, positions, config.head_width)
         self._layers = config.layers
         self._spans_together = spans_together
-        if config not in _PROGRAMS:
-            _PROGRAMS[config] = _Programs(config)
-        self._programs = _PROGRAMS[config]
+        self._programs = programs.get(config)
         self._caches: Caches = []
         # Where the next token of each slot comes. A slot that is not decoded is written there too.
         self._filled: list[int] = []
@@ -223,6 +221,24 @@ class _Row:
         return np.array(np.asarray(self.block)[self.index], dtype, copy=copy)
 
 
+class ProgramCache:
+    """The compiled programs of each configuration, which all decoders of models of that configuration share."""
+
+    def __init__(self) -> None:
+        self._programs: dict[GPTConfig, _Programs] = {}
+
+    def get(self, config: GPTConfig) -> "_Programs":
+        """Returns the programs of a configuration."""
+        if config not in self._programs:
+            self._programs[config] = _Programs(config)
+        return self._programs[config]
+
+    @property
+    def compiled_shapes(self) -> int:
+        """The number of programs that were compiled, each for arguments of one shape. Any thread may read it."""
+        return sum(programs.count for programs in self._programs.copy().values())
+
+
 class _Programs:
     """The compiled functions of models of one configuration, and how often one was compiled."""
 
@@ -349,12 +365,3 @@ def _passed(weights: mx.array, shares: mx.array) -> tuple[mx.array, mx.array]:
     place = mx.argmax(sums > target, axis=1, keepdims=True)
     weight, after = (mx.take_along_axis(each, place, axis=1) for each in (weights, sums))
     return place[:, 0].astype(mx.int32), mx.clip((target - after + weight) / weight, 0, 1)[:, 0]
-
-
-# Versions of one configuration share their programs.
-_PROGRAMS: dict[GPTConfig, _Programs] = {}
-
-
-def compiled_shapes() -> int:
-    """How many programs this process has compiled, each for arguments of one shape."""
-    return sum(programs.count for programs in _PROGRAMS.copy().values())

@@ -38,6 +38,8 @@ class Accelerator:
     mlx_version: str
     blas: str | None
     memory_bytes: int
+    # The folder in which libraries for this device may be built.
+    cache: Path
     # How many threads the caller should compute in; 1 if the device, or its BLAS, uses all cores itself.
     threads: int = 1
 
@@ -89,7 +91,7 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
             _log.warning(NO_BLAS)
     if backend != "cpu":
         threads = 1
-    return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes, threads)
+    return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes, cache, threads)
 
 
 def memory() -> Memory:

@@ -29,6 +29,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 Tokens = tuple[int, ...]
 
+_CACHE = ROOT / ".pytest_cache" / "benchmarks"
+
 
 class Client:
     """An engine, and the times of its tokens."""
@@ -87,7 +89,7 @@ def main(
     """Print the time to the first token of prompts that share their first half, and the gaps between tokens."""
     config = find_preset(preset).gpt
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
+    accelerator.prepare(_CACHE)
     half = config.context_length * 3 // 8
     print(f"{preset}, prompts of {2 * half} tokens that share their first {half}, one core, {rounds} of each in turn")
     print_shared(config, half, rounds)
@@ -148,7 +150,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
     import mlx.core as mx
 
     from inference_service.engine.engine import Engine
-    from shared.decoding.decoder import make_decoder
+    from shared.decoding.decoder import DecoderFactory
     from shared.gpt.model import GPT
 
     mx.random.seed(1)
@@ -159,7 +161,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
     running = Engine(8, prefill_tokens, prefix_bytes, outputs.put, lambda: None)
     running.start()
     try:
-        decoder = make_decoder(model, 8, threads=1)
+        decoder = DecoderFactory(8, 1, _CACHE).make(model)
         running.add_version(1, decoder, tokenizer_for(config.vocabulary_size), config.context_length).result()
         client = Client(running, outputs)
         client.first_token_s(texts(config)(config.context_length // 2))

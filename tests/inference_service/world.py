@@ -19,9 +19,9 @@ from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.hotload import HotLoader
 from inference_service.versions.residents import Residents
 from inference_service.versions.standing import Standing
-from shared.decoding.decoder import make_decoder
 from shared.device.accelerator import Memory
 from shared.registry.store import Registry
+from tests.decoders import make_decoder
 from tests.waiting import HANG_S, eventually
 
 
@@ -34,7 +34,7 @@ class World:
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0)
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
         self.catalogue = Catalogue(self.registry, "cpu")
-        decoders = partial(make_decoder, slots=2, threads=1)
+        decoders = partial(make_decoder, slots=2)
         self.residents = Residents(
             self.registry, self.catalogue, self.engine, decoders, limit=2, max_waiting=16, metrics=self.metrics
         )

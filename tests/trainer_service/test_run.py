@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 Told = TypeVar("Told", bound=Event)
 
-DEVICE = Accelerator("cpu", "cpu", "", blas=None, memory_bytes=0)
+DEVICE = Accelerator("cpu", "cpu", "", blas=None, memory_bytes=0, cache=Path())
 TINY = {
     "vocabulary_size": "300",
     "layers": "1",

@@ -19,7 +19,7 @@ from inference_service.engine.request import Draw, GenerationRequest  # noqa: E4
 from inference_service.engine.runner import Runner  # noqa: E402
 from inference_service.engine.scheduler import Scheduler  # noqa: E402
 from inference_service.engine.sequence import Sequence  # noqa: E402
-from shared.decoding.decoder import make_decoder  # noqa: E402
+from shared.decoding.decoder import DecoderFactory  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.decoding.spans import SPAN_TOKENS  # noqa: E402
 from shared.gpt.model import GPT  # noqa: E402
@@ -62,7 +62,8 @@ class Decoding:
         model.eval()
         mx.eval(model.parameters())
         slots = max(2, rows)
-        self._runner, self._scheduler = Runner(make_decoder(model, slots, threads=1), prefix_blocks=0), Scheduler(slots)
+        decoder = DecoderFactory(slots, 1, _ACCELERATOR.cache).make(model)
+        self._runner, self._scheduler = Runner(decoder, prefix_blocks=0), Scheduler(slots)
         sampling = SamplingParameters(temperature=0.0 if variant == "greedy" else 0.8)
         for seed in range(rows):
             prompt = tuple(np.random.default_rng(seed).integers(whole.vocabulary_size, size=position).tolist())

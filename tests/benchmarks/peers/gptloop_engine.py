@@ -16,7 +16,7 @@ _DEVICE = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 from inference_service.engine.engine import Engine  # noqa: E402
 from inference_service.engine.request import Delta, Failed, Finished, GenerationRequest, Output  # noqa: E402
 from inference_service.settings import Settings, prefill_tokens_on  # noqa: E402
-from shared.decoding.decoder import make_decoder  # noqa: E402
+from shared.decoding.decoder import DecoderFactory  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.version_format import read_model, read_tokenizer  # noqa: E402
 from tests.benchmarks.checkpoint import VERSION  # noqa: E402
@@ -34,7 +34,7 @@ class Generation:
         self._prompts = self._work.prompts()
         checkpoint, config = given.checkpoint, given.checkpoint.config
         model = read_model(checkpoint.version, config)
-        decoder = make_decoder(model, given.slots, given.threads)
+        decoder = DecoderFactory(given.slots, given.threads, _DEVICE.cache).make(model)
         tokenizer = read_tokenizer(checkpoint.version)
         # The engine's thread puts the events of a step here, and this one takes them, as the server's event loop does.
         self._outputs: SimpleQueue[list[Output]] = SimpleQueue()

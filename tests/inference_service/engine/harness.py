@@ -11,10 +11,11 @@ import pytest
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Delta, Draw, Event, Failed, Finished, GenerationRequest, Output
 from shared.decoding.cpu_decoder import CpuDecoder
-from shared.decoding.decoder import Decoder, make_decoder
+from shared.decoding.decoder import Decoder
 from shared.decoding.sampling import Logits, SamplingParameters
 from shared.decoding.spans import Span
 from shared.gpt.model import GPT
+from tests.decoders import make_decoder
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.waiting import HANG_S
 
@@ -68,7 +69,7 @@ class Harness:
         self.add_model(version, tiny_model(seed))
 
     def add_model(self, version: int, model: GPT, decoder: Decoder | None = None) -> None:
-        decoder = decoder or make_decoder(model, self.slots, threads=1)
+        decoder = decoder or make_decoder(model, self.slots)
         self.engine.add_version(version, decoder, byte_tokenizer(), model.config.context_length).result(HANG_S)
 
     def submit(self, *requests: GenerationRequest) -> None:

@@ -13,6 +13,7 @@ import pytest
 from inference_service.engine.request import Admitted, Delta, Event, Finished
 from shared.decoding.cpu_decoder import CpuDecoder
 from shared.decoding.spans import SCORED_TOKENS, Span
+from tests.decoders import cpu_decoder, cpu_library
 from tests.fakes import byte_tokenizer, loss_of, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, break_forward, request
 from tests.waiting import HANG_S
@@ -184,7 +185,7 @@ def test_a_version_warms_up_between_the_steps_of_the_others(harness: Harness, mo
     break_forward(monkeypatch, count)
     harness.submit(request("running", max_tokens=90))
     harness.wait("running", Delta)
-    harness.add_model(2, model, Warming(model, SLOTS, threads=1))
+    harness.add_model(2, model, Warming(model, SLOTS, 1, cpu_library()))
     assert isinstance(harness.wait("running").events[-1], Finished)
     assert seen == list(range(seen[0], seen[0] + 5))
     (new,) = harness.generate(request("new", version=2))
@@ -215,7 +216,7 @@ def test_an_examination_gives_the_loss_of_held_out_text_and_disturbs_nobody(
     harness.submit(request("running", max_tokens=90))
     harness.wait("running", Delta)
     loss = harness.engine.add_version(
-        *(2, CpuDecoder(model, SLOTS, threads=1), byte_tokenizer(), model.config.context_length),
+        *(2, cpu_decoder(model, SLOTS), byte_tokenizer(), model.config.context_length),
         [tuple(window) for window in windows.tolist()],
     )
     assert loss.result(HANG_S) == pytest.approx(loss_of(model, windows), abs=1e-5)
@@ -225,7 +226,7 @@ def test_an_examination_gives_the_loss_of_held_out_text_and_disturbs_nobody(
     assert [length for length in pieces if length] == 3 * whole
     assert not any(first and second for first, second in itertools.pairwise(pieces))
     idle = harness.engine.add_version(
-        *(3, CpuDecoder(model, SLOTS, threads=1), byte_tokenizer(), model.config.context_length),
+        *(3, cpu_decoder(model, SLOTS), byte_tokenizer(), model.config.context_length),
         [tuple(window) for window in windows.tolist()],
     )
     assert idle.result(HANG_S) == loss.result()
@@ -238,7 +239,7 @@ def test_a_version_that_is_known_goes_before_one_that_is_examined(harness: Harne
     ready = []
     with harness.engine._inbox._changed:
         for version, windows in ((2, [(1,) * 90] * 20), (3, [(1,) * 90] * 20), (4, [])):
-            decoder = CpuDecoder(model, SLOTS, threads=1)
+            decoder = cpu_decoder(model, SLOTS)
             added = harness.engine.add_version(version, decoder, byte_tokenizer(), 96, windows)
             added.add_done_callback(partial(lambda version, _: order.append(version), version))
             ready.append(added)
@@ -256,7 +257,7 @@ def test_a_version_that_cannot_warm_up_says_why_and_harms_nobody(harness: Harnes
             raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        harness.add_model(2, model, Broken(model, SLOTS, threads=1))
+        harness.add_model(2, model, Broken(model, SLOTS, 1, cpu_library()))
     harness.add(2, seed=3)
     (new,) = harness.generate(request("new", version=2))
     assert new.finished.generated_tokens == 20

@@ -19,6 +19,7 @@ from shared.decoding.mlx_decoder import MlxDecoder
 from shared.decoding.spans import Span
 from shared.device import accelerator
 from shared.errors import Unavailable
+from tests.decoders import cpu_decoder, cpu_library, mlx_decoder
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, Result, break_forward, request
 from tests.waiting import HANG_S
@@ -92,7 +93,7 @@ def test_a_prompt_left_half_read_leaves_nothing_behind(monkeypatch: pytest.Monke
     model = tiny_model(0)
     model.position_embedding.weight[40] = mx.nan
     mx.eval(model)
-    harness.add_model(1, model, MlxDecoder(model, 2))
+    harness.add_model(1, model, mlx_decoder(model, 2))
     read = MlxDecoder.forward
 
     def cancel(self: MlxDecoder, spans: Sequence[Span]) -> Sequence[Any]:
@@ -185,7 +186,7 @@ def test_stopping_ends_open_streams(harness: Harness) -> None:
 
 
 def test_who_gives_up_waiting_for_a_version_does_not_disturb_the_engine(harness: Harness) -> None:
-    decoder = CpuDecoder(tiny_model(1), SLOTS, threads=1)
+    decoder = cpu_decoder(tiny_model(1), SLOTS)
     loss = harness.engine.add_version(2, decoder, byte_tokenizer(), 96, [(1,) * 90] * 50)
     assert not loss.cancel()
     assert harness.generate(request("a"))[0].finished.generated_tokens == 20
@@ -205,7 +206,7 @@ def test_a_version_that_cannot_be_made_ready_leaves_no_memory_behind(
             yield
             raise RuntimeError("no memory")
 
-    decoder = Broken(tiny_model(1), SLOTS, threads=1)
+    decoder = Broken(tiny_model(1), SLOTS, 1, cpu_library())
     gone = weakref.ref(decoder)
     with pytest.raises(RuntimeError, match="no memory"):
         harness.engine.add_version(2, decoder, byte_tokenizer(), 96).result(HANG_S)

@@ -16,6 +16,7 @@ from shared.decoding.cpu_decoder import CpuDecoder
 from shared.decoding.sampling import Logits, SamplingParameters
 from shared.decoding.spans import Span
 from shared.errors import Unavailable
+from tests.decoders import cpu_decoder
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, break_forward, request, slow_steps
 from tests.waiting import HANG_S
@@ -221,7 +222,7 @@ def test_an_engine_says_that_it_failed_even_where_its_streams_cannot_be_told() -
     engine = Engine(SLOTS, 64, 0, outbox, failed.set)
     engine.start()
     model = tiny_model(0)
-    engine.add_version(1, CpuDecoder(model, SLOTS, 1), byte_tokenizer(), model.config.context_length).result(HANG_S)
+    engine.add_version(1, cpu_decoder(model, SLOTS), byte_tokenizer(), model.config.context_length).result(HANG_S)
     engine.submit(request("one"))
     assert failed.wait(HANG_S)
     with pytest.raises(Unavailable, match="engine failed"):

@@ -3,6 +3,7 @@
 Shapes: T tokens, V vocabulary.
 """
 
+import ctypes
 import platform
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,13 +16,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from shared.decoding import cpu_decoder
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding import cpu_decoder as module
+from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.spans import Span
 from shared.device.accelerator import memory
 from shared.device.native import build_library
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
+from tests.decoders import COMPILED, cpu_decoder, cpu_library
 from tests.shared.gpt.random_models import forward, full_forward, models, random_model, random_text, seeds
 
 # Relative to the largest logit.
@@ -40,9 +42,9 @@ SHAPES = {
 shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 
 
-def decode_alone(model: GPT, tokens: Sequence[int]) -> np.ndarray:
-    """The logits (T, V) after each token, read one by one with nothing beside them."""
-    decoder = CpuDecoder(model, 1, 1)
+def decode_alone(model: GPT, tokens: Sequence[int], library: ctypes.CDLL | None = None) -> np.ndarray:
+    """Returns the logits (T, V) after each token, which are read one by one."""
+    decoder = CpuDecoder(model, 1, 1, library or cpu_library())
     return np.stack([forward(decoder, [Span(0, place, (token,))])[0] for place, token in enumerate(tokens)])
 
 
@@ -51,11 +53,12 @@ def assert_agrees(model: GPT, tokens: Sequence[int], logits: np.ndarray, toleran
     np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-def assert_same_bits_in_any_company(model: GPT, threads: int) -> None:
+def assert_same_bits_in_any_company(model: GPT, threads: int, library: ctypes.CDLL | None = None) -> None:
     """1 to 40 slots in a step, each at another position, after prompts that were read in one step."""
+    library = library or cpu_library()
     text = random_text(model.config, 3, model.config.context_length)
-    expected = decode_alone(model, text)
-    decoder = CpuDecoder(model, 40, threads)
+    expected = decode_alone(model, text, library)
+    decoder = CpuDecoder(model, 40, threads, library)
     starts = [1 + slot % (len(text) - 1) for slot in range(40)]
     for start, logits in zip(
         starts,
@@ -83,7 +86,7 @@ def test_neither_rows_nor_threads_nor_slots_change_one_bit(config: GPTConfig, th
 
 
 @pytest.fixture(params=["x86-64", "haswell"])
-def other_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def narrow_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """Compiles the library for vectors of 4 or of 8 numbers."""
     if platform.machine() != "x86_64":
         pytest.skip("These are x86-64 processors.")
@@ -95,19 +98,18 @@ def other_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         assert "-march=native" in options
         return build_library(source, language, [*options, f"-march={request.param}"], cache)
 
-    monkeypatch.setattr(cpu_decoder, "build_library", build)
-    library = cpu_decoder._library.__wrapped__()
+    monkeypatch.setattr(module, "build_library", build)
+    library = load_library(COMPILED)
     assert library.block_size() == {"x86-64": 8, "haswell": 16}[request.param]
-    monkeypatch.setattr(cpu_decoder, "_library", lambda: library)
+    return library
 
 
-@pytest.mark.usefixtures("other_processor")
 @pytest.mark.parametrize("shape", ["11", "48"])
-def test_narrower_vectors_do_the_same(shape: str) -> None:
+def test_narrower_vectors_do_the_same(narrow_library: ctypes.CDLL, shape: str) -> None:
     model = random_model(SHAPES[shape], 1)
     text = random_text(model.config, 2, model.config.context_length)
-    assert_agrees(model, text, decode_alone(model, text))
-    assert_same_bits_in_any_company(model, 2)
+    assert_agrees(model, text, decode_alone(model, text, narrow_library))
+    assert_same_bits_in_any_company(model, 2, narrow_library)
 
 
 class Bits(RuleBasedStateMachine):
@@ -120,7 +122,7 @@ class Bits(RuleBasedStateMachine):
         self.length = model.config.context_length
         self.text = random_text(model.config, seed, self.length)
         self.expected = decode_alone(model, self.text)
-        self.decoder = CpuDecoder(model, self.SLOTS, threads)
+        self.decoder = cpu_decoder(model, self.SLOTS, threads)
         self.read = [0] * self.SLOTS
 
     @rule(data=st.data(), slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
@@ -165,7 +167,7 @@ def test_not_a_number_stays_in_its_row_and_goes_with_it() -> None:
     text = random_text(replace(config, vocabulary_size=spoiled), 2, 40)
     expected = decode_alone(model, text)
     model.token_embedding.weight[spoiled] = mx.nan
-    decoder = CpuDecoder(model, 1, 1)
+    decoder = cpu_decoder(model, 1, 1)
     # All rows in one step: those before do not meet it, those after do.
     tokens = (*text[:20], spoiled, *text[21:])
     logits = np.stack(forward(decoder, [Span(0, place, (token,)) for place, token in enumerate(tokens)]))
@@ -202,7 +204,7 @@ def test_far_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float
 
 def test_a_slot_takes_no_more_memory_than_it_has_tokens() -> None:
     slots = 128
-    decoder = CpuDecoder(random_model(replace(SHAPES["64"], context_length=4096), 1), slots, 1)
+    decoder = cpu_decoder(random_model(replace(SHAPES["64"], context_length=4096), 1), slots, 1)
     whole = slots * 4096 * decoder.token_bytes
     assert whole > 256 << 20
     before = memory().resident_bytes

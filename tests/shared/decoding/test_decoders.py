@@ -16,12 +16,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from shared.decoding.cpu_decoder import CpuDecoder
 from shared.decoding.decoder import Decoder
-from shared.decoding.mlx_decoder import MlxDecoder
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
+from tests.decoders import cpu_decoder, mlx_decoder
 from tests.shared.gpt.random_models import forward, full_forward, models, random_model, random_text, seeds
 
 pytestmark = pytest.mark.slow
@@ -34,10 +33,10 @@ CONFIG = GPTConfig(
 )
 
 MakeDecoder = Callable[[GPT, int], Decoder]
-MAKERS: list[MakeDecoder] = [partial(CpuDecoder, threads=1), MlxDecoder]
+MAKERS: list[MakeDecoder] = [cpu_decoder, mlx_decoder]
 both = pytest.mark.parametrize("make", MAKERS, ids=["cpu", "mlx"])
 with_together = pytest.mark.parametrize(
-    "make", [*MAKERS, partial(MlxDecoder, spans_together=3)], ids=["cpu", "mlx", "mlx-together"]
+    "make", [*MAKERS, partial(mlx_decoder, spans_together=3)], ids=["cpu", "mlx", "mlx-together"]
 )
 
 

@@ -12,21 +12,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from shared.decoding import cpu_decoder, mlx_decoder
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding import cpu_decoder as cpu_module
+from shared.decoding import mlx_decoder as mlx_module
 from shared.decoding.decoder import Decoder
-from shared.decoding.mlx_decoder import MlxDecoder
 from shared.decoding.sampling import PlainDraw, uniform
 from shared.decoding.spans import Span
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
+from tests.decoders import cpu_decoder, mlx_decoder
 from tests.shared.gpt.random_models import random_model, random_text
 
 CONFIG = GPTConfig(layers=1, width=16, heads=2, hidden_width=8, context_length=30, vocabulary_size=97, tied_head=False)
 SLOTS = 4
 
 MakeDecoder = Callable[[GPT, int], Decoder]
-both = pytest.mark.parametrize("make", [partial(CpuDecoder, threads=2), MlxDecoder], ids=["cpu", "mlx"])
+both = pytest.mark.parametrize("make", [partial(cpu_decoder, threads=2), mlx_decoder], ids=["cpu", "mlx"])
 
 
 def decoder_of(make: MakeDecoder, logits: list[float]) -> Decoder:
@@ -107,7 +107,7 @@ def test_the_least_temperature_takes_a_likeliest_token(make: MakeDecoder, temper
 def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
     make: MakeDecoder, number: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (cpu_decoder, mlx_decoder):
+    for module in (cpu_module, mlx_module):
         monkeypatch.setattr(module, "uniform", lambda seed, position: number)
     # Only tokens 5 to 2493 and 2500 are possible, the last masked.
     logits = np.full(3000, -1000.0)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.decoding.mlx_decoder import MlxDecoder, compiled_shapes
+from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.sampling import PlainDraw
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig
@@ -34,16 +34,15 @@ def warm_up(decoder: MlxDecoder) -> None:
         pass
 
 
-# Each has a shape of its own, which nothing else has compiled.
 @pytest.mark.parametrize(("together", "width"), [(1, 30), (3, 33)])
 @pytest.mark.parametrize("context_length", [1, 2, 15, 16, 17, 64, 70, 131])
 def test_the_warm_up_compiles_whatever_spans_come(context_length: int, together: int, width: int) -> None:
     config = replace(CONFIG, width=width, context_length=context_length)
-    decoder = MlxDecoder(random_model(config, 1), SLOTS, together)
-    before = compiled_shapes()
+    programs = ProgramCache()
+    decoder = MlxDecoder(random_model(config, 1), SLOTS, programs, together)
     warm_up(decoder)
-    count = compiled_shapes()
-    assert count > before
+    count = programs.compiled_shapes
+    assert count > 0
     for length in range(1, min(context_length, SPAN_TOKENS) + 1):
         for start in range(0, context_length - length + 1, SPAN_TOKENS):
             spans = [Span((length + number) % SLOTS, start, (1,) * length) for number in range(1 + length % SLOTS)]
@@ -58,17 +57,18 @@ def test_the_warm_up_compiles_whatever_spans_come(context_length: int, together:
     decoder.clear(0)
     decoder.reset()
     forward(decoder, [Span(0, 0, (3,))])
-    assert compiled_shapes() == count
+    assert programs.compiled_shapes == count
 
 
 def test_another_version_of_the_same_shape_compiles_nothing_and_has_its_own_weights() -> None:
     config = replace(CONFIG, width=42, context_length=70)
     tokens = random_text(config, 1, 70)
     first, second = random_model(config, 1), random_model(config, 2)
-    decoder = MlxDecoder(first, SLOTS)
+    programs = ProgramCache()
+    decoder = MlxDecoder(first, SLOTS, programs)
     warm_up(decoder)
-    count = compiled_shapes()
-    other = MlxDecoder(second, SLOTS)
+    count = programs.compiled_shapes
+    other = MlxDecoder(second, SLOTS, programs)
     warm_up(other)
     # In turns, as versions do while one takes over from the other.
     for _ in range(2):
@@ -76,17 +76,17 @@ def test_another_version_of_the_same_shape_compiles_nothing_and_has_its_own_weig
             expected = full_forward(model, tokens)
             np.testing.assert_allclose(prefill(mine, 0, tokens[:65]), expected[64], rtol=0, atol=1e-5)
             np.testing.assert_allclose(forward(mine, [Span(0, 65, tokens[65:66])])[0], expected[65], rtol=0, atol=1e-5)
-    assert compiled_shapes() == count
+    assert programs.compiled_shapes == count
 
 
 def test_another_number_of_slots_is_another_shape() -> None:
     config = replace(CONFIG, width=48, context_length=20)
-    model = random_model(config, 1)
-    first, second = MlxDecoder(model, 2), MlxDecoder(model, 3)
+    model, programs = random_model(config, 1), ProgramCache()
+    first, second = MlxDecoder(model, 2, programs), MlxDecoder(model, 3, programs)
     warm_up(first)
-    count = compiled_shapes()
+    count = programs.compiled_shapes
     warm_up(second)
-    assert compiled_shapes() > count
+    assert programs.compiled_shapes > count
 
 
 # A CPU's products give a row other last digits in another place, so nothing is read together there.
@@ -105,7 +105,7 @@ def test_neighbours_change_not_one_bit(
 ) -> None:
     """A prompt and ten tokens after it, alone and beside slots that are read, decoded, copied and cleared."""
     model = random_model(config, 1)
-    alone, among = MlxDecoder(model, SLOTS, together), MlxDecoder(model, SLOTS, together)
+    alone, among = (MlxDecoder(model, SLOTS, ProgramCache(), together) for _ in range(2))
     tokens = random_text(config, length, length + 10)
     others = [other for other in range(SLOTS) if other != slot]
     filled = dict.fromkeys(others, 0)
@@ -136,7 +136,7 @@ def test_neighbours_change_not_one_bit(
 
 @pytest.mark.parametrize(("config", "together"), [TOGETHER])
 def test_in_how_many_steps_a_prompt_is_read_changes_not_one_bit(config: GPTConfig, together: int) -> None:
-    decoder = MlxDecoder(random_model(config, 1), SLOTS, together)
+    decoder = MlxDecoder(random_model(config, 1), SLOTS, ProgramCache(), together)
     tokens = random_text(config, 1, 140)
     spans = [Span(0, start, tokens[start : start + SPAN_TOKENS]) for start in range(0, 140, SPAN_TOKENS)]
     at_once = forward(decoder, spans)
@@ -147,7 +147,7 @@ def test_in_how_many_steps_a_prompt_is_read_changes_not_one_bit(config: GPTConfi
 
 
 def test_what_is_written_where_it_was_read_changes_not_one_bit() -> None:
-    decoder = MlxDecoder(random_model(CONFIG, 1), SLOTS)
+    decoder = MlxDecoder(random_model(CONFIG, 1), SLOTS, ProgramCache())
     tokens = random_text(CONFIG, 1, 90)
     prefill(decoder, 2, tokens[:70])
     pieces = [(0, decoder.read(2, 0, 64)), (64, decoder.read(2, 64, 70))]
@@ -163,7 +163,7 @@ def test_what_is_written_where_it_was_read_changes_not_one_bit() -> None:
 def test_a_step_of_many_spans_copies_no_cache(together: int) -> None:
     config = replace(CONFIG, width=54, context_length=128)
     slots = 256
-    decoder = MlxDecoder(random_model(config, 1), slots, together)
+    decoder = MlxDecoder(random_model(config, 1), slots, ProgramCache(), together)
     warm_up(decoder)
     one_layers_keys = slots * config.context_length * decoder.token_bytes // config.layers // 2
     reading = [Span(slot, 0, random_text(config, slot, 64)) for slot in range(8)]

@@ -135,7 +135,7 @@ def test_memory_counts_arrays() -> None:
 
 
 def test_the_report_names_a_missing_blas() -> None:
-    text = report(Accelerator("A processor", "cpu", "1.0", None, 2**34))
+    text = report(Accelerator("A processor", "cpu", "1.0", None, 2**34, Path()))
     assert "A processor" in text
     assert "16.0 GiB" in text
     assert "libopenblas0-pthread" in text

@@ -48,7 +48,7 @@ SHAPE = GPTConfig(
 )
 
 
-HERE = Accelerator("here", "cpu", "0", None, 0)
+HERE = Accelerator("here", "cpu", "0", None, 0, Path())
 
 
 def write_folder(directory: Path, config: GPTConfig = SHAPE, scale: float = 0.1) -> Path:

@@ -1,0 +1,30 @@
+"""Decoders for tests; what a CPU's needs is compiled once and kept between runs."""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from shared.decoding.cpu_decoder import CpuDecoder, load_library
+from shared.decoding.decoder import Decoder, DecoderFactory
+from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
+from shared.gpt.model import GPT
+
+COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "accelerator"
+
+
+@cache
+def cpu_library() -> ctypes.CDLL:
+    return load_library(COMPILED)
+
+
+def cpu_decoder(model: GPT, slots: int, threads: int = 1) -> CpuDecoder:
+    return CpuDecoder(model, slots, threads, cpu_library())
+
+
+def mlx_decoder(model: GPT, slots: int, spans_together: int = 1) -> MlxDecoder:
+    return MlxDecoder(model, slots, ProgramCache(), spans_together)
+
+
+def make_decoder(model: GPT, slots: int) -> Decoder:
+    """The one that suits the device, on one thread."""
+    return DecoderFactory(slots, 1, COMPILED).make(model)
