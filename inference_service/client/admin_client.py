@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import grpc
 
-from inference_service.client.channel import NO_PROXY, sendable
+from inference_service.client.channel import NO_PROXY, START_ADVICE, sendable
 from inference_service.settings import check_credential
 from shared.errors import DeadlineExceeded
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -87,7 +87,7 @@ class AdminClient:
         try:
             return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:
-            error = error_of(failure, self._address)
+            error = error_of(failure, self._address, START_ADVICE)
             if isinstance(error, DeadlineExceeded):
                 error = DeadlineExceeded(f"The server at {self._address} did not answer within {timeout_s:g} s.")
             raise error from None

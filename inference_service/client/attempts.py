@@ -6,6 +6,7 @@ import time
 
 import grpc
 
+from inference_service.client.channel import START_ADVICE
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted, Unavailable
 from shared.service.grpc_status import error_of
 
@@ -41,7 +42,7 @@ class Attempts:
 
     def pause_s(self, failure: grpc.RpcError, received: bool = False) -> float:
         """How long to wait before the next attempt; raises what the failure means where none may follow."""
-        error = error_of(failure, self._address)
+        error = error_of(failure, self._address, START_ADVICE)
         if isinstance(error, DeadlineExceeded):
             error = self.overdue()
         pause_s = self._choose_pause_s(error)

@@ -7,6 +7,8 @@ from shared.errors import InvalidArgument, shown
 
 # A proxy for the web has no way to a server on this machine.
 NO_PROXY = ("grpc.enable_http_proxy", 0)
+# What an error adds if no server answers.
+START_ADVICE = "start it with make up"
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ IGNORED_NAMES = frozenset({".DS_Store"})
 # What file systems without the call for a full flush, or without a flush of folders, answer.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
 
-_NO_SPACE = "free space on its disk, for example with `python -m trainer_service prune`"
+_NO_SPACE = "free space on its disk, for example by removing old versions"
 _NO_ACCESS = "make it writable for this user, or name another folder in GPTLOOP_VAR"
 _IN_THE_WAY = "take away what stands where the registry needs a folder"
 _ONE_DISK = (

@@ -42,13 +42,16 @@ def details_of(error: errors.GptloopError) -> Sequence[tuple[str, bytes]]:
     return ((_DETAILS_KEY, status.SerializeToString()),)
 
 
-def error_of(call: grpc.RpcError, address: str) -> errors.GptloopError:
-    """Returns the error that the server raised, from a failed call."""
+def error_of(call: grpc.RpcError, address: str, advice: str = "") -> errors.GptloopError:
+    """Returns the error that the server raised, from a failed call.
+
+    `advice` completes the sentence that no server answers.
+    """
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceExhausted(details, _retry_after_s(call))
     if code is grpc.StatusCode.UNAVAILABLE and _has_no_server(details):
-        return errors.Unavailable(f"No server answers at {address}: start it with make up.")
+        return errors.Unavailable(f"No server answers at {address}{advice and f': {advice}'}.")
     for kind, kind_code in _CODES.items():
         if kind_code is code:
             return kind(details)

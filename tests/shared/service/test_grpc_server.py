@@ -38,6 +38,9 @@ def test_every_error_has_a_code_that_maps_back() -> None:
         call = FakeError(code_of(kind("x")), "a sentence")
         assert type(error_of(call, "host:1")) is kind
         assert str(error_of(call, "host:1")) == "a sentence"
+    unreachable = FakeError(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses")
+    assert str(error_of(unreachable, "host:1")) == "No server answers at host:1."
+    assert str(error_of(unreachable, "host:1", "start it")) == "No server answers at host:1: start it."
     assert code_of(errors.DataError("x")) is grpc.StatusCode.INVALID_ARGUMENT
     assert code_of(errors.GptloopError("x")) is grpc.StatusCode.INTERNAL
 
