@@ -13,7 +13,7 @@ from google.protobuf import json_format
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2
 from tests.end_to_end.conftest import TINY, System
-from tests.pages import BLOCKS, TEXT
+from tests.pages import BLOCKS, TEXT, rows
 from tests.waiting import wait_until
 from tests.workplace import Workplace
 from trainer_service.training.stories import train_stories
@@ -38,7 +38,8 @@ make() {{
 def workplace(system: System, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     workplace = Workplace(tmp_path_factory.mktemp("a folder"), system.environment)
     stories = list(islice(train_stories(), 300))
-    (workplace.folder / "one.txt").write_text("<|endoftext|>".join(stories[:200]))
+    for name in ("one.txt", "stories.txt"):
+        (workplace.folder / name).write_text("<|endoftext|>".join(stories[:200]))
     (workplace.folder / "two.jsonl").write_text("\n".join(json.dumps({"text": story}) for story in stories[200:250]))
     (workplace.folder / "held-out.txt").write_text("<|endoftext|>".join(stories[250:]))
     return workplace
@@ -61,9 +62,9 @@ def shell(workplace: Workplace, script: str, prelude: str = SHELL) -> str:
     return ended.stdout
 
 
-def queued(workplace: Workplace, line: str) -> str:
-    """What is said of a job that a line puts on the queue as printed, and which is cancelled then."""
-    said = shell(workplace, f"{line} FOLLOW=0", prelude="")
+def queued(workplace: Workplace, line: str, prelude: str = "") -> str:
+    """Queues a job by a line that does not follow it, cancels the job, and returns what the line printed."""
+    said = shell(workplace, line, prelude)
     (job,) = re.findall(r"^job ([0-9a-f]+) queued", said, re.MULTILINE)
     assert "is cancel" in shell(workplace, f"make cancel JOB={job}", prelude="")
     return said
@@ -117,7 +118,16 @@ def test_messages_of_grpcurl_are_those_of_the_contracts() -> None:
     ],
 )
 def test_lines_of_the_text_put_jobs_on_the_queue(workplace: Workplace, line: str, said: str) -> None:
-    assert said in queued(workplace, printed(line).replace("RESUME=7", "RESUME=2"))
+    assert said in queued(workplace, printed(line).replace("RESUME=7", "RESUME=2") + " FOLLOW=0")
+
+
+@pytest.mark.parametrize("line", [line for line, _ in rows("Everyday commands")])
+def test_everyday_commands_run(workplace: Workplace, line: str) -> None:
+    on_path = "set -e; PATH=$PWD/.venv/bin:$PATH\n"
+    if " train " in line:
+        assert "steps " in queued(workplace, f"{line} --no-follow", on_path)
+    else:
+        shell(workplace, f"{line} < /dev/null", on_path)
 
 
 def test_commands_that_look_at_what_is_there_answer(workplace: Workplace) -> None:
