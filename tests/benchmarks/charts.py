@@ -1,11 +1,11 @@
-"""Charts of what was measured at several rates, as PNG."""
+"""Draws charts of the measurements at several rates, as PNG files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 
-# Draws into files, also where there is no display.
+# Draws into files and needs no display.
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ LINES = {"p50_s": "-", "p95_s": "--", "p99_s": ":"}
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Writes all charts into a folder; returns their files."""
+    """Writes all charts into a folder; returns the files."""
     summaries: dict[str, list[Summary]] = {}
     for summary, _ in sorted(runs, key=lambda run: run[0].offered_per_s):
         summaries.setdefault(summary.implementation, []).append(summary)
@@ -39,7 +39,7 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def _latency(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
-    """Each latency against the offered rate, a colour for each implementation."""
+    """Draws each latency against the offered rate, with a colour for each implementation."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for axis, (field, title) in zip(axes, LATENCIES.items(), strict=True):
         for number, (name, each) in enumerate(summaries.items()):
@@ -60,16 +60,16 @@ def _latency(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
 
 
 def _throughput(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
-    """Requests and tokens a second against the offered rate."""
+    """Draws requests and tokens a second against the offered rate."""
     figure, (requests, tokens) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     offered = sorted({summary.offered_per_s for each in summaries.values() for summary in each})
-    requests.plot(offered, offered, ":", color="grey", label="as offered")
+    requests.plot(offered, offered, ":", color="grey", label="offered")
     for number, (name, each) in enumerate(summaries.items()):
         rates = [summary.offered_per_s for summary in each]
         color = f"C{number}"
         requests.plot(rates, [summary.achieved_per_s for summary in each], color=color, marker="o", label=name)
         tokens.plot(rates, [summary.tokens_per_s for summary in each], color=color, marker="o", label=name)
-    requests.set(title="requests that ended", xlabel="offered requests/s", ylabel="requests/s", ylim=(0, None))
+    requests.set(title="completed requests", xlabel="offered requests/s", ylabel="requests/s", ylim=(0, None))
     tokens.set(title="output tokens", xlabel="offered requests/s", ylabel="tokens/s", ylim=(0, None))
     for axis in (requests, tokens):
         axis.grid(alpha=0.3)
@@ -78,7 +78,7 @@ def _throughput(summaries: Mapping[str, Sequence[Summary]]) -> Figure:
 
 
 def _inter_token(runs: Sequence[Run]) -> Figure:
-    """At each rate, the share of tokens that came within a time of the one before."""
+    """Draws, for each rate, the share of tokens that arrived within a time after the previous token."""
     rates = sorted({summary.offered_per_s for summary, _ in runs})
     size = (1.5 + 4 * len(rates), 4.5)
     figure, axes = plt.subplots(

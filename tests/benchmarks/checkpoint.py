@@ -1,4 +1,4 @@
-"""One model with random weights in every layout that is measured: as a version, for transformers, for CTranslate2."""
+"""Writes one model with random weights in every layout: as a version, for transformers, and for CTranslate2."""
 
 import json
 import os
@@ -25,18 +25,18 @@ GPT2_TOKENS = 50257
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that holds one model in every layout."""
+    """A folder with one model in every layout."""
 
     folder: Path
 
     @property
     def directories(self) -> Directories:
-        """What a server takes as GPTLOOP_VAR; its registry holds the model as version 1."""
+        """The folder for GPTLOOP_VAR of a server; its registry holds the model as version 1."""
         return Directories(self.folder / "var")
 
     @property
     def version(self) -> Path:
-        """The folder of that version."""
+        """The folder of the version."""
         return Registry(self.directories.registry).version_directory(VERSION)
 
     @property
@@ -56,15 +56,15 @@ class Checkpoint:
 
     @classmethod
     def make(cls, folder: Path, preset: str, *, for_ctranslate2: bool = False) -> "Checkpoint":
-        """Writes the model of a preset's shape, its head tied as mlx-lm's GPT-2 always is, into an empty folder.
+        """Writes a model with the shape of a preset into an empty folder. Its head is tied, as in mlx-lm's GPT-2.
 
-        Other processes do it, so that neither MLX nor PyTorch stays in the memory of this one. Raises
-        `InvalidArgument` on an unknown preset.
+        Other processes write it, so that neither MLX nor PyTorch stays in the memory of this one. Raises
+        `InvalidArgument` for an unknown preset.
         """
         find_preset(preset)
         checkpoint = cls(folder)
         checkpoint.directories.var.mkdir(parents=True)
-        # Compiled kernels outlive the run, as those of the other benchmarks do.
+        # Compiled kernels outlive the run, as in the other benchmarks.
         kernels = ROOT / ".pytest_cache" / "benchmarks"
         kernels.mkdir(parents=True, exist_ok=True)
         checkpoint.directories.cache.symlink_to(kernels)
@@ -76,15 +76,15 @@ class Checkpoint:
 
 
 def tokenizer_for(vocabulary_size: int) -> Tokenizer:
-    """GPT-2's tokenizer where the size is its own, else single bytes and pairs of bytes, letters first.
+    """Returns GPT-2's tokenizer if the size is its own, or else one of single bytes and pairs of bytes, letters first.
 
-    Raises `InvalidArgument` where there are not as many pairs, or fewer tokens than bytes.
+    Raises `InvalidArgument` if the size is less than the number of bytes or more than the number of pairs allows.
     """
     if vocabulary_size == GPT2_TOKENS:
         return load_gpt2()
     pairs = vocabulary_size - 257
     if not 0 <= pairs <= 256 * 256:
-        raise InvalidArgument(f"vocabulary_size is {vocabulary_size}, but must be from 257 to {257 + 256 * 256} here.")
+        raise InvalidArgument(f"vocabulary_size is {vocabulary_size}, but must be from 257 to {257 + 256 * 256}.")
     letters = sorted(range(256), key=lambda value: not chr(value).isalpha() or value >= 128)
     return Tokenizer(
         "pairs",
@@ -94,7 +94,7 @@ def tokenizer_for(vocabulary_size: int) -> Tokenizer:
 
 
 def _run(module: str, *arguments: str) -> None:
-    # Everything is local; nothing is to be looked for elsewhere.
+    # All files are local, so nothing may ask the hub.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", module, *arguments]
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -116,7 +116,7 @@ def main() -> None:
     tokenizer = tokenizer_for(config.vocabulary_size)
     mx.random.seed(1)
     model = GPT(config)
-    # So little that a server has examined it at once.
+    # One short window, so that a server examines it quickly.
     windows = np.arange(17, dtype=np.uint16)[None]
     claimed_loss = loss_of(model, windows)
 

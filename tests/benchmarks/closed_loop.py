@@ -1,4 +1,4 @@
-"""Rows that begin together, and again when all of them have ended."""
+"""A closed loop: all rows start together, and start again when all of them have ended."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """A step is `rows` prompts of `prompt_tokens`, each of which gets exactly `output_tokens`."""
+    """A step reads `rows` prompts of `prompt_tokens` and generates exactly `output_tokens` for each."""
 
     rows: int
     prompt_tokens: int
@@ -22,7 +22,7 @@ class ClosedLoop:
         return self.rows * self.output_tokens
 
     def prompts(self) -> Iterator[list[list[int]]]:
-        """The prompts of each step: random tokens, others in each, so that nothing can be kept from the step before."""
+        """Yields the prompts of each step: random tokens, different in each step, so that no cache can help."""
         for step in count():
             tokens = np.random.default_rng(step).integers(
                 self.vocabulary_size - 1, size=(self.rows, self.prompt_tokens)
@@ -30,5 +30,5 @@ class ClosedLoop:
             yield tokens.tolist()
 
     def check(self, tokens: Sequence[int]) -> None:
-        """Raises where the rows did not get their tokens."""
+        """Fails if a row did not get its number of tokens."""
         assert list(tokens) == [self.output_tokens] * self.rows, f"{self} gave {tokens} tokens."

@@ -1,4 +1,4 @@
-"""What a changed schedule costs the model that it continues: held-out loss before and after, for several peaks.
+"""Measures the held-out loss before and after a run continues on a changed schedule, for several peak rates.
 
 python -m tests.benchmarks.continuation --help
 """
@@ -25,10 +25,11 @@ def measure(
     dataset: Annotated[str, typer.Option(help="As in `make train`.")] = "builtin",
     longer: Annotated[float, typer.Option(help="The new end, as a multiple of the preset's.")] = 2.0,
     interval: Annotated[int, typer.Option(help="Steps between evaluations.")] = 40,
-    peak: Annotated[list[float] | None, typer.Option(help="Peaks beside the default's. Repeatable.")] = None,
+    peak: Annotated[
+        list[float] | None, typer.Option(help="Peaks beside the default's, as shares of the first one. Repeatable.")
+    ] = None,
 ) -> None:
-    """Train a preset to its end, then continue it to a later one: by default, and with peaks that are set as shares of
-    the highest rate before."""
+    """Train a preset to its end, then continue it to a later end, with the default peak rate and with others."""
     device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.tokens import prepare

@@ -1,4 +1,4 @@
-"""Decode steps side by side with PyTorch and plain MLX: python -m tests.benchmarks.decode --help"""
+"""Compares decode steps with PyTorch and plain MLX: python -m tests.benchmarks.decode --help"""
 
 import os
 from typing import Annotated
@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     preset: Annotated[str, typer.Option()] = "tinystories-53m",
     rows: Annotated[list[int], typer.Option(help="Repeatable.")] = [1, 8, 32],  # noqa: B006
-    peer: Annotated[list[str], typer.Option(help="Repeatable; the first is the measure of the others.")] = [  # noqa: B006
+    peer: Annotated[list[str], typer.Option(help="Repeatable; ratios are relative to the first.")] = [  # noqa: B006
         "pytorch",
         "mlx-lm",
         "gptloop",
@@ -28,11 +28,11 @@ def main(
     steps: int = 10,
 ) -> None:
     """Print a table of a step's time, tokens per second, the ratio to the first peer and the share of the floor,
-    from half a context on.
+    starting at half a context.
 
     gptloop draws at temperature 0.8, the others take the likeliest token; `gptloop forward` draws nothing.
     """
-    # gptloop decodes on one core, as its server does.
+    # gptloop decodes on one core, like its server.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     config = find_preset(preset)
     machine = Machine.measured()

@@ -1,4 +1,4 @@
-"""Closed-loop decoding through the engine and over gRPC, side by side: python -m tests.benchmarks.engine --help"""
+"""Compares closed-loop generation in the engine and over gRPC: python -m tests.benchmarks.engine --help"""
 
 import signal
 import sys
@@ -34,7 +34,7 @@ def main(
         "tinystories-53m"
     ),
     rows: Annotated[list[int], typer.Option(min=1, help="Requests that decode together. Repeatable.")] = [1, 8, 32],  # noqa: B006
-    peer: Annotated[list[str], typer.Option(help="Repeatable; the first is the measure of the others.")] = [  # noqa: B006
+    peer: Annotated[list[str], typer.Option(help="Repeatable; ratios are relative to the first.")] = [  # noqa: B006
         "mlx-lm-batch",
         "ctranslate2",
         "gptloop-engine greedy",
@@ -43,20 +43,19 @@ def main(
     ],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 16,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 64,
-    slots: Annotated[int, typer.Option(min=2, help="Slots of the engine; more where there are more rows.")] = 2,
-    threads: Annotated[int, typer.Option(min=1, help="Threads in which each implementation computes.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted, after one that is not.")] = 7,
+    slots: Annotated[int, typer.Option(min=2, help="Slots of the engine, at least as many as rows.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads of each implementation.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, after one that does not count.")] = 7,
     duration: Annotated[float, typer.Option(min=0, help="Least seconds of each implementation in each round.")] = 3,
 ) -> None:
-    """Print tokens per second where so many requests begin together, and again when all of them have ended.
+    """Print tokens per second if all requests start together, and start again when all of them have ended.
 
-    gptloop-engine is the engine with its thread and its outbox, gptloop-grpc the real server, asked by a client in
-    another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 computes in fp32, a whole batch at once: it
-    does not stream. gptloop draws at temperature 0.8, as it does by itself; the others take the likeliest token, and so
-    does "gptloop-engine greedy". The time of a step is the whole time, prompts and all, divided by the tokens of one
-    request.
+    gptloop-engine is the engine with its thread and its outbox; gptloop-grpc is the real server, called by a client in
+    another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 computes in fp32, a whole batch at once, and
+    does not stream. gptloop draws at its default temperature, 0.8; the others and "gptloop-engine greedy" take the
+    likeliest token. The time of a step is the whole time, with prompts, divided by the tokens of one request.
 
-    In each round gptloop-grpc is measured right after gptloop-engine. What gRPC adds is told from these pairs.
+    In each round gptloop-grpc is measured right after gptloop-engine. These pairs show what gRPC adds.
 
     Example: python -m tests.benchmarks.engine --preset demo --rows 4 --peer gptloop-engine --peer gptloop-grpc
     """
@@ -64,13 +63,13 @@ def main(
     config = find_preset(preset).gpt
     if prompt_tokens + output_tokens > config.context_length:
         raise InvalidArgument(
-            f"{prompt_tokens} tokens of prompt and {output_tokens} of output do not fit the context of {preset}, which "
-            f"has {config.context_length}."
+            f"{prompt_tokens} prompt tokens and {output_tokens} output tokens exceed the context of {preset}, "
+            f"{config.context_length} tokens."
         )
-    # SIGTERM ends what was started, as Ctrl-C does.
+    # SIGTERM ends the child processes, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     limit_threads(threads)
-    print(f"{cores()} cores, {threads} threads each; {prompt_tokens} tokens of prompt, {output_tokens} of output")
+    print(f"{cores()} cores, {threads} threads each; {prompt_tokens} prompt tokens, {output_tokens} output tokens")
     results = []
     with TemporaryDirectory(prefix="gptloop-bench-") as folder:
         for_ctranslate2 = any("ctranslate2" in each.packages for each in chosen)
@@ -92,11 +91,11 @@ def _measure(
     rounds: int,
     least_s: float,
 ) -> dict[str, Measured]:
-    """Each in a process of its own, in turn; a server is started for it where one is asked."""
+    """Measures each implementation in its own process, in turn; starts a server if one of them needs it."""
     names = [each.name for each in chosen]
     log = checkpoint.folder / "server.log"
-    asked = STREAMED in names
-    with Server(checkpoint, slots=slots, threads=threads, log=log) if asked else nullcontext() as server:
+    needs_server = STREAMED in names
+    with Server(checkpoint, slots=slots, threads=threads, log=log) if needs_server else nullcontext() as server:
         setup = Setup(str(checkpoint.folder), slots, threads, None if server is None else server.endpoint)
         specification = {"setup": asdict(setup), "work": asdict(work)}
         measured = measure("Generation", in_pairs(names), specification, rounds=rounds, steps=1, least_s=least_s)
@@ -104,16 +103,17 @@ def _measure(
 
 
 def in_pairs(names: Sequence[str]) -> list[str]:
-    """The same names, with the streamed engine right after the bare one, so that both meet the machine alike."""
+    """Returns the names with the streamed engine right after the bare one, so that both run in the same conditions."""
     if not {BARE, STREAMED} <= set(names):
         return list(names)
     others = [name for name in names if name != STREAMED]
-    place = others.index(BARE) + 1
-    return [*others[:place], STREAMED, *others[place:]]
+    after = others.index(BARE) + 1
+    return [*others[:after], STREAMED, *others[after:]]
 
 
 def cost_of_grpc(results: Sequence[tuple[ClosedLoop, dict[str, Measured]]]) -> str:
-    """What streaming adds to a step of the bare engine in the same round: the median of all rounds, and quartiles."""
+    """Returns a sentence about what streaming adds to a step of the bare engine in the same round, as the median of all
+    rounds with quartiles."""
     costs = []
     for work, measured in results:
         bare_s, streamed_s = (np.array(measured[name].rounds_s) for name in (BARE, STREAMED))

@@ -1,4 +1,4 @@
-"""The least time that a step can take: its products at the speed of large ones, or its bytes at the speed of a copy."""
+"""The least time that a step can take: its products at the speed of large products, or its bytes at that of a copy."""
 
 import json
 import subprocess
@@ -12,14 +12,14 @@ from shared.gpt.config import GPTConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """How fast this machine multiplies large matrices, in FLOP/s, and copies, in bytes read and written per second."""
+    """The speed of this machine: products of large matrices in FLOP/s, copies in bytes read and written per second."""
 
     flops: float
     bytes_per_s: float
 
     @classmethod
     def measured(cls) -> "Machine":
-        """By PyTorch in a process of its own: in bf16 on an NVIDIA GPU, else in fp32 on the cores of this process."""
+        """Measures with PyTorch in another process: in bf16 on an NVIDIA GPU, else in fp32 on all of its cores."""
         answer = subprocess.run([sys.executable, "-m", "tests.benchmarks.floor"], capture_output=True, check=True)
         return cls(*json.loads(answer.stdout))
 
@@ -27,22 +27,22 @@ class Machine:
         return f"products {self.flops / 1e9:,.0f} GFLOP/s, copies {self.bytes_per_s / 1e9:,.0f} GB/s"
 
     def training_s(self, config: GPTConfig, rows: int) -> float:
-        """The seconds of a training step of `rows` whole contexts: six operations for each weight of a product and each
-        token (Kaplan et al. 2020, section 2.1), and attention to the tokens before."""
+        """Returns the seconds of a training step on `rows` whole contexts: six operations for each weight of a product
+        and each token (Kaplan et al. 2020, section 2.1), and attention to the earlier tokens."""
         T, C = config.context_length, config.width
         attention = config.layers * 6 * T * C  # two products of 2 x T/2 x C, forward, and twice that backward
         return rows * T * (6 * _weights(config) + attention) / self.flops
 
     def decode_s(self, config: GPTConfig, rows: int, position: int) -> float:
-        """The seconds of a decode step in fp32: every weight and every key and value is read."""
+        """Returns the seconds of a decode step in fp32, which reads every weight, key and value."""
         C = config.width
-        held = 2 * config.layers * position * C
-        operations = 2 * rows * (_weights(config) + held)
-        return max(operations / self.flops, 4 * (_weights(config) + rows * held) / self.bytes_per_s)
+        cached = 2 * config.layers * position * C
+        operations = 2 * rows * (_weights(config) + cached)
+        return max(operations / self.flops, 4 * (_weights(config) + rows * cached) / self.bytes_per_s)
 
 
 def _weights(config: GPTConfig) -> int:
-    """The weights of all products."""
+    """Returns the number of weights in all products."""
     C = config.width
     return config.layers * (4 * C * C + 2 * C * config.hidden_width) + config.vocabulary_size * C
 

@@ -1,4 +1,4 @@
-"""What can be measured side by side in generating text, and what each needs."""
+"""The implementations whose generation can be compared, and the packages that they need."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ SAMPLED, ARGMAX = "temperature 0.8", "argmax"
 
 @dataclass(frozen=True)
 class Implementation:
-    """One of them: a module of `peers`, and its variant after a space. `packages` are installed for benchmarks only."""
+    """An implementation: a module of `peers`, and a variant after a space. Only benchmarks install `packages`."""
 
     name: str
     draws: str
@@ -28,20 +28,20 @@ IMPLEMENTATIONS = (
 
 
 def find_implementations(names: Sequence[str], among: Sequence[str]) -> tuple[Implementation, ...]:
-    """The implementations of these names, whose modules are `among` those that can do what is measured.
+    """Returns the implementations of these names; `among` are the modules that a benchmark can measure.
 
-    Raises `InvalidArgument` on another name, and `FailedPrecondition` as `require_installed` does.
+    Raises `InvalidArgument` for another name, and `FailedPrecondition` if a package is not installed.
     """
     known = {each.name: each for each in IMPLEMENTATIONS if each.name.partition(" ")[0] in among}
     if unknown := [name for name in names if name not in known]:
-        raise InvalidArgument(f"There is no {unknown[0]!r} to measure here; there are {', '.join(known)}.")
+        raise InvalidArgument(f"Unknown peer {unknown[0]!r}. Use {', '.join(known)}.")
     found = tuple(known[name] for name in dict.fromkeys(names))
     require_installed(package for each in found for package in each.packages)
     return found
 
 
 def require_installed(packages: Iterable[str]) -> None:
-    """Raises `FailedPrecondition` where one is not."""
+    """Raises `FailedPrecondition` if a package is not installed."""
     for package in packages:
         if find_spec(package) is None:
             raise FailedPrecondition(f"The package {package} is not installed; `make bench-serve` installs it.")

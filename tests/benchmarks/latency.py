@@ -1,7 +1,7 @@
-"""What prompts cost those who wait for them and those who do not: python -m tests.benchmarks.latency
+"""Measures the cost of prompts, for the requests that wait for them and for others: python -m tests.benchmarks.latency
 
-Prompts that share their first half, with and without the blocks that are kept of them; and streams that decode while
-long prompts are read, with several budgets of prompt tokens a step.
+First, prompts that share their first half, with and without the prefix cache. Second, streams that decode while long
+prompts are read, with several budgets of prompt tokens a step.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from queue import SimpleQueue
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -25,6 +25,10 @@ from tests.benchmarks.checkpoint import tokenizer_for
 from tests.benchmarks.side_by_side import ROOT, print_table
 from trainer_service.presets import find_preset
 
+if TYPE_CHECKING:
+    from inference_service.engine.engine import Engine
+    from inference_service.engine.request import Output
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 Tokens = tuple[int, ...]
@@ -33,15 +37,15 @@ _CACHE = ROOT / ".pytest_cache" / "benchmarks"
 
 
 class Client:
-    """An engine, and the times of its tokens."""
+    """Sends requests to an engine and records the times of their tokens."""
 
-    def __init__(self, engine: Any, outputs: "SimpleQueue[Any]") -> None:
+    def __init__(self, engine: "Engine", outputs: "SimpleQueue[list[Output]]") -> None:
         self._engine = engine
         self._outputs = outputs
         self.times: dict[str, list[float]] = {}
 
-    def ask(self, prompt: Tokens, max_tokens: int) -> str:
-        """Submits a prompt; its name."""
+    def submit(self, prompt: Tokens, max_tokens: int) -> str:
+        """Submits a prompt and returns the id of the request."""
         from inference_service.engine.request import GenerationRequest
 
         name = str(len(self.times))
@@ -59,7 +63,7 @@ class Client:
         return name
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Reads events until something is so."""
+        """Reads events until a condition holds."""
         from inference_service.engine.request import Delta
 
         while not until():
@@ -68,14 +72,14 @@ class Client:
                     self.times[output.request_id] += output.event.times
 
     def first_token_s(self, prompt: Tokens) -> float:
-        """The time to the first token of a prompt."""
+        """Returns the time to the first token of a prompt."""
         begin = time.monotonic()
-        name = self.ask(prompt, 1)
+        name = self.submit(prompt, 1)
         self.wait(lambda: len(self.times[name]) == 1)
         return self.times[name][0] - begin
 
     def gaps_s(self, names: list[str], begin: float, end: float) -> list[float]:
-        """The times between two tokens of a stream, both of which fell between two moments."""
+        """Returns the times between two tokens of a stream that both arrived between `begin` and `end`."""
         within = [[at for at in self.times[name] if begin <= at <= end] for name in names]
         return [later - earlier for times in within for earlier, later in pairwise(times)]
 
@@ -86,7 +90,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Prompts of each kind.")] = 7,
     budget: Annotated[list[int], typer.Option(help="Prompt tokens a step; repeatable.")] = [64, 128, 256],  # noqa: B006
 ) -> None:
-    """Print the time to the first token of prompts that share their first half, and the gaps between tokens."""
+    """Print the time to the first token of prompts that share their first half, and the gaps between tokens of streams
+    that decode beside prompts."""
     config = find_preset(preset).gpt
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     accelerator.prepare(_CACHE)
@@ -98,29 +103,28 @@ def main(
 
 
 def print_shared(config: GPTConfig, half: int, rounds: int) -> None:
-    """The time to the first token where half of a prompt is known already."""
+    """Prints the time to the first token of prompts whose first half is cached, and without a cache."""
     text = texts(config)
-    with engine(config, SPAN_TOKENS, 0) as plain, engine(config, SPAN_TOKENS, 128 << 20) as keeping:
-        times: dict[str, list[float]] = {"nothing kept": [], "beginnings kept": []}
-        begin = text(half)
-        keeping.first_token_s(begin + text(half))
+    with engine(config, SPAN_TOKENS, 0) as uncached, engine(config, SPAN_TOKENS, 128 << 20) as cached:
+        times: dict[str, list[float]] = {"off": [], "on": []}
+        prefix = text(half)
+        cached.first_token_s(prefix + text(half))
         for _ in range(rounds):
-            prompt = begin + text(half)
-            times["nothing kept"].append(plain.first_token_s(prompt))
-            times["beginnings kept"].append(keeping.first_token_s(prompt))
-    middle_s = {name: statistics.median(values) for name, values in times.items()}
-    whole_s = middle_s["nothing kept"]
-    rows = [[name, f"{value * 1e3:.0f} ms", f"{value / whole_s:.2f}"] for name, value in middle_s.items()]
-    print_table(["prefixes", "time to first token", "ratio"], rows)
+            prompt = prefix + text(half)
+            times["off"].append(uncached.first_token_s(prompt))
+            times["on"].append(cached.first_token_s(prompt))
+    medians_s = {name: statistics.median(values) for name, values in times.items()}
+    rows = [[name, f"{value * 1e3:.0f} ms", f"{value / medians_s['off']:.2f}"] for name, value in medians_s.items()]
+    print_table(["prefix cache", "time to first token", "ratio"], rows)
 
 
 def print_gaps(config: GPTConfig, length: int, rounds: int, budgets: list[int]) -> None:
-    """The gaps between the tokens of running streams, and how soon a prompt beside them has its first token."""
+    """Prints the gaps between the tokens of running streams, and the time to the first token of prompts beside them."""
     text = texts(config)
     rows = []
     for budget in budgets:
         with engine(config, budget, 0) as client:
-            names = [client.ask(text(16), config.context_length - 16) for _ in range(7)]
+            names = [client.submit(text(16), config.context_length - 16) for _ in range(7)]
 
             def decoded(count: int, client: Client = client, names: list[str] = names) -> Callable[[], bool]:
                 return lambda: all(len(client.times[name]) >= count for name in names)
@@ -134,19 +138,19 @@ def print_gaps(config: GPTConfig, length: int, rounds: int, budgets: list[int]) 
         figures = [statistics.median(quiet_s), statistics.median(busy_s), max(busy_s), statistics.median(firsts_s)]
         steps = math.ceil(math.ceil(length / SPAN_TOKENS) / (budget // SPAN_TOKENS))
         rows.append([str(budget), *(f"{figure * 1e3:.0f} ms" for figure in figures), str(steps)])
-    columns = ["prompt tokens a step", "gap without", "gap", "longest gap", "time to first token", "in steps"]
+    columns = ["prompt tokens a step", "gap without prompts", "gap", "longest gap", "time to first token", "steps"]
     print_table(columns, rows)
 
 
 def texts(config: GPTConfig) -> Callable[[int], Tokens]:
-    """A source of random tokens."""
+    """Returns a function that draws random tokens."""
     generator = np.random.default_rng(1)
     return lambda length: tuple(generator.integers(config.vocabulary_size, size=length).tolist())
 
 
 @contextmanager
 def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterator[Client]:
-    """An engine of eight slots on random weights, warmed up."""
+    """Runs a warmed-up engine of eight slots on random weights."""
     import mlx.core as mx
 
     from inference_service.engine.engine import Engine
@@ -157,7 +161,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
     model = GPT(config)
     model.eval()
     mx.eval(model.parameters())
-    outputs: SimpleQueue[Any] = SimpleQueue()
+    outputs: SimpleQueue[list[Output]] = SimpleQueue()
     running = Engine(8, prefill_tokens, prefix_bytes, outputs.put, lambda: None)
     running.start()
     try:

@@ -1,4 +1,4 @@
-"""Does the training learn as well as PyTorch's? The classic recipe on real stories, side by side, several seeds each.
+"""Compares the held-out loss with PyTorch: both train the classic recipe on real stories with several seeds.
 
 python -m tests.benchmarks.learn prepare --help, then python -m tests.benchmarks.learn run --help, or resume --help
 """
@@ -20,9 +20,9 @@ from trainer_service.training.config import TrainingConfig
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
-# 53M parameters, untied, dropout 0.1, 12 x 512, 3e-4 after 2000 steps of warm-up, a cosine down to a tenth.
+# 53M parameters, untied head, dropout 0.1, 12 x 512 tokens, 3e-4 after 2000 steps of warm-up, a cosine to a tenth.
 RECIPE = PRESETS["tinystories-53m"]
-Folder = Annotated[Path, typer.Argument(help="Where the tokens are kept.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the tokens.")]
 
 
 @app.command()
@@ -31,7 +31,7 @@ def prepare(
     dataset: Annotated[list[str], typer.Option(help="Files of training text. Repeatable.")],
     validation: Annotated[list[str], typer.Option(help="Files of held-out text. Repeatable.")],
 ) -> None:
-    """Tokenise the text with GPT-2's tokenizer, all of it, into two files."""
+    """Tokenise all of the text with GPT-2's tokenizer into two files."""
     from trainer_service.training.corpus import DatasetSpec
     from trainer_service.training.tokens import prepare
 
@@ -44,7 +44,7 @@ def prepare(
 
 @app.command()
 def run(folder: Folder, seeds: int = 2, steps: int = 8000, interval: int = 250) -> None:
-    """Train with both, one after the other, and print the best held-out loss of each run in nats per token."""
+    """Train with both implementations in turn; print the best held-out loss of each run in nats per token."""
     accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
     train, held_out = (np.load(folder / name) for name in ("train.npy", "validation.npy"))
     count = (held_out.size - 1) // RECIPE.context_length
@@ -68,7 +68,7 @@ def run(folder: Folder, seeds: int = 2, steps: int = 8000, interval: int = 250) 
 
 @app.command()
 def resume(folder: Folder, steps: int = 400) -> None:
-    """Train twice from one seed, and once with a save and a restore halfway; print how far apart the ends are."""
+    """Train twice from one seed, and once with a save and a restore halfway; print the differences at the ends."""
     accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
     from shared.gpt.model import parameters_of
     from trainer_service.training.evaluate import EvaluationSet, evaluate
@@ -103,7 +103,7 @@ def resume(folder: Folder, steps: int = 400) -> None:
         losses = [evaluate(each.model, EvaluationSet(windows, 1, ""), 32, each.workers) for each in (one, other)]
         nats = losses[1].nats_per_token - losses[0].nats_per_token
         rows.append([name, f"{one.step}", f"{apart:.1e}", f"{losses[0].nats_per_token:.6f}", f"{nats:+.6f}"])
-    print_table(["run", "step", "weights at most apart", "held-out loss", "difference"], rows)
+    print_table(["run", "step", "largest weight difference", "held-out loss", "loss difference"], rows)
 
 
 def with_gptloop(config: TrainingConfig, train: Tokens, windows: Tokens, interval: int) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""The process of one implementation in the open loop: plays the schedules that its input brings, one a line."""
+"""The process of one implementation in the open loop: plays the schedules from its standard input, one a line."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ from tests.benchmarks.side_by_side import ROOT
 
 
 class Player:
-    """An implementation in its own process, which has a session of its own, so that Ctrl-C reaches only its owner."""
+    """Controls an implementation in another process, in its own session, so that Ctrl-C does not reach it."""
 
     def __init__(self, name: str, setup: Setup) -> None:
         self.name = name
@@ -38,26 +38,26 @@ class Player:
             self._process.communicate()
 
     def play(self, schedule: Schedule) -> Recording:
-        """Plays a schedule to the end of its last request; raises `Unavailable` where the process has ended."""
+        """Plays a schedule to the end of its last request; raises `Unavailable` if the process has ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        # Whoever has ended reads nothing, and answers nothing.
+        # A process that has ended reads nothing; its missing answer is handled below.
         with suppress(BrokenPipeError):
             print(schedule.to_json(), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
-            raise Unavailable(f"{self.name} ended with exit code {self._process.wait()}; what it wrote stands above.")
+            raise Unavailable(f"{self.name} ended with exit code {self._process.wait()}; its output is above.")
         return Recording.from_json(line)
 
 
 class Progress:
-    """Shows on a terminal how many requests have ended, twice a second at most."""
+    """Shows the number of completed requests on a terminal, at most twice a second."""
 
     def __init__(self, name: str, requests: int) -> None:
         self._name, self._requests, self._ended = name, requests, 0
         self._shown_at = float("-inf")
 
     def ended(self) -> None:
-        """One more has ended."""
+        """Counts a request that has ended."""
         self._ended += 1
         now = time.monotonic()
         if sys.stderr.isatty() and (now - self._shown_at > 0.5 or self._ended == self._requests):

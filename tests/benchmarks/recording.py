@@ -1,16 +1,16 @@
-"""What came of a schedule."""
+"""The measurements from playing a schedule."""
 
 import json
 from dataclasses import asdict, dataclass, field
 
-# How a stream ended that got all its tokens; others have the name of a gRPC status code, or of a finish reason.
+# The status of a stream with all its tokens; others have the name of a gRPC status code or of a finish reason.
 OK = "OK"
 
 
 @dataclass
 class Stream:
-    """One request. All times are seconds from the beginning of the schedule: when it was due, when it was sent, when
-    each of its tokens came, and when it ended."""
+    """A request, with the times at which it was due, it was sent, each of its tokens arrived, and it ended, all in
+    seconds from the start of the schedule."""
 
     due_s: float
     sent_s: float
@@ -21,14 +21,14 @@ class Stream:
 
 @dataclass
 class Recording:
-    """Every request of a schedule, and the resident memory of the process that generates: at the beginning, about once
-    a second, at the end."""
+    """All requests of a schedule, and the resident memory of the generating process at the start, about once a second,
+    and at the end."""
 
     streams: list[Stream]
     resident_bytes: list[int]
 
     def to_json(self) -> str:
-        """As one line, times to the microsecond."""
+        """Returns one line of JSON, with times rounded to microseconds."""
         values = asdict(self)
         for stream in values["streams"]:
             stream["token_s"] = [round(at, 6) for at in stream["token_s"]]

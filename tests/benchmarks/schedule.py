@@ -1,4 +1,4 @@
-"""Requests that arrive at a rate, whether or not those before them have ended."""
+"""An open loop: requests arrive at a rate, whether or not earlier ones have ended."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens prompts or answers have: log-normal around a median, clipped."""
+    """The distribution of the lengths of prompts or answers in tokens: log-normal around a median, clipped."""
 
     median: int
     sigma: float
@@ -16,7 +16,7 @@ class Lengths:
     maximum: int
 
     def draw(self, generator: np.random.Generator, count: int) -> list[int]:
-        """So many lengths."""
+        """Draws `count` lengths."""
         drawn = self.median * np.exp(self.sigma * generator.standard_normal(count))
         lengths: list[int] = np.clip(drawn.round(), self.minimum, self.maximum).astype(int).tolist()
         return lengths
@@ -24,7 +24,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that is due `at_s` after the beginning; exactly `output_tokens` are to be generated for it."""
+    """A request that is due `at_s` seconds after the start, and for which exactly `output_tokens` are generated."""
 
     at_s: float
     prompt: tuple[int, ...]
@@ -33,13 +33,13 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Arrivals in their order. A request that takes longer than `limit_s` is given up."""
+    """Arrivals in order. A request that takes longer than `limit_s` is cancelled."""
 
     arrivals: tuple[Arrival, ...]
     limit_s: float
 
     def to_json(self) -> str:
-        """As one line."""
+        """Returns one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -52,7 +52,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What all rates have in common. Prompts are random tokens below `vocabulary_size`."""
+    """The values that all rates share. Prompts are random tokens below `vocabulary_size`."""
 
     prompt: Lengths
     output: Lengths
@@ -61,11 +61,11 @@ class Traffic:
     seed: int
 
     def poisson(self, rate_per_s: float, duration_s: float) -> Schedule:
-        """The arrivals of a Poisson process in which exactly `rate_per_s` arrive: their gaps are exponential, scaled to
-        fill the duration (Devroye 1986, section V.2.2).
+        """Draws the arrivals of a Poisson process with exactly this rate: the gaps are exponential, scaled to fill the
+        duration (Devroye 1986, section V.2.2).
 
-        The same seed gives the same, and the same lengths in the same order at every rate. Prompts differ between
-        rates, so that nothing can be kept from one to the next.
+        The same seed gives the same schedule, and the same lengths in the same order at every rate. Prompts differ
+        between rates, so that no cache can help.
         """
         count = max(1, round(rate_per_s * duration_s))
         gaps, prompts, outputs = (np.random.default_rng([self.seed, stream]) for stream in range(3))
@@ -74,7 +74,7 @@ class Traffic:
         tokens = np.random.default_rng([self.seed, 3, round(1000 * rate_per_s)])
         return Schedule(
             tuple(
-                # The last token of a vocabulary is its end token.
+                # The last token of the vocabulary is the end token.
                 Arrival(at, tuple(tokens.integers(self.vocabulary_size - 1, size=length).tolist()), output_tokens)
                 for at, length, output_tokens in zip(
                     at_s.tolist(), self.prompt.draw(prompts, count), self.output.draw(outputs, count), strict=True

@@ -1,4 +1,4 @@
-"""The inference server under load, beside mlx-lm's BatchGenerator: python -m tests.benchmarks.serve --help"""
+"""Compares the inference server under load with mlx-lm's BatchGenerator: python -m tests.benchmarks.serve --help"""
 
 import json
 import signal
@@ -28,16 +28,16 @@ from trainer_service.presets import find_preset
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 MEASURABLE = ("gptloop-grpc", "mlx-lm-batch")
-# One length in twenty is then 2.7 times the median or more.
+# With this, one length in twenty is 2.7 times the median or more.
 SIGMA = 0.6
 SHORTEST = 4
-# Requests that are not counted, before each implementation's first rate.
+# Requests before the first rate of each implementation, which do not count.
 WARM_UP = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: each implementation in turn at each rate, requests a second that arrive in `duration_s`."""
+    """The plan of the measurement: requests arrive for `duration_s` at each rate, for each implementation in turn."""
 
     preset: str
     implementations: tuple[Implementation, ...]
@@ -69,7 +69,7 @@ def main(
         8,
     ],
     duration: Annotated[float, typer.Option(min=0.1, help="Seconds in which requests arrive, at each rate.")] = 30,
-    limit: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 180,
+    limit: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is cancelled.")] = 180,
     prompt_tokens: Annotated[
         int, typer.Option(min=0, help="Median of the prompts' lengths; 0: an eighth of the context.")
     ] = 0,
@@ -77,21 +77,21 @@ def main(
         int, typer.Option(min=0, help="Median of the answers' lengths; 0: an eighth of the context.")
     ] = 0,
     slots: Annotated[int, typer.Option(min=2, help="Requests that decode together.")] = 32,
-    threads: Annotated[int, typer.Option(min=1, help="Threads in which each implementation computes.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of arrivals, lengths and prompts, which all share.")] = 1,
-    out: Annotated[Path, typer.Option(help="Takes results.json, the charts and the server's log.")] = (
+    threads: Annotated[int, typer.Option(min=1, help="Compute threads of each implementation.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the arrivals, lengths and prompts for all.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, the charts and the server's log.")] = (
         ROOT / "var" / "bench" / "serve"
     ),
 ) -> None:
-    """Print what requests meet that arrive at a rate, whether or not those before them have ended.
+    """Print rates and latencies of requests that arrive at a rate, whether or not earlier ones have ended.
 
-    Arrivals are a Poisson process; lengths are log-normal, up to half a context. Each implementation gets the same
-    requests, and each request exactly the tokens that it asks for. gptloop-grpc is the real server, asked over gRPC by
-    a process of its own. mlx-lm-batch is mlx-lm's BatchGenerator, which takes requests inside its own process, without
-    gRPC. The first draws at temperature 0.8, the second takes the likeliest token.
+    Arrivals are a Poisson process; lengths are log-normal, up to half a context. All implementations get the same
+    requests, and each request gets exactly the tokens that it wants. gptloop-grpc is the real server, called over gRPC
+    from another process. mlx-lm-batch is mlx-lm's BatchGenerator, which takes requests in its own process, without
+    gRPC. The first draws at temperature 0.8; the second takes the likeliest token.
 
-    At a rate above what an implementation can do, its queue grows as long as requests arrive, and times to the first
-    token with it. Choose rates on both sides of that.
+    At a rate above the capacity of an implementation, its queue grows as long as requests arrive, and so do the times
+    to the first token. Choose rates below and above this capacity.
 
     Example: python -m tests.benchmarks.serve --preset demo --rate 5 --rate 20 --duration 10
     """
@@ -112,7 +112,7 @@ def main(
         threads,
         cores(),
     )
-    # SIGTERM ends what was started, as Ctrl-C does.
+    # SIGTERM ends the child processes, like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     out.mkdir(parents=True, exist_ok=True)
     runs = list(measure(plan, out / "server.log"))
@@ -122,7 +122,7 @@ def main(
 
 
 def measure(plan: Plan, log: Path) -> Iterator[tuple[Summary, Recording]]:
-    """All implementations at the first rate, then all at the next, each in processes that live through all rates."""
+    """Measures all implementations at the first rate, then at the next; their processes live through all rates."""
     limit_threads(plan.threads)
     names = [each.name for each in plan.implementations]
     with TemporaryDirectory(prefix="gptloop-bench-") as folder, ExitStack() as stack:
@@ -150,8 +150,8 @@ def measure(plan: Plan, log: Path) -> Iterator[tuple[Summary, Recording]]:
 
 
 def write(plan: Plan, runs: list[tuple[Summary, Recording]], folder: Path) -> None:
-    """Writes the plan, every time that was measured, and the charts into a folder."""
-    # Takes a second, and nobody who asks for --help needs it.
+    """Writes the plan, all measured times, and the charts into a folder."""
+    # This import takes a second, which --help should not.
     from tests.benchmarks.charts import draw
 
     results = {
@@ -160,7 +160,7 @@ def write(plan: Plan, runs: list[tuple[Summary, Recording]], folder: Path) -> No
     }
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     files = [folder / "results.json", *draw(runs, folder)]
-    _say("Written: " + ", ".join(map(str, files)))
+    _say("Wrote " + ", ".join(map(str, files)))
 
 
 def _say(sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""The real inference server in a process of its own, for as long as it is measured."""
+"""Runs the real inference server in another process during a measurement."""
 
 import http.client
 import os
@@ -25,10 +25,10 @@ STOP_LIMIT_S = 20.0
 
 
 class Server:
-    """Serves a checkpoint while the context lasts. `log` takes what the server writes.
+    """Serves a checkpoint as a context manager; the server's output goes to `log`.
 
-    It has a session of its own, so that Ctrl-C reaches only who measures, who then ends it.
-    Raises `Unavailable` where it does not come up.
+    The server has its own session, so that Ctrl-C reaches only the measuring process, which then ends the server.
+    Raises `Unavailable` if the server does not start.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, slots: int, threads: int, log: Path) -> None:
@@ -64,7 +64,7 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """Asks the process to end, and ends it where it does not."""
+        """Terminates the process, and kills it if it does not end in time."""
         self._process.terminate()
         try:
             self._process.wait(STOP_LIMIT_S)
@@ -79,12 +79,12 @@ class Server:
             while not _is_serving(health):
                 if self._process.poll() is not None or time.monotonic() > deadline_s:
                     log = self._log.read_text(encoding="utf-8", errors="replace")
-                    raise Unavailable(f"The inference server does not serve; it wrote:\n{log}")
+                    raise Unavailable(f"The inference server did not start. Its output:\n{log}")
                 time.sleep(0.1)
 
 
 def resident_bytes(metrics_port: int) -> int:
-    """What is resident of the server's process, as its metrics page tells."""
+    """Reads the resident memory of the server's process from its metrics page."""
     connection = http.client.HTTPConnection(HOST, metrics_port, timeout=10)
     try:
         connection.request("GET", "/metrics")

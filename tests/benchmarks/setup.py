@@ -1,4 +1,4 @@
-"""What an implementation is given to generate with."""
+"""The model, the resources and the server that an implementation generates with."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tests.benchmarks.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server is asked, and the port of its metrics page."""
+    """The address of a server, and the port of its metrics page."""
 
     address: str
     metrics_port: int
@@ -18,8 +18,8 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Setup:
-    """The folder of a `Checkpoint`, how many streams decode together, in how many threads a step computes, and where a
-    server has the same model, where one is asked."""
+    """The folder of a `Checkpoint`, the number of streams that decode together, the number of compute threads, and a
+    server with the same model, or None."""
 
     folder: str
     slots: int
@@ -34,11 +34,11 @@ class Setup:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The model."""
+        """The checkpoint in the folder."""
         return Checkpoint(Path(self.folder))
 
 
 def limit_threads(threads: int) -> None:
-    """Makes processes that are started from now on compute in so many threads, whatever they multiply with."""
+    """Limits the compute threads of processes that start from now on, whichever BLAS they use."""
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ[name] = str(threads)

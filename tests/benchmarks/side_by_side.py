@@ -1,6 +1,6 @@
-"""Measures several implementations of one task in turn, round by round, each in a process of its own.
+"""Measures several implementations of a task in turn, round by round, each in its own process.
 
-So drifts of a shared machine meet all of them alike, and no thread pool or allocator disturbs another.
+So the changing speed of a shared machine affects all of them alike, and their thread pools and allocators stay apart.
 """
 
 import json
@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 @dataclass(frozen=True)
 class Measured:
-    """The seconds of a step in each round, and the peak of memory in bytes.
+    """The seconds of a step in each round, and the peak memory in bytes.
 
-    On a CPU the memory is all that is resident, on a GPU all that is allocated there.
+    This is the resident memory on a CPU, and the memory that is allocated on the GPU otherwise.
     """
 
     rounds_s: tuple[float, ...]
@@ -32,12 +32,12 @@ class Measured:
 
     @property
     def spread(self) -> float:
-        """How far the rounds lie apart, relative to their median."""
+        """The range of the rounds relative to their median."""
         return (max(self.rounds_s) - min(self.rounds_s)) / self.step_s
 
 
 class Peer:
-    """One implementation in its own process, which steps when told."""
+    """Controls an implementation in another process."""
 
     def __init__(self, task: str, name: str, specification: Mapping[str, object]) -> None:
         self.name = name
@@ -45,7 +45,7 @@ class Peer:
         self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, steps: int, least_s: float) -> dict[str, float]:
-        """Takes `steps` steps, and more until `least_s` have passed; the seconds of one, and the peak of memory."""
+        """Takes `steps` steps, and more until `least_s` have passed; returns the seconds of a step and peak memory."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps({"steps": steps, "seconds": least_s}), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -71,7 +71,8 @@ def measure(
     steps: int,
     least_s: float = 0.0,
 ) -> dict[str, Measured]:
-    """`rounds` of `steps` steps, and more until `least_s` have passed, by each peer in turn, after one not counted."""
+    """Measures each peer in turn, for `rounds` rounds after one that does not count. A round has `steps` steps, and
+    more until `least_s` have passed."""
     peers = [Peer(task, name, specification) for name in names]
     try:
         answers: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -91,8 +92,8 @@ def measure(
 
 @dataclass(frozen=True)
 class Task:
-    """A step that peers took: its name, its tokens, the least seconds that it can take, and what each peer needed, the
-    first of which is the measure of the others."""
+    """A measured step: its name, its tokens, the least seconds that it can take, and the measurements of each peer.
+    Ratios are relative to the first peer."""
 
     name: str
     tokens: int
@@ -101,7 +102,7 @@ class Task:
 
 
 def print_results(tasks: Sequence[Task]) -> None:
-    """A table of what was measured."""
+    """Prints a table of the measurements."""
     rows = []
     for task in tasks:
         peers = task.peers
@@ -123,7 +124,7 @@ def print_results(tasks: Sequence[Task]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table, so that a result can be kept as it is printed."""
+    """Prints a Markdown table, so that a page can show it unchanged."""
     widths = [max(len(row[index]) for row in (columns, *rows)) for index in range(len(columns))]
     for number, row in enumerate((columns, *rows)):
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
@@ -132,5 +133,5 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""What a recording comes to."""
+"""Summaries of recordings."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from tests.benchmarks.side_by_side import print_table
 
 @dataclass(frozen=True)
 class Percentiles:
-    """The times below which a half, 95 and 99 of a hundred stay."""
+    """The 50th, 95th and 99th percentile of times."""
 
     p50_s: float
     p95_s: float
@@ -21,16 +21,16 @@ class Percentiles:
 
     @classmethod
     def of(cls, times_s: Sequence[float]) -> "Percentiles | None":
-        """None where there is no time at all."""
+        """Returns None if there are no times."""
         return cls(*np.percentile(times_s, (50, 95, 99)).tolist()) if times_s else None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One implementation at one rate.
+    """Summarises one implementation at one rate.
 
-    A request's times count from the moment in which it was due, so that a late sender hides nothing. Rates are over the
-    whole time, to the end of the last request. Times are of requests that got all their tokens.
+    A request's times count from the moment at which it was due, so that a late sender hides no delay. Rates cover the
+    whole time, to the end of the last request. Latencies are those of requests that got all their tokens.
     """
 
     implementation: str
@@ -49,7 +49,7 @@ class Summary:
 
     @classmethod
     def of(cls, implementation: str, offered_per_s: float, recording: Recording) -> "Summary":
-        """What a recording comes to."""
+        """Summarises a recording."""
         streams = recording.streams
         whole = [stream for stream in streams if stream.status == OK]
         seconds = max(stream.end_s for stream in streams)
@@ -71,13 +71,13 @@ class Summary:
 
 
 def inter_token_s(recording: Recording) -> list[float]:
-    """The time from each token to the next one of its stream, of all whole streams; 0 where they came together."""
+    """Returns the times between successive tokens of all complete streams; 0 for tokens that arrived together."""
     streams = (stream for stream in recording.streams if stream.status == OK)
     return [after - before for stream in streams for before, after in pairwise(stream.token_s)]
 
 
 def print_summaries(summaries: Iterable[Summary]) -> None:
-    """Three tables of what was measured: rates, latencies, memory."""
+    """Prints a table of rates and memory, and a table of latencies."""
     ordered = sorted(summaries, key=lambda each: each.offered_per_s)
     heads = [[f"{each.offered_per_s:g}", each.implementation] for each in ordered]
     rates = [

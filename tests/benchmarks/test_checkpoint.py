@@ -15,6 +15,6 @@ def test_a_tokenizer_of_any_size_can_be_exported(size: int, tmp_path: Path) -> N
     assert read_tokenizer(tmp_path, size).pieces == tokenizer.pieces
 
 
-def test_a_size_below_that_of_the_bytes_is_refused() -> None:
+def test_a_vocabulary_smaller_than_the_number_of_bytes_is_rejected() -> None:
     with pytest.raises(InvalidArgument, match="256"):
         tokenizer_for(256)

@@ -19,7 +19,7 @@ def test_the_streamed_engine_is_measured_right_after_the_bare_one(names: list[st
 
 def test_the_cost_of_grpc_compares_rounds_in_pairs() -> None:
     work = ClosedLoop(rows=32, prompt_tokens=16, output_tokens=64, vocabulary_size=100)
-    # The machine slows down from round to round, and gRPC adds 20, 15, 0, 5 and 10 %.
+    # The machine slows down with each round, and gRPC adds 20, 15, 0, 5 and 10 %.
     measured = {
         "gptloop-engine": Measured((1.0, 2.0, 3.0, 4.0, 5.0), 1),
         "gptloop-grpc": Measured((1.2, 2.3, 3.0, 4.2, 5.5), 1),
@@ -27,6 +27,6 @@ def test_the_cost_of_grpc_compares_rounds_in_pairs() -> None:
     assert cost_of_grpc([(work, measured)]).endswith("(quartiles): 10.0 % (5.0 to 15.0) at x32.")
 
 
-def test_a_step_is_the_median_of_its_rounds_and_the_spread_relative_to_it() -> None:
+def test_the_step_time_is_the_median_of_the_rounds_and_the_spread_is_relative_to_it() -> None:
     measured = Measured((2.0, 1.0, 6.0), 1)
     assert (measured.step_s, measured.spread) == (2.0, 2.5)

@@ -13,7 +13,7 @@ RECORDING = Recording(
 )
 
 
-def test_latencies_count_from_when_a_request_was_due() -> None:
+def test_latencies_count_from_the_time_at_which_a_request_was_due() -> None:
     summary = Summary.of("one", 3.0, RECORDING)
     assert summary.first_token is not None
     assert summary.first_token.p50_s == 1.0
@@ -22,7 +22,7 @@ def test_latencies_count_from_when_a_request_was_due() -> None:
     assert summary.latest_send_s == pytest.approx(0.1)
 
 
-def test_a_stream_that_failed_counts_as_an_error_and_in_no_latency() -> None:
+def test_a_failed_stream_counts_as_an_error_and_not_in_latencies() -> None:
     summary = Summary.of("one", 3.0, RECORDING)
     assert (summary.requests, summary.errors) == (3, {"DEADLINE_EXCEEDED": 1})
     assert summary.achieved_per_s == pytest.approx(2 / 5)
@@ -30,7 +30,7 @@ def test_a_stream_that_failed_counts_as_an_error_and_in_no_latency() -> None:
     assert inter_token_s(RECORDING) == [0.5, 1.0, 0.0]
 
 
-def test_memory_is_told_from_start_to_end() -> None:
+def test_memory_is_reported_at_the_start_the_end_and_the_peak() -> None:
     summary = Summary.of("one", 3.0, RECORDING)
     assert (summary.start_bytes, summary.end_bytes, summary.peak_bytes) == (10, 20, 30)
 
@@ -39,7 +39,7 @@ def test_a_recording_survives_a_pipe() -> None:
     assert Recording.from_json(RECORDING.to_json()) == RECORDING
 
 
-def test_tables_hold_every_rate_also_where_nothing_came(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_include_a_rate_without_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     nothing = Recording([Stream(0.0, 0.0, [], 1.0, "UNAVAILABLE")], [1, 1])
     print_summaries([Summary.of("one", 4.0, nothing), Summary.of("other", 3.0, RECORDING)])
     printed = capsys.readouterr().out
@@ -47,6 +47,6 @@ def test_tables_hold_every_rate_also_where_nothing_came(capsys: pytest.CaptureFi
     assert printed.index("| other") < printed.index("| one")
 
 
-def test_percentiles_of_nothing_are_absent() -> None:
+def test_percentiles_of_no_times_are_none() -> None:
     assert Percentiles.of([]) is None
     assert Percentiles.of([0.1] * 100) == Percentiles(0.1, 0.1, 0.1)

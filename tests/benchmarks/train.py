@@ -1,4 +1,4 @@
-"""Training steps side by side with PyTorch and plain MLX: python -m tests.benchmarks.train --help"""
+"""Compares training steps with PyTorch and plain MLX: python -m tests.benchmarks.train --help"""
 
 import itertools
 from typing import Annotated
@@ -16,15 +16,15 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     preset: Annotated[list[str], typer.Option(help="Repeatable.")] = ["tinystories-53m", "small", "demo"],  # noqa: B006
-    rows: Annotated[list[int], typer.Option(help="Rows of a batch, 0 for the preset's own. Repeatable.")] = [0],  # noqa: B006
-    peer: Annotated[list[str], typer.Option(help="Repeatable; the first is the measure of the others.")] = [  # noqa: B006
+    rows: Annotated[list[int], typer.Option(help="Rows of a batch; 0 means the preset's. Repeatable.")] = [0],  # noqa: B006
+    peer: Annotated[list[str], typer.Option(help="Repeatable; ratios are relative to the first.")] = [  # noqa: B006
         "pytorch eager",
         "mlx-lm",
         "gptloop",
     ],
     rounds: int = 5,
     steps: int = 1,
-    dropout: Annotated[float, typer.Option(help="Below 0: the preset's own.")] = -1.0,
+    dropout: Annotated[float, typer.Option(help="A negative value means the preset's.")] = -1.0,
 ) -> None:
     """Print a table of tokens per second, the ratio to the first peer, the share of the floor and peak memory."""
     configs = {name: find_preset(name) for name in preset}

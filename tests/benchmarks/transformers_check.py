@@ -1,8 +1,8 @@
-"""Compares an exported folder in transformers and here: python -m tests.benchmarks.transformers_check DIR
+"""Compares an exported folder in transformers and in gptloop: python -m tests.benchmarks.transformers_check DIR
 
-Prints the largest difference of logits, on one row that fills the context, and compares the token ids of several texts.
-Exit code 1 where logits differ by more than 1e-4, or ids at all. Run it where torch and transformers are installed
-beside the packages of this project.
+Prints the largest difference of the logits of a row that fills the context, and compares the token ids of several
+texts. The exit code is 1 if logits differ by more than 1e-4, or if any ids differ. It needs torch and transformers in
+the environment of this project.
 """
 
 import importlib
@@ -26,8 +26,8 @@ TEXTS = (
 
 
 def check(directory: Path) -> bool:
-    """Prints what differs; whether everything is equal."""
-    # Only now, as MLX must load after its fast BLAS.
+    """Prints the differences; returns whether the folder passes."""
+    # MLX must load after the fast BLAS.
     import mlx.core as mx
 
     from trainer_service.huggingface.gpt2 import read_config, read_model
@@ -41,7 +41,10 @@ def check(directory: Path) -> bool:
         expected = theirs(torch.tensor(tokens)).logits.numpy()  # (1, T, V)
     ours = np.array(read_model(directory, config)(mx.array(tokens)))  # (1, T, V)
     difference = float(np.abs(ours - expected).max())
-    print(f"logits    {difference:.1e} at most apart, of {np.abs(expected).max():.3g}; {TOLERANCE:.0e} is allowed")
+    print(
+        f"logits    largest difference {difference:.1e}, allowed {TOLERANCE:.0e}; "
+        f"largest logit {np.abs(expected).max():.3g}"
+    )
 
     tokenizer, their_tokenizer = (
         read_tokenizer(directory, config.vocabulary_size),
@@ -49,11 +52,11 @@ def check(directory: Path) -> bool:
     )
     other = [text for text in TEXTS if tokenizer.encode(text) != their_tokenizer(text)["input_ids"]]
     print(
-        f"token ids {len(TEXTS) - len(other)} of {len(TEXTS)} texts alike"
-        + "".join(f"\n  not {text!r}" for text in other)
+        f"token ids equal for {len(TEXTS) - len(other)} of {len(TEXTS)} texts"
+        + "".join(f"\n  different for {text!r}" for text in other)
     )
     ends = their_tokenizer.eos_token_id, theirs.config.eos_token_id
-    print(f"end token {tokenizer.end_token} here, {ends[0]} and {ends[1]} there")
+    print(f"end token {tokenizer.end_token} in gptloop, {ends[0]} and {ends[1]} in transformers")
     return difference <= TOLERANCE and not other and set(ends) == {tokenizer.end_token}
 
 

@@ -1,5 +1,5 @@
-"""The process of one peer: builds what it is to measure, then takes steps for each line of its input, which says how
-many at least and for how many seconds at least."""
+"""The process of one peer. It builds its implementation, then takes steps for each line of standard input, which gives
+the least number of steps and the least seconds."""
 
 import importlib
 import json
@@ -24,13 +24,13 @@ def main() -> None:
             step_s = (time.perf_counter() - start_s) / steps
             print(json.dumps({"step_s": step_s, "peak_bytes": measured.peak_bytes()}), flush=True)
     finally:
-        # Threads that go on would keep the process.
+        # Running threads would keep the process alive.
         if hasattr(measured, "end"):
             measured.end()
 
 
 def resident_peak() -> int:
-    """The most memory in bytes that this process ever held."""
+    """Returns the peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -39,5 +39,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        # Ctrl-C reaches whoever measures too, who says so.
+        # Ctrl-C also reaches the measuring process, which reports it.
         sys.exit(128 + signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Kills what takes part in a run again and again, and compares the end with an uninterrupted run, bit for bit.
+"""Kills the processes of a run at random moments, and compares its end with an uninterrupted run, bit for bit.
 
 `python -m tests.soak.kills --kills 30`
 """
@@ -29,7 +29,7 @@ from trainer_service.jobs.records import JobRecord
 _STEPS_PER_KILL = 100
 _STALLED_S = 180.0
 _POLL_S = 0.05
-# A kill is followed by another one at once, as often as this and after at most so long.
+# This share of the kills follows the previous kill directly, within at most this time.
 _AGAIN_SHARE = 0.25
 _AGAIN_S = 4.0
 
@@ -47,12 +47,12 @@ _WITH_TRAINING = ("training process", "worker and training process", "everything
 
 
 class Violation(Exception):
-    """Something that must never happen has happened."""
+    """A guarantee was broken."""
 
 
 @dataclass
 class Kill:
-    """What was killed, when, how far the run was, and how long it took to get further."""
+    """A kill: its target, the step and time of it, and the time until the run got beyond that step."""
 
     target: str
     step: int
@@ -61,7 +61,7 @@ class Kill:
 
 
 class Soak:
-    """One run that is killed at random steps."""
+    """A run whose processes are killed at random steps."""
 
     def __init__(self, system: System, kills: int, seed: int) -> None:
         self._system = system
@@ -69,9 +69,9 @@ class Soak:
         self._count = kills
         steps = kills * _STEPS_PER_KILL
         self._max_steps = steps
-        # The last tenth is left for what the last kill needs to show.
+        # No kill happens in the last tenth, so that the run can recover from the last one.
         self._planned = sorted(self._random.randrange(1, steps * 9 // 10) for _ in range(kills))
-        # Each about equally often.
+        # All targets are about equally frequent.
         self._targets = (list(_TARGETS) * kills)[:kills]
         self._random.shuffle(self._targets)
         self.kills: list[Kill] = []
@@ -83,7 +83,7 @@ class Soak:
         )
 
     def kill(self, job: str) -> None:
-        """Kills until there were enough; raises `Violation` where the job ends or does not get any further."""
+        """Kills until there were enough kills; raises `Violation` if the job ends or makes no progress."""
         began_s = time.monotonic()
         while len(self.kills) < self._count:
             again = bool(self.kills) and self._random.random() < _AGAIN_SHARE
@@ -101,18 +101,18 @@ class Soak:
         self._wait(job, 0)
 
     def _wait(self, job: str, step: int) -> None:
-        """Returns when the run is at a step and beyond the last kill's."""
+        """Waits until the run has reached a step and is beyond the step of the last kill."""
         beyond = max(step, self.kills[-1].step + 1 if self.kills else 1)
         reached, changed_s = 0, time.monotonic()
         while reached < beyond:
             if time.monotonic() - changed_s > _STALLED_S:
-                raise Violation(f"The run is at step {reached} since {_STALLED_S:.0f} s.")
+                raise Violation(f"The run has been at step {reached} for {_STALLED_S:.0f} s.")
             time.sleep(_POLL_S)
             record = self.record(job)
             if record is None:
                 continue
             if record.state.is_final:
-                raise Violation(f"The job is {record.state.value} before its end: {record.reason}")
+                raise Violation(f"The job is {record.state.value} before its last step: {record.reason}")
             now = record.progress.step if record.progress else 0
             if now != reached:
                 reached, changed_s = now, time.monotonic()
@@ -125,7 +125,7 @@ class Soak:
         record = self.record(job)
         step = record.progress.step if record and record.progress else self.kills[-1].step if self.kills else 0
         pids = []
-        # What is just being started anew has no pid.
+        # A process that is being restarted has no pid.
         for name in _TARGETS[target]:
             with suppress(AssertionError):
                 pids.append(self._system.pid(name))
@@ -138,30 +138,30 @@ class Soak:
         self.kills.append(Kill(target, step, time.monotonic()))
 
     def record(self, job: str) -> JobRecord | None:
-        """The job as it stands, None while Redis is gone."""
+        """Returns the current record of the job, or None while Redis cannot be reached."""
         with suppress(Unavailable):
             return self._system.queue.get(job)
         return None
 
     def print_summary(self) -> None:
-        """What was killed, and how long it took until the run got further."""
+        """Prints the kills of each target, and the times until the run got beyond the step of the kill."""
         rows = []
         for target in _TARGETS:
             kills = [kill for kill in self.kills if kill.target == target]
             times_s = [kill.recovered_s for kill in kills if kill.recovered_s is not None]
             figures = [f"{median(times_s):.1f} s", f"{max(times_s):.1f} s"] if times_s else ["", ""]
             rows.append((target, str(len(kills)), *figures))
-        print_rows(("killed", "times", "median until further", "longest"), rows)
+        print_rows(("killed", "times", "median recovery", "longest recovery"), rows)
 
 
 def check(system: System, job: str, reference: Result) -> list[str]:
-    """Every way in which the end differs from what it has to be."""
+    """Returns every difference between the end of the run and that of the uninterrupted one."""
     violations = []
     result = system.result(job)
     if result.last_step != reference.last_step or result.state != reference.state:
         violations.append("The last state differs from the uninterrupted run's.")
     if reference.last_step not in result.weights:
-        violations.append("The last step has no version.")
+        violations.append("There is no version of the last step.")
     for step in sorted(result.weights.keys() & reference.weights.keys()):
         if result.weights[step] != reference.weights[step]:
             violations.append(f"The weights of the version of step {step} differ from the uninterrupted run's.")
@@ -170,8 +170,8 @@ def check(system: System, job: str, reference: Result) -> list[str]:
         try:
             registry.check(checkpoint)
         except GptloopError as error:
-            violations.append(f"{checkpoint} is not whole: {error}")
-    return violations + [f"{path} is no checkpoint." for path in registry.strangers()]
+            violations.append(f"{checkpoint} is damaged: {error}")
+    return violations + [f"{path} is not a checkpoint." for path in registry.strangers()]
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
@@ -179,14 +179,12 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.command(help=__doc__)
 def main(
-    kills: Annotated[int, typer.Option(min=1, help="How often something is killed.")] = 30,
-    seed: Annotated[
-        int | None, typer.Option(help="Draws what is killed, and when; random where it is not set.")
-    ] = None,
+    kills: Annotated[int, typer.Option(min=1, help="The number of kills.")] = 30,
+    seed: Annotated[int | None, typer.Option(help="Seed of the targets and the steps; random by default.")] = None,
 ) -> None:
     seed = random.SystemRandom().randrange(1000) if seed is None else seed
     var = Path(tempfile.mkdtemp(prefix="gptloop-soak-"))
-    print(f"seed {seed}, everything below {var}", flush=True)
+    print(f"seed {seed}, files in {var}", flush=True)
     with running(Directories(var)) as system:
         soak = Soak(system, kills, seed)
         began_s = time.monotonic()
@@ -212,7 +210,7 @@ def main(
         print(f"violation: {text}")
     if violations:
         raise typer.Exit(1)
-    print("The end equals that of the uninterrupted run, bit for bit.")
+    print("The end of the run equals that of the uninterrupted run, bit for bit.")
     shutil.rmtree(var)
 
 

@@ -23,15 +23,15 @@ from shared.service.lists import print_rows
 from tests.shared.registry.scenarios import RUN, make_manifest, observe
 
 PROJECT = Path(__file__).parents[2]
-# Few, so that there is always something to remove.
+# Keeps little, so that pruning always has something to remove.
 RETENTION = Retention(states=2, best=2, newest=3, runs=0)
-# From the child's first word; a round of a version, a state and a pruning takes about a third of it.
+# Counted from the first line of the child. Writing a state and a version and pruning take about a third of this.
 LONGEST_LIFE_S = 0.3
 
 
 @dataclass
 class Outcome:
-    """What the kills came to."""
+    """The counts of all kills."""
 
     kills: int = 0
     publishes: int = 0
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def publish_for_ever(root: Path) -> None:
-    """What the child does until it is killed: takes the run over, then states, versions and prunings in turn."""
+    """Takes over the run, then writes a state, publishes a version and prunes, in turn, until it is killed."""
     registry = Registry(root)
     registry.sweep()
     fence = Fence.raise_for(registry.run_directory(RUN))
@@ -68,7 +68,7 @@ def _write_model(folder: Path) -> None:
 
 
 def kill_often(root: Path, kills: int, seed: int, progress: Progress) -> Outcome:
-    """Kills a child so many times, and looks at the registry after each."""
+    """Kills a publishing child this many times, and checks the registry after each kill."""
     chance, outcome, begin = random.Random(seed), Outcome(), time.monotonic()
     newest = 0
     for _ in progress.track(range(kills), description="kills"):
@@ -83,21 +83,21 @@ def kill_often(root: Path, kills: int, seed: int, progress: Progress) -> Outcome
             child.kill()
         outcome.kills += 1
         if not begun:
-            outcome.violations.append(f"kill {outcome.kills}: the process did not begin on what the one before left")
+            outcome.violations.append(f"kill {outcome.kills}: the process could not start on the files of the last one")
         try:
-            newest = _look(root, before, newest, outcome)
+            newest = _check(root, before, newest, outcome)
         except Exception as error:
             outcome.violations.append(f"kill {outcome.kills}: {type(error).__name__}: {error}")
     outcome.seconds = time.monotonic() - begin
     return outcome
 
 
-def _look(root: Path, before: Fence, newest: int, outcome: Outcome) -> int:
-    """Checks what a kill left; returns the number of the newest version."""
+def _check(root: Path, before: Fence, newest: int, outcome: Outcome) -> int:
+    """Checks the registry after a kill; returns the number of the newest version."""
     observe(root)
     registry = Registry(root)
     present = [manifest.version for manifest in registry.versions()]
-    assert max(present, default=0) >= newest, f"version {newest} was there, but the newest is now {present}"
+    assert max(present, default=0) >= newest, f"version {newest} existed, but now the versions are {present}"
     outcome.publishes += max(present, default=0) - newest
     outcome.removals = max(present, default=0) - len(present)
     try:
@@ -105,10 +105,10 @@ def _look(root: Path, before: Fence, newest: int, outcome: Outcome) -> int:
     except RunOwnershipLost:
         pass
     else:
-        raise AssertionError("who lost the run could write it")
+        raise AssertionError("a process that had lost the run could write it")
     leftovers = len(_staging(root))
     registry.sweep()
-    assert not _staging(root), "a leftover was not swept"
+    assert not _staging(root), "a leftover in staging was not swept"
     outcome.leftovers += leftovers
     return max(present, default=0)
 
@@ -119,11 +119,11 @@ def _staging(root: Path) -> list[Path]:
 
 
 def main(
-    kills: Annotated[int, typer.Option(min=1, help="How often a process is killed.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the moments at which it is killed.")] = 0,
+    kills: Annotated[int, typer.Option(min=1, help="The number of kills.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the moments of the kills.")] = 0,
     child: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Print what the kills came to; exit code 1 where the registry was not whole after one of them."""
+    """Print the counts of all kills; exit with code 1 if the registry was damaged after one of them."""
     if child is not None:
         publish_for_ever(child)
     console = Console(stderr=True)

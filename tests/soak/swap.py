@@ -1,4 +1,4 @@
-"""Streams that never end, and versions that take over from one another a hundred times meanwhile.
+"""Swaps versions a hundred times while clients stream all the time.
 
 `python -m tests.soak.swap --streams 64 --swaps 100`
 """
@@ -25,15 +25,15 @@ from shared.service.lists import print_rows
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import Server
 
-# As deep and as wide as tinystories-53m, with bytes for tokens.
+# As deep and as wide as tinystories-53m; its tokens are bytes.
 MODEL = GPTConfig(8, 384, 8, 1536, 512, vocabulary_size=257, tied_head=False)
-# Versions have the weights of these two in turn.
+# Versions use the weights of these two seeds in turn.
 WEIGHTS = (0, 1)
 PROMPT = "Once upon a time there was a little dog"
 SEEDS = 4
-# So long nothing takes over before and after the swaps.
+# The time without swaps, before and after the swaps.
 STEADY_S = 20.0
-# The 99th percentile of gaps while swapping, relative to the steady one.
+# The largest 99th percentile of gaps while swapping, relative to the steady one.
 MOST_P99_RATIO = 1.5
 
 # Tokens and their log-probabilities.
@@ -42,10 +42,10 @@ Answer = tuple[tuple[int, ...], tuple[float, ...]]
 
 @dataclass
 class Phase:
-    """What streams met while something went on."""
+    """Measurements of the streams in one phase."""
 
     name: str
-    # Seconds from one message of a stream to the next.
+    # Seconds between two messages of a stream.
     gaps: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
@@ -53,7 +53,7 @@ class Phase:
 
 
 class Swaps:
-    """Streams on a server, and versions that are published for it."""
+    """Streams on a server, and the versions that are published for it."""
 
     def __init__(
         self, server: Server, client: AsyncInferenceClient, model: GPTConfig, streams: int, tokens: int
@@ -64,7 +64,7 @@ class Swaps:
         self._streams = streams
         self._tokens = tokens
         self._published = 0
-        # The newest version that has answered a stream.
+        # The newest version that has started a stream.
         self._seen = 0
         self._expected: dict[tuple[int, int], Answer] = {}
         self._stopping = False
@@ -75,7 +75,7 @@ class Swaps:
         self.phases: list[Phase] = []
 
     async def run(self, swaps: int, steady_s: float) -> None:
-        """Streams before, during and after so many swaps. A tenth as many come first of all: memory grows to them."""
+        """Streams before, during and after the swaps. A tenth as many swaps come first, until memory stops growing."""
         await self._prepare()
         readers = [asyncio.create_task(self._read(number)) for number in range(self._streams)]
         for _ in range(max(1, swaps // 10)):
@@ -85,28 +85,28 @@ class Swaps:
         for number in range(swaps):
             await self._swap()
             if number % 10 == 9:
-                said = f"{self.answers.total()} streams, {len(self.violations)} violations"
-                print(f"{number + 1} of {swaps} swaps, {said}", flush=True)
+                counts = f"{self.answers.total()} streams, {len(self.violations)} violations"
+                print(f"{number + 1} of {swaps} swaps, {counts}", flush=True)
         await self._close(begin)
         await self._pass("steady again", steady_s)
         self._stopping = True
         await asyncio.gather(*readers)
         if len(self.answers) < swaps / 2:
-            self.violations.append(f"Only {len(self.answers)} versions answered streams.")
+            self.violations.append(f"Only {len(self.answers)} versions had streams.")
 
     async def _prepare(self) -> None:
-        """What each stream is to be, on versions that nothing disturbs."""
+        """Records the expected stream of each seed and weights, without swaps."""
         for weights in WEIGHTS:
             await self._publish()
             async with asyncio.timeout(120):
                 while self._seen != self._published:
-                    with suppress(Unavailable):  # the first one does not serve yet
+                    with suppress(Unavailable):  # the first version does not serve yet
                         await self._answer(0)
             for seed in range(SEEDS):
                 _, self._expected[weights, seed] = await self._answer(seed)
 
     async def _swap(self) -> None:
-        """Publishes a better version and waits until a stream has begun on it."""
+        """Publishes a better version and waits until a stream has started on it."""
         await self._publish()
         committed = time.monotonic()
         async with asyncio.timeout(120):
@@ -135,7 +135,7 @@ class Swaps:
                 return
             self.answers[version] += 1
             if answer != self._expected[WEIGHTS[(version - 1) % 2], seed]:
-                self.violations.append(f"A stream of version {version} was another one than without swaps.")
+                self.violations.append(f"A stream of version {version} differed from the same stream without swaps.")
 
     async def _answer(self, seed: int) -> tuple[int, Answer]:
         version, last = 0, None
@@ -160,7 +160,7 @@ class Swaps:
         return version, (tuple(tokens), tuple(logprobs))
 
     async def _pass(self, name: str, seconds: float) -> None:
-        """A phase without swaps, though as much is published: versions that are not better."""
+        """Runs a phase without swaps. Versions are published at the same rate, but they are not better."""
         begin, self._phase = time.monotonic(), Phase(name)
         while time.monotonic() - begin < seconds:
             await self._publish(better=False)
@@ -175,12 +175,12 @@ class Swaps:
         self.phases.append(phase)
 
     def check_gaps(self) -> None:
-        """A swap is hardly to be noticed."""
+        """Checks that swaps hardly lengthen the gaps between messages."""
         if (ratio := self.p99("swapping") / self.p99("steady")) > MOST_P99_RATIO:
             self.violations.append(f"p99 while swapping is {ratio:.2f} times the steady one.")
 
     def check_memory(self) -> None:
-        """Nothing of a version that is gone is left."""
+        """Checks that versions that are gone leave no memory behind."""
         first, *_, last = self.phases
         for kind, slack_mib in (("active", 1), ("resident", 24)):
             grown = (last.memory[kind] - first.memory[kind]) / 2**20
@@ -188,12 +188,12 @@ class Swaps:
                 self.violations.append(f"The {kind} memory grew by {grown:.0f} MiB.")
 
     def p99(self, name: str) -> float:
-        """The 99th percentile of the gaps between messages in the phases of a name, in seconds."""
+        """Returns the 99th percentile of the gaps in the phases whose name starts with `name`, in seconds."""
         gaps = [gap for phase in self.phases if phase.name.startswith(name) for gap in phase.gaps]
         return float(np.percentile(gaps, 99))
 
     def print_summary(self) -> None:
-        """The figures of each phase."""
+        """Prints the figures of each phase."""
         columns = ("phase", "seconds", "tokens/s", "gap p50", "gap p99", "gap max", "MLX active", "resident")
         rows = [
             (
@@ -217,7 +217,7 @@ class Swaps:
 async def swap(
     server: Server, model: GPTConfig, streams: int, swaps: int, tokens: int = 64, steady_s: float = STEADY_S
 ) -> Swaps:
-    """The whole of it, on one event loop."""
+    """Runs the soak on one event loop."""
     async with AsyncInferenceClient(server.address, retries=0) as client:
         run = Swaps(server, client, model, streams, tokens)
         await run.run(swaps, steady_s)
@@ -225,7 +225,7 @@ async def swap(
 
 
 def start(var: Path, slots: int) -> Server:
-    """A server for so many streams. Random weights are as good as one another: none is worse than the one before."""
+    """Starts a server for this many streams. Its gate accepts any loss, because all random weights are equally good."""
     settings = {"SLOTS": slots, "GATE_MARGIN": 100, "MAX_WAITING_REQUESTS": 1000}
     return Server(var, **{f"GPTLOOP_INFERENCE_{name}": str(value) for name, value in settings.items()})
 
@@ -235,11 +235,11 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 
 @app.command(help=__doc__)
 def main(
-    streams: Annotated[int, typer.Option(min=1, help="Streams that run all the time.")] = 64,
-    swaps: Annotated[int, typer.Option(min=1, help="Versions that take over.")] = 100,
+    streams: Annotated[int, typer.Option(min=1, help="Streams at any time.")] = 64,
+    swaps: Annotated[int, typer.Option(min=1, help="Number of swaps.")] = 100,
 ) -> None:
     folder = Path(tempfile.mkdtemp(prefix="gptloop-soak-"))
-    print(f"everything below {folder}", flush=True)
+    print(f"files in {folder}", flush=True)
     server = start(folder / "var", streams)
     try:
         result = asyncio.run(swap(server, MODEL, streams, swaps))
@@ -256,7 +256,7 @@ def main(
         print(f"violation: {text}")
     if result.violations:
         raise typer.Exit(1)
-    print("No call failed, and every stream was the same as without swaps, bit for bit.")
+    print("No call failed, and every stream equals the same stream without swaps, bit for bit.")
     shutil.rmtree(folder)
 
 

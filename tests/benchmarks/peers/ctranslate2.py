@@ -1,4 +1,4 @@
-"""CTranslate2 in fp32, through its own loop over a whole batch: it neither streams nor takes requests meanwhile."""
+"""CTranslate2 in fp32 with its own loop over a whole batch, which neither streams nor accepts new requests."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from tests.benchmarks.worker import resident_peak
 
 
 class Generation:
-    """All rows at once."""
+    """Generates for all rows at once."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
         given = Setup.from_dict(setup)

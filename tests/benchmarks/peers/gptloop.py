@@ -1,4 +1,4 @@
-"""This project, through the classes that its services run."""
+"""This project, with the classes that its services use."""
 
 import sys
 import time
@@ -10,7 +10,7 @@ from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
-# As the services do.
+# As in the services.
 _ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=sys.argv[1] == "Training")
 
 import mlx.core as mx  # noqa: E402
@@ -49,7 +49,7 @@ class Training:
 
 
 class Decoding:
-    """Decoding of `rows` sequences from a context of `position` tokens on, as the engine's thread does it.
+    """Decodes `rows` sequences that start with `position` tokens, as the engine's thread does.
 
     `variant` "" draws at temperature 0.8, "greedy" takes the likeliest token, "forward" draws nothing.
     """

@@ -1,4 +1,4 @@
-"""This project's engine with its thread and its outbox, in this process and without gRPC."""
+"""This project's engine with its thread and its outbox, in this process, without gRPC."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
-# As the server does.
+# As in the server.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _DEVICE = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 
@@ -25,7 +25,8 @@ from tests.benchmarks.setup import Setup  # noqa: E402
 
 
 class Generation:
-    """All rows at once. `variant` "" draws as the server does by itself, "greedy" takes the likeliest token."""
+    """Generates for all rows at once. `variant` "" draws with the server's defaults, "greedy" takes the likeliest
+    token."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
         given = Setup.from_dict(setup)
@@ -36,7 +37,7 @@ class Generation:
         model = read_model(checkpoint.version, config)
         decoder = DecoderFactory(given.slots, given.threads, _DEVICE.cache).make(model)
         tokenizer = read_tokenizer(checkpoint.version)
-        # The engine's thread puts the events of a step here, and this one takes them, as the server's event loop does.
+        # The engine's thread puts the events of a step into this queue; this thread stands for the server's event loop.
         self._outputs: SimpleQueue[list[Output]] = SimpleQueue()
         prefill_tokens = prefill_tokens_on(_DEVICE.backend)
         prefix_bytes = Settings.prefix_cache_mib << 20

@@ -1,4 +1,4 @@
-"""This project's inference server, asked over gRPC as any client asks it. Loads no model."""
+"""A gRPC client of this project's inference server. Loads no model."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ OPTIONS = [("grpc.enable_http_proxy", 0)]
 
 
 def request(prompt: Sequence[int], output_tokens: int) -> pb.GenerateRequest:
-    """Exactly so many tokens, drawn as the server does by itself."""
+    """Returns a request for exactly this many tokens, with the server's default sampling."""
     return pb.GenerateRequest(
         prompt_tokens=pb.TokenIds(ids=prompt),
         max_tokens=output_tokens,
@@ -29,7 +29,7 @@ def request(prompt: Sequence[int], output_tokens: int) -> pb.GenerateRequest:
 
 
 class Serving:
-    """The load generator: each request is a call of its own, sent when it is due."""
+    """Generates load: each request is a separate call, sent when it is due."""
 
     def __init__(self, setup: Setup) -> None:
         assert setup.endpoint is not None
@@ -79,7 +79,7 @@ class Serving:
 
 
 class Generation:
-    """All rows at once, as calls on one connection."""
+    """Generates for all rows at once, as calls on one connection."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
         endpoint = Setup.from_dict(setup).endpoint

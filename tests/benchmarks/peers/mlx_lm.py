@@ -1,4 +1,4 @@
-"""mlx-lm's GPT-2, trained as its tuner does: plain MLX. Its head is always tied."""
+"""mlx-lm's GPT-2 in plain MLX, trained as in mlx-lm's tuner. Its head is always tied."""
 
 import os
 from functools import partial
@@ -69,7 +69,7 @@ class Training:
 
 
 class Decoding:
-    """Greedy decoding of `rows` rows from a context of `position` tokens on; every step reads the tokens back."""
+    """Decodes `rows` rows greedily, starting at `position` tokens; every step reads the tokens back."""
 
     def __init__(self, config: dict[str, Any], rows: int, position: int, variant: str) -> None:
         self._model = make_model(config)

@@ -1,4 +1,4 @@
-"""mlx-lm's BatchGenerator in its own process, without gRPC: requests go in and tokens come out of a Python loop."""
+"""mlx-lm's BatchGenerator in a Python loop, in this process and without gRPC."""
 
 import json
 import time
@@ -9,7 +9,7 @@ from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
-# The same fast BLAS as this project's.
+# Uses the same fast BLAS as this project.
 accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 
 import mlx.core as mx  # noqa: E402
@@ -27,7 +27,7 @@ from trainer_service.huggingface.gpt2 import PREFIX  # noqa: E402
 
 
 def load(checkpoint: Checkpoint) -> Any:
-    """The model. mlx-lm reads the names of the first GPT-2 only, which have no prefix, and layers four widths wide."""
+    """Loads the model. mlx-lm only supports names without a prefix and layers of four times the width."""
     settings = json.loads((checkpoint.exported / "config.json").read_bytes())
     assert settings["tie_word_embeddings"] and settings["n_inner"] == 4 * settings["n_embd"]
     model = Model(ModelArgs.from_dict(settings | {"n_ctx": settings["n_positions"]}))
@@ -40,7 +40,7 @@ def load(checkpoint: Checkpoint) -> Any:
 
 
 class Serving:
-    """Requests are inserted when they are due, between two steps."""
+    """Inserts requests when they are due, between two steps."""
 
     def __init__(self, setup: Setup) -> None:
         self._model, self._slots = load(setup.checkpoint), setup.slots
@@ -84,7 +84,7 @@ class Serving:
 
 
 class Generation:
-    """All rows at once."""
+    """Generates for all rows at once."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
         given = Setup.from_dict(setup)

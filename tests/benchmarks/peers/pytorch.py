@@ -1,4 +1,4 @@
-"""The same model, loss and optimizer in PyTorch, as nanoGPT writes them."""
+"""The same model, loss and optimizer in PyTorch, written as in nanoGPT."""
 
 import math
 from typing import Any
@@ -84,7 +84,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 class Training:
-    """`variant` "eager" or "compiled". On a GPU in bf16 by autocast over fp32 weights, the vocabulary padded to 64."""
+    """Trains eagerly or compiled, by `variant`. On a GPU it uses autocast to bf16 over fp32 weights, and pads the
+    vocabulary to a multiple of 64."""
 
     def __init__(self, config: Config, rows: int, variant: str) -> None:
         torch.set_num_threads(cores())
@@ -118,7 +119,7 @@ class Training:
 
 
 class Decoding:
-    """Greedy decoding of `rows` rows from a context of `position` tokens on; every step reads the tokens back."""
+    """Decodes `rows` rows greedily, starting at `position` tokens; every step reads the tokens back."""
 
     def __init__(self, config: Config, rows: int, position: int, variant: str) -> None:
         torch.set_num_threads(cores())
