@@ -1,5 +1,5 @@
 # Thin lines over `gptloop`: each option of a command is a variable of its target.
-# Only what stands on make's command line counts. Values may hold quotes, dollar signs and line breaks: they travel through
+# Only variables on make's command line count. Their values may hold quotes, dollar signs and line breaks, so they go through
 # the environment, never through a command line; deploy/make.py reads them there.
 
 INSTALLATION := ACCELERATOR PYTHON SHELL
@@ -8,14 +8,14 @@ GIVEN := $(filter-out $(INSTALLATION),$(strip $(foreach name,$(.VARIABLES),$(if 
 $(foreach name,$(GIVEN),$(eval override $(name) := $$(value $(name)))$(eval export $(name)))
 export GPTLOOP_GIVEN := $(GIVEN)
 
-# cpu, cuda or macos: what .venv holds, else what suits this system.
+# cpu, cuda or macos: the one in .venv, otherwise the one for this system.
 INSTALLED := $(patsubst .venv/installed-%,%,$(firstword $(wildcard .venv/installed-*)))
 ACCELERATOR ?= $(or $(INSTALLED),$(if $(filter Darwin,$(shell uname -s)),macos,cpu))
 PACKAGES := .venv/installed-$(ACCELERATOR)
 VENV := .venv/bin/gptloop
 RUN := .venv/bin/python -m
 COMMAND = @$(RUN) deploy.make $@
-# The variables that a target without a command takes.
+# Refuses variables that a target without a command does not take.
 TAKES = @$(foreach name,$(filter-out $(1),$(GIVEN)),$(error $(name) is not a variable of `make $@`, which takes \
   $(or $(1),none)))
 
@@ -26,9 +26,9 @@ PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=
 TARGETS := help demo up down status train eval runs jobs watch cancel data checkpoints verify disk prune import export \
   generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
 .PHONY: $(TARGETS)
-# All of them are looked at before the first one runs.
+# Checks all targets before the first one runs.
 $(foreach goal,$(filter-out $(TARGETS) .venv/% requirements/%,$(MAKECMDGOALS)),\
-  $(error There is no target "$(goal)": `make help` lists those that there are))
+  $(error There is no target "$(goal)": `make help` lists the targets))
 
 help: ## List the targets.
 	$(call TAKES)
@@ -42,7 +42,7 @@ help: ## List the targets.
 demo: $(VENV) ## Show the whole loop: train, serve, swap, measure (two to four minutes on two cores).
 	$(COMMAND) demo
 
-up: $(VENV) ## Start Redis, trainer, worker and inference server; return once all are healthy.
+up: $(VENV) ## Start Redis, trainer, worker and inference server; return when all are healthy.
 	$(COMMAND) up
 
 down: $(VENV) ## Stop what `make up` started.
@@ -66,22 +66,22 @@ jobs: $(VENV) ## List the jobs: JSON=1
 watch: $(VENV) ## Follow a job: JOB=<id>
 	$(COMMAND) watch
 
-cancel: $(VENV) ## End a job after its step: JOB=<id>
+cancel: $(VENV) ## Ask a job to end after its step: JOB=<id>
 	$(COMMAND) cancel
 
 data: $(VENV) ## Prepare a data set and show a sample: PRESET= DATASET= VALIDATION= SET=
 	$(COMMAND) prepare
 
-checkpoints: $(VENV) ## List the versions that training has published: JSON=1
+checkpoints: $(VENV) ## List the versions in the registry: JSON=1
 	$(COMMAND) checkpoints
 
 verify: $(VENV) ## Compare every file of every version and state with its hash.
 	$(COMMAND) verify
 
-disk: $(VENV) ## Show how much each kind of files in var takes.
+disk: $(VENV) ## Show how much disk space each kind of file takes.
 	$(COMMAND) disk
 
-prune: $(VENV) ## Remove the versions and states that need not be kept: DRY_RUN=1 only shows them.
+prune: $(VENV) ## Remove the versions and states that no rule keeps: DRY_RUN=1 only lists them.
 	$(COMMAND) prune
 
 import: $(VENV) ## Make a version of a GPT-2 folder in Hugging Face's layout: DIR= DATASET= VALIDATION=
@@ -93,10 +93,10 @@ export: $(VENV) ## Write a version as such a folder: VERSION= DIR=<new or empty 
 generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMPERATURE= MAX_TOKENS= TOP_K= …
 	$(COMMAND) generate
 
-chat: $(VENV) ## Write to the model, line by line: VERSION= SEED= TEMPERATURE= MAX_TOKENS=
+chat: $(VENV) ## Continue what you type, line by line: VERSION= SEED= TEMPERATURE= MAX_TOKENS=
 	$(COMMAND) chat
 
-info: $(VENV) ## Show the device, its memory and the speed of a product.
+info: $(VENV) ## Show the device, its memory and its speed.
 	$(COMMAND) info
 
 test: $(VENV) ## Run all tests (four minutes on two cores): FAST=1 leaves out the slow ones (one minute)
@@ -114,16 +114,16 @@ bench-serve: .venv/benchmarks ## Compare generating and serving with mlx-lm and 
 	@$(RUN) tests.benchmarks.latency
 	@$(RUN) tests.benchmarks.serve
 
-soak: $(VENV) ## Kill publishers and training, again and again, and see that nothing is lost (seven minutes).
+soak: $(VENV) ## Kill publishers and training repeatedly and check that nothing is lost (seven minutes).
 	$(call TAKES)
 	@$(RUN) tests.soak.publish
 	@$(RUN) tests.soak.kills
 
-soak-serve: $(VENV) ## Ask a server for everything at once, break and pause it, and see that nothing leaks (ten minutes).
+soak-serve: $(VENV) ## Load a server, break and pause it, and check that nothing leaks (ten minutes).
 	$(call TAKES)
 	@$(RUN) tests.soak.serve
 
-soak-swap: $(VENV) ## Let a hundred versions take over from one another under 64 streams, and see that none notices (ten minutes).
+soak-swap: $(VENV) ## Swap a hundred versions under 64 streams and check that no stream changes (ten minutes).
 	$(call TAKES)
 	@$(RUN) tests.soak.swap
 
@@ -140,11 +140,11 @@ check: $(VENV) ## Verify format, types, imports, contracts and pages; edit nothi
 	done; done; echo 'shared/pb matches proto.'
 	$(RUN) pytest -q tests/test_readme.py
 	@if command -v buf > /dev/null; then echo 'buf lint proto'; buf lint proto; \
-	else echo 'Not run, for buf is not installed: buf lint proto'; fi
+	else echo 'Not run, because buf is not installed: buf lint proto'; fi
 	@if command -v promtool > /dev/null; then promtool check config deploy/prometheus/prometheus.yml; \
-	else echo 'Not run, for promtool is not installed: promtool check config deploy/prometheus/prometheus.yml'; fi
+	else echo 'Not run, because promtool is not installed: promtool check config deploy/prometheus/prometheus.yml'; fi
 
-fix: $(VENV) ## Format, and mend what ruff can mend.
+fix: $(VENV) ## Format, and fix what ruff can fix.
 	$(call TAKES)
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
@@ -153,7 +153,7 @@ proto: $(VENV) ## Generate shared/pb from proto.
 	$(call TAKES)
 	$(call PROTOC,.)
 
-lock: $(VENV) ## Resolve requirements/*.txt anew.
+lock: $(VENV) ## Resolve requirements/*.txt again.
 	$(call TAKES)
 	@requirements/lock
 

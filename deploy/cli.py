@@ -1,4 +1,4 @@
-"""The command `gptloop`, from any folder. State stays in the project; names of files start where the person is."""
+"""Runs the command `gptloop` from any folder: state stays in the project, and paths are relative to that folder."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every command of `gptloop`, by topic. The module behind a command loads when the command runs."""
+"""Lists every command of `gptloop` by topic; the module behind a command loads when the command runs."""
 
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -17,8 +17,8 @@ class Command(TyperCommand):
     """A command that loads when it runs.
 
     summary: the first line of its own help.
-    module: has the app that runs it.
-    original: its name in that app, if it is another one.
+    module: the module whose app has the command.
+    original: its name in that app, if it differs.
     """
 
     def __init__(self, name: str, summary: str, module: str, original: str = "") -> None:
@@ -28,7 +28,7 @@ class Command(TyperCommand):
         self._original = original or name
 
     def load(self) -> Any:
-        """The command itself."""
+        """Returns the command itself."""
         return typer.main.get_group(import_module(self._module).app).commands[self._original]
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Asks each process whether it does its work."""
+"""Checks the health of each process."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ _LIMIT_S = 3.0
 
 @dataclass(frozen=True)
 class Health:
-    """Whether a process does its work, and a word on it."""
+    """Whether a process is healthy, and a few words on its state."""
 
     is_healthy: bool
     text: str
 
 
 def health_checks(environment: Environment, directories: Directories, ports: Ports) -> dict[str, Callable[[], Health]]:
-    """A check for each process, in the order in which they come up; none of them raises."""
+    """Returns a check for each process, in the order in which they start; a check never raises."""
     url = redis_url(environment, directories)
     trainer = _address(listening_host(environment, "TRAINER"), ports.trainer)
     inference = _address(listening_host(environment, "INFERENCE"), ports.inference)
@@ -64,7 +64,7 @@ def _check_trainer(address: str) -> Health:
 
 
 def _check_inference(address: str, registry: Registry) -> Health:
-    # Without a version it serves nothing, and is healthy all the same.
+    # A server without a version serves nothing but is healthy.
     match _serves(address):
         case None:
             return _no_answer(address)
@@ -77,7 +77,7 @@ def _check_inference(address: str, registry: Registry) -> Health:
 
 
 def _serves(address: str) -> bool | None:
-    """What a server says of its health, or `None` without an answer."""
+    """Returns whether a server reports that it serves, or `None` if it does not answer."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
@@ -93,5 +93,5 @@ def _no_answer(address: str) -> Health:
 
 
 def _address(host: str, port: int) -> str:
-    # A server that listens everywhere is asked on this machine.
+    # A server that listens on every address is asked on the loopback address.
     return to_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

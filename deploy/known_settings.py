@@ -1,4 +1,4 @@
-"""The names of all variables of the environment that configure a process."""
+"""Finds the names of all environment variables that configure a process."""
 
 from collections.abc import Iterator, Mapping
 
@@ -10,7 +10,7 @@ _OF_LIBRARIES = ("OPENBLAS_NUM_THREADS", "TIKTOKEN_CACHE_DIR")
 
 
 def known_settings() -> set[str]:
-    """Every variable that the services read."""
+    """Returns the name of every variable that the services read."""
     environment = _Recorder()
     inference_service.settings.read_settings(environment)
     trainer_service.settings.read_settings(environment)

@@ -1,6 +1,6 @@
-"""Becomes another program while holding a lock that says it runs: `python -m deploy.launch LOCK PROGRAM [ARGUMENT …]`.
+"""Replaces itself with a program that holds a lock while it runs: `python -m deploy.launch LOCK PROGRAM [ARGUMENT …]`.
 
-The lock lasts as long as the program and whatever process it left behind, however they end. Its file names the pid.
+The lock is held until the program and all processes that it left behind have ended. Its file contains the pid.
 """
 
 if __name__ == "__main__":
@@ -14,12 +14,12 @@ import fcntl
 import os
 from pathlib import Path
 
-# The supervisor closes every file from 5 on when it starts, and so must find the lock below that.
+# supervisord closes all file descriptors from 5 on when it starts, so the lock must have a lower one.
 _DESCRIPTOR = 3
 
 
 def launch(lock: Path, program: str, arguments: list[str]) -> None:
-    """Waits for the lock, writes the pid into its file, and executes the program in place of this one."""
+    """Waits for the lock, writes the pid into its file and replaces this process with the program."""
     opened = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
     if opened != _DESCRIPTOR:
         os.dup2(opened, _DESCRIPTOR)
@@ -32,7 +32,7 @@ def launch(lock: Path, program: str, arguments: list[str]) -> None:
 
 
 def holder(lock: Path) -> int | None:
-    """The pid of the program that was launched with a lock, or `None` where neither it nor a child of it runs."""
+    """Returns the pid of the program that was launched with a lock, or `None` if nothing holds the lock."""
     try:
         opened = os.open(lock, os.O_RDWR)
     except FileNotFoundError:

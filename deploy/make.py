@@ -1,8 +1,8 @@
-"""The targets of make: runs a command of `gptloop` with make's variables as its options.
+"""Runs a command of `gptloop` with make's variables as its options: `python -m deploy.make TARGET COMMAND`.
 
-`python -m deploy.make TARGET COMMAND`, where the variable `GPTLOOP_GIVEN` names the variables that stand on make's
-command line, and the environment holds their values: no shell takes them apart. `TOP_K=1` is `--top-k 1`, `DIR=x` the
-argument DIR, `DRY_RUN=yes` the flag `--dry-run`. Every option of a command is a variable of its target.
+`GPTLOOP_GIVEN` names the variables on make's command line. Their values come from the environment, so that no shell
+interprets them. `TOP_K=1` is `--top-k 1`, `DIR=x` the argument DIR, and `DRY_RUN=yes` the flag `--dry-run`. Every
+option of a command is a variable of its target.
 """
 
 if __name__ == "__main__":
@@ -26,7 +26,7 @@ _NO_SETTING = "; the README of each service lists its settings."
 
 
 def variables(command: str) -> dict[str, Any]:
-    """The parameters of a command, by the names of the variables that set them."""
+    """Returns the parameters of a command, by the names of the variables that set them."""
     return {_variable(parameter): parameter for parameter in COMMANDS[command].load().params}
 
 
@@ -38,9 +38,9 @@ def _variable(parameter: Any) -> str:
 
 
 def parameters(target: str, takes: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str | list[str]]:
-    """The values that make was given for a command's parameters; an empty value counts as none.
+    """Returns the values that make was given for the parameters of a command. An empty value counts as none.
 
-    Raises `InvalidArgument` if a variable is neither one of the target nor a setting, which make exports by itself.
+    Raises `InvalidArgument` if a variable is neither one of the target nor a setting, which make exports.
     """
     values: dict[str, str | list[str]] = {}
     for name, value in given.items():
@@ -53,7 +53,7 @@ def parameters(target: str, takes: Mapping[str, Any], given: Mapping[str, str]) 
 
 
 def _check_setting(name: str, target: str, takes: Collection[str]) -> None:
-    # Takes a moment to load, and few people type settings after make.
+    # Loading it takes a moment, and few people type settings after make.
     from deploy.known_settings import known_settings
 
     if name in (known := known_settings()):

@@ -22,7 +22,7 @@ class Ports:
     trainer_metrics: int
 
     def to_environment(self) -> dict[str, str]:
-        """The variables from which the services read these ports."""
+        """Returns the variables from which the services read these ports."""
         return {
             "GPTLOOP_INFERENCE_PORT": str(self.inference),
             "GPTLOOP_INFERENCE_METRICS_PORT": str(self.inference_metrics),
@@ -40,7 +40,7 @@ class Ports:
 
 
 def read_ports(environment: Environment) -> Ports:
-    """The ports in the settings of the services.
+    """Returns the ports in the settings of the services.
 
     Raises `InvalidArgument` if a setting is wrong or two ports are the same.
     """
@@ -59,14 +59,14 @@ def read_ports(environment: Environment) -> Ports:
 
 
 def free_ports() -> Ports:
-    """Four ports that nothing listens on now."""
+    """Returns four ports that nothing listens on now."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
         return Ports(*(listener.getsockname()[1] for listener in listeners))
 
 
 def listening_host(environment: Environment, service: str) -> str:
-    """The address that a service (`INFERENCE`, `TRAINER`) listens on."""
+    """Returns the address that a service (`INFERENCE`, `TRAINER`) listens on."""
     if service == "INFERENCE":
         return inference_service.settings.read_settings(environment).host
     return trainer_service.settings.read_settings(environment).host

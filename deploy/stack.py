@@ -40,7 +40,7 @@ app = cli.new_app(__doc__)
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """A process as supervisord and its health check see it; `process` is `None` for a Redis that others run."""
+    """A process as supervisord and its health check see it; `process` is `None` for an external Redis."""
 
     name: str
     process: ProcessState | None
@@ -48,18 +48,18 @@ class ProcessStatus:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it runs and does its work."""
+        """Whether it runs and passes its health check."""
         return self.health.is_healthy and (self.process is None or self.process.state == "RUNNING")
 
     @property
     def reason(self) -> str:
-        """Why it is not healthy."""
+        """Says why it is not healthy."""
         if self.process is not None and self.process.state != "RUNNING":
             return self.process.state.lower()
         return self.health.text
 
 
-# A Redis that others run has no process here.
+# An external Redis has no process here.
 _COLUMNS = (
     Column[ProcessStatus]("process", lambda each: each.name),
     Column[ProcessStatus]("state", lambda each: each.process.state if each.process else "external"),
@@ -84,7 +84,7 @@ class Stack:
     environment: the variables of the processes; `REDIS_URL` in it replaces the embedded Redis.
     configuration: a supervisord.conf.
     checks: a health check for each of its programs, by name.
-    worker_stop_s: how long a training step may take to end before its worker is killed.
+    worker_stop_s: how long the worker may take to end its training step before it is killed.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Stack:
                     )
                 report("Everything is up already. New settings apply after `gptloop down` and `gptloop up`.")
                 return
-            # A supervisord that was killed may have left its programs.
+            # A killed supervisord may have left programs behind.
             self._supervisor.stop()
             self._ports.check_free(self._environment)
             if not self._has_redis and not (redis := self._checks["redis"]()).is_healthy:

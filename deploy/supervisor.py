@@ -1,4 +1,4 @@
-"""supervisord as this project uses it: start it, ask it, end it, and find what it left behind when it was killed."""
+"""Starts, queries and stops supervisord, and finds the programs that a killed supervisord left behind."""
 
 import http.client
 import os
@@ -21,12 +21,12 @@ from shared.plain_paths import socket_folder
 from shared.service.settings import Directories
 
 _ROOT = Path(__file__).parent.parent
-# supervisord stands in the folder of state, which holds no code.
+# supervisord runs in the folder of state, which holds no code.
 _COMMAND = 'cd "$GPTLOOP_VAR" && exec "$GPTLOOP_PYTHON" -P -m supervisor.supervisord --configuration "$1"'
 
-# Longer than all waits of the configuration together.
+# Longer than the sum of all waits in the configuration.
 _STOP_LIMIT_S = 190.0
-# A program that supervisord does not watch any more gets as long as the longest wait of the configuration.
+# A program without its supervisord gets the longest wait of the configuration.
 _ORPHAN_LIMIT_S = 75.0
 _START_LIMIT_S = 20.0
 _POLL_S = 0.1
@@ -34,7 +34,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class ProcessState:
-    """One program: its state in supervisord's words (`RUNNING`, `STARTING`, `FATAL`, …), and since when it runs."""
+    """One program: its state as supervisord names it (`RUNNING`, `STARTING`, `FATAL`, …) and how long it has run."""
 
     name: str
     state: str
@@ -43,11 +43,11 @@ class ProcessState:
 
 
 class Supervisor:
-    """supervisord with a configuration, its state in a folder's `run` and `log`.
+    """supervisord with a configuration. Its files are in the folders `run` and `log` of the state.
 
-    configuration: a supervisord.conf whose variables `%(ENV_…)s` the environment holds, and whose paths start in the
-        folder.
-    environment: what its programs see; `GPTLOOP_VAR` and what the configuration needs are added.
+    configuration: a supervisord.conf. Its variables `%(ENV_…)s` come from the environment, and its paths are relative
+        to the folder of state.
+    environment: the variables of its programs; `GPTLOOP_VAR` and those that the configuration needs are added.
     """
 
     def __init__(self, configuration: Path, directories: Directories, environment: Mapping[str, str]) -> None:
@@ -64,11 +64,11 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts supervisord, in a session of its own: a Ctrl-C in this terminal does not reach it."""
+        """Starts supervisord in its own session, so that a Ctrl-C in this terminal does not reach it."""
         assert not self.is_running()
         self._run.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._log.mkdir(parents=True, exist_ok=True)
-        # The link to it, if it needs one, can be made now.
+        # If the socket needs a link, its folder must exist first.
         self._socket()
         lock = str(self._run / "supervisord.lock")
         supervisord = ["/bin/sh", "-c", _COMMAND, "sh", str(self._configuration)]
@@ -84,11 +84,11 @@ class Supervisor:
             )
 
     def is_running(self) -> bool:
-        """Whether supervisord runs, be it started by this object or by another process."""
+        """Whether supervisord runs, whichever process started it."""
         return self._pid() is not None
 
     def wait_for_answer(self) -> None:
-        """Returns when supervisord answers; raises `Unavailable` with what it printed where it does not."""
+        """Returns when supervisord answers; raises `Unavailable` with its output if it does not."""
 
         def answers() -> bool:
             with suppress(Unavailable):
@@ -101,7 +101,7 @@ class Supervisor:
             raise Unavailable("supervisord does not start: " + " ".join(self.last_lines("supervisord", 5)))
 
     def processes(self) -> list[ProcessState]:
-        """Every program; raises `Unavailable` while supervisord does not answer."""
+        """Returns every program; raises `Unavailable` if supervisord does not answer."""
         proxy = ServerProxy("http://127.0.0.1", SupervisorTransport(None, None, f"unix://{self._socket()}"))
         try:
             answers: Any = proxy.supervisor.getAllProcessInfo()
@@ -115,16 +115,16 @@ class Supervisor:
         ]
 
     def orphans(self) -> dict[str, int]:
-        """Name and pid of the programs that run although supervisord does not."""
+        """Returns the name and pid of each program that runs without supervisord."""
         if self.is_running():
             return {}
         locks = {lock.stem: holder(lock) for lock in self._run.glob("*.lock")}
         return {name: pid for name, pid in locks.items() if pid is not None}
 
     def stop(self) -> None:
-        """Ends supervisord and every program, also those that a killed supervisord left; returns when all are gone.
+        """Ends supervisord and every program, also those of a killed supervisord; returns when all are gone.
 
-        Raises `Unavailable` where supervisord does not end.
+        Raises `Unavailable` if supervisord does not end.
         """
         if self._process is not None and not self._has_ended():
             # It may not hold its lock yet.
@@ -137,7 +137,7 @@ class Supervisor:
                 self._process.wait(_STOP_LIMIT_S)
         if not _wait_until(lambda: self._pid() is None, _STOP_LIMIT_S):
             raise Unavailable(f"supervisord (pid {pid}) does not end; {self._log}/supervisord.log may say why.")
-        # In this order the worker ends before Redis, which takes its last words.
+        # In this order the worker ends before Redis, which still receives its last events.
         for name, orphan in sorted(self.orphans().items(), reverse=True):
             lock = self._run / f"{name}.lock"
             _signal(orphan, signal.SIGTERM)
@@ -146,7 +146,7 @@ class Supervisor:
                 _wait_until(lambda lock=lock: holder(lock) is None, _ORPHAN_LIMIT_S)  # type: ignore[misc]
 
     def last_lines(self, name: str, count: int) -> list[str]:
-        """The last lines of a program's log."""
+        """Returns the last lines of a program's log."""
         files = (self._log / f"{name}.log", self._log / f"{name}.out")
         texts = [file.read_text(errors="replace") for file in files if file.exists()]
         return "".join(texts).splitlines()[-count:]
@@ -162,7 +162,7 @@ class Supervisor:
 
 
 def _signal(pid: int, number: signal.Signals) -> None:
-    # 0, which would be this process's own group, is a program that has not written its pid yet.
+    # The pid is 0 while the program has not written it yet. A signal to 0 would reach this process's own group.
     with suppress(ProcessLookupError):
         if pid:
             os.kill(pid, number)

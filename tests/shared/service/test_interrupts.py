@@ -36,6 +36,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
         ("trainer_service", "redis"),
         ("deploy.stack", "grpc"),
         ("deploy.demo", "grpc"),
+        ("deploy.cli", "typer"),
         ("deploy.make", "typer"),
         ("deploy.launch", "argparse"),
     ],
