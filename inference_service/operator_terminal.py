@@ -1,4 +1,4 @@
-"""What operators see of versions."""
+"""Shows versions to operators."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from shared.text import format_duration, format_size, printable
 
 
 def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> None:
-    """All versions in a list, why some do not serve, and the policy; JSON has the reasons in the list."""
+    """Prints the versions, the reasons of those that do not serve, and the policy; JSON has the reasons in the list."""
     print_list(
         answer.versions,
         _COLUMNS,
@@ -27,31 +27,31 @@ def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> No
 
 
 def describe(status: pb.VersionStatus) -> str:
-    """A version with its state, in a few words."""
+    """Names a version and its state."""
     return f"Version {status.version} ({_state(status)})"
 
 
 def describe_loaded(status: pb.VersionStatus) -> str:
-    """What a version in memory takes there, and how good it is."""
+    """Describes a loaded version: its memory and its loss."""
     return f"{describe(status)} is in memory: {_memory(status)}, held-out loss {status.validation_loss:.4f}."
 
 
 def describe_unloaded(status: pb.VersionStatus) -> str:
-    """When an unloaded version is gone from memory."""
+    """Says when an unloaded version leaves memory."""
     if not status.streams:
         return f"Version {status.version} has left memory."
     return f"Version {status.version} leaves memory when its last stream ends; {status.streams} of them run now."
 
 
 def describe_rollback(status: pb.VersionStatus) -> str:
-    """When the version after a rollback serves, or that it does."""
+    """Says whether the next version serves after a rollback, or when it will."""
     if status.state == pb.VERSION_STATE_SERVING:
         return f"Version {status.version} serves now."
     return f"{describe(status)} serves as soon as it is in memory."
 
 
 def describe_policy(answer: pb.ListVersionsResponse) -> str:
-    """The policy, the version that it names, and the one that serves now."""
+    """Names the policy, the version that it selects, and the one that serves now."""
     serving = next((one.version for one in answer.versions if one.state == pb.VERSION_STATE_SERVING), None)
     named = next((one for one in answer.versions if answer.policy in one.labels), None)
     sentences = f"The policy is {answer.policy}. "
@@ -65,7 +65,7 @@ def _state(status: pb.VersionStatus) -> str:
 
 
 def _use(status: pb.VersionStatus) -> str:
-    """What keeps a version in memory, apart from that it serves."""
+    """Says what else than serving keeps a version in memory: its streams, or load."""
     held = "held" if status.held else ""
     return ", ".join(filter(None, (str(status.streams or ""), held)))
 
@@ -79,17 +79,17 @@ def _measured(status: pb.VersionStatus) -> float | None:
 
 
 def _served(status: pb.VersionStatus) -> str:
-    """How far the loss as this server measured it is from what training found on the same windows."""
+    """Returns the difference between the loss that this server measured and that of training on the same windows."""
     measured = _measured(status)
     return "" if measured is None else f"{round(measured - status.claimed_loss, 4) + 0.0:+.4f}"
 
 
 def _if_known(text: Callable[[pb.VersionStatus], str]) -> Callable[[pb.VersionStatus], str]:
-    """The text, or nothing if the manifest cannot be read."""
+    """Makes a text empty if the manifest cannot be read."""
     return lambda status: text(status) if status.digest else ""
 
 
-# Losses and bits per byte are those that the trainer lists, under the same names.
+# Losses and bits per byte are the values that the trainer lists under the same names.
 _COLUMNS = (
     Column[pb.VersionStatus]("version", lambda status: status.version, right=True),
     Column[pb.VersionStatus](

@@ -1,4 +1,4 @@
-"""What a person sees of generations: text on standard output, everything else on standard error."""
+"""Shows generations to a person: text on standard output, everything else on standard error."""
 
 import contextlib
 import shlex
@@ -19,19 +19,19 @@ from inference_service.client.completion import Event, sample_seed
 from shared.errors import GptloopError, InvalidArgument
 from shared.pb.inference.v1 import inference_pb2 as pb
 
-# Prompts that are sent together; the server itself decodes some of them at a time and lets the others wait.
+# Prompts that are sent at the same time. The server decodes some of them and lets the others wait.
 _TOGETHER = 64
 
-CHAT_HELP = """The model continues what you type; each line stands alone.
-  /seed N          the same answer to the same line again; /seed alone: a new one each time
-  /temperature X   0: always the likeliest word; higher: bolder
-  /reset           seed and temperature as at the start
+CHAT_HELP = """The model continues each line that you type; it does not see the lines before it.
+  /seed N          the same answer to the same line again; /seed alone: a new seed each time
+  /temperature X   0: always the most likely token; higher: more varied
+  /reset           back to the seed and temperature of the start
   /quit            or Ctrl-D; Ctrl-C stops an answer"""
 
 
 @dataclass
 class Answer:
-    """What came of one prompt so far; `texts` has one for each sample, as long as it is now."""
+    """The answer to one prompt so far; `texts` has the text of each sample as far as it has arrived."""
 
     prompt: str
     texts: list[str]
@@ -40,7 +40,7 @@ class Answer:
     error: GptloopError | None = None
 
     def add(self, event: Event) -> None:
-        """Takes in what came next."""
+        """Adds the next event."""
         match event:
             case pb.Started():
                 self.started = event
@@ -50,7 +50,7 @@ class Answer:
                 self.finished[event.index] = event
 
     def summary(self, index: int, seconds: float) -> str:
-        """One line on a sample: version, seed, tokens, speed, time to the first token, reason."""
+        """Returns one line on a sample: version, seed, tokens, speed, time to the first token, reason."""
         assert self.started is not None
         head = f"version {self.started.model_version} · seed {sample_seed(self.started, index)}"
         if (finished := self.finished.get(index)) is None:
@@ -67,7 +67,7 @@ class Answer:
 
 
 class Page:
-    """Prints the samples of an answer one after another while they come, each with a line about it."""
+    """Prints the samples of an answer one after another while they arrive, each followed by a line about it."""
 
     def __init__(self, answer: Answer, notes: Console) -> None:
         self._answer = answer
@@ -86,7 +86,7 @@ class Page:
                     self._notes.print(f"--- {self._index + 1} of {len(self._answer.texts)}", style="dim")
             story = self._answer.prompt + self._answer.texts[self._index]
             new = story[self._shown :]
-            # A model may draw what would act on a terminal; a file gets the text as it is.
+            # A model may generate control characters. A terminal shows them escaped; a file gets the text unchanged.
             sys.stdout.write(_harmless(new) if sys.stdout.isatty() else new)
             sys.stdout.flush()
             self._shown = len(story)
@@ -95,7 +95,7 @@ class Page:
             self.end()
 
     def end(self) -> None:
-        """Ends the sample that is printed now, whole or not."""
+        """Ends the sample that is being printed, complete or not."""
         if self._shown is not None:
             sys.stdout.write("\n")
             sys.stdout.flush()
@@ -126,9 +126,9 @@ class Terminal:
             self._notes.print(f"{what} again: {command}", style="dim", markup=False)
 
     def generate_all(self, prompts: Sequence[str], parameters: Parameters) -> None:
-        """Streams a story for each prompt, together; each is printed when it and those before it are whole.
+        """Streams a story for each prompt at the same time; prints each one when it and those before it are complete.
 
-        Raises the first error after everything else was printed.
+        Raises the first error after everything else is printed.
         """
         answers = [_answer(prompt, parameters) for prompt in prompts]
         begin = time.monotonic()
@@ -174,10 +174,10 @@ class Terminal:
                 raise answer.error
 
     def chat(self, parameters: Parameters) -> None:
-        """Reads lines and continues each of them, until the end of the input."""
+        """Reads lines and continues each one, until the end of the input."""
         current = parameters.copy()
         model = self._client.model(parameters.get("version"), parameters.get("label"))
-        self._notes.print(f"version {model.version}, {model.parameters:,} parameters. /help says what can be typed.")
+        self._notes.print(f"version {model.version}, {model.parameters:,} parameters. /help lists the commands.")
         while True:
             try:
                 line = input("> ").strip()
@@ -213,11 +213,11 @@ class Terminal:
                     self._notes.print(CHAT_HELP)
                     return current
         except ValueError:
-            raise InvalidArgument(f"{name} needs a number, but {value!r} is none.") from None
-        raise InvalidArgument(f"Unknown command {name!r}: /help says what can be typed.")
+            raise InvalidArgument(f"{name} needs a number, not {value!r}.") from None
+        raise InvalidArgument(f"Unknown command {name!r}: /help lists the commands.")
 
     def _stream(self, prompt: str, parameters: Parameters) -> Answer:
-        """Prints a story while it comes."""
+        """Prints a story while it arrives."""
         answer = _answer(prompt, parameters)
         page = Page(answer, self._notes)
         try:
@@ -244,7 +244,7 @@ def _answer(prompt: str, parameters: Parameters) -> Answer:
 
 
 def _command_of(prompt: str, parameters: Parameters) -> str:
-    """The command line that continues a prompt with these parameters."""
+    """Returns the command line that continues a prompt with these parameters."""
     words = ["gptloop", "generate", "--prompt", prompt]
     for name, value in parameters.items():
         for each in value if isinstance(value, list) else [value]:
@@ -254,7 +254,7 @@ def _command_of(prompt: str, parameters: Parameters) -> str:
 
 
 def _harmless(text: str) -> str:
-    """A text with its control characters, except line breaks and tabs, as escapes."""
+    """Escapes the control characters of a text, except line breaks and tabs."""
     return "".join(
         each.encode("unicode_escape").decode() if category(each) == "Cc" and each not in "\n\t" else each
         for each in text
@@ -262,7 +262,7 @@ def _harmless(text: str) -> str:
 
 
 def _overview(answers: Sequence[Answer], width: int) -> Table:
-    """One line for each answer that is under way: the end of a sample's text."""
+    """Returns a line for each unfinished answer: the end of the text of a sample."""
     table = Table.grid(padding=(0, 1))
     for number, answer in enumerate(answers, start=1):
         running = [text for index, text in enumerate(answer.texts) if index not in answer.finished]

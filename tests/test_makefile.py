@@ -1,4 +1,4 @@
-"""What people type after `make`: real make, real commands, in a folder that stands for a fresh checkout."""
+"""Runs real make with real commands in a folder that imitates a fresh checkout."""
 
 import re
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_a_variable_of_another_target_is_refused_with_those_that_the_target_take
 
 
 @pytest.mark.parametrize("words", [["jbos"], ["prune", "small"]])
-def test_a_word_that_is_no_target_is_refused_before_anything_runs(workplace: Workplace, words: list[str]) -> None:
+def test_a_word_that_is_not_a_target_is_refused_before_anything_runs(workplace: Workplace, words: list[str]) -> None:
     ended = workplace.make(*words)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert f'There is no target "{words[-1]}": `make help` lists' in ended.stderr

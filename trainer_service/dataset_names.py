@@ -1,4 +1,4 @@
-"""From what a person types for a data set to the names of files: quotes, `~`, patterns and folders."""
+"""Expands what a person types for a data set into names of files: quotes, `~`, patterns and folders."""
 
 import glob
 import shlex
@@ -13,14 +13,13 @@ from trainer_service.training.local_files import ENDINGS
 
 
 def expand(values: Sequence[str]) -> tuple[str, ...]:
-    """The data sets and files that some values name, in their order.
+    """Returns the data sets and files that the values name, in their order.
 
-    A value that is the name of a file or a folder as a whole is that one; any other is a list of words as a shell reads
-    them, with quotes around names that hold spaces. Of a word, `~` is the home folder, `*`, `?` and `[…]` stand for all
-    files that match, and a folder for the files of text in it; both in the order of their names.
+    A value that is the name of a file or a folder means that file or folder. Any other value is split into words as in
+    a shell, with quotes around names with spaces. In a word, `~` is the home folder. A pattern with `*`, `?` or `[…]`
+    means all matching files, and a folder means its text files, both sorted by name.
 
-    Raises `InvalidArgument` if quotes are left open or a name is unknown, and `NotFound` if nothing
-    matches.
+    Raises `InvalidArgument` if quotes do not close or a name is unknown, and `NotFound` if nothing matches.
     """
     return tuple(name for value in values for word in _words(value) for name in _expand_word(word))
 
@@ -63,7 +62,7 @@ def _files_in(folder: Path) -> Iterator[str]:
 
 
 def _refuse_unknown(word: str) -> None:
-    """Raises `InvalidArgument` if a word is nearly the name of a data set; otherwise it may be one that is checked."""
+    """Raises `InvalidArgument` if a word is almost the name of a data set; other words are checked as files later."""
     if near := get_close_matches(word[:40], [BUILTIN, *HUB], n=1):
         raise InvalidArgument(f"Unknown data set {shown(word)}. Did you mean {near[0]}?")
 
@@ -77,11 +76,11 @@ def _home(name: str) -> Path:
     try:
         return path.expanduser()
     except RuntimeError:
-        return path  # there is no such user, so it is a name like any other
+        return path  # no such user exists, so this is an ordinary name
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
     except (OSError, ValueError):
-        return False  # too long for a name, or with a null byte
+        return False  # the name is too long or has a null byte

@@ -42,7 +42,7 @@ _WORKS = "import signal\nsignal.pause()\n"
 
 
 class Fixture:
-    """A stack of stand-in programs, called redis and worker; tests set what their checks answer."""
+    """A stack of stand-in programs, named redis and worker; tests set the answer of their checks."""
 
     def __init__(self, folder: Path, **scripts: str) -> None:
         self.folder = folder
@@ -108,6 +108,12 @@ def test_up_returns_when_all_is_healthy_and_down_ends_all(fixture: Fixture) -> N
     assert not stack.down()
 
 
+def test_up_names_every_process_that_it_starts(fixture: Fixture) -> None:
+    reports: list[str] = []
+    fixture.stack.up(reports.append)
+    assert list(dict.fromkeys(reports)) == ["Starting redis.", "Starting worker.", "Everything is up."]
+
+
 def test_up_waits_for_health_without_alarm(fixture: Fixture) -> None:
     fixture.health = Health(False, "no answer: Error 2")
     reports = []
@@ -132,7 +138,7 @@ def test_up_again_starts_nothing(fixture: Fixture) -> None:
     assert _pids(fixture.stack) == before
 
 
-def test_up_names_what_is_not_healthy_in_what_runs(fixture: Fixture) -> None:
+def test_up_names_an_unhealthy_process_of_a_running_stack(fixture: Fixture) -> None:
     fixture.stack.up(_ignore)
     fixture.health = Health(False, "no answer")
     with pytest.raises(FailedPrecondition, match="redis is not healthy"):
@@ -148,7 +154,7 @@ def test_a_process_that_dies_is_started_again(fixture: Fixture) -> None:
     wait_until(lambda: _pids(stack)["worker"] not in (killed, 0))
 
 
-def test_a_process_that_does_not_start_is_named_with_its_log_and_nothing_stays(
+def test_a_process_that_does_not_start_is_named_with_its_log_and_nothing_is_left_running(
     tmp_path: Path, fixture: Fixture
 ) -> None:
     (tmp_path / "worker.py").write_text("import sys\nsys.exit('error: the reason')\n")
@@ -159,14 +165,14 @@ def test_a_process_that_does_not_start_is_named_with_its_log_and_nothing_stays(
     assert fixture.running() == []
 
 
-def test_a_bad_configuration_is_told(fixture: Fixture) -> None:
+def test_a_bad_configuration_is_reported(fixture: Fixture) -> None:
     fixture.configuration.write_text("[supervisord]\nnodaemon=perhaps\n")
     with pytest.raises(Unavailable, match="perhaps"):
         fixture.stack.up(_ignore)
     assert fixture.stack.status() is None
 
 
-def test_an_interrupted_up_leaves_nothing(fixture: Fixture) -> None:
+def test_an_interrupted_up_leaves_nothing_running(fixture: Fixture) -> None:
     fixture.health = Health(False, "never")
     pids: dict[str, int] = {}
 
@@ -196,7 +202,7 @@ def test_programs_of_a_killed_supervisor_are_named_and_ended(fixture: Fixture) -
     assert fixture.running() == []
 
 
-def test_up_replaces_what_a_killed_supervisor_left(fixture: Fixture) -> None:
+def test_up_replaces_the_programs_of_a_killed_supervisor(fixture: Fixture) -> None:
     old = _kill_supervisor(fixture)
     fixture.stack.up(_ignore)
     assert fixture.running() == ["supervisord", "redis", "worker"]
@@ -204,7 +210,7 @@ def test_up_replaces_what_a_killed_supervisor_left(fixture: Fixture) -> None:
     assert all(new[name] != old[name] for name in ("redis", "worker"))
 
 
-def test_two_at_once_are_refused(fixture: Fixture) -> None:
+def test_two_commands_at_once_are_refused(fixture: Fixture) -> None:
     def report(_: str) -> None:
         with pytest.raises(FailedPrecondition, match="at work"):
             fixture.new_stack(fixture.ports).down()
@@ -223,7 +229,7 @@ def test_a_port_in_use_is_named_with_its_variable(fixture: Fixture) -> None:
     assert fixture.stack.status() is None
 
 
-def test_a_redis_of_others_is_asked_but_not_started(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_external_redis_is_checked_but_not_started(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
     text = fixture.configuration.read_text().replace(
         "[program:redis]", "[program:redis]\nautostart=%(ENV_GPTLOOP_EMBEDDED_REDIS)s"

@@ -31,7 +31,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
 
 PROJECT = Path(__file__).parents[2]
-# Small enough for a step in some hundredths of a second, long enough for streams that outlast a swap.
+# A step takes some hundredths of a second, and the context is long enough for streams that outlast a swap.
 TINY = {
     "vocabulary_size": "400",
     "layers": "1",
@@ -50,7 +50,7 @@ _FINAL = (pb.JOB_STATE_FINISHED, pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED)
 
 @dataclass(frozen=True)
 class Result:
-    """What a run leaves, as bytes, so that two can be compared bit for bit: the weights of each step's version, and all
+    """The result of a run as bytes, to compare two runs bit for bit: the weights of the version of each step, and all
     arrays of the last state."""
 
     weights: dict[int, dict[str, bytes]]
@@ -92,7 +92,7 @@ class System:
         return job
 
     def watch(self, job: str, until: Callable[[pb.WatchJobResponse], bool]) -> list[pb.WatchJobResponse]:
-        """The events of a job up to the first that is waited for; fails where the job ends before."""
+        """Returns the events of a job up to the first that matches; fails if the job ends before."""
         events = []
         for event in self.trainer.WatchJob(pb.WatchJobRequest(job_id=job), timeout=HANG_S):
             events.append(event)
@@ -104,7 +104,7 @@ class System:
         return self.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FINISHED)
 
     def end(self, job: str, hang_s: float = HANG_S) -> pb.Job:
-        """The job when it has ended, however that was, and whatever was down meanwhile."""
+        """Returns the job after it has ended in any way, even if processes were down meanwhile."""
         answer = pb.GetJobResponse()
 
         def ended() -> bool:
@@ -116,7 +116,7 @@ class System:
         return answer.job
 
     def events(self, job: str) -> list[TimedEvent]:
-        """Everything that Redis holds of what a job told, also after its end."""
+        """Returns all events of a job in Redis, also after its end."""
         events, last = [], "0"
         while found := self.queue.read_events(job, last):
             events += [timed for _, timed in found]
@@ -124,7 +124,7 @@ class System:
         return events
 
     def step(self, job: str) -> int:
-        """The last step that a job told of."""
+        """Returns the last step that a job reported."""
         progress = self.queue.get(job).progress
         return progress.step if progress else 0
 
@@ -224,7 +224,7 @@ def children(pid: int) -> list[int]:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
+    """Whether a process has ended, even if its exit code has not been read yet."""
     found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
     return found.stdout.strip()[:1] in ("", "Z")
 

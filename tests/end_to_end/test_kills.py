@@ -1,4 +1,4 @@
-"""Whatever is killed or stopped, a run goes on and ends with the bits that it would have had anyway."""
+"""A run survives the death of any process and ends with the same bits as an undisturbed run."""
 
 import os
 import random
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.slow
 
 # With random numbers in every step.
 VALUES = TINY | {"context_length": "64", "dropout": "0.1"}
-# A run takes so long, however fast the machine is: what is done to it must not come after its end.
+# A run takes this long on any machine, so that a test can act before it ends.
 RUN_S = 6.0
 FEWEST_STEPS = 240
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is evaluated four times on its way, `interval` steps apart, and at its end."""
+    """A run that is evaluated every `interval` steps, four times, and at its end."""
 
     text: str
     interval: int
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def under_way(self) -> int:
-        """A test acts from this step on: the run has a state, and most of it is still to come."""
+        """The step from which a test acts: the run has a state, and most of its steps are ahead."""
         return self.interval + 5
 
     @property
@@ -61,7 +61,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(system: System, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """On so little text that its tokenizer is trained in a moment, and as long as it must be on this machine."""
+    """A run on little text, whose tokenizer is trained quickly, that takes `RUN_S` on this machine."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     numbers = random.Random(0)
     path.write_text(" ".join(str(numbers.randrange(1000)) for _ in range(20_000)))
@@ -74,7 +74,7 @@ def run(system: System, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def put(system: System, run: Run, kind: pb.JobKind = pb.JOB_KIND_TRAIN, after: str = "", **values: str) -> str:
-    """Enqueues the run, or a job of another kind, that may come after another one."""
+    """Enqueues the run, or a job of another kind, optionally after another job."""
     request = pb.EnqueueJobRequest(kind=kind, after=[after] if after else [])
     if kind != pb.JOB_KIND_EVALUATE:
         request.MergeFrom(pb.EnqueueJobRequest(dataset=[run.text], overrides=run.values | values))
@@ -84,7 +84,7 @@ def put(system: System, run: Run, kind: pb.JobKind = pb.JOB_KIND_TRAIN, after: s
 
 @pytest.fixture(scope="module")
 def reference(system: System, run: Run) -> Result:
-    """What the run leaves when nothing happens to it."""
+    """The result of an undisturbed run."""
     job = put(system, run)
     system.finish(job)
     result = system.result(job)
@@ -94,19 +94,19 @@ def reference(system: System, run: Run) -> Result:
 
 
 def begin(system: System, run: Run) -> str:
-    """A job that is under way."""
+    """Returns a job that is under way."""
     job = put(system, run)
     system.watch(job, is_progress(run.under_way))
     return job
 
 
 def check_end(system: System, job: str, reference: Result, attempts: int) -> list[TimedEvent]:
-    """The job finishes in so many attempts and with the reference's bits; its events."""
+    """Checks that the job finishes after this many attempts with the bits of the reference; returns its events."""
     ended = system.end(job)
     assert (ended.state, ended.attempt, ended.reason) == (pb.JOB_STATE_FINISHED, attempts, "")
     result = system.result(job)
     assert (result.last_step, result.state) == (reference.last_step, reference.state)
-    # Versions of other runs may have pushed some out of the registry; the state holds the last weights in any case.
+    # Versions of other runs may have displaced some in the registry; the state always has the last weights.
     assert result.weights.items() <= reference.weights.items()
     events = system.events(job)
     first_steps = [timed.event.first_step for timed in events if isinstance(timed.event, RunStarted)]
@@ -121,20 +121,20 @@ def states(events: list[TimedEvent]) -> list[JobState]:
 
 
 def taken_over(events: list[TimedEvent]) -> list[TimedEvent]:
-    """What was told from the moment on at which the first attempt was given up."""
+    """Returns the events from the moment at which the first attempt was given up."""
     returns = (i for i, timed in enumerate(events) if i and states([timed]) == [JobState.QUEUED])
     return events[next(returns) :]
 
 
 def check_order(events: list[TimedEvent]) -> None:
-    """That the worker is gone is noticed, the job begins again and takes further steps, in this order."""
+    """Checks the order: the loss of the worker is noticed, the job starts again, and it takes further steps."""
     noticed, *rest = taken_over(events)
     assert states(rest) == [JobState.RUNNING, JobState.FINISHED]
     stepped = next(timed for timed in rest if isinstance(timed.event, Progress))
     assert noticed.time < stepped.time
 
 
-def test_a_worker_that_is_asked_to_stop_gives_its_run_back(system: System, run: Run, reference: Result) -> None:
+def test_a_worker_that_is_asked_to_stop_returns_its_run(system: System, run: Run, reference: Result) -> None:
     job = begin(system, run)
     os.kill(system.pid("worker"), signal.SIGTERM)
     events = check_end(system, job, reference, attempts=2)
@@ -143,7 +143,7 @@ def test_a_worker_that_is_asked_to_stop_gives_its_run_back(system: System, run: 
     )
 
 
-def test_a_training_process_that_is_killed_is_followed_by_another(system: System, run: Run, reference: Result) -> None:
+def test_a_killed_training_process_is_replaced(system: System, run: Run, reference: Result) -> None:
     job = begin(system, run)
     os.kill(system.training_process(), signal.SIGKILL)
     events = check_end(system, job, reference, attempts=2)
@@ -151,7 +151,7 @@ def test_a_training_process_that_is_killed_is_followed_by_another(system: System
     assert isinstance(lost, StateChanged) and "killed by signal 9" in lost.reason
 
 
-def test_the_training_process_of_a_killed_worker_ends_and_another_goes_on(
+def test_the_training_process_of_a_killed_worker_ends_and_another_continues(
     system: System, run: Run, reference: Result
 ) -> None:
     job = begin(system, run)
@@ -161,7 +161,7 @@ def test_the_training_process_of_a_killed_worker_ends_and_another_goes_on(
     check_order(check_end(system, job, reference, attempts=2))
 
 
-def test_a_run_takes_no_notice_of_redis_being_killed(system: System, run: Run, reference: Result) -> None:
+def test_a_run_survives_the_death_of_redis(system: System, run: Run, reference: Result) -> None:
     job = begin(system, run)
     os.kill(system.pid("redis"), signal.SIGKILL)
     check_end(system, job, reference, attempts=1)
@@ -169,8 +169,8 @@ def test_a_run_takes_no_notice_of_redis_being_killed(system: System, run: Run, r
 
 @dataclass(frozen=True)
 class Outage:
-    """Three jobs side by side: the worker and the training process of one were killed at once; the training process of
-    one was stopped; both were stopped of one, until the job had begun on another worker."""
+    """Three concurrent jobs. Of the first, the worker and the training process were killed together; of the second, the
+    training process was stopped; of the third, both were stopped until the job had started on another worker."""
 
     killed: str
     stuck: str
@@ -214,7 +214,7 @@ def outage(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -
 
 @contextmanager
 def second_worker(system: System, log: Path) -> Iterator[int]:
-    """The pid of a worker beside the supervisor's."""
+    """Runs a second worker, beside that of the supervisor, and gives its pid."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "trainer_service", "work"],
@@ -232,7 +232,7 @@ def second_worker(system: System, log: Path) -> Iterator[int]:
 
 
 def job_of(system: System, pid: int) -> str:
-    """The job that a worker takes."""
+    """Returns the job that a worker takes."""
     worker = registered(system, pid)
     assert worker is not None
     wait_until(lambda: worker.get_current_job_id() is not None)
@@ -241,12 +241,12 @@ def job_of(system: System, pid: int) -> str:
 
 
 def registered(system: System, pid: int) -> BaseWorker | None:
-    """A worker as RQ knows it, None before it does."""
+    """Returns a worker as RQ knows it, or None before it is registered."""
     return next((each for each in Worker.all(queue=system.queue.line.rq) if each.pid == pid), None)
 
 
 def wait_for_each(system: System, run: Run, *jobs: str) -> Iterator[str]:
-    """Jobs, each when it is under way."""
+    """Yields each job as soon as it is under way."""
     waiting = set(jobs)
     while waiting:
         wait_until(lambda: any(system.step(job) >= run.under_way for job in waiting))
@@ -255,7 +255,7 @@ def wait_for_each(system: System, run: Run, *jobs: str) -> Iterator[str]:
 
 
 def freeze(system: System, job: str, *pids: int) -> None:
-    """Stops processes, though not while they hold a lock of the registry."""
+    """Stops processes at a moment at which they hold no lock of the registry."""
     root = system.directories.registry
     locks = (root / "versions.lock", root / "staging.lock", system.registry.run_directory(system.run(job)) / "lock")
     while True:
@@ -268,20 +268,20 @@ def freeze(system: System, job: str, *pids: int) -> None:
         time.sleep(0.01)
 
 
-def test_jobs_of_several_workers_run_side_by_side(system: System, outage: Outage) -> None:
+def test_jobs_of_several_workers_run_concurrently(system: System, outage: Outage) -> None:
     events = [system.events(job) for job in (outage.killed, outage.stuck, outage.frozen)]
     begun = [next(timed.time for timed in each if states([timed]) == [JobState.RUNNING]) for each in events]
     last_steps = [[timed.time for timed in each if isinstance(timed.event, Progress)][-1] for each in events]
     assert max(begun) < min(last_steps)
 
 
-def test_a_worker_and_its_process_that_are_killed_at_once_are_replaced(
+def test_a_worker_and_its_process_that_are_killed_together_are_replaced(
     system: System, reference: Result, outage: Outage
 ) -> None:
     check_order(check_end(system, outage.killed, reference, attempts=2))
 
 
-def test_a_stuck_training_process_loses_its_run_and_its_life(system: System, reference: Result, outage: Outage) -> None:
+def test_a_stuck_training_process_loses_its_run_and_ends(system: System, reference: Result, outage: Outage) -> None:
     check_end(system, outage.stuck, reference, attempts=2)
     assert is_gone(outage.stuck_process)
     assert fence(system, outage.stuck) == 2

@@ -1,4 +1,4 @@
-"""The project in a folder that shells, supervisord, MLX and Redis's clients each misread in their own way."""
+"""The project in a folder whose name shells, supervisord, MLX and Redis clients each misread in their own way."""
 
 import os
 import shutil

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SMALL = " ".join(f"{name}={value}" for name, value in {**TINY, "max_steps": "20", "evaluation_interval": "10"}.items())
-# In a shell of the reader, `make train` takes a preset of minutes.
+# The reader's `make train` takes minutes; here it is small.
 SHELL = f"""
 set -eo pipefail
 make() {{
@@ -51,7 +51,7 @@ def block(language: str, beginning: str) -> str:
 
 
 def printed(line: str) -> str:
-    """A line that stands on a page, in its running text or in a table."""
+    """Returns a line after checking that a page has it, in its text or in a table."""
     assert f"`{line}`" in TEXT, line
     return line
 
@@ -87,7 +87,7 @@ def test_held_out_files_alone_are_enough_for_an_evaluation(workplace: Workplace)
     assert "windows of held-out.txt" in shell(workplace, "make eval VERSION=2 VALIDATION=held-out.txt")
 
 
-def test_a_model_goes_out_and_comes_in(workplace: Workplace) -> None:
+def test_a_model_is_exported_and_imported(workplace: Workplace) -> None:
     shell(workplace, "make export VERSION=2 DIR=gpt2")
     said = shell(workplace, block("sh", "make import"))
     assert (workplace.folder / "my-gpt2/model.safetensors").exists()
@@ -130,7 +130,7 @@ def test_everyday_commands_run(workplace: Workplace, line: str) -> None:
         shell(workplace, f"{line} < /dev/null", on_path)
 
 
-def test_commands_that_look_at_what_is_there_answer(workplace: Workplace) -> None:
+def test_commands_that_only_read_answer(workplace: Workplace) -> None:
     said = shell(
         workplace, "make jobs; make checkpoints; make verify; make prune DRY_RUN=1; make status; make chat < /dev/null"
     )

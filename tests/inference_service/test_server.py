@@ -257,7 +257,7 @@ def test_chat_continues_each_line_and_takes_commands(server: Server) -> None:
     done = command("chat", "--max-tokens", "8", address=server.address, input=lines)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("seed 5 ", done.stderr)) == 2
-    assert "'hot' is none" in done.stderr
+    assert "not 'hot'" in done.stderr
     assert "Unknown command '/nonsense'" in done.stderr
 
 
