@@ -55,7 +55,7 @@ def _other_text(spec: JobSpec, data: PreparedData, state: Path | None, registry:
         if revision not in (None, data.revision):
             raise FailedPrecondition(
                 f"The text of run {spec.run} is not the one that it began with: {data.source} has changed. Put the old "
-                "text back, or start another run on the new one with RESUME=."
+                "text back, or start another run on the new one with --resume."
             )
     elif spec.resume is not None:
         parent = registry.version(spec.resume)

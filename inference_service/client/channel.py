@@ -8,7 +8,7 @@ from shared.errors import InvalidArgument, shown
 # A proxy for the web has no way to a server on this machine.
 NO_PROXY = ("grpc.enable_http_proxy", 0)
 # What an error adds if no server answers.
-START_ADVICE = "start it with make up"
+START_ADVICE = "start it with `gptloop up`"
 
 
 @contextlib.contextmanager

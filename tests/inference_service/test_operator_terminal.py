@@ -306,7 +306,7 @@ def test_rollback_refuses_the_serving_version_until_it_is_loaded(server: Server,
             "'newest' is not a label: the labels are best, latest, stable, run:<name> and pinned:<version>.",
         ),
         (("load", "99999999999999999999"), 2, "A parameter cannot be sent: Value out of range"),
-        (("versions", "--address", "127.0.0.1:1"), 1, "No server answers at 127.0.0.1:1: start it with make up."),
+        (("versions", "--address", "127.0.0.1:1"), 1, "No server answers at 127.0.0.1:1: start it with `gptloop up`."),
     ],
 )
 def test_an_error_is_one_sentence(operator: Operator, arguments: tuple[str, ...], code: int, sentence: str) -> None:

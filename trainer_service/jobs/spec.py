@@ -126,7 +126,7 @@ def _continued(request: TrainingRequest, resume: int, registry: Registry) -> tup
     if parent.step >= config.max_steps:
         raise InvalidArgument(
             f"Version {resume} is at step {parent.step} of {config.max_steps}, so nothing is left to do. "
-            f'Set more steps, as in SET="max_steps={2 * parent.step}".'
+            f'Set more steps, as in --set "max_steps={2 * parent.step}".'
         )
     registry.verified_state(parent.run, parent.step)
     data = DatasetSpec(
@@ -137,13 +137,13 @@ def _continued(request: TrainingRequest, resume: int, registry: Registry) -> tup
 
 
 def parse_overrides(text: str) -> dict[str, str]:
-    """The values of `SET="max_steps=500 batch_size=8"`; raises `InvalidArgument` on anything else."""
+    """The values of `--set "max_steps=500 batch_size=8"`; raises `InvalidArgument` on anything else."""
     overrides: dict[str, str] = {}
     for item in text.split():
         name, equals, value = item.partition("=")
         if not (name and equals and value):
             raise InvalidArgument(
-                f'{shown(item)} is not of the form name=value, as in SET="max_steps=500 batch_size=8".'
+                f'{shown(item)} is not of the form name=value, as in --set "max_steps=500 batch_size=8".'
             )
         if overrides.setdefault(name, value) != value:
             raise InvalidArgument(f"{shown(name)} is set twice, to {shown(overrides[name])} and to {shown(value)}.")

@@ -51,7 +51,7 @@ _GRADIENT_NORMS = (1e-3, 1e9)
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A flat set of values, so that each can be overridden by name (`SET="max_steps=500"`)."""
+    """A flat set of values, so that each can be overridden by name (`--set "max_steps=500"`)."""
 
     # The tokenizer: "gpt2", or "bpe" trained on the corpus to `vocabulary_size` tokens.
     tokenizer: str

@@ -55,7 +55,7 @@ def test_a_fresh_run_begins_its_schedule_at_its_first_step() -> None:
 @pytest.mark.parametrize("max_steps", ["400", "399", "5"])
 def test_a_version_at_or_past_the_end_is_refused_with_what_to_set(max_steps: str) -> None:
     longer = resume(DEMO, 400, max_steps="800").config
-    with pytest.raises(InvalidArgument, match=rf'Version 3 is at step 400 of {max_steps}, .* SET="max_steps=800"'):
+    with pytest.raises(InvalidArgument, match=rf'Version 3 is at step 400 of {max_steps}, .* --set "max_steps=800"'):
         resume(DEMO, 400, max_steps=max_steps)
     with pytest.raises(InvalidArgument, match=rf"Version 3 is at step 600 of {max_steps}, so nothing is left to do"):
         resume(longer, 600, max_steps=max_steps)
