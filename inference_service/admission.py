@@ -1,4 +1,4 @@
-"""The bound on what waits: so many samples, so many prompt tokens."""
+"""Limits the samples and the prompt tokens that wait for a slot."""
 
 import time
 from collections import deque
@@ -8,13 +8,16 @@ from prometheus_client import Gauge
 
 from shared.errors import ResourceExhausted
 
-# Of so many that got a slot last, the time that the queue moves with is known.
+# The last samples that got a slot; they show how fast the queue moves.
 _REMEMBERED = 32
-_SHORTEST_S, _LONGEST_S = 0.1, 60.0
+_SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 60.0
 
 
 class Admission:
-    """Counts the samples that wait for a slot, and their prompt tokens."""
+    """Counts the samples that wait for a slot and their prompt tokens, and rejects requests beyond the limits.
+
+    A request that exceeds a limit by itself is accepted if nothing else waits.
+    """
 
     def __init__(
         self,
@@ -29,41 +32,43 @@ class Admission:
         self._clock = clock
         self._requests = 0
         self._prompt_tokens = 0
-        # When samples got a slot.
-        self._moved: deque[float] = deque(maxlen=_REMEMBERED)
+        # When samples got their slots.
+        self._admitted_at: deque[float] = deque(maxlen=_REMEMBERED)
 
-    def enter(self, samples: int) -> "Place":
-        """A place for one more request, of so many samples; raises `ResourceExhausted` where too many wait."""
-        # What would pass a limit by itself has its turn alone.
+    def enter(self, samples: int) -> "Ticket":
+        """Returns a ticket for one more request; raises `ResourceExhausted` if too many samples wait."""
         if self._requests and self._requests + samples > self._max_requests:
             raise self._refusal(
-                f"{self._requests} requests wait already, and {samples} more would pass the limit of "
+                f"{self._requests} requests are waiting already, and {samples} more would exceed the limit of "
                 f"{self._max_requests}"
             )
         if not self._requests:
-            # How fast another queue once moved says nothing of this one.
-            self._moved.clear()
+            # The speed of an earlier queue says nothing about a new one.
+            self._admitted_at.clear()
         self._count(samples, 0)
-        return Place(self, samples)
+        return Ticket(self, samples)
 
-    def _weigh(self, prompt_tokens: int) -> None:
+    def _add_prompt_tokens(self, prompt_tokens: int) -> None:
         if self._prompt_tokens and self._prompt_tokens + prompt_tokens > self._max_prompt_tokens:
             raise self._refusal(
-                f"{self._prompt_tokens} prompt tokens wait already, and {prompt_tokens} more would pass the limit of "
-                f"{self._max_prompt_tokens}"
+                f"{self._prompt_tokens} prompt tokens are waiting already, and {prompt_tokens} more would exceed the "
+                f"limit of {self._max_prompt_tokens}"
             )
         self._count(0, prompt_tokens)
 
-    def _refusal(self, reason: str) -> ResourceExhausted:
-        retry_after_s = self._half_drained_s()
-        return ResourceExhausted(f"{reason}; ask again in {retry_after_s:.1f} s.", retry_after_s)
+    def _note_admitted(self, samples: int) -> None:
+        self._admitted_at.extend([self._clock()] * samples)
 
-    def _half_drained_s(self) -> float:
-        """When half of those that wait now will have a slot, if the queue moves on as it has of late."""
-        if len(self._moved) < 2:
+    def _refusal(self, reason: str) -> ResourceExhausted:
+        retry_after_s = self._retry_after_s()
+        return ResourceExhausted(f"{reason}; retry in {retry_after_s:.1f} s.", retry_after_s)
+
+    def _retry_after_s(self) -> float:
+        """Returns the time in which half of the queue gets a slot at the recent speed."""
+        if len(self._admitted_at) < 2:
             return 1.0
-        interval_s = (self._clock() - self._moved[0]) / (len(self._moved) - 1)
-        return min(max(self._requests / 2 * interval_s, _SHORTEST_S), _LONGEST_S)
+        interval_s = (self._clock() - self._admitted_at[0]) / (len(self._admitted_at) - 1)
+        return min(max(self._requests / 2 * interval_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
     def _count(self, requests: int, prompt_tokens: int) -> None:
         self._requests += requests
@@ -71,8 +76,8 @@ class Admission:
         self._waiting.set(self._requests)
 
 
-class Place:
-    """One request's share of what waits, until it leaves."""
+class Ticket:
+    """The share of one request in what waits. Leaving its `with` block gives it back."""
 
     def __init__(self, admission: Admission, samples: int) -> None:
         self._admission = admission
@@ -80,20 +85,20 @@ class Place:
         self._prompt_tokens = 0
         self._left = False
 
-    def __enter__(self) -> "Place":
+    def __enter__(self) -> "Ticket":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._leave()
 
-    def weigh(self, prompt_tokens: int) -> None:
-        """Says how long the prompt is, once it is known; raises `ResourceExhausted`."""
-        self._admission._weigh(prompt_tokens)
+    def add_prompt_tokens(self, prompt_tokens: int) -> None:
+        """Counts the prompt once its length is known; raises `ResourceExhausted` if too many prompt tokens wait."""
+        self._admission._add_prompt_tokens(prompt_tokens)
         self._prompt_tokens = prompt_tokens
 
     def admitted(self) -> None:
-        """The request has its slots: it does not wait any more."""
-        self._admission._moved.extend([self._admission._clock()] * self._samples)
+        """Notes that the request has its slots and no longer waits."""
+        self._admission._note_admitted(self._samples)
         self._leave()
 
     def _leave(self) -> None:

@@ -1,4 +1,4 @@
-"""The metrics of the inference service, all of them."""
+"""All metrics of the inference service."""
 
 import time
 from collections import deque
@@ -22,14 +22,14 @@ from shared.device.accelerator import Memory
 from shared.pb.inference.v1 import inference_pb2
 from shared.registry.manifest import VersionManifest
 
-# Half a millisecond apart where a decode step takes a few, wider above.
+# Half a millisecond apart up to 10 ms, the usual range of a decode step, and wider above.
 _STEP_BUCKETS = (
     *(0.0005 * count for count in range(1, 21)),
     *(0.0125, 0.015, 0.0175, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5),
 )
 _SWAP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 _FIRST_TOKEN_BUCKETS = (*_STEP_BUCKETS, 5.0, 10.0, 30.0)
-# How a request ends: by finish reason, or by the status code of its error.
+# How a request ends: its finish reason, or the status code of its error.
 _ENDS = tuple(
     dict.fromkeys(
         end.lower()
@@ -42,12 +42,12 @@ _ENDS = tuple(
 )
 # Why a version is refused.
 _REFUSALS = ("corrupt", "unfit", "not_finite", "lying", "worse", "failing", "rolled_back")
-# The span over which tokens per second are counted.
+# The window over which tokens per second are averaged.
 _RATE_WINDOW_S = 3.0
 
 
 class InferenceMetrics:
-    """Counts what the service does, in a collector registry that is passed in. Not thread-safe but for the page."""
+    """Records what the service does, in the given collector registry. Only reading the page is thread-safe."""
 
     def __init__(
         self,
@@ -59,19 +59,19 @@ class InferenceMetrics:
         def name(suffix: str) -> str:
             return f"gptloop_inference_{suffix}"
 
-        # A version from before this server cannot tell how long a swap takes.
+        # Versions committed before this server started say nothing about the time from commit to serving.
         self._since = time.time()
         self._rate = TokenRate()
-        self._generated = Counter(name("generated_tokens_total"), "Tokens that were generated.", registry=registry)
+        self._generated = Counter(name("generated_tokens_total"), "Generated tokens.", registry=registry)
         self._prompt = Counter(name("prompt_tokens_total"), "Prompt tokens of accepted requests.", registry=registry)
         self._cached = Counter(
             name("cached_prompt_tokens_total"),
-            "Prompt tokens that were not read again, as an earlier prompt began with them.",
+            "Prompt tokens copied from the prefix cache.",
             registry=registry,
         )
         Gauge(
             name("tokens_per_second"),
-            f"Tokens generated a second, over the last {_RATE_WINDOW_S:g} s.",
+            f"Generated tokens per second over the last {_RATE_WINDOW_S:g} s.",
             registry=registry,
         ).set_function(self._rate.read)
         self._first_token = Histogram(
@@ -87,10 +87,10 @@ class InferenceMetrics:
             registry=registry,
         )
         self._requests = Counter(
-            name("requests_total"), "Generate requests that ended, by how they ended.", ["reason"], registry=registry
+            name("requests_total"), "Generate requests by finish reason or status code.", ["reason"], registry=registry
         )
         self._calls = Counter(
-            name("calls_total"), "Calls that ended, by method and status code.", ["method", "code"], registry=registry
+            name("calls_total"), "Calls by method and status code.", ["method", "code"], registry=registry
         )
         for service in inference_pb2.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
@@ -99,7 +99,7 @@ class InferenceMetrics:
         self.waiting_requests = Gauge(name("waiting_requests"), "Samples that wait for a slot.", registry=registry)
         memory_bytes = Gauge(
             name("memory_bytes"),
-            "Memory: active and cached by MLX, its peak, and resident in this process.",
+            "Memory by kind: active, cache and peak of MLX, and resident of this process.",
             ["kind"],
             registry=registry,
         )
@@ -107,57 +107,55 @@ class InferenceMetrics:
             memory_bytes.labels(kind).set_function(lambda kind=kind: getattr(memory(), f"{kind}_bytes"))  # type: ignore[misc]
         Gauge(
             name("compiled_shapes"),
-            "Programs that were compiled; no request adds one.",
+            "Compiled programs; no request adds one.",
             registry=registry,
         ).set_function(compiled_shapes)
         self._models = _Models(name("model_info"))
         registry.register(self._models)
-        self._swaps = Counter(
-            name("swaps_total"), "Times that another version took over as the serving one.", registry=registry
-        )
+        self._swaps = Counter(name("swaps_total"), "Swaps of the serving version.", registry=registry)
         self._swap_seconds = Histogram(
             name("swap_duration_seconds"),
-            "From the moment at which a version should serve to the one at which it does.",
+            "From the choice of a version to the moment when it serves.",
             buckets=_SWAP_BUCKETS,
             registry=registry,
         )
         self._commit_to_serving = Histogram(
             name("commit_to_serving_seconds"),
-            "From the commit of a version to the moment from which on it answers new requests.",
+            "From the commit of a version to the moment when it serves.",
             buckets=_SWAP_BUCKETS,
             registry=registry,
         )
         self._refused = Counter(
-            name("refused_versions_total"), "Versions that were refused, by why.", ["reason"], registry=registry
+            name("refused_versions_total"), "Refused versions by reason.", ["reason"], registry=registry
         )
         for metric, known in ((self._requests, _ENDS), (self._refused, _REFUSALS)):
             for reason in known:
                 metric.labels(reason)
-        # These are of versions in memory only: what is gone leaves the page.
+        # Series of versions that leave memory are removed.
         self._version_streams = Gauge(
-            name("version_streams"), "Requests that a version in memory answers.", ["version"], registry=registry
+            name("version_streams"), "Requests that a version is answering.", ["version"], registry=registry
         )
         self._version_requests = Counter(
             name("version_requests_total"),
-            "Requests to a version in memory that ended, by how they ended.",
+            "Requests to a version by finish reason or status code.",
             ["version", "reason"],
             registry=registry,
         )
         self._version_tokens = Counter(
             name("version_generated_tokens_total"),
-            "Tokens that a version in memory has generated.",
+            "Tokens generated by a version.",
             ["version"],
             registry=registry,
         )
         self._version_first_token = Summary(
             name("version_time_to_first_token_seconds"),
-            "From the arrival of a request to a version in memory to its first token.",
+            "From the arrival of a request to its first token, by version.",
             ["version"],
             registry=registry,
         )
         self._version_inter_token = Summary(
             name("version_inter_token_latency_seconds"),
-            "From one token of a stream of a version in memory to the next.",
+            "From one token of a stream to the next, by version.",
             ["version"],
             registry=registry,
         )
@@ -165,11 +163,11 @@ class InferenceMetrics:
         PlatformCollector(registry=registry)
 
     def accepted(self, prompt_tokens: int) -> None:
-        """A request was encoded and handed to the engine."""
+        """Counts the prompt of a request that the engine accepted."""
         self._prompt.inc(prompt_tokens)
 
     def token(self, version: int, arrived: float, last_at: float | None, at: float) -> None:
-        """A version generated a token `at` a time; the one before it in its stream `last_at`, if there was one."""
+        """Records a token generated `at` a time; `last_at` is the time of the previous token of its stream, if any."""
         self._generated.inc()
         self._rate.add()
         self._version_tokens.labels(version).inc()
@@ -181,42 +179,42 @@ class InferenceMetrics:
             self._version_inter_token.labels(version).observe(at - last_at)
 
     def cached(self, cached_prompt_tokens: int) -> None:
-        """So many tokens of a request's prompt were not read again."""
+        """Counts the tokens of a prompt that came from the prefix cache."""
         self._cached.inc(cached_prompt_tokens)
 
     def called(self, method: str, code: grpc.StatusCode, reason: str | None) -> None:
-        """A call ended; of Generate, `reason` is how its last sample ended, None if an error ended it."""
+        """Counts a finished call; `reason` is the finish reason of Generate, None after an error."""
         self._calls.labels(method, code.name.lower()).inc()
         if method == "Generate":
             self._requests.labels((reason or code.name).lower()).inc()
 
     def answered(self, version: int, reason: str) -> None:
-        """A version's answer to a Generate call ended, in the same words."""
+        """Counts a finished Generate call of a version by its reason or status code."""
         self._version_requests.labels(version, reason.lower()).inc()
 
     def streams(self, version: int, streams: int) -> None:
-        """So many requests are answered by a version now."""
+        """Sets the number of requests that a version is answering."""
         self._version_streams.labels(version).set(streams)
 
     def serves(self, manifest: VersionManifest, seconds: float, *, swap: bool, first: bool) -> None:
-        """A version serves, so long after it should: in the place of another one, for the first time."""
+        """Records that a version serves, `seconds` after it was chosen: as a swap or not, for the first time or not."""
         if swap:
             self._swaps.inc()
             self._swap_seconds.observe(seconds)
         if first and manifest.created_at > self._since:
-            # Another process committed it, so only the wall clock compares; it may step back.
+            # Another process committed the version, so only the wall clock applies, which may be set back.
             self._commit_to_serving.observe(max(0.0, time.time() - manifest.created_at))
 
     def refused(self, reason: str) -> None:
-        """A version was found unfit to serve."""
+        """Counts a refused version."""
         self._refused.labels(reason).inc()
 
     def resident(self, versions: list[VersionManifest], serving: int | None) -> None:
-        """Says which versions are in memory, all others being gone."""
+        """Replaces the versions in memory; the series of all others are removed."""
         before = {manifest.version for manifest in self._models.versions}
         self._models.show(tuple(versions), serving)
         for manifest in versions:
-            # What has not been counted yet is 0, not absent.
+            # A series starts at 0 instead of being absent.
             for metric in (
                 self._version_streams,
                 self._version_tokens,
@@ -241,7 +239,7 @@ class InferenceMetrics:
 
 
 class _Models(Collector):
-    """The versions in memory, replaced all at once: no page shows two that serve."""
+    """The versions in memory, replaced at once, so that no page shows two serving ones."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -249,15 +247,15 @@ class _Models(Collector):
 
     @property
     def versions(self) -> tuple[VersionManifest, ...]:
-        """Those that the page shows."""
+        """Returns the versions that the page shows."""
         return self._shown[0]
 
     def show(self, versions: tuple[VersionManifest, ...], serving: int | None) -> None:
-        """What the page shows from now on."""
+        """Replaces what the page shows."""
         self._shown = (versions, serving)
 
     def collect(self) -> Iterator[Metric]:
-        """The series of the moment."""
+        """Yields one sample for each version."""
         versions, serving = self._shown
         family = GaugeMetricFamily(
             self._name,
@@ -266,29 +264,29 @@ class _Models(Collector):
         )
         for one in versions:
             numbers = (one.version, one.run, one.step, one.preset, one.tokenizer, one.parameters)
-            # Text that comes from a manifest need not be text that a page can hold.
+            # Text in a manifest may hold characters that UTF-8 cannot encode.
             values = [str(each).encode(errors="backslashreplace").decode() for each in numbers]
             family.add_metric([*values, str(one.version == serving).lower()], 1)
         yield family
 
 
 class TokenRate:
-    """Tokens a second over a sliding window, from counts in tenths of a second; 0 when idle."""
+    """Tokens per second over a sliding window, counted in tenths of a second; 0 when idle."""
 
     _TICK_S = 0.1
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # (tick, tokens), written by the event loop and read by the page's threads: a deque's copy is atomic.
+        # (tick, tokens); the event loop writes it and the page's threads read it: copying a deque is atomic.
         self._counts: deque[tuple[int, int]] = deque(maxlen=round(_RATE_WINDOW_S / self._TICK_S) + 1)
 
     def add(self) -> None:
-        """One more token now."""
+        """Counts one token now."""
         tick = int(self._clock() / self._TICK_S)
         count = self._counts.pop()[1] if self._counts and self._counts[-1][0] == tick else 0
         self._counts.append((tick, count + 1))
 
     def read(self) -> float:
-        """The rate over the window that ends now."""
+        """Returns the rate over the window that ends now."""
         oldest = (self._clock() - _RATE_WINDOW_S) / self._TICK_S
         return sum(count for tick, count in self._counts.copy() if tick > oldest) / _RATE_WINDOW_S

@@ -13,16 +13,16 @@ from inference_service.codec import Codec
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Output
 from inference_service.grpc.admin import AdminServicer
-from inference_service.grpc.interceptors import CredentialInterceptor
+from inference_service.grpc.interceptors import BearerTokenInterceptor
 from inference_service.grpc.servicer import InferenceServicer
 from inference_service.metrics import InferenceMetrics
-from inference_service.patience import Patience
 from inference_service.pauses import Pauses
 from inference_service.settings import HOST_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.hotload import HotLoader
 from inference_service.versions.residents import Residents
 from inference_service.watchdog import Watchdog
+from inference_service.write_timeouts import WriteTimeouts
 from shared.decoding.decoder import DecoderFactory
 from shared.device import accelerator
 from shared.device.accelerator import Accelerator
@@ -69,7 +69,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
 
     collectors = CollectorRegistry()
     registry = Registry(settings.directories.registry)
-    protected = [CredentialInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
+    protected = [BearerTokenInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
     decoders = DecoderFactory(settings.slots, settings.threads, device.cache)
     metrics = InferenceMetrics(
@@ -86,16 +86,16 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     versions = HotLoader(catalogue, residents, settings.gate_margin, metrics)
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
     pauses = Pauses()
-    patience = Patience(settings.slow_reader_s, pauses)
+    write_timeouts = WriteTimeouts(settings.slow_reader_s, pauses)
     servicer = InferenceServicer(
         *(catalogue, engine, residents, admission, Codec(), metrics, versions.failed),
         slots=settings.slots,
-        patience=patience,
+        write_timeouts=write_timeouts,
     )
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(AdminServicer(catalogue, versions), server.server)
     watchdog = Watchdog(
-        engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s, pauses, patience
+        engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s, pauses, write_timeouts
     )
 
     page = Address(settings.host, settings.metrics_port, HOST_VARIABLE, METRICS_PORT_VARIABLE)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from shared.errors import InvalidArgument
+from shared.service.bearer_token import check_bearer_token
 from shared.service.settings import (
     Directories,
     Environment,
@@ -21,7 +21,7 @@ ADMIN_TOKEN_VARIABLE = "GPTLOOP_ADMIN_TOKEN"
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting, with its default; `read_settings` names the variables."""
+    """Every setting with its default; `read_settings` names the environment variables."""
 
     directories: Directories
     # The address on which gRPC and the metrics page listen.
@@ -30,48 +30,41 @@ class Settings:
     port: int = 50051
     # The port of the metrics page; 0 lets the system choose.
     metrics_port: int = 9101
-    # Streams that one version decodes together.
+    # Streams that a version decodes at the same time.
     slots: int = 8
-    # Threads in which a CPU computes a step. One leaves the other cores to training.
+    # Threads that compute a step on a CPU. One thread leaves the other cores to training.
     threads: int = 1
-    # Prompt tokens that a step reads at most, between the tokens of running streams. None: what suits the device.
+    # Most prompt tokens that a step reads beside the tokens of running streams. None: chosen by the device.
     prefill_tokens: int | None = None
-    # Memory in MiB in which each version keeps what prompts began with, so that they are not read again.
+    # Memory in MiB in which each version caches the prefixes of prompts.
     prefix_cache_mib: int = 128
-    # Samples that may wait for a slot, and requests for a version to be loaded; one more is RESOURCE_EXHAUSTED.
+    # Samples that may wait for a slot, and requests that may wait for a version; more are RESOURCE_EXHAUSTED.
     max_waiting_requests: int = 256
-    # Prompt tokens that may wait for a slot, all requests together.
+    # Prompt tokens that may wait for a slot, over all requests.
     max_waiting_prompt_tokens: int = 65536
-    # How often the registry is looked at for a better version.
+    # How often the server looks for a better version in the registry.
     poll_interval_s: float = 1.0
     # Versions in memory at once.
     resident_versions: int = 2
-    # Nats a token by which the held-out loss of a version may be above that of the one whose place it takes.
+    # Nats per token by which the held-out loss of a version may exceed that of its predecessor.
     gate_margin: float = 0.05
-    # How long a client may take to read a message before its stream is ended.
+    # How long a client may take to read a message before its stream ends.
     slow_reader_s: float = 10.0
-    # How long a step of the engine may take before it counts as stuck, and the process ends.
+    # How long a step of the engine may take before the process ends.
     stuck_after_s: float = 10.0
-    # What calls of the admin service must bring; empty: nothing.
+    # The bearer token that calls to the admin service need; empty: none.
     admin_token: str = field(default="", repr=False)
-    # How long running streams may go on after the first signal to end.
+    # How long running streams may continue after the first signal to stop.
     drain_s: float = 30.0
 
 
 def prefill_tokens_on(backend: str) -> int:
-    """The prompt tokens of a step where no setting says: a CPU reads so many in about the time of a decode step."""
+    """Returns the default of `prefill_tokens`: a CPU reads 64 tokens in about the time of a decode step."""
     return 64 if backend == "cpu" else 512
 
 
-def check_credential(name: str, credential: str) -> str:
-    """A credential that the metadata of a call can carry; raises `InvalidArgument`, which does not repeat it."""
-    if credential.isascii() and credential.isprintable():
-        return credential
-    raise InvalidArgument(f"{name} holds a character that no call can carry: it must be printable ASCII, on one line.")
-
-
 def read_settings(environment: Environment) -> Settings:
-    """The settings of an environment; raises `InvalidArgument` and names the variable that is wrong."""
+    """Reads the settings from an environment; raises `InvalidArgument` that names the wrong variable."""
     default = Settings(read_directories(environment))
 
     def read_count(name: str, value: int, minimum: int, maximum: int) -> int:
@@ -100,7 +93,7 @@ def read_settings(environment: Environment) -> Settings:
         ),
         slow_reader_s=read_seconds("SLOW_READER_S", default.slow_reader_s, 0.1),
         stuck_after_s=read_seconds("STUCK_AFTER_S", default.stuck_after_s, 1.0),
-        admin_token=check_credential(ADMIN_TOKEN_VARIABLE, read_str(environment, ADMIN_TOKEN_VARIABLE, "")),
+        admin_token=check_bearer_token(ADMIN_TOKEN_VARIABLE, read_str(environment, ADMIN_TOKEN_VARIABLE, "")),
         # `deploy/supervisord.conf` waits a little longer.
         drain_s=read_seconds("DRAIN_S", default.drain_s, 0.0, 60.0),
     )

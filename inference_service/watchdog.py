@@ -5,8 +5,8 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from inference_service.engine.engine import Engine
-from inference_service.patience import Patience
 from inference_service.pauses import LOOK_INTERVAL_S, Pauses
+from inference_service.write_timeouts import WriteTimeouts
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +27,21 @@ class Watchdog:
         set_serving: Callable[[bool], Awaitable[None]],
         stuck_after_s: float,
         pauses: Pauses,
-        patience: Patience,
+        write_timeouts: WriteTimeouts,
     ) -> None:
         self._engine = engine
         self._serves = serves
         self._set_serving = set_serving
         self._stuck_after_s = stuck_after_s
         self._pauses = pauses
-        self._patience = patience
+        self._write_timeouts = write_timeouts
 
     async def run(self) -> None:
         """Returns when a step has taken so long that it will not end."""
         healthy = False
         while True:
             self._pauses.look()
-            self._patience.look()
+            self._write_timeouts.check()
             serves, busy_since = self._serves(), self._engine.busy_since
             stalled_s = 0.0 if busy_since is None else self._pauses.ran_since(busy_since)
             limit_s = max(self._stuck_after_s, _EXAMINED_WITHIN_S) if self._engine.examines else self._stuck_after_s

@@ -1,6 +1,6 @@
-"""Python clients of the inference service. They import nothing of the server.
+"""The Python clients of the inference service. They import nothing of the server.
 
-The only package that people import from, so the only one that re-exports names.
+This package re-exports its names because programs of other people import from it; no other package does.
 """
 
 from inference_service.client.admin_client import AdminClient as AdminClient

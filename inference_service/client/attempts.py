@@ -1,4 +1,4 @@
-"""When a call is made again, and what its failure means to the caller."""
+"""Decides whether a failed call is retried, and which error its caller gets."""
 
 import math
 import random
@@ -10,26 +10,25 @@ from inference_service.client.channel import START_ADVICE
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted, Unavailable
 from shared.service.grpc_status import error_of
 
-# Longer than the channel waits between two attempts to connect, for a call that comes earlier fails unsent.
+# Longer than the channel waits between two attempts to connect: a call in between fails without being sent.
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
-# A server that asks for more patience than that is the caller's affair.
+# If the server asks for a longer wait, the caller gets the error.
 _LONGEST_ASKED_S = 60.0
 
 
 class Attempts:
-    """The attempts at one call: at most `retries` after the first, all of them before the deadline.
+    """The attempts at one call: at most `retries` after the first one, all of them before the deadline.
 
-    Another one follows where a server cannot be reached or refuses, `Unavailable`, or is full and says when to come
-    again, `ResourceExhausted` with `retry_after_s`, and only while nothing of an answer was received. No call changes
-    anything on the server, so what an attempt may have begun there is lost without harm.
+    A call is retried after `Unavailable`, and after `ResourceExhausted` with `retry_after_s`, unless a part of the
+    answer has arrived. Retries are safe because no call changes anything on the server.
 
-    `timeout_s` is for the whole call from now on, None for no limit; raises `InvalidArgument` where it is no time.
+    `timeout_s` limits the whole call; None means no limit. Raises `InvalidArgument` if it is not a positive number.
     """
 
     def __init__(self, address: str, retries: int, timeout_s: float | None) -> None:
         if timeout_s is not None and not 0 < timeout_s < math.inf:
-            raise InvalidArgument(f"timeout_s is {timeout_s}, but must be a number of seconds above 0.")
+            raise InvalidArgument(f"timeout_s is {timeout_s}, but must be a positive number of seconds.")
         self._address = address
         self._left = retries
         self._timeout_s = timeout_s
@@ -37,11 +36,11 @@ class Attempts:
         self._pause_s = _FIRST_PAUSE_S
 
     def remaining_s(self) -> float | None:
-        """How long the next attempt may take."""
+        """Returns the time left for the next attempt; None means no limit."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def pause_s(self, failure: grpc.RpcError, received: bool = False) -> float:
-        """How long to wait before the next attempt; raises what the failure means where none may follow."""
+        """Returns the pause before the next attempt; raises the error of the failure if there is none."""
         error = error_of(failure, self._address, START_ADVICE)
         if isinstance(error, DeadlineExceeded):
             error = self.overdue()
@@ -53,14 +52,14 @@ class Attempts:
         return pause_s
 
     def overdue(self) -> DeadlineExceeded:
-        """The error of a call that was cut by its deadline."""
+        """Returns the error of a call that exceeded its deadline."""
         limit = "its deadline" if self._timeout_s is None else f"{self._timeout_s:g} s"
         return DeadlineExceeded(
-            f"The call to {self._address} did not end within {limit}: give it more time, or ask for fewer tokens."
+            f"The call to {self._address} did not end within {limit}; allow more time or request fewer tokens."
         )
 
     def _choose_pause_s(self, error: GptloopError) -> float | None:
-        """The pause that an error calls for, a little random, so that clients do not come back all at once."""
+        """Returns the pause before a retry, None for no retry; random, so that clients do not return all at once."""
         match error:
             case ResourceExhausted(retry_after_s=float(asked_s)) if asked_s <= _LONGEST_ASKED_S:
                 return asked_s * random.uniform(1.0, 1.2)

@@ -3,14 +3,13 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 import grpc.aio
 
 from inference_service.client.attempts import Attempts
-from inference_service.client.channel import NO_PROXY, sendable
+from inference_service.client.channel import NO_PROXY, Connection, sendable
 from inference_service.client.completion import Completion, complete
 from inference_service.client.stream import AsyncStream, Stream
 from shared.errors import FailedPrecondition, InvalidArgument
@@ -20,8 +19,7 @@ from shared.pb.inference.v1 import inference_pb2_grpc
 DEFAULT_RETRIES = 2
 
 _OPTIONS = (
-    NO_PROXY,
-    # Without these a channel waits up to two minutes before it looks for a server again.
+    # By default, a channel waits up to two minutes before it tries to reconnect.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
 )
@@ -32,10 +30,10 @@ _T = TypeVar("_T")
 
 
 class Parameters(TypedDict, total=False):
-    """What a generation can be asked for; None is as absent, and the server's default holds.
+    """The parameters of a generation. None means the server's default.
 
-    All but `timeout_s`, the time in seconds that the whole call may take, are fields of the messages `GenerateRequest`,
-    `ModelSelector` and `Sampling`, which say what they mean. `stop` may be a single text.
+    `timeout_s` limits the whole call. All others are fields of the messages `GenerateRequest`, `ModelSelector` and
+    `Sampling`, which document them. `stop` may be a single text.
     """
 
     version: int | None
@@ -58,46 +56,33 @@ class Parameters(TypedDict, total=False):
     timeout_s: float | None
 
 
-class InferenceClient:
-    """One connection to a server, `host:port`. It is made with the first call, and calls may run on several threads.
+class InferenceClient(Connection):
+    """A client of the server at `host:port`. Several threads may share it.
 
-    A call that finds no server, or one that has no place for it now, is made up to `retries` times again, while nothing
-    of its answer was received and its time is not up: see `Attempts`. Every method raises the error that the server
-    raised, `Unavailable` where there is no server, and `DeadlineExceeded` where the call took longer than `timeout_s`.
+    A call that finds no server, or a full one, is retried up to `retries` times before its deadline, unless a part of
+    the answer has arrived (see `Attempts`). Every method raises the error that the server raised, `Unavailable` if no
+    server answers, and `DeadlineExceeded` if the call takes longer than `timeout_s`.
     """
 
     def __init__(self, address: str, retries: int = DEFAULT_RETRIES) -> None:
-        self._address = address
+        super().__init__(address, *_OPTIONS)
         self._retries = retries
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the connection and every call on it."""
-        self._channel.close()
-
     def generate(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Stream:
-        """Begins a generation from a text or from token ids; leaving the stream cancels it."""
+        """Starts a generation from a text or from token ids; leaving the stream cancels it."""
         attempts = Attempts(self._address, self._retries, parameters.get("timeout_s"))
         return Stream(self._stub.Generate, _generate_request(prompt, parameters), attempts)
 
     def complete(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Completion:
-        """Generates from a text or from token ids, and waits for the whole."""
+        """Generates from a text or from token ids; returns when all samples have ended."""
         with self.generate(prompt, **parameters) as stream:
             return complete(list(stream))
 
     def tokenize(
         self, text: str, version: int | None = None, label: str | None = None, timeout_s: float | None = None
     ) -> list[int]:
-        """The tokens of a text."""
+        """Returns the token ids of a text."""
         request = _tokenize_request(text, version, label)
         return list(self._call(self._stub.Tokenize, request, timeout_s).token_ids)
 
@@ -108,14 +93,14 @@ class InferenceClient:
         label: str | None = None,
         timeout_s: float | None = None,
     ) -> str:
-        """The text of tokens."""
+        """Returns the text of token ids."""
         request = _detokenize_request(tokens, version, label)
         return str(self._call(self._stub.Detokenize, request, timeout_s).text)
 
     def model(
         self, version: int | None = None, label: str | None = None, timeout_s: float | None = None
     ) -> pb.GetModelResponse:
-        """What a version is, the serving one without a choice."""
+        """Describes a version, by default the serving one."""
         request = _model_request(version, label)
         response: pb.GetModelResponse = self._call(self._stub.GetModel, request, timeout_s)
         return response
@@ -130,44 +115,42 @@ class InferenceClient:
 
 
 class AsyncInferenceClient:
-    """`InferenceClient` for asyncio: the same methods. It is made on a running event loop and belongs to it.
+    """`InferenceClient` for asyncio, with the same methods. Create it on a running event loop.
 
-    Its methods raise `FailedPrecondition` on any other loop.
+    Its methods raise `FailedPrecondition` on any other event loop.
     """
 
     def __init__(self, address: str, retries: int = DEFAULT_RETRIES) -> None:
         self._address = address
         self._retries = retries
         self._loop = asyncio.get_running_loop()
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=(NO_PROXY, *_OPTIONS))
         self._methods = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the connection and every call on it."""
+        """Closes the channel and cancels every call on it."""
         await self._channel.close()
 
     def generate(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> AsyncStream:
-        """Begins a generation from a text or from token ids; leaving the stream cancels it."""
+        """Starts a generation from a text or from token ids; leaving the stream cancels it."""
         attempts = Attempts(self._address, self._retries, parameters.get("timeout_s"))
         return AsyncStream(self._stub.Generate, _generate_request(prompt, parameters), attempts)
 
     async def complete(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Completion:
-        """Generates from a text or from token ids, and waits for the whole."""
+        """Generates from a text or from token ids; returns when all samples have ended."""
         async with self.generate(prompt, **parameters) as stream:
             return complete([event async for event in stream])
 
     async def tokenize(
         self, text: str, version: int | None = None, label: str | None = None, timeout_s: float | None = None
     ) -> list[int]:
-        """The tokens of a text."""
+        """Returns the token ids of a text."""
         request = _tokenize_request(text, version, label)
         return list((await self._call(self._stub.Tokenize, request, timeout_s)).token_ids)
 
@@ -178,14 +161,14 @@ class AsyncInferenceClient:
         label: str | None = None,
         timeout_s: float | None = None,
     ) -> str:
-        """The text of tokens."""
+        """Returns the text of token ids."""
         request = _detokenize_request(tokens, version, label)
         return str((await self._call(self._stub.Detokenize, request, timeout_s)).text)
 
     async def model(
         self, version: int | None = None, label: str | None = None, timeout_s: float | None = None
     ) -> pb.GetModelResponse:
-        """What a version is, the serving one without a choice."""
+        """Describes a version, by default the serving one."""
         request = _model_request(version, label)
         response: pb.GetModelResponse = await self._call(self._stub.GetModel, request, timeout_s)
         return response
@@ -193,7 +176,7 @@ class AsyncInferenceClient:
     @property
     def _stub(self) -> inference_pb2_grpc.InferenceServiceStub:
         if asyncio.get_running_loop() is not self._loop:
-            raise FailedPrecondition("This client belongs to another event loop: make one for each loop.")
+            raise FailedPrecondition("This client belongs to another event loop; create one client for each loop.")
         return self._methods
 
     async def _call(self, method: Callable[..., Awaitable[_T]], request: object, timeout_s: float | None) -> _T:
@@ -235,7 +218,7 @@ def _model_request(version: int | None, label: str | None) -> pb.GetModelRequest
 
 def _selector(version: int | None, label: str | None) -> pb.ModelSelector | None:
     if version is not None and label is not None:
-        raise InvalidArgument(f"Both version {version} and label {label!r} are given, but only one of them can choose.")
+        raise InvalidArgument(f"version {version} and label {label!r} exclude each other; give only one.")
     if version is None and label is None:
         return None
     return pb.ModelSelector(version=version) if label is None else pb.ModelSelector(label=label)

@@ -1,4 +1,4 @@
-"""A whole generation as a value."""
+"""A finished generation as one value."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Event = pb.Started | pb.Delta | pb.Finished
 
 
 class FinishReason(Enum):
-    """Why a sample ended, as the contract numbers it."""
+    """Why a sample ended, with the numbers of the contract."""
 
     EOS = pb.FINISH_REASON_EOS
     LENGTH = pb.FINISH_REASON_LENGTH
@@ -22,10 +22,10 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True)
 class Sample:
-    """One text that continues the prompt. Times count from the arrival of the request at the server.
+    """One continuation of the prompt. Times count from the arrival of the request at the server.
 
-    `logprobs` has one entry for each token where they were asked for, and is empty otherwise. Alone, with n = 1, `seed`
-    gives the same text again.
+    `logprobs` has one entry per token if the request asked for them, and is empty otherwise. A request with n = 1 and
+    this `seed` reproduces the text.
     """
 
     index: int
@@ -44,7 +44,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one request gave: its samples by index, and which version drew them from which seed."""
+    """The result of one request: its samples by index, and the version and seed that produced them."""
 
     request_id: str
     version: int
@@ -54,12 +54,12 @@ class Completion:
 
     @property
     def text(self) -> str:
-        """The text of the first sample."""
+        """Returns the text of the first sample."""
         return self.samples[0].text
 
 
 def complete(events: Sequence[Event]) -> Completion:
-    """The value of a stream that was read to its end."""
+    """Returns the completion of a stream that was read to its end."""
     (started,) = (event for event in events if isinstance(event, pb.Started))
     deltas = [event for event in events if isinstance(event, pb.Delta)]
     ends = [event for event in events if isinstance(event, pb.Finished)]
@@ -76,7 +76,7 @@ def complete(events: Sequence[Event]) -> Completion:
 
 
 def sample_seed(started: pb.Started, index: int) -> int:
-    """The seed that gives a sample alone; seeds have 64 bits."""
+    """Returns the seed that reproduces a single sample; seeds have 64 bits."""
     return (started.seed + index) % 2**64
 
 

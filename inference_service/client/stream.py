@@ -1,10 +1,9 @@
-"""A generation that is under way, as a client sees it."""
+"""A running generation, as a client sees it."""
 
 import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
@@ -16,9 +15,9 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 
 
 class _BaseStream:
-    """What both kinds of stream do alike: everything but to wait.
+    """What both kinds of stream share: everything except waiting.
 
-    `started` is None until that event was read; `finished` has the last event of each sample that has ended, by index.
+    `started` is None until that event has been read. `finished` holds the last event of each ended sample, by index.
     """
 
     def __init__(
@@ -33,7 +32,7 @@ class _BaseStream:
         self._generate = generate
         self._request = request
         self._attempts = attempts
-        # Set when no more events will come: the stream was cancelled, failed or ended.
+        # Set when no more events will come: the stream was cancelled, has failed or has ended.
         self._end = end
         self._call: Any = None
         self._open()
@@ -42,14 +41,14 @@ class _BaseStream:
         self.cancel()
 
     def cancel(self) -> None:
-        """Ends the call, and on the server its work; a loop over the stream ends without an error."""
+        """Cancels the call and its work on the server; a loop over the stream ends without an error."""
         self._end.set()
         if self._call is not None:
             self._call.cancel()
 
     def _open(self) -> None:
         self._call = self._generate(self._request, timeout=self._attempts.remaining_s())
-        # Another thread's `cancel` may have met the call before this one.
+        # Another thread may have cancelled the previous call in the meantime.
         if self._end.is_set():
             self._call.cancel()
 
@@ -63,7 +62,7 @@ class _BaseStream:
         return event
 
     def _pause_s(self, failure: grpc.RpcError) -> float:
-        """How long to wait before the call is made again; raises what the failure means where it must not be."""
+        """Returns the pause before a retry; raises the error of the failure if there is none."""
         try:
             return self._attempts.pause_s(failure, received=self.started is not None)
         except GptloopError:
@@ -71,31 +70,33 @@ class _BaseStream:
             raise
 
     def _finish(self) -> None:
-        """Notes the end; raises `DeadlineExceeded` where the server was the first to notice that the time was up, and
-        `Unavailable` where something between cut the stream short."""
+        """Marks the stream as ended.
+
+        Raises `DeadlineExceeded` if the server noticed the deadline first, and `Unavailable` if the stream was cut off.
+        """
         ended_here = self._end.is_set()
         self._end.set()
         cut = any(finished.reason == pb.FINISH_REASON_CANCELLED for finished in self.finished.values())
         if not ended_here and (cut or len(self.finished) < max(self._request.n, 1)):
-            raise Unavailable("The stream ended before the text did; ask again.")
+            raise Unavailable("The stream was cut off before its last sample ended; retry the call.")
         if any(finished.reason == pb.FINISH_REASON_DEADLINE for finished in self.finished.values()):
             raise self._attempts.overdue() from None
 
     def _check_single(self) -> None:
         if self._request.n > 1:
             raise InvalidArgument(
-                f"The text of {self._request.n} samples is no single one: read the events, which have an index."
+                f"text() needs a single sample, but n is {self._request.n}; iterate over the events instead."
             )
 
 
 class Stream(_BaseStream):
-    """A generation that is under way: an iterator over its events, `Started`, any number of `Delta`, then `Finished`.
+    """A running generation: an iterator over its events, `Started`, any number of `Delta`, then `Finished`.
 
-    The call began when the stream was made. It is cancelled where a `with` block over the stream is left, by `cancel`
-    from any thread, and when nothing refers to the stream any more. Otherwise one thread reads it.
+    The call starts when the stream is created. It is cancelled when its `with` block is left, when any thread calls
+    `cancel`, and when the stream is garbage-collected. Only one thread may read the stream.
 
-    Reading raises the error that the server raised, `Unavailable` where there is no server, and `DeadlineExceeded`
-    where the call took longer than it was given.
+    Reading raises the error that the server raised, `Unavailable` if no server answers, and `DeadlineExceeded` if the
+    call exceeds its deadline.
     """
 
     _end: threading.Event
@@ -106,9 +107,7 @@ class Stream(_BaseStream):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cancel()
 
     def __iter__(self) -> Self:
@@ -126,13 +125,13 @@ class Stream(_BaseStream):
         raise StopIteration
 
     def text(self) -> Iterator[str]:
-        """The pieces of the text, none of them empty; raises `InvalidArgument` on a stream of several samples."""
+        """Iterates over the non-empty pieces of the text; raises `InvalidArgument` if there are several samples."""
         self._check_single()
         return (event.text for event in self if isinstance(event, pb.Delta) and event.text)
 
 
 class AsyncStream(_BaseStream):
-    """`Stream` for asyncio: the same, with `async for` and `async with`. It belongs to the event loop of its client."""
+    """`Stream` for asyncio, with `async for` and `async with`. It belongs to the event loop of its client."""
 
     _end: asyncio.Event
 
@@ -142,9 +141,7 @@ class AsyncStream(_BaseStream):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
     def __aiter__(self) -> Self:
@@ -160,14 +157,14 @@ class AsyncStream(_BaseStream):
                 if not self._end.is_set() and not await self._ends_within(self._pause_s(failure)):
                     self._open()
             except asyncio.CancelledError:
-                # Reading a call that was cancelled looks as if the reader were.
+                # Reading a cancelled call raises the same error as cancelling the reader.
                 reader = asyncio.current_task()
                 if not self._end.is_set() or (reader is not None and reader.cancelling()):
                     raise
         raise StopAsyncIteration
 
     def text(self) -> AsyncIterator[str]:
-        """The pieces of the text, none of them empty; raises `InvalidArgument` on a stream of several samples."""
+        """Iterates over the non-empty pieces of the text; raises `InvalidArgument` if there are several samples."""
         self._check_single()
         return (event.text async for event in self if isinstance(event, pb.Delta) and event.text)
 

@@ -1,4 +1,4 @@
-"""The service that clients call: from a message to the engine, and from its events back to messages."""
+"""The service that clients call: turns messages into requests, and the engine's events into messages."""
 
 import asyncio
 import secrets
@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import grpc.aio
 
-from inference_service.admission import Admission, Place
+from inference_service.admission import Admission, Ticket
 from inference_service.codec import Codec
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import (
@@ -26,16 +25,18 @@ from inference_service.engine.request import (
 from inference_service.grpc import translate
 from inference_service.grpc.translate import Draft, Selection
 from inference_service.metrics import InferenceMetrics
-from inference_service.patience import Patience
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.resident import Resident
 from inference_service.versions.residents import Residents
+from inference_service.write_timeouts import WriteTimeouts
 from shared.errors import DeadlineExceeded, GptloopError, Unavailable
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import labels_of
 from shared.service.grpc_status import code_of
+
+Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -52,7 +53,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         version_failed: Callable[[int, GptloopError], None],
         *,
         slots: int,
-        patience: Patience,
+        write_timeouts: WriteTimeouts,
     ) -> None:
         self._catalogue = catalogue
         self._engine = engine
@@ -62,11 +63,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._metrics = metrics
         self._version_failed = version_failed
         self._slots = slots
-        self._patience = patience
+        self._write_timeouts = write_timeouts
         self._outputs: dict[str, asyncio.Queue[Output]] = {}
 
     def deliver(self, outputs: list[Output]) -> None:
-        """Gives the engine's events to their requests; those of a request that is gone go nowhere."""
+        """Passes the engine's events to their requests; drops the events of requests that have ended."""
         for output in outputs:
             if (queue := self._outputs.get(output.request_id)) is not None:
                 queue.put_nowait(output)
@@ -75,25 +76,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         """Ends every request with `Unavailable`."""
         self.deliver([Output(request_id, 0, Failed(Unavailable(reason))) for request_id in self._outputs])
 
-    async def Generate(self, message: pb.GenerateRequest, context: Any) -> str:  # noqa: N802
-        """Streams one generation; returns how its last sample ended. gRPC cancels a coroutine wherever it stands."""
+    async def Generate(self, message: pb.GenerateRequest, context: Context) -> str:  # noqa: N802
+        """Streams one generation; returns the finish reason of its last sample. gRPC may cancel it at any `await`."""
         draft = translate.draft_from_pb(message, context.time_remaining(), self._slots)
         return await self._generate(draft, context)
 
-    async def Tokenize(self, message: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
-        """Encodes a text with the tokenizer of a version, which is in memory meanwhile."""
+    async def Tokenize(self, message: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:  # noqa: N802
+        """Encodes a text with the tokenizer of a version, which stays in memory for the call."""
         chosen = await self._choose(translate.selection_from_pb(message.model))
         async with self._residents.stream(chosen) as resident:
             return await self._codec.tokenize(message, resident)
 
-    async def Detokenize(self, message: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:  # noqa: N802
-        """Decodes tokens with the tokenizer of a version, which is in memory meanwhile."""
+    async def Detokenize(self, message: pb.DetokenizeRequest, context: object) -> pb.DetokenizeResponse:  # noqa: N802
+        """Decodes tokens with the tokenizer of a version, which stays in memory for the call."""
         chosen = await self._choose(translate.selection_from_pb(message.model))
         async with self._residents.stream(chosen) as resident:
             return await self._codec.detokenize(message, resident)
 
-    async def GetModel(self, message: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
-        """Describes a version, which need not be in memory."""
+    async def GetModel(self, message: pb.GetModelRequest, context: object) -> pb.GetModelResponse:  # noqa: N802
+        """Describes a version, in memory or not."""
         manifest = (
             await self._choose(translate.selection_from_pb(message.model))
             or (await self._residents.await_serving()).manifest
@@ -101,29 +102,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         await self._catalogue.look()
         return translate.model_to_pb(manifest, labels_of(manifest.version, self._catalogue.labels()))
 
-    async def _generate(self, draft: Draft, context: Any) -> str:
-        """Answers a checked request; how its last sample ended."""
+    async def _generate(self, draft: Draft, context: Context) -> str:
+        """Answers a checked request; returns the finish reason of its last sample."""
         chosen = await self._choose(draft.selection)
         async with self._residents.stream(chosen) as resident:
             with (
                 _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
-                self._admission.enter(draft.options.samples) as place,
+                self._admission.enter(draft.options.samples) as ticket,
             ):
-                end.reason = await self._answer(draft, resident, context, place)
+                end.reason = await self._answer(draft, resident, context, ticket)
             return end.reason
 
-    async def _answer(self, draft: Draft, resident: Resident, context: Any, place: Place) -> str:
-        """Answers a request with a version; how its last sample ended."""
+    async def _answer(self, draft: Draft, resident: Resident, context: Context, ticket: Ticket) -> str:
+        """Answers a request with a version; returns the finish reason of its last sample."""
         manifest = resident.manifest
         seed = secrets.randbits(64) if draft.seed is None else draft.seed
         request = await self._codec.complete(draft, resident, seed)
-        place.weigh(len(request.prompt))
+        ticket.add_prompt_tokens(len(request.prompt))
         self._metrics.accepted(len(request.prompt))
         queue = self._outputs[request.id] = asyncio.Queue()
         try:
             self._engine.submit(request)
             started = translate.started_to_pb(request, manifest.digest)
-            return await self._relay(queue, request, started, context, place)
+            return await self._relay(queue, request, started, context, ticket)
         finally:
             del self._outputs[request.id]
             self._engine.cancel(request.id)
@@ -133,12 +134,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         queue: asyncio.Queue[Output],
         request: GenerationRequest,
         started: pb.GenerateResponse,
-        context: Any,
-        place: Place,
+        context: Context,
+        ticket: Ticket,
     ) -> str:
-        """Writes a request's events until the end of its last sample; raises the error of one that failed.
+        """Writes the events of a request until its last sample has ended; raises the error of a failed sample.
 
-        A request that waits gets no message, so that a client may make its call again if it ends.
+        A waiting request gets no message, so that its client can retry if the server stops.
         """
         last_at: dict[int, float] = {}
         remaining = request.samples
@@ -148,11 +149,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             for output in await _take(queue):
                 match output.event:
                     case Admitted():
-                        place.admitted()
+                        ticket.admitted()
                         admitted = True
                         await self._write(context, started)
                     case Finished() if not admitted:
-                        raise DeadlineExceeded("The deadline passed before the request had its turn.")
+                        raise DeadlineExceeded("The deadline passed while the request waited for a slot.")
                     case Delta() as delta:
                         for at in delta.times:
                             self._metrics.token(request.version, request.arrived, last_at.get(output.index), at)
@@ -170,15 +171,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         raise error
         return ended
 
-    async def _write(self, context: Any, message: pb.GenerateResponse) -> None:
-        """Writes a message as soon as the client takes it; raises `ResourceExhausted` where it does not."""
-        async with self._patience.with_reader():
+    async def _write(self, context: Context, message: pb.GenerateResponse) -> None:
+        """Writes a message; raises `ResourceExhausted` if the client does not read it in time."""
+        async with self._write_timeouts.limit():
             await context.write(message)
 
     async def _choose(self, selection: Selection) -> VersionManifest | None:
-        """The version that a call asks for, None for the serving one.
+        """Returns the selected version, None for the serving one.
 
-        Raises `NotFound` on one that does not exist and `Unavailable` on a label while there is no version at all.
+        Raises `NotFound` if it does not exist, and `Unavailable` for a label while the registry is empty.
         """
         if selection.version is not None:
             return await self._catalogue.manifest(selection.version)
@@ -191,24 +192,24 @@ class _End:
 
 
 @contextmanager
-def _ending(tell: Callable[[str], None]) -> Iterator[_End]:
-    """Tells how a call ended: as is noted within, or by the status code of its error."""
+def _ending(report: Callable[[str], None]) -> Iterator[_End]:
+    """Reports how a call ended: the reason set inside the block, or the status code of its error."""
     end = _End()
     try:
         yield end
     except (asyncio.CancelledError, grpc.aio.InternalError):
-        # The latter is a client that left in the very moment in which a message was written.
+        # InternalError: the client left while a message was being written.
         end.reason = "cancelled"
         raise
     except GptloopError as error:
         end.reason = code_of(error).name
         raise
     finally:
-        tell(end.reason)
+        report(end.reason)
 
 
 async def _take(queue: asyncio.Queue[Output]) -> list[Output]:
-    """What has come since, at least one event. What a slow reader has not taken yet becomes one delta a sample."""
+    """Returns the events in the queue, at least one; merges the deltas of each sample, so slow readers catch up."""
     taken: list[Output] = [await queue.get()]
     while not queue.empty():
         taken.append(queue.get_nowait())
@@ -220,6 +221,6 @@ async def _take(queue: asyncio.Queue[Output]) -> list[Output]:
     for output in taken:
         if not isinstance(output.event, Delta):
             merged.append(output)
-        elif (together := deltas.pop(output.index, None)) is not None:
-            merged.append(Output(output.request_id, output.index, Delta.joined(together)))
+        elif (waiting := deltas.pop(output.index, None)) is not None:
+            merged.append(Output(output.request_id, output.index, Delta.joined(waiting)))
     return merged

@@ -1,4 +1,4 @@
-"""Protobuf to frozen values and back. No other file of the service's inside sees a message."""
+"""Translates protobuf messages into frozen values and back. Nothing behind this module sees a message."""
 
 import math
 import time
@@ -21,13 +21,13 @@ DEFAULT_MAX_TOKENS = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
-# Of a text that comes from the registry.
+# The longest text of the registry that a message carries.
 _MOST_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which version a call asks for: a number, a label, or (both None) the serving one."""
+    """The version that a call selects: a number, a label, or the serving one if both are None."""
 
     version: int | None = None
     label: str | None = None
@@ -59,13 +59,13 @@ class Draft:
             for token in prompt:
                 if not 0 <= token < tokenizer.vocabulary_size:
                     raise InvalidArgument(
-                        f"prompt_tokens holds {token}, but version {version} has the tokens 0 to "
+                        f"prompt_tokens contains {token}, but version {version} has the tokens 0 to "
                         f"{tokenizer.vocabulary_size - 1}."
                     )
         for token, _ in self.options.sampling.logit_bias:
             if not 0 <= token < tokenizer.vocabulary_size:
                 raise InvalidArgument(
-                    f"logit_bias holds token {token}, but version {version} has the tokens 0 to "
+                    f"logit_bias contains token {token}, but version {version} has the tokens 0 to "
                     f"{tokenizer.vocabulary_size - 1}."
                 )
         prompt = prompt or (tokenizer.end_token,)
@@ -74,19 +74,19 @@ class Draft:
 
 
 def draft_from_pb(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
-    """Checks a request as far as it can be without a version; raises `InvalidArgument` and names the field."""
+    """Checks all that does not depend on a version; raises `InvalidArgument` that names the field."""
     arrived = time.monotonic()
     max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     if max_tokens < 1:
         raise InvalidArgument(f"max_tokens is {max_tokens}, but must be at least 1.")
     if not 0 <= message.min_tokens <= max_tokens:
-        raise InvalidArgument(f"min_tokens is {message.min_tokens}, but must be from 0 to max_tokens, {max_tokens}.")
+        raise InvalidArgument(f"min_tokens is {message.min_tokens}, but must be from 0 to max_tokens ({max_tokens}).")
     logprobs = message.logprobs if message.HasField("logprobs") else None
     if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
         raise InvalidArgument(f"logprobs is {logprobs}, but must be from 0 to {MAX_LOGPROBS}.")
     samples = message.n if message.HasField("n") else 1
     if not 1 <= samples <= slots:
-        raise InvalidArgument(f"n is {samples}, but must be from 1 to the {slots} slots of this server.")
+        raise InvalidArgument(f"n is {samples}, but must be from 1 to {slots}, the slots of this server.")
     return Draft(
         selection=selection_from_pb(message.model),
         prompt=_prompt_from_pb(message),
@@ -107,7 +107,7 @@ def draft_from_pb(message: pb.GenerateRequest, remaining_s: float | None, slots:
 
 
 def selection_from_pb(message: pb.ModelSelector) -> Selection:
-    """The choice in a selector; raises `InvalidArgument` on a number that no version can have."""
+    """Reads a selector; raises `InvalidArgument` if its version number is not positive."""
     match message.WhichOneof("choice"):
         case "version":
             return Selection(version=number_from_pb(message.version, "model.version"))
@@ -118,14 +118,14 @@ def selection_from_pb(message: pb.ModelSelector) -> Selection:
 
 
 def number_from_pb(version: int, field: str = "version") -> int:
-    """The number of a version; raises `InvalidArgument` on one that no version can have."""
+    """Returns the version number; raises `InvalidArgument` if it is not positive."""
     if version < 1:
         raise InvalidArgument(f"{field} is {version}, but versions are numbered from 1.")
     return version
 
 
 def started_to_pb(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
-    """The first message of a stream; `digest` is that of its version."""
+    """Returns the first message of a stream; `digest` is the digest of its version."""
     started = pb.Started(
         request_id=request.id,
         model_version=request.version,
@@ -137,7 +137,7 @@ def started_to_pb(request: GenerationRequest, digest: str) -> pb.GenerateRespons
 
 
 def delta_to_pb(delta: Delta, index: int) -> pb.GenerateResponse:
-    """What steps added to a sample."""
+    """Returns the message for a delta of a sample."""
     logprobs = [
         pb.TokenLogprobs(
             logprob=draw.logprob,
@@ -152,7 +152,7 @@ def delta_to_pb(delta: Delta, index: int) -> pb.GenerateResponse:
 
 
 def finished_to_pb(finished: Finished, index: int) -> pb.GenerateResponse:
-    """The last message of a sample."""
+    """Returns the last message of a sample."""
     message = pb.Finished(
         reason=_REASONS[finished.reason],
         matched_stop=finished.matched_stop or "",
@@ -168,12 +168,12 @@ def finished_to_pb(finished: Finished, index: int) -> pb.GenerateResponse:
 
 
 def readable(text: str) -> str:
-    """A text from outside as a message can hold it: valid UTF-8, and not endless."""
+    """Returns a text of the registry as a message can carry it: valid UTF-8 and not too long."""
     return valid_unicode(shorten(text, _MOST_CHARACTERS))
 
 
 def model_to_pb(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:
-    """What a version's manifest says."""
+    """Describes a version by its manifest."""
     config = {
         name: value
         for name, value in manifest.model.items()
@@ -197,7 +197,7 @@ def model_to_pb(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModel
 
 
 def standing_to_pb(standing: Standing) -> pb.VersionStatus:
-    """Where a version stands."""
+    """Describes the state of a version on this server."""
     status = pb.VersionStatus(
         version=standing.number,
         state=f"VERSION_STATE_{standing.state.name}",
@@ -225,7 +225,7 @@ _REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
 
 
 def _time_to_pb(seconds: float) -> Timestamp:
-    """A time of `time.time`."""
+    """Converts a time of `time.time`."""
     written = Timestamp()
     written.FromMilliseconds(round(seconds * 1000))
     return written
@@ -234,19 +234,19 @@ def _time_to_pb(seconds: float) -> Timestamp:
 def _check_length(tokens: int, version: int, context_length: int) -> None:
     if tokens >= context_length:
         raise InvalidArgument(
-            f"The prompt has {tokens} tokens, but must have fewer than the {context_length} of the context of version "
+            f"The prompt has {tokens} tokens, but must have fewer than {context_length}, the context length of version "
             f"{version}."
         )
 
 
 def _check_characters(prompt: str, tokenizer: Tokenizer, context_length: int) -> None:
-    """Refuses a text that no encoding fits into the context, without the time that encoding it takes."""
+    """Rejects a text that is too long for the context without encoding it."""
     size_bytes, longest = len(prompt.encode()), int(tokenizer.byte_lengths.max())
     fewest = math.ceil(size_bytes / longest)
     if fewest >= context_length:
         raise InvalidArgument(
-            f"The prompt of {size_bytes} bytes has at least {fewest} tokens, but must have fewer than the "
-            f"{context_length} of the context."
+            f"The prompt of {size_bytes} bytes has at least {fewest} tokens, but must have fewer than "
+            f"{context_length}, the context length."
         )
 
 
@@ -258,7 +258,7 @@ def _prompt_from_pb(message: pb.GenerateRequest) -> str | Sequence[int]:
             return message.prompt_tokens.ids
         case _:
             raise InvalidArgument(
-                "The request has neither prompt nor prompt_tokens; an empty prompt must be given as such."
+                "The request has neither prompt nor prompt_tokens; to start from nothing, send an empty prompt."
             )
 
 
@@ -277,12 +277,12 @@ def _sampling_from_pb(message: pb.Sampling) -> SamplingParameters:
 
 def _stops_from_pb(stops: Sequence[str]) -> tuple[str, ...]:
     if len(stops) > MAX_STOPS:
-        raise InvalidArgument(f"stop has {len(stops)} texts, but may have at most {MAX_STOPS}.")
+        raise InvalidArgument(f"stop has {len(stops)} texts, but the limit is {MAX_STOPS}.")
     for stop in stops:
         if not stop:
-            raise InvalidArgument("stop holds an empty text, but every stop text must have at least one character.")
+            raise InvalidArgument("stop contains an empty text, but every text must have at least one character.")
         if len(stop) > MAX_STOP_CHARACTERS:
             raise InvalidArgument(
-                f"stop holds a text of {len(stop)} characters, but each may have at most {MAX_STOP_CHARACTERS}."
+                f"stop contains a text of {len(stop)} characters, but the limit is {MAX_STOP_CHARACTERS}."
             )
     return tuple(stops)

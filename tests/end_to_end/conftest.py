@@ -18,7 +18,7 @@ from redis import Redis
 from deploy.launch import holder
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
-from inference_service.client.client import InferenceClient
+from inference_service.client import InferenceClient
 from shared.gpt.weights import load_arrays
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.ports import Ports, free_ports
-from inference_service.client.client import InferenceClient
+from inference_service.client import InferenceClient
 from shared.errors import Unavailable
 from shared.service.settings import Directories
 from tests.end_to_end.conftest import PROJECT, TINY, share_kernels

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from inference_service.client.client import AsyncInferenceClient, InferenceClient
+from inference_service.client import AsyncInferenceClient, InferenceClient
 from inference_service.client.stream import AsyncStream, Stream
 from tests.fakes import publish_tiny_version
 from tests.inference_service.operated import Operated
@@ -43,13 +43,13 @@ def use_async(address: str, method: str, *arguments: Any, retries: int = 2, **pa
 
 @pytest.fixture(params=[use_sync, use_async], ids=["sync", "async"])
 def use(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Calls a method with either client; of a stream it reads all events."""
+    """Calls a method of either client; reads all events of a stream."""
     return request.param  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
-    """A server that asks for a credential, with one version; for all tests of a file."""
+    """A server with a token and one version, for all tests of a file."""
     operated = Operated(tmp_path_factory.mktemp("server") / "var")
     try:
         operated.publish()
@@ -60,13 +60,13 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> World:
-    """A world in which nothing has been published."""
+    """A world with an empty registry."""
     return World(tmp_path / "registry")
 
 
 @pytest.fixture
 def world(fresh: World) -> World:
-    """One with three versions, of which the second one is the best."""
+    """A world with three versions, of which the second is the best."""
     for bits_per_byte in (3.0, 1.0, 2.0):
         publish_tiny_version(fresh.registry, bits_per_byte)
     return fresh

@@ -1,11 +1,11 @@
-"""A server that asks operators for a credential, for tests."""
+"""A server that requires a token of operators, for tests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from inference_service.client.admin_client import AdminClient
+from inference_service.client import AdminClient
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
 from tests.fakes import publish_tiny_version
@@ -16,7 +16,7 @@ TOKEN = "open sesame"
 
 
 class Operated:
-    """A server that asks for a credential, a client of each kind, and a version that is to serve."""
+    """A server with a token, and a client of each kind."""
 
     def __init__(self, var: Path) -> None:
         self.server = Server(var, GPTLOOP_ADMIN_TOKEN=TOKEN)

@@ -16,19 +16,19 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from inference_service.client.client import InferenceClient
+from inference_service.client import InferenceClient
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
 from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 
-# A client that lets little data come that it has not asked for.
+# Options of a client that buffers little unread data.
 SMALL_WINDOW = [("grpc.enable_http_proxy", 0), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384)]
 
 SERVE = ("-m", "inference_service", "serve")
 
-# A server whose decoder obeys orders from a file in its folder.
+# A server whose decoder follows orders from a file in its folder.
 BREAKABLE = (
     "-c",
     """
@@ -65,12 +65,12 @@ cli.run(app)
 
 
 class Server:
-    """A server process on ports that the system chose, with an empty registry."""
+    """A server process with an empty registry, on ports that the system chooses."""
 
     def __init__(self, var: Path, command: Sequence[str] = SERVE, **settings: str) -> None:
         var.mkdir()
         self.var = var
-        # Kernels that other runs compiled.
+        # Reuses the kernels that earlier tests compiled.
         (ROOT / ".pytest_cache" / "server").mkdir(parents=True, exist_ok=True)
         (var / "cache").symlink_to(ROOT / ".pytest_cache" / "server")
         self.registry = Registry(var / "registry")
@@ -84,7 +84,7 @@ class Server:
                 "GPTLOOP_INFERENCE_PORT": "0",
                 "GPTLOOP_INFERENCE_METRICS_PORT": "0",
                 "GPTLOOP_INFERENCE_POLL_INTERVAL_S": "0.05",
-                # Random models claim to be better than one another, and are not.
+                # Random models claim to improve on each other, but do not.
                 "GPTLOOP_INFERENCE_GATE_MARGIN": "100",
                 **settings,
             },
@@ -119,7 +119,7 @@ class Server:
         return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
 
     def order(self, what: str) -> float:
-        """Gives the decoder of a breakable server an order for its next step; the time."""
+        """Gives the decoder of a breakable server an order for its next step; returns the time of the order."""
         path = self.var / "orders"
         path.with_suffix(".new").write_text(what)
         path.with_suffix(".new").rename(path)

@@ -1,15 +1,13 @@
-"""A gRPC server that follows a script: fake at the service's edge, real in everything below it."""
+"""A gRPC server that follows a script: a fake service on a real server."""
 
-import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
-from inference_service.client.client import AsyncInferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -25,21 +23,22 @@ STORY = (
     pb.Finished(reason=pb.FINISH_REASON_LENGTH, prompt_tokens=3, generated_tokens=3),
 )
 
-Script = Callable[["ScriptedServer", Any, grpc.ServicerContext], Iterator[Any]]
+# Yields the messages of one call: the events of Generate, or the only answer of another method.
+Script = Callable[["ScriptedServer", Message, grpc.ServicerContext], Iterator[Message]]
 Serve = Callable[..., "ScriptedServer"]
 
 
 class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
-    """A server whose calls each follow the next of its scripts, and the last one from then on."""
+    """A server whose calls each follow the next script; all calls after the last script follow that one."""
 
     def __init__(self, *scripts: Script, port: int = 0) -> None:
         self._scripts = list(scripts)
         self._lock = threading.Lock()
-        self.requests: list[Any] = []
-        # Of each call: when it came and how much time it had left.
+        self.requests: list[Message] = []
+        # When each call arrived, and how much time it had left.
         self.arrived_s: list[float] = []
         self.remaining_s: list[float] = []
-        # Set once a client has left a call that would not have ended by itself.
+        # Set once a client has left a call that does not end by itself.
         self.left = threading.Event()
         self._server = grpc.server(ThreadPoolExecutor(16))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
@@ -52,21 +51,28 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
     def await_calls(self, number: int) -> None:
         wait_until(lambda: len(self.requests) >= number)
 
-    def Generate(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
+    def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
         for event in self._next(request, context):
-            field = type(event).__name__.lower()
-            yield pb.GenerateResponse(**{field: event})
+            match event:
+                case pb.Started():
+                    yield pb.GenerateResponse(started=event)
+                case pb.Delta():
+                    yield pb.GenerateResponse(delta=event)
+                case pb.Finished():
+                    yield pb.GenerateResponse(finished=event)
 
-    def Tokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def Tokenize(self, request: pb.TokenizeRequest, context: grpc.ServicerContext) -> Message:  # noqa: N802
         return [pb.TokenizeResponse(), *self._next(request, context)][-1]
 
-    def Detokenize(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def Detokenize(self, request: pb.DetokenizeRequest, context: grpc.ServicerContext) -> Message:  # noqa: N802
         return [pb.DetokenizeResponse(), *self._next(request, context)][-1]
 
-    def GetModel(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def GetModel(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> Message:  # noqa: N802
         return [pb.GetModelResponse(), *self._next(request, context)][-1]
 
-    def _next(self, request: Any, context: Any) -> Iterator[Any]:
+    def _next(self, request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
         with self._lock:
             self.arrived_s.append(time.monotonic())
             self.remaining_s.append(context.time_remaining())
@@ -75,15 +81,15 @@ class ScriptedServer(inference_pb2_grpc.InferenceServiceServicer):
         return script(self, request, context)
 
 
-def send(*messages: Any) -> Script:
+def send(*messages: Message) -> Script:
     """Sends messages and ends."""
     return lambda server, request, context: iter(messages)
 
 
-def refuse(error: errors.GptloopError, *messages: Any) -> Script:
+def fail(error: errors.GptloopError, *messages: Message) -> Script:
     """Sends messages and ends with an error, as the services do."""
 
-    def script(server: ScriptedServer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+    def script(server: ScriptedServer, request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
         yield from messages
         context.set_trailing_metadata(tuple(details_of(error)))
         context.abort(code_of(error), str(error))
@@ -91,10 +97,10 @@ def refuse(error: errors.GptloopError, *messages: Any) -> Script:
     return script
 
 
-def hang(*messages: Any) -> Script:
-    """Sends messages and then nothing more, until the client has left."""
+def hang(*messages: Message) -> Script:
+    """Sends messages, then nothing more until the client has left."""
 
-    def script(server: ScriptedServer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+    def script(server: ScriptedServer, request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
         gone = threading.Event()
 
         def leave() -> None:
@@ -107,13 +113,3 @@ def hang(*messages: Any) -> Script:
         gone.wait(HANG_S)
 
     return script
-
-
-def run_async(address: str, body: Callable[[AsyncInferenceClient], Awaitable[None]]) -> None:
-    """Runs a coroutine that is given an asynchronous client."""
-
-    async def run() -> None:
-        async with AsyncInferenceClient(address) as client, asyncio.timeout(HANG_S):
-            await body(client)
-
-    asyncio.run(run())

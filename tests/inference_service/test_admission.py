@@ -1,21 +1,21 @@
-"""The limits on what waits, and when a caller is told to come back."""
+"""Limits on what waits for a slot, and when a rejected caller should retry."""
 
 import pytest
 from prometheus_client import Gauge
 
-from inference_service.admission import Admission, Place
+from inference_service.admission import Admission, Ticket
 from shared.errors import ResourceExhausted
 
 
 class Waiting:
-    """Admission with a clock that stands."""
+    """An admission with a clock that the test moves."""
 
     def __init__(self, requests: int, prompt_tokens: int = 1000) -> None:
         self.now = 0.0
         self.gauge = Gauge("waiting", "Samples that wait.", registry=None)
         self.admission = Admission(requests, prompt_tokens, self.gauge, lambda: self.now)
 
-    def enter(self, samples: int = 1) -> Place:
+    def enter(self, samples: int = 1) -> Ticket:
         return self.admission.enter(samples).__enter__()
 
     @property
@@ -30,11 +30,13 @@ class Waiting:
         return refused.value.retry_after_s
 
 
-def test_samples_wait_until_they_have_their_slots_or_leave() -> None:
+def test_samples_count_until_they_get_slots_or_leave() -> None:
     waiting = Waiting(requests=5)
     first, second = waiting.enter(), waiting.enter(3)
     assert waiting.count == 4
-    with pytest.raises(ResourceExhausted, match="4 requests wait already, and 2 more would pass the limit of 5"):
+    with pytest.raises(
+        ResourceExhausted, match="4 requests are waiting already, and 2 more would exceed the limit of 5"
+    ):
         waiting.enter(2)
     first.admitted()
     assert waiting.count == 3
@@ -44,56 +46,57 @@ def test_samples_wait_until_they_have_their_slots_or_leave() -> None:
     assert waiting.count == 0
 
 
-def test_what_passes_a_limit_by_itself_has_its_turn_alone() -> None:
+def test_a_request_beyond_a_limit_is_accepted_if_nothing_else_waits() -> None:
     waiting = Waiting(requests=2, prompt_tokens=10)
     alone = waiting.enter(8)
-    alone.weigh(100)
+    alone.add_prompt_tokens(100)
     with pytest.raises(ResourceExhausted):
         waiting.enter()
     alone.admitted()
     assert waiting.count == 0
-    waiting.enter().weigh(10)
+    waiting.enter().add_prompt_tokens(10)
 
 
-def test_prompt_tokens_are_given_back_with_the_place() -> None:
+def test_an_admitted_request_gives_its_prompt_tokens_back() -> None:
     waiting = Waiting(requests=10, prompt_tokens=10)
     first, second = waiting.enter(), waiting.enter()
-    first.weigh(8)
-    with pytest.raises(ResourceExhausted, match="8 prompt tokens wait already, and 3 more would pass the limit of 10"):
-        second.weigh(3)
+    first.add_prompt_tokens(8)
+    sentence = "8 prompt tokens are waiting already, and 3 more would exceed the limit of 10"
+    with pytest.raises(ResourceExhausted, match=sentence):
+        second.add_prompt_tokens(3)
     first.admitted()
-    second.weigh(3)
+    second.add_prompt_tokens(3)
 
 
-def test_the_time_to_come_back_is_that_in_which_half_of_the_queue_moves_on() -> None:
+def test_the_retry_time_is_the_time_for_half_of_the_queue() -> None:
     waiting = Waiting(requests=10)
-    places = [waiting.enter() for _ in range(10)]
+    tickets = [waiting.enter() for _ in range(10)]
     assert waiting.retry_after_s() == 1.0
-    for place in places[:4]:
+    for ticket in tickets[:4]:
         waiting.now += 2.0
-        place.admitted()
+        ticket.admitted()
         waiting.enter()
     assert waiting.retry_after_s() == pytest.approx(10 / 2 * 2.0)
 
 
-def test_an_idle_hour_does_not_make_the_queue_look_slow() -> None:
+def test_idle_time_does_not_count_as_slow_progress() -> None:
     waiting = Waiting(requests=10)
     for _ in range(5):
         waiting.enter().admitted()
     waiting.now += 3600.0
-    places = [waiting.enter() for _ in range(10)]
-    for place in places[:4]:
+    tickets = [waiting.enter() for _ in range(10)]
+    for ticket in tickets[:4]:
         waiting.now += 0.5
-        place.admitted()
+        ticket.admitted()
         waiting.enter()
     assert waiting.retry_after_s() < 3.0
 
 
-def test_the_time_to_come_back_is_bounded() -> None:
+def test_the_retry_time_is_bounded() -> None:
     waiting = Waiting(requests=10)
-    for place in [waiting.enter() for _ in range(9)]:
+    for ticket in [waiting.enter() for _ in range(9)]:
         waiting.enter()
         waiting.now += 1e6
-        place.admitted()
+        ticket.admitted()
     waiting.enter()
     assert waiting.retry_after_s() == 60.0

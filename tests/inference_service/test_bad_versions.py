@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.client.admin_client import AdminClient
+from inference_service.client import AdminClient
 from shared.errors import FailedPrecondition
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry

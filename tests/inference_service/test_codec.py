@@ -1,4 +1,4 @@
-"""Texts to tokens and back: bounded, one at a time, and from versions that were examined."""
+"""Encoding and decoding for clients: limited, one call at a time, with tokenizers of verified versions."""
 
 import asyncio
 import threading
@@ -14,18 +14,19 @@ from inference_service.admission import Admission
 from inference_service.codec import MAX_TEXT_BYTES, MAX_TOKENS, MAX_WAITING, Codec
 from inference_service.grpc.servicer import InferenceServicer
 from inference_service.grpc.translate import draft_from_pb
-from inference_service.patience import Patience
 from inference_service.pauses import Pauses
 from inference_service.versions.resident import Resident
+from inference_service.write_timeouts import WriteTimeouts
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.asynchronous import async_test
 from tests.fakes import byte_tokenizer, publish_tiny_version
-from tests.inference_service.world import World, run
+from tests.inference_service.world import World
 from tests.waiting import HANG_S, eventually
 
-# What a client of gRPC takes by default.
-CLIENT_TAKES_BYTES = 4 << 20
+# The largest message that a gRPC client accepts by default.
+CLIENT_LIMIT_BYTES = 4 << 20
 # A tokenizer with a token of four bytes.
 LONG = Tokenizer("long", byte_tokenizer().pattern, [*(bytes([value]) for value in range(256)), b"text"])
 
@@ -50,47 +51,52 @@ def detokenize(tokens: list[int], tokenizer: Tokenizer) -> pb.DetokenizeResponse
 
 
 @given(st.text(max_size=50))
-def test_a_text_is_what_its_tokens_stand_for(text: str) -> None:
+def test_decoding_reverses_encoding(text: str) -> None:
     answer = tokenize(text, byte_tokenizer())
     assert answer.model_version == 3
     assert detokenize(list(answer.token_ids), byte_tokenizer()) == pb.DetokenizeResponse(text=text, model_version=3)
 
 
-def test_bytes_that_are_no_text_are_replaced_and_the_end_token_is_empty() -> None:
+def test_invalid_bytes_are_replaced_and_the_end_token_is_empty() -> None:
     assert detokenize([0xE9, 256, ord("a")], byte_tokenizer()).text == "\N{REPLACEMENT CHARACTER}a"
 
 
-def test_the_longest_answers_are_those_that_clients_take() -> None:
-    # Each byte is a token, and most of these have two bytes in a message.
+def test_clients_accept_the_longest_answers() -> None:
+    # Each byte is a token, and most of these tokens take two bytes in a message.
     longest = tokenize("\N{LATIN SMALL LETTER E WITH ACUTE}" * (MAX_TEXT_BYTES // 2), byte_tokenizer())
     assert len(longest.token_ids) == MAX_TEXT_BYTES
     replaced = detokenize([0xFF] * MAX_TOKENS, byte_tokenizer())
     assert len(replaced.text) == MAX_TOKENS
     for answer in (longest, replaced):
-        assert answer.ByteSize() <= CLIENT_TAKES_BYTES
+        assert answer.ByteSize() <= CLIENT_LIMIT_BYTES
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: tokenize("é" * (MAX_TEXT_BYTES // 2) + "a", byte_tokenizer()), "text has 1048577 bytes, but may have"),
-        (lambda: detokenize([0] * (MAX_TOKENS + 1), byte_tokenizer()), "token_ids holds 1048577 tokens, but may hold"),
-        (lambda: detokenize([1, -1], byte_tokenizer()), "token_ids holds -1, but version 3 has the tokens 0 to 256"),
-        (lambda: detokenize([2**31 - 1], byte_tokenizer()), "token_ids holds 2147483647, but version 3 has"),
-        (lambda: detokenize([256] * 500_000, LONG), "The tokens stand for 2000000 bytes of text, but may"),
+        (
+            lambda: tokenize("é" * (MAX_TEXT_BYTES // 2) + "a", byte_tokenizer()),
+            "text has 1048577 bytes, but the limit",
+        ),
+        (
+            lambda: detokenize([0] * (MAX_TOKENS + 1), byte_tokenizer()),
+            "token_ids has 1048577 tokens, but the limit",
+        ),
+        (lambda: detokenize([1, -1], byte_tokenizer()), "token_ids contains -1, but version 3 has the tokens 0 to 256"),
+        (lambda: detokenize([2**31 - 1], byte_tokenizer()), "token_ids contains 2147483647, but version 3 has"),
+        (lambda: detokenize([256] * 500_000, LONG), "token_ids stands for 2000000 bytes of text, but"),
     ],
 )
-def test_more_than_that_is_one_sentence(call: Callable[[], object], sentence: str) -> None:
+def test_invalid_requests_are_rejected_with_one_sentence(call: Callable[[], object], sentence: str) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
         call()
 
 
-class HeldTokenizer:
-    """One that encodes once `go_on` is set, and knows how many encode at once."""
-
-    vocabulary_size = 257
+class HeldTokenizer(Tokenizer):
+    """A tokenizer that encodes once `go_on` is set, and counts its calls and the most at the same time."""
 
     def __init__(self) -> None:
+        super().__init__("held", LONG.pattern, LONG.pieces[:-1])
         self.go_on = threading.Event()
         self.calls = 0
         self.most = 0
@@ -105,43 +111,39 @@ class HeldTokenizer:
         return [1]
 
 
-def test_texts_are_encoded_one_at_a_time_and_only_so_many_wait() -> None:
-    async def body() -> None:
-        tokenizer: Any = HeldTokenizer()
-        one = Codec()
+@async_test
+async def test_texts_are_encoded_one_at_a_time_and_only_a_few_may_wait() -> None:
+    held = HeldTokenizer()
+    one = Codec()
 
-        def ask() -> "asyncio.Task[pb.TokenizeResponse]":
-            return asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(tokenizer)))
+    def tokenize() -> "asyncio.Task[pb.TokenizeResponse]":
+        return asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(held)))
 
-        tasks = [ask() for _ in range(MAX_WAITING)]
-        await eventually(lambda: tokenizer.calls == 1)
-        with pytest.raises(ResourceExhausted, match=f"{MAX_WAITING} texts wait already") as refused:
-            await ask()
-        assert refused.value.retry_after_s == codec._AGAIN_AFTER_S
-        # Who leaves gives its place to another one, and is not worked for.
-        for task in tasks[1:]:
-            task.cancel()
-        await asyncio.wait(tasks[1:])
-        last = ask()
-        tokenizer.go_on.set()
-        assert (await last).token_ids == (await tasks[0]).token_ids == [1]
-        assert (tokenizer.calls, tokenizer.most) == (2, 1)
-
-    asyncio.run(asyncio.wait_for(body(), HANG_S))
+    tasks = [tokenize() for _ in range(MAX_WAITING)]
+    await eventually(lambda: held.calls == 1)
+    with pytest.raises(ResourceExhausted, match=f"{MAX_WAITING} texts are waiting already") as rejected:
+        await tokenize()
+    assert rejected.value.retry_after_s == codec._RETRY_AFTER_S
+    # A cancelled call frees its place, and its text is not encoded.
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.wait(tasks[1:])
+    last = tokenize()
+    held.go_on.set()
+    assert (await last).token_ids == (await tasks[0]).token_ids == [1]
+    assert (held.calls, held.most) == (2, 1)
 
 
-def test_a_prompt_does_not_wait_behind_a_text() -> None:
-    async def body() -> None:
-        tokenizer: Any = HeldTokenizer()
-        one = Codec()
-        text = asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(tokenizer)))
-        await eventually(lambda: tokenizer.calls == 1)
-        draft = draft_from_pb(pb.GenerateRequest(prompt="ab"), None, slots=1)
-        assert (await one.complete(draft, resident(byte_tokenizer()), seed=5)).prompt == (97, 98)
-        tokenizer.go_on.set()
-        await text
-
-    asyncio.run(asyncio.wait_for(body(), HANG_S))
+@async_test
+async def test_a_prompt_does_not_wait_behind_a_text() -> None:
+    held = HeldTokenizer()
+    one = Codec()
+    text = asyncio.create_task(one.tokenize(pb.TokenizeRequest(text="x"), resident(held)))
+    await eventually(lambda: held.calls == 1)
+    draft = draft_from_pb(pb.GenerateRequest(prompt="ab"), None, slots=1)
+    assert (await one.complete(draft, resident(byte_tokenizer()), seed=5)).prompt == (97, 98)
+    held.go_on.set()
+    await text
 
 
 def servicer(world: World) -> InferenceServicer:
@@ -149,17 +151,18 @@ def servicer(world: World) -> InferenceServicer:
     return InferenceServicer(
         *(world.catalogue, world.engine, world.residents, admission, Codec(), world.metrics, lambda *_: None),
         slots=2,
-        patience=Patience(1.0, Pauses()),
+        write_timeouts=WriteTimeouts(1.0, Pauses()),
     )
 
 
-def test_no_tokenizer_is_read_that_was_not_verified(fresh: World) -> None:
+@async_test
+async def test_only_verified_tokenizers_are_used(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 1.0)
     changed = publish_tiny_version(fresh.registry, 2.0)
     other = Tokenizer("other", byte_tokenizer().pattern, [bytes([255 - value]) for value in range(256)])
     other.save(fresh.registry.version_directory(changed.version) / "tokenizer.json")
 
-    async def test() -> None:
+    async with fresh.running():
         await eventually(lambda: fresh.serving == 1)
         service = servicer(fresh)
         assert (await service.Tokenize(pb.TokenizeRequest(text="a"), None)).token_ids == [97]
@@ -168,5 +171,3 @@ def test_no_tokenizer_is_read_that_was_not_verified(fresh: World) -> None:
             await service.Tokenize(pb.TokenizeRequest(text="a", model=model), None)
         with pytest.raises(FailedPrecondition, match=r"tokenizer\.json was changed"):
             await service.Detokenize(pb.DetokenizeRequest(token_ids=[97], model=model), None)
-
-    run(fresh, test)

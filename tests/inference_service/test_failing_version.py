@@ -6,8 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from inference_service.client.admin_client import AdminClient
-from inference_service.client.client import InferenceClient
+from inference_service.client import AdminClient, InferenceClient
 from shared.errors import GptloopError
 from shared.gpt.weights import load_arrays, save_arrays
 from shared.pb.inference.v1 import inference_pb2 as pb

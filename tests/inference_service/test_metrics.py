@@ -22,7 +22,7 @@ def metrics(registry: CollectorRegistry) -> InferenceMetrics:
     return InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 0)
 
 
-def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: CollectorRegistry) -> None:
+def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: CollectorRegistry) -> None:
     metrics.accepted(7)
     metrics.token(7, arrived=1.0, last_at=None, at=1.25)
     metrics.token(7, arrived=1.0, last_at=1.25, at=1.5)
@@ -51,9 +51,7 @@ def test_the_page_shows_what_was_counted(metrics: InferenceMetrics, registry: Co
     assert kinds == [1, 2, 3, 4]
 
 
-def test_what_has_not_happened_yet_is_counted_as_zero(
-    metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
-) -> None:
+def test_every_series_starts_at_zero(metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path) -> None:
     one = publish_tiny_version(Registry(tmp_path), 1.0)
     metrics.resident([one], 1)
     values = page(registry)
@@ -67,7 +65,7 @@ def test_what_has_not_happened_yet_is_counted_as_zero(
     assert values[f"{prefix}_version_time_to_first_token_seconds_count", "1"] == 0
 
 
-def test_the_commit_of_a_version_is_measured_to_when_it_serves_and_not_to_when_somebody_asks(
+def test_the_time_from_commit_ends_when_the_version_serves_not_at_the_first_request(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
     one = publish_tiny_version(Registry(tmp_path), 1.0)
@@ -77,7 +75,7 @@ def test_the_commit_of_a_version_is_measured_to_when_it_serves_and_not_to_when_s
     assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
 
 
-def test_a_version_that_is_gone_leaves_no_series(
+def test_the_series_of_a_removed_version_disappear(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
     one, two = (publish_tiny_version(Registry(tmp_path), 1.0) for _ in range(2))
@@ -107,7 +105,7 @@ def test_a_version_that_is_gone_leaves_no_series(
     assert page(registry)["gptloop_inference_swaps_total",] == 1
 
 
-def test_a_clock_that_was_set_back_makes_no_negative_sum(
+def test_a_clock_that_is_set_back_adds_no_negative_time(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = publish_tiny_version(Registry(tmp_path), 1.0)
@@ -123,7 +121,7 @@ def page(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
     return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
 
 
-def test_the_rate_is_that_of_the_last_seconds_and_zero_when_idle() -> None:
+def test_the_rate_covers_the_last_seconds_and_is_zero_when_idle() -> None:
     now = 100.0
     rate = TokenRate(lambda: now)
     for _ in range(60):

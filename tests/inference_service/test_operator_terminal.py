@@ -1,4 +1,4 @@
-"""What operators type, and what they see of it."""
+"""The commands of operators and what they print."""
 
 import json
 import os
@@ -29,11 +29,11 @@ TOKEN = "sesame"
 COMMANDS = ("versions", "promote", "pin", "follow", "rollback", "load", "unload")
 
 
-# What is shown of an answer.
+# How an answer is printed.
 
 
 def status(version: int, state: pb.VersionState, **fields: Any) -> pb.VersionStatus:
-    """A version that was published 4 hours ago."""
+    """Returns a version that was published 4 hours ago."""
     created_at = Timestamp(seconds=round(time.time()) - 4 * 3600)
     defaults: dict[str, Any] = {
         "claimed_loss": 3.25,
@@ -46,7 +46,7 @@ def status(version: int, state: pb.VersionState, **fields: Any) -> pb.VersionSta
     return pb.VersionStatus(version=version, state=state, **(defaults | fields))
 
 
-# Everything that a row can hold, as wide as it gets.
+# Every kind of cell, as wide as possible.
 WIDE = pb.ListVersionsResponse(
     versions=[
         status(
@@ -85,7 +85,7 @@ ROWS = (
 
 @pytest.fixture
 def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """What a terminal shows of an answer, without its styles, or a file, which has no columns."""
+    """Returns the lines that an answer has on a terminal, without styles; without `columns`, in a file."""
 
     def show(answer: pb.ListVersionsResponse, columns: int | None = None) -> list[str]:
         monkeypatch.setenv("COLUMNS", str(columns or 80))
@@ -98,7 +98,7 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("columns", [None, 120])
-def test_versions_are_one_row_each(show: Callable[..., list[str]], columns: int | None) -> None:
+def test_each_version_has_one_row(show: Callable[..., list[str]], columns: int | None) -> None:
     assert show(WIDE, columns) == [
         *ROWS,
         "version 1234: lying: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
@@ -108,9 +108,7 @@ def test_versions_are_one_row_each(show: Callable[..., list[str]], columns: int 
 
 
 @pytest.mark.parametrize("columns", [80, 60])
-def test_on_a_narrow_terminal_columns_give_way_and_labels_take_more_lines(
-    show: Callable[..., list[str]], columns: int
-) -> None:
+def test_a_narrow_terminal_has_fewer_columns_and_wraps_labels(show: Callable[..., list[str]], columns: int) -> None:
     lines = show(WIDE, columns)
     table = lines[: lines.index(next(line for line in lines if line.startswith("version 1234")))]
     assert max(len(line) for line in table) <= columns
@@ -121,7 +119,7 @@ def test_on_a_narrow_terminal_columns_give_way_and_labels_take_more_lines(
     ]
 
 
-def test_json_has_the_reasons_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_includes_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     print_versions(WIDE, as_json=True)
     rows = json.loads(capsys.readouterr().out)
     assert [row["version"] for row in rows] == [1, 2, 3, 4, 1234]
@@ -129,7 +127,7 @@ def test_json_has_the_reasons_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert (rows[0]["held_out_loss"], rows[0]["measured_loss"], rows[1]["measured_loss"]) == (3.3, 3.0, None)
 
 
-def test_of_no_versions_is_said_when_the_first_one_comes(show: Callable[..., list[str]]) -> None:
+def test_an_empty_list_says_when_the_first_version_comes(show: Callable[..., list[str]]) -> None:
     assert show(pb.ListVersionsResponse(policy="latest")) == [
         "No version yet: the first one comes with the first evaluation of a training job.",
         "policy: latest",
@@ -152,18 +150,18 @@ def test_of_no_versions_is_said_when_the_first_one_comes(show: Callable[..., lis
         ),
     ],
 )
-def test_a_policy_is_told_with_what_it_names_and_what_serves(versions: list[pb.VersionStatus], sentence: str) -> None:
+def test_a_policy_is_described_with_what_serves(versions: list[pb.VersionStatus], sentence: str) -> None:
     assert operator_terminal.describe_policy(pb.ListVersionsResponse(versions=versions, policy="stable")) == sentence
 
 
-def test_a_version_that_still_has_streams_is_told_with_them() -> None:
+def test_an_unloaded_version_is_described_with_its_running_streams() -> None:
     leaving = status(3, pb.VERSION_STATE_RESIDENT, streams=2)
     assert operator_terminal.describe_unloaded(leaving) == (
         "Version 3 leaves memory when its last stream ends; 2 of them run now."
     )
 
 
-def test_a_rollback_to_what_must_be_loaded_says_so() -> None:
+def test_a_rollback_is_described_with_the_state_of_the_new_version() -> None:
     assert operator_terminal.describe_rollback(status(3, pb.VERSION_STATE_LOADING)) == (
         "Version 3 (loading) serves as soon as it is in memory."
     )
@@ -175,7 +173,7 @@ def test_a_rollback_to_what_must_be_loaded_says_so() -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With three versions, of which the second one is the best."""
+    """A server with three versions, of which the second is the best."""
     server = Server(tmp_path_factory.mktemp("server") / "var", GPTLOOP_ADMIN_TOKEN=TOKEN)
     try:
         for bits_per_byte in (3.0, 1.0, 2.0):
@@ -188,7 +186,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class Operator:
-    """Types commands, with the credential in the environment."""
+    """Runs commands with the token in the environment."""
 
     def __init__(self, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self._capsys = capsys
@@ -199,7 +197,7 @@ class Operator:
         monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", TOKEN)
 
     def type(self, *arguments: str) -> tuple[int, str, str]:
-        """How the command ended, and what stands on standard output and standard error."""
+        """Runs a command; returns its exit code, standard output and standard error."""
         self._monkeypatch.setattr(sys, "argv", ["inference_service", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.run(app)
@@ -207,13 +205,13 @@ class Operator:
         return int(ended.value.code or 0), output, errors
 
     def see(self, *arguments: str) -> str:
-        """What a command that succeeds prints."""
+        """Runs a command that succeeds; returns what it prints."""
         code, output, errors = self.type(*arguments)
         assert (code, errors) == (0, ""), errors
         return output
 
     def rows(self) -> dict[int, str]:
-        """The version, its state, its labels and what keeps it in memory, of each row of the table."""
+        """Returns a summary of each row by version: state, labels, and what keeps it in memory."""
         rows = json.loads(self.see("versions", "--json"))
         return {
             row["version"]: " ".join(
@@ -225,7 +223,7 @@ class Operator:
 
 @pytest.fixture
 def operator(server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Operator:
-    """Before version 2 serves, as the best one."""
+    """An operator of a server on which version 2 serves as the best one."""
     operator = Operator(server, capsys, monkeypatch)
     operator.see("follow", "best")
     wait_until(lambda: operator.rows()[2].startswith("serving"))
@@ -241,7 +239,7 @@ def test_versions_are_listed(operator: Operator) -> None:
     assert rows[2].startswith("serving best") and rows[newest].endswith("latest")
 
 
-def test_pin_and_follow_say_what_serves(operator: Operator) -> None:
+def test_pin_and_follow_print_which_version_serves(operator: Operator) -> None:
     printed = operator.see("pin", "1")
     assert re.fullmatch(
         r"The policy is pinned:1\. (Version 1 \((available|loading|resident)\) has this label\. Version 2|Version 1) "
@@ -256,12 +254,12 @@ def test_pin_and_follow_say_what_serves(operator: Operator) -> None:
     assert operator.see("follow", "best") == "The policy is best. Version 2 serves now.\n"
 
 
-def test_promote_names_the_stable_version(operator: Operator) -> None:
+def test_promote_prints_the_stable_version(operator: Operator) -> None:
     assert operator.see("promote", "2") == "Version 2 (serving) is the stable one now.\n"
     assert operator.rows()[2] == "serving best, stable"
 
 
-def test_load_and_unload_say_what_is_in_memory(operator: Operator) -> None:
+def test_load_and_unload_print_what_is_in_memory(operator: Operator) -> None:
     assert re.fullmatch(
         r"Version 1 \(resident\) is in memory: \d\.\d MiB, held-out loss \d\.\d{4}\.\n", operator.see("load", "1")
     )
@@ -270,7 +268,7 @@ def test_load_and_unload_say_what_is_in_memory(operator: Operator) -> None:
     assert operator.rows()[1] == "available"
 
 
-def test_rollback_refuses_the_serving_version_until_it_is_loaded(server: Server, operator: Operator) -> None:
+def test_a_version_that_was_rolled_back_stays_refused_until_it_is_loaded(server: Server, operator: Operator) -> None:
     bad = publish_tiny_version(server.registry, 0.5).version
     wait_until(lambda: operator.rows()[bad].startswith("serving"))
     assert re.fullmatch(
@@ -282,7 +280,7 @@ def test_rollback_refuses_the_serving_version_until_it_is_loaded(server: Server,
     assert f"\nversion {bad}: rolled_back: an operator rolled it back\n" in operator.see("versions")
     sentence = f"error: Version {bad} cannot serve: an operator rolled it back.\n"
     assert operator.type("pin", str(bad)) == (1, "", sentence)
-    # As the best version that there is, it serves again.
+    # It is the best version, so it serves again.
     assert operator.see("load", str(bad)).startswith(f"Version {bad} (")
     wait_until(lambda: operator.rows()[bad].startswith("serving"))
     operator.see("rollback", "1")
@@ -317,7 +315,7 @@ def test_an_error_is_one_sentence(operator: Operator, arguments: tuple[str, ...]
 
 
 @pytest.mark.parametrize("token", ["", "close"])
-def test_without_the_credential_each_command_says_what_to_set(
+def test_without_the_token_each_command_names_the_setting(
     operator: Operator, monkeypatch: pytest.MonkeyPatch, token: str
 ) -> None:
     monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", token)
@@ -325,22 +323,22 @@ def test_without_the_credential_each_command_says_what_to_set(
         arguments = {"versions": (), "rollback": (), "follow": ("latest",)}.get(name, ("1",))
         code, output, errors = operator.type(name, *arguments)
         assert (code, output) == (1, "")
-        assert errors.startswith("error: This call needs the credential of the server's operators")
-        assert "set GPTLOOP_ADMIN_TOKEN to the one that the server has" in errors
+        assert errors.startswith(f"error: This call has {'the wrong' if token else 'no'} bearer token")
+        assert "set GPTLOOP_ADMIN_TOKEN to the server's value" in errors
         assert len(errors.splitlines()) == 1
 
 
-def test_a_credential_that_no_call_can_carry_is_one_sentence(
+def test_a_token_that_metadata_cannot_carry_is_reported_in_one_sentence(
     operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", "öffne dich")
     code, output, errors = operator.type("versions")
     assert (code, output) == (2, "")
-    assert errors.startswith("error: GPTLOOP_ADMIN_TOKEN holds a character that no call can carry")
+    assert errors.startswith("error: GPTLOOP_ADMIN_TOKEN contains a character that metadata cannot carry")
     assert "dich" not in errors
 
 
-def test_the_command_line_itself(server: Server) -> None:
+def test_the_command_as_a_process(server: Server) -> None:
     for token, code in ((TOKEN, 0), ("", 1)):
         done = subprocess.run(
             [sys.executable, "-m", "inference_service", "versions", "--address", server.address],
@@ -352,7 +350,7 @@ def test_the_command_line_itself(server: Server) -> None:
         )
         assert done.returncode == code
         printed, other = (done.stdout, done.stderr) if code == 0 else (done.stderr, done.stdout)
-        assert printed.startswith("version  step  state" if code == 0 else "error: This call needs")
+        assert printed.startswith("version  step  state" if code == 0 else "error: This call has no bearer token")
         assert other == ""
 
 
@@ -373,7 +371,7 @@ def test_an_empty_registry_has_no_versions(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_command_teaches_itself(name: str) -> None:
+def test_each_command_has_help_with_an_example(name: str) -> None:
     done = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "80"})
     assert done.exit_code == 0
     text = " ".join(done.output.replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""How long a process ran, by a clock that tests move."""
+"""How long a process ran, measured with a clock that the test moves."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +14,7 @@ class Clock:
         return self.now_s
 
 
-def test_a_process_that_looks_often_ran_all_the_time() -> None:
+def test_a_process_that_looks_often_has_no_pause() -> None:
     clock = Clock()
     pauses = Pauses(clock)
     for _ in range(100):
@@ -23,7 +23,7 @@ def test_a_process_that_looks_often_ran_all_the_time() -> None:
     assert pauses.ran_since(50.0) == 50.0
 
 
-def test_a_pause_counts_for_what_began_before_it_only() -> None:
+def test_a_pause_counts_only_for_intervals_that_began_before_it() -> None:
     clock = Clock()
     pauses = Pauses(clock)
     clock.now_s += 11.0
@@ -34,7 +34,7 @@ def test_a_pause_counts_for_what_began_before_it_only() -> None:
 
 
 @given(st.lists(st.floats(0.0, 1000.0), max_size=20), st.data())
-def test_no_time_is_negative_or_longer_than_the_clock_says(steps: list[float], data: st.DataObject) -> None:
+def test_the_running_time_is_between_zero_and_the_elapsed_time(steps: list[float], data: st.DataObject) -> None:
     clock = Clock()
     pauses = Pauses(clock)
     moments = [clock.now_s]

@@ -1,4 +1,4 @@
-"""What a client meets when a server is full, slow, broken or told to end: real processes, real calls."""
+"""What clients get from a server that is full, slow, broken or stopping: real processes, real calls."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_service.client.client import InferenceClient
+from inference_service.client import InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -24,7 +24,7 @@ from tests.waiting import HANG_S, wait_until
 
 pytestmark = pytest.mark.slow
 
-# So much context that a stream lasts for seconds.
+# Enough context for a stream of several seconds.
 LONG = replace(TINY, context_length=16384)
 
 
@@ -37,7 +37,7 @@ def start(var: Path, command: Sequence[str] = SERVE, **settings: Any) -> Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with two slots, in which two more may wait, and which has no patience with slow readers."""
+    """A server with two slots and room for two waiting requests, which soon ends streams of slow readers."""
     server = start(
         tmp_path_factory.mktemp("server") / "var", SLOTS=2, MAX_WAITING_REQUESTS=2, SLOW_READER_S=1, DRAIN_S=1
     )
@@ -57,7 +57,7 @@ def client(server: Server) -> Iterator[InferenceClient]:
 
 
 def long(client: InferenceClient) -> Any:
-    """A stream that lasts for seconds; nothing of it comes as long as it waits."""
+    """Starts a stream of several seconds; it gets no event while it waits for a slot."""
     return client.generate("Once", max_tokens=16000, ignore_eos=True)
 
 
@@ -66,13 +66,13 @@ def until_waiting(server: Server, requests: int) -> None:
 
 
 def endless(client: InferenceClient) -> Any:
-    """One that has begun to come."""
+    """Starts such a stream and waits for its first event."""
     stream = long(client)
     assert isinstance(next(iter(stream)), pb.Started)
     return stream
 
 
-def test_samples_of_one_prompt_are_those_of_their_seeds(client: InferenceClient) -> None:
+def test_each_sample_equals_a_request_with_its_seed(client: InferenceClient) -> None:
     texts = {0: "", 1: ""}
     ends = []
     for event in client.generate("Once", n=2, seed=2**64 - 1, max_tokens=40):
@@ -85,65 +85,66 @@ def test_samples_of_one_prompt_are_those_of_their_seeds(client: InferenceClient)
     assert texts[1] == text_of(client.generate("Once", seed=0, max_tokens=40)) != texts[0]
 
 
-def test_a_full_queue_is_refused_with_the_time_to_come_back(server: Server, client: InferenceClient) -> None:
+def test_a_full_queue_rejects_requests_with_a_retry_time(server: Server, client: InferenceClient) -> None:
     running = [endless(client) for _ in range(2)]
     wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
     waiting = [long(client) for _ in range(2)]
     until_waiting(server, 2)
-    with pytest.raises(errors.ResourceExhausted, match="2 requests wait already") as refused:
+    with pytest.raises(errors.ResourceExhausted, match="2 requests are waiting already") as rejected:
         list(client.generate("x"))
-    assert refused.value.retry_after_s is not None and refused.value.retry_after_s > 0
+    assert rejected.value.retry_after_s is not None and rejected.value.retry_after_s > 0
     assert server.metrics()["gptloop_inference_requests_total", "resource_exhausted"] >= 1
     for stream in (*running, *waiting):
         stream.cancel()
 
 
-def test_prompt_tokens_that_wait_are_bounded_too(tmp_path: Path) -> None:
+def test_waiting_prompt_tokens_are_limited(tmp_path: Path) -> None:
     server = start(tmp_path / "var", SLOTS=2, MAX_WAITING_PROMPT_TOKENS=50)
     try:
         with InferenceClient(server.address, retries=0) as client:
-            # What is longer than the limit has its turn alone.
+            # A prompt beyond the limit is accepted if nothing else waits.
             list(client.generate("x" * 60, max_tokens=1))
             running = [endless(client) for _ in range(2)]
             wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
             waiting = long(client)
             until_waiting(server, 1)
-            with pytest.raises(errors.ResourceExhausted, match="4 prompt tokens wait already, and 60 more") as refused:
+            sentence = "4 prompt tokens are waiting already, and 60 more"
+            with pytest.raises(errors.ResourceExhausted, match=sentence) as rejected:
                 list(client.generate("x" * 60))
-            assert refused.value.retry_after_s is not None
+            assert rejected.value.retry_after_s is not None
             for stream in (*running, waiting):
                 stream.cancel()
     finally:
         assert server.end() == 0
 
 
-def test_ten_times_the_load_harms_no_stream_and_takes_no_memory(server: Server, client: InferenceClient) -> None:
+def test_ten_times_the_load_changes_no_text_and_takes_no_memory(server: Server, client: InferenceClient) -> None:
     expected = [text_of(client.generate("Once", seed=seed, max_tokens=200)) for seed in range(4)]
     before = server.metrics()["gptloop_inference_memory_bytes", "resident"]
     texts: list[tuple[int, str]] = []
-    refused = []
+    rejected = []
 
-    def ask(worker: int) -> None:
+    def generate(worker: int) -> None:
         for number in range(8):
             seed = (worker + number) % 4
             try:
                 texts.append((seed, text_of(client.generate("Once", seed=seed, max_tokens=200))))
             except errors.ResourceExhausted as error:
-                refused.append(error)
+                rejected.append(error)
 
-    threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(40)]
+    threads = [threading.Thread(target=generate, args=(worker,)) for worker in range(40)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(HANG_S)
-    assert len(texts) + len(refused) == 320
-    assert len(refused) > 40 and len(texts) > 4
-    assert all(error.retry_after_s is not None for error in refused)
+    assert len(texts) + len(rejected) == 320
+    assert len(rejected) > 40 and len(texts) > 4
+    assert all(error.retry_after_s is not None for error in rejected)
     assert all(text == expected[seed] for seed, text in texts)
     assert server.metrics()["gptloop_inference_memory_bytes", "resident"] - before < 16 << 20
 
 
-def test_a_deadline_ends_a_call_that_waits_and_one_that_runs(server: Server, client: InferenceClient) -> None:
+def test_a_deadline_ends_a_waiting_call_and_a_running_one(server: Server, client: InferenceClient) -> None:
     running = [endless(client) for _ in range(2)]
     wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 2)
     with pytest.raises(errors.DeadlineExceeded):
@@ -156,10 +157,10 @@ def test_a_deadline_ends_a_call_that_waits_and_one_that_runs(server: Server, cli
     wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
 
 
-def test_a_reader_that_is_too_slow_is_ended_and_slows_nobody(server: Server, client: InferenceClient) -> None:
+def test_a_reader_that_is_too_slow_loses_its_stream_and_slows_no_other(server: Server, client: InferenceClient) -> None:
     with grpc.insecure_channel(server.address, options=SMALL_WINDOW) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        # So much that it does not fit between the two processes, and nobody reads it.
+        # More than fits between the two processes, and nobody reads it.
         call = stub.Generate(pb.GenerateRequest(prompt="x", max_tokens=16000, ignore_eos=True, logprobs=20))
         wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 1)
         tokens = sum(
@@ -176,7 +177,7 @@ def test_a_reader_that_is_too_slow_is_ended_and_slows_nobody(server: Server, cli
         assert "has not read a message for 1 s" in str(ended.value.details())
 
 
-def test_a_slow_reader_gets_everything_in_fewer_messages(tmp_path: Path) -> None:
+def test_a_slow_reader_gets_all_text_in_fewer_messages(tmp_path: Path) -> None:
     server = start(tmp_path / "var")
     request = pb.GenerateRequest(prompt="x", max_tokens=2000, ignore_eos=True, logprobs=20)
     request.sampling.seed = 5
@@ -190,7 +191,7 @@ def test_a_slow_reader_gets_everything_in_fewer_messages(tmp_path: Path) -> None
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             call = stub.Generate(request)
             wait_until(lambda: written() > 2010)
-            # Nobody reads; as long as another stream of several thousand steps takes, more is generated than fits.
+            # Nobody reads meanwhile, and more is generated than fits between the two processes.
             list(client.generate("x", max_tokens=3000, ignore_eos=True))
             assert written() < 7000
             deltas = [answer.delta for answer in call if answer.HasField("delta")]
@@ -201,7 +202,7 @@ def test_a_slow_reader_gets_everything_in_fewer_messages(tmp_path: Path) -> None
     assert "".join(delta.text for delta in deltas) == expected
 
 
-def test_a_process_that_was_paused_blames_neither_its_engine_nor_a_client(tmp_path: Path) -> None:
+def test_a_paused_process_ends_no_stream_and_stays_healthy(tmp_path: Path) -> None:
     server = start(tmp_path / "var", STUCK_AFTER_S=1, SLOW_READER_S=2.4)
 
     def is_blocked() -> bool:
@@ -226,7 +227,7 @@ def test_a_process_that_was_paused_blames_neither_its_engine_nor_a_client(tmp_pa
         assert server.end() == 0, server.lines
 
 
-def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp_path: Path) -> None:
+def test_sigterm_finishes_running_and_waiting_requests_and_rejects_new_ones(tmp_path: Path) -> None:
     server = start(tmp_path / "var", SLOTS=2, DRAIN_S=60)
     with InferenceClient(server.address, retries=0) as client:
         streams = [client.generate("Once", max_tokens=4000, ignore_eos=True) for _ in range(3)]
@@ -234,7 +235,7 @@ def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "ending" in "".join(server.lines))
 
-        def refuses() -> bool:
+        def rejects() -> bool:
             with InferenceClient(server.address, retries=0) as other:
                 try:
                     list(other.generate("x", max_tokens=1))
@@ -242,17 +243,17 @@ def test_sigterm_lets_running_and_waiting_requests_end_and_takes_no_new_ones(tmp
                     return True
                 return False
 
-        wait_until(refuses)
+        wait_until(rejects)
         for stream in streams:
             *_, last = stream
             assert isinstance(last, pb.Finished)
             assert last.reason == pb.FINISH_REASON_LENGTH
-    # A second signal would force it.
+    # `end` would send a second signal, which ends the streams at once.
     server.process.wait(HANG_S)
     assert server.end() == 0
 
 
-def test_a_second_signal_ends_running_and_waiting_requests_as_unavailable(tmp_path: Path) -> None:
+def test_a_second_signal_ends_all_requests_with_unavailable(tmp_path: Path) -> None:
     server = start(tmp_path / "var", SLOTS=2, DRAIN_S=60)
     with InferenceClient(server.address, retries=0) as client:
         running = [endless(client) for _ in range(2)]
@@ -264,7 +265,7 @@ def test_a_second_signal_ends_running_and_waiting_requests_as_unavailable(tmp_pa
         for stream in (*running, waiting):
             with pytest.raises(errors.Unavailable, match="The server is shutting down; try again in a moment"):
                 list(stream)
-        # So another server may be asked the same.
+        # So the client can retry the waiting one on another server.
         assert waiting.started is None
     assert server.end() == 0
 
@@ -278,7 +279,7 @@ def broken(tmp_path: Path) -> Iterator[Server]:
         server.end(signal.SIGKILL)
 
 
-def test_a_failed_step_ends_its_streams_and_the_server_goes_on(broken: Server) -> None:
+def test_a_failed_step_ends_its_streams_and_the_server_continues(broken: Server) -> None:
     with InferenceClient(broken.address, retries=0) as client:
         expected = text_of(client.generate("Once", seed=1, max_tokens=20))
         streams = [endless(client) for _ in range(3)]
@@ -292,7 +293,7 @@ def test_a_failed_step_ends_its_streams_and_the_server_goes_on(broken: Server) -
         assert broken.process.poll() is None
 
 
-def test_steps_that_keep_failing_end_the_process(broken: Server) -> None:
+def test_repeated_failures_end_the_process(broken: Server) -> None:
     with InferenceClient(broken.address, retries=0) as client:
         broken.order("fail")
         for _ in range(3):
@@ -303,14 +304,14 @@ def test_steps_that_keep_failing_end_the_process(broken: Server) -> None:
     assert broken.process.wait(HANG_S) == 1
 
 
-def test_a_dead_engine_ends_every_stream_and_is_not_left_serving(tmp_path: Path) -> None:
+def test_a_dead_engine_ends_every_stream_and_the_health(tmp_path: Path) -> None:
     server = start(tmp_path / "var", BREAKABLE, SLOTS=2, DRAIN_S=1)
     try:
         with InferenceClient(server.address, retries=0) as client, grpc.insecure_channel(server.address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=HANG_S)
             health = [next(watch).status]
-            # Two at a time, three steps end six of them; with the fourth the engine dies.
+            # Three failing steps end two streams each; the fourth one stops the engine.
             streams = [endless(client) for _ in range(2)]
             for waiting in range(1, 9):
                 streams.append(long(client))
@@ -333,7 +334,7 @@ def test_a_dead_engine_ends_every_stream_and_is_not_left_serving(tmp_path: Path)
     assert health[-1] == health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def test_a_stuck_engine_stops_serving_before_its_streams_and_the_process_end(broken: Server) -> None:
+def test_a_stuck_engine_ends_the_health_before_its_streams_and_the_process(broken: Server) -> None:
     publish_tiny_version(broken.registry, 2.0, config=LONG)
     with InferenceClient(broken.address, retries=0) as client:
         streams = [endless(client) for _ in range(4)]
@@ -347,12 +348,12 @@ def test_a_stuck_engine_stops_serving_before_its_streams_and_the_process_end(bro
                 list(one)
     assert broken.process.wait(HANG_S) == 1
     wait_until(lambda: re.search("a step has taken 2", "".join(broken.lines)) is not None)
-    # It is the engine's fault, not the version's.
+    # No version is blamed for it.
     findings = broken.registry.decisions.findings()
     assert [finding.refusal for found in findings.values() for finding in found] == [None]
 
 
-def test_an_engine_that_is_stuck_while_the_server_ends_does_not_hold_it(broken: Server) -> None:
+def test_a_stuck_engine_does_not_delay_the_end_of_the_server(broken: Server) -> None:
     with InferenceClient(broken.address, retries=0) as client:
         stream = endless(client)
         wait_until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 1)
@@ -361,5 +362,5 @@ def test_an_engine_that_is_stuck_while_the_server_ends_does_not_hold_it(broken: 
         with pytest.raises(errors.Unavailable, match="engine is stuck"):
             list(stream)
     assert broken.process.wait(HANG_S) == 1
-    # Neither the drain of 30 s nor the clients' patience has to end.
+    # It waits neither for the drain of 30 s nor for a client's timeout.
     assert time.monotonic() - begin < 20.0

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from inference_service.client.client import InferenceClient
+from inference_service.client import InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
@@ -109,9 +109,9 @@ def test_tokens_are_those_of_the_tokenizer(server: Server) -> None:
         ({"label": "pinned:9"}, errors.NotFound, "no version 9"),
         ({"max_tokens": 0}, errors.InvalidArgument, "max_tokens is 0"),
         ({"top_p": 1.5}, errors.InvalidArgument, "top_p is 1.5"),
-        ({"prompt": "x" * 96}, errors.InvalidArgument, "96 .*96 of the context"),
+        ({"prompt": "x" * 96}, errors.InvalidArgument, "96 .*fewer than 96, the context length"),
         ({"prompt": "x" * 1_000_000}, errors.InvalidArgument, "context"),
-        ({"prompt": [300]}, errors.InvalidArgument, "prompt_tokens holds 300"),
+        ({"prompt": [300]}, errors.InvalidArgument, "prompt_tokens contains 300"),
         ({"version": 0}, errors.InvalidArgument, "model.version is 0"),
     ],
 )

@@ -11,7 +11,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     assert (settings.gate_margin, settings.admin_token) == (0.05, "")
 
 
-def test_every_setting_is_read_from_its_variable() -> None:
+def test_every_setting_has_its_variable() -> None:
     settings = read_settings(
         {
             "GPTLOOP_VAR": "/elsewhere",
@@ -53,7 +53,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
         ("GPTLOOP_INFERENCE_GATE_MARGIN", "nan"),
     ],
 )
-def test_a_bad_value_is_refused_with_the_variable(variable: str, value: str) -> None:
+def test_an_invalid_value_is_rejected_with_its_variable(variable: str, value: str) -> None:
     with pytest.raises(InvalidArgument, match=variable):
         read_settings({variable: value})
 
@@ -61,15 +61,14 @@ def test_a_bad_value_is_refused_with_the_variable(variable: str, value: str) -> 
 @pytest.mark.parametrize(
     "token", ["öffne-dich", "open\nsesame", "open\tsesame", "sesame\x7f", "sesame\udcff", "\x00sesame"]
 )
-def test_a_credential_that_no_call_can_carry_is_refused_and_not_repeated(token: str) -> None:
-    with pytest.raises(
-        InvalidArgument, match="GPTLOOP_ADMIN_TOKEN holds a character that no call can carry"
-    ) as refused:
+def test_a_token_that_metadata_cannot_carry_is_rejected_and_not_quoted(token: str) -> None:
+    sentence = "GPTLOOP_ADMIN_TOKEN contains a character that metadata cannot carry"
+    with pytest.raises(InvalidArgument, match=sentence) as rejected:
         read_settings({"GPTLOOP_ADMIN_TOKEN": token})
-    assert "dich" not in str(refused.value) and "sesame" not in str(refused.value)
+    assert "dich" not in str(rejected.value) and "sesame" not in str(rejected.value)
 
 
-def test_settings_can_be_shown_without_the_credential() -> None:
+def test_the_repr_of_settings_hides_the_token() -> None:
     settings = read_settings({"GPTLOOP_ADMIN_TOKEN": "sesame"})
     assert settings.admin_token == "sesame"
     assert "sesame" not in repr(settings)

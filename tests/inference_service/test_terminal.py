@@ -1,4 +1,4 @@
-"""What a person sees of several samples; test_server.py has the rest, from the command line."""
+"""How several samples are printed; test_server.py tests the rest through the command line."""
 
 import sys
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from inference_service.__main__ import app
-from inference_service.client.client import InferenceClient
+from inference_service.client import InferenceClient
 from inference_service.terminal import Terminal
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
-from tests.inference_service.scripted_server import STORY, Script, ScriptedServer, refuse, send
+from tests.inference_service.scripted_server import STORY, Script, ScriptedServer, fail, send
 
 STARTED = pb.Started(model_version=7, seed=41)
-# Both samples are drawn together, and the second one ends first.
+# The events of the two samples alternate, and the second sample ends first.
 TWO = (
     STARTED,
     pb.Delta(index=0, text=" upon"),
@@ -28,13 +28,13 @@ TWO = (
 
 
 class Shown:
-    """A terminal that talks to a server with a script."""
+    """A terminal connected to a server that follows a script."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
     def generate(self, script: Script, *prompts: str) -> tuple[str, list[str]]:
-        """Two samples of each prompt: what stands on standard output, and the lines on standard error."""
+        """Generates two samples of each prompt; returns standard output and the lines of standard error."""
         server = ScriptedServer(script)
         try:
             with InferenceClient(server.address) as client:
@@ -57,7 +57,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
 @pytest.mark.parametrize(
     ("is_terminal", "text"), [(True, "Once \\x1b[2J\\x03\\r\\x9b é\ta\n"), (False, "Once \x1b[2J\x03\r\x9b é\ta\n")]
 )
-def test_what_a_model_draws_cannot_act_on_a_terminal(
+def test_control_characters_of_a_model_are_escaped_on_a_terminal(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, text: str
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
@@ -79,21 +79,21 @@ def test_samples_are_printed_one_after_another(shown: Shown) -> None:
     ]
 
 
-def test_no_text_is_promised_again_where_the_server_ended_it(shown: Shown) -> None:
-    cut = refuse(errors.Unavailable("The server is shutting down; try again in a moment."), *TWO[:5])
+def test_an_interrupted_generation_prints_no_command_to_repeat_it(shown: Shown) -> None:
+    cut = fail(errors.Unavailable("The server is shutting down; try again in a moment."), *TWO[:5])
     with pytest.raises(errors.Unavailable, match="is shutting down"):
         shown.generate(cut, "Once")
     assert len(shown.notes) == 2
     assert "stopped after" in shown.notes[1]
 
 
-def test_a_broken_sample_is_ended_and_those_after_it_do_not_begin(shown: Shown) -> None:
+def test_after_an_error_no_further_sample_is_printed(shown: Shown) -> None:
     with pytest.raises(errors.Unavailable):
-        shown.generate(refuse(errors.Unavailable("The server ends."), *TWO[:4]), "Once")
+        shown.generate(fail(errors.Unavailable("The server ends."), *TWO[:4]), "Once")
     assert shown.output == "Once upon\n"
 
 
-def test_samples_of_several_prompts_stand_under_their_prompt(shown: Shown) -> None:
+def test_the_samples_of_several_prompts_have_headings(shown: Shown) -> None:
     output, notes = shown.generate(send(*TWO), "One", "Two")
     assert output == "One upon a\nOne there was\nTwo upon a\nTwo there was\n"
     heads = [line.split(" · ")[:2] for line in notes[:-1]]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from inference_service import watchdog
-from inference_service.patience import Patience
 from inference_service.pauses import LOOK_INTERVAL_S, Pauses
 from inference_service.watchdog import Watchdog
+from inference_service.write_timeouts import WriteTimeouts
 from tests.waiting import eventually
 
 STUCK_AFTER_S = 30.0
@@ -48,7 +48,7 @@ class Watched:
         engine: Any = self.engine
         pauses = Pauses(self.clock)
         self._watchdog = Watchdog(
-            engine, self._look, self._set_serving, STUCK_AFTER_S, pauses, Patience(10.0, pauses, self.clock)
+            engine, self._look, self._set_serving, STUCK_AFTER_S, pauses, WriteTimeouts(10.0, pauses, self.clock)
         )
 
     def _look(self) -> bool:

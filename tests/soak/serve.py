@@ -22,7 +22,7 @@ import grpc.aio
 import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from inference_service.client.client import AsyncInferenceClient
+from inference_service.client import AsyncInferenceClient
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted
 from shared.gpt.config import GPTConfig
 from shared.pb.inference.v1 import inference_pb2 as pb

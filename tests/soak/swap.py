@@ -16,7 +16,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from inference_service.client.client import AsyncInferenceClient
+from inference_service.client import AsyncInferenceClient
 from shared.errors import Unavailable
 from shared.gpt.config import GPTConfig
 from shared.pb.inference.v1 import inference_pb2 as pb

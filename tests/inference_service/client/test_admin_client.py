@@ -1,22 +1,22 @@
-"""The client of operators where something stands between it and the server, or no server is there."""
+"""The client of operators, if a proxy is set, if no server answers, and with a token that cannot be sent."""
 
 import socket
 from collections.abc import Callable
 
 import pytest
 
-from inference_service.client.admin_client import AdminClient
+from inference_service.client import AdminClient
 from shared import errors
 from tests.inference_service.operated import TOKEN, Operated
 
 
-def test_a_client_refuses_a_credential_that_no_call_can_carry() -> None:
-    with pytest.raises(errors.InvalidArgument, match=r"^The credential holds a character") as refused:
+def test_a_token_that_metadata_cannot_carry_is_rejected() -> None:
+    with pytest.raises(errors.InvalidArgument, match=r"^The token contains a character") as rejected:
         AdminClient("127.0.0.1:1", "öffne dich")
-    assert "dich" not in str(refused.value)
+    assert "dich" not in str(rejected.value)
 
 
-def test_a_proxy_for_the_web_stands_not_in_the_way(operated: Operated, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_http_proxy_is_ignored(operated: Operated, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "grpc_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
@@ -25,7 +25,7 @@ def test_a_proxy_for_the_web_stands_not_in_the_way(operated: Operated, monkeypat
         assert admin.versions().versions
 
 
-def test_no_server_is_one_sentence() -> None:
+def test_a_missing_server_is_reported_in_one_sentence() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -36,7 +36,7 @@ def test_no_server_is_one_sentence() -> None:
             admin.roll_back()
 
 
-def test_a_server_that_does_not_answer_is_one_sentence() -> None:
+def test_a_silent_server_is_reported_in_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         calls: list[tuple[str, Callable[[AdminClient], object]]] = [

@@ -11,7 +11,7 @@ from shared.service.grpc_status import code_of, details_of
 
 
 class Failure(grpc.RpcError):
-    """What a call ends with where the server raised an error."""
+    """The failure of a call on which the server raised an error."""
 
     def __init__(self, error: errors.GptloopError) -> None:
         self.error = error
@@ -30,7 +30,7 @@ FULL = Failure(errors.ResourceExhausted("The queue is full.", retry_after_s=2.0)
 AWAY = Failure(errors.Unavailable("No version serves yet."))
 
 
-def test_pauses_grow_to_a_limit_and_are_random() -> None:
+def test_pauses_are_random_and_grow_to_a_limit() -> None:
     attempts = Attempts("host:1", 8, None)
     pauses = [attempts.pause_s(AWAY) for _ in range(8)]
     for pause_s, most_s in zip(pauses, [0.25, 0.5, 1, 2, 4, 5, 5, 5], strict=True):
@@ -63,9 +63,9 @@ def test_the_last_failure_is_raised(retries: int) -> None:
         (5, None, False, Failure(errors.ResourceExhausted("Come tomorrow.", retry_after_s=86400.0))),
         (5, None, False, Failure(errors.ResourceExhausted("The client reads too slowly."))),
     ],
-    ids=["no retries", "an answer has begun", "no time left", "too long a wait", "nothing to wait for"],
+    ids=["no retries left", "answer has begun", "no time left", "wait too long", "no retry time"],
 )
-def test_no_attempt_follows(retries: int, timeout_s: float | None, received: bool, failure: Failure) -> None:
+def test_a_call_is_not_retried(retries: int, timeout_s: float | None, received: bool, failure: Failure) -> None:
     with pytest.raises(errors.ResourceExhausted) as raised:
         Attempts("host:1", retries, timeout_s).pause_s(failure, received)
     assert isinstance(failure.error, errors.ResourceExhausted)
@@ -73,6 +73,6 @@ def test_no_attempt_follows(retries: int, timeout_s: float | None, received: boo
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_time_that_is_none_is_refused(timeout_s: float) -> None:
-    with pytest.raises(errors.InvalidArgument, match=f"timeout_s is {timeout_s}, but must be a number of seconds"):
+def test_a_timeout_must_be_a_positive_number(timeout_s: float) -> None:
+    with pytest.raises(errors.InvalidArgument, match=f"timeout_s is {timeout_s}, but must be a positive number"):
         Attempts("host:1", 1, timeout_s)

@@ -1,4 +1,4 @@
-"""Both clients, against a server that follows a script and against the real one."""
+"""Both clients, on a server that follows a script and on a real one."""
 
 import asyncio
 import socket
@@ -10,22 +10,25 @@ from typing import Any, get_type_hints
 
 import grpc
 import pytest
+from google.protobuf.message import Message
 
-from inference_service.client.client import AsyncInferenceClient, InferenceClient, Parameters
+from inference_service.client import AsyncInferenceClient, InferenceClient
+from inference_service.client.client import Parameters
 from inference_service.client.completion import FinishReason
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import BREAKABLE, Server
-from tests.inference_service.scripted_server import STARTED, STORY, ScriptedServer, Serve, hang, refuse, run_async, send
-from tests.waiting import HANG_S, wait_until
+from tests.inference_service.scripted_server import STARTED, STORY, ScriptedServer, Serve, fail, hang, send
+from tests.waiting import HANG_S, eventually, wait_until
 
 pytestmark = pytest.mark.slow
 
 Use = Callable[..., Any]
 
 
-# What is sent, and what is made of the answer.
+# Requests and results.
 
 
 def test_every_field_of_the_contract_is_a_parameter() -> None:
@@ -60,9 +63,9 @@ def test_every_parameter_reaches_its_field(serve: Serve, use: Use) -> None:
     use(server.address, "tokenize", "Once", label="latest")
     use(server.address, "detokenize", [1, 2], version=4)
     use(server.address, "model", version=4)
-    all_of_it, only_tokens, tokenize, detokenize, model = server.requests
+    every_field, only_tokens, tokenize, detokenize, model = server.requests
     assert set(sampling) == set(pb.Sampling.DESCRIPTOR.fields_by_name)
-    assert all_of_it == pb.GenerateRequest(
+    assert every_field == pb.GenerateRequest(
         prompt="Once", model=pb.ModelSelector(version=4), sampling=pb.Sampling(**sampling), **rest
     )
     assert only_tokens == pb.GenerateRequest(
@@ -71,21 +74,21 @@ def test_every_parameter_reaches_its_field(serve: Serve, use: Use) -> None:
     assert tokenize == pb.TokenizeRequest(text="Once", model=pb.ModelSelector(label="latest"))
     assert detokenize == pb.DetokenizeRequest(token_ids=[1, 2], model=pb.ModelSelector(version=4))
     assert model == pb.GetModelRequest(model=pb.ModelSelector(version=4))
-    # gRPC rounds such a time up to tenths of a second.
+    # gRPC rounds the timeout up to tenths of a second.
     assert 40 < server.remaining_s[0] < 50.2 < server.remaining_s[1]
 
 
 def test_a_single_stop_text_is_one_stop(serve: Serve, use: Use) -> None:
     server = serve(send(*STORY))
     use(server.address, "generate", "x", stop="The end")
-    assert server.requests[0].stop == ["The end"]
+    assert server.requests == [pb.GenerateRequest(prompt="x", sampling=pb.Sampling(), stop=["The end"])]
 
 
 @pytest.mark.parametrize(
     ("method", "parameters", "sentence"),
     [
-        ("generate", {"version": 1, "label": "best"}, "Both version 1 and label 'best'"),
-        ("model", {"version": 1, "label": "best"}, "Both version 1 and label 'best'"),
+        ("generate", {"version": 1, "label": "best"}, "version 1 and label 'best' exclude each other"),
+        ("model", {"version": 1, "label": "best"}, "version 1 and label 'best' exclude each other"),
         ("generate", {"max_tokens": 2**40}, "cannot be sent: .*range"),
         ("generate", {"temperature": "hot"}, "cannot be sent: "),
         ("generate", {"temprature": 1.0}, "cannot be sent: .*temprature.*[^.].$"),
@@ -94,7 +97,7 @@ def test_a_single_stop_text_is_one_stop(serve: Serve, use: Use) -> None:
         ("model", {"timeout_s": -1}, "timeout_s is -1, but"),
     ],
 )
-def test_what_cannot_be_sent_is_refused_unsent(
+def test_a_value_that_does_not_fit_its_field_is_rejected_before_sending(
     serve: Serve, use: Use, method: str, parameters: dict[str, Any], sentence: str
 ) -> None:
     server = serve(send(*STORY))
@@ -103,7 +106,7 @@ def test_what_cannot_be_sent_is_refused_unsent(
     assert server.requests == []
 
 
-def test_a_completion_has_every_sample_by_itself(serve: Serve, use: Use) -> None:
+def test_a_completion_separates_its_samples(serve: Serve, use: Use) -> None:
     logprobs = [pb.TokenLogprobs(logprob=-float(number), rank=number) for number in range(1, 5)]
     ends = [
         pb.Finished(
@@ -145,17 +148,18 @@ def test_a_completion_has_every_sample_by_itself(serve: Serve, use: Use) -> None
     assert completion.text == "ab"
 
 
-def test_every_reason_of_the_contract_has_its_name() -> None:
+def test_every_finish_reason_of_the_contract_has_a_name() -> None:
     assert {f"FINISH_REASON_{reason.name}": reason.value for reason in FinishReason} == {
         name: number for name, number in pb.FinishReason.items() if number != pb.FINISH_REASON_UNSPECIFIED
     }
 
 
 def test_threads_share_a_client(serve: Serve) -> None:
-    # No call ends before all have begun, so that they really run at once.
+    # No call ends before all have begun, so that they run at the same time.
     together = threading.Barrier(8, timeout=HANG_S)
 
-    def echo(server: ScriptedServer, request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+    def echo(server: ScriptedServer, request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
+        assert isinstance(request, pb.GenerateRequest)
         together.wait()
         yield pb.Delta(text=request.prompt)
         yield pb.Finished()
@@ -166,28 +170,27 @@ def test_threads_share_a_client(serve: Serve) -> None:
         assert list(texts) == list("abcdefgh")
 
 
-def test_an_async_client_belongs_to_one_loop(serve: Serve) -> None:
-    server = serve(send(*STORY))
+def test_an_async_client_needs_a_running_loop() -> None:
     with pytest.raises(RuntimeError, match="no running event loop"):
-        AsyncInferenceClient(server.address)
+        AsyncInferenceClient("127.0.0.1:1")
 
-    async def body(client: AsyncInferenceClient) -> None:
-        def elsewhere() -> None:
-            async def call() -> None:
-                with pytest.raises(errors.FailedPrecondition, match="another event loop"):
-                    client.generate("x")
-                with pytest.raises(errors.FailedPrecondition, match="another event loop"):
-                    await client.model()
 
-            asyncio.run(call())
+@async_test
+async def test_an_async_client_belongs_to_one_loop(serve: Serve) -> None:
+    server = serve(send(*STORY))
 
-        await asyncio.to_thread(elsewhere)
+    async def call(client: AsyncInferenceClient) -> None:
+        with pytest.raises(errors.FailedPrecondition, match="another event loop"):
+            client.generate("x")
+        with pytest.raises(errors.FailedPrecondition, match="another event loop"):
+            await client.model()
 
-    run_async(server.address, body)
+    async with AsyncInferenceClient(server.address) as client:
+        await asyncio.to_thread(lambda: asyncio.run(call(client)))
     assert server.requests == []
 
 
-# When a call is made again.
+# Retries.
 
 CALLS = [("generate", "x"), ("complete", "x"), ("tokenize", "x"), ("detokenize", [1]), ("model",)]
 ANSWERS = {
@@ -200,9 +203,9 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
-def test_a_refused_call_is_made_again(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
+def test_a_rejected_call_is_retried(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
     full = errors.ResourceExhausted("The queue is full.", retry_after_s=0.01)
-    server = serve(refuse(errors.Unavailable("No version serves yet.")), refuse(full), send(*ANSWERS[call[0]]))
+    server = serve(fail(errors.Unavailable("No version serves yet.")), fail(full), send(*ANSWERS[call[0]]))
     result = use(server.address, *call)
     assert len(server.requests) == 3
     assert server.requests[0] == server.requests[1] == server.requests[2]
@@ -220,9 +223,9 @@ def test_a_refused_call_is_made_again(serve: Serve, use: Use, call: tuple[str, .
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
-def test_retries_are_counted(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
+def test_the_number_of_retries_is_limited(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
     full = errors.ResourceExhausted("The queue is full.", retry_after_s=0.01)
-    server = serve(refuse(full))
+    server = serve(fail(full))
     for retries, calls in ((0, 1), (3, 5)):
         with pytest.raises(errors.ResourceExhausted, match="The queue is full") as raised:
             use(server.address, *call, retries=retries)
@@ -243,10 +246,10 @@ def test_retries_are_counted(serve: Serve, use: Use, call: tuple[str, ...]) -> N
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
-def test_other_errors_are_raised_at_once(
+def test_other_errors_are_not_retried(
     serve: Serve, use: Use, call: tuple[str, ...], error: errors.GptloopError
 ) -> None:
-    server = serve(refuse(error))
+    server = serve(fail(error))
     with pytest.raises(type(error), match=str(error)) as raised:
         use(server.address, *call)
     assert type(raised.value) is type(error)
@@ -258,26 +261,26 @@ def test_other_errors_are_raised_at_once(
     [errors.Unavailable("The server ends."), errors.ResourceExhausted("The queue is full.", retry_after_s=0.01)],
     ids=lambda error: type(error).__name__,
 )
-def test_nothing_is_made_again_once_an_answer_has_begun(serve: Serve, use: Use, error: errors.GptloopError) -> None:
-    server = serve(refuse(error, STARTED))
+def test_a_call_is_not_retried_once_its_answer_has_begun(serve: Serve, use: Use, error: errors.GptloopError) -> None:
+    server = serve(fail(error, STARTED))
     for method in ("generate", "complete"):
         with pytest.raises(type(error), match=str(error)):
             use(server.address, method, "x")
     assert len(server.requests) == 2
 
 
-def test_the_next_attempt_comes_when_the_server_asked_for_it(serve: Serve, use: Use) -> None:
-    # Later than without being asked.
-    server = serve(refuse(errors.ResourceExhausted("Full.", retry_after_s=0.4)), send(*STORY))
+def test_a_retry_comes_after_the_pause_that_the_server_asks_for(serve: Serve, use: Use) -> None:
+    # A longer pause than the client's own.
+    server = serve(fail(errors.ResourceExhausted("Full.", retry_after_s=0.4)), send(*STORY))
     use(server.address, "generate", "x", timeout_s=9.0)
     first_s, second_s = server.arrived_s
     assert second_s - first_s > 0.39
-    # The time of the call goes on meanwhile.
+    # The pause counts towards the timeout of the call.
     assert server.remaining_s[1] < server.remaining_s[0] - 0.3
 
 
-def test_no_wait_outlasts_the_call(serve: Serve, use: Use) -> None:
-    server = serve(refuse(errors.ResourceExhausted("Full.", retry_after_s=30.0)))
+def test_a_pause_beyond_the_deadline_is_not_waited_for(serve: Serve, use: Use) -> None:
+    server = serve(fail(errors.ResourceExhausted("Full.", retry_after_s=30.0)))
     began_s = time.monotonic()
     with pytest.raises(errors.ResourceExhausted, match="Full"):
         use(server.address, "complete", "x", timeout_s=20.0)
@@ -285,20 +288,20 @@ def test_no_wait_outlasts_the_call(serve: Serve, use: Use) -> None:
     assert len(server.requests) == 1
 
 
-def test_a_server_that_comes_up_is_found(serve: Serve, use: Use) -> None:
+def test_a_server_that_starts_later_is_found(serve: Serve, use: Use) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(use, f"127.0.0.1:{port}", "generate", "x", retries=6)
         with listener:
-            # The first attempt ends here.
+            # Ends the first attempt.
             listener.accept()[0].close()
         server = serve(send(*STORY), port=port)
         assert reading.result(HANG_S) == list(STORY)
     assert len(server.requests) == 1
 
 
-def test_no_server_is_one_sentence(use: Use) -> None:
+def test_a_missing_server_is_reported_in_one_sentence(use: Use) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     for call in CALLS:
@@ -306,11 +309,11 @@ def test_no_server_is_one_sentence(use: Use) -> None:
             use(address, *call, retries=0)
 
 
-# How long a call may take.
+# Deadlines.
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
-def test_a_call_that_takes_too_long_has_its_own_error(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
+def test_a_call_beyond_its_deadline_raises_deadline_exceeded(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
     server = serve(hang())
     with pytest.raises(errors.DeadlineExceeded, match=rf"{server.address} did not end within 0\.25 s"):
         use(server.address, *call, timeout_s=0.25)
@@ -318,7 +321,7 @@ def test_a_call_that_takes_too_long_has_its_own_error(serve: Serve, use: Use, ca
     assert len(server.requests) == 1
 
 
-def test_it_is_the_same_error_where_the_server_notices_first(serve: Serve, use: Use) -> None:
+def test_the_error_is_the_same_if_the_server_notices_the_deadline_first(serve: Serve, use: Use) -> None:
     server = serve(send(*STORY[:2], pb.Finished(reason=pb.FINISH_REASON_DEADLINE)))
     for method in ("generate", "complete"):
         with pytest.raises(errors.DeadlineExceeded, match="did not end within 50 s"):
@@ -333,7 +336,7 @@ def test_it_is_the_same_error_where_the_server_notices_first(serve: Serve, use: 
             next(stream)
 
 
-# The real server.
+# A real server.
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +350,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert server.end() == 0, server.lines
 
 
-def test_a_completion_is_what_the_stream_tells(server: Server, use: Use) -> None:
+def test_a_completion_equals_its_stream(server: Server, use: Use) -> None:
     completion = use(server.address, "complete", "Once", max_tokens=12, ignore_eos=True, logprobs=1)
     (sample,) = completion.samples
     assert len(sample.token_ids) == len(sample.logprobs) == sample.generated_tokens == 12
@@ -364,7 +367,7 @@ def test_a_completion_is_what_the_stream_tells(server: Server, use: Use) -> None
     assert completion.text == "".join(event.text for event in events if isinstance(event, pb.Delta))
 
 
-def test_the_seed_of_a_sample_gives_its_text_alone(server: Server, use: Use) -> None:
+def test_the_seed_of_a_sample_reproduces_its_text(server: Server, use: Use) -> None:
     options = {"max_tokens": 12, "ignore_eos": True}
     completion = use(server.address, "complete", "Once", n=3, seed=2**64 - 2, **options)
     assert [sample.index for sample in completion.samples] == [0, 1, 2]
@@ -374,16 +377,15 @@ def test_the_seed_of_a_sample_gives_its_text_alone(server: Server, use: Use) -> 
     assert [completion.text for completion in alone] == texts
 
 
-def test_streams_that_are_left_give_their_slots_back(server: Server) -> None:
-    async def body(client: AsyncInferenceClient) -> None:
-        async def leave() -> None:
-            async with client.generate("Once", max_tokens=90, ignore_eos=True) as stream:
-                await anext(stream)
+@async_test
+async def test_streams_that_are_left_free_their_slots(server: Server) -> None:
+    async def leave(client: AsyncInferenceClient) -> None:
+        async with client.generate("Once", max_tokens=90, ignore_eos=True) as stream:
+            await anext(stream)
 
-        await asyncio.gather(*(leave() for _ in range(20)))
-
-    run_async(server.address, body)
-    wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
+    async with AsyncInferenceClient(server.address) as client:
+        await asyncio.gather(*(leave(client) for _ in range(20)))
+    await eventually(lambda: server.metrics()["gptloop_inference_active_streams",] == 0)
     assert server.metrics()["gptloop_inference_waiting_requests",] == 0
 
 

@@ -1,22 +1,24 @@
-"""How streams are read and left, against a server that follows a script."""
+"""How streams are read and left, on a server that follows a script."""
 
 import asyncio
 import gc
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
-from inference_service.client.client import AsyncInferenceClient, InferenceClient
+from inference_service.client import AsyncInferenceClient, InferenceClient
+from inference_service.client.completion import Event
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
-from tests.inference_service.scripted_server import STARTED, STORY, Serve, hang, refuse, run_async, send
+from tests.asynchronous import async_test
+from tests.inference_service.scripted_server import STARTED, STORY, Serve, fail, hang, send
 from tests.waiting import HANG_S, wait_until
 
 
-def test_a_stream_tells_what_it_knows_so_far(serve: Serve) -> None:
+def test_a_stream_keeps_the_events_that_it_has_read(serve: Serve) -> None:
     server = serve(send(*STORY))
     with InferenceClient(server.address) as client, client.generate("x") as stream:
         assert (stream.started, stream.finished) == (None, {})
@@ -27,56 +29,68 @@ def test_a_stream_tells_what_it_knows_so_far(serve: Serve) -> None:
         assert list(stream) == []
 
 
-def test_an_async_stream_tells_what_it_knows_so_far(serve: Serve) -> None:
-    async def body(client: AsyncInferenceClient) -> None:
-        async with client.generate("x") as stream:
-            assert (stream.started, stream.finished) == (None, {})
-            assert await anext(stream) == STARTED
-            assert (stream.started, stream.finished) == (STARTED, {})
-            assert [event async for event in stream] == list(STORY[1:])
-            assert stream.finished == {0: STORY[-1]}
-            assert [event async for event in stream] == []
-
-    run_async(serve(send(*STORY)).address, body)
-
-
-def test_the_text_comes_in_pieces_of_a_single_sample(serve: Serve) -> None:
+@async_test
+async def test_an_async_stream_keeps_the_events_that_it_has_read(serve: Serve) -> None:
     server = serve(send(*STORY))
+    async with AsyncInferenceClient(server.address) as client, client.generate("x") as stream:
+        assert (stream.started, stream.finished) == (None, {})
+        assert await anext(stream) == STARTED
+        assert (stream.started, stream.finished) == (STARTED, {})
+        assert [event async for event in stream] == list(STORY[1:])
+        assert stream.finished == {0: STORY[-1]}
+        assert [event async for event in stream] == []
 
-    async def body(client: AsyncInferenceClient) -> None:
-        assert [piece async for piece in client.generate("x").text()] == ["a ", "fox"]
-        with pytest.raises(errors.InvalidArgument, match="2 samples"):
-            client.generate("x", n=2).text()
 
-    run_async(server.address, body)
+def test_text_yields_the_pieces_of_a_single_sample(serve: Serve) -> None:
+    server = serve(send(*STORY))
     with InferenceClient(server.address) as client:
         assert list(client.generate("x").text()) == ["a ", "fox"]
-        with pytest.raises(errors.InvalidArgument, match="2 samples"):
+        with pytest.raises(errors.InvalidArgument, match=r"^text\(\) needs a single sample, but n is 2"):
             client.generate("x", n=2).text()
 
 
-@pytest.mark.parametrize(
-    ("messages", "n"),
-    [(STORY[:-1], 1), (STORY, 2), ((), 1), ((STARTED, pb.Finished(reason=pb.FINISH_REASON_CANCELLED)), 1)],
-)
-def test_a_stream_that_is_cut_short_says_so(serve: Serve, messages: tuple[Any, ...], n: int) -> None:
+@async_test
+async def test_text_of_an_async_stream_yields_the_pieces_of_a_single_sample(serve: Serve) -> None:
+    server = serve(send(*STORY))
+    async with AsyncInferenceClient(server.address) as client:
+        assert [piece async for piece in client.generate("x").text()] == ["a ", "fox"]
+        with pytest.raises(errors.InvalidArgument, match=r"^text\(\) needs a single sample, but n is 2"):
+            client.generate("x", n=2).text()
+
+
+# The messages of streams that end too early, and the number of samples that the request asked for.
+CUT_OFF: list[tuple[tuple[Message, ...], int]] = [
+    (STORY[:-1], 1),
+    (STORY, 2),
+    ((), 1),
+    ((STARTED, pb.Finished(reason=pb.FINISH_REASON_CANCELLED)), 1),
+]
+
+
+@pytest.mark.parametrize(("messages", "n"), CUT_OFF)
+def test_a_stream_that_is_cut_off_raises_an_error(serve: Serve, messages: tuple[Message, ...], n: int) -> None:
     server = serve(send(*messages))
-
-    async def body(client: AsyncInferenceClient) -> None:
-        with pytest.raises(errors.Unavailable, match="ended before the text did"):
-            async for _ in client.generate("x", n=n):
-                pass
-
-    run_async(server.address, body)
     with InferenceClient(server.address) as client:
         stream = client.generate("x", n=n)
-        with pytest.raises(errors.Unavailable, match="ended before the text did"):
+        with pytest.raises(errors.Unavailable, match="was cut off before its last sample ended"):
             list(stream)
         assert list(stream) == []
 
 
-def test_a_stream_that_failed_has_no_more_events(serve: Serve) -> None:
-    server = serve(refuse(errors.NotFound("There is no version 9.")))
+@pytest.mark.parametrize(("messages", "n"), CUT_OFF)
+@async_test
+async def test_an_async_stream_that_is_cut_off_raises_an_error(
+    serve: Serve, messages: tuple[Message, ...], n: int
+) -> None:
+    server = serve(send(*messages))
+    async with AsyncInferenceClient(server.address) as client:
+        with pytest.raises(errors.Unavailable, match="was cut off before its last sample ended"):
+            async for _ in client.generate("x", n=n):
+                pass
+
+
+def test_a_failed_stream_has_no_more_events(serve: Serve) -> None:
+    server = serve(fail(errors.NotFound("There is no version 9.")))
     with InferenceClient(server.address) as client:
         stream = client.generate("x")
         with pytest.raises(errors.NotFound):
@@ -86,7 +100,7 @@ def test_a_stream_that_failed_has_no_more_events(serve: Serve) -> None:
 
 @pytest.fixture
 def no_collections() -> Iterator[None]:
-    """What is dropped is freed at once or not at all."""
+    """Turns the cyclic collector off: an object is freed with its last reference, or not at all."""
     gc.disable()
     yield
     gc.enable()
@@ -106,10 +120,10 @@ def test_leaving_a_loop_cancels_the_call(serve: Serve) -> None:
 
 
 @pytest.mark.usefixtures("no_collections")
-def test_leaving_an_async_loop_cancels_the_call(serve: Serve) -> None:
+@async_test
+async def test_leaving_an_async_loop_cancels_the_call(serve: Serve) -> None:
     server = serve(hang(*STORY[:2]))
-
-    async def body(client: AsyncInferenceClient) -> None:
+    async with AsyncInferenceClient(server.address) as client:
         async for _ in client.generate("x"):
             break
         assert await asyncio.to_thread(server.left.wait, HANG_S)
@@ -118,26 +132,26 @@ def test_leaving_an_async_loop_cancels_the_call(serve: Serve) -> None:
             break
         assert await asyncio.to_thread(server.left.wait, HANG_S)
 
-    run_async(server.address, body)
-
 
 @pytest.mark.usefixtures("no_collections")
-def test_a_stream_that_is_dropped_before_its_first_event_is_cancelled(serve: Serve) -> None:
+def test_dropping_a_stream_before_its_first_event_cancels_the_call(serve: Serve) -> None:
     server = serve(hang())
     with InferenceClient(server.address) as client:
         stream = client.generate("x")
         server.await_calls(1)
         del stream
         assert server.left.wait(HANG_S)
-    server.left.clear()
 
-    async def body(client: AsyncInferenceClient) -> None:
+
+@pytest.mark.usefixtures("no_collections")
+@async_test
+async def test_dropping_an_async_stream_before_its_first_event_cancels_the_call(serve: Serve) -> None:
+    server = serve(hang())
+    async with AsyncInferenceClient(server.address) as client:
         stream = client.generate("x")
-        await asyncio.to_thread(server.await_calls, 2)
+        await asyncio.to_thread(server.await_calls, 1)
         del stream
         assert await asyncio.to_thread(server.left.wait, HANG_S)
-
-    run_async(server.address, body)
 
 
 def test_an_error_in_a_with_block_cancels_the_call(serve: Serve) -> None:
@@ -148,17 +162,18 @@ def test_an_error_in_a_with_block_cancels_the_call(serve: Serve) -> None:
                 raise ZeroDivisionError
         assert server.left.wait(HANG_S)
         assert list(stream) == []
-    server.left.clear()
 
-    async def body(client: AsyncInferenceClient) -> None:
+
+@async_test
+async def test_an_error_in_an_async_with_block_cancels_the_call(serve: Serve) -> None:
+    server = serve(hang(STARTED))
+    async with AsyncInferenceClient(server.address) as client:
         with pytest.raises(ZeroDivisionError):
             async with client.generate("x") as stream:
                 async for _ in stream:
                     raise ZeroDivisionError
         assert await asyncio.to_thread(server.left.wait, HANG_S)
         assert [event async for event in stream] == []
-
-    run_async(server.address, body)
 
 
 def test_cancel_ends_the_loop_of_another_thread(serve: Serve) -> None:
@@ -172,14 +187,14 @@ def test_cancel_ends_the_loop_of_another_thread(serve: Serve) -> None:
         assert server.left.wait(HANG_S)
 
 
-def test_cancel_ends_the_loop_of_another_task(serve: Serve) -> None:
+@async_test
+async def test_cancel_ends_the_loop_of_another_task(serve: Serve) -> None:
     server = serve(hang(STARTED))
-
-    async def body(client: AsyncInferenceClient) -> None:
+    async with AsyncInferenceClient(server.address) as client:
         stream = client.generate("x")
         began = asyncio.Event()
 
-        async def read() -> list[Any]:
+        async def read() -> list[Event]:
             events = []
             async for event in stream:
                 events.append(event)
@@ -192,13 +207,11 @@ def test_cancel_ends_the_loop_of_another_task(serve: Serve) -> None:
         assert await reading == [STARTED]
         assert await asyncio.to_thread(server.left.wait, HANG_S)
 
-    run_async(server.address, body)
 
-
-def test_a_cancelled_task_cancels_its_call(serve: Serve) -> None:
+@async_test
+async def test_a_cancelled_task_cancels_its_call(serve: Serve) -> None:
     server = serve(hang(STARTED), hang())
-
-    async def body(client: AsyncInferenceClient) -> None:
+    async with AsyncInferenceClient(server.address) as client:
         for number in (1, 2):
             task = asyncio.ensure_future(client.complete("x"))
             await asyncio.to_thread(server.await_calls, number)
@@ -208,12 +221,13 @@ def test_a_cancelled_task_cancels_its_call(serve: Serve) -> None:
             assert await asyncio.to_thread(server.left.wait, HANG_S)
             server.left.clear()
 
-    run_async(server.address, body)
+
+# The longest pause for which a client waits.
+PAUSE_S = 60.0
 
 
-def test_cancel_ends_the_wait_for_another_attempt(serve: Serve) -> None:
-    pause_s = 60.0  # the longest that a client waits
-    server = serve(refuse(errors.ResourceExhausted("Full.", retry_after_s=pause_s)))
+def test_cancel_ends_the_pause_before_a_retry(serve: Serve) -> None:
+    server = serve(fail(errors.ResourceExhausted("Full.", retry_after_s=PAUSE_S)))
     began_s = time.monotonic()
     with InferenceClient(server.address) as client, ThreadPoolExecutor(1) as pool:
         stream = client.generate("x")
@@ -221,14 +235,19 @@ def test_cancel_ends_the_wait_for_another_attempt(serve: Serve) -> None:
         server.await_calls(1)
         stream.cancel()
         assert reading.result(HANG_S) == []
+    assert time.monotonic() - began_s < PAUSE_S
+    assert len(server.requests) == 1
 
-    async def body(client: AsyncInferenceClient) -> None:
+
+@async_test
+async def test_cancel_ends_the_pause_before_a_retry_of_an_async_stream(serve: Serve) -> None:
+    server = serve(fail(errors.ResourceExhausted("Full.", retry_after_s=PAUSE_S)))
+    began_s = time.monotonic()
+    async with AsyncInferenceClient(server.address) as client:
         stream = client.generate("x")
         reading = asyncio.ensure_future(anext(stream, None))
-        await asyncio.to_thread(server.await_calls, 2)
+        await asyncio.to_thread(server.await_calls, 1)
         stream.cancel()
         assert await reading is None
-
-    run_async(server.address, body)
-    assert time.monotonic() - began_s < pause_s
-    assert len(server.requests) == 2
+    assert time.monotonic() - began_s < PAUSE_S
+    assert len(server.requests) == 1

@@ -1,4 +1,4 @@
-"""What operators call, over real gRPC: the listing and what changes it."""
+"""The calls of operators over real gRPC: listing versions and changing which one serves."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.client.admin_client import AdminClient
+from inference_service.client import AdminClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import TINY, publish_tiny_version
@@ -16,11 +16,11 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
-# So much context that a stream lasts until it is left.
+# Enough context for a stream that lasts until it is cancelled.
 LONG = replace(TINY, context_length=16384)
 
 
-def test_the_listing_says_all_of_a_version(operated: Operated) -> None:
+def test_the_list_describes_every_version(operated: Operated) -> None:
     before = operated.publish_serving()
     number = operated.publish_serving(config=LONG)
     manifest = operated.server.registry.version(number)
@@ -42,7 +42,7 @@ def test_the_listing_says_all_of_a_version(operated: Operated) -> None:
     wait_until(lambda: operated.status(number).streams == 0)
 
 
-def test_a_version_that_was_not_examined_has_no_measured_loss(operated: Operated) -> None:
+def test_an_unexamined_version_has_no_measured_loss(operated: Operated) -> None:
     serving = operated.publish_serving()
     operated.admin.set_policy(f"pinned:{serving}")
     status = operated.status(operated.publish().version)
@@ -50,7 +50,7 @@ def test_a_version_that_was_not_examined_has_no_measured_loss(operated: Operated
     assert status.claimed_loss > 0
 
 
-def test_a_refused_version_is_listed_with_its_reason_and_serves_nobody(operated: Operated) -> None:
+def test_a_refused_version_is_listed_with_its_reason_and_never_serves(operated: Operated) -> None:
     serving = operated.publish_serving()
     refused_before = operated.server.metrics().get(("gptloop_inference_refused_versions_total", "lying"), 0)
     number = operated.publish(better_by=0.5).version
@@ -75,7 +75,7 @@ def test_a_refused_version_is_listed_with_its_reason_and_serves_nobody(operated:
         with pytest.raises(errors.FailedPrecondition, match=f"Version {number} cannot serve: {sentence}"):
             attempt()
     assert operated.state(serving) == "SERVING"
-    # Once by itself, and once for the call of LoadVersion, which examines it again.
+    # LoadVersion examined it a second time.
     values = operated.server.metrics()
     assert values["gptloop_inference_refused_versions_total", "lying"] == refused_before + 2
 
@@ -105,7 +105,7 @@ def test_the_serving_version_can_be_held_but_not_unloaded(operated: Operated) ->
         operated.admin.unload(serving)
 
 
-def test_a_promoted_version_has_the_label_stable_and_serves_those_who_name_it(operated: Operated) -> None:
+def test_a_promoted_version_answers_requests_for_the_label_stable(operated: Operated) -> None:
     first, serving = operated.publish_serving(), operated.publish_serving()
     promoted = operated.admin.promote(first)
     assert (promoted.version, "stable" in promoted.labels) == (first, True)
@@ -116,7 +116,7 @@ def test_a_promoted_version_has_the_label_stable_and_serves_those_who_name_it(op
     assert [one.version for one in operated.admin.versions().versions if "stable" in one.labels] == [serving]
 
 
-def test_the_policy_stable_serves_what_is_promoted(operated: Operated) -> None:
+def test_the_policy_stable_serves_the_promoted_version(operated: Operated) -> None:
     first, second = operated.publish_serving(), operated.publish_serving()
     operated.admin.promote(first)
     operated.admin.set_policy("stable")
@@ -126,13 +126,13 @@ def test_the_policy_stable_serves_what_is_promoted(operated: Operated) -> None:
     assert operated.answering() == operated.answering(label="stable") == second
 
 
-def test_any_version_can_be_named_by_its_pin(operated: Operated) -> None:
+def test_a_request_can_pin_any_version(operated: Operated) -> None:
     first, serving = operated.publish_serving(), operated.publish_serving()
     assert operated.answering(label=f"pinned:{first}") == first
     assert operated.answering(label=f"pinned:{serving}") == operated.answering(label="best") == serving
 
 
-def test_a_pinned_version_serves_until_a_label_is_followed_again(operated: Operated) -> None:
+def test_a_pinned_version_serves_until_the_policy_is_a_label_again(operated: Operated) -> None:
     first, second = operated.publish_serving(), operated.publish_serving()
     swaps = operated.server.metrics()["gptloop_inference_swaps_total",]
     now = operated.admin.set_policy(f"pinned:{first}")
@@ -147,11 +147,11 @@ def test_a_pinned_version_serves_until_a_label_is_followed_again(operated: Opera
     operated.admin.set_policy("latest")
     operated.await_serving(newest)
     assert operated.answering() == newest
-    # The second one served while the newest was read: of those in memory the policy prefers it.
+    # The second version served while the newest was loaded, because the policy prefers it to the first.
     assert operated.server.metrics()["gptloop_inference_swaps_total",] == swaps + 3
 
 
-def test_a_rollback_lets_the_next_best_version_serve_and_keeps_running_streams(operated: Operated) -> None:
+def test_a_rollback_serves_the_next_best_version_and_keeps_running_streams(operated: Operated) -> None:
     first, bad = operated.publish_serving(), operated.publish_serving(config=LONG)
     before = operated.server.metrics().get(("gptloop_inference_refused_versions_total", "rolled_back"), 0)
     with operated.stream():
@@ -169,7 +169,7 @@ def test_a_rollback_lets_the_next_best_version_serve_and_keeps_running_streams(o
         operated.answering(version=bad)
     wait_until(lambda: models(operated.server) == {first: True})
     assert operated.server.metrics()["gptloop_inference_refused_versions_total", "rolled_back"] == before + 1
-    # Another chance, and as the best one it serves again.
+    # Loading it gives it another chance, and it serves again because it is the best.
     assert operated.admin.load(bad).reason == ""
     operated.await_serving(bad)
 
@@ -182,7 +182,7 @@ def test_a_rollback_to_a_version_pins_it(operated: Operated) -> None:
     assert [operated.state(number) for number in (second, third)] == ["AVAILABLE", "REFUSED"]
 
 
-def test_the_metrics_page_says_the_same_as_the_listing(operated: Operated) -> None:
+def test_the_metrics_page_agrees_with_the_list(operated: Operated) -> None:
     first, serving = operated.publish_serving(config=LONG), operated.publish_serving(config=LONG)
     with operated.stream(), operated.stream(version=first), operated.stream(version=first):
         listed = [one for one in operated.admin.versions().versions if one.memory_bytes]
@@ -192,11 +192,11 @@ def test_the_metrics_page_says_the_same_as_the_listing(operated: Operated) -> No
 
 
 def models(server: Server) -> dict[int, bool]:
-    """The versions in memory by the metrics page, and whether they serve."""
+    """Returns the versions in memory on the metrics page, and whether they serve."""
     found: dict[int, bool] = {}
     for (name, *labels), value in server.metrics().items():
         if name == "gptloop_inference_model_info":
-            # By their names: parameters, preset, run, serving, step, tokenizer, version.
+            # The labels are sorted: parameters, preset, run, serving, step, tokenizer, version.
             version, serving = int(labels[-1]), labels[3]
             assert value == 1 and version not in found
             found[version] = {"true": True, "false": False}[serving]
@@ -204,7 +204,7 @@ def models(server: Server) -> dict[int, bool]:
 
 
 def streams(server: Server) -> dict[int, int]:
-    """The streams of each version that has any, by the metrics page."""
+    """Returns the versions with streams on the metrics page, and how many they have."""
     name = "gptloop_inference_version_streams"
     return {int(key[1]): round(value) for key, value in server.metrics().items() if key[0] == name and value}
 
@@ -232,7 +232,7 @@ def streams(server: Server) -> dict[int, int]:
         (lambda admin: admin.set_policy("pinned:0"), errors.InvalidArgument, "'pinned:0' is not a label"),
     ],
 )
-def test_a_wrong_call_has_its_code_and_sentence_and_changes_nothing(
+def test_an_invalid_call_raises_its_error_and_changes_nothing(
     operated: Operated, call: Callable[[AdminClient], object], kind: type[Exception], sentence: str
 ) -> None:
     operated.admin.set_policy("best")
@@ -243,10 +243,10 @@ def test_a_wrong_call_has_its_code_and_sentence_and_changes_nothing(
     assert operated.admin.versions() == before
 
 
-def test_without_a_credential_anybody_operates_a_registry_that_begins_empty(tmp_path: Path) -> None:
+def test_a_server_without_a_token_accepts_every_operator(tmp_path: Path) -> None:
     server = Server(tmp_path / "var")
     try:
-        # What is brought in vain does no harm.
+        # A needless token does no harm.
         with AdminClient(server.address) as admin, AdminClient(server.address, TOKEN) as other:
             answer = admin.versions()
             assert (list(answer.versions), answer.policy) == ([], "best")

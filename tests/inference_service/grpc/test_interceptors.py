@@ -1,4 +1,4 @@
-"""The credential of operators: who brings it, who need not, and what the others are told."""
+"""The bearer token of operators: which calls need it, and what a call without it gets."""
 
 import os
 import subprocess
@@ -10,8 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from inference_service.client.admin_client import AdminClient
-from inference_service.client.client import InferenceClient
+from inference_service.client import AdminClient, InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -20,19 +19,19 @@ from tests.inference_service.process import ROOT
 from tests.waiting import HANG_S
 
 
-def test_every_admin_call_needs_the_credential(operated: Operated) -> None:
+def test_every_admin_call_needs_the_token(operated: Operated) -> None:
     serving = operated.publish_serving()
     with grpc.insecure_channel(operated.server.address) as channel:
         stub: Any = inference_pb2_grpc.ModelAdminServiceStub(channel)
-        for metadata, brought in (
-            ((), "none"),
-            ((("token", TOKEN),), "none"),
-            ((("authorization", ""),), "none"),
-            ((("authorization", "Bearer close sesame"),), "another one"),
-            ((("authorization", f"Bearer {TOKEN}!"),), "another one"),
-            ((("authorization", f"Bearer {TOKEN[:-1]}"),), "another one"),
-            ((("authorization", f"Basic {TOKEN}"),), "another one"),
-            ((("authorization", TOKEN),), "another one"),
+        for metadata, found in (
+            ((), "no bearer token"),
+            ((("token", TOKEN),), "no bearer token"),
+            ((("authorization", ""),), "no bearer token"),
+            ((("authorization", "Bearer close sesame"),), "the wrong bearer token"),
+            ((("authorization", f"Bearer {TOKEN}!"),), "the wrong bearer token"),
+            ((("authorization", f"Bearer {TOKEN[:-1]}"),), "the wrong bearer token"),
+            ((("authorization", f"Basic {TOKEN}"),), "the wrong bearer token"),
+            ((("authorization", TOKEN),), "the wrong bearer token"),
         ):
             for method, request in (
                 (stub.ListVersions, pb.ListVersionsRequest()),
@@ -45,31 +44,31 @@ def test_every_admin_call_needs_the_credential(operated: Operated) -> None:
                 with pytest.raises(grpc.RpcError) as ended:
                     method(request, timeout=HANG_S, metadata=metadata)
                 assert ended.value.code() is grpc.StatusCode.UNAUTHENTICATED
-                assert f"brings {brought}: set GPTLOOP_ADMIN_TOKEN" in str(ended.value.details())
+                assert f"has {found}: set GPTLOOP_ADMIN_TOKEN" in str(ended.value.details())
     assert (operated.state(serving), operated.admin.versions().policy) == ("SERVING", "best")
 
 
-def test_a_method_that_does_not_exist_is_unknown_to_everybody(operated: Operated) -> None:
+def test_an_unknown_method_is_unimplemented_even_without_the_token(operated: Operated) -> None:
     with grpc.insecure_channel(operated.server.address) as channel:
         call: Any = channel.unary_unary("/inference.v1.ModelAdminService/Anything")
-        with pytest.raises(grpc.RpcError) as refused:
+        with pytest.raises(grpc.RpcError) as failed:
             call(b"")
-    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    # Names from outside make no series.
+    assert failed.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    # Clients cannot add series to the metrics.
     assert not any("Anything" in labels for labels in operated.server.metrics())
 
 
-def test_a_client_without_the_credential_is_told_what_to_do(operated: Operated) -> None:
-    for wrong, brought in (("", "none"), ("close sesame", "another one")):
+def test_the_error_of_a_missing_or_wrong_token_says_what_to_do(operated: Operated) -> None:
+    for wrong, found in (("", "no bearer token"), ("close sesame", "the wrong bearer token")):
         with AdminClient(operated.server.address, wrong) as admin, pytest.raises(errors.Unauthenticated) as ended:
             admin.versions()
         assert str(ended.value) == (
-            f"This call needs the credential of the server's operators, but brings {brought}: set GPTLOOP_ADMIN_TOKEN "
-            'to the one that the server has, or send it as the metadata "authorization: Bearer <credential>".'
+            f"This call has {found}: set GPTLOOP_ADMIN_TOKEN to the server's value, or send the metadata "
+            '"authorization: Bearer <token>".'
         )
 
 
-def test_clients_that_generate_need_no_credential(operated: Operated) -> None:
+def test_generating_and_health_need_no_token(operated: Operated) -> None:
     serving = operated.publish_serving()
     assert operated.server.serves()
     assert operated.server.health("inference.v1.ModelAdminService") == health_pb2.HealthCheckResponse.SERVING
@@ -80,7 +79,7 @@ def test_clients_that_generate_need_no_credential(operated: Operated) -> None:
 
 
 @pytest.mark.parametrize("token", ["open\nsesame", "öffne dich"])
-def test_a_server_does_not_start_with_a_credential_that_no_call_can_carry(tmp_path: Path, token: str) -> None:
+def test_the_server_does_not_start_with_a_token_that_metadata_cannot_carry(tmp_path: Path, token: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "inference_service", "serve"],
         cwd=ROOT,
@@ -90,5 +89,5 @@ def test_a_server_does_not_start_with_a_credential_that_no_call_can_carry(tmp_pa
         timeout=HANG_S,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    sentence = "holds a character that no call can carry: it must be printable ASCII, on one line."
+    sentence = "contains a character that metadata cannot carry; use printable ASCII on one line."
     assert done.stderr == f"error: GPTLOOP_ADMIN_TOKEN {sentence}\n"

@@ -1,4 +1,4 @@
-"""What the service does between the engine and a client; the calls themselves are tested on a real server."""
+"""How the service merges events for slow readers; other tests make its calls on a real server."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ def take(outputs: list[Output]) -> list[Output]:
 
 
 @given(st.lists(st.integers(0, SAMPLES - 1), max_size=30))
-def test_what_has_come_since_is_one_delta_a_sample(indices: list[int]) -> None:
+def test_waiting_deltas_are_merged_into_one_per_sample(indices: list[int]) -> None:
     outputs = [Output("r", 0, Admitted(0.0))]
     for number, index in enumerate(indices):
         outputs.append(Output("r", index, Delta((float(number),), f"{number} ", (Draw(number),))))
@@ -36,13 +36,13 @@ def test_what_has_come_since_is_one_delta_a_sample(indices: list[int]) -> None:
     assert len(taken) == 1 + 2 * len(set(indices))
     for index in set(indices):
         delta, end = (output.event for output in taken[1:] if output.index == index)
-        numbers = [number for number, place in enumerate(indices) if place == index]
+        numbers = [number for number, other in enumerate(indices) if other == index]
         assert delta == Delta(
             tuple(map(float, numbers)), "".join(f"{number} " for number in numbers), tuple(map(Draw, numbers))
         )
         assert end == finished(len(numbers))
 
 
-def test_a_reader_that_keeps_up_gets_each_event_as_it_is() -> None:
+def test_a_single_event_is_passed_on_unchanged() -> None:
     output = Output("r", 0, Delta((1.0,), "a", (Draw(1),)))
     assert take([output]) == [output]

@@ -1,4 +1,4 @@
-"""How long a client may leave a message unread."""
+"""Limits how long a client may leave a message unread."""
 
 import asyncio
 import time
@@ -9,8 +9,11 @@ from inference_service.pauses import Pauses
 from shared.errors import ResourceExhausted
 
 
-class Patience:
-    """Ends writes that a client does not take within `limit_s`, in which the process ran. Belongs to the event loop."""
+class WriteTimeouts:
+    """Ends writes that a client does not read within `limit_s`, not counting pauses of the process.
+
+    Belongs to the event loop.
+    """
 
     def __init__(self, limit_s: float, pauses: Pauses, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_s = limit_s
@@ -20,8 +23,8 @@ class Patience:
         self._writes: dict[asyncio.Timeout, float] = {}
 
     @asynccontextmanager
-    async def with_reader(self) -> AsyncIterator[None]:
-        """Encloses a write; raises `ResourceExhausted` if the client does not take it."""
+    async def limit(self) -> AsyncIterator[None]:
+        """Encloses one write; raises `ResourceExhausted` if it takes too long."""
         try:
             async with asyncio.timeout(None) as timeout:
                 self._writes[timeout] = self._clock()
@@ -31,11 +34,11 @@ class Patience:
                     self._writes.pop(timeout, None)
         except TimeoutError:
             raise ResourceExhausted(
-                f"The client has not read a message for {self._limit_s:g} s, so its stream is ended."
+                f"The client has not read a message for {self._limit_s:g} s, so its stream has ended."
             ) from None
 
-    def look(self) -> None:
-        """Ends what has taken too long."""
+    def check(self) -> None:
+        """Ends the writes that have taken too long."""
         for timeout, began in list(self._writes.items()):
             if self._pauses.ran_since(began) > self._limit_s:
                 del self._writes[timeout]
