@@ -176,7 +176,7 @@ def test_a_port_in_use_is_one_sentence_and_exit_1(tmp_path: Path) -> None:
             )
             assert done.returncode == 1
             last = done.stderr.strip().splitlines()[-1]
-            assert last.startswith(f"error: Port {port} of 127.0.0.1 is in use: ")
+            assert last.startswith(f"error: Port {port} of 127.0.0.1 is in use; ")
             assert f"set {variable} to another port" in last
             assert "Traceback" not in done.stderr
 
