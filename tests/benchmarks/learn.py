@@ -84,7 +84,7 @@ def resume(folder: Folder, steps: int = 400) -> None:
             trainer.take_step()
         return trainer
 
-    def weights(trainer: Trainer) -> dict[str, Any]:
+    def weights(trainer: Trainer) -> dict[str, np.ndarray]:
         return {name: np.array(array) for name, array in parameters_of(trainer.model).items()}
 
     first, second = (trained(Trainer(config, train), steps) for _ in range(2))
@@ -135,7 +135,7 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
     optimizer = make_optimizer(model, values)
     compiled = torch.compile(model.loss)
 
-    def tensor(tokens: Any) -> Any:
+    def tensor(tokens: np.ndarray) -> Any:
         return torch.from_numpy(tokens.astype(np.int64)).to(device, non_blocking=True)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]

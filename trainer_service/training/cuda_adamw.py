@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
+
+Item = TypeVar("Item")
 
 _THREADS = 256
 # Numbers that a block updates.
@@ -152,7 +154,7 @@ def update(
     return results
 
 
-def _groups(items: Sequence[Any]) -> list[Sequence[Any]]:
+def _groups(items: Sequence[Item]) -> list[Sequence[Item]]:
     return [items[start : start + _ARRAYS] for start in range(0, len(items), _ARRAYS)]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from shared.errors import DataError, InvalidArgument, NotFound, shown
 from trainer_service.training import zstd
@@ -30,6 +30,13 @@ _BEGINNINGS = {
     b"%PDF": "a PDF document: extract its text",
 }
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+class _Readable(Protocol):
+    """A stream of bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Returns at most `size` bytes, none at the end."""
 
 
 class Identity(NamedTuple):
@@ -139,7 +146,7 @@ def content(path: Path, identity: Identity, on_read: Callable[[int], None]) -> I
 
 
 @contextmanager
-def _decompressed(file: BinaryIO, path: Path, size_bytes: int) -> Iterator[Any]:
+def _decompressed(file: BinaryIO, path: Path, size_bytes: int) -> Iterator[_Readable]:
     match path.suffix.lower():
         case ".gz":
             with gzip.open(file) as plain:

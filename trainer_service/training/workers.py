@@ -7,7 +7,7 @@ part of the batch and uses a single-threaded BLAS, so that all operations use al
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import mlx.core as mx
 
@@ -33,7 +33,7 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool:
             # Makes each thread take exactly one call.
             barrier = Barrier(self.count)

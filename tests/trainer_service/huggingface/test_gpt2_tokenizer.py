@@ -3,7 +3,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tokenizers
@@ -105,7 +104,9 @@ def test_a_tokenizer_in_one_file_is_read(folder: Path, tmp_path: Path, joined: b
         {"added_tokens": [{"content": "<pad>", "id": SIZE}]},
     ],
 )
-def test_an_unsupported_tokenizer_in_one_file_is_rejected(folder: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_an_unsupported_tokenizer_in_one_file_is_rejected(
+    folder: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
     whole = json.loads(library_tokenizer(folder).to_str()) | change
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     with pytest.raises(InvalidArgument, match=r"does not split and merge text as GPT-2 does|last token"):
@@ -133,7 +134,7 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer_but_not_fewer(folder: P
     assert read_tokenizer(tmp_path, 50304).name == "gpt2"
 
 
-def change_vocabulary(directory: Path, change: dict[str, Any]) -> None:
+def change_vocabulary(directory: Path, change: dict[str, object]) -> None:
     path = directory / "vocab.json"
     values = {token: rank for token, rank in (json.loads(path.read_text()) | change).items() if rank is not None}
     path.write_text(json.dumps(values))
@@ -155,7 +156,7 @@ LAST = SIZE - 1
         ({END_OF_TEXT: "last"}, "is not supported"),
     ],
 )
-def test_an_unsupported_vocabulary_is_rejected(copy: Path, change: dict[str, Any], message: str) -> None:
+def test_an_unsupported_vocabulary_is_rejected(copy: Path, change: dict[str, object], message: str) -> None:
     change_vocabulary(copy, change)
     with pytest.raises(InvalidArgument, match=message):
         read_tokenizer(copy, SIZE)
@@ -211,7 +212,7 @@ def test_a_merge_that_encodes_no_text_is_rejected(tmp_path: Path) -> None:
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
     ],
 )
-def test_additions_to_a_vocabulary_are_rejected(copy: Path, name: str, content: dict[str, Any]) -> None:
+def test_additions_to_a_vocabulary_are_rejected(copy: Path, name: str, content: dict[str, object]) -> None:
     (copy / name).write_text(json.dumps(content))
     with pytest.raises(InvalidArgument, match="is not supported"):
         read_tokenizer(copy, SIZE)
