@@ -1,13 +1,13 @@
 """Reads documents from text with end markers, JSON lines and Parquet.
 
-A reader yields parts of documents, each with a flag that is true for the last part, and counts what it finds.
+A reader yields parts of documents, and counts what it finds.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from shared.errors import DataError, shown
 from shared.gpt.tokenizer import END_OF_TEXT, PART_CHARACTERS, safe_cut
@@ -17,7 +17,12 @@ LINE_CHARACTERS = 32 << 20
 # The size of a batch of Parquet rows in memory.
 _BATCH_BYTES = 8 << 20
 
-Piece = tuple[str, bool]
+
+class Part(NamedTuple):
+    """A part of a document, cut anywhere, and whether the document ends with it."""
+
+    text: str
+    ends_document: bool
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,13 @@ class Counts:
     fields: list[str] = field(default_factory=list)
 
 
-def passages(pieces: Iterable[Piece]) -> Iterator[Passage]:
+def passages(parts: Iterable[Part]) -> Iterator[Passage]:
     """Yields documents, stripped of surrounding white space; long ones as several passages, empty ones not at all.
 
     White space at the end of a document stays if it is longer than a passage.
     """
     rest, begun = "", False
-    for text, ends in pieces:
+    for text, ends_document in parts:
         rest = rest + text if begun or rest else text.lstrip()
         start = 0
         while len(rest) - start > 2 * PART_CHARACTERS:
@@ -53,14 +58,14 @@ def passages(pieces: Iterable[Piece]) -> Iterator[Passage]:
             yield Passage(rest[start:cut], ends_document=False)
             start, begun = cut, True
         rest = rest[start:]
-        if ends:
+        if ends_document:
             rest = rest.rstrip()
             if rest or begun:
                 yield Passage(rest)
             rest, begun = "", False
 
 
-def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Piece]:
+def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Part]:
     """Yields the text before, between and after the end markers."""
     rest = ""
     for chunk in chunks:
@@ -68,16 +73,16 @@ def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Piece]:
         start = 0
         while (end := text.find(END_OF_TEXT, start)) >= 0:
             counts.markers += 1
-            yield text[start:end], True
+            yield Part(text[start:end], ends_document=True)
             start = end + len(END_OF_TEXT)
         # The chunk may end inside a marker.
         kept = max(start, len(text) - len(END_OF_TEXT) + 1)
-        yield text[start:kept], False
+        yield Part(text[start:kept], ends_document=False)
         rest = text[kept:]
-    yield rest, True
+    yield Part(rest, ends_document=True)
 
 
-def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Piece]:
+def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Part]:
     """Yields the field `text` of JSON objects, one object a line."""
     # No number is used, and Python refuses to parse an int of thousands of digits.
     decode = json.JSONDecoder(parse_int=float).decode
@@ -126,7 +131,7 @@ def _lines(chunks: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
         yield number, "".join(parts)
 
 
-def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Piece]:
+def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Part]:
     """Yields the texts of the column `text`."""
     # Loading pyarrow takes about a second, so only reading .parquet loads it.
     import pyarrow  # type: ignore[import-untyped]
@@ -166,7 +171,7 @@ def _batch_size(metadata: Any) -> int:
     return int(min(max(_BATCH_BYTES * metadata.num_rows // max(size_bytes, 1), 1), 1024))
 
 
-def _rows(column: Any, first: int, name: str, counts: Counts) -> Iterator[Piece]:
+def _rows(column: Any, first: int, name: str, counts: Counts) -> Iterator[Part]:
     try:
         texts = column.to_pylist()
     except UnicodeDecodeError:
@@ -180,13 +185,13 @@ def _rows(column: Any, first: int, name: str, counts: Counts) -> Iterator[Piece]
         yield from _row(text, counts)
 
 
-def _row(text: str | None, counts: Counts) -> Iterator[Piece]:
+def _row(text: str | None, counts: Counts) -> Iterator[Part]:
     if text is None or not text.strip():
         counts.empty_rows += 1
         return
     mended = whole(text)
     counts.mended_rows += mended is not text
-    yield mended, True
+    yield Part(mended, ends_document=True)
 
 
 def whole(text: str) -> str:

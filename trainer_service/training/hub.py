@@ -11,7 +11,7 @@ from typing import Any
 from shared.errors import Unavailable
 from shared.text import excerpt
 from trainer_service.training import background
-from trainer_service.training.documents import Passage, passages, whole
+from trainer_service.training.documents import Part, Passage, passages, whole
 
 # The hub counts as unreachable if it sends nothing for this long.
 SILENCE_S = 60.0
@@ -59,7 +59,7 @@ class HubCorpus:
 
         texts = (text for batch in self._fetched(batches()) for text in batch if text is not None)
         articles = _articles(texts) if self._dataset.has_article_lines else texts
-        return passages((whole(text), True) for text in articles)
+        return passages(Part(whole(text), ends_document=True) for text in articles)
 
     def _fetched(self, items: Iterable[Any]) -> Iterator[Any]:
         """Yields items from the hub. Its libraries raise errors of many types, which all become `Unavailable`."""

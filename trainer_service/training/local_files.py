@@ -102,14 +102,14 @@ def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
 def _passages(
     path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
 ) -> Iterator[Passage]:
-    for passage in documents.passages(_pieces(path, kind, identity, counts, on_read, on_content)):
+    for passage in documents.passages(_parts(path, kind, identity, counts, on_read, on_content)):
         on_read(0)  # one read can give many passages
         yield passage
 
 
-def _pieces(
+def _parts(
     path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
-) -> Iterator[documents.Piece]:
+) -> Iterator[documents.Part]:
     """Yields what the reader of the kind yields; passes the content of text files to `on_content`."""
     if kind == ".parquet":
         with file_bytes.open_bytes(path, identity, on_read) as file:
