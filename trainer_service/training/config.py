@@ -158,8 +158,8 @@ class TrainingConfig:
 
     @property
     def decay_start(self) -> int:
-        """The step at which the decay starts: with a cosine, the end of the warm-up; with "wsd", the last `decay_ratio`
-        of `max_steps`, but not before the warm-up ends."""
+        """The step at which the decay starts: with a cosine, the end of the warm-up; with "wsd", `decay_ratio` of
+        `max_steps` before the end, but not before the warm-up ends."""
         if self.schedule == "cosine":
             return self.warmup_end
         return max(self.max_steps - max(round(self.decay_ratio * self.max_steps), 1), self.warmup_end)
@@ -186,12 +186,12 @@ class TrainingConfig:
         """Returns these values for a run that continues, from a step, a run with the values `begun`. `chosen` names the
         values that a user set.
 
-        If both have the same schedule, it continues. Otherwise a new schedule starts at the step. Its highest rate is
-        the rate of the last step, because a higher rate makes the model worse before it makes it better
-        (`tests/benchmarks/continuation.py` measures this). There are three exceptions: the user set `learning_rate`,
-        the warm-up had not ended, or the rate was below a tenth of the highest. Then the rate warms up to a higher one.
-        Source: Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train Large Language Models"
-        (re-warming and re-decaying).
+        If both have the same schedule, it continues. Otherwise a new schedule starts at the step, and decays from the
+        rate that the run has reached, because a higher rate makes the model worse before it makes it better
+        (`tests/benchmarks/continuation.py` measures this). The new schedule has a higher rate, and a warm-up to it,
+        only if the user set `learning_rate`, if the warm-up had not ended, or if the rate was below a tenth of the
+        highest. Source: Ibrahim et al. 2024, "Simple and Scalable Strategies to Continually Pre-train Large Language
+        Models" (re-warming and re-decaying).
         """
         same = all(getattr(self, name) == getattr(begun, name) for name in _SHAPE)
         if same or step == begun.schedule_start:
