@@ -97,6 +97,15 @@ def test_each_target_takes_the_variables_of_its_row() -> None:
         assert named <= set(VARIABLES.get(target, ())), target
 
 
+def test_each_command_takes_its_documented_options() -> None:
+    lines = re.findall(r"\bgptloop ([a-z]+)([^\n|]*)", CODE)
+    lines += [(*re.findall(r"gptloop ([a-z]+)", command), what) for command, what in rows("Commands")]
+    for name, text in (line for line in lines if len(line) == 2):
+        parameters = COMMANDS[name].load().params
+        options = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", text)) <= {*options, "--help"}, (name, text)
+
+
 def test_every_environment_variable_is_documented() -> None:
     sources = "\n".join(
         path.read_text(encoding="utf-8")

@@ -22,13 +22,19 @@ pytestmark = pytest.mark.slow
 
 PYTHON = [text for language, text in BLOCKS if language == "python"]
 SMALL = " ".join(f"{name}={value}" for name, value in {**TINY, "max_steps": "20", "evaluation_interval": "10"}.items())
-# The reader's `make train` takes minutes; here it is small.
-SHELL = f"""
-set -eo pipefail
+ON_PATH = "set -eo pipefail; PATH=$PWD/.venv/bin:$PATH\n"
+# The reader's training takes minutes; here it is small.
+SHELL = f"""{ON_PATH}
 make() {{
     case " $* " in
         *" train "*) command make "$@" SET="{SMALL}" ;;
         *) command make "$@" ;;
+    esac
+}}
+gptloop() {{
+    case " $* " in
+        *" train "*) command gptloop "$@" --set "{SMALL}" ;;
+        *) command gptloop "$@" ;;
     esac
 }}
 """
@@ -62,11 +68,11 @@ def shell(workplace: Workplace, script: str, prelude: str = SHELL) -> str:
     return ended.stdout
 
 
-def queued(workplace: Workplace, line: str, prelude: str = "") -> str:
-    """Queues a job by a line that does not follow it, cancels the job, and returns what the line printed."""
-    said = shell(workplace, line, prelude)
+def queued(workplace: Workplace, line: str) -> str:
+    """Queues a job by a command without following it, cancels the job, and returns what the command printed."""
+    said = shell(workplace, f"{line} --no-follow", ON_PATH)
     (job,) = re.findall(r"^job ([0-9a-f]+) queued", said, re.MULTILINE)
-    assert "is cancel" in shell(workplace, f"make cancel JOB={job}", prelude="")
+    assert "is cancel" in shell(workplace, f"make cancel JOB={job}", ON_PATH)
     return said
 
 
@@ -89,7 +95,7 @@ def test_held_out_files_alone_are_enough_for_an_evaluation(workplace: Workplace)
 
 def test_a_model_is_exported_and_imported(workplace: Workplace) -> None:
     shell(workplace, "make export VERSION=2 DIR=gpt2")
-    said = shell(workplace, block("sh", "make import"))
+    said = shell(workplace, block("sh", "gptloop import"))
     assert (workplace.folder / "my-gpt2/model.safetensors").exists()
     assert re.search(r"^version +\d+$", said, re.MULTILINE)
 
@@ -112,22 +118,21 @@ def test_messages_of_grpcurl_are_those_of_the_contracts() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('make train PRESET=small SET="max_steps=500 batch_size=8"', "steps       1 to 500"),
-        ('make train DATASET="one.txt two.jsonl" VALIDATION=held-out.txt', "steps       1 to 400"),
-        ('make train RESUME=7 SET="max_steps=800"', "to 800"),
+        ('gptloop train --preset small --set "max_steps=500 batch_size=8"', "steps       1 to 500"),
+        ('gptloop train --dataset "one.txt two.jsonl" --validation held-out.txt', "steps       1 to 400"),
+        ('gptloop train --resume 7 --set "max_steps=800"', "to 800"),
     ],
 )
 def test_lines_of_the_text_put_jobs_on_the_queue(workplace: Workplace, line: str, said: str) -> None:
-    assert said in queued(workplace, printed(line).replace("RESUME=7", "RESUME=2") + " FOLLOW=0")
+    assert said in queued(workplace, printed(line).replace("--resume 7", "--resume 2"))
 
 
 @pytest.mark.parametrize("line", [line for line, _ in rows("Everyday commands")])
 def test_everyday_commands_run(workplace: Workplace, line: str) -> None:
-    on_path = "set -e; PATH=$PWD/.venv/bin:$PATH\n"
     if " train " in line:
-        assert "steps " in queued(workplace, f"{line} --no-follow", on_path)
+        assert "steps " in queued(workplace, line)
     else:
-        shell(workplace, f"{line} < /dev/null", on_path)
+        shell(workplace, f"{line} < /dev/null", ON_PATH)
 
 
 def test_commands_that_only_read_answer(workplace: Workplace) -> None:
@@ -142,7 +147,7 @@ def test_commands_that_only_read_answer(workplace: Workplace) -> None:
 
 
 def test_the_same_text_comes_again(system: System, workplace: Workplace) -> None:
-    printed('make generate PROMPT="…" VERSION=… SEED=…')
+    printed('gptloop generate --prompt "…" --version … --seed …')
     version = system.registry.labels()["best"]  # one that retention keeps
-    line = f'make generate PROMPT="The old dragon" VERSION={version} SEED=7 TOP_K=20'
+    line = f'gptloop generate --prompt "The old dragon" --version {version} --seed 7 --top-k 20'
     assert shell(workplace, line) == shell(workplace, line)
