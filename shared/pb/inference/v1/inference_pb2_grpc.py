@@ -62,33 +62,33 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams one generation: `started` once the request has its turn, any number of `delta`, then `finished`,
-        the latter once for each sample. INVALID_ARGUMENT names the field that is wrong, NOT_FOUND an unknown version,
-        FAILED_PRECONDITION a refused one, UNAVAILABLE an empty registry or a server that ends.
-        RESOURCE_EXHAUSTED is a full queue, with a google.rpc.RetryInfo in the status that says when to ask
-        again, or a client that reads too slowly. INTERNAL is a step that failed, or logits that are not finite.
+        """Streams one generation: `started` once the request has a slot, any number of `delta`, then one `finished`
+        for each sample. Errors: INVALID_ARGUMENT names the wrong field; NOT_FOUND: unknown version;
+        FAILED_PRECONDITION: refused version; UNAVAILABLE: no version yet, or the server is stopping;
+        RESOURCE_EXHAUSTED: the queue is full, and a google.rpc.RetryInfo in the status says when to retry, or the
+        client reads too slowly; INTERNAL: a step failed, or logits were not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Encodes text with the tokenizer of a version, which is loaded if need be. INVALID_ARGUMENT is a text of
-        more than 1 MiB, RESOURCE_EXHAUSTED one too many that waits.
+        """Encodes text with the tokenizer of a version, and loads the version if necessary. INVALID_ARGUMENT: the text
+        is longer than 1 MiB; RESOURCE_EXHAUSTED: too many texts wait.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detokenize(self, request, context):
-        """Decodes tokens of a version, under the same conditions.
+        """Decodes tokens of a version, with the same limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Describes a version: its configuration, where it came from and how good it is.
+        """Describes a version: its configuration, its origin and its losses.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -239,9 +239,9 @@ class InferenceService:
 
 
 class ModelAdminServiceStub:
-    """Says which version serves, and lets another one serve. Where the server has a credential for it,
-    calls need the metadata "authorization: Bearer <credential>", or end with UNAUTHENTICATED.
-    NOT_FOUND is an unknown version, FAILED_PRECONDITION one that must not serve, with the reason.
+    """Lists the versions and chooses the one that serves. If the server has a token, calls need the metadata
+    "authorization: Bearer <token>"; otherwise they end with UNAUTHENTICATED. NOT_FOUND: unknown version;
+    FAILED_PRECONDITION: the version must not serve, with the reason.
     """
 
     def __init__(self, channel):
@@ -283,29 +283,29 @@ class ModelAdminServiceStub:
 
 
 class ModelAdminServiceServicer:
-    """Says which version serves, and lets another one serve. Where the server has a credential for it,
-    calls need the metadata "authorization: Bearer <credential>", or end with UNAUTHENTICATED.
-    NOT_FOUND is an unknown version, FAILED_PRECONDITION one that must not serve, with the reason.
+    """Lists the versions and chooses the one that serves. If the server has a token, calls need the metadata
+    "authorization: Bearer <token>"; otherwise they end with UNAUTHENTICATED. NOT_FOUND: unknown version;
+    FAILED_PRECONDITION: the version must not serve, with the reason.
     """
 
     def ListVersions(self, request, context):
-        """Every version in the registry, by ascending number; of one whose manifest cannot be read nothing but
-        that and why.
+        """Lists every version in the registry by ascending number. If a manifest cannot be read, its version has only
+        a state and a reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadVersion(self, request, context):
-        """Brings a version into memory, where it stays until it is unloaded, or without streams when another
-        one needs its room. One that was refused is examined again.
+        """Loads a version into memory. It stays there until it is unloaded, or until another version needs its memory
+        while it has no streams. A refused version is examined again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadVersion(self, request, context):
-        """Lets a loaded version go when its last stream has ended.
+        """Unloads a version once its last stream has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -319,15 +319,15 @@ class ModelAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetPolicy(self, request, context):
-        """Lets the version of a label serve from now on.
+        """Serves the version that a label names from now on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollBack(self, request, context):
-        """Takes the serving version away for good, and lets another one serve, which is loaded before. If that or
-        writing the decision fails, nothing changes.
+        """Refuses the serving version and serves another one, which is loaded first. If loading it or writing the
+        decision fails, nothing changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -375,9 +375,9 @@ def add_ModelAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelAdminService:
-    """Says which version serves, and lets another one serve. Where the server has a credential for it,
-    calls need the metadata "authorization: Bearer <credential>", or end with UNAUTHENTICATED.
-    NOT_FOUND is an unknown version, FAILED_PRECONDITION one that must not serve, with the reason.
+    """Lists the versions and chooses the one that serves. If the server has a token, calls need the metadata
+    "authorization: Bearer <token>"; otherwise they end with UNAUTHENTICATED. NOT_FOUND: unknown version;
+    FAILED_PRECONDITION: the version must not serve, with the reason.
     """
 
     @staticmethod

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class TrainingServiceStub:
-    """Queues jobs, which prepare, train and evaluate, and tells how they go on.
+    """Queues jobs that prepare, train and evaluate, and reports their progress.
     """
 
     def __init__(self, channel):
@@ -63,11 +63,11 @@ class TrainingServiceStub:
 
 
 class TrainingServiceServicer:
-    """Queues jobs, which prepare, train and evaluate, and tells how they go on.
+    """Queues jobs that prepare, train and evaluate, and reports their progress.
     """
 
     def EnqueueJob(self, request, context):
-        """Puts a job on the queue. INVALID_ARGUMENT names what is wrong with it.
+        """Puts a job on the queue. INVALID_ARGUMENT says what is wrong with the request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,21 +80,21 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """The newest jobs first. A page holds fewer jobs than `page_size` where they are large.
+        """Lists jobs, the newest first. A page has fewer jobs than `page_size` if the jobs are large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """Streams every event of a job, from its first one, and ends with the job.
+        """Streams the events of a job from the first one, and ends when the job ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Asks a job to end: a queued one never starts, a running one finishes its step and writes its state.
+        """Cancels a job: a queued job never starts; a running job finishes its step and writes its state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,7 +137,7 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
-    """Queues jobs, which prepare, train and evaluate, and tells how they go on.
+    """Queues jobs that prepare, train and evaluate, and reports their progress.
     """
 
     @staticmethod
