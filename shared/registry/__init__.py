@@ -1,1 +1,1 @@
-"""Versioned checkpoints on disk: states to resume from and versions to serve."""
+"""Checkpoints on disk: states to resume from and versions to serve."""

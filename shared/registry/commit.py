@@ -1,4 +1,4 @@
-"""Making a folder of files appear whole or not at all, and stay after a power failure."""
+"""Writes files and folders that appear whole or not at all, and survive a power failure."""
 
 import errno
 import fcntl
@@ -14,18 +14,18 @@ from shared.text import excerpt
 
 _CHUNK_BYTES = 1 << 20
 
-# The macOS Finder leaves it in folders that a person has looked at.
+# The macOS Finder writes it into folders that a person has opened.
 IGNORED_NAMES = frozenset({".DS_Store"})
 
-# What file systems without the call for a full flush, or without a flush of folders, answer.
+# The errors of file systems that cannot do a full flush, or cannot sync a folder.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
 
 _NO_SPACE = "free space on its disk, for example by removing old versions"
 _NO_ACCESS = "make it writable for this user, or name another folder in GPTLOOP_VAR"
-_IN_THE_WAY = "take away what stands where the registry needs a folder"
+_IN_THE_WAY = "remove the file that is in the place of a folder of the registry"
 _ONE_DISK = (
-    "all of it must lie on one file system: let a link or a mount stand for the whole registry, not for a folder in "
-    "it, or name a folder on the other one in GPTLOOP_VAR"
+    "all of it must be on one file system: use a link or a mount for the whole registry, not for a folder inside it, "
+    "or name a folder on the other file system in GPTLOOP_VAR"
 )
 _ADVICE = {
     errno.EXDEV: _ONE_DISK,
@@ -41,11 +41,11 @@ _ADVICE = {
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Turns errors of the file system into `FailedPrecondition`, which names the registry and says what to do."""
+    """Turns file system errors into `FailedPrecondition`, which names the registry and says what to do."""
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "see whether its disk is there and in order")
+        advice = _ADVICE.get(error.errno or 0, "check its disk")
         place = f" ({error.filename})" if error.filename else ""
         raise FailedPrecondition(
             f"The registry {root} cannot be written: {error.strerror or error}{place}; {advice}."
@@ -53,9 +53,9 @@ def writing(root: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path, root: Path) -> None:
-    """Makes a folder of the registry at `root` and those above it, each of which keeps its name after a power failure.
+    """Creates a folder of the registry at `root`, with its parents, so that it survives a power failure.
 
-    Those of the registry are synced even where they exist: who made them may have died before that.
+    Also syncs folders of the registry that exist already: the process that created them may have died before its sync.
     """
     for path in reversed((folder, *folder.parents)):
         if path.is_relative_to(root) or not path.exists():
@@ -64,7 +64,7 @@ def make_folder(folder: Path, root: Path) -> None:
 
 
 def record_files(staging: Path) -> tuple[FileRecord, ...]:
-    """What a staging folder holds, each file on the disk; this takes as long as the files are large."""
+    """Syncs and hashes the files of a staging folder, and returns their records."""
     records = []
     for path in sorted(staging.iterdir()):
         sync(path)
@@ -73,34 +73,34 @@ def record_files(staging: Path) -> tuple[FileRecord, ...]:
 
 
 def seal(staging: Path, manifest: str) -> None:
-    """Makes a staging folder whole and durable: the manifest, which records its files, then the folder."""
+    """Completes a staging folder: writes the manifest, then syncs the folder."""
     write_synced(staging / MANIFEST_NAME, manifest)
     sync(staging)
 
 
 def reveal(staging: Path, final: Path) -> None:
-    """Gives a sealed folder its final name in one rename; raises `AlreadyExists` where that name is taken."""
+    """Moves a sealed folder to its final name in one rename; raises `AlreadyExists` if that name is taken."""
     if final.exists():
         raise AlreadyExists(f"{final} exists already, and a checkpoint is never replaced.")
     staging.rename(final)
     try:
         sync(final.parent)
     except OSError:
-        # What may be gone after a power failure must not be seen before it.
+        # A power failure could undo the rename, so nobody may see the folder.
         with suppress(OSError):
             final.rename(staging)
         raise
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a text file whole, so that readers and power failures find the old text or the new one."""
+    """Replaces a text file atomically: readers, also after a power failure, find the old text or the new one."""
     replace_texts({path: text})
 
 
 def replace_texts(texts: Mapping[Path, str]) -> None:
-    """Replaces text files, each as `replace_text` does.
+    """Replaces text files, each one atomically.
 
-    All of them are on the disk before the first one is replaced: a full disk leaves the old texts.
+    Writes all new texts to the disk before it replaces the first file, so that a full disk leaves all old texts.
     """
     replacements = {path: path.with_name(f"{path.name}.new") for path in texts}
     try:
@@ -118,9 +118,9 @@ def replace_texts(texts: Mapping[Path, str]) -> None:
 
 
 def lacking(directory: Path, records: tuple[FileRecord, ...]) -> str:
-    """What a folder does not hold yet of the files of its manifest, in a few words; empty if it holds all of them.
+    """Describes the first file of a manifest that is missing or too short; returns an empty text if none is.
 
-    Looks at names and sizes only. Raises `OSError` if the disk does not yield them.
+    Checks names and sizes only. Raises `OSError` if the disk fails.
     """
     for record in records:
         try:
@@ -133,7 +133,7 @@ def lacking(directory: Path, records: tuple[FileRecord, ...]) -> str:
 
 
 def files_state(directory: Path) -> str:
-    """Names, sizes and times of the files of a folder in one word, which differs once any of them has changed."""
+    """Returns a hash of the names, sizes and times of the files in a folder, which changes if any file changes."""
     states = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else ():
         with suppress(FileNotFoundError):
@@ -143,8 +143,11 @@ def files_state(directory: Path) -> str:
 
 
 def verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
-    """Compares a folder with its manifest; raises `CorruptCheckpoint` and names the first file that differs, as
-    `IncompleteCheckpoint` if it is missing or too short."""
+    """Compares a folder with its manifest.
+
+    Raises `CorruptCheckpoint`, which names the first file that differs, or `IncompleteCheckpoint` if a file is missing
+    or too short.
+    """
     try:
         _verify_files(directory, records)
     except OSError as error:
@@ -153,23 +156,23 @@ def verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
 
 def _verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
     if directory.is_dir() and (what := lacking(directory, records)):
-        raise IncompleteCheckpoint(f"{directory} does not hold all files of its manifest: {what}.")
+        raise IncompleteCheckpoint(f"{directory} lacks files of its manifest: {what}.")
     expected = {record.name for record in records} | {MANIFEST_NAME}
     present = {path.name for path in directory.iterdir()} - IGNORED_NAMES if directory.is_dir() else set()
     if present != expected:
         odd = ", ".join(excerpt(name, 60) for name in sorted(present ^ expected)[:3])
-        raise CorruptCheckpoint(f"{directory} does not hold the files of its manifest: missing or extra are {odd}.")
+        raise CorruptCheckpoint(f"{directory} does not match its manifest; missing or extra files: {odd}.")
     for record in records:
         path = directory / record.name
         size_bytes = path.stat().st_size
         if size_bytes != record.size_bytes:
             raise CorruptCheckpoint(f"{path} has {size_bytes} bytes, but its manifest says {record.size_bytes}.")
         if sha256(path) != record.sha256:
-            raise CorruptCheckpoint(f"{path} was changed: its SHA-256 is not the one in its manifest.")
+            raise CorruptCheckpoint(f"{path} has changed: its SHA-256 differs from the one in its manifest.")
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """Returns the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -183,7 +186,7 @@ def sync(path: Path) -> None:
     try:
         _force(descriptor)
     except OSError as error:
-        # Some file systems, as those that a virtual machine shares, cannot sync a folder.
+        # Some file systems cannot sync a folder, for example those that a virtual machine shares.
         if error.errno not in _UNSUPPORTED or not path.is_dir():
             raise
     finally:
@@ -199,7 +202,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def _force(descriptor: int) -> None:
-    # On macOS, fsync leaves what was written in the drive's own cache.
+    # On macOS, fsync leaves data in the cache of the drive.
     full_flush = getattr(fcntl, "F_FULLFSYNC", None)
     if full_flush is not None:
         try:
@@ -213,7 +216,7 @@ def _force(descriptor: int) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds the exclusive lock of a lock file, which is made where it is missing; waits for whoever holds it."""
+    """Holds the exclusive lock of a lock file inside the block; creates the file, and waits for the lock."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -223,7 +226,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock of a lock file; False where there is none."""
+    """Returns whether a process holds the lock of a lock file; False if there is no file."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError):

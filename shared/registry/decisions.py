@@ -1,8 +1,8 @@
-"""What servers found out about versions and what their operators decided: small files beside the versions.
+"""Decisions of operators and findings of servers, in small files beside the versions.
 
-serving/policy                      the label whose version serves those who name none; best where there is none
+serving/policy                      the label of the version that serves by default; `best` if there is no file
 serving/stable                      the number of the stable version
-serving/findings/<n>.<device>.json  what servers on a kind of device found out about a version
+serving/findings/<n>.<device>.json  the finding about a version on a kind of device
 """
 
 import json
@@ -20,14 +20,14 @@ from shared.registry.manifest import RUN_NAME, VersionManifest, typed
 LABELS = ("best", "latest", "stable")
 _PINNED = "pinned:"
 _RUN = "run:"
-# A version's number as it is written.
+# The number of a version in a file or a label.
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
 _FINDING = re.compile(rf"({_NUMBER.pattern})\.[a-z0-9_]+\.json")
 
 
 @dataclass(frozen=True)
 class Decided:
-    """The versions that must not serve, as far as is known, the stable one, and the label whose version serves."""
+    """The versions that are known to be refused, the stable version, and the label of the version that serves."""
 
     refused: frozenset[int] = frozenset()
     stable: int | None = None
@@ -35,59 +35,62 @@ class Decided:
 
 
 def check_label(label: str) -> str:
-    """A label that can name a version; raises `InvalidArgument`."""
+    """Returns the label if it can name a version; raises `InvalidArgument` if not."""
     pin, run = label.removeprefix(_PINNED), label.removeprefix(_RUN)
     if label in LABELS or (pin != label and _NUMBER.fullmatch(pin)) or (run != label and RUN_NAME.fullmatch(run)):
         return label
     raise InvalidArgument(
-        f"{shown(label)} is not a label: the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."
+        f"{shown(label)} is not a label; the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."
     )
 
 
 def pinned(number: int) -> str:
-    """The label of a version that is to stay."""
+    """Returns the label that pins a version."""
     return f"{_PINNED}{number}"
 
 
 def pinned_number(label: str) -> int | None:
-    """The version of such a label; None for another one."""
+    """Returns the version that a label pins; None for any other label."""
     return int(label.removeprefix(_PINNED)) if label.startswith(_PINNED) else None
 
 
 def run_label(run: str) -> str:
-    """The label of the best version of a run."""
+    """Returns the label of the best version of a run."""
     return f"{_RUN}{run}"
 
 
 def run_of(label: str) -> str | None:
-    """The run of such a label; None for another one."""
+    """Returns the run of a label `run:<name>`; None for any other label."""
     return label.removeprefix(_RUN) if label.startswith(_RUN) else None
 
 
 class Decisions:
-    """The files of one registry. What writes raises `FailedPrecondition` where the disk does not take it; what was
-    decided and cannot be read, or understood, raises `CorruptCheckpoint`."""
+    """The decisions and findings of one registry.
+
+    Methods that write raise `FailedPrecondition` if the disk fails. Methods that read a decision raise
+    `CorruptCheckpoint` if its file is unreadable or invalid.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folder = root / "serving"
 
     def policy(self) -> str:
-        """The label whose version serves those who name none."""
+        """Returns the label of the version that serves by default."""
         try:
             return check_label(_read(self._folder / "policy") or LABELS[0])
         except InvalidArgument as error:
             raise CorruptCheckpoint(f"{self._folder / 'policy'} cannot be understood: {error}") from None
 
     def set_policy(self, label: str) -> None:
-        """Lets the version of a label serve; raises `InvalidArgument` on what is none."""
+        """Makes the version of a label serve by default; raises `InvalidArgument` if it is not a label."""
         self._write({"policy": check_label(label)})
 
     def stable(self) -> int | None:
-        """The number of the stable version, if there is one."""
+        """Returns the number of the stable version, if there is one."""
         text = _read(self._folder / "stable")
         if text is not None and not _NUMBER.fullmatch(text):
-            raise CorruptCheckpoint(f"{self._folder / 'stable'} cannot be understood: {shown(text)} is no version.")
+            raise CorruptCheckpoint(f"{self._folder / 'stable'} cannot be understood: {shown(text)} is not a version.")
         return None if text is None else int(text)
 
     def set_stable(self, number: int) -> None:
@@ -100,14 +103,14 @@ class Decisions:
         kept: Mapping[int, Sequence[Finding]],
         unsaved: Mapping[int, Finding] | None = None,
     ) -> Findings:
-        """What of the findings that are kept still stands; `unsaved` are those that are about to be written."""
+        """Returns the findings in `kept`, with the state of the files that they, or `unsaved` ones, depend on."""
         found = [*(unsaved or {}).items(), *((number, each) for number, known in kept.items() for each in known)]
         corrupt = {number for number, finding in found if finding.refusal == CORRUPT}
         files = {number: files_state(self._root / "versions" / str(number)) for number in corrupt}
         return Findings({version.version: version.digest for version in versions}, kept, files)
 
     def findings(self) -> dict[int, list[Finding]]:
-        """What was found out about each version, by its number; what cannot be read is found out again."""
+        """Reads the findings about each version, by its number; ignores unreadable files."""
         findings: dict[int, list[Finding]] = {}
         for path in self._finding_files():
             try:
@@ -119,15 +122,15 @@ class Decisions:
         return findings
 
     def keep(self, number: int, finding: Finding) -> None:
-        """Keeps what was found out about a version, in the place of what was found out before on the same device."""
+        """Writes a finding about a version, and replaces the previous one on the same kind of device."""
         self._write(_file_of(number, finding))
 
     def roll_back(self, number: int, finding: Finding, policy: str | None = None) -> None:
-        """Keeps the finding that refuses a version, and sets a policy with it if there is one: both or neither."""
+        """Writes the finding that refuses a version, and the policy if there is one: both or neither."""
         self._write(_file_of(number, finding) | ({} if policy is None else {"policy": check_label(policy)}))
 
     def forget(self, number: int) -> None:
-        """Lets a version be judged anew."""
+        """Removes the findings about a version, so that it is judged again."""
         with writing(self._root):
             for path in self._finding_files():
                 if _number_of(path) == number:
@@ -135,7 +138,7 @@ class Decisions:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Meanwhile nobody decides anything."""
+        """Holds the lock on decisions inside the block."""
         with locked(self._root / "serving.lock"):
             yield
 
@@ -154,7 +157,7 @@ class Decisions:
 
 
 def _file_of(number: int, finding: Finding) -> dict[str, str]:
-    """The name and the text of the file that keeps a finding."""
+    """Returns the name and the text of the file of a finding."""
     return {f"findings/{number}.{finding.device}.json": json.dumps(asdict(finding), indent=2)}
 
 
@@ -163,7 +166,7 @@ def _number_of(finding: Path) -> int:
 
 
 def _read(path: Path) -> str | None:
-    """What a file holds; None where there is none."""
+    """Returns the text of a file; None if there is no file."""
     try:
         if path.exists() and not path.is_file():
             raise CorruptCheckpoint(f"{path} cannot be read: it is not a file.")

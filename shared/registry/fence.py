@@ -1,4 +1,4 @@
-"""Ownership of a run: whoever has raised the fence highest may write, and nobody before."""
+"""Ownership of a run: only the process that raised the fence last may write."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +13,17 @@ _MOST_DIGITS = 18
 
 @dataclass(frozen=True)
 class Fence:
-    """A token of a run, no lower than any before it."""
+    """The token of one owner of a run, which is at least as high as every earlier one."""
 
     directory: Path
     token: int
 
     @classmethod
     def raise_for(cls, run_directory: Path, token: int | None = None) -> "Fence":
-        """Takes the run over: from now on every earlier owner's writes are refused.
+        """Takes over the run in `<registry>/runs/<run>`, so that the writes of every earlier owner are rejected.
 
-        `token` is the number of an owner who has one among others, else it is one more than the last. Raises
-        `RunOwnershipLost` where a later one has the run, and `FailedPrecondition` where its folder,
-        `<registry>/runs/<run>`, cannot be written.
+        `token` is by default one more than the last one. Raises `RunOwnershipLost` if a higher token owns the run, and
+        `FailedPrecondition` if the folder cannot be written.
         """
         root = run_directory.parents[1]
         with writing(root):
@@ -40,7 +39,7 @@ class Fence:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The run's lock, in which the owner may write; raises `RunOwnershipLost` where the fence was raised since."""
+        """Holds the lock of the run, for writing to it; raises `RunOwnershipLost` if a later owner took over."""
         with locked(self.directory / "lock"):
             if _read(self.directory / "fence") != self.token:
                 raise _lost(self.directory)
@@ -55,7 +54,7 @@ def _read(path: Path) -> int:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "0"
     if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
         raise FailedPrecondition(
-            f"{path} holds {shown(text, 20)}, but must hold a whole number; write 1 into it while nobody trains this "
-            "run."
+            f"{path} contains {shown(text, 20)}, but must contain a whole number; write 1 into it while no process "
+            "trains this run."
         )
     return int(text)

@@ -1,25 +1,27 @@
-"""What servers found out about versions, and how long it stands."""
+"""The findings of servers about versions, and how long they count."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-# Reasons of refusals that other things than the version decide.
+# Reasons of refusals that do not depend on the version alone.
 CORRUPT, WORSE, ROLLED_BACK = "corrupt", "worse", "rolled_back"
-# What a refusal with such a reason says does not depend on what computes.
+# Refusals for these reasons count on every kind of device.
 _EVERYWHERE = frozenset({CORRUPT, "unfit", ROLLED_BACK})
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a server found out about a version, before or while it served it.
+    """The result of a server's examination of a version, or of its serving.
 
-    `digest` is that of the version's manifest, `device` what computed. `loss` is that of the carried windows in nats a
-    token, as the version was served, None where it did not come so far. `refusal` says in a word why the version must
-    not serve, None where it may, and `sentence` in a sentence. `at` is in seconds since the epoch.
-
-    `stands_on` is what a refusal needs in order to count: for `corrupt` the state of the version's files, else the
-    digest of the version with which it was compared, None for neither.
+    digest: the digest of the version's manifest.
+    device: the kind of device that the server computes on.
+    loss: the loss on the version's held-out windows, in nats per token, or None if it was not measured.
+    refusal: the reason why the version must not serve, as one word, or None if it may serve.
+    sentence: the same reason as a sentence.
+    at: the time, in seconds since the epoch.
+    stands_on: a refusal counts only as long as this is valid: for `corrupt` the state of the version's files, otherwise
+        the digest of the version that it was compared with, if any.
     """
 
     digest: str
@@ -32,11 +34,14 @@ class Finding:
 
 
 class Findings:
-    """What was found out about the versions of a registry, as far as it still stands.
+    """The findings about the versions of a registry that still count.
 
-    `digests` are those of the versions that are there, `findings` what was found out about each number, and `files` the
-    state of the files of those that were found corrupt. A refusal lapses when what it stands on is gone: the version
-    that was better was removed or refused itself, or the files have changed.
+    digests: the digests of the existing versions, by number.
+    findings: all findings, by number.
+    files: the state of the files of versions that were found corrupt.
+
+    A refusal no longer counts if the better version that it stands on was removed or refused, or if the files have
+    changed.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class Findings:
         self._files = files
 
     def adding(self, found: Mapping[int, Finding]) -> Self:
-        """These and what was found out since, whose files are taken for unchanged unless their state is known."""
+        """Returns these findings with newer ones; assumes unchanged files unless their state is known."""
         findings = {**self._findings}
         for number, finding in found.items():
             findings[number] = [*findings.get(number, ()), finding]
@@ -56,17 +61,17 @@ class Findings:
         return type(self)(self._digests, findings, {**files, **self._files})
 
     def without(self, number: int) -> Self:
-        """These as if a version were not there any more."""
+        """Returns the findings as they count without a version."""
         digests = {each: digest for each, digest in self._digests.items() if each != number}
         return type(self)(digests, self._findings, self._files)
 
     def on(self, number: int, digest: str, device: str) -> Finding | None:
-        """What was found out last about a version and counts on a kind of device."""
+        """Returns the latest finding about a version that counts on a kind of device."""
         counting = [self._standing(number, finding) for finding in self._about(number, digest, device)]
         return max((each for each in counting if each is not None), key=lambda each: each.at, default=None)
 
     def refused_everywhere(self, number: int, digest: str) -> bool:
-        """Whether a version must not serve on any kind of device of which something is known."""
+        """Returns whether a version is refused on every kind of device that has a finding about it."""
         devices = {finding.device for finding in self._findings.get(number, ())}
         known = [found for device in devices if (found := self.on(number, digest, device)) is not None]
         return bool(known) and all(finding.refusal is not None for finding in known)
@@ -79,13 +84,13 @@ class Findings:
         ]
 
     def _standing(self, number: int, finding: Finding) -> Finding | None:
-        """A finding without a refusal that has lapsed; None if nothing of it is left."""
+        """Returns a finding without a refusal that no longer counts; None if nothing is left of it."""
         if finding.refusal is None or self._stands(number, finding):
             return finding
         return None if finding.loss is None else replace(finding, refusal=None, sentence="", stands_on=None)
 
     def _stands(self, number: int, finding: Finding, refused: frozenset[int] = frozenset()) -> bool:
-        """Whether a refusal counts; not if it stands on itself in the end, through others that are `refused` by it."""
+        """Returns whether a refusal counts; it does not if it depends on itself through the versions in `refused`."""
         if finding.refusal == CORRUPT:
             return finding.stands_on == self._files.get(number)
         if finding.stands_on is None:
@@ -95,5 +100,5 @@ class Findings:
             return False
         known = self._about(other, finding.stands_on, finding.device)
         last = max(known, key=lambda each: each.at, default=None)
-        # What is worse than a version that is worse itself is worse still.
+        # A version that is worse than a worse version is worse too.
         return last is None or last.refusal in (None, WORSE) or not self._stands(other, last, refused | {number})

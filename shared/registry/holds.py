@@ -1,4 +1,4 @@
-"""Versions that jobs wait for: the file `holds/<job>` holds the number of one, which is not removed meanwhile."""
+"""Versions that jobs wait for: the file `holds/<job>` contains the number of one, and protects it from removal."""
 
 import re
 import time
@@ -10,45 +10,45 @@ from shared.registry.numbering import children
 
 _JOB = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
-# A job that is older is gone, as what Redis knows of jobs is.
+# An older hold no longer counts, because Redis forgets jobs after this time too.
 _LONGEST_S = 30 * 24 * 3600.0
 
 
 class Holds:
-    """The holds of one registry. What writes raises `FailedPrecondition` if the disk does not take it."""
+    """The holds of one registry. Methods that write raise `FailedPrecondition` if the disk fails."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._folder = root / "holds"
 
     def add(self, job: str, number: int) -> None:
-        """Holds a version for a job; whoever removes something then has removed it by now, or leaves it alone."""
+        """Holds a version for a job; from then on it cannot be removed, unless it was removed before."""
         with writing(self._root):
             make_folder(self._folder, self._root)
             with locked(self._root / "serving.lock"):
                 replace_text(self._folder / job, str(number))
 
     def hand_over(self, job: str, other: str) -> None:
-        """Gives what is held for a job to another one; this takes no room on the disk."""
+        """Moves the hold of a job to another job, which needs no space on the disk."""
         with writing(self._root):
             (self._folder / job).rename(self._folder / other)
 
     def remove(self, job: str) -> None:
-        """Gives back what was held for a job; nothing happens if that was nothing."""
+        """Removes the hold of a job, if it has one."""
         with writing(self._root):
             (self._folder / job).unlink(missing_ok=True)
 
     def ages_s(self) -> dict[str, float]:
-        """The jobs for which something is held, and for how long."""
+        """Returns the age of each hold, by its job."""
         now, found = time.time(), {}
         for path in children(self._folder):
             if _JOB.fullmatch(path.name):
-                with suppress(OSError):  # another process may have removed it
+                with suppress(OSError):  # Another process may have removed it.
                     found[path.name] = now - path.stat().st_mtime
         return found
 
     def jobs(self) -> dict[int, str]:
-        """The versions that are held, each with a job that waits for it."""
+        """Returns the held versions, each with one job that waits for it."""
         held = {}
         for job, age_s in self.ages_s().items():
             with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which registry a folder holds: an id that no other registry has, also after the folder has moved."""
+"""The unique id of a registry, which it keeps when its folder moves."""
 
 import re
 import secrets
@@ -11,10 +11,10 @@ _NAME = "id"
 
 
 def registry_id(root: Path) -> str:
-    """Returns the id in the registry's file `id`, which is made when it is first asked for, and the folder with it.
+    """Returns the id in the registry's file `id`; creates the file, and the folder, if they do not exist.
 
-    Raises `FailedPrecondition` if the folder cannot be written or the file holds something else. A copy of a folder has
-    the same id until its file is removed.
+    A copy of a folder has the same id until its file is removed. Raises `FailedPrecondition` if the folder cannot be
+    written, or if the file is invalid.
     """
     path = root / _NAME
     with writing(root):
@@ -26,7 +26,7 @@ def registry_id(root: Path) -> str:
         text = path.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch("[0-9a-f]{16}", text):
         raise FailedPrecondition(
-            f"{shown(path)} holds {shown(text, 40)}, but must hold 16 hexadecimal digits. Remove it, and the registry "
-            "gets another id; jobs that were queued under the old one are not seen any more."
+            f"{shown(path)} contains {shown(text, 40)}, but must contain 16 hexadecimal digits. If you remove it, the "
+            "registry gets a new id, and no longer sees the jobs that were queued under the old one."
         )
     return text

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: one `manifest.json` in every state and every version."""
+"""The description of a checkpoint: one `manifest.json` in every state and every version."""
 
 import hashlib
 import json
@@ -14,26 +14,26 @@ from shared.errors import CorruptCheckpoint, shown
 from shared.text import excerpt
 
 MANIFEST_NAME = "manifest.json"
-# Stands where a version names its preset if it was imported, or continues one that was.
+# The preset of an imported version, and of versions that continue one.
 IMPORTED = "imported"
-# A run names a folder.
+# The name of a run is also the name of its folder.
 RUN_NAME = re.compile(r"\w[\w.-]{0,199}")
-# Lists and messages carry what a manifest says: text of the length of a path, and numbers of 64 bits. A version may be
-# of many files of text, each of which it names.
+# Lists and messages carry the values of a manifest: texts have at most the length of a path, numbers 64 bits. The whole
+# manifest may be large, because it names every text file that the version was trained on.
 _MOST_BYTES = 64 << 20
 _MOST_CHARACTERS = 4096
 _MOST_NUMBER = 2**63 - 1
-# Characters of the reason for which a manifest cannot be understood.
+# The most characters of the reason in an error about an invalid manifest.
 _REASON = 120
 # The end of the year 9999, in seconds since the epoch.
 _LATEST_S = 253402300800
-# Under this name a manifest holds the SHA-256 of all its other values.
+# The SHA-256 of all other values of a manifest.
 _DIGEST_NAME = "sha256"
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of a checkpoint, as it was when it was committed."""
+    """One file of a checkpoint."""
 
     name: str
     size_bytes: int
@@ -41,28 +41,28 @@ class FileRecord:
 
 
 class _Manifest:
-    """Reading and writing, the same for both kinds."""
+    """What both kinds of manifests have in common."""
 
     run: str
     files: tuple[FileRecord, ...]
 
     @property
     def size_bytes(self) -> int:
-        """The size of all files but the manifest."""
+        """The size of all files except the manifest."""
         return sum(record.size_bytes for record in self.files)
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of all values, those of the files among them, in hexadecimal."""
+        """The SHA-256 of all values, including the hashes of the files, in hexadecimal."""
         return _digest(self._values())
 
     def to_json(self) -> str:
-        """As `manifest.json` holds it."""
+        """Returns the text of `manifest.json`."""
         values = self._values()
         return json.dumps(values | {_DIGEST_NAME: self.digest}, indent=2, sort_keys=True)
 
     def _values(self) -> dict[str, object]:
-        # Without what older manifests lack, if it says nothing: so their digests stay the same.
+        # Omits fields with their default value, so that the digest of an older manifest stays the same.
         named: Any = fields(self)  # type: ignore[arg-type]
         silent = {field.name for field in named if getattr(self, field.name) == field.default}
         values: dict[str, object] = asdict(self)  # type: ignore[call-overload]
@@ -70,7 +70,7 @@ class _Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """The manifest of a checkpoint's folder; raises `CorruptCheckpoint` where it cannot be understood."""
+        """Reads the manifest in a checkpoint's folder; raises `CorruptCheckpoint` if it is unreadable or invalid."""
         path = directory / MANIFEST_NAME
         if path.exists() and not path.is_file():
             raise CorruptCheckpoint(f"{path} is not a file.")
@@ -90,9 +90,9 @@ class _Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """From what `manifest.json` holds; unknown names are left out, so that a newer writer can add some.
+        """Parses the text of `manifest.json`; ignores unknown names, so that newer writers can add some.
 
-        Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError` for anything else.
+        Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError` if it is invalid.
         """
         values = json.loads(text)
         if values.pop(_DIGEST_NAME) != _digest(values):
@@ -116,7 +116,7 @@ def _digest(values: Mapping[str, object]) -> str:
 
 
 def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a dataclass from what JSON holds; raises `KeyError` or `TypeError` if one is missing or odd."""
+    """Returns the fields of a dataclass from JSON; raises `KeyError` or `TypeError` if one is missing or invalid."""
     typed = {}
     for field in fields(owner):
         if field.name not in values and field.default is not MISSING:
@@ -124,7 +124,7 @@ def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         value, kind = values[field.name], get_origin(field.type) or field.type
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
-        # A float that was whole may stand as a whole number.
+        # JSON may contain a whole number in the place of a float.
         kinds = get_args(field.type) if kind is UnionType else (kind, int if kind is float else kind)
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise TypeError(f"{field.name} is {shown(value, 40)}")
@@ -133,7 +133,7 @@ def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_bounded(name: str, value: object) -> None:
-    """Raises `ValueError` on what no list or message should carry, however deep it stands."""
+    """Raises `ValueError` if a value, or a value inside it, is too long or too large."""
     match value:
         case str() if len(value) > _MOST_CHARACTERS:
             raise ValueError(f"{name} has {len(value)} characters")
@@ -150,7 +150,7 @@ def _require_bounded(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class StateManifest(_Manifest):
-    """A state: everything a run needs to go on from a step."""
+    """The manifest of a state: everything that a run needs to continue from a step."""
 
     run: str
     step: int
@@ -160,10 +160,10 @@ class StateManifest(_Manifest):
 
 @dataclass(frozen=True)
 class VersionManifest(_Manifest):
-    """A version: everything a server needs to serve it, and how good it claims to be.
+    """The manifest of a version: everything that a server needs to serve it, and how good it claims to be.
 
-    Losses are in nats per token. `claimed_loss` is that on the windows in `evaluation.npy`; losses compare only between
-    versions of one `evaluation_set`. Times are seconds since the epoch.
+    Losses are in nats per token, and comparable only between versions with the same `evaluation_set`. `claimed_loss` is
+    the loss on the windows in `evaluation.npy`. Times are in seconds since the epoch.
     """
 
     version: int
@@ -187,5 +187,5 @@ class VersionManifest(_Manifest):
     bits_per_byte: float
     claimed_loss: float
     files: tuple[FileRecord, ...]
-    # What a person noted about the run.
+    # Notes of a person about the run.
     notes: str = ""

@@ -1,4 +1,4 @@
-"""Which version a label names."""
+"""The versions that labels name."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,37 +7,40 @@ from dataclasses import dataclass
 from shared.registry.decisions import Decided, pinned_number, run_label, run_of
 from shared.registry.manifest import IMPORTED, VersionManifest
 
-# A version on another text takes the lead over once it has trained on this share of the tokens of the best one.
+# A version with another evaluation set takes the lead once it has trained on this share of the best one's tokens.
 _SHARE = 0.5
-# Rows of a batch, and tokens of a context.
-_MOST_A_STEP = 2**31
+# A larger batch size or context length is not believed.
+_MOST_PER_STEP = 2**31
 
 
 @dataclass(frozen=True)
 class Lead:
-    """The evaluation set on which `best` compares, and the version with which it took the lead over."""
+    """The evaluation set on which `best` compares, and the first version with which it leads."""
 
     evaluation_set: str
     since: VersionManifest
 
 
 def latest(versions: Sequence[VersionManifest]) -> VersionManifest | None:
-    """The newest version."""
+    """Returns the newest version."""
     return max(versions, key=lambda version: version.version, default=None)
 
 
 def trained_tokens(version: VersionManifest) -> float:
-    """The tokens that a version has trained on, those of the versions that it continues among them.
+    """Returns how many tokens a version has trained on, including those of the versions that it continues.
 
-    Infinite for an imported version and for those that continue it: nobody here knows what it has trained on, and a
-    person asked for it. 0 for one that does not say.
+    Returns infinity for an imported version and for those that continue it, because its tokens are unknown and a person
+    chose it, and 0 if the manifest does not say.
     """
     return math.inf if version.preset == IMPORTED else float(version.step * _tokens_per_step(version))
 
 
 def leading(versions: Sequence[VersionManifest]) -> Lead | None:
-    """The evaluation set that leads: that of the first version, until a version on another one has trained on at least
-    half as many tokens as the best version of the set that leads. None if there is no version."""
+    """Returns the leading evaluation set, or None if there is no version.
+
+    The set of the first version leads until a version with another set has trained on at least half as many tokens as
+    the best version of the leading set.
+    """
     lead: Lead | None = None
     best: dict[str, VersionManifest] = {}
     for version in sorted(versions, key=lambda version: version.version):
@@ -52,21 +55,21 @@ def leading(versions: Sequence[VersionManifest]) -> Lead | None:
 
 
 def ranking(versions: Sequence[VersionManifest]) -> list[VersionManifest]:
-    """The versions judged on the evaluation set that leads: lowest bits per byte first, then the newest."""
+    """Returns the versions with the leading evaluation set: lowest bits per byte first, then the newest."""
     lead = leading(versions)
     return sorted((each for each in versions if lead and each.evaluation_set == lead.evaluation_set), key=_rank)
 
 
 def ranking_of_run(versions: Sequence[VersionManifest], run: str) -> list[VersionManifest]:
-    """The versions of a run: lowest bits per byte first, then the newest."""
+    """Returns the versions of a run: lowest bits per byte first, then the newest."""
     return sorted((version for version in versions if version.run == run), key=_rank)
 
 
 def number_of(label: str, versions: Sequence[VersionManifest], decided: Decided) -> int | None:
-    """The version that a label names, if there is one.
+    """Returns the number of the version that a label names, if there is one.
 
-    `best`, `latest` and `run:<name>` follow from the manifests, and never name a version that must not serve; `stable`
-    and `pinned:<version>` are what somebody decided.
+    `best`, `latest` and `run:<name>` follow from the manifests, and never name a refused version. `stable` and
+    `pinned:<version>` are decisions of a person.
     """
     deserving = [version for version in versions if version.version not in decided.refused]
     named: VersionManifest | None
@@ -83,26 +86,26 @@ def number_of(label: str, versions: Sequence[VersionManifest], decided: Decided)
 
 
 def labels(versions: Sequence[VersionManifest], decided: Decided) -> dict[str, int]:
-    """Every label that names a version now; of those for a run or a single version only the policy's own."""
+    """Returns every label that names a version; of `run:` and `pinned:` labels only the policy."""
     named = {label: number_of(label, versions, decided) for label in ("best", "latest", "stable", decided.policy)}
     return {label: number for label, number in named.items() if number is not None}
 
 
 def labels_of(number: int, labels: Mapping[str, int]) -> tuple[str, ...]:
-    """Those of all labels that name a version."""
+    """Returns the labels that name a version."""
     return tuple(label for label, named in labels.items() if named == number)
 
 
 def describe_labels(labels: Mapping[str, int]) -> str:
-    """Which labels there are, for a sentence on what there is not."""
+    """Describes the existing labels, for the error about a missing one."""
     if not labels:
         return "the registry is still empty"
     return "the labels are " + ", ".join(f"{label} (version {number})" for label, number in labels.items())
 
 
 def describe_other_text(versions: Sequence[VersionManifest], refused: frozenset[int] = frozenset()) -> str:
-    """A sentence on the newest versions if they do not compare with the best one, and when they take over; else
-    empty."""
+    """Returns a sentence if the newest versions do not compare with the best one, and when they take the lead; or an
+    empty text."""
     deserving = [version for version in versions if version.version not in refused]
     newest, ranked = latest(deserving), ranking(deserving)
     if newest is None or newest.evaluation_set == ranked[0].evaluation_set:
@@ -114,7 +117,7 @@ def describe_other_text(versions: Sequence[VersionManifest], refused: frozenset[
         if (each.evaluation_set, each.run) == (newest.evaluation_set, newest.run) and each.version > best.version
     )
     sentence = f"Versions {others[0]} to {others[-1]} were" if len(others) > 1 else f"Version {newest.version} was"
-    sentence += f" judged on other held-out text than version {best.version}, which is best"
+    sentence += f" judged on other held-out text than version {best.version}, the best one"
     serve = f"`follow {run_label(newest.run)}` lets the best of that run serve."
     per_step = _tokens_per_step(newest)
     if not per_step or math.isinf(trained_tokens(best)):
@@ -131,7 +134,7 @@ def _rank(version: VersionManifest) -> tuple[float, int]:
 
 
 def _tokens_per_step(version: VersionManifest) -> int:
-    """0 where a version does not say, in numbers that can be true."""
+    """Returns the tokens of a training step, or 0 if the manifest does not say, or not plausibly."""
     factors = (version.training.get("batch_size"), version.training.get("context_length"))
-    sensible = [factor for factor in factors if isinstance(factor, int) and 0 < factor < _MOST_A_STEP]
+    sensible = [factor for factor in factors if isinstance(factor, int) and 0 < factor < _MOST_PER_STEP]
     return math.prod(sensible) if len(sensible) == len(factors) else 0

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, so that training does not fill the disk."""
+"""Decides which checkpoints are kept, so that training does not fill the disk."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -12,7 +12,7 @@ from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
 from shared.service.settings import Environment, read_bytes, read_int
 
-# A run that has not come to its end may still train, or wait to go on, if it wrote a state within this time.
+# An unfinished run that wrote a state within this time may still train, or wait to continue.
 _ACTIVE_S = 7 * 24 * 3600.0
 
 _MOST = 1_000_000
@@ -21,19 +21,19 @@ _MOST_BYTES = 2**60
 
 @dataclass(frozen=True)
 class Retention:
-    """How much is kept. Raises `InvalidArgument` and names the field that is out of range.
+    """How many checkpoints are kept. Raises `InvalidArgument`, which names the field that is out of range.
 
-    states: the last states of each run that is kept, at least 1; of one that has come to its end only the last.
-    best: the best versions of each evaluation set that is kept.
-    newest: the newest versions.
-    every: each version whose number is a multiple of it; 0 for none.
-    runs: the runs that are kept, those that wrote a state last; and every run that may still train.
-    size_bytes: how large all of it may be; 0 for no limit.
+    states: how many of the last states of each kept run, at least 1; of a finished run only the last state is kept.
+    best: how many of the best versions of each kept evaluation set.
+    newest: how many of the newest versions.
+    every: keeps each version whose number is a multiple of this; 0 for none.
+    runs: how many runs, those that wrote a state last; every run that may still train is kept too.
+    size_bytes: the limit on the size of all checkpoints; 0 for no limit.
 
-    The evaluation sets that are kept are that of the newest version and those on which the kept runs were judged. So a
-    model of another text stays until as many later runs have trained. What a label names or a job waits for always
-    stays, with its state, and so does the last state of each kept run. Of the others, the limit on size takes older
-    states first, then versions that are not among the best, the oldest first, then the worst.
+    The kept evaluation sets are those of the newest version and of the kept runs. So a model of another text is kept
+    until this many later runs have trained. A version that a label names or a job waits for is always kept, with its
+    state, and so is the last state of each kept run. Of the others, the limit on the size removes older states first,
+    then versions that are not among the best, from the oldest on, then the worst of the best.
     """
 
     states: int = 2
@@ -52,7 +52,7 @@ class Retention:
 
 
 def read_retention(environment: Environment) -> Retention:
-    """From the variables `GPTLOOP_KEEP_…`; raises `InvalidArgument` and names the variable that is wrong."""
+    """Reads the variables `GPTLOOP_KEEP_…`; raises `InvalidArgument`, which names the invalid variable."""
     default = Retention()
 
     def read(name: str, value: int, minimum: int = 0) -> int:
@@ -70,9 +70,9 @@ def read_retention(environment: Environment) -> Retention:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a checkpoint stays; without a reason it goes.
+    """The reasons why a checkpoint is kept; without any, it is removed.
 
-    `is_firm` says that no limit on size takes it away, `has_no_room` that such a limit did.
+    `is_firm` means that the limit on the size cannot remove it, `has_no_room` that this limit removes it.
     """
 
     checkpoint: Checkpoint
@@ -82,14 +82,14 @@ class Verdict:
 
 
 def judge(registry: Registry, retention: Retention) -> list[Verdict]:
-    """What a retention says of every version and state, but for versions with a damaged manifest: they need a person.
+    """Judges every version and state, except versions with a damaged manifest, which a person must handle.
 
-    Raises `CorruptCheckpoint` where the disk does not yield a manifest, or what was decided about labels.
+    Raises `CorruptCheckpoint` if the disk fails to read a manifest, or if a decision about labels cannot be read.
     """
     versions = _versions(registry)
     decided = registry.decided(versions)
     labels, held = policy.labels(versions, decided), registry.holds.jobs()
-    # They may be on their way here, or come back: whatever the others are worth, these wait for a person.
+    # These may still be copied here, or become readable again, so only a person removes them.
     lacking = {each.version for each in versions if registry.lacking(each)}
     firm = _firm_reasons(versions, decided, labels, held, lacking)
     continued = {*labels.values(), *held, *lacking}
@@ -105,14 +105,14 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
 
 
 def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
-    """Removes what nothing keeps, each whole, and returns it; raises `FailedPrecondition` where that fails."""
+    """Removes every checkpoint that is not kept, and returns them; raises `FailedPrecondition` if that fails."""
     with writing(registry.root):
         going = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
         return [checkpoint for checkpoint in going if _remove(registry, checkpoint)]
 
 
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
-    """Removes a checkpoint, unless somebody has decided for it, or waits for it, since it was judged."""
+    """Removes a checkpoint, unless a label names it, or a job waits for it, since it was judged."""
     with registry.decisions.held():
         versions = registry.versions()
         labelled = policy.labels(versions, registry.decided(versions)).values()
@@ -133,7 +133,7 @@ def _versions(registry: Registry) -> list[VersionManifest]:
         except NotFound:
             continue
         except CorruptCheckpoint as error:
-            # What cannot be read now may be the best: without it, others and their states would be judged wrongly.
+            # An unreadable version may be the best one; without it, the others would be judged wrongly.
             if isinstance(error.__cause__, OSError):
                 raise
     return versions
@@ -146,7 +146,7 @@ def _firm_reasons(
     held: Mapping[int, str],
     lacking: Collection[int],
 ) -> dict[int, tuple[str, ...]]:
-    """Why versions stay whatever their size."""
+    """Returns the reasons why versions are kept despite the limit on the size."""
     deserving = [each for each in versions if each.version not in decided.refused]
     lead = policy.leading(deserving)
     firm = {}
@@ -157,14 +157,14 @@ def _firm_reasons(
         if number in lacking:
             reasons.append("some of its files are missing or cannot be read")
         if lead is not None and number == lead.since.version != deserving[0].version:
-            # Without it the text before could lead again.
-            reasons.append("with it its text took best over")
+            # Without it the previous evaluation set could lead again.
+            reasons.append("its evaluation set leads since this version")
         firm[number] = tuple(reasons)
     return firm
 
 
 def _kept_runs(registry: Registry, retention: Retention) -> dict[str, int]:
-    """The runs that are kept, each with how many of its last states."""
+    """Returns the kept runs, each with the number of its states to keep."""
     ended = {run for run in registry.runs() if registry.has_ended(run)}
     last_written_at = {}
     for run in registry.runs():
@@ -178,7 +178,7 @@ def _kept_runs(registry: Registry, retention: Retention) -> dict[str, int]:
 def _best(
     versions: Sequence[VersionManifest], deserving: Sequence[VersionManifest], runs: Collection[str], count: int
 ) -> list[int]:
-    """The best versions of each evaluation set that is kept, those of any set before worse ones of others."""
+    """Returns the best versions of each kept evaluation set, ordered by their rank within their set."""
     ranked: list[tuple[int, int]] = []
     for evaluation_set in {each.evaluation_set for each in versions if each.run in runs or each is versions[-1]}:
         judged_alike = [each for each in deserving if each.evaluation_set == evaluation_set]
@@ -209,7 +209,7 @@ def _judge_versions(
 def _judge_states(
     registry: Registry, runs: Mapping[str, int], continued: Mapping[tuple[str, int], int]
 ) -> list[Verdict]:
-    """`runs` says how many states of a run stay, `continued` which version's state has to."""
+    """`runs` is the number of states to keep of each run, `continued` the version that needs a state."""
     verdicts = []
     for run in registry.runs():
         steps, count = registry.states(run), runs.get(run, 0)
@@ -224,8 +224,10 @@ def _judge_states(
 
 
 def _within(verdicts: list[Verdict], registry: Registry, limit_bytes: int, rank: Mapping[int, int]) -> list[Verdict]:
-    """The verdicts with which what stays is no larger than a limit, as far as that can be; `rank` is that of the best
-    versions, 0 for a best one."""
+    """Returns the verdicts with more removals, until the kept checkpoints fit into the limit, as far as possible.
+
+    `rank` is the rank of each of the best versions, from 0 on.
+    """
 
     def value(verdict: Verdict) -> tuple[float, ...]:
         checkpoint = verdict.checkpoint

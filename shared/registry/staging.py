@@ -1,6 +1,7 @@
-"""Where checkpoints are written before they are seen, and go before they are removed: `staging/<id>/`.
+"""The folders `staging/<id>/`, in which checkpoints are written before they are visible, and removed afterwards.
 
-`files/` is what is being written, and `lock` is held by its writer; or the whole folder is what is being removed.
+Such a folder contains `files/`, which is being written, and `lock`, which the writer holds; or it is a checkpoint that
+is being removed.
 """
 
 import shutil
@@ -21,20 +22,20 @@ class Staging:
 
     @contextmanager
     def new(self, parent: Path) -> Iterator[Path]:
-        """An empty folder, to be filled and then moved into `parent`; it is gone afterwards in any case."""
+        """Yields an empty folder, to be filled and then moved into `parent`; removes it if it was not moved."""
         place = self._new_place()
         with writing(self._root), ExitStack() as stack:
             make_folder(parent, self._root)
             place.parent.mkdir(exist_ok=True)
             stack.callback(_discard, place)
-            # Or a sweep could come by before the writer's own lock is held.
+            # Without this lock, a sweep could remove the folder before its own lock is held.
             with locked(self._root / "staging.lock"):
                 (place / "files").mkdir(parents=True)
                 stack.enter_context(locked(place / "lock"))
             yield place / "files"
 
     def remove(self, directory: Path) -> None:
-        """Takes a folder away whole; nothing happens if there is none."""
+        """Removes a folder atomically, if it exists."""
         if not directory.exists():
             return
         grave = self._new_place()
@@ -45,7 +46,7 @@ class Staging:
             except FileNotFoundError:
                 return
             try:
-                # Or a power failure could bring the folder back with some of its files missing.
+                # Without a sync, a power failure could bring the folder back with some of its files missing.
                 sync(directory.parent)
             except OSError:
                 with suppress(OSError):
@@ -54,12 +55,11 @@ class Staging:
         _discard(grave)
 
     def sweep(self, folders: Iterable[Path]) -> None:
-        """Removes what processes that are gone left half-written or half-removed; `folders` are those of
-        checkpoints."""
+        """Removes what dead processes left half-written or half-removed; `folders` are the parents of checkpoints."""
         if not self._folder.is_dir() or not any(self._folder.iterdir()):
             return
         with writing(self._root), locked(self._root / "staging.lock"):
-            # Who died while removing something may not have come to this.
+            # A process that died while removing a checkpoint may not have synced its parent.
             for folder in folders:
                 if folder.is_dir():
                     sync(folder)
@@ -72,7 +72,7 @@ class Staging:
 
 
 def _discard(path: Path) -> None:
-    """Removes a folder, or a file; what cannot be removed is left to the next sweep."""
+    """Removes a folder or a file; leaves what it cannot remove to the next sweep."""
     shutil.rmtree(path, ignore_errors=True)
     if path.is_file():
         path.unlink(missing_ok=True)

@@ -2,12 +2,12 @@
 
 versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
-runs/<run>/ended           there once the run has come to its end
-evaluations/<n>/           what later evaluations of a version found
-serving/                   what servers found out and operators decided, as `decisions.py` has it
-staging/<id>/              what is being written or removed, as `staging.py` has it
-holds/                     what jobs wait for, as `holds.py` has it
-last_version               the highest number that a version ever had, as `numbering.py` has it
+runs/<run>/ended           marks a finished run
+evaluations/<n>/           results of later evaluations of a version
+serving/                   decisions and findings: see `decisions.py`
+staging/<id>/              checkpoints that are being written or removed: see `staging.py`
+holds/                     versions that jobs wait for: see `holds.py`
+last_version               the highest number that any version ever had: see `numbering.py`
 """
 
 import logging
@@ -41,16 +41,16 @@ from shared.text import excerpt
 
 logger = logging.getLogger(__name__)
 
-# In the folder of a run that has come to its end.
+# A file in the folder of a finished run.
 _ENDED = "ended"
 
-# Fills an empty folder with a checkpoint's files.
+# Writes the files of a checkpoint into an empty folder.
 Write = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Names a version by its number, or a state by its step and its run."""
+    """The name of a version (its number), or of a state (its step and its run)."""
 
     number: int
     run: str | None = None
@@ -60,10 +60,10 @@ class Checkpoint:
 
 
 class Registry:
-    """One registry on disk. Readers need no lock: what they can see is whole and never changes.
+    """One registry on disk. Readers need no lock, because every visible checkpoint is whole and never changes.
 
-    What writes raises `FailedPrecondition` where the disk is full or the folder cannot be written; nothing is visible
-    of a checkpoint then.
+    Methods that write raise `FailedPrecondition` if the disk is full or the folder cannot be written; no part of the
+    checkpoint is visible then.
     """
 
     def __init__(self, root: Path) -> None:
@@ -72,15 +72,15 @@ class Registry:
         self.holds = Holds(root)
         self._staging = Staging(root)
         self._highest = HighestVersion(root)
-        # A version never changes, so its manifest is read once; the inode tells a new registry at the same place.
+        # A version never changes, so its manifest is read once; the inode shows if the whole registry was replaced.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}
-        # Versions whose manifest could not be read when it was looked at last, and why.
+        # The versions whose manifest could not be read at the last attempt, with the reason.
         self.unreadable: dict[int, str] = {}
 
-    # Versions.
+    # Versions
 
     def versions(self) -> list[VersionManifest]:
-        """Every version whose manifest can be read, by ascending number; the others are in `unreadable` then."""
+        """Returns every version with a readable manifest, by ascending number; puts the others into `unreadable`."""
         manifests = []
         unreadable: dict[int, str] = {}
         present = numbers(self.root / "versions")
@@ -92,15 +92,15 @@ class Registry:
             except (CorruptCheckpoint, OSError) as error:
                 unreadable[number] = str(error)
                 if number not in self.unreadable:
-                    logger.warning("version %d is left out: %s", number, error)
+                    logger.warning("version %d is ignored: %s", number, error)
         self.unreadable = unreadable
-        # Another process may have removed some.
+        # Another process may have removed versions.
         for gone in self._manifests.keys() - present:
             self._manifests.pop(gone, None)
         return manifests
 
     def version(self, number: int) -> VersionManifest:
-        """The manifest of a version; raises `NotFound`, or `CorruptCheckpoint` where it cannot be read."""
+        """Returns the manifest of a version; raises `NotFound`, or `CorruptCheckpoint` if it cannot be read."""
         try:
             return self._manifest(number)
         except FileNotFoundError:
@@ -114,7 +114,7 @@ class Registry:
                 self._manifests[number] = (inode, self._read_manifest(number))
             return self._manifests[number][1]
         except CorruptCheckpoint:
-            # It can have been removed meanwhile.
+            # Another process may have removed it in the meantime.
             directory.stat()
             raise
 
@@ -122,16 +122,18 @@ class Registry:
         directory = self.version_directory(number)
         manifest = VersionManifest.read(directory)
         if manifest.version != number:
-            raise CorruptCheckpoint(f"{directory} holds the manifest of version {manifest.version}.")
+            raise CorruptCheckpoint(f"{directory} contains the manifest of version {manifest.version}.")
         return manifest
 
     def version_directory(self, number: int) -> Path:
-        """The folder of a version, whether or not it exists."""
+        """Returns the folder of a version, which may not exist."""
         return self.root / "versions" / str(number)
 
     def verify(self, manifest: VersionManifest) -> None:
-        """Compares every file of a version with its manifest; raises `CorruptCheckpoint`, or `NotFound` where the
-        version was removed meanwhile."""
+        """Compares every file of a version with its manifest.
+
+        Raises `CorruptCheckpoint`, or `NotFound` if the version was removed in the meantime.
+        """
         directory = self.version_directory(manifest.version)
         try:
             verify_files(directory, manifest.files)
@@ -141,28 +143,27 @@ class Registry:
             raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
 
     def lacking(self, manifest: VersionManifest) -> str:
-        """What a version lacks of its files, as while it is copied, in a few words; empty if they are all there."""
+        """Describes a missing or unreadable file of a version; returns an empty text if there is none."""
         try:
             return lacking(self.version_directory(manifest.version), manifest.files)
         except OSError as error:
             return f"{error.filename} cannot be read: {error.strerror}"
 
     def labels(self) -> dict[str, int]:
-        """Every label with the number of the version that it names now; without those of files that cannot be read."""
+        """Returns every label with the number of its version; without labels whose files cannot be read."""
         versions = self.versions()
         return policy.labels(versions, self.known(versions))
 
     def known(self, versions: Sequence[VersionManifest]) -> Decided:
-        """What was decided and found out about versions, without the decisions that cannot be read."""
+        """Returns the decisions and refusals, without decisions that cannot be read."""
         try:
             return self.decided(versions)
         except CorruptCheckpoint as error:
-            logger.warning("only the labels that follow from the manifests are known: %s", error)
+            logger.warning("only labels that follow from the manifests are known: %s", error)
             return Decided(self._refused(versions))
 
     def decided(self, versions: Sequence[VersionManifest]) -> Decided:
-        """What was decided and found out about versions; raises `CorruptCheckpoint` where some decision cannot be
-        read."""
+        """Returns the decisions and refusals; raises `CorruptCheckpoint` if a decision cannot be read."""
         return Decided(self._refused(versions), self.decisions.stable(), self.decisions.policy())
 
     def _refused(self, versions: Sequence[VersionManifest]) -> frozenset[int]:
@@ -174,7 +175,7 @@ class Registry:
         )
 
     def resolve(self, label: str) -> VersionManifest:
-        """The version that a label names; raises `InvalidArgument` on what is no label, and `NotFound`."""
+        """Returns the version that a label names; raises `InvalidArgument` if it is not a label, or `NotFound`."""
         check_label(label)
         labels = self.labels()
         number = labels.get(label)
@@ -188,9 +189,9 @@ class Registry:
     def publish_version(
         self, fence: Fence, write: Write, manifest: Callable[[int, tuple[FileRecord, ...]], VersionManifest]
     ) -> VersionManifest:
-        """Writes a new version under a number that none had before; `manifest` completes it from number and files.
+        """Writes a new version under the next number; `manifest` creates its manifest from the number and the files.
 
-        Raises `RunOwnershipLost` where another process took the run over meanwhile; nothing is visible then.
+        Raises `RunOwnershipLost` if another process took over the run in the meantime; nothing is visible then.
         """
         with self._staging.new(self.root / "versions") as staging:
             write(staging)
@@ -203,10 +204,10 @@ class Registry:
         return version
 
     def keep_evaluation(self, number: int, evaluation_set: str, text: str) -> None:
-        """Keeps what an evaluation of a version on a set found, beside the version, which never changes."""
+        """Writes the result of an evaluation of a version beside the version, which itself never changes."""
         folder = self._evaluations(number)
         if not self.version_directory(number).is_dir():
-            return  # it was removed meanwhile
+            return  # It was removed in the meantime.
         with writing(self.root):
             make_folder(folder, self.root)
             replace_text(folder / f"{evaluation_set}.json", text)
@@ -215,60 +216,60 @@ class Registry:
         return self.root / "evaluations" / str(number)
 
     def remove_version(self, number: int) -> None:
-        """Takes a version away whole, and its evaluations; who has it open keeps what is open."""
+        """Removes a version atomically, and its evaluations; processes that have its files open can still read them."""
         self.decisions.forget(number)
         self._staging.remove(self.version_directory(number))
         self._staging.remove(self._evaluations(number))
         self._manifests.pop(number, None)
 
-    # States.
+    # States
 
     def run_directory(self, run: str) -> Path:
-        """The folder of a run, whether or not it exists."""
+        """Returns the folder of a run, which may not exist."""
         return self.root / "runs" / run
 
     def runs(self) -> list[str]:
-        """Every run that has a folder, in alphabetical order."""
+        """Returns every run that has a folder, in alphabetical order."""
         return sorted(path.name for path in children(self.root / "runs") if _is_run(path))
 
     def end_run(self, run: str) -> None:
-        """Remembers that a run has come to its end, so that only a later run needs its states."""
+        """Marks a run as finished, so that only its last state is kept."""
         with writing(self.root):
             replace_text(self.run_directory(run) / _ENDED, "")
 
     def has_ended(self, run: str) -> bool:
-        """Whether a run has come to its end."""
+        """Returns whether a run is finished."""
         return (self.run_directory(run) / _ENDED).exists()
 
     def states(self, run: str) -> list[int]:
-        """The steps that have a state, ascending."""
+        """Returns the steps that have a state, in ascending order."""
         return sorted(numbers(self.run_directory(run) / "states"))
 
     def state_directory(self, run: str, step: int) -> Path:
-        """The folder of a state, whether or not it exists."""
+        """Returns the folder of a state, which may not exist."""
         return self.run_directory(run) / "states" / str(step)
 
     def verified_state(self, run: str, step: int) -> Path:
-        """The folder of a state whose files were compared with its manifest; raises `NotFound`, `CorruptCheckpoint`."""
+        """Verifies a state and returns its folder; raises `NotFound` or `CorruptCheckpoint`."""
         directory = self.state_directory(run, step)
         try:
             manifest = StateManifest.read(directory)
             if (manifest.run, manifest.step) != (run, step):
-                raise CorruptCheckpoint(f"{directory} holds the state of step {manifest.step} of {manifest.run}.")
+                raise CorruptCheckpoint(f"{directory} contains the state of step {manifest.step} of {manifest.run}.")
             verify_files(directory, manifest.files)
         except CorruptCheckpoint:
             if directory.exists():
                 raise
             kept = excerpt(", ".join(map(str, self.states(run))) or "none")
             raise NotFound(
-                f"The run {run} has no state of step {step} any more; its states are of the steps: {kept}."
+                f"The run {run} no longer has a state of step {step}; it has states of these steps: {kept}."
             ) from None
         return directory
 
     def write_state(self, fence: Fence, run: str, step: int, write: Write) -> Path:
-        """Writes the state of a step; one that is there and whole is kept, as it is the same.
+        """Writes the state of a step and returns its folder; keeps an existing valid state, because it is the same.
 
-        Raises `RunOwnershipLost` where another process took the run over meanwhile; nothing is visible then.
+        Raises `RunOwnershipLost` if another process took over the run in the meantime; nothing is visible then.
         """
         final = self.state_directory(run, step)
         with writing(self.root):
@@ -277,7 +278,7 @@ class Registry:
             except NotFound:
                 pass
             except CorruptCheckpoint as error:
-                logger.warning("a state is written anew: %s", error)
+                logger.warning("a damaged state is replaced: %s", error)
             with self._staging.new(final.parent) as staging:
                 write(staging)
                 seal(staging, StateManifest(run, step, time.time(), record_files(staging)).to_json())
@@ -287,61 +288,60 @@ class Registry:
         return final
 
     def remove_state(self, run: str, step: int) -> None:
-        """Takes a state away whole."""
+        """Removes a state atomically."""
         self._staging.remove(self.state_directory(run, step))
 
-    # Both kinds.
+    # Both kinds
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Every version and every state, whole or not."""
+        """Returns every version and every state, valid or not."""
         versions = [Checkpoint(number) for number in sorted(numbers(self.root / "versions"))]
         return versions + [Checkpoint(step, run) for run in self.runs() for step in self.states(run)]
 
     def strangers(self) -> list[Path]:
-        """What stands among versions, runs and states under a name that the registry gives none; nothing reads it."""
+        """Returns the paths among versions, runs and states with unknown names, which nothing reads."""
         folders = (self.root / "versions", *(self.run_directory(run) / "states" for run in self.runs()))
         paths = [path for folder in folders for path in children(folder) if number_of(path) is None]
         paths += [path for path in children(self.root / "runs") if not _is_run(path)]
         return [path for path in paths if path.name not in IGNORED_NAMES]
 
     def directory(self, checkpoint: Checkpoint) -> Path:
-        """The folder of a checkpoint, whether or not it exists."""
+        """Returns the folder of a checkpoint, which may not exist."""
         if checkpoint.run is None:
             return self.version_directory(checkpoint.number)
         return self.state_directory(checkpoint.run, checkpoint.number)
 
     def size_bytes(self, checkpoint: Checkpoint) -> int:
-        """The size of a checkpoint's files; 0 where it is gone."""
+        """Returns the size of a checkpoint's files; 0 if it does not exist."""
         try:
             return sum(path.stat().st_size for path in children(self.directory(checkpoint)))
         except FileNotFoundError:
             return 0
 
     def written_at(self, checkpoint: Checkpoint) -> float:
-        """When a checkpoint was written, in seconds since the epoch; 0 where it is gone."""
+        """Returns when a checkpoint was written, in seconds since the epoch; 0 if it does not exist."""
         try:
-            # A rename of the folder leaves it as it was.
+            # Renaming the folder does not change this time.
             return self.directory(checkpoint).stat().st_mtime
         except FileNotFoundError:
             return 0.0
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Compares a checkpoint's files with its manifest; raises `CorruptCheckpoint`, or `NotFound` where it is
-        gone."""
+        """Compares a checkpoint's files with its manifest; raises `CorruptCheckpoint` or `NotFound`."""
         if checkpoint.run is None:
             self.verify(self.version(checkpoint.number))
         else:
             self.verified_state(checkpoint.run, checkpoint.number)
 
     def remove(self, checkpoint: Checkpoint) -> None:
-        """Takes a checkpoint away whole; who has it open keeps what is open."""
+        """Removes a checkpoint atomically; processes that have its files open can still read them."""
         if checkpoint.run is None:
             self.remove_version(checkpoint.number)
         else:
             self.remove_state(checkpoint.run, checkpoint.number)
 
     def sweep(self) -> None:
-        """Removes what processes that are gone left half-written or half-removed."""
+        """Removes what dead processes left half-written or half-removed."""
         self._staging.sweep(chain([self.root / "versions"], self.root.glob("runs/*/states")))
 
 

@@ -301,7 +301,7 @@ def test_a_version_that_was_rolled_back_stays_refused_until_it_is_loaded(server:
         (
             ("follow", "newest"),
             2,
-            "'newest' is not a label: the labels are best, latest, stable, run:<name> and pinned:<version>.",
+            "'newest' is not a label; the labels are best, latest, stable, run:<name> and pinned:<version>.",
         ),
         (("load", "99999999999999999999"), 2, "A parameter cannot be sent: Value out of range"),
         (("versions", "--address", "127.0.0.1:1"), 1, "No server answers at 127.0.0.1:1: start it with `gptloop up`."),

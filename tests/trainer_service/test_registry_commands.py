@@ -54,7 +54,7 @@ def test_verify_names_all_that_is_broken_and_what_to_do(registry: Registry) -> N
     table = rows(result)
     assert "config.json has 3 bytes, but its manifest says 2." in table["version 1"]
     assert "manifest.json cannot be understood" in table["version 3"]
-    assert "does not hold all files of its manifest: model.safetensors is missing" in table["state 20"]
+    assert "lacks files of its manifest: model.safetensors is missing" in table["state 20"]
     assert "no such name" in table["backup The"]
     assert "version 2" not in table and "version 4" not in table
     assert r"two\nlines" in result.output and "two\n" not in result.output

@@ -226,7 +226,7 @@ def streams(server: Server) -> dict[int, int]:
         (
             lambda admin: admin.set_policy("newest"),
             errors.InvalidArgument,
-            "'newest' is not a label: the labels are best, latest, stable, run:<name> and pinned:<version>",
+            "'newest' is not a label; the labels are best, latest, stable, run:<name> and pinned:<version>",
         ),
         (lambda admin: admin.set_policy(""), errors.InvalidArgument, "'' is not a label"),
         (lambda admin: admin.set_policy("pinned:0"), errors.InvalidArgument, "'pinned:0' is not a label"),

@@ -1,4 +1,4 @@
-"""What a disk may hold after a power failure: only what was synced is sure, all else is there, gone or torn."""
+"""Models a disk after a power failure: synced data is there; other data is there, gone or torn."""
 
 import random
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class _File:
 
 @dataclass
 class _Folder:
-    """What stands under each name now, at the last sync, and at any time since."""
+    """The node under each name now, at the last sync, and at any time since."""
 
     entries: dict[str, "_Node"] = field(default_factory=dict)
     synced: dict[str, "_Node"] = field(default_factory=dict)
@@ -32,15 +32,15 @@ class _Folder:
 
 _Node = _File | _Folder
 
-# A tree of files: the content of each, None for a folder.
+# A tree of files: the content of each file, None for a folder.
 Image = Mapping[Path, bytes | None]
 
 
 @dataclass(frozen=True)
 class Survival:
-    """Which of what was not synced survives.
+    """Which unsynced changes survive.
 
-    names, contents: True for all of it, False for none, None for what chance says.
+    names, contents: True for all of them, False for none, None for a random choice.
     """
 
     names: bool | None
@@ -49,13 +49,13 @@ class Survival:
 
 
 class Disk:
-    """A folder of a disk on which everything was synced, and what happens to it then."""
+    """A folder on a disk, fully synced at first, and the operations on it."""
 
     def __init__(self, folder: Path) -> None:
         self._root = _scan(folder)
 
     def apply(self, operation: Operation) -> None:
-        """Does what an operation did; its paths are relative to the folder."""
+        """Applies an operation, whose paths are relative to the folder."""
         path = operation.path
         match operation.name:
             case "create":
@@ -80,7 +80,7 @@ class Disk:
                 raise AssertionError(name)
 
     def image(self, survival: Survival) -> Image:
-        """What is there when the power is back."""
+        """Returns the files after a power failure."""
         image: dict[Path, bytes | None] = {}
         _survive(self._root, Path(), survival, random.Random(survival.seed), image)
         return image
@@ -105,7 +105,7 @@ class Disk:
 
 
 def write_image(image: Image, folder: Path) -> None:
-    """Puts an image into a new folder."""
+    """Writes an image into a new folder."""
     for path, content in image.items():
         if content is None:
             (folder / path).mkdir()
@@ -140,6 +140,6 @@ def _content(file: _File, survives: bool | None, chance: random.Random) -> bytes
     if survives is not None or file.content == file.synced:
         return file.content if survives else file.synced
     place = chance.randrange(len(file.content) + 1)
-    # A hole reads as zeros.
+    # A hole is read as zeros.
     torn = (file.content[:place], file.content[:place].ljust(len(file.content), b"\0"))
     return chance.choice((file.content, file.synced, *torn))

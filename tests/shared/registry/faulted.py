@@ -1,4 +1,4 @@
-"""Runs in a process of its own, which faults.c was loaded into: python -m tests.shared.registry.faulted --help"""
+"""Runs in a separate process with faults.c loaded: python -m tests.shared.registry.faulted --help"""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def sweep(
     root: Path,
     scenario: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS)}.")],
 ) -> None:
-    """Disturbs each operation of a scenario in turn, in every way, and prints which ones there were."""
+    """Disturbs each operation of a scenario in turn, in every mode, and prints the operations."""
     faults = Faults(library)
     for mode in (Mode.FAIL_ONCE, Mode.FAIL_ON, Mode.DIE):
         hits: list[str] = []
@@ -39,7 +39,7 @@ def sweep(
 
 
 def _disturb(faults: Faults, scene: Scenario, registry: Registry, mode: Mode, n: int) -> str:
-    """Disturbs the n-th operation; returns its name, or nothing where there are fewer."""
+    """Disturbs the n-th operation and returns its name; returns an empty text if there are fewer."""
     fence = scene.prepare(registry)
     old = observe(registry.root)
     if mode is Mode.DIE:
@@ -55,12 +55,12 @@ def _disturb(faults: Faults, scene: Scenario, registry: Registry, mode: Mode, n:
         assert scene in [SCENARIOS[name] for name in ("fence", "finding", "prune")] or new == old, place + "visible"
         assert not list(registry.root.glob("**/*.new")), place + "a half-written text"
     if not failed:
-        assert new != old, place + "nothing was done, but nothing was said"
-    # The same process where it lives, or the next one.
+        assert new != old, place + "nothing changed, but no error was raised"
+    # In the same process, or as in the next one.
     next_registry = registry if n % 2 else Registry(registry.root)
     fence = Fence.raise_for(next_registry.run_directory(RUN))
     before = max(each.version for each in next_registry.versions())
-    # A number that was taken by who failed is left out.
+    # The failed attempt may have used one number.
     assert before < publish(next_registry, fence).version <= before + 2, place + "the next version"
     write_state(next_registry, fence)
     Registry(registry.root).sweep()
@@ -95,12 +95,12 @@ def _die(faults: Faults, registry: Registry, act: Act, n: int) -> str:
 @app.command()
 def record(
     library: Path,
-    world: Annotated[Path, typer.Argument(help="A folder in which the registry is var/registry.")],
+    world: Annotated[Path, typer.Argument(help="A folder that contains the registry as var/registry.")],
     scenario: Annotated[str, typer.Argument(help=f"One of {', '.join(SCENARIOS | BEGINNINGS)}.")],
     log: Path,
-    before: Annotated[Path, typer.Argument(help="Where a copy of the folder goes, as it is before the scenario.")],
+    before: Annotated[Path, typer.Argument(help="The place for a copy of the folder before the scenario.")],
 ) -> None:
-    """Writes every file operation of a scenario into a log."""
+    """Logs every file operation of a scenario."""
     scene, registry = (SCENARIOS | BEGINNINGS)[scenario], Registry(world / "var" / "registry")
     fence = scene.prepare(registry)
     shutil.copytree(world, before)

@@ -1,6 +1,6 @@
-/* Counts the file operations below one folder, makes the n-th one fail or end the process, and writes all into a log.
+/* Counts the file operations below one folder, makes the n-th one fail or end the process, and logs all of them.
 
-   Loaded by LD_PRELOAD before libc; `faults.py` drives it and says what the log holds. For one thread. */
+   Loaded by LD_PRELOAD before libc; `faults.py` controls it and documents the log. For one thread. */
 
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -68,7 +68,7 @@ static int path_at(int folder, const char *name, char *path) {
   return below(path);
 }
 
-/* Counts an operation; true where it is to fail, with errno set. Where it is to end the process, writes end half-way. */
+/* Counts an operation; returns true, with errno set, if it must fail. A write that ends the process writes one half. */
 static int fault(const char *name, int descriptor, const void *data, size_t size) {
   long n = operations++;
   if (mode == COUNT || n < target || (n > target && mode != FAIL_ON)) return 0;
@@ -81,7 +81,7 @@ static int fault(const char *name, int descriptor, const void *data, size_t size
   return 1;
 }
 
-/* One line "name inode offset size path path", and the data after it. */
+/* Logs one line "name inode offset size path path", followed by the data. */
 static void record(const char *name, unsigned long inode, long offset, const char *path, const char *other,
                    const void *data, size_t size) {
   char line[2 * PATH_BYTES + 128];
@@ -101,7 +101,7 @@ static unsigned long inode_at(const char *path) {
   return lstat(path, &status) ? 0 : status.st_ino;
 }
 
-/* Files. */
+/* Files */
 
 static int open_file(int folder, const char *name, int flags, mode_t permissions) {
   char path[PATH_BYTES];
@@ -145,7 +145,7 @@ int creat(const char *name, mode_t permissions) {
 }
 int creat64(const char *name, mode_t permissions) { return creat(name, permissions); }
 
-/* A stream of C's own is opened here, so that its descriptor is known; its buffer is written by `fwrite` at once. */
+/* Opens a C stream here, so that its descriptor is known; `fwrite` writes its buffer at once. */
 FILE *fopen(const char *name, const char *kind) {
   char path[PATH_BYTES];
   if (!path_at(AT_FDCWD, name, path)) return REAL(fopen)(name, kind);
@@ -211,7 +211,7 @@ static int cut(int descriptor, off_t length) {
 int ftruncate(int descriptor, off_t length) { return cut(descriptor, length); }
 int ftruncate64(int descriptor, off_t length) { return cut(descriptor, length); }
 
-/* No sync reaches the disk: nothing here ends with the machine, and it would only take time. */
+/* Syncs do not reach the disk: no test stops the machine, and they would only take time. */
 static int sync_file(const char *name, int descriptor) {
   char path[PATH_BYTES];
   if (!path_of_descriptor(descriptor, path)) return 0;
@@ -228,7 +228,7 @@ int flock(int descriptor, int operation) {
   return (int)syscall(SYS_flock, descriptor, operation);
 }
 
-/* Names. */
+/* Names */
 
 static int move(int folder, const char *name, int to_folder, const char *to_name, unsigned flags) {
   char path[PATH_BYTES], to_path[PATH_BYTES];

@@ -1,4 +1,4 @@
-"""Drives `faults.c`: file operations that fail, that end the process, or that are written down."""
+"""Controls `faults.c`: file operations that fail, that end the process, or that are logged."""
 
 import ctypes
 import errno
@@ -13,25 +13,25 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).with_name("faults.c")
-# The exit code of a process that the library ended.
+# The exit code of a process that the library ends.
 DEATH = 86
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD as faults.c uses it is Linux's.")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="faults.c needs LD_PRELOAD on Linux.")
 
 
 class Mode(Enum):
-    """What happens at the n-th operation."""
+    """What the library does at the n-th operation."""
 
     COUNT = 0
     FAIL_ONCE = 1
-    # From then on nothing works any more.
+    # This operation and all later ones fail.
     FAIL_ON = 2
     DIE = 3
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation that took place: `create`, `write`, `truncate`, `sync`, `rename`, `mkdir` or `unlink`."""
+    """One completed operation: `create`, `write`, `truncate`, `sync`, `rename`, `mkdir` or `unlink`."""
 
     name: str
     inode: int
@@ -42,7 +42,7 @@ class Operation:
 
 
 class Faults:
-    """The library, in a process that was started with it."""
+    """The library, in a process that has it preloaded."""
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
@@ -50,24 +50,24 @@ class Faults:
         self._library.faults_hit.restype = ctypes.c_char_p
 
     def arm(self, root: Path, mode: Mode, n: int = 0, error: int = errno.EIO) -> None:
-        """From now on counts the operations below a folder; something happens at the n-th, the first being 0."""
+        """Counts the operations below a folder from now on, and disturbs the n-th one, from 0 on."""
         self._library.faults_arm(str(root).encode(), ctypes.c_long(n), mode.value, error)
 
     def disarm(self) -> None:
-        """Lets everything happen again."""
+        """Stops disturbing operations."""
         self._library.faults_disarm()
 
     def count(self) -> int:
-        """How many operations there were since `arm`."""
+        """Returns the number of operations since `arm`."""
         return int(self._library.faults_count())
 
     def hit(self) -> str:
-        """The name of the operation at which something happened."""
+        """Returns the name of the disturbed operation."""
         return bytes(self._library.faults_hit()).decode()
 
     @contextmanager
     def logged(self, root: Path, log: Path) -> Iterator[None]:
-        """Writes every operation below a folder into a log."""
+        """Logs every operation below a folder."""
         with log.open("wb") as file:
             self._library.faults_log(file.fileno())
             self.arm(root, Mode.COUNT)
@@ -87,7 +87,7 @@ def build(folder: Path) -> Path:
 
 
 def read_log(log: Path) -> list[Operation]:
-    """The operations of a log, in their order."""
+    """Reads the operations of a log, in their order."""
     operations, rest = [], log.read_bytes()
     while rest:
         line, _, rest = rest.partition(b"\n")

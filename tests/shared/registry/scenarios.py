@@ -1,4 +1,4 @@
-"""What the registry does to its files, as short scenes, and what a reader must find whenever one is cut off."""
+"""Short scenarios of the registry, and what a reader must find after one is interrupted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,10 +11,10 @@ from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
 
 RUN = "run-1"
-# Little, so that there is much to remove; the runs of a week stay, with the last state of each.
+# Keeps little, so that much is removed; runs of the last week are kept, each with its last state.
 SPARING = Retention(states=1, best=1, newest=2, runs=0)
 
-# What stands in a registry, each thing as a word: two readers that see the same have the same set.
+# The contents of a registry, each item as a text: two readers that see the same get the same set.
 View = frozenset[str]
 
 
@@ -59,14 +59,14 @@ def publish(registry: Registry, fence: Fence | None = None, **values: object) ->
 
 
 def write_state(registry: Registry, fence: Fence | None = None, step: int | None = None) -> Path:
-    """A state of a step, by default of the one after the last."""
+    """Writes the state of a step, by default of the one after the last."""
     if step is None:
         step = max(registry.states(RUN), default=0) + 1
     return registry.write_state(fence or Fence.raise_for(registry.run_directory(RUN)), RUN, step, write_model)
 
 
 def observe(root: Path) -> View:
-    """What a fresh reader sees; fails where anything visible is not whole, or a label names nothing."""
+    """Returns what a new reader sees; fails if anything visible is damaged, or a label names nothing."""
     registry = Registry(root)
     view = set()
     for checkpoint in registry.checkpoints():
@@ -86,17 +86,17 @@ def observe(root: Path) -> View:
 
 
 def things(view: View, kind: str) -> View:
-    """What of a view is a `version`, a `state`, a `fence` or a `finding`."""
+    """Returns the items of a view that are a `version`, a `state`, a `fence` or a `finding`."""
     return frozenset(word for word in view if word.startswith(kind))
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Something that the registry does.
+    """An action of the registry.
 
-    prepare: brings about what `act` needs, undisturbed; returns the fence of the run.
-    act: is cut off.
-    may_change: whether what there is before and after an `act` that was cut off is right.
+    prepare: creates what `act` needs, and returns the fence of the run.
+    act: the action, which is interrupted.
+    may_change: whether an interrupted `act` may turn the first view into the second.
     """
 
     prepare: Callable[[Registry], Fence]
@@ -122,7 +122,7 @@ def _replaces_one(old: View, new: View) -> bool:
 
 
 def _only_removes(old: View, new: View) -> bool:
-    # Of versions the two newest stay, of states the last one, and the fence.
+    # The two newest versions, the last state and the fence are kept.
     return new <= old and len(things(new, "version")) >= 2 and bool(things(new, "state")) and bool(things(new, "fence"))
 
 
@@ -181,21 +181,21 @@ def _sweep_a_removal(registry: Registry, _: Fence) -> None:
 
 
 def _fills_an_empty_registry(old: View, new: View) -> bool:
-    # A fence, a version, a state and a finding, each of them or not.
+    # At most a fence, a version, a state and a finding.
     return not old and len(new) <= 4
 
 
-# What the registry does.
+# Actions on a registry with contents.
 SCENARIOS = {
     "version": Scenario(_prepare, publish, _adds_one("version")),
-    # Its step follows from the fence, as nothing may be read here that is not read by the registry itself.
+    # The step follows from the fence, because `act` must not read anything that the registry itself does not read.
     "state": Scenario(_prepare, lambda r, fence: write_state(r, fence, 1000 * fence.token), _adds_one("state")),
     "fence": Scenario(_prepare, lambda registry, _: Fence.raise_for(registry.run_directory(RUN)), _raises_one),
     "finding": Scenario(_prepare_finding, lambda registry, fence: _find_out(registry, fence.token), _replaces_one),
     "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, SPARING), _only_removes),
 }
 
-# The same where nothing was there yet, and where a process was killed before it had synced what it did.
+# Actions on an empty registry, and after a process that was killed before its syncs.
 BEGINNINGS = {
     "first": Scenario(_prepare_nothing, _begin, _fills_an_empty_registry),
     "first-after-a-kill": Scenario(_prepare_parent, _begin_again, _fills_an_empty_registry),

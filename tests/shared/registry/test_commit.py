@@ -11,7 +11,7 @@ FULL_FLUSH = 51
 
 
 class Syncs:
-    """What was asked of the disk, in place of asking it."""
+    """Records the calls that sync, instead of making them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []
@@ -31,7 +31,7 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
     return Syncs(monkeypatch)
 
 
-def test_macos_flushes_the_drives_cache_too(syncs: Syncs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_macos_flushes_the_cache_of_the_drive(syncs: Syncs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sync(tmp_path)
     assert syncs.calls == ["fsync"]
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", FULL_FLUSH, raising=False)
@@ -39,7 +39,7 @@ def test_macos_flushes_the_drives_cache_too(syncs: Syncs, tmp_path: Path, monkey
     assert syncs.calls == ["fsync", str(FULL_FLUSH)]
 
 
-def test_a_disk_without_a_full_flush_gets_a_plain_one(
+def test_a_disk_without_full_flush_is_synced_plainly(
     syncs: Syncs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", FULL_FLUSH, raising=False)
@@ -51,7 +51,7 @@ def test_a_disk_without_a_full_flush_gets_a_plain_one(
         sync(tmp_path)
 
 
-def test_a_file_system_that_cannot_sync_folders_is_borne_with(syncs: Syncs, tmp_path: Path) -> None:
+def test_a_file_system_that_cannot_sync_folders_is_tolerated(syncs: Syncs, tmp_path: Path) -> None:
     syncs.errors = {"fsync": errno.EINVAL}
     sync(tmp_path)
     (tmp_path / "file").touch()
@@ -59,9 +59,9 @@ def test_a_file_system_that_cannot_sync_folders_is_borne_with(syncs: Syncs, tmp_
         sync(tmp_path / "file")
 
 
-def test_a_folder_above_the_registry_is_left_alone_where_it_exists(syncs: Syncs, tmp_path: Path) -> None:
+def test_an_existing_folder_above_the_registry_is_not_synced(syncs: Syncs, tmp_path: Path) -> None:
     make_folder(tmp_path / "var" / "registry" / "versions", tmp_path / "var" / "registry")
-    # The folder that was there, var, and registry.
+    # The existing folder, var, and registry.
     assert len(syncs.calls) == 3
     make_folder(tmp_path / "var" / "registry" / "versions", tmp_path / "var" / "registry")
     assert len(syncs.calls) == 3 + 2

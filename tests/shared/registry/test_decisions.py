@@ -28,14 +28,14 @@ from shared.registry.findings import Finding
 FINDING = Finding("digest", "cpu", loss=2.5, refusal=None, sentence="", at=1.0)
 REFUSAL = replace(FINDING, loss=None, refusal="lying", sentence="It claims too much.")
 
-# What writes each file.
+# The method that writes each file.
 WRITES: dict[str, Callable[[Decisions], None]] = {
     "policy": lambda decisions: decisions.set_policy("latest"),
     "stable": lambda decisions: decisions.set_stable(7),
     "findings/7.cpu.json": lambda decisions: decisions.keep(7, FINDING),
 }
 
-NO_NUMBERS = (
+INVALID_NUMBERS = (
     "",
     "0",
     "007",
@@ -79,21 +79,21 @@ def write(path: Path, content: str | bytes) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def test_where_nobody_decided_anything_best_serves(
+def test_without_any_decision_best_serves(
     decisions: Decisions, serving: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert decisions.policy() == "best"
     assert decisions.stable() is None
     assert decisions.findings() == {}
     assert not caplog.text
-    assert not serving.parent.exists(), "reading made a folder"
+    assert not serving.parent.exists(), "reading created a folder"
 
 
-# Labels.
+# Labels
 
 
 @pytest.mark.parametrize("label", [*LABELS, "pinned:7", "run:demo-20260101-000000-ab12", "run:größer"])
-def test_a_policy_is_read_back_as_it_was_set(decisions: Decisions, serving: Path, label: str) -> None:
+def test_a_policy_is_read_as_it_was_set(decisions: Decisions, serving: Path, label: str) -> None:
     for each in ("pinned:1", label):
         decisions.set_policy(each)
     assert decisions.policy() == Decisions(serving.parent).policy() == label
@@ -103,11 +103,11 @@ def test_a_policy_is_read_back_as_it_was_set(decisions: Decisions, serving: Path
     "label",
     [
         *("", "newest", "Best", " best", "best\n", "7", "stable:7", "pinned", "run", "run:", "run:a/b", "run:.."),
-        *("run:a\n", f"run:{'x' * 300}", *(f"pinned:{rest}" for rest in NO_NUMBERS)),
+        *("run:a\n", f"run:{'x' * 300}", *(f"pinned:{rest}" for rest in INVALID_NUMBERS)),
     ],
 )
-def test_what_is_no_label_is_refused_by_name(decisions: Decisions, label: str) -> None:
-    sentence = f"{shown(label)} is not a label: the labels are best, latest, stable, run:<name> and pinned:<version>."
+def test_an_invalid_label_is_rejected_by_name(decisions: Decisions, label: str) -> None:
+    sentence = f"{shown(label)} is not a label; the labels are best, latest, stable, run:<name> and pinned:<version>."
     decisions.set_policy("latest")
     with pytest.raises(InvalidArgument, match=re.escape(sentence)):
         check_label(label)
@@ -117,18 +117,18 @@ def test_what_is_no_label_is_refused_by_name(decisions: Decisions, label: str) -
 
 
 @given(st.integers(1, 10**18 - 1))
-def test_a_pinned_label_holds_its_number(number: int) -> None:
+def test_a_pinned_label_contains_its_number(number: int) -> None:
     assert check_label(pinned(number)) == pinned(number)
     assert pinned_number(pinned(number)) == number
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_only_pinned_labels_hold_a_number(label: str) -> None:
+def test_only_pinned_labels_contain_a_number(label: str) -> None:
     assert pinned_number(label) is None
 
 
 @pytest.mark.parametrize("content", ["newest", "pinned:0", "pinned:x", "best latest", "\0\0\0\0", b"\xff\xfe"])
-def test_a_damaged_policy_is_named_until_another_one_is_set(
+def test_a_damaged_policy_is_an_error_until_another_one_is_set(
     decisions: Decisions, serving: Path, content: str | bytes
 ) -> None:
     write(serving / "policy", content)
@@ -139,28 +139,28 @@ def test_a_damaged_policy_is_named_until_another_one_is_set(
 
 
 @pytest.mark.parametrize("content", ["", "\n"])
-def test_a_policy_that_says_nothing_is_best(decisions: Decisions, serving: Path, content: str | bytes) -> None:
+def test_an_empty_policy_means_best(decisions: Decisions, serving: Path, content: str | bytes) -> None:
     write(serving / "policy", content)
     assert decisions.policy() == "best"
 
 
-def test_what_a_person_wrote_with_an_editor_holds(decisions: Decisions, serving: Path) -> None:
+def test_a_decision_may_be_written_with_an_editor(decisions: Decisions, serving: Path) -> None:
     write(serving / "policy", "pinned:7\n")
     write(serving / "stable", "6\n")
     assert (decisions.policy(), decisions.stable()) == ("pinned:7", 6)
 
 
-# The stable version.
+# The stable version
 
 
-def test_the_version_that_was_made_stable_last_is_stable(decisions: Decisions, serving: Path) -> None:
+def test_the_last_promoted_version_is_stable(decisions: Decisions, serving: Path) -> None:
     for number in (10, 7):
         decisions.set_stable(number)
     assert decisions.stable() == Decisions(serving.parent).stable() == 7
 
 
 @pytest.mark.parametrize("content", ["", "x", "-1", "0", "07", "7.0", "1_0", "٣", "²", "\0", b"\xff", "9" * 5000])
-def test_a_damaged_stable_version_is_named_until_another_one_is_promoted(
+def test_a_damaged_stable_version_is_an_error_until_another_one_is_promoted(
     decisions: Decisions, serving: Path, content: str | bytes
 ) -> None:
     write(serving / "stable", content)
@@ -170,7 +170,7 @@ def test_a_damaged_stable_version_is_named_until_another_one_is_promoted(
     assert decisions.stable() == 7
 
 
-def test_what_the_disk_does_not_yield_was_not_left_undecided(decisions: Decisions, serving: Path) -> None:
+def test_an_unreadable_decision_does_not_count_as_undecided(decisions: Decisions, serving: Path) -> None:
     serving.mkdir(parents=True)
     for name in ("policy", "stable"):
         (serving / name).symlink_to(serving / name)
@@ -179,7 +179,7 @@ def test_what_the_disk_does_not_yield_was_not_left_undecided(decisions: Decision
             read()
 
 
-# Findings.
+# Findings
 
 
 @given(
@@ -194,13 +194,13 @@ def test_what_the_disk_does_not_yield_was_not_left_undecided(decisions: Decision
         stands_on=st.none() | st.text(),
     )
 )
-def test_a_finding_is_read_back_as_it_was_kept(tmp_path_factory: pytest.TempPathFactory, finding: Finding) -> None:
+def test_a_finding_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, finding: Finding) -> None:
     root = tmp_path_factory.mktemp("registry")
     Decisions(root).keep(7, finding)
     assert Decisions(root).findings() == {7: [finding]}
 
 
-def test_of_each_version_the_last_finding_of_each_device_is_kept(decisions: Decisions) -> None:
+def test_the_last_finding_of_each_version_and_device_is_kept(decisions: Decisions) -> None:
     elsewhere = replace(FINDING, device="metal")
     for finding in (FINDING, elsewhere, REFUSAL):
         decisions.keep(2, finding)
@@ -212,13 +212,13 @@ def test_of_each_version_the_last_finding_of_each_device_is_kept(decisions: Deci
     }
 
 
-def test_a_finding_of_before_stands_on_nothing(decisions: Decisions, serving: Path) -> None:
+def test_a_finding_of_an_older_program_stands_on_nothing(decisions: Decisions, serving: Path) -> None:
     values = {name: value for name, value in asdict(REFUSAL).items() if name != "stands_on"}
     write(serving / "findings" / "7.cpu.json", json.dumps(values))
     assert decisions.findings() == {7: [REFUSAL]}
 
 
-def test_a_rollback_is_written_whole_or_not_at_all(
+def test_a_rollback_is_written_completely_or_not_at_all(
     decisions: Decisions, serving: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decisions.set_policy("latest")
@@ -243,7 +243,7 @@ def test_a_rollback_is_written_whole_or_not_at_all(
 
 
 @pytest.mark.parametrize("content", DAMAGED_FINDINGS)
-def test_what_cannot_be_read_was_not_found_out(decisions: Decisions, serving: Path, content: str | bytes) -> None:
+def test_an_unreadable_finding_is_ignored(decisions: Decisions, serving: Path, content: str | bytes) -> None:
     decisions.keep(1, FINDING)
     write(serving / "findings" / "2.cpu.json", content)
     assert decisions.findings() == {1: [FINDING]}
@@ -251,7 +251,7 @@ def test_what_cannot_be_read_was_not_found_out(decisions: Decisions, serving: Pa
     assert decisions.findings() == {1: [FINDING], 2: [REFUSAL]}
 
 
-def test_what_is_forgotten_was_not_found_out(decisions: Decisions) -> None:
+def test_forgotten_findings_are_gone(decisions: Decisions) -> None:
     for number in (1, 2):
         decisions.keep(number, REFUSAL)
     decisions.keep(1, replace(REFUSAL, device="metal"))
@@ -260,19 +260,19 @@ def test_what_is_forgotten_was_not_found_out(decisions: Decisions) -> None:
     assert decisions.findings() == {2: [REFUSAL]}
 
 
-def test_where_nothing_was_found_out_nothing_is_forgotten(decisions: Decisions, serving: Path) -> None:
+def test_forgetting_without_findings_does_nothing(decisions: Decisions, serving: Path) -> None:
     decisions.forget(1)
     assert not serving.parent.exists()
 
 
-# The disk.
+# The disk
 
 
 @pytest.mark.parametrize("name", WRITES)
-def test_a_file_in_the_place_of_the_folder_is_named(decisions: Decisions, serving: Path, name: str) -> None:
+def test_a_file_in_the_place_of_the_folder_is_an_error(decisions: Decisions, serving: Path, name: str) -> None:
     write(serving, "in the way")
     write_it = WRITES[name]
-    with pytest.raises(FailedPrecondition, match=rf"{re.escape(str(serving))}.*\); take away what stands where"):
+    with pytest.raises(FailedPrecondition, match=rf"{re.escape(str(serving))}.*\); remove the file"):
         write_it(decisions)
     assert serving.read_text() == "in the way"
     assert (decisions.policy(), decisions.stable(), decisions.findings()) == ("best", None, {})
@@ -280,7 +280,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(decisions: Decisions, servin
 
 @pytest.mark.parametrize("name", WRITES)
 @pytest.mark.parametrize(("number", "advice"), [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable")])
-def test_what_the_disk_does_not_take_leaves_the_old_text(
+def test_a_failed_write_leaves_the_old_text(
     decisions: Decisions,
     serving: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -307,7 +307,7 @@ def test_what_the_disk_does_not_take_leaves_the_old_text(
     assert (serving / name).read_bytes() != old[serving / name]
 
 
-def test_of_writers_at_once_a_reader_sees_one_text_or_the_other(decisions: Decisions, serving: Path) -> None:
+def test_a_reader_sees_one_complete_text_of_concurrent_writers(decisions: Decisions, serving: Path) -> None:
     program = textwrap.dedent(
         """
         import sys

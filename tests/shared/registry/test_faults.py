@@ -19,7 +19,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_whichever_file_operation_fails_or_is_the_last_the_registry_stays_whole(
+def test_the_registry_stays_valid_whichever_file_operation_fails_or_is_the_last(
     library: Path, tmp_path: Path, scenario: str
 ) -> None:
     command = [sys.executable, "-m", "tests.shared.registry.faulted", "sweep", str(library), str(tmp_path), scenario]
@@ -29,5 +29,5 @@ def test_whichever_file_operation_fails_or_is_the_last_the_registry_stays_whole(
     once, from_then_on, dead = (line.split() for line in ended.stdout.splitlines())
     for hits in (once, from_then_on):
         assert {"open", "mkdir", "fsync", "rename", "unlink" if scenario == "prune" else "write"} <= set(hits)
-    # A process that dies does not tell of what, but at as many places.
+    # A dying process does not report the operation, but dies at as many of them.
     assert len(once) - 5 <= len(dead) <= len(once) + 5

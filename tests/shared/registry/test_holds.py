@@ -14,7 +14,7 @@ def age(path: Path, days: float) -> None:
     os.utime(path, (at_s, at_s))
 
 
-def test_a_hold_stands_until_it_is_removed_or_older_than_jobs_are_kept(registry: Registry) -> None:
+def test_a_hold_counts_until_it_is_removed_or_older_than_any_job(registry: Registry) -> None:
     holds = registry.holds
     assert holds.jobs() == {} and list(holds.ages_s()) == []
     holds.add("a", 7)
@@ -28,14 +28,14 @@ def test_a_hold_stands_until_it_is_removed_or_older_than_jobs_are_kept(registry:
 
 
 @pytest.mark.parametrize("content", [b"", b"seven", b"\xff", b"9" * 100, "٣".encode()])
-def test_a_hold_that_cannot_be_read_holds_nothing(registry: Registry, content: bytes) -> None:
+def test_an_unreadable_hold_holds_nothing(registry: Registry, content: bytes) -> None:
     registry.holds.add("a", 7)
     (registry.root / "holds" / "a").write_bytes(content)
     (registry.root / "holds" / "no job").touch()
     assert registry.holds.jobs() == {}
 
 
-def test_a_registry_that_cannot_be_written_is_named(registry: Registry) -> None:
+def test_a_hold_that_cannot_be_written_is_an_error(registry: Registry) -> None:
     registry.root.mkdir()
     (registry.root / "holds").touch()
     with pytest.raises(FailedPrecondition, match="cannot be written"):

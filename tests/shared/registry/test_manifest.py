@@ -1,4 +1,4 @@
-"""Manifests: their digests, and values that are not what they should be."""
+"""Manifests: their digests, and invalid values."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.shared.registry.scenarios import make_manifest, publish
 
 
 def _rewrite(directory: Path, **values: object) -> None:
-    """Writes a manifest as another program would, with the digest of what is in it."""
+    """Changes values of a manifest and updates its digest, as another program would."""
     path = directory / "manifest.json"
     changed = json.loads(path.read_text()) | values
     del changed["sha256"]
@@ -26,14 +26,14 @@ def _rewrite(directory: Path, **values: object) -> None:
     path.write_text(json.dumps(changed | {"sha256": digest}))
 
 
-def test_a_newer_programs_manifest_can_be_read(registry: Registry) -> None:
+def test_a_manifest_of_a_newer_program_can_be_read(registry: Registry) -> None:
     publish(registry)
     _rewrite(registry.version_directory(1), added_later=1)
     assert Registry(registry.root).version(1).version == 1
 
 
-def test_the_digest_is_that_of_the_file_and_the_same_when_it_was_read_back(registry: Registry) -> None:
-    # A float that was whole stands as it was given, and a tuple as a list.
+def test_the_digest_is_the_same_in_memory_in_the_file_and_after_reading(registry: Registry) -> None:
+    # JSON contains the float as a whole number, and the tuple as a list.
     manifest = publish(registry, claimed_loss=2, training={"rate": 1e-4, "text": "ü"}, validation_files=("a", "b"))
     file = registry.version_directory(1) / "manifest.json"
     assert manifest.digest == json.loads(file.read_text())["sha256"]
@@ -41,7 +41,7 @@ def test_the_digest_is_that_of_the_file_and_the_same_when_it_was_read_back(regis
     assert len(manifest.digest) == 64
 
 
-def test_a_manifest_from_before_there_were_notes_reads_as_one_without_any_and_keeps_its_digest() -> None:
+def test_a_manifest_without_the_field_for_notes_has_no_notes_and_the_same_digest() -> None:
     text = make_manifest(1).to_json()
     assert "notes" not in json.loads(text)
     read = VersionManifest.from_json(text)
@@ -64,7 +64,7 @@ def _another(value: Any) -> Any:
             return value | {"another": 1}
 
 
-def test_another_value_in_any_field_is_another_digest() -> None:
+def test_every_value_changes_the_digest() -> None:
     record = FileRecord("model.safetensors", size_bytes=7, sha256="abc")
     manifest = make_manifest(1, (record,))
     names = [field.name for field in fields(manifest) if field.name != "files"]
@@ -76,19 +76,19 @@ def test_another_value_in_any_field_is_another_digest() -> None:
 
 
 @given(place=st.integers(min_value=0), bit=st.integers(0, 7))
-def test_a_manifest_in_which_a_bit_was_flipped_is_never_believed(place: int, bit: int) -> None:
+def test_a_flipped_bit_in_a_manifest_is_always_detected(place: int, bit: int) -> None:
     text = bytearray(make_manifest(1).to_json().encode())
     text[place % len(text)] ^= 1 << bit
     try:
         read = VersionManifest.from_json(text.decode())
     except (ValueError, TypeError, KeyError, AttributeError):
         return
-    # The name of the digest itself is what was hit.
+    # The bit was in the name of the digest itself.
     assert read == make_manifest(1)
 
 
 @pytest.mark.parametrize("values", [{"bits_per_byte": None}, {"version": "1"}, {"model": []}, {"step": True}])
-def test_a_manifest_with_a_value_of_another_type_is_left_out(registry: Registry, values: dict[str, object]) -> None:
+def test_a_manifest_with_a_value_of_another_type_is_ignored(registry: Registry, values: dict[str, object]) -> None:
     publish(registry)
     _rewrite(registry.version_directory(1), **values)
     (name,) = values
@@ -114,7 +114,7 @@ def test_a_manifest_with_a_value_of_another_type_is_left_out(registry: Registry,
         ({"run": ""}, "run is ''"),
     ],
 )
-def test_a_manifest_with_what_no_list_can_hold_is_left_out_with_a_short_reason(
+def test_a_manifest_with_an_excessive_value_is_ignored_with_a_short_reason(
     registry: Registry, values: dict[str, object], reason: str
 ) -> None:
     publish(registry)
@@ -126,7 +126,7 @@ def test_a_manifest_with_what_no_list_can_hold_is_left_out_with_a_short_reason(
     assert len(fresh.unreadable[1]) <= 300 + len(str(registry.root))
 
 
-def test_a_manifest_without_a_value_is_left_out_by_its_name(registry: Registry) -> None:
+def test_an_error_names_the_missing_value_of_a_manifest(registry: Registry) -> None:
     publish(registry)
     path = registry.version_directory(1) / "manifest.json"
     values = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("run", "sha256")}
@@ -137,7 +137,7 @@ def test_a_manifest_without_a_value_is_left_out_by_its_name(registry: Registry) 
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"9" * 6000, b"[]", b"null", b""])
-def test_a_manifest_of_any_bytes_is_one_short_sentence(registry: Registry, content: bytes) -> None:
+def test_a_manifest_of_any_bytes_gives_one_short_error(registry: Registry, content: bytes) -> None:
     publish(registry)
     (registry.version_directory(1) / "manifest.json").write_bytes(content)
     with pytest.raises(CorruptCheckpoint, match="cannot be understood") as raised:

@@ -1,4 +1,4 @@
-"""Which version each label names."""
+"""The version that each label names."""
 
 from dataclasses import replace
 from random import Random
@@ -16,7 +16,7 @@ from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, publish
 
 
-def test_best_is_the_lowest_bits_per_byte_on_the_evaluation_set_that_leads(registry: Registry) -> None:
+def test_best_has_the_lowest_bits_per_byte_on_the_leading_evaluation_set(registry: Registry) -> None:
     publish(registry, bits_per_byte=0.1, evaluation_set="another text")
     publish(registry, bits_per_byte=0.9)
     publish(registry, bits_per_byte=0.7)
@@ -28,7 +28,7 @@ def test_best_is_the_lowest_bits_per_byte_on_the_evaluation_set_that_leads(regis
 
 
 def trained(number: int, step: int, text: str = "set-a", **values: object) -> VersionManifest:
-    """A version that has trained on 100 tokens a step."""
+    """A version that has trained on 100 tokens per step."""
     training = {"batch_size": 10, "context_length": 10, "max_steps": 1000}
     return replace(make_manifest(number, step=step, evaluation_set=text, training=training), **values)  # type: ignore[arg-type]
 
@@ -37,20 +37,20 @@ def best_of(*versions: VersionManifest) -> int:
     return policy.labels(versions, Decided())["best"]
 
 
-def test_a_toy_run_on_other_text_does_not_take_best_over_from_a_good_model() -> None:
+def test_a_toy_run_on_other_text_does_not_replace_a_good_model_as_best() -> None:
     good = [trained(1, 80, bits_per_byte=1.0), trained(2, 400, bits_per_byte=0.5)]
     toys = [trained(number, 15 * (number - 2), "other", bits_per_byte=0.01) for number in range(3, 9)]
     assert best_of(*good, *toys) == 2
     assert policy.labels([*good, *toys], Decided())["latest"] == 8
 
 
-def test_half_the_tokens_of_the_best_version_take_the_lead_over_and_then_the_lowest_loss_counts() -> None:
+def test_a_set_leads_from_half_the_tokens_of_the_best_version_on_and_then_the_lowest_loss_counts() -> None:
     good = [trained(1, 400, bits_per_byte=0.5)]
     others = [trained(2, 100, "other", bits_per_byte=2.0), trained(3, 199, "other", bits_per_byte=1.0)]
     assert best_of(*good, *others) == 1
     others.append(trained(4, 200, "other", bits_per_byte=1.5))
     assert best_of(*good, *others) == 3
-    # Back again by the same rule.
+    # The first set takes the lead back by the same rule.
     late = trained(5, 90, bits_per_byte=9.0)
     assert best_of(*good, *others, late) == 3
     assert best_of(*good, *others, replace(late, step=100)) == 1
@@ -62,7 +62,7 @@ def test_tokens_count_and_not_steps() -> None:
     assert best_of(trained(1, 400), trained(2, 19, "other", training=wide)) == 1
 
 
-def test_an_imported_version_leads_at_once_and_only_what_continues_it_displaces_it() -> None:
+def test_an_imported_version_leads_until_a_version_that_continues_it_does() -> None:
     trained_here = trained(1, 100_000)
     imported = trained(2, 0, "held-out of the import", preset="imported")
     assert best_of(trained_here, imported) == 2
@@ -71,7 +71,7 @@ def test_an_imported_version_leads_at_once_and_only_what_continues_it_displaces_
     assert best_of(trained_here, imported, trained(3, 900_000), tuned) == 4
 
 
-def test_a_version_that_does_not_say_how_much_it_trained_leaves_a_good_one_best() -> None:
+def test_a_version_with_unknown_tokens_does_not_take_the_lead() -> None:
     assert best_of(trained(1, 400), trained(2, 10**9, "other", training={"batch_size": "many"})) == 1
     assert best_of(trained(1, 400, training={}), trained(2, 1, "other")) == 2
 
@@ -84,7 +84,7 @@ def test_a_version_that_does_not_say_how_much_it_trained_leaves_a_good_one_best(
     ),
     st.randoms(use_true_random=False),
 )
-def test_the_lead_passes_only_to_what_has_trained_enough(
+def test_only_a_version_that_has_trained_enough_takes_the_lead(
     drawn: list[tuple[int, str, float, bool]], random: Random
 ) -> None:
     versions = [
@@ -102,7 +102,7 @@ def test_the_lead_passes_only_to_what_has_trained_enough(
             each.bits_per_byte for each in versions[:count] if each.evaluation_set == best.evaluation_set
         )
         before = best
-    # The order in which they are given says nothing.
+    # The order of the arguments does not matter.
     shuffled = random.sample(versions, len(versions))
     assert policy.ranking(shuffled) == policy.ranking(versions)
 
@@ -114,35 +114,35 @@ def test_the_lead_passes_only_to_what_has_trained_enough(
         (
             trained(1, 400),
             [trained(2, 15, "other", run="toy"), trained(3, 30, "other", run="toy")],
-            "Versions 2 to 3 were judged on other held-out text than version 1, which is best; that run takes over at "
+            "Versions 2 to 3 were judged on other held-out text than version 1, the best one; that run takes over at "
             "step 200. Until then `follow run:toy` lets the best of that run serve.",
         ),
         (
             trained(1, 400),
             [trained(2, 15, "other", run="toy", training={"batch_size": 1, "context_length": 3, "max_steps": 99})],
-            "Version 2 was judged on other held-out text than version 1, which is best, and that run ends at step 99, "
+            "Version 2 was judged on other held-out text than version 1, the best one, and that run ends at step 99, "
             "before step 6,667, where it would take over. `follow run:toy` lets the best of that run serve.",
         ),
         (
             trained(1, 400, preset="imported"),
             [trained(2, 15, "other", run="toy")],
-            "Version 2 was judged on other held-out text than version 1, which is best. `follow run:toy` lets the best "
+            "Version 2 was judged on other held-out text than version 1, the best one. `follow run:toy` lets the best "
             "of that run serve.",
         ),
         (trained(1, 400), [trained(2, 200, "other")], ""),
     ],
 )
-def test_a_sentence_says_when_newer_versions_on_other_text_take_over(
+def test_a_sentence_says_when_newer_versions_on_other_text_take_the_lead(
     best: VersionManifest, others: list[VersionManifest], sentence: str
 ) -> None:
     assert policy.describe_other_text([best, *others]) == sentence
 
 
-def test_no_versions_need_no_sentence() -> None:
+def test_without_versions_there_is_no_sentence() -> None:
     assert policy.describe_other_text([]) == ""
 
 
-def test_a_run_is_a_label_for_its_best_version_that_may_serve() -> None:
+def test_the_label_of_a_run_names_its_best_version_that_may_serve() -> None:
     versions = [
         trained(1, 10, run="one", bits_per_byte=0.9),
         trained(2, 20, run="one", bits_per_byte=0.7),
@@ -151,7 +151,7 @@ def test_a_run_is_a_label_for_its_best_version_that_may_serve() -> None:
     assert policy.number_of("run:one", versions, Decided()) == 2
     assert policy.number_of("run:one", versions, Decided(frozenset({2}))) == 1
     assert policy.number_of("run:three", versions, Decided()) is None
-    # Listed only if somebody decided for it, so that retention keeps no more than that.
+    # It is listed only if it is the policy, so that retention keeps no other version of a run.
     assert policy.labels(versions, Decided()) == {"best": 3, "latest": 3}
     assert policy.labels(versions, Decided(policy="run:one")) == {"best": 3, "latest": 3, "run:one": 2}
 
@@ -166,26 +166,26 @@ def test_a_registry_resolves_the_label_of_any_run(registry: Registry) -> None:
         registry.resolve("run:../x")
 
 
-def test_of_equally_good_versions_the_newest_is_best(registry: Registry) -> None:
+def test_the_newest_of_equally_good_versions_is_best(registry: Registry) -> None:
     publish(registry)
     publish(registry)
     assert registry.labels()["best"] == 2
 
 
-def test_neither_best_nor_latest_is_a_refused_version() -> None:
+def test_best_and_latest_never_name_a_refused_version() -> None:
     versions = [make_manifest(number, bits_per_byte=bits) for number, bits in enumerate((0.8, 0.6, 0.7), 1)]
     assert policy.labels(versions, Decided(frozenset({2}))) == {"best": 3, "latest": 3}
     assert policy.labels(versions, Decided(frozenset({2, 3}))) == {"best": 1, "latest": 1}
     assert policy.labels(versions, Decided(frozenset({1, 2, 3}))) == {}
 
 
-def test_where_the_first_version_on_a_new_text_is_refused_the_text_before_counts() -> None:
+def test_a_refused_version_on_a_new_text_does_not_take_the_lead() -> None:
     versions = [make_manifest(1, bits_per_byte=0.5), make_manifest(2, evaluation_set="another text")]
     assert policy.labels(versions, Decided()) == {"best": 2, "latest": 2}
     assert policy.labels(versions, Decided(frozenset({2}))) == {"best": 1, "latest": 1}
 
 
-def test_a_decision_names_a_version_only_while_it_is_there() -> None:
+def test_a_decision_names_a_version_only_while_it_exists() -> None:
     versions = [make_manifest(number) for number in (3, 4)]
     named = {"best": 4, "latest": 4}
     assert policy.labels(versions, Decided(stable=3, policy="pinned:3")) == named | {"stable": 3, "pinned:3": 3}
@@ -214,13 +214,13 @@ def test_every_label_names_the_version_that_it_should(
     )
 
 
-def test_what_was_found_out_about_another_version_of_the_same_number_does_not_count(registry: Registry) -> None:
+def test_a_finding_about_another_version_with_the_same_number_does_not_count(registry: Registry) -> None:
     publish(registry)
     registry.decisions.keep(1, Finding("another digest", "cpu", None, "lying", "It lies.", at=1.0))
     assert registry.labels()["best"] == 1
 
 
-def test_damaged_decisions_leave_the_labels_of_the_manifests(
+def test_damaged_decisions_do_not_affect_labels_of_manifests(
     registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(registry)
@@ -234,7 +234,7 @@ def judged(manifest: VersionManifest, refusal: str | None = None) -> Finding:
     return Finding(manifest.digest, "cpu", None, refusal, "It is as it is.", at=1.0)
 
 
-def test_labels_follow_what_was_found_out_and_decided(registry: Registry) -> None:
+def test_labels_follow_findings_and_decisions(registry: Registry) -> None:
     versions = [publish(registry, bits_per_byte=bits) for bits in (0.7, 0.6, 0.8, 0.9)]
     registry.decisions.keep(1, judged(versions[0]))
     assert registry.labels() == {"best": 2, "latest": 4}
@@ -248,7 +248,7 @@ def test_labels_follow_what_was_found_out_and_decided(registry: Registry) -> Non
     assert registry.labels()["best"] == 2
 
 
-def test_a_removed_version_takes_its_labels_and_its_finding_along(registry: Registry) -> None:
+def test_removing_a_version_removes_its_labels_and_its_finding(registry: Registry) -> None:
     first, second = publish(registry), publish(registry)
     for manifest in (first, second):
         registry.decisions.keep(manifest.version, judged(manifest, "lying"))

@@ -35,7 +35,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def images(before: Path, operations: list[Operation]) -> Iterator[tuple[int, Survival, Image]]:
-    """What may be there after a power failure before each operation and after the last."""
+    """Yields possible disks after a power failure before each operation, and after the last one."""
     disk = Disk(before)
     for cut in range(len(operations) + 1):
         for survival in SURVIVALS:
@@ -62,7 +62,7 @@ def test_after_a_power_failure_a_reader_sees_the_old_registry_or_the_new(
     old, new = observe(before / REGISTRY), observe(world / REGISTRY)
     assert old != new
 
-    # What is written here need not survive.
+    # Writes of the test itself need no sync.
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     seen: set[object] = set()
     for cut, survival, image in images(before, operations):
@@ -78,7 +78,7 @@ def test_after_a_power_failure_a_reader_sees_the_old_registry_or_the_new(
         registry = Registry(root)
         registry.sweep()
         assert not (root / "staging").exists() or not any((root / "staging").iterdir()), place
-        # Even if somebody removes it: the number of a version that was seen is given to no other one.
+        # The number of a visible version is never given again, even if the version is removed.
         newest = max((each.version for each in registry.versions()), default=0)
         shutil.rmtree(registry.version_directory(newest), ignore_errors=True)
         assert publish(registry, Fence.raise_for(registry.run_directory(RUN))).version > newest, place

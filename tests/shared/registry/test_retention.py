@@ -1,7 +1,6 @@
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,15 +16,10 @@ from tests.shared.registry.scenarios import make_manifest, write_model
 DAY_S = 24 * 3600.0
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
-
-
 def evaluate(
     registry: Registry, run: str, step: int, bits: float = 1.0, text: str = "set-a", days_ago: float = 0, rows: int = 0
 ) -> int:
-    """What a run does at an evaluation: a state and a version; returns its number."""
+    """Writes a state and a version, as a run does at an evaluation, and returns the number of the version."""
     fence = Fence.raise_for(registry.run_directory(run))
     directory = registry.write_state(fence, run, step, write_model)
     written_at = time.time() - days_ago * DAY_S
@@ -46,7 +40,7 @@ def reasons(registry: Registry, retention: Retention) -> dict[Checkpoint, tuple[
     return {verdict.checkpoint: verdict.reasons for verdict in judge(registry, retention)}
 
 
-def test_the_newest_the_best_and_what_a_label_needs_stay(registry: Registry) -> None:
+def test_the_newest_the_best_and_labelled_checkpoints_are_kept(registry: Registry) -> None:
     for version in range(1, 21):
         evaluate(registry, "run-1", 10 * version, 0.5 if version == 2 else 1.0 + version / 100)
         prune(registry, Retention())
@@ -55,7 +49,7 @@ def test_the_newest_the_best_and_what_a_label_needs_stay(registry: Registry) -> 
     assert registry.states("run-1") == [20, 190, 200]
 
 
-def test_a_version_whose_files_are_on_their_way_stays_with_its_state(registry: Registry) -> None:
+def test_an_incomplete_version_is_kept_with_its_state(registry: Registry) -> None:
     for version in range(1, 15):
         evaluate(registry, "run-1", version, 0.5 if version == 1 else 1.0 + version / 100)
     path = registry.version_directory(1) / registry.version(1).files[0].name
@@ -67,7 +61,7 @@ def test_a_version_whose_files_are_on_their_way_stays_with_its_state(registry: R
     assert registry.states("run-1") == [1, 2, 14]
 
 
-def test_every_value_keeps_what_it_says(registry: Registry) -> None:
+def test_every_value_keeps_its_checkpoints(registry: Registry) -> None:
     for version in range(1, 13):
         evaluate(registry, "run-1", version, bits=2.0 - version / 100)
     prune(registry, Retention(states=3, best=2, newest=1, every=4))
@@ -77,7 +71,7 @@ def test_every_value_keeps_what_it_says(registry: Registry) -> None:
     assert numbers(registry) == [12] and registry.states("run-1") == [12]
 
 
-def test_a_model_of_another_text_stays_as_long_as_its_run_does(registry: Registry) -> None:
+def test_a_model_of_another_text_is_kept_as_long_as_its_run(registry: Registry) -> None:
     retention = Retention(best=1, newest=2, runs=3)
     other = evaluate(registry, "other", 10, text="another text", days_ago=30)
     for run in range(2):
@@ -91,8 +85,8 @@ def test_a_model_of_another_text_stays_as_long_as_its_run_does(registry: Registr
     assert registry.states("run-0") == [3, 4]
 
 
-def test_pruning_never_gives_best_back_to_the_text_before(registry: Registry) -> None:
-    """As it would where only the version is gone that had trained enough."""
+def test_pruning_never_gives_the_lead_back_to_the_previous_set(registry: Registry) -> None:
+    """The version that took the lead is kept, because only it has trained enough."""
     evaluate(registry, "good", 400, rows=1)
     evaluate(registry, "other", 100, 0.5, "other text", rows=1)
     evaluate(registry, "other", 200, 0.9, "other text", rows=1)
@@ -100,10 +94,12 @@ def test_pruning_never_gives_best_back_to_the_text_before(registry: Registry) ->
     assert registry.labels()["best"] == 2
     prune(registry, Retention(states=1, best=1, newest=0))
     assert registry.labels()["best"] == 2
-    assert reasons(registry, Retention(best=1, newest=0))[Checkpoint(3)] == ("with it its text took best over",)
+    assert reasons(registry, Retention(best=1, newest=0))[Checkpoint(3)] == (
+        "its evaluation set leads since this version",
+    )
 
 
-def test_the_best_version_of_the_run_that_is_followed_stays(registry: Registry) -> None:
+def test_the_best_version_of_the_followed_run_is_kept(registry: Registry) -> None:
     for step, bits in ((10, 1.2), (20, 1.1), (30, 1.3)):
         evaluate(registry, "old", step, bits, days_ago=30)
     evaluate(registry, "new", 10)
@@ -112,7 +108,7 @@ def test_the_best_version_of_the_run_that_is_followed_stays(registry: Registry) 
     assert numbers(registry) == [2, 4] and registry.states("old") == [20]
 
 
-def test_a_run_that_may_still_train_keeps_its_states_whatever_others_do(registry: Registry) -> None:
+def test_a_run_that_may_still_train_keeps_its_states(registry: Registry) -> None:
     evaluate(registry, "slow", 10, days_ago=6)
     for run in range(3):
         evaluate(registry, f"run-{run}", 1)
@@ -129,7 +125,7 @@ def test_the_state_of_a_labelled_version_outlives_its_run(registry: Registry) ->
     assert registry.labels()["best"] == 1 and registry.states("good") == [10]
 
 
-def test_the_stable_and_the_pinned_version_stay_with_their_states(registry: Registry) -> None:
+def test_the_stable_and_the_pinned_version_are_kept_with_their_states(registry: Registry) -> None:
     for step in (10, 20, 30):
         evaluate(registry, "old", step, bits=1.1, days_ago=30)
     evaluate(registry, "new", 10)
@@ -151,7 +147,7 @@ def test_the_stable_and_the_pinned_version_stay_with_their_states(registry: Regi
     assert reasons(registry, sparing)[Checkpoint(2)] == ("label stable",)
 
 
-def test_a_refused_version_does_not_hold_the_label_best(registry: Registry) -> None:
+def test_a_refused_version_does_not_keep_the_label_best(registry: Registry) -> None:
     refused = evaluate(registry, "old", 10, bits=0.5, days_ago=30)
     evaluate(registry, "old", 20, bits=0.6, days_ago=30)
     evaluate(registry, "new", 10)
@@ -163,7 +159,7 @@ def test_a_refused_version_does_not_hold_the_label_best(registry: Registry) -> N
     assert set(prune(registry, sparing)) == {Checkpoint(refused), Checkpoint(10, "old")}
 
 
-def test_what_is_damaged_is_not_judged(registry: Registry) -> None:
+def test_a_damaged_version_is_not_removed(registry: Registry) -> None:
     for step in range(1, 4):
         evaluate(registry, "run-1", step)
     (registry.version_directory(1) / "manifest.json").write_text("{")
@@ -171,7 +167,7 @@ def test_what_is_damaged_is_not_judged(registry: Registry) -> None:
     assert registry.version_directory(1).is_dir() and numbers(registry) == [3]
 
 
-def test_nothing_goes_while_the_disk_does_not_yield_a_manifest(registry: Registry) -> None:
+def test_nothing_is_removed_while_a_manifest_is_unreadable(registry: Registry) -> None:
     for step in range(1, 4):
         evaluate(registry, "run-1", step)
     path = registry.version_directory(1) / "manifest.json"
@@ -182,7 +178,7 @@ def test_nothing_goes_while_the_disk_does_not_yield_a_manifest(registry: Registr
     assert registry.states("run-1") == [1, 2, 3]
 
 
-def test_judge_gives_each_reason(registry: Registry) -> None:
+def test_a_verdict_has_every_reason(registry: Registry) -> None:
     evaluate(registry, "run-1", 1)
     version, state = judge(registry, Retention(every=1))
     assert version.reasons == (
@@ -195,7 +191,7 @@ def test_judge_gives_each_reason(registry: Registry) -> None:
     assert state.reasons == ("last 2 of its run", "state of version 1")
 
 
-def test_a_value_out_of_range_is_named() -> None:
+def test_a_value_out_of_range_is_an_error_that_names_it() -> None:
     for name in ("states", "best", "newest", "every", "runs"):
         with pytest.raises(InvalidArgument, match=f"{name} is -1, but must be from"):
             Retention(**{name: -1})
@@ -219,7 +215,7 @@ def test_the_environment_sets_each_value() -> None:
 
 
 @pytest.mark.parametrize("content", [b"\0", None])
-def test_nothing_is_removed_while_nobody_can_tell_what_is_stable(registry: Registry, content: bytes | None) -> None:
+def test_nothing_is_removed_while_the_stable_version_is_unreadable(registry: Registry, content: bytes | None) -> None:
     for step in (10, 20, 30):
         evaluate(registry, "run-1", step)
     registry.decisions.set_stable(1)
@@ -244,7 +240,7 @@ def test_refused_versions_are_not_among_the_best(registry: Registry) -> None:
     assert numbers(registry) == [1, 4]
 
 
-def test_a_version_that_a_job_waits_for_stays_with_its_state(registry: Registry) -> None:
+def test_a_version_that_a_job_waits_for_is_kept_with_its_state(registry: Registry) -> None:
     for step in (10, 20, 30):
         evaluate(registry, "run-1", step, bits=2.0 - step / 100)
     registry.holds.add("12ab", 1)
@@ -256,9 +252,7 @@ def test_a_version_that_a_job_waits_for_stays_with_its_state(registry: Registry)
     assert set(prune(registry, sparing)) == {Checkpoint(1), Checkpoint(10, "run-1")}
 
 
-def test_what_somebody_comes_to_wait_for_while_others_go_stays(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_version_that_is_held_during_pruning_is_kept(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (10, 20, 30):
         evaluate(registry, "run-1", step, bits=2.0 - step / 100)
     remove = registry.remove
@@ -266,7 +260,7 @@ def test_what_somebody_comes_to_wait_for_while_others_go_stays(
     def remove_and_hold(checkpoint: Checkpoint) -> None:
         remove(checkpoint)
         monkeypatch.setattr(registry, "remove", remove)
-        registry.holds._folder.mkdir()  # without the lock, which is held here
+        registry.holds._folder.mkdir()  # Without the lock, which is held here.
         (registry.root / "holds" / "12ab").write_text("2")
 
     monkeypatch.setattr(registry, "remove", remove_and_hold)
@@ -274,7 +268,7 @@ def test_what_somebody_comes_to_wait_for_while_others_go_stays(
     assert numbers(registry) == [2, 3] and registry.states("run-1") == [20, 30]
 
 
-def test_a_run_that_has_come_to_its_end_keeps_its_last_state_only(registry: Registry) -> None:
+def test_a_finished_run_keeps_only_its_last_state(registry: Registry) -> None:
     for run in ("ended", "goes-on"):
         for step in (10, 20, 30):
             evaluate(registry, run, step)
@@ -282,12 +276,12 @@ def test_a_run_that_has_come_to_its_end_keeps_its_last_state_only(registry: Regi
     assert (registry.has_ended("ended"), registry.has_ended("goes-on")) == (True, False)
     prune(registry, Retention(newest=0, best=0))
     assert (registry.states("ended"), registry.states("goes-on")) == ([30], [20, 30])
-    # However little time ago that was, it is one of the runs that are kept, or it goes.
+    # A finished run is removed even if it finished a moment ago, unless it is one of the kept runs.
     prune(registry, Retention(newest=0, best=0, runs=0))
     assert (registry.states("ended"), registry.states("goes-on")) == ([], [20, 30])
 
 
-def test_a_limit_on_size_takes_what_is_worth_least_first(registry: Registry) -> None:
+def test_a_limit_on_size_removes_the_least_valuable_first(registry: Registry) -> None:
     for step, bits in ((10, 1.3), (20, 1.1), (30, 1.0), (40, 1.2), (50, 1.4)):
         evaluate(registry, "run-1", step, bits, days_ago=100 - step)
     keeping = Retention(states=4, best=3, newest=10)
@@ -297,12 +291,12 @@ def test_a_limit_on_size_takes_what_is_worth_least_first(registry: Registry) -> 
         assert all(verdict.reasons == () for verdict in verdicts if verdict.has_no_room)
         return {verdict.checkpoint for verdict in verdicts if verdict.has_no_room}
 
-    # States 20 to 50, of which 30 belongs to the best version and 50 is the last; version 5 is the latest.
+    # Keeps states 20 to 50; 30 belongs to the best version and 50 is the last; version 5 is the latest.
     assert {each.checkpoint for each in judge(registry, keeping) if not each.reasons} == {Checkpoint(10, "run-1")}
     rest = sum(registry.size_bytes(each.checkpoint) for each in judge(registry, keeping) if each.reasons)
     assert going(rest) == set()
     expected: set[Checkpoint] = set()
-    # The worst version is the latest; of the best three, the best one stays.
+    # The worst version is kept as the latest, and of the best three only the best one.
     order = [Checkpoint(20, "run-1"), Checkpoint(40, "run-1"), Checkpoint(1), Checkpoint(4), Checkpoint(2)]
     for checkpoint in order:
         expected.add(checkpoint)
@@ -316,7 +310,7 @@ def test_a_limit_on_size_takes_what_is_worth_least_first(registry: Registry) -> 
 
 @given(limit_bytes=st.integers(1, 10**6))
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_limit_on_size_takes_what_a_label_names_or_the_last_state(
+def test_no_limit_on_size_removes_a_labelled_version_or_a_last_state(
     registry_of_runs: Registry, limit_bytes: int
 ) -> None:
     registry = registry_of_runs

@@ -35,7 +35,7 @@ def publish(registry: Registry, fence: Fence | None = None, **values: object) ->
     )
 
 
-def test_versions_are_numbered_upwards_and_read_back_as_written(registry: Registry) -> None:
+def test_versions_are_numbered_upwards_and_read_as_written(registry: Registry) -> None:
     first, second = publish(registry), publish(registry)
     assert (first.version, second.version) == (1, 2)
     assert Registry(registry.root).versions() == [first, second]
@@ -43,7 +43,7 @@ def test_versions_are_numbered_upwards_and_read_back_as_written(registry: Regist
     assert first.size_bytes == len("weights")
 
 
-def test_an_empty_registry_says_so(registry: Registry) -> None:
+def test_an_error_says_that_the_registry_is_empty(registry: Registry) -> None:
     assert registry.versions() == [] and registry.labels() == {}
     with pytest.raises(NotFound, match="still empty"):
         registry.resolve("best")
@@ -52,7 +52,7 @@ def test_an_empty_registry_says_so(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "add"])
-def test_verify_names_what_is_wrong(registry: Registry, damage: str) -> None:
+def test_verify_names_the_damaged_file(registry: Registry, damage: str) -> None:
     manifest = publish(registry)
     path = registry.version_directory(1) / "model.safetensors"
     match damage:
@@ -68,24 +68,22 @@ def test_verify_names_what_is_wrong(registry: Registry, damage: str) -> None:
         registry.verify(manifest)
 
 
-def test_a_version_with_an_unreadable_manifest_is_left_out(
-    registry: Registry, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_version_with_an_unreadable_manifest_is_ignored(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     publish(registry)
     publish(registry)
     (registry.version_directory(2) / "manifest.json").write_text("{")
     fresh = Registry(registry.root)
     assert [manifest.version for manifest in fresh.versions()] == [1]
     assert [manifest.version for manifest in fresh.versions()] == [1]
-    assert caplog.text.count("version 2 is left out") == 1
+    assert caplog.text.count("version 2 is ignored") == 1
     assert publish(fresh).version == 3
 
 
 @pytest.mark.parametrize(
     ("number", "advice"),
-    [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable"), (errno.EIO, "whether its disk is there")],
+    [(errno.ENOSPC, "free space"), (errno.EROFS, "make it writable"), (errno.EIO, "check its disk")],
 )
-def test_a_failed_write_leaves_nothing_and_says_what_to_do(registry: Registry, number: int, advice: str) -> None:
+def test_a_failed_write_leaves_no_files_and_says_what_to_do(registry: Registry, number: int, advice: str) -> None:
     def fail(folder: Path) -> None:
         _write(folder / "model.safetensors", "half")
         raise OSError(number, os.strerror(number))
@@ -100,11 +98,11 @@ def test_a_failed_write_leaves_nothing_and_says_what_to_do(registry: Registry, n
     assert list((registry.root / "staging").iterdir()) == []
 
 
-def test_a_file_where_the_registry_needs_a_folder_is_named(registry: Registry) -> None:
+def test_a_file_in_the_place_of_a_folder_is_an_error(registry: Registry) -> None:
     registry.root.mkdir()
     (registry.root / "versions").touch()
     assert registry.versions() == []
-    with pytest.raises(FailedPrecondition, match=r"/versions\); take away what stands where"):
+    with pytest.raises(FailedPrecondition, match=r"/versions\); remove the file that is in the place"):
         publish(registry)
     assert not list(registry.root.glob("staging/*"))
 
@@ -117,7 +115,7 @@ def test_a_checkpoint_is_never_replaced(registry: Registry, tmp_path: Path) -> N
         reveal(staging, registry.version_directory(1))
 
 
-def test_who_lost_the_run_cannot_write_it(registry: Registry) -> None:
+def test_a_process_that_lost_the_run_cannot_write_to_it(registry: Registry) -> None:
     old = Fence.raise_for(registry.run_directory("run-1"))
     new = Fence.raise_for(registry.run_directory("run-1"))
     with pytest.raises(RunOwnershipLost):
@@ -129,10 +127,10 @@ def test_who_lost_the_run_cannot_write_it(registry: Registry) -> None:
     assert (registry.verified_state("run-1", 5) / "state").read_text() == "new"
 
 
-def test_a_missing_or_damaged_state_is_named(registry: Registry) -> None:
+def test_a_missing_or_damaged_state_is_an_error(registry: Registry) -> None:
     fence = Fence.raise_for(registry.run_directory("run-1"))
     directory = registry.write_state(fence, "run-1", 5, lambda folder: _write(folder / "state", "whole"))
-    with pytest.raises(NotFound, match="its states are of the steps: 5"):
+    with pytest.raises(NotFound, match="it has states of these steps: 5"):
         registry.verified_state("run-1", 6)
     (directory / "state").write_text("whol")
     with pytest.raises(CorruptCheckpoint, match="has 4 of 5 bytes"):
@@ -171,7 +169,7 @@ def test_a_killed_writer_leaves_no_version_and_is_swept(registry: Registry) -> N
     assert registry.states(RUN) == [1]
 
 
-def test_a_registry_that_was_emptied_and_filled_again_is_read_anew(registry: Registry) -> None:
+def test_a_registry_that_was_replaced_is_read_again(registry: Registry) -> None:
     publish(registry, dataset="old")
     assert registry.versions()[0].dataset == "old"
     registry.version_directory(1).rename(registry.root / "moved")
@@ -179,7 +177,7 @@ def test_a_registry_that_was_emptied_and_filled_again_is_read_anew(registry: Reg
     assert registry.versions()[0].dataset == "new"
 
 
-def test_what_is_no_checkpoint_is_named_and_left_alone(registry: Registry) -> None:
+def test_unknown_folders_are_reported_and_ignored(registry: Registry) -> None:
     publish(registry)
     versions = registry.root / "versions"
     for name in ("007", "²", "backup", ".DS_Store"):
@@ -191,18 +189,18 @@ def test_what_is_no_checkpoint_is_named_and_left_alone(registry: Registry) -> No
     assert sorted(path.name for path in fresh.strangers()) == ["007", "backup", "²"]
     with pytest.raises(CorruptCheckpoint, match="Not a directory"):
         fresh.version(5)
-    with pytest.raises(CorruptCheckpoint, match="holds the manifest of version 1"):
+    with pytest.raises(CorruptCheckpoint, match="contains the manifest of version 1"):
         fresh.version(3)
     assert publish(fresh).version == 6
 
 
-def test_what_the_finder_leaves_in_a_folder_does_no_harm(registry: Registry) -> None:
+def test_files_of_the_macos_finder_are_ignored(registry: Registry) -> None:
     manifest = publish(registry)
     (registry.version_directory(1) / ".DS_Store").touch()
     registry.verify(manifest)
 
 
-def test_a_file_that_cannot_be_read_is_named(registry: Registry) -> None:
+def test_an_unreadable_file_is_an_error_that_names_it(registry: Registry) -> None:
     manifest = publish(registry)
     weights = registry.version_directory(1) / "model.safetensors"
     weights.unlink()
@@ -211,7 +209,7 @@ def test_a_file_that_cannot_be_read_is_named(registry: Registry) -> None:
         registry.verify(manifest)
 
 
-def test_a_version_that_goes_while_it_is_read_is_not_called_broken(registry: Registry) -> None:
+def test_a_version_that_is_removed_while_it_is_read_is_not_corrupt(registry: Registry) -> None:
     first, second = publish(registry), publish(registry)
     reader = Registry(registry.root)
     assert reader.versions() == [first, second]
@@ -223,7 +221,7 @@ def test_a_version_that_goes_while_it_is_read_is_not_called_broken(registry: Reg
     assert reader.versions() == [first]
 
 
-def test_a_damaged_state_is_replaced_only_by_a_whole_one(registry: Registry) -> None:
+def test_a_damaged_state_is_replaced_only_by_a_complete_one(registry: Registry) -> None:
     fence = Fence.raise_for(registry.run_directory(RUN))
     directory = registry.write_state(fence, RUN, 5, _write_weights)
     (directory / "model.safetensors").write_text("weight")
@@ -239,34 +237,34 @@ def test_a_damaged_state_is_replaced_only_by_a_whole_one(registry: Registry) -> 
     assert not list((registry.root / "staging").iterdir())
 
 
-def test_a_state_in_the_wrong_place_is_not_continued(registry: Registry) -> None:
+def test_a_state_in_the_wrong_folder_is_corrupt(registry: Registry) -> None:
     fence = Fence.raise_for(registry.run_directory(RUN))
     directory = registry.write_state(fence, RUN, 5, _write_weights)
     directory.rename(registry.state_directory(RUN, 6))
-    with pytest.raises(CorruptCheckpoint, match="holds the state of step 5"):
+    with pytest.raises(CorruptCheckpoint, match="contains the state of step 5"):
         registry.verified_state(RUN, 6)
 
 
-def test_a_folder_full_of_strange_files_is_one_short_sentence(registry: Registry) -> None:
+def test_a_folder_with_many_unknown_files_gives_one_short_error(registry: Registry) -> None:
     manifest = publish(registry)
     for number in range(100):
         (registry.version_directory(1) / f"{number:03}{'x' * 200}").touch()
-    with pytest.raises(CorruptCheckpoint, match=r"missing or extra are 000x+…") as raised:
+    with pytest.raises(CorruptCheckpoint, match=r"missing or extra files: 000x+…") as raised:
         registry.verify(manifest)
     assert len(str(raised.value)) <= 300 + len(str(registry.root))
 
 
-def test_a_damaged_fence_is_named(registry: Registry) -> None:
+def test_a_damaged_fence_is_an_error(registry: Registry) -> None:
     fence = Fence.raise_for(registry.run_directory(RUN))
     (fence.directory / "fence").write_text("9" * 5000)
-    with pytest.raises(FailedPrecondition, match=r"fence holds '9+…9+', but must hold a whole number"):
+    with pytest.raises(FailedPrecondition, match=r"fence contains '9+…9+', but must contain a whole number"):
         Fence.raise_for(fence.directory)
     (fence.directory / "fence").write_text("")
-    with pytest.raises(FailedPrecondition, match="fence holds '', but must hold a whole number"):
+    with pytest.raises(FailedPrecondition, match="fence contains '', but must contain a whole number"):
         Fence.raise_for(fence.directory)
 
 
-def test_two_publishers_at_once_never_share_a_number(registry: Registry) -> None:
+def test_concurrent_publishers_never_share_a_number(registry: Registry) -> None:
     program = textwrap.dedent(
         """
         import sys
@@ -298,37 +296,37 @@ def test_two_publishers_at_once_never_share_a_number(registry: Registry) -> None
     assert not list((registry.root / "staging").iterdir())
 
 
-def test_the_number_of_a_version_that_was_removed_is_never_given_again(registry: Registry) -> None:
+def test_the_number_of_a_removed_version_is_never_given_again(registry: Registry) -> None:
     assert [publish(registry).version for _ in range(3)] == [1, 2, 3]
     registry.remove_version(3)
     assert publish(Registry(registry.root)).version == 4
-    # By hand, with all others.
+    # Also if a person removes all versions.
     shutil.rmtree(registry.root / "versions")
     assert publish(Registry(registry.root)).version == 5
 
 
-def test_a_registry_of_an_older_program_goes_on_with_its_numbers(registry: Registry) -> None:
+def test_a_registry_of_an_older_program_continues_its_numbers(registry: Registry) -> None:
     publish(registry)
     (registry.root / "last_version").unlink()
     assert publish(registry).version == 2
     assert (registry.root / "last_version").read_text() == "2"
 
 
-def test_a_number_that_cannot_be_known_is_a_sentence(registry: Registry) -> None:
+def test_an_unknown_highest_number_is_an_error(registry: Registry) -> None:
     publish(registry)
     (registry.root / "last_version").write_text("many" * 1000)
     with pytest.raises(
-        FailedPrecondition, match=r"last_version holds 'many.*', but must hold the highest number"
+        FailedPrecondition, match=r"last_version contains 'many.*', but must contain the highest number"
     ) as raised:
         publish(registry)
     assert len(str(raised.value)) < 300 + len(str(registry.root))
     (registry.root / "last_version").write_text(str(10**18 - 1))
-    with pytest.raises(FailedPrecondition, match="no higher number left"):
+    with pytest.raises(FailedPrecondition, match="no higher number is left"):
         publish(registry)
     assert [version.version for version in registry.versions()] == [1]
 
 
-def test_names_that_no_list_can_hold_are_strangers(registry: Registry) -> None:
+def test_folders_with_excessive_names_are_reported_and_ignored(registry: Registry) -> None:
     publish(registry)
     names = ["1" + 200 * "0", str(2**63)]
     for name in names:
@@ -343,15 +341,15 @@ def test_names_that_no_list_can_hold_are_strangers(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("folder", ["versions", "staging", "runs"])
-def test_a_folder_that_lies_on_another_file_system_is_named_with_what_to_do(registry: Registry, folder: str) -> None:
+def test_a_folder_on_another_file_system_is_an_error_with_advice(registry: Registry, folder: str) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == registry.root.parent.stat().st_dev:
-        pytest.skip("There is no second file system here.")
+        pytest.skip("Needs a second file system.")
     target = Path(tempfile.mkdtemp(dir=elsewhere))
     try:
         registry.root.mkdir()
         (registry.root / folder).symlink_to(target)
-        with pytest.raises(FailedPrecondition, match=r"must lie on one file system: let a link .* stand for the whole"):
+        with pytest.raises(FailedPrecondition, match=r"must be on one file system: use a link .* for the whole"):
             publish(registry) if folder != "runs" else registry.write_state(
                 Fence.raise_for(registry.run_directory(RUN)), RUN, 1, _write_weights
             )
