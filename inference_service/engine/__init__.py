@@ -1,1 +1,1 @@
-"""The generation engine: one thread, fixed slots, many streams decoding together."""
+"""The generation engine: one thread and fixed slots, in which many streams decode together."""

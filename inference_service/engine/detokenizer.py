@@ -1,19 +1,19 @@
-"""Tokens to text, as they come: exact UTF-8, and stop texts that never show."""
+"""Turns tokens into text as they arrive: exact UTF-8, cut before stop texts."""
 
 import codecs
 from collections.abc import Callable, Sequence
 
 
 class Detokenizer:
-    """Turns the tokens of one stream into text.
+    """Turns the tokens of one stream into text; `token_bytes` gives the bytes of a token.
 
-    What it returns, joined, is the text of all tokens decoded at once (U+FFFD for bytes that are no UTF-8), cut before
-    the first place at which a stop text is complete; of stop texts complete at the same character the longest counts.
-    Text is held back only while it may still become a stop text or a character.
+    The texts that it returns, joined, equal the text of all tokens decoded at once (U+FFFD for invalid UTF-8), cut
+    before the stop text that completes first, the longest if several complete at the same character. Text is held back
+    only while it may still become a stop text or a character.
     """
 
-    def __init__(self, piece: Callable[[int], bytes], stops: Sequence[str] = ()) -> None:
-        self._piece = piece
+    def __init__(self, token_bytes: Callable[[int], bytes], stops: Sequence[str] = ()) -> None:
+        self._token_bytes = token_bytes
         self._stops = sorted(stops, key=len, reverse=True)
         self._longest = max(map(len, stops), default=0)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -21,11 +21,11 @@ class Detokenizer:
         self.matched_stop: str | None = None
 
     def add(self, token: int) -> str:
-        """The text that is certain with one more token; `matched_stop` is set where a stop text is complete."""
-        return self._advance(self._utf8.decode(self._piece(token)))
+        """Adds a token and returns the text that is now certain; sets `matched_stop` if a stop text is complete."""
+        return self._advance(self._utf8.decode(self._token_bytes(token)))
 
     def finish(self) -> str:
-        """The text that was held back, now that no token follows."""
+        """Returns the text that was held back, because no token follows."""
         text = self._advance(self._utf8.decode(b"", final=True))
         rest, self._held = self._held, ""
         return text + rest
@@ -45,7 +45,7 @@ class Detokenizer:
         return certain
 
     def _possible_stop(self) -> int:
-        """How many characters at the end begin a stop text."""
+        """Returns how many characters at the end may begin a stop text."""
         for count in range(min(self._longest, len(self._held)), 0, -1):
             end = self._held[-count:]
             if any(stop.startswith(end) for stop in self._stops):

@@ -1,4 +1,4 @@
-"""The engine: one thread that owns everything MLX and turns requests into events."""
+"""The engine: one thread that owns all MLX objects and turns requests into events."""
 
 import logging
 import threading
@@ -42,7 +42,7 @@ Outbox = Callable[[list[Output]], None]
 
 @dataclass
 class _Lane:
-    """What serves one version. A broken one takes no streams any more."""
+    """Everything that serves one version. A broken lane accepts no more streams."""
 
     tokenizer: Tokenizer
     context_length: int
@@ -58,13 +58,13 @@ class _Arriving:
 
     version: int
     lane: _Lane
-    pieces: Generator[None, None, float]
+    examination: Generator[None, None, float]
     loss: Future[float]
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A request that has not ended, and those of its samples that have not."""
+    """A request that has not ended, and those of its samples that have not ended."""
 
     lane: _Lane
     samples: list[Sequence]
@@ -73,15 +73,14 @@ class _Running:
 class Engine:
     """Generates for many streams at once, with several versions side by side.
 
-    A step reads at most `prefill_tokens` prompt tokens, of all versions together; where several have prompts to read,
-    they take turns, and the scheduler's promises count a version's own turns. `prefix_bytes` is the memory in which a
-    version keeps what prompts began with.
-    The public methods may be called from any thread and return at once; what they ask for happens between two steps, in
-    the order in which it was asked. `outbox` is called on the engine's thread, once a step, and must return at once.
-    A step that fails ends the streams that took part in it with `StepFailed`, and what serves their version begins
-    anew. A version of which too many steps fail takes no more streams. `failed` is called on the engine's thread once
-    where that is so of every version, or where the thread dies of another error; every open stream has ended with
-    `Unavailable` then.
+    A step computes at most `prefill_tokens` prompt tokens, of all versions together. If several have prompts to
+    compute, they take turns, and the scheduler's promises count the turns of a version. `prefix_bytes` is the size of
+    each version's prefix cache.
+    Any thread may call the public methods, which return at once; the engine carries them out between two steps, in the
+    order of the calls. It calls `outbox` on its own thread, once per step, and `outbox` must return at once.
+    If a step fails, its streams end with `StepFailed`, and the slots and prefixes of the version are discarded. After
+    too many failures a version accepts no more streams. If that is true of all versions, or if the thread dies of
+    another error, all open streams end with `Unavailable`, and the engine calls `failed` once on its thread.
     """
 
     def __init__(
@@ -92,10 +91,10 @@ class Engine:
         self._prefix_bytes = prefix_bytes
         self._outbox = outbox
         self._failed = failed
-        # A stuck one must not keep the process from ending.
+        # A daemon, so that a stuck thread does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._inbox = Inbox()
-        # All below are the engine thread's own; others may look at them.
+        # Only the engine's thread changes these; other threads may read them.
         self._busy_since: float | None = None
         self._examines = False
         self._lanes: dict[int, _Lane] = {}
@@ -108,29 +107,28 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> bool:
-        """Ends the thread and waits for it; open streams end with `Unavailable`. Whether it has ended."""
+        """Ends the thread, and open streams with `Unavailable`; returns whether the thread has ended in time."""
         self.close("The server is stopping.")
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def close(self, reason: str) -> None:
-        """Takes nothing more, and fails what was promised with `Unavailable`; open streams end when the thread does."""
+        """Accepts no more calls and fails pending futures with `Unavailable`; open streams end when the thread ends."""
         self._inbox.close(reason)
 
     @property
     def busy_since(self) -> float | None:
-        """When a single step, one command or one piece of an examination began that is under way now; None if there is
-        nothing to do. A time of `time.monotonic`."""
+        """When the current step, command or part of an examination began, as in `time.monotonic`; None if idle."""
         return self._busy_since
 
     @property
     def examines(self) -> bool:
-        """Whether that is a piece of an examination, which may compile a program."""
+        """Whether the current work is part of an examination, which may compile a program."""
         return self._examines
 
     @property
     def active_streams(self) -> int:
-        """How many streams have a slot."""
+        """The number of streams that have a slot."""
         return sum(len(lane.scheduler.running) for lane in self._lanes.copy().values())
 
     def add_version(
@@ -141,15 +139,15 @@ class Engine:
         context_length: int,
         windows: Many[Window] = (),
     ) -> Future[float]:
-        """Makes a version ready, piece by piece between the steps of the others.
+        """Prepares a version, in small parts between the steps of the others.
 
-        The future tells when, with the mean loss in nats of the windows' tokens (T+1 each) as the version would serve
-        them; or why not. A version without windows goes before those that are examined.
+        The future returns the mean loss in nats per token of the windows (T+1 tokens each), as the version would serve
+        them, or raises the reason why the version is not ready. A version without windows is prepared before others.
         """
         loss: Future[float] = Future()
 
         def add() -> None:
-            blocks = self._prefix_bytes // (SPAN_TOKENS * decoder.token_bytes)
+            blocks = self._prefix_bytes // (SPAN_TOKENS * decoder.bytes_per_token)
             lane = _Lane(tokenizer, context_length, Runner(decoder, blocks), Scheduler(self._slots))
             arriving = _Arriving(version, lane, examine(decoder, windows, self._scored_tokens), loss)
             if windows:
@@ -161,7 +159,7 @@ class Engine:
         return loss
 
     def remove_version(self, version: int) -> Future[None]:
-        """Frees the weights and the cache of a version without streams; the future tells when that is done."""
+        """Frees the weights and the cache of a version without streams; the future returns when that is done."""
         gone: Future[None] = Future()
 
         def remove() -> None:
@@ -170,47 +168,47 @@ class Engine:
             accelerator.release_memory()
             self._inbox.keep(gone, None)
             if self._all_broken():
-                raise RuntimeError(f"Version {version} is gone, and too many steps of all that are left failed.")
+                raise RuntimeError(f"Version {version} was removed, and all that are left have failed too often.")
 
         self._inbox.promise(gone, remove)
         return gone
 
     def submit(self, request: GenerationRequest) -> None:
-        """Starts the samples of a request on a version that was added, no more of them than there are slots.
+        """Starts the samples of a request, no more than there are slots, on a version that was added.
 
-        Raises `Unavailable` where the engine does not run any more.
+        Raises `Unavailable` if the engine has ended.
         """
 
         def add() -> None:
             lane = self._lanes[request.version]
             samples = [
-                Sequence(request, index, lane.context_length, lane.tokenizer.end_token, lane.tokenizer.piece)
+                Sequence(request, index, lane.context_length, lane.tokenizer.end_token, lane.tokenizer.token_bytes)
                 for index in range(request.samples)
             ]
             lane.scheduler.add(tuple(samples))
             self._requests[request.id] = _Running(lane, samples)
             if lane.broken:
-                self._fail(samples, StepFailed("Too many steps of this version failed; ask for another one."))
+                self._fail(samples, StepFailed("Too many steps of this version have failed; choose another version."))
 
         self._inbox.post(add, opens=request)
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request with the reason CANCELLED; nothing happens where it has ended."""
+        """Ends a request with the reason CANCELLED, unless it has ended."""
 
         def cancel() -> None:
             if (running := self._requests.get(request_id)) is not None:
                 self._end(running, FinishReason.CANCELLED, time.monotonic())
 
-        # A closed engine ends it anyway.
+        # A closed engine ends all requests.
         with suppress(Unavailable):
             self._inbox.post(cancel)
 
     def _work(self) -> None:
         try:
-            while (commands := self._asked()) is not None:
+            while (commands := self._take_commands()) is not None:
                 while commands:
                     self._busy_since = time.monotonic()
-                    # None is kept: it can hold the weights of a version.
+                    # Drops each command after its call: it may hold the weights of a version.
                     commands.pop(0)()
                 self._expire()
                 self._step()
@@ -218,7 +216,7 @@ class Engine:
                 self._send()
         except BaseException:
             logger.exception("the engine failed")
-            self.close("The engine failed and the server restarts; ask again in a moment.")
+            self.close("The engine failed and the server restarts; try again in a moment.")
             try:
                 self._end_open()
             finally:
@@ -227,14 +225,14 @@ class Engine:
             self._end_open()
         finally:
             self._busy_since = None
-            # MLX aborts the process where it ends before this thread's stream does.
+            # MLX aborts the process if it ends before the stream of this thread.
             self._requests.clear()
             self._arriving.clear()
             self._lanes.clear()
             mx.clear_streams()
 
-    def _asked(self) -> list[Command] | None:
-        """What was asked since; waits where there is nothing else to do. None: the engine is to end."""
+    def _take_commands(self) -> list[Command] | None:
+        """Takes new commands; waits for one if there is no other work. None if the engine must end."""
         self._busy_since = None
         return self._inbox.take(wait=not (self._requests or self._arriving))
 
@@ -255,27 +253,27 @@ class Engine:
                 continue
             budget -= plan.prompt_tokens
             if plan.chunks:
-                # Whoever reads goes to the end, so that each version can have the whole budget in its turn.
+                # This version goes last next time, so that each can have the whole budget in its turn.
                 others = {other: self._lanes[other] for other in self._lanes if other != version}
                 self._lanes = {**others, version: lane}
             self._run(lane, plan)
 
     def _examine(self) -> None:
-        """A piece of what the next version goes through before it is ready."""
+        """Carries on with the examination of the next version."""
         if not self._arriving:
             return
         arriving = self._arriving[0]
         self._busy_since = time.monotonic()
         self._examines = True
         try:
-            next(arriving.pieces)
+            next(arriving.examination)
             return
         except StopIteration as end:
             result: object = end.value
             self._lanes[arriving.version] = arriving.lane
         except Exception as failure:
-            logger.exception("version %d cannot be made ready", arriving.version)
-            # Its frames hold the weights.
+            logger.exception("version %d cannot be prepared", arriving.version)
+            # The frames of the traceback hold the weights.
             result = failure.with_traceback(None)
         finally:
             self._examines = False
@@ -286,7 +284,7 @@ class Engine:
             accelerator.release_memory()
 
     def _scored_tokens(self) -> int:
-        """How long a piece of an examination may be: short as long as streams wait for it."""
+        """Returns the size of a chunk of an examination: small while streams wait for it."""
         return SCORED_TOKENS if self._requests else SPAN_TOKENS
 
     def _admit(self, lane: _Lane) -> None:
@@ -298,7 +296,7 @@ class Engine:
                 return
             now = time.monotonic()
             for sequence in group:
-                sequence.cached = group[0].cached
+                sequence.cached_tokens = group[0].cached_tokens
                 sequence.admitted_at = now
             self._emit(group[0], [Admitted(now)])
 
@@ -315,7 +313,7 @@ class Engine:
             self._finish_step(sequence, events)
 
     def _recover(self, lane: _Lane, sequences: Many[Sequence]) -> None:
-        """After a step that failed: its streams end, the others go on, and nothing of what the slots held is used."""
+        """Handles a failed step: ends its streams, and discards the content of the slots for the others."""
         now = time.monotonic()
         logger.exception("a step of %d streams failed", len(sequences))
         if len(lane.failures) == MAX_FAILURES and now - lane.failures[0] < FAILURES_WITHIN_S:
@@ -324,12 +322,12 @@ class Engine:
                 raise
             sequences = lane.scheduler.sequences
         lane.failures.append(now)
-        self._fail(sequences, StepFailed("The step that this stream was in failed; ask again."))
+        self._fail(sequences, StepFailed("A step of this stream failed; try again."))
         lane.scheduler.forget_prompts()
         lane.runner.reset()
 
     def _all_broken(self) -> bool:
-        """Whether there are versions, and none that takes streams."""
+        """Whether there are versions, but none that accepts streams."""
         return bool(self._lanes) and all(lane.broken for lane in self._lanes.values())
 
     def _fail(self, sequences: Many[Sequence], error: GptloopError) -> None:
@@ -338,12 +336,12 @@ class Engine:
 
     def _end(self, running: _Running, reason: FinishReason, now: float) -> None:
         for sequence in running.samples.copy():
-            if sequence.read > 0 and not sequence.prefilled:
+            if sequence.computed_tokens > 0 and not sequence.prefilled:
                 running.lane.runner.drop(running.lane.scheduler.slot_of(sequence))
             self._finish_step(sequence, sequence.end(reason, now))
 
     def _finish_step(self, sequence: Sequence, events: list[Event]) -> None:
-        """Sends what a step gave to a sequence, and lets it go where that was its end."""
+        """Sends the events of a sequence, and removes it if they end with its last one."""
         self._emit(sequence, events)
         if isinstance(events[-1], Finished | Failed):
             running = self._requests[sequence.request.id]

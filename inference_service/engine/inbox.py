@@ -1,6 +1,7 @@
-"""What other threads ask of the engine, and the only lock between them and it.
+"""The queue of commands from other threads to the engine, and the only lock between them.
 
-Any thread may ask and close. The engine's thread alone takes what was asked, keeps promises and says what has ended.
+Any thread may add commands and close the inbox. Only the engine's thread takes commands, resolves futures and reports
+which requests have ended.
 """
 
 import threading
@@ -15,8 +16,10 @@ Command = Callable[[], None]
 
 
 class Inbox:
-    """Commands in the order in which they were given, the promises that some of them are to keep, and the requests that
-    have not ended. Once it is closed it takes nothing more, and what is asked raises or promises `Unavailable`."""
+    """Commands in the order of their arrival, the futures that some of them resolve, and the requests that are open.
+
+    A closed inbox takes no more commands: `post` raises `Unavailable`, and `promise` sets it as the future's exception.
+    """
 
     def __init__(self) -> None:
         # Guards all below.
@@ -28,7 +31,7 @@ class Inbox:
         self._closed: str | None = None
 
     def post(self, command: Command, opens: GenerationRequest | None = None) -> None:
-        """Asks for something; `opens` is the request that begins with it."""
+        """Adds a command; `opens` is the request that begins with it."""
         with self._changed:
             if self._closed is not None:
                 raise Unavailable(self._closed)
@@ -38,8 +41,8 @@ class Inbox:
             self._changed.notify()
 
     def promise(self, promise: Future[Any], command: Command) -> None:
-        """Asks for something that is to `keep` a promise."""
-        # Whoever waits for it may give up, but cannot take it back.
+        """Adds a command that will resolve a future by `keep`."""
+        # Its caller may stop waiting, but cannot cancel it.
         promise.set_running_or_notify_cancel()
         with self._changed:
             try:
@@ -50,7 +53,7 @@ class Inbox:
                 self._promises.add(promise)
 
     def close(self, reason: str) -> None:
-        """Breaks all promises. Requests stay open: how they end is the engine's to say."""
+        """Fails all futures with `Unavailable`. Requests stay open until the engine ends them."""
         with self._changed:
             self._closed = self._closed or reason
             for promise in self._promises:
@@ -59,16 +62,16 @@ class Inbox:
             self._changed.notify()
 
     def take(self, wait: bool) -> list[Command] | None:
-        """For the engine's thread: what was asked since, and `wait` until something is. None where it is closed."""
+        """Takes all commands, for the engine's thread; waits for the first one if asked to. None if closed."""
         with self._changed:
             self._changed.wait_for(lambda: not wait or self._commands or self._closed)
             commands, self._commands = self._commands, []
             return None if self._closed else commands
 
     def keep(self, promise: Future[Any], result: object) -> None:
-        """For the engine's thread: keeps a promise, with a result or an exception."""
+        """Resolves a future with a result or an exception, for the engine's thread."""
         with self._changed:
-            # Where it is not there, it was broken when the inbox was closed.
+            # A future that is missing here failed when the inbox was closed.
             if promise in self._promises:
                 self._promises.remove(promise)
                 if isinstance(result, Exception):
@@ -77,7 +80,7 @@ class Inbox:
                     promise.set_result(result)
 
     def note_ends(self, outputs: Sequence[Output]) -> None:
-        """For the engine's thread: the requests whose last sample ends with one of these are not open any more."""
+        """Removes requests whose last sample ends with one of these outputs, for the engine's thread."""
         with self._changed:
             for output in outputs:
                 if isinstance(output.event, Finished | Failed):
@@ -86,7 +89,7 @@ class Inbox:
                         del self._open[output.request_id]
 
     def fail_open(self) -> list[Output]:
-        """For the engine's thread, once it is closed: how the requests that are still open end."""
+        """Ends each open request with `Unavailable`, for the engine's thread after the inbox is closed."""
         with self._changed:
             assert self._closed is not None
             outputs = [Output(request_id, 0, Failed(Unavailable(self._closed))) for request_id in self._open]

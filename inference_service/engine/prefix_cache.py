@@ -1,8 +1,8 @@
-"""What prompts of one version began with, so that a prompt that begins alike need not be read from its start.
+"""A cache of prompt prefixes of one version, so that prompts with a common prefix compute it once.
 
-It holds copies of keys and values in blocks of SPAN_TOKENS tokens. A block is found by all tokens up to its end, and
-fits wherever it is found. Those that were not used for longest go first, and of one prompt's the last ones, as no block
-is found without those before it.
+It holds copies of keys and values in blocks of SPAN_TOKENS tokens. All tokens up to the end of a block are its key. The
+least recently used blocks are removed first, and of one prompt the last ones, because a block is of no use without the
+blocks before it.
 """
 
 from collections import OrderedDict
@@ -16,20 +16,24 @@ Tokens = tuple[int, ...]
 
 
 class PrefixCache:
-    """Blocks of prompts. `capacity` is the most that are kept."""
+    """At most `capacity` blocks."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._blocks: OrderedDict[Tokens, Any] = OrderedDict()
 
     def find(self, prompt: Tokens) -> list[Any]:
-        """What was kept of the blocks with which a prompt begins, first to last. At least its last token is left to be
-        read, as only reading gives logits."""
-        return [self._blocks[beginning] for beginning in self._use(prompt[:-1])]
+        """Returns the cached blocks with which a prompt begins, first to last.
+
+        Leaves at least the last token to be computed, because logits are not cached.
+        """
+        return [self._blocks[prefix] for prefix in self._use(prompt[:-1])]
 
     def keep(self, tokens: Tokens, read: Callable[[], Any]) -> None:
-        """Keeps the last block of a prompt's beginning, which is whole blocks; it is read only where it is not there,
-        and those before it are."""
+        """Caches the last block of a prefix of whole blocks, if it is missing and those before it are cached.
+
+        `read` returns the block.
+        """
         before = self._use(tokens)
         if len(before) == len(tokens) // SPAN_TOKENS - 1 < self._capacity:
             self._blocks[tokens] = read()
@@ -38,14 +42,13 @@ class PrefixCache:
                 self._blocks.popitem(last=False)
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Removes all blocks."""
         self._blocks.clear()
 
     def _use(self, tokens: Tokens) -> list[Tokens]:
-        """The beginnings of tokens that end with a kept block, shortest first; they are used now, the first one
-        last."""
-        beginnings = (tokens[:end] for end in range(SPAN_TOKENS, len(tokens) + 1, SPAN_TOKENS))
-        kept = list(takewhile(self._blocks.__contains__, beginnings))
-        for beginning in reversed(kept):
-            self._blocks.move_to_end(beginning)
-        return kept
+        """Returns the keys of the cached blocks of a prefix, shortest first, and marks the shortest as used last."""
+        prefixes = (tokens[:end] for end in range(SPAN_TOKENS, len(tokens) + 1, SPAN_TOKENS))
+        cached = list(takewhile(self._blocks.__contains__, prefixes))
+        for prefix in reversed(cached):
+            self._blocks.move_to_end(prefix)
+        return cached

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out. Importing this loads no model framework."""
+"""The requests that the engine takes and the events that it returns. Importing this loads no model framework."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from enum import Enum, auto
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import GptloopError
 
-# So many steps of a version may fail within such a time.
+# A version may fail this many steps within this time.
 MAX_FAILURES = 3
 FAILURES_WITHIN_S = 60.0
 
@@ -24,7 +24,7 @@ class FinishReason(Enum):
 
 
 class NotFinite(GptloopError):
-    """The model's logits for a row are not finite, so nothing can be drawn from them."""
+    """The model's logits are not finite, so no token can be drawn from them."""
 
 
 class StepFailed(GptloopError):
@@ -73,7 +73,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Draw:
-    """A token that was drawn; `alternatives` are the likeliest ones, likeliest first, and `rank` is 1 for the first."""
+    """A drawn token; `alternatives` are the likeliest tokens, likeliest first, and the likeliest has the `rank` 1."""
 
     token: int
     logprob: float | None = None
@@ -83,14 +83,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Admitted:
-    """The request has its first turn, with all of its samples: it does not wait any more."""
+    """The request has left the queue: all of its samples have slots."""
 
     at: float
 
 
 @dataclass(frozen=True)
 class Delta:
-    """Drawn tokens, each with its time, and the text that is certain since; either can be empty."""
+    """Drawn tokens, each with its time, and the text that became certain with them; either may be empty."""
 
     times: tuple[float, ...]
     text: str
@@ -98,15 +98,17 @@ class Delta:
 
     @classmethod
     def joined(cls, deltas: Sequence["Delta"]) -> "Delta":
-        """Several that follow one another as one."""
+        """Joins consecutive deltas."""
         times = tuple(at for delta in deltas for at in delta.times)
         return cls(times, "".join(delta.text for delta in deltas), tuple(draw for d in deltas for draw in d.draws))
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a stream. `cached_prompt_tokens` were not read again. Times are in seconds from the arrival of the
-    request; None where it did not come so far."""
+    """The end of a stream. `cached_prompt_tokens` came from the prefix cache.
+
+    Times are in seconds from the arrival of the request, None if the stream ended before.
+    """
 
     reason: FinishReason
     matched_stop: str | None
@@ -120,7 +122,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end of a stream that the engine could not carry on."""
+    """The end of a stream by an error."""
 
     error: GptloopError
 

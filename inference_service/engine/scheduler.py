@@ -1,14 +1,14 @@
-"""Which sequences do what in the next step. Plain Python over plain data; it knows no tensors.
+"""Decides what each sequence does in the next step, in plain Python over plain data, without tensors.
 
-What it promises, B being the prompt tokens that a step may read, C = SPAN_TOKENS the most of a chunk, m the slots:
+Its promises, with B prompt tokens per step at most, chunks of at most C = SPAN_TOKENS tokens, and m slots:
 
-- A sequence whose prompt is read gets a token in every step, and no step reads more than B prompt tokens beside it.
-- Prompts are read in the order in which they got their slots, and a step reads at least B // C chunks while there are
-  so many. So a prompt whose own and all earlier unread prompts make q chunks gives its first token in the step that
-  reads the last of them, at most ceil(q / (B // C)) steps after it got its slot, whatever arrives later.
-- Slots go to whoever waits longest. No sequence keeps one for more than h steps, the bound on its prompt and the most
-  tokens that it may generate. A request that finds k samples before it in the queue has its slots after at most
-  (2 (k // (m + 1)) + 2) h steps: one of several samples waits until so many slots are free at once.
+- A sequence whose prompt is computed gets a token in every step, and no step computes more than B prompt tokens.
+- Prompts are computed in the order in which they got their slots, and a step computes at least B // C chunks if there
+  are that many. If q chunks of a prompt and of all earlier prompts are left when it gets its slot, it gets its first
+  token at most ceil(q / (B // C)) steps later, whatever arrives after it.
+- Slots go to the request that waits longest. No sequence keeps a slot for more than h steps, which follows from the
+  lengths of its prompt and of its output. A request with k samples before it in the queue gets its slots after at most
+  (2 (k // (m + 1)) + 2) h steps: a request with several samples waits until enough slots are free at once.
 """
 
 from collections import deque
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from inference_service.engine.sequence import Sequence
 from shared.decoding.spans import SPAN_TOKENS
 
-# The samples of one request. The first reads the prompt, and the others get a copy of what it read.
+# The samples of one request. The first computes the prompt, and the others get a copy of its keys and values.
 Group = tuple[Sequence, ...]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a prompt to read: the tokens from position `start` up to `end`, into the first of the slots."""
+    """A part of a prompt to compute in the first of the slots: the tokens from position `start` up to `end`."""
 
     group: Group
     slots: tuple[int, ...]
@@ -32,7 +32,7 @@ class Chunk:
 
     @property
     def ends_prompt(self) -> bool:
-        """Whether the whole prompt is read then, so that every sample draws its first token."""
+        """Whether this completes the prompt, so that every sample draws its first token."""
         return self.end == len(self.group[0].request.prompt)
 
 
@@ -46,50 +46,52 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks to read and rows to decode."""
+    """One step: chunks of prompts to compute and rows to decode."""
 
     chunks: tuple[Chunk, ...]
     rows: tuple[Row, ...]
 
     @property
     def prompt_tokens(self) -> int:
-        """How many prompt tokens are read."""
+        """The number of prompt tokens in the step."""
         return sum(chunk.end - chunk.start for chunk in self.chunks)
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Every sequence that the step concerns."""
-        reading = dict.fromkeys(sequence for chunk in self.chunks for sequence in chunk.group)
-        return [*(row.sequence for row in self.rows), *reading]
+        """All sequences in the step."""
+        prefilling = dict.fromkeys(sequence for chunk in self.chunks for sequence in chunk.group)
+        return [*(row.sequence for row in self.rows), *prefilling]
 
 
 class Scheduler:
-    """Fixed slots, given first come, first served; prompts are read in the same order, under a budget each step."""
+    """Gives out fixed slots, first come, first served, and computes prompts in the same order within a budget."""
 
     def __init__(self, slots: int) -> None:
         self._free = list(reversed(range(slots)))
         self._waiting: deque[Group] = deque()
-        # Those with a slot, and those of them whose prompt is being read, in the order in which they got it.
+        # The sequences with a slot, and the groups of those whose prompt is not complete, in the order of their slots.
         self._running: dict[Sequence, int] = {}
         self._prefilling: dict[Sequence, Group] = {}
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Everything that was added and not removed."""
+        """All sequences that were added and not removed."""
         return [*self._running, *(sequence for group in self._waiting for sequence in group)]
 
     @property
     def running(self) -> list[Sequence]:
-        """Those that have a slot."""
+        """The sequences that have a slot."""
         return list(self._running)
 
     def add(self, group: Group) -> None:
-        """Puts a request's samples, no more than there are slots, at the end of the queue."""
+        """Adds the samples of a request, no more than there are slots, to the end of the queue."""
         self._waiting.append(group)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is; its slot is free at once. As long as the prompt is not read, all of a
-        request's samples have to go together."""
+        """Removes a sequence and frees its slot at once.
+
+        While the prompt of a request is not complete, all of its samples must be removed together.
+        """
         slot = self._running.pop(sequence, None)
         if slot is not None:
             self._prefilling.pop(sequence, None)
@@ -98,15 +100,15 @@ class Scheduler:
             self._waiting = deque(group for group in self._waiting if sequence not in group)
 
     def slot_of(self, sequence: Sequence) -> int:
-        """The slot that an admitted sequence has."""
+        """Returns the slot of an admitted sequence."""
         return self._running[sequence]
 
     def admit(self) -> list[Group]:
-        """Gives the free slots to those who waited longest; returns them."""
+        """Gives the free slots to the groups that waited longest, and returns those groups."""
         admitted = []
         while self._waiting and len(self._waiting[0]) <= len(self._free):
             group = self._waiting.popleft()
-            # The lowest slots, so that what a small load touches stays small.
+            # The lowest slots, so that a small load uses little memory.
             self._free.sort(reverse=True)
             self._running |= {sequence: self._free.pop() for sequence in group}
             self._prefilling[group[0]] = group
@@ -114,13 +116,15 @@ class Scheduler:
         return admitted
 
     def plan(self, budget: int) -> Plan | None:
-        """The next step, with at most `budget` prompt tokens, which are at least SPAN_TOKENS; None where nothing has a
-        slot. `record` it before the next one is planned."""
+        """Plans a step with at most `budget` prompt tokens, at least SPAN_TOKENS; None if no sequence has a slot.
+
+        Call `record` before planning the next step.
+        """
         chunks: list[Chunk] = []
         for first, group in self._prefilling.items():
-            start, length = first.read, len(first.request.prompt)
+            start, length = first.computed_tokens, len(first.request.prompt)
             while start < length:
-                # Borders stand at fixed positions, so that the numbers of a prompt never hang on what else was read.
+                # Chunks end at fixed positions, so that a prompt's numbers never depend on other prompts.
                 end = min(start // SPAN_TOKENS * SPAN_TOKENS + SPAN_TOKENS, length)
                 if end - start > budget:
                     break
@@ -128,25 +132,25 @@ class Scheduler:
                 budget -= end - start
                 start = end
             if start < length:
-                # Nobody overtakes.
+                # No prompt overtakes another.
                 break
         rows = [Row(sequence, slot) for sequence, slot in self._running.items() if sequence.prefilled]
         return Plan(tuple(chunks), tuple(rows)) if chunks or rows else None
 
     def record(self, plan: Plan) -> None:
-        """Notes that a plan was carried out."""
+        """Records that a plan was carried out."""
         for chunk in plan.chunks:
-            chunk.group[0].read = chunk.end
+            chunk.group[0].computed_tokens = chunk.end
             if chunk.ends_prompt:
                 del self._prefilling[chunk.group[0]]
                 for sequence in chunk.group:
-                    sequence.read = chunk.end
+                    sequence.computed_tokens = chunk.end
         for row in plan.rows:
-            row.sequence.read += 1
+            row.sequence.computed_tokens += 1
 
     def forget_prompts(self) -> None:
-        """Lets every prompt that is being read begin anew, as after a loss of what the slots held."""
+        """Restarts all prompts that are not complete, after the content of the slots was lost."""
         for group in self._prefilling.values():
-            group[0].read = 0
+            group[0].computed_tokens = 0
             for sequence in group:
-                sequence.cached = 0
+                sequence.cached_tokens = 0

@@ -1,7 +1,7 @@
 // One step of a GPT on a CPU: tokens of any slots, at any positions, in one pass over the weights.
 //
-// What a row gets depends on nothing beside it: every number is summed in one fixed order, whatever the number of rows
-// and threads. So a row has the same bits alone and among others, read in a chunk or decoded.
+// A row does not depend on other rows: every number is summed in one fixed order, whatever the number of rows and
+// threads. So a row has the same bits alone and among others, in a chunk of a prompt and when it decodes.
 // Shapes: R rows, C width, F hidden width, H heads, D head width, S positions, N outputs, V vocabulary. The rows of all
 // activations are padded to a multiple of BLOCK numbers.
 
@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
-// Numbers in a vector, and how many rows of a product are summed at a time in the processor's registers.
+// Numbers in a vector, and rows of a product that are summed at a time in the processor's registers.
 #if defined(__AVX512F__)
 constexpr int WIDTH = 16, ROWS = 12;
 #elif defined(__AVX__)
@@ -17,11 +17,11 @@ constexpr int WIDTH = 8, ROWS = 6;
 #else
 constexpr int WIDTH = 4, ROWS = 6;
 #endif
-// Outputs of a product that are summed at a time. Weights are (N / BLOCK, C, BLOCK), so that they pass by in order.
+// Outputs of a product that are summed at a time. Weights are (N / BLOCK, C, BLOCK), to be read in order.
 constexpr int BLOCK = 2 * WIDTH;
-// Tokens whose weights are summed first, to find those among which a draw falls.
+// A draw first finds its block of this many tokens, by the sums of their weights.
 constexpr int DRAW_BLOCK = 1024;
-// So many rows of x, and of each so many numbers, meet a part of the weights while that is in a core's nearest cache.
+// This many rows of x, and of each this many numbers, use a part of the weights while it is in a core's nearest cache.
 constexpr int TILE = 8 * ROWS, PART = 128;
 
 template <int size>
@@ -62,7 +62,7 @@ static int padded(int size) { return (size + BLOCK - 1) / BLOCK * BLOCK; }
 static Vector &at(float *place) { return *(Vector *)place; }
 static const Vector &at(const float *place) { return *(const Vector *)place; }
 
-// Halves added to halves until one number is left.
+// Adds halves to halves until one number is left.
 template <int size>
 static float sum(typename Numbers<size>::Floats v) {
     if constexpr (size == 1) {
@@ -74,7 +74,7 @@ static float sum(typename Numbers<size>::Floats v) {
     }
 }
 
-// exp(x), 0 below -50 and exp(50) above 50: denormal numbers would cost a hundred times more. Not a number stays so.
+// exp(x), 0 below -50 and exp(50) above 50: denormal numbers would cost a hundred times more. NaN stays NaN.
 // Source: Moshier 1992, Cephes mathematical library, expf.
 static Vector exponential(Vector x) {
     const Vector zero = {}, top = zero + 50.0f;
@@ -93,7 +93,7 @@ static Vector exponential(Vector x) {
     return low ? zero : p;
 }
 
-// GELU in its tanh form (Hendrycks & Gimpel 2016, section 2): x times the sigmoid of twice what tanh gets.
+// GELU in its tanh form (Hendrycks & Gimpel 2016, section 2): x times the sigmoid of twice the argument of tanh.
 static Vector gelu(Vector x) {
     constexpr float twice = -1.59576912160573f;
     return x / (1.0f + exponential(x * (twice + twice * 0.044715f * x * x)));
@@ -102,7 +102,7 @@ static Vector gelu(Vector x) {
 enum class Then { store, add, store_gelu };
 
 // Adds to the sums of `count` rows of x, `stride` numbers apart, their products with a part of a weight (length, BLOCK).
-// Meanwhile fetches what will be needed next, `step` numbers further on each time: memory is slower than the products.
+// Meanwhile prefetches the next weights, `step` numbers further each time: memory is slower than the products.
 template <int rows>
 static void accumulate(int count, int length, int stride, const float *x, const float *weight, const float *next,
                        int step, Vector (*sums)[2]) {
@@ -128,7 +128,7 @@ static void accumulate(int count, int length, int stride, const float *x, const 
     for (int r = 0; r < rows; r++) sums[r][0] = left[r], sums[r][1] = right[r];
 }
 
-// out (R, N) = x (R, C) times the transposed weight (N, C), plus the bias where there is one.
+// out (R, N) = x (R, C) times the transposed weight (N, C), plus the bias if there is one.
 static void multiply(int threads, int R, int C, int N, const float *x, Product product, Then then, float *out) {
     const int stride = padded(C), out_stride = padded(N);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -173,7 +173,7 @@ static void normalise(int C, float epsilon, const float *x, Norm norm, float *ou
     for (int c = 0; c < C; c++) out[c] = (x[c] - mean) * inverse * norm.weight[c] + norm.bias[c];
 }
 
-// The sum of `length` values (S, D) by their weights, of `vectors` vectors of them from d on.
+// Sums `length` values (S, D) by their weights, `vectors` vectors at a time from d on; returns the next d.
 template <int vectors>
 static int collect(int d, int D, int length, const float *weights, float scale, const float *values, float *attended) {
     for (; d + vectors * WIDTH <= D; d += vectors * WIDTH) {
@@ -185,8 +185,8 @@ static int collect(int d, int D, int length, const float *weights, float scale, 
     return d;
 }
 
-// A query (D) meets the first `length` keys and values (S, D) of its slot and head; the attended values (D). `weights`
-// has room for as many numbers as there are positions, and one vector more.
+// Attends from a query (D) to the first `length` keys and values (S, D) of its slot and head, and stores the result (D).
+// `weights` has room for a number per position and one more vector.
 static void attend(int D, int length, const float *query, const float *keys, const float *values, float *weights,
                    float *attended) {
     const float scale = 1.0f / sqrtf(D);
@@ -217,14 +217,14 @@ static void attend(int D, int length, const float *query, const float *keys, con
 
 extern "C" int block_size() { return BLOCK; }
 
-// The numbers that `forward` needs for so many rows besides its arguments.
+// The size of the scratch memory that `forward` needs for R rows.
 extern "C" size_t scratch_size(const Model *model, int R) {
     const size_t qkv = padded(3 * model->width), hidden = padded(model->hidden);
     return R * (2 * padded(model->width) + (qkv > hidden ? qkv : hidden));
 }
 
-// A token (R) each for a slot (R) at a position (R), all of them stored in the cache before any attends; the logits
-// (K, V padded) after K wanted rows.
+// Computes one token (R) for each slot (R) at its position (R), and stores all of them in the cache before any attends.
+// Stores the logits (K, V padded) after K wanted rows.
 extern "C" void forward(const Model *model, int R, const int *tokens, const int *slots, const int *positions, int K,
                         const int *wanted, float *scratch, float *logits) {
     const int C = model->width, F = model->hidden, H = model->heads, D = C / H, S = model->positions;
@@ -264,8 +264,8 @@ extern "C" void forward(const Model *model, int R, const int *tokens, const int 
     multiply(threads, K, C, model->vocabulary, normed, model->head, Then::store, logits);
 }
 
-// Hands the logits (V) from `start` on, as many as a block of them has, to `use` in vectors: minus infinity for the masked
-// one and beyond the last.
+// Calls `use` with the vectors of a block of logits (V) from `start` on: minus infinity for the masked one and beyond the
+// last.
 template <typename Use>
 static void over_block(const float *logits, int V, int masked, int start, Use use) {
     const int end = start + DRAW_BLOCK;
@@ -281,13 +281,13 @@ static void over_block(const float *logits, int V, int masked, int start, Use us
     }
 }
 
-// The token at which the cumulated weights of a row pass a number in [0, 1) of their sum; the likeliest where the inverse
-// of the temperature is 0; -1 where a logit is not finite.
+// Returns the token at which the cumulated weights of a row pass a share in [0, 1) of their sum; the likeliest token if
+// the inverse of the temperature is 0; -1 if a logit is not finite.
 static int draw_row(const float *logits, int V, int masked, float inverse, double number) {
     Vector highs = Vector{} - INFINITY, zeros = {};
     for (int start = 0; start < V; start += DRAW_BLOCK)
         over_block(logits, V, masked, start, [&](Vector v) { highs = v > highs ? v : highs; });
-    // What is not finite is not 0 times 0.
+    // A number that is not finite, times 0, is not 0.
     const int whole = V / WIDTH * WIDTH;
     for (int place = 0; place < whole; place += WIDTH) zeros += at(logits + place) * 0.0f;
     for (int token = whole; token < V; token++) zeros[0] += logits[token] * 0.0f;
@@ -310,7 +310,7 @@ static int draw_row(const float *logits, int V, int masked, float inverse, doubl
     }
     double left = number * total;
     int start = 0;
-    // Rounding can bring the number up to the sum itself, which no token passes: then it is the last one that can be.
+    // Rounding can raise the target to the sum itself, which no token passes: then take the last possible token.
     int last = (V - 1) / DRAW_BLOCK * DRAW_BLOCK;
     while (blocks[last / DRAW_BLOCK] == 0.0) last -= DRAW_BLOCK;
     while (start < last && left >= blocks[start / DRAW_BLOCK]) left -= blocks[start / DRAW_BLOCK], start += DRAW_BLOCK;
@@ -324,7 +324,7 @@ static int draw_row(const float *logits, int V, int masked, float inverse, doubl
     return drawn;
 }
 
-// A token for each of K rows of logits (V).
+// Draws a token for each of K rows of logits (V).
 extern "C" void draw(int threads, int K, int V, const float *const *logits, const int *masked, const float *inverse,
                      const double *numbers, int *tokens) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)

@@ -1,7 +1,7 @@
-"""Reads and decodes tokens on a CPU, on the model's own memory; the work is in `cpu_decoder.cpp`.
+"""Computes prompts and decodes on a CPU; the work is in `cpu_decoder.cpp`.
 
-A step is many small operations, and hands each weight once to few rows. MLX's CPU backend spends more time between such
-operations than in them, and its products copy a whole weight into another order first.
+A step has many small operations, and uses each weight once for few rows. MLX's CPU backend spends more time between
+such operations than in them, and its products first copy a whole weight into another order.
 Shapes: R rows, N outputs, T tokens, S positions of the context, H heads, D head width, C width, V vocabulary.
 """
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.sampling import Logits, PlainDraw, is_finite, log_probabilities, uniform
+from shared.decoding.sampling import Logits, TemperatureSampling, is_finite, log_probabilities, uniform
 from shared.decoding.spans import Span
 from shared.device.native import build_library
 
@@ -57,10 +57,9 @@ class _Model(ctypes.Structure):
 
 
 def _small_pages(shape: tuple[int, ...]) -> Array:
-    """Zeros to which the system gives memory only as they are written, page by page.
+    """Returns zeros that take memory only when they are written, page by page.
 
-    With huge pages, which NumPy asks for, the first step of a slot would wait until the system has found and cleared
-    megabytes.
+    NumPy asks for huge pages, with which the first step of a slot would wait until the system has cleared megabytes.
     """
     memory = mmap.mmap(-1, math.prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
@@ -75,18 +74,18 @@ def _small_pages(shape: tuple[int, ...]) -> Array:
 class CpuDecoder:
     """An evaluated model with keys and values for a number of slots, (slots, H, S, D) in each layer.
 
-    Bit for bit, what a span gets hangs neither on what else is in a step nor on the number of threads, and a prompt may
-    be read in any pieces.
+    The logits of a span are the same bit for bit, whatever else is in a step, whatever the number of threads, and in
+    whatever chunks the prompt is computed.
     """
 
     def __init__(self, model: "GPT", slots: int, threads: int, library: ctypes.CDLL) -> None:
         config = model.config
         self._library = library
-        # What the pointers lead to.
+        # The arrays behind the pointers.
         self._held: list[Array] = []
         shape = (2, slots, config.heads, config.context_length, config.head_width)
         self._caches = [_small_pages(shape) for _ in range(config.layers)]
-        self._rooms = {"scratch": np.empty(0, np.float32), "logits": np.empty(0, np.float32)}
+        self._buffers = {"scratch": np.empty(0, np.float32), "logits": np.empty(0, np.float32)}
         layers = (_Layer * config.layers)()
         for layer, block, (keys, values) in zip(layers, model.blocks, self._caches, strict=True):
             layer.attention_norm = self._norm(block.attention_norm)
@@ -116,7 +115,7 @@ class CpuDecoder:
         return _Affine(self._pointer(norm.weight), self._pointer(norm.bias))
 
     def _product(self, weight: mx.array, bias: mx.array | None) -> _Affine:
-        """The weight (N, C) in blocks of outputs, (N / block, C, block), and the bias, both filled up with zeros."""
+        """Packs a weight (N, C) in blocks of outputs, (N / block, C, block), and its bias, both padded with zeros."""
         block = self._library.block_size()
         N, C = weight.shape
         missing = -N % block
@@ -136,50 +135,50 @@ class CpuDecoder:
         return held.ctypes.data_as(_FLOATS)
 
     @property
-    def token_bytes(self) -> int:
-        """The memory that a token takes in a slot."""
+    def bytes_per_token(self) -> int:
+        """The memory that each token takes in a slot."""
         return sum(layer[:, 0, :, 0].nbytes for layer in self._caches)
 
     def warm_up(self) -> Iterator[None]:
-        """Nothing has to be compiled: the library takes any shape."""
+        """Does nothing: the library takes any shape."""
         return iter(())
 
     def forward(self, spans: Sequence[Span]) -> Sequence[Logits]:
-        """Reads spans; the logits (V,) after the last token of each, which stand there until the next call."""
-        return self._read(spans, np.cumsum([len(span.tokens) for span in spans], dtype=np.intc) - np.intc(1))
+        """Computes spans and returns the logits (V,) after the last token of each, valid until the next call."""
+        return self._compute(spans, np.cumsum([len(span.tokens) for span in spans], dtype=np.intc) - np.intc(1))
 
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
-        """The loss in nats of what follows each token of a span."""
-        rows = self._read([span], np.arange(len(span.tokens), dtype=np.intc))
+        """Returns the loss in nats of the token after each token of a span."""
+        rows = self._compute([span], np.arange(len(span.tokens), dtype=np.intc))
         return [
             -float(log_probabilities(row)[target]) if is_finite(row) else math.nan
             for row, target in zip(rows, targets, strict=True)
         ]
 
-    def _read(self, spans: Sequence[Span], wanted: NDArray[np.intc]) -> list[Logits]:
-        """The logits (V,) after the wanted (K,) of all tokens."""
+    def _compute(self, spans: Sequence[Span], wanted: NDArray[np.intc]) -> list[Logits]:
+        """Computes spans and returns the logits (V,) after the wanted (K,) of all tokens."""
         rows = np.array(
             [(token, span.slot, position) for span in spans for position, token in enumerate(span.tokens, span.start)],
             np.intc,
         ).T.copy()  # (3, R)
-        scratch = self._room("scratch", self._library.scratch_size(ctypes.byref(self._model), rows.shape[1]))
+        scratch = self._buffer("scratch", self._library.scratch_size(ctypes.byref(self._model), rows.shape[1]))
         V = self._model.vocabulary
         K = len(wanted)
-        logits = self._room("logits", K * (V + -V % self._library.block_size())).reshape(K, -1)
+        logits = self._buffer("logits", K * (V + -V % self._library.block_size())).reshape(K, -1)
         self._library.forward(
             *(ctypes.byref(self._model), rows.shape[1], *(row.ctypes.data for row in rows)),
             *(K, wanted.ctypes.data, scratch.ctypes.data, logits.ctypes.data),
         )
         return [row[:V] for row in logits]
 
-    def _room(self, name: str, size: int) -> Array:
-        """So many numbers, in memory that is kept from step to step: new pages would cost more than many a step."""
-        if self._rooms[name].size < size:
-            self._rooms[name] = np.empty(size, np.float32)
-        return self._rooms[name][:size]
+    def _buffer(self, name: str, size: int) -> Array:
+        """Returns memory that is reused in the next step: new pages would often cost more than the step."""
+        if self._buffers[name].size < size:
+            self._buffers[name] = np.empty(size, np.float32)
+        return self._buffers[name][:size]
 
-    def draw(self, rows: Sequence[PlainDraw]) -> list[int | None]:
-        """A token for each row, None where its logits are not finite."""
+    def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
+        """Draws a token for each row; None if its logits are not finite."""
         pointers = (ctypes.c_void_p * len(rows))(*(row.logits.ctypes.data for row in rows))
         masked = np.array([-1 if row.masked is None else row.masked for row in rows], np.intc)
         inverse = np.array([row.inverse_temperature for row in rows], np.float32)
@@ -190,25 +189,25 @@ class CpuDecoder:
         return [None if token < 0 else token for token in tokens.tolist()]
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Gives slots the first `length` tokens of another one."""
+        """Copies the first `length` tokens of a slot to other slots."""
         for layer in self._caches:
             for target in targets:
                 layer[:, target, :, :length] = layer[:, source, :, :length]
 
     def read(self, slot: int, start: int, end: int) -> list[Array]:
-        """A copy (2, H, T, D) of what the positions of a slot hold, of each layer's keys and values."""
+        """Returns a copy (2, H, T, D) of each layer's keys and values of a slot from one position to another."""
         return [layer[:, slot, :, start:end].copy() for layer in self._caches]
 
-    def write(self, slot: int, start: int, piece: list[Array]) -> None:
-        """Puts what `read` returned into a slot."""
-        for layer, read in zip(self._caches, piece, strict=True):
+    def write(self, slot: int, start: int, block: list[Array]) -> None:
+        """Writes a block that `read` returned to a slot."""
+        for layer, read in zip(self._caches, block, strict=True):
             layer[:, slot, :, start : start + read.shape[2]] = read
 
     def clear(self, slot: int) -> None:
-        """Nothing has to be: no row meets what lies beyond its own position."""
+        """Does nothing: no row uses numbers beyond its own position."""
 
     def reset(self) -> None:
-        """Nothing has to be: what a slot holds is written anew before it is read."""
+        """Does nothing: a slot is always written before it is read."""
 
 
 def load_library(cache: Path) -> ctypes.CDLL:

@@ -1,4 +1,4 @@
-"""What decodes: a model with keys and values for a fixed number of slots, in the form that suits the device."""
+"""A decoder: a model with a KV cache for a fixed number of slots, in the form that suits the device."""
 
 import ctypes
 from collections.abc import Iterator, Sequence
@@ -10,19 +10,19 @@ import mlx.core as mx
 
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
-from shared.decoding.sampling import PlainDraw
+from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import Span
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
 
-# On an NVIDIA GPU starting its many small kernels takes most of the time of a span, and as long for eight.
+# On an NVIDIA GPU, launching many small kernels takes most of the time of a span, and eight take as long as one.
 _CUDA_SPANS_TOGETHER = 8
 
 
 class Decoder(Protocol):
-    """An evaluated model and its slots. What a span gets depends on nothing but the tokens of its slot up to its end.
+    """An evaluated model and its slots. The logits of a span depend only on the tokens of its slot up to its end.
 
-    Made on any thread; everything else happens on one.
+    Any thread may create it; a single thread makes all calls.
     """
 
     @property
@@ -30,45 +30,43 @@ class Decoder(Protocol):
         """The memory of the weights and of all slots."""
 
     @property
-    def token_bytes(self) -> int:
-        """The memory that a token takes in a slot."""
+    def bytes_per_token(self) -> int:
+        """The memory that each token takes in a slot."""
 
     def warm_up(self) -> Iterator[None]:
-        """Compiles and loads, piece by piece, what the first calls of the others would wait for."""
+        """Compiles and loads, in small parts, everything for which the first calls would wait otherwise."""
 
     def forward(self, spans: Sequence[Span]) -> Sequence[Any]:
-        """Reads spans; the logits after the last token of each, for `draw`, or for `np.asarray`, which makes them (V,).
-        They stand there until the next call.
+        """Computes spans and returns the logits after the last token of each, for `draw` or `np.asarray`, then (V,).
 
-        A span of several tokens begins at a multiple of `SPAN_TOKENS` and has no more than so many. Spans of one slot
-        follow one another, and only the last of them may have one token.
+        The logits are valid until the next call. A span of several tokens begins at a multiple of `SPAN_TOKENS` and has
+        at most that many. Spans of one slot are consecutive, and only the last of them may have one token.
         """
 
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
-        """Reads a span; for each token the loss of the one that follows it, `targets`, in nats, and not finite where a
-        logit is not.
+        """Computes a span and returns for each of its tokens the loss in nats of the next one, given in `targets`.
 
-        The span begins at a multiple of its length, of `SPAN_TOKENS` or `SCORED_TOKENS`; the last one of a text may be
-        shorter.
+        A loss is not finite if a logit is not. The span has `SPAN_TOKENS` or `SCORED_TOKENS` tokens and begins at a
+        multiple of that; the last one of a text may be shorter.
         """
 
-    def draw(self, rows: Sequence[PlainDraw]) -> list[int | None]:
-        """A token for each row, None where its logits are not finite."""
+    def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
+        """Draws a token for each row; None if its logits are not finite."""
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Gives slots the first `length` tokens of another one."""
+        """Copies the first `length` tokens of a slot to other slots."""
 
     def read(self, slot: int, start: int, end: int) -> Any:
-        """A copy of what the positions of a slot hold, for `write`."""
+        """Returns a copy of the keys and values of a slot from one position to another, for `write`."""
 
-    def write(self, slot: int, start: int, piece: Any) -> None:
-        """Puts what `read` returned into a slot, at the position that it was read from."""
+    def write(self, slot: int, start: int, block: Any) -> None:
+        """Writes a block that `read` returned to a slot, at the position from which it was read."""
 
     def clear(self, slot: int) -> None:
-        """Takes numbers that are not finite out of a slot."""
+        """Removes numbers that are not finite from a slot."""
 
     def reset(self) -> None:
-        """Forgets what every slot holds."""
+        """Discards the content of all slots."""
 
 
 class DecoderFactory:

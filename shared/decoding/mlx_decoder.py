@@ -1,6 +1,6 @@
-"""Reads and decodes tokens in MLX, for a GPU: compiled programs of few shapes, which take the weights as arguments.
+"""Computes prompts and decodes in MLX, for a GPU: compiled programs of few shapes, which take the weights as arguments.
 
-Shapes: B slots, R spans read together, T tokens, S positions of the cache, H heads, D head width, V vocabulary.
+Shapes: B slots, R spans together, T tokens, S positions of the cache, H heads, D head width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,15 +10,15 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from shared.decoding.sampling import Logits, PlainDraw, uniform
+from shared.decoding.sampling import Logits, TemperatureSampling, uniform
 from shared.decoding.spans import SCORED_TOKENS, SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, Attend
 
-# Spans are filled up to one of these lengths.
+# Spans are padded to one of these lengths.
 _LENGTHS = (SCORED_TOKENS, SPAN_TOKENS)
 
-# Tokens whose weights are summed first, to find those among which a draw falls.
+# A draw first finds its block of this many tokens, by the sums of their weights.
 _DRAW_BLOCK = 256
 
 # A layer's keys and values, (B, H, S, D) each.
@@ -30,11 +30,10 @@ _Spans = tuple[mx.array, mx.array, mx.array, mx.array]
 
 
 class MlxDecoder:
-    """An evaluated model with keys and values for at least two slots, which are all decoded in every step. Spans of
-    several tokens are read by programs that take `spans_together` of them.
+    """An evaluated model with keys and values for at least two slots.
 
-    So products of a kind always have as many rows: with another number they are computed in another way, with other
-    last digits.
+    Every step decodes all slots, and a program computes `spans_together` spans of several tokens. So each kind of
+    product always has the same number of rows: a GPU would compute another number in another way, with other digits.
     """
 
     def __init__(self, model: GPT, slots: int, programs: "ProgramCache", spans_together: int = 1) -> None:
@@ -49,7 +48,7 @@ class MlxDecoder:
         self._spans_together = spans_together
         self._programs = programs.get(config)
         self._caches: Caches = []
-        # Where the next token of each slot comes. A slot that is not decoded is written there too.
+        # The position of the next token of each slot. Steps also write there in slots that do not decode.
         self._filled: list[int] = []
         self.reset()
 
@@ -60,17 +59,17 @@ class MlxDecoder:
         return sum(array.nbytes for _, array in named)
 
     @property
-    def token_bytes(self) -> int:
-        """The memory that a token takes in a slot."""
+    def bytes_per_token(self) -> int:
+        """The memory that each token takes in a slot."""
         _, heads, _, width = self._shape
         return self._layers * 2 * heads * width * self._type.size
 
     def warm_up(self) -> Iterator[None]:
         """Compiles a program for each shape."""
-        # Twice: what a thread does first is compiled again when it does it next.
+        # Twice: MLX compiles a thread's first program again at its next call.
         for length in 2 * (*_LENGTHS, 1):
             (row,) = self.forward([Span(0, 0, (0,) * min(length, self._context_length))])
-            self.draw([PlainDraw(row, 1.0, seed=0, position=0, masked=None)])
+            self.draw([TemperatureSampling(row, 1.0, seed=0, position=0, masked=None)])
             yield
         for length in 2 * _LENGTHS:
             count = min(length, self._context_length)
@@ -79,13 +78,15 @@ class MlxDecoder:
         self.reset()
 
     def forward(self, spans: Sequence[Span]) -> Sequence["_Row"]:
-        """Reads spans; the logits (V,) after the last token of each, on the device until `np.asarray` reads them."""
+        """Computes spans and returns the logits (V,) after each, on the device until `np.asarray` reads them."""
         rows: dict[int, _Row] = {}
-        # Of one slot's spans only the last can be a short one. In a program, all spans are stored before any is read.
+        # Only the last span of a slot can be short. A program stores all its spans before it attends to any.
         for length in reversed(_LENGTHS):
-            reading = [index for index, span in enumerate(spans) if len(span.tokens) > 1 and _padded(span) == length]
-            for first in range(0, len(reading), self._spans_together):
-                indices = reading[first : first + self._spans_together]
+            prefilling = [
+                index for index, span in enumerate(spans) if len(span.tokens) > 1 and _padded_length(span) == length
+            ]
+            for first in range(0, len(prefilling), self._spans_together):
+                indices = prefilling[first : first + self._spans_together]
                 block = self._prefill([spans[index] for index in indices])  # (R, V)
                 rows |= {index: _Row(block, place) for place, index in enumerate(indices)}
         for span in spans:
@@ -97,22 +98,22 @@ class MlxDecoder:
         return [rows[index] for index in range(len(spans))]
 
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
-        """The loss in nats of what follows each token of a span."""
+        """Returns the loss in nats of the token after each token of a span."""
         count = len(span.tokens)
-        wanted = mx.array([*targets, *[0] * (_padded(span) - count)])
-        losses = self._run(self._programs.score, _filled_up([span]), wanted)
+        wanted = mx.array([*targets, *[0] * (_padded_length(span) - count)])
+        losses = self._run(self._programs.score, _padded_spans([span]), wanted)
         self._filled[span.slot] = span.start + count
         return [float(loss) for loss in np.asarray(losses)[:count]]
 
-    def draw(self, rows: Sequence[PlainDraw]) -> list[int | None]:
-        """A token for each row, None where its logits are not finite."""
+    def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
+        """Draws a token for each row; None if its logits are not finite."""
         blocks: dict[int, list[int]] = {}
         for number, row in enumerate(rows):
             blocks.setdefault(id(row.logits.block), []).append(number)
         drawn: list[int | None] = [None] * len(rows)
         for numbers in blocks.values():
             block = rows[numbers[0]].logits.block
-            # Of several draws from one row, as of samples of one prompt, each takes a turn.
+            # Several draws from one row, such as those of the samples of one prompt, take turns.
             while numbers:
                 turn = {rows[number].logits.index: number for number in reversed(numbers)}
                 for number, token in zip(turn.values(), self._draw(block, turn, rows), strict=True):
@@ -120,8 +121,8 @@ class MlxDecoder:
                 numbers = [number for number in numbers if number not in turn.values()]
         return drawn
 
-    def _draw(self, block: mx.array, turn: dict[int, int], rows: Sequence[PlainDraw]) -> list[int | None]:
-        """Tokens for some rows of a block (B, V), at most one each."""
+    def _draw(self, block: mx.array, turn: dict[int, int], rows: Sequence[TemperatureSampling]) -> list[int | None]:
+        """Draws at most one token for each row of a block (B, V)."""
         B = block.shape[0]
         inverse, uniforms, masked = np.zeros(B, np.float32), np.zeros(B, np.float32), np.full(B, -1, np.int32)
         for index, number in turn.items():
@@ -134,38 +135,38 @@ class MlxDecoder:
         return [None if tokens[index] < 0 else tokens[index] for index in turn]
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
-        """Gives slots the first `length` tokens of another one."""
-        piece = self.read(source, 0, length)
+        """Copies the first `length` tokens of a slot to other slots."""
+        block = self.read(source, 0, length)
         for target in targets:
-            self.write(target, 0, piece)
+            self.write(target, 0, block)
 
     def read(self, slot: int, start: int, end: int) -> Caches:
-        """A copy (H, T, D) of what the positions of a slot hold, of each layer's keys and values."""
-        piece = [
+        """Returns a copy (H, T, D) of each layer's keys and values of a slot from one position to another."""
+        block = [
             (mx.contiguous(keys[slot, :, start:end]), mx.contiguous(values[slot, :, start:end]))
             for keys, values in self._caches
         ]
-        mx.eval(piece)
-        return piece
+        mx.eval(block)
+        return block
 
-    def write(self, slot: int, start: int, piece: Caches) -> None:
-        """Puts what `read` returned into a slot."""
-        end = start + piece[0][0].shape[1]
-        for (keys, values), (read_keys, read_values) in zip(self._caches, piece, strict=True):
+    def write(self, slot: int, start: int, block: Caches) -> None:
+        """Writes a block that `read` returned to a slot."""
+        end = start + block[0][0].shape[1]
+        for (keys, values), (read_keys, read_values) in zip(self._caches, block, strict=True):
             keys[slot, :, start:end] = read_keys
             values[slot, :, start:end] = read_values
         mx.eval(self._caches)
         self._filled[slot] = end
 
     def clear(self, slot: int) -> None:
-        """Overwrites a slot: what is not finite would reach its next sequence even through the attention mask."""
+        """Overwrites a slot: NaN would reach its next sequence in spite of the attention mask."""
         for keys, values in self._caches:
             keys[slot] = 0.0
             values[slot] = 0.0
         mx.eval(self._caches)
 
     def reset(self) -> None:
-        """Forgets what every slot holds."""
+        """Discards the content of all slots."""
         self._caches = [
             (mx.zeros(self._shape, self._type), mx.zeros(self._shape, self._type)) for _ in range(self._layers)
         ]
@@ -173,12 +174,12 @@ class MlxDecoder:
         self._filled = [0] * self._shape[0]
 
     def _prefill(self, spans: Sequence[Span]) -> mx.array:
-        """The logits (R, V) after some spans, which are filled up by repeating the last."""
+        """Computes spans, padded by repeating the last one, and returns the logits (R, V) after each."""
         missing = self._spans_together - len(spans)
-        return self._run(self._programs.prefill, _filled_up([*spans, *[spans[-1]] * missing]))
+        return self._run(self._programs.prefill, _padded_spans([*spans, *[spans[-1]] * missing]))
 
     def _decode(self, rows: Sequence[Span]) -> mx.array:
-        """The logits (B, V) of all slots."""
+        """Decodes one token per row and returns the logits (B, V) of all slots."""
         tokens = [0] * len(self._filled)
         positions = [min(filled, self._context_length - 1) for filled in self._filled]
         for span in rows:
@@ -186,8 +187,10 @@ class MlxDecoder:
         return self._run(self._programs.decode, mx.array(tokens), mx.array(positions))
 
     def _run(self, program: Callable[..., Any], *arguments: mx.array | _Spans) -> mx.array:
-        """Starts a program on the caches, when the one before it has ended: a cache that is still read would be copied
-        to be written."""
+        """Runs a program on the caches after the one before it has ended.
+
+        MLX would copy a cache that another program still reads.
+        """
         mx.eval(self._caches)
         result: mx.array
         result, self._caches = program(self._parameters, self._caches, *arguments)
@@ -195,23 +198,23 @@ class MlxDecoder:
         return result
 
 
-def _padded(span: Span) -> int:
+def _padded_length(span: Span) -> int:
     return next(length for length in _LENGTHS if length >= len(span.tokens))
 
 
-def _filled_up(spans: Sequence[Span]) -> _Spans:
-    """Spans of one padded length, as the programs take them.
+def _padded_spans(spans: Sequence[Span]) -> _Spans:
+    """Converts spans of one padded length to the arguments of the programs.
 
-    What fills a span up is its last token, whose numbers are finite where those of the span are.
+    The padding is the last token of a span, whose numbers are finite if those of the span are.
     """
-    tokens = [[*span.tokens, *[span.tokens[-1]] * (_padded(span) - len(span.tokens))] for span in spans]
+    tokens = [[*span.tokens, *[span.tokens[-1]] * (_padded_length(span) - len(span.tokens))] for span in spans]
     places = [(span.slot, span.start, len(span.tokens)) for span in spans]
     slots, starts, lengths = (mx.array(each) for each in zip(*places, strict=True))
     return mx.array(tokens), slots, starts, lengths
 
 
 class _Row:
-    """One row of logits (B, V) that stay on the device; NumPy can read it as an array (V,)."""
+    """A row of logits (B, V) that stay on the device; NumPy reads it as an array (V,)."""
 
     def __init__(self, block: mx.array, index: int) -> None:
         self.block = block
@@ -240,7 +243,7 @@ class ProgramCache:
 
 
 class _Programs:
-    """The compiled functions of models of one configuration, and how often one was compiled."""
+    """The compiled functions for models of one configuration, and a count of compilations."""
 
     def __init__(self, config: GPTConfig) -> None:
         self.count = 0
@@ -255,9 +258,9 @@ class _Programs:
         self.draw: Callable[..., mx.array] = mx.compile(self._draw)
 
     def _prefill(self, parameters: dict[str, Any], caches: Caches, spans: _Spans) -> tuple[mx.array, Caches]:
-        """Reads spans; the logits (R, V) after each."""
+        """Computes spans and returns the logits (R, V) after each."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, spans)
+        hidden, caches = self._compute(parameters, caches, spans)
         *_, lengths = spans
         last = mx.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]  # (R, C)
         return self._model.logits(last), caches
@@ -265,16 +268,16 @@ class _Programs:
     def _score(
         self, parameters: dict[str, Any], caches: Caches, spans: _Spans, targets: mx.array
     ) -> tuple[mx.array, Caches]:
-        """Reads one span; the losses (T,) of what follows each of its tokens."""
+        """Computes one span and returns the losses (T,) of the token after each of its tokens."""
         self.count += 1
-        hidden, caches = self._read(parameters, caches, spans)
+        hidden, caches = self._compute(parameters, caches, spans)
         logits = self._model.logits(hidden[0]).astype(mx.float32)  # (T, V)
         chosen = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         losses = mx.logsumexp(logits, axis=1) - chosen
         return mx.where(mx.isfinite(logits).all(axis=1), losses, mx.nan), caches
 
-    def _read(self, parameters: dict[str, Any], caches: Caches, spans: _Spans) -> tuple[mx.array, Caches]:
-        """The hidden states (R, T, C) of spans, and the caches with their keys and values."""
+    def _compute(self, parameters: dict[str, Any], caches: Caches, spans: _Spans) -> tuple[mx.array, Caches]:
+        """Returns the hidden states (R, T, C) of spans, and the caches with their keys and values."""
         tokens, slots, starts, lengths = spans
         positions = starts[:, None] + mx.arange(tokens.shape[1])  # (R, T)
         ends = (starts + lengths)[:, None, None, None]  # (R, 1, 1, 1)
@@ -288,7 +291,7 @@ class _Programs:
             places = mx.arange(keys.shape[2])
             read = (places <= positions[:, :, None])[:, None]  # (R, 1, T, S)
             mine, values = (mx.take(array, slots, axis=0) for array in (keys, values))  # (R, H, S, D)
-            # A later span of the slot may be in the same program, and what is not finite passes through the mask.
+            # A later span of the slot may be in the same program, and NaN passes the mask.
             values = mx.where(places[:, None] < ends, values, 0.0)
             return mx.fast.scaled_dot_product_attention(q, mine, values, scale=self._scale, mask=read)
 
@@ -297,7 +300,7 @@ class _Programs:
     def _decode(
         self, parameters: dict[str, Any], caches: Caches, tokens: mx.array, positions: mx.array
     ) -> tuple[mx.array, Caches]:
-        """Reads one token (B,) at its position (B,) for every slot; logits (B, V)."""
+        """Computes one token (B,) at its position (B,) for every slot, and returns the logits (B, V)."""
         self.count += 1
         index = positions[:, None, None, None]  # (B, 1, 1, 1)
 
@@ -312,8 +315,10 @@ class _Programs:
         return self._model.logits(hidden[:, 0]), caches
 
     def _draw(self, logits: mx.array, inverse: mx.array, uniforms: mx.array, masked: mx.array) -> mx.array:
-        """Tokens (B,) from logits (B, V), by inverses of temperatures, 0 for the likeliest, and numbers in [0, 1), each
-        (B,); `masked` ones are not drawn. -1 where a logit is not finite."""
+        """Draws tokens (B,) from logits (B, V) by random numbers in [0, 1) (B,); -1 if a logit is not finite.
+
+        `inverse` (B,) is 1 / temperature, and 0 for the likeliest token. `masked` tokens (B,) are not drawn.
+        """
         self.count += 1
         logits = logits.astype(mx.float32)
         finite = mx.isfinite(logits).all(axis=1)  # (B,)
@@ -322,7 +327,7 @@ class _Programs:
         weights = mx.exp((allowed - highest) * inverse[:, None])
         weights = mx.pad(weights, [(0, 0), (0, -weights.shape[1] % _DRAW_BLOCK)])
         weights = weights.reshape(weights.shape[0], -1, _DRAW_BLOCK)  # (B, V / block, block)
-        # First the block that the number falls into, then the token: short sums are more exact than long ones.
+        # First the block, then the token in it: short sums are more exact than long ones.
         block, left = _passed(weights.sum(axis=2), uniforms)
         chosen = mx.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]  # (B, block)
         drawn = block * _DRAW_BLOCK + _passed(chosen, left)[0]
@@ -338,7 +343,7 @@ class _Programs:
         store: Callable[[mx.array, mx.array], mx.array],
         attend: Callable[[mx.array, mx.array, mx.array], mx.array],
     ) -> tuple[mx.array, Caches]:
-        """The hidden states (B, T, C) of (B, T) tokens, and the caches with their keys and values."""
+        """Returns the hidden states (B, T, C) of (B, T) tokens, and the caches with their keys and values."""
         self._model.update(parameters)
         stored: Caches = []
 
@@ -354,13 +359,13 @@ class _Programs:
 
 
 def _passed(weights: mx.array, shares: mx.array) -> tuple[mx.array, mx.array]:
-    """Where (B,) the cumulated weights (B, N) of each row pass a share (B,) of their sum, and which share (B,) of that
-    weight is then needed."""
-    # Added up in parallel, the sums may be rounded up or down where a weight is 0, which is no weight to pass at.
+    """Returns where (B,) the cumulated weights (B, N) of each row pass a share (B,) of their sum, and the share (B,) of
+    the weight there that is still needed."""
+    # Parallel sums may be rounded up or down at a weight of 0, at which no draw may stop.
     possible = weights > 0
     sums = mx.where(possible, mx.cumsum(weights, axis=1), 0)
     highest = sums.max(axis=1)
-    # Below the highest sum, which some weight then passes.
+    # Below the highest sum, so that some weight passes it.
     target = mx.minimum(shares * highest, highest * (1 - 2**-23))[:, None]
     place = mx.argmax(sums > target, axis=1, keepdims=True)
     weight, after = (mx.take_along_axis(each, place, axis=1) for each in (weights, sums))

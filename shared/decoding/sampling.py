@@ -1,6 +1,6 @@
-"""Drawing the next token from logits, in NumPy: exact, and the same on every backend.
+"""Draws the next token from logits in NumPy: exactly, and in the same way on every backend.
 
-A draw depends on the logits, the parameters and the number that `uniform(seed, position)` gives, and on nothing else.
+A draw depends only on the logits, the parameters and the number `uniform(seed, position)`.
 Shapes: V vocabulary.
 """
 
@@ -19,19 +19,19 @@ Logits = NDArray[np.float32]
 MAX_BIASES = 300
 
 _MASK = (1 << 64) - 1
-# So many of the likeliest tokens hold the top-p mass in nearly every case, and finding them needs no full sort.
+# This many of the likeliest tokens nearly always hold the top-p mass, and finding them needs no full sort.
 _TOP_P_GUESSES = (256, 4096)
-# Tokens whose weights are summed first, to find the block that a number falls into.
+# A draw first finds its block of this many tokens, by the sums of their weights.
 _DRAW_BLOCK = 256
 _HIGHEST_LOGIT = float(np.finfo(np.float32).max)
-# The lowest temperature at which logits can be scaled in fp32 and stay finite as far as they matter.
+# The lowest temperature at which scaled logits that matter stay finite in fp32.
 _FP32_TEMPERATURE = 1e-3
 _HIGHEST_INVERSE = 1e30
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How a token is drawn. Raises `InvalidArgument`, naming the field, on a value out of range."""
+    """How a token is drawn. Raises `InvalidArgument` with the name of the field if a value is out of range."""
 
     temperature: float = 0.8
     top_k: int = 0
@@ -40,7 +40,7 @@ class SamplingParameters:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    # Pairs of a token and what is added to its logit.
+    # Pairs of a token and the number that is added to its logit.
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,13 +66,13 @@ class SamplingParameters:
 
 
 def check_biases(count: int) -> None:
-    """Raises `InvalidArgument` where a bias is for more tokens than `MAX_BIASES`."""
+    """Raises `InvalidArgument` if more than `MAX_BIASES` tokens have a bias."""
     if count > MAX_BIASES:
         raise InvalidArgument(f"logit_bias has {count} tokens, but may have at most {MAX_BIASES}.")
 
 
 def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides the draw at a position, by two rounds of SplitMix64 (Steele et al. 2014)."""
+    """Returns the number in [0, 1) that decides a draw, by two rounds of SplitMix64 (Steele et al. 2014)."""
     bits = _split_mix(_split_mix(seed & _MASK) ^ (position & _MASK))
     return (bits >> 11) * 2.0**-53
 
@@ -80,7 +80,7 @@ def uniform(seed: int, position: int) -> float:
 def adjust(
     logits: Logits, parameters: SamplingParameters, prompt: Sequence[int], generated: Mapping[int, int]
 ) -> Logits:
-    """The (V,) logits after penalties and bias, a copy where anything changes; `generated` counts each drawn token.
+    """Returns (V,) logits after penalties and bias, a copy if anything changes; `generated` counts the drawn tokens.
 
     Repetition first (Keskar et al. 2019, CTRL, section 4.1), over prompt and generated tokens; then presence and
     frequency over generated ones, and the bias, as OpenAI's API defines them.
@@ -88,7 +88,7 @@ def adjust(
     if parameters.repetition_penalty != 1.0:
         seen = np.array([*prompt, *generated], np.intp)
         values, penalty = logits[seen].astype(np.float64), parameters.repetition_penalty
-        # A penalty of next to nothing would make a logit infinite, and nothing could be drawn.
+        # A tiny penalty would make a logit infinite, and no token could be drawn.
         with np.errstate(over="ignore"):
             penalised = np.where(values > 0, values / penalty, values * penalty).clip(-_HIGHEST_LOGIT, _HIGHEST_LOGIT)
         logits = logits.copy()
@@ -108,9 +108,9 @@ def adjust(
 def candidates(
     logits: Logits, parameters: SamplingParameters
 ) -> tuple[NDArray[np.intp] | None, NDArray[np.floating[Any]]]:
-    """The tokens that can be drawn at a temperature above 0, ascending (None: all), and their weights.
+    """Returns the tokens that can be drawn at a temperature above 0, ascending (None: all), and their weights.
 
-    Temperature first, then top-k, top-p and min-p, each on what is left; of equals at a border the first.
+    Temperature first, then top-k, top-p and min-p, each on the tokens that are left; of equal logits the first counts.
     A logit of minus infinity has weight 0. Sources: Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p).
     """
     tokens: NDArray[np.intp] | None = None
@@ -129,10 +129,10 @@ def candidates(
 
 
 def draw(weights: NDArray[np.floating[Any]], number: float) -> int:
-    """The token at which the cumulated weights (V,), as of probabilities, pass a number in [0, 1) of their sum."""
+    """Returns the token at which the cumulated weights (V,) pass a share in [0, 1) of their sum."""
     sums = np.cumsum(np.add.reduceat(weights, np.arange(0, weights.size, _DRAW_BLOCK)), dtype=np.float64)
     target = number * sums[-1]
-    # Here and below, rounding can bring the target up to the sum itself, which no token passes.
+    # Here and below, rounding can raise the target to the sum itself, which no token passes.
     index = min(int(np.searchsorted(sums, target, side="right")), int(np.searchsorted(sums, sums[-1])))
     start = index * _DRAW_BLOCK
     block = weights[start : start + _DRAW_BLOCK]
@@ -143,7 +143,7 @@ def draw(weights: NDArray[np.floating[Any]], number: float) -> int:
 
 
 def sample(logits: Logits, parameters: SamplingParameters, seed: int, position: int) -> int:
-    """One token drawn from (V,) logits."""
+    """Draws one token from (V,) logits."""
     if parameters.temperature == 0.0:
         return int(np.argmax(logits))
     tokens, weights = candidates(logits, parameters)
@@ -152,14 +152,14 @@ def sample(logits: Logits, parameters: SamplingParameters, seed: int, position: 
 
 
 def is_finite(logits: Logits) -> bool:
-    """Whether all of (V,) logits are."""
-    # Either is not a number where any of them is not.
+    """Whether all (V,) logits are finite."""
+    # Both are NaN if any logit is.
     return bool(np.isfinite(logits.max()) and np.isfinite(logits.min()))
 
 
 @dataclass(frozen=True)
-class PlainDraw:
-    """A draw with nothing but a temperature, from logits as a decoder returned them; `masked` is not drawn."""
+class TemperatureSampling:
+    """A draw that needs only a temperature, from logits that a decoder returned; `masked` is not drawn."""
 
     logits: Any
     temperature: float
@@ -169,20 +169,20 @@ class PlainDraw:
 
     @property
     def inverse_temperature(self) -> float:
-        """0 where the likeliest token is taken; at the least temperatures still a number in fp32."""
+        """0 for the likeliest token; finite in fp32 at the lowest temperatures."""
         return min(1 / self.temperature, _HIGHEST_INVERSE) if self.temperature else 0.0
 
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:
-    """Natural logarithms (V,) of the model's own distribution."""
+    """Returns the natural logarithms (V,) of the model's own distribution."""
     shifted = logits.astype(np.float64) - logits.max()
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return result
 
 
 def _weights(logits: Logits, highest: np.float32, temperature: float) -> NDArray[np.floating[Any]]:
-    """What each token's probability is to that of the likeliest."""
-    # What overflows has weight 0.
+    """Returns the ratio of each token's probability to that of the likeliest token."""
+    # An overflow gives the weight 0.
     with np.errstate(over="ignore"):
         if temperature < _FP32_TEMPERATURE:
             precise: NDArray[np.float64] = np.exp((logits.astype(np.float64) - highest) / temperature)
@@ -194,7 +194,7 @@ def _weights(logits: Logits, highest: np.float32, temperature: float) -> NDArray
 
 
 def _nucleus(weights: NDArray[np.floating[Any]], top_p: float) -> NDArray[np.intp]:
-    """The fewest likeliest tokens that together reach `top_p` of the mass, ascending."""
+    """Returns the smallest set of likeliest tokens that reaches `top_p` of the mass, ascending."""
     mass = top_p * weights.sum(dtype=np.float64)
     for guess in (*_TOP_P_GUESSES, weights.size):
         count = min(guess, weights.size)
@@ -207,7 +207,7 @@ def _nucleus(weights: NDArray[np.floating[Any]], top_p: float) -> NDArray[np.int
 
 
 def _first_above(values: NDArray[np.floating[Any]], lowest: np.floating[Any], count: int) -> NDArray[np.intp]:
-    """The places of the `count` highest values, ascending, of which `lowest` is the last; of equals the first."""
+    """Returns the indices of the `count` highest values, ascending; of values equal to `lowest`, the first ones."""
     above = np.flatnonzero(values > lowest)
     equal = np.flatnonzero(values == lowest)[: count - above.size]
     return np.sort(np.concatenate([above, equal]))

@@ -53,12 +53,12 @@ class Tokenizer:
             raise InvalidArgument(f"The tokenizer {name!r} needs distinct tokens, and all 256 single bytes among them.")
         self.name = name
         self.pattern = pattern
-        self.pieces = [*ranks, b""]
+        self.vocabulary = [*ranks, b""]
         try:
             self._encoding = tiktoken.Encoding(
                 name,
                 pat_str=pattern,
-                mergeable_ranks={piece: rank for rank, piece in enumerate(ranks)},
+                mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
                 special_tokens={END_OF_TEXT: len(ranks)},
             )
         except ValueError as error:
@@ -67,17 +67,17 @@ class Tokenizer:
     @property
     def vocabulary_size(self) -> int:
         """How many tokens there are, the end token among them."""
-        return len(self.pieces)
+        return len(self.vocabulary)
 
     @property
     def end_token(self) -> int:
         """The id of `<|endoftext|>`, which no text encodes to."""
-        return len(self.pieces) - 1
+        return len(self.vocabulary) - 1
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         """The bytes of text that each token stands for: int32, (V,); 0 for the end token."""
-        lengths = np.array([len(piece) for piece in self.pieces], dtype=np.int32)  # (V,)
+        lengths = np.array([len(token) for token in self.vocabulary], dtype=np.int32)  # (V,)
         lengths.setflags(write=False)
         return lengths
 
@@ -95,15 +95,15 @@ class Tokenizer:
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(self.encode, texts))
 
-    def piece(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, empty for the end token; raises `InvalidArgument` for an id that does not exist."""
-        if not 0 <= token < len(self.pieces):
+        if not 0 <= token < len(self.vocabulary):
             raise InvalidArgument(f"Token {token} does not exist; ids go from 0 to {self.end_token}.")
-        return self.pieces[token]
+        return self.vocabulary[token]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of some tokens, U+FFFD where bytes are no UTF-8; raises `InvalidArgument` as `piece` does."""
-        return b"".join(map(self.piece, tokens)).decode("utf-8", errors="replace")
+        """The text of some tokens, U+FFFD where bytes are no UTF-8; raises `InvalidArgument` as `token_bytes` does."""
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def save(self, path: Path) -> None:
         """Write everything into one JSON file, atomically."""
@@ -140,7 +140,7 @@ class Tokenizer:
             "format": FORMAT,
             "name": self.name,
             "pattern": self.pattern,
-            "ranks": [base64.b64encode(piece).decode() for piece in self.pieces[:-1]],
+            "ranks": [base64.b64encode(token).decode() for token in self.vocabulary[:-1]],
             "special_tokens": {END_OF_TEXT: self.end_token},
         }
 

@@ -12,7 +12,7 @@ def test_a_tokenizer_of_any_size_can_be_exported(size: int, tmp_path: Path) -> N
     tokenizer = tokenizer_for(size)
     assert tokenizer.vocabulary_size == size
     write_tokenizer(tokenizer, 128, tmp_path)
-    assert read_tokenizer(tmp_path, size).pieces == tokenizer.pieces
+    assert read_tokenizer(tmp_path, size).vocabulary == tokenizer.vocabulary
 
 
 def test_a_vocabulary_smaller_than_the_number_of_bytes_is_rejected() -> None:

@@ -286,7 +286,7 @@ def test_a_failed_step_ends_its_streams_and_the_server_continues(broken: Server)
         wait_until(lambda: broken.metrics()["gptloop_inference_active_streams",] == 3)
         broken.order("fail once")
         for stream in streams:
-            with pytest.raises(errors.GptloopError, match="INTERNAL: The step that this stream was in failed"):
+            with pytest.raises(errors.GptloopError, match="INTERNAL: A step of this stream failed"):
                 list(stream)
         assert text_of(client.generate("Once", seed=1, max_tokens=20)) == expected
         assert broken.serves()
@@ -326,7 +326,7 @@ def test_a_dead_engine_ends_every_stream_and_the_health(tmp_path: Path) -> None:
         assert server.process.wait(HANG_S) == 1
     finally:
         server.end(signal.SIGKILL)
-    assert [("step that this stream was in failed" in end, "engine failed" in end) for end in ends] == [
+    assert [("A step of this stream failed" in end, "engine failed" in end) for end in ends] == [
         *[(True, False)] * 6,
         *[(False, True)] * 4,
     ]

@@ -136,7 +136,7 @@ class Soak:
         except DeadlineExceeded:
             outcome = "deadline"
         except GptloopError as error:
-            if "The step that this stream was in failed" not in str(error):
+            if "A step of this stream failed" not in str(error):
                 self.violations.append(f"{kind.name}: {error}")
             outcome = "step failed"
         except Exception as error:

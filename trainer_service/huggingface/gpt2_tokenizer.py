@@ -76,7 +76,7 @@ def write_tokenizer(tokenizer: Tokenizer, context_length: int, directory: Path) 
             f"The tokenizer {tokenizer.name!r} cannot be exported, because it does not split text as GPT-2 does."
         )
     letters = {value: letter for letter, value in byte_of_letter().items()}
-    ranks = {piece: rank for rank, piece in enumerate(tokenizer.pieces[:-1])}
+    ranks = {piece: rank for rank, piece in enumerate(tokenizer.vocabulary[:-1])}
     merges = []
     for piece in filter(_is_merged, ranks):
         parts = _last_merge(piece, ranks)
@@ -120,7 +120,7 @@ def _tokenizer(vocabulary: Mapping[str, int], merges: Sequence[Merge]) -> Tokeni
             raise ValueError(f"its merges must be in the order of ids, but {merge} comes where {expected!r} is next")
         if _last_merge(piece, ranks) != [bytes(map(values.__getitem__, part)) for part in merge]:
             raise ValueError(f"its merge {merge} is not the last merge that encodes {expected!r}")
-    if len(vocabulary) == GPT2_TOKENS and (gpt2 := load_gpt2()).pieces[:-1] == list(ranks):
+    if len(vocabulary) == GPT2_TOKENS and (gpt2 := load_gpt2()).vocabulary[:-1] == list(ranks):
         return gpt2
     return Tokenizer("bpe", PATTERN, list(ranks))
 

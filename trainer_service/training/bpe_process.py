@@ -81,7 +81,7 @@ def main() -> None:
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     tokenizer = train_bpe(map(json.loads, sys.stdin.buffer), int(sys.argv[1]))
     try:
-        json.dump([token.hex() for token in tokenizer.pieces[:-1]], sys.stdout)
+        json.dump([token.hex() for token in tokenizer.vocabulary[:-1]], sys.stdout)
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

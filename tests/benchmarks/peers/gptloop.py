@@ -89,11 +89,11 @@ class Decoding:
         self._scheduler.record(plan)
         for one, draw in zip(after, draws, strict=True):
             assert isinstance(draw, Draw)
-            one.sequence.generated += 1
+            one.sequence.generated_tokens += 1
             one.sequence.last_token = draw.token
         for sequence in self._sequences:
-            if sequence.read == self._last:
-                sequence.read = self._position
+            if sequence.computed_tokens == self._last:
+                sequence.computed_tokens = self._position
 
     def wait(self) -> None:
         pass

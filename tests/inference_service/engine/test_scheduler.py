@@ -19,7 +19,9 @@ def group(name: str, prompt: int, max_tokens: int = 3, samples: int = 1) -> Grou
     request = GenerationRequest(
         id=name, version=1, prompt=tuple(range(prompt)), seed=0, max_tokens=max_tokens, arrived=0.0, samples=samples
     )
-    return tuple(Sequence(request, index, CONTEXT, end_token=256, piece=lambda token: b"x") for index in range(samples))
+    return tuple(
+        Sequence(request, index, CONTEXT, end_token=256, token_bytes=lambda token: b"x") for index in range(samples)
+    )
 
 
 def carry_out(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
@@ -72,7 +74,7 @@ def test_samples_start_together_from_one_reading() -> None:
     assert plan is not None
     assert [(chunk.start, chunk.end, len(set(chunk.slots))) for chunk in plan.chunks] == [(0, 64, 3), (64, 70, 3)]
     assert carry_out(scheduler, plan) == list(admitted)
-    assert [sequence.read for sequence in admitted] == [70, 70, 70]
+    assert [sequence.computed_tokens for sequence in admitted] == [70, 70, 70]
     assert step(scheduler) == ["n", "n", "n"]
 
 
@@ -192,7 +194,7 @@ def test_nobody_waits_longer_than_is_promised(slots: int, per_step: int, rest: i
             assert all(other.admitted is None for other in watched if watched.index(other) > watched.index(one))
             one.admitted = now
             unread = sum(
-                chunks_of(len(other.group[0].request.prompt), other.group[0].read)
+                chunks_of(len(other.group[0].request.prompt), other.group[0].computed_tokens)
                 for other in watched
                 if other.admitted is not None and other.group[0] in scheduler.sequences and not other.group[0].prefilled
             )
@@ -207,12 +209,12 @@ def test_nobody_waits_longer_than_is_promised(slots: int, per_step: int, rest: i
             check_sound(scheduler, plan, slots)
             drawn = carry_out(scheduler, plan)
             for one in watched:
-                if one.admitted is not None and one.group[0] in drawn and one.group[0].generated == 1:
+                if one.admitted is not None and one.group[0] in drawn and one.group[0].generated_tokens == 1:
                     assert now <= one.first_token_by
         now += 1
         assert now < 100 * h
     ended = [one for one in watched if one.slots_by > 0]
-    assert all(sequence.generated == sequence.request.max_tokens for one in ended for sequence in one.group)
+    assert all(sequence.generated_tokens == sequence.request.max_tokens for one in ended for sequence in one.group)
 
 
 def check_sound(scheduler: Scheduler, plan: Plan, slots: int) -> None:
@@ -223,7 +225,7 @@ def check_sound(scheduler: Scheduler, plan: Plan, slots: int) -> None:
     assert len(set(held)) == len(held) <= slots and set(held) <= set(range(slots))
     reached: dict[Group, int] = {}
     for chunk in plan.chunks:
-        assert chunk.start == reached.get(chunk.group, chunk.group[0].read)
+        assert chunk.start == reached.get(chunk.group, chunk.group[0].computed_tokens)
         assert chunk.start // SPAN_TOKENS == (chunk.end - 1) // SPAN_TOKENS
         reached[chunk.group] = chunk.end
 

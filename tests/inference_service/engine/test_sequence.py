@@ -24,7 +24,7 @@ def run(pieces: list[bytes], stops: list[str], ending: FinishReason) -> list[Eve
         index=0,
         context_length=len(PROMPT) + (count if ending is FinishReason.CONTEXT_LENGTH else FAR),
         end_token=count - 1 if ending is FinishReason.EOS else FAR,
-        piece=pieces.__getitem__,
+        token_bytes=pieces.__getitem__,
     )
     events: list[Event] = []
     for token in range(count):

@@ -205,7 +205,7 @@ def test_far_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float
 def test_a_slot_takes_no_more_memory_than_it_has_tokens() -> None:
     slots = 128
     decoder = cpu_decoder(random_model(replace(SHAPES["64"], context_length=4096), 1), slots, 1)
-    whole = slots * 4096 * decoder.token_bytes
+    whole = slots * 4096 * decoder.bytes_per_token
     assert whole > 256 << 20
     before = memory().resident_bytes
     for slot in range(slots):

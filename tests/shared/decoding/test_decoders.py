@@ -290,7 +290,7 @@ def test_a_decoder_knows_its_memory(make: MakeDecoder) -> None:
     model = random_model(CONFIG, 1)
     decoder = make(model, SLOTS)
     weights = count_parameters(CONFIG).total * 4
-    slots = SLOTS * CONFIG.context_length * decoder.token_bytes
+    slots = SLOTS * CONFIG.context_length * decoder.bytes_per_token
     assert weights + slots <= decoder.memory_bytes < 2 * (weights + slots)
 
 
@@ -306,4 +306,4 @@ def test_a_decoder_is_made_on_another_thread(make: MakeDecoder) -> None:
 
 @both
 def test_a_token_takes_its_keys_and_values_in_each_layer(make: MakeDecoder) -> None:
-    assert make(random_model(CONFIG, 1), 3).token_bytes == 2 * CONFIG.layers * CONFIG.width * 4
+    assert make(random_model(CONFIG, 1), 3).bytes_per_token == 2 * CONFIG.layers * CONFIG.width * 4

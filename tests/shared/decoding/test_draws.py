@@ -15,7 +15,7 @@ import pytest
 from shared.decoding import cpu_decoder as cpu_module
 from shared.decoding import mlx_decoder as mlx_module
 from shared.decoding.decoder import Decoder
-from shared.decoding.sampling import PlainDraw, uniform
+from shared.decoding.sampling import TemperatureSampling, uniform
 from shared.decoding.spans import Span
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
@@ -44,11 +44,11 @@ def some_rows(decoder: Decoder, vocabulary_size: int) -> Sequence[Any]:
     return decoder.forward([Span(2, 0, text), *(Span(slot, 0, (text[slot],)) for slot in (0, 1, 3))])
 
 
-def draws(row: Any, temperature: float, masked: int | None = None, count: int = 1) -> list[PlainDraw]:
-    return [PlainDraw(row, temperature, seed, 3 * seed, masked) for seed in range(count)]
+def draws(row: Any, temperature: float, masked: int | None = None, count: int = 1) -> list[TemperatureSampling]:
+    return [TemperatureSampling(row, temperature, seed, 3 * seed, masked) for seed in range(count)]
 
 
-def assert_drawn(draw: PlainDraw, logits: np.ndarray, token: int | None) -> None:
+def assert_drawn(draw: TemperatureSampling, logits: np.ndarray, token: int | None) -> None:
     """The number of a draw falls into the token's part of the unit interval, up to rounding."""
     values = logits.astype(np.float64)
     if draw.masked is not None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
-from shared.decoding.sampling import PlainDraw
+from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig
 from shared.gpt.operations import on_cpu
@@ -47,11 +47,11 @@ def test_the_warm_up_compiles_whatever_spans_come(context_length: int, together:
         for start in range(0, context_length - length + 1, SPAN_TOKENS):
             spans = [Span((length + number) % SLOTS, start, (1,) * length) for number in range(1 + length % SLOTS)]
             row = decoder.forward(spans)[-1]
-            decoder.draw([PlainDraw(row, 1.0, seed=1, position=0, masked=None)] * (length % 5))
+            decoder.draw([TemperatureSampling(row, 1.0, seed=1, position=0, masked=None)] * (length % 5))
             decoder.score(Span((length + 1) % SLOTS, start, (1,) * length), (2,) * length)
     for position in range(context_length):
         rows = decoder.forward([Span(slot, position, (2,)) for slot in range(1 + position % SLOTS)])
-        decoder.draw([PlainDraw(row, 0.0, seed=1, position=0, masked=3) for row in rows])
+        decoder.draw([TemperatureSampling(row, 0.0, seed=1, position=0, masked=3) for row in rows])
     decoder.copy(0, [1, 2], context_length)
     decoder.write(3, 0, decoder.read(0, 0, context_length))
     decoder.clear(0)
@@ -165,7 +165,7 @@ def test_a_step_of_many_spans_copies_no_cache(together: int) -> None:
     slots = 256
     decoder = MlxDecoder(random_model(config, 1), slots, ProgramCache(), together)
     warm_up(decoder)
-    one_layers_keys = slots * config.context_length * decoder.token_bytes // config.layers // 2
+    one_layers_keys = slots * config.context_length * decoder.bytes_per_token // config.layers // 2
     reading = [Span(slot, 0, random_text(config, slot, 64)) for slot in range(8)]
     decoding = [Span(slot, 0, (1,)) for slot in range(8, 16)]
 

@@ -80,10 +80,10 @@ def test_the_end_token_is_last_and_no_text_encodes_to_it() -> None:
 def test_pieces_and_lengths_agree_with_the_text() -> None:
     text = "The fox's friend — ☃"
     tokens = BPE.encode(text)
-    assert b"".join(BPE.piece(token) for token in tokens) == text.encode()
+    assert b"".join(BPE.token_bytes(token) for token in tokens) == text.encode()
     assert BPE.byte_lengths[tokens].sum() == len(text.encode())
     assert BPE.byte_lengths.dtype == np.int32
-    assert BPE.piece(BPE.end_token) == b""
+    assert BPE.token_bytes(BPE.end_token) == b""
     assert BPE.byte_lengths[BPE.end_token] == 0
 
 

@@ -48,7 +48,7 @@ def library_tokenizer(directory: Path) -> tokenizers.Tokenizer:
 def test_the_files_encode_as_the_tokenizer_does(folder: Path) -> None:
     library = library_tokenizer(folder)
     assert library.get_vocab_size() == SIZE and library.token_to_id(END_OF_TEXT) == BPE.end_token
-    pieces = st.sampled_from([piece.decode(errors="ignore") for piece in BPE.pieces])
+    pieces = st.sampled_from([piece.decode(errors="ignore") for piece in BPE.vocabulary])
 
     @settings(deadline=None)
     @given(st.lists(pieces | st.text(max_size=3)).map("".join))
