@@ -96,7 +96,7 @@ class HeldTokenizer(Tokenizer):
     """A tokenizer that encodes once `go_on` is set, and counts its calls and the most at the same time."""
 
     def __init__(self) -> None:
-        super().__init__("held", LONG.pattern, LONG.pieces[:-1])
+        super().__init__("held", LONG.pattern, LONG.vocabulary[:-1])
         self.go_on = threading.Event()
         self.calls = 0
         self.most = 0
