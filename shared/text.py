@@ -41,7 +41,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def valid_unicode(text: str) -> str:
-    """Escapes lone surrogates, by which Python stands for invalid bytes, so that the text can be encoded as UTF-8."""
+    """Escapes lone surrogates, which represent invalid bytes in Python, so that the text can be encoded as UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 

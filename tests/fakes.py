@@ -1,4 +1,4 @@
-"""Small real things for the tests: a tokenizer of bytes, a tiny model, versions in a registry."""
+"""Small real objects for tests: a tokenizer of bytes, a tiny model, versions in a registry."""
 
 import shutil
 import time
@@ -29,7 +29,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def tiny_model(seed: int, config: GPTConfig = TINY) -> GPT:
-    """Random weights of an untied model, large enough that every token and every seed shows in the logits."""
+    """Returns an untied model with random weights, large enough that every token and every seed changes the logits."""
     mx.random.seed(seed)
     model = GPT(config)
     for layer in (model.token_embedding, model.head):
@@ -40,7 +40,7 @@ def tiny_model(seed: int, config: GPTConfig = TINY) -> GPT:
 
 
 def loss_of(model: GPT, windows: np.ndarray) -> float:
-    """The mean loss of windows (N, T+1) in nats a token, by the plain formula."""
+    """Returns the mean loss of windows (N, T+1) in nats per token, by the plain formula."""
     logits = model(mx.array(windows[:, :-1].astype(np.int32))).astype(mx.float32)  # (N, T, V)
     targets = mx.array(windows[:, 1:].astype(np.int32))[..., None]
     losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets, axis=-1)[..., 0]
@@ -68,10 +68,11 @@ def publish_tiny_version(
     windows: tuple[int, int] = (2, 40),
     change: Callable[[Path], None] | None = None,
 ) -> VersionManifest:
-    """Publishes a version as training does; `change` may spoil its files before they are hashed.
+    """Publishes a version as training does.
 
-    It claims a loss on its held-out windows, so many of so many tokens, that is `better_by` nats a token less than it
-    has.
+    better_by: how much lower the claimed loss is than the real one, in nats per token.
+    windows: the number of held-out windows, and their length in tokens.
+    change: changes the files before they are hashed.
     """
     fence = Fence.raise_for(registry.run_directory(run))
     tokenizer = byte_tokenizer()
@@ -115,7 +116,7 @@ def publish_tiny_version(
 
 
 def publish_overflowing_version(registry: Registry, number: int) -> VersionManifest:
-    """Publishes a copy of a version, a little worse, whose state holds weights with which the next step overflows."""
+    """Publishes a slightly worse copy of a version; its state has weights with which the next step overflows."""
     like, run = registry.version(number), "overflowing"
     fence = Fence.raise_for(registry.run_directory(run))
 

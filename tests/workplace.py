@@ -1,4 +1,4 @@
-"""A folder that stands for a fresh checkout, in which real make runs real commands."""
+"""A folder like a fresh checkout, in which make runs real commands."""
 
 import os
 import shlex
@@ -13,14 +13,14 @@ PROJECT = Path(__file__).parents[1]
 
 
 class Workplace:
-    """A checkout whose virtual environment is that of the tests, and whose state is empty.
+    """A checkout with the virtual environment of the tests and without any state.
 
-    environment: what its commands see besides.
+    environment: more environment variables for its commands.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
-        # Neither the settings of whoever runs the tests, nor what make hands on, which may have started them.
+        # Without the settings of the person who runs the tests, and without the variables of a make that started them.
         own = ("GPTLOOP_", "REDIS_URL")
         seen = {name: value for name, value in os.environ.items() if not name.startswith(own)} | dict(environment or {})
         self.environment = {name: value for name, value in seen.items() if not name.startswith("MAKE")}
@@ -51,11 +51,11 @@ class Workplace:
         )
 
     def make(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs make."""
+        """Runs make in the folder."""
         return self.run("make", *words, **environment)
 
     def refusal(self, *words: str, **environment: str) -> str:
-        """The one sentence with which make ends."""
+        """Runs make, and returns the one sentence with which it fails."""
         ended = self.make(*words, **environment)
         assert ended.returncode == 2, ended
         error, *rest = ended.stderr.splitlines()

@@ -38,7 +38,8 @@ def verify() -> None:
     registry = Registry(read_directories(os.environ).registry)
     checkpoints = registry.checkpoints()
     broken = [
-        (path.name, "The registry gives no such name: nothing reads it.", str(path)) for path in registry.strangers()
+        (path.name, "The registry gives no such name: nothing reads it.", str(path))
+        for path in registry.unknown_paths()
     ]
     for checkpoint, reason in _check(registry, checkpoints):
         broken.append((str(checkpoint), reason, str(registry.directory(checkpoint))))

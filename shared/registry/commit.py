@@ -86,7 +86,7 @@ def reveal(staging: Path, final: Path) -> None:
     try:
         sync(final.parent)
     except OSError:
-        # A power failure could undo the rename, so nobody may see the folder.
+        # A power failure could undo the rename, so no reader may see the folder.
         with suppress(OSError):
             final.rename(staging)
         raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from shared.errors import FailedPrecondition, RunOwnershipLost, shown
 from shared.registry.commit import locked, make_folder, replace_text, writing
 
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _lost(run_directory: Path) -> RunOwnershipLost:
 
 def _read(path: Path) -> int:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "0"
-    if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
         raise FailedPrecondition(
             f"{path} contains {shown(text, 20)}, but must contain a whole number; write 1 into it while no process "
             "trains this run."

@@ -20,9 +20,9 @@ IMPORTED = "imported"
 RUN_NAME = re.compile(r"\w[\w.-]{0,199}")
 # Lists and messages carry the values of a manifest: texts have at most the length of a path, numbers 64 bits. The whole
 # manifest may be large, because it names every text file that the version was trained on.
-_MOST_BYTES = 64 << 20
-_MOST_CHARACTERS = 4096
-_MOST_NUMBER = 2**63 - 1
+_MAX_BYTES = 64 << 20
+_MAX_CHARACTERS = 4096
+_MAX_NUMBER = 2**63 - 1
 # The most characters of the reason in an error about an invalid manifest.
 _REASON = 120
 # The end of the year 9999, in seconds since the epoch.
@@ -76,9 +76,9 @@ class _Manifest:
             raise CorruptCheckpoint(f"{path} is not a file.")
         try:
             with path.open("rb") as file:
-                content = file.read(_MOST_BYTES + 1)
-            if len(content) > _MOST_BYTES:
-                raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
+                content = file.read(_MAX_BYTES + 1)
+            if len(content) > _MAX_BYTES:
+                raise ValueError(f"it is larger than {_MAX_BYTES >> 20} MiB")
             return cls.from_json(content.decode())
         except OSError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
@@ -135,9 +135,9 @@ def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 def _require_bounded(name: str, value: object) -> None:
     """Raises `ValueError` if a value, or a value inside it, is too long or too large."""
     match value:
-        case str() if len(value) > _MOST_CHARACTERS:
+        case str() if len(value) > _MAX_CHARACTERS:
             raise ValueError(f"{name} has {len(value)} characters")
-        case int() | float() if not -_MOST_NUMBER <= value <= _MOST_NUMBER:
+        case int() | float() if not -_MAX_NUMBER <= value <= _MAX_NUMBER:
             raise ValueError(f"{name} is {shown(value, 40)}")
         case tuple() | list():
             for each in value:

@@ -6,7 +6,7 @@ from shared.errors import FailedPrecondition, shown
 from shared.registry.commit import replace_text
 
 # So that a number fits into 64 bits.
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 
 
 def children(directory: Path) -> list[Path]:
@@ -22,7 +22,7 @@ def numbers(directory: Path) -> list[int]:
 def number_of(path: Path) -> int | None:
     """Returns the number that is the name of a path; None if the registry would not write it in this way."""
     name = path.name
-    if not (name.isascii() and name.isdecimal()) or len(name) > _MOST_DIGITS or name != str(int(name)):
+    if not (name.isascii() and name.isdecimal()) or len(name) > _MAX_DIGITS or name != str(int(name)):
         return None
     return int(name)
 
@@ -43,7 +43,7 @@ class HighestVersion:
         Raises `FailedPrecondition` if the file is invalid or no number is left, and `OSError` if the disk fails.
         """
         number = 1 + max(self._read(), *numbers(self._versions), 0)
-        if len(str(number)) > _MOST_DIGITS:
+        if len(str(number)) > _MAX_DIGITS:
             raise FailedPrecondition(f"{self._versions} contains version {number - 1}, so no higher number is left.")
         replace_text(self._path, str(number))
         return number
@@ -53,7 +53,7 @@ class HighestVersion:
             text = self._path.read_text(encoding="utf-8", errors="replace").strip()
         except FileNotFoundError:
             return 0
-        if not (text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS):
+        if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
             raise FailedPrecondition(
                 f"{self._path} contains {shown(text, 20)}, but must contain the highest number that any version ever "
                 "had; write it there."

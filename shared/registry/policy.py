@@ -10,7 +10,7 @@ from shared.registry.manifest import IMPORTED, VersionManifest
 # A version with another evaluation set takes the lead once it has trained on this share of the best one's tokens.
 _SHARE = 0.5
 # A larger batch size or context length is not believed.
-_MOST_PER_STEP = 2**31
+_MAX_PER_STEP = 2**31
 
 
 @dataclass(frozen=True)
@@ -136,5 +136,5 @@ def _rank(version: VersionManifest) -> tuple[float, int]:
 def _tokens_per_step(version: VersionManifest) -> int:
     """Returns the tokens of a training step, or 0 if the manifest does not say, or not plausibly."""
     factors = (version.training.get("batch_size"), version.training.get("context_length"))
-    sensible = [factor for factor in factors if isinstance(factor, int) and 0 < factor < _MOST_PER_STEP]
+    sensible = [factor for factor in factors if isinstance(factor, int) and 0 < factor < _MAX_PER_STEP]
     return math.prod(sensible) if len(sensible) == len(factors) else 0

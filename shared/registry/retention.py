@@ -15,8 +15,8 @@ from shared.service.settings import Environment, read_bytes, read_int
 # An unfinished run that wrote a state within this time may still train, or wait to continue.
 _ACTIVE_S = 7 * 24 * 3600.0
 
-_MOST = 1_000_000
-_MOST_BYTES = 2**60
+_MAX_COUNT = 1_000_000
+_MAX_BYTES = 2**60
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Retention:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, minimum = getattr(self, field.name), 1 if field.name == "states" else 0
-            most = _MOST_BYTES if field.name == "size_bytes" else _MOST
+            most = _MAX_BYTES if field.name == "size_bytes" else _MAX_COUNT
             if not minimum <= value <= most:
                 raise InvalidArgument(f"{field.name} is {value}, but must be from {minimum} to {most}.")
 
@@ -56,7 +56,7 @@ def read_retention(environment: Environment) -> Retention:
     default = Retention()
 
     def read(name: str, value: int, minimum: int = 0) -> int:
-        return read_int(environment, name, value, minimum=minimum, maximum=_MOST)
+        return read_int(environment, name, value, minimum=minimum, maximum=_MAX_COUNT)
 
     return Retention(
         states=read("GPTLOOP_KEEP_STATES", default.states, 1),
@@ -64,7 +64,7 @@ def read_retention(environment: Environment) -> Retention:
         newest=read("GPTLOOP_KEEP_NEWEST", default.newest),
         every=read("GPTLOOP_KEEP_EVERY", default.every),
         runs=read("GPTLOOP_KEEP_RUNS", default.runs),
-        size_bytes=read_bytes(environment, "GPTLOOP_KEEP_BYTES", default.size_bytes, maximum=_MOST_BYTES),
+        size_bytes=read_bytes(environment, "GPTLOOP_KEEP_BYTES", default.size_bytes, maximum=_MAX_BYTES),
     )
 
 

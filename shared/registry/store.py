@@ -298,7 +298,7 @@ class Registry:
         versions = [Checkpoint(number) for number in sorted(numbers(self.root / "versions"))]
         return versions + [Checkpoint(step, run) for run in self.runs() for step in self.states(run)]
 
-    def strangers(self) -> list[Path]:
+    def unknown_paths(self) -> list[Path]:
         """Returns the paths among versions, runs and states with unknown names, which nothing reads."""
         folders = (self.root / "versions", *(self.run_directory(run) / "states" for run in self.runs()))
         paths = [path for folder in folders for path in children(folder) if number_of(path) is None]

@@ -25,7 +25,7 @@ ENDING = "The server is shutting down; try again in a moment."
 # A status is sent in headers, and clients reject headers of more than a few kilobytes.
 MAX_SENTENCE_BYTES = 1000
 # More methods than all services have.
-_MOST_METHODS = 128
+_MAX_METHODS = 128
 # The server stops once no call has arrived for this time, or after this many checks.
 _QUIET_S = 0.05
 _CHECKS = 20
@@ -64,7 +64,7 @@ class Calls(grpc.aio.ServerInterceptor):
         self._running: set[_Call] = set()
         self._open: set[asyncio.Task[Any]] = set()
         self._unread: dict[asyncio.Task[Any], str] = {}
-        self._wrapped = lru_cache(_MOST_METHODS)(self._wrap)
+        self._wrapped = lru_cache(_MAX_METHODS)(self._wrap)
 
     def refuse(self) -> set[asyncio.Task[Any]]:
         """Rejects new calls as `Unavailable` from now on, ends calls that wait for more requests, and returns the tasks

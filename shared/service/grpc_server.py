@@ -24,7 +24,7 @@ _NOTICE_S = 0.2
 # How long calls have to end once `cut` asks them to, and then to send their status once they are cancelled.
 _CUT_S = 1.0
 # Open files and connections of the process, if the system allows this many, and how many of them are kept for files.
-_MOST_FILES, _KEPT_FILES = 65_536, 256
+_MAX_FILES, _KEPT_FILES = 65_536, 256
 # How long clients have to close their connections.
 _GOODBYE_S = 0.2
 
@@ -162,7 +162,7 @@ def _concerns_the_server(record: logging.LogRecord) -> bool:
 def _most_connections() -> int:
     """Raises the limit on open files as far as possible, and returns how many connections leave room for files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
     if soft < wanted:
         # macOS reports no limit although it has one.
         with contextlib.suppress(ValueError, OSError):

@@ -72,7 +72,7 @@ def observe(root: Path) -> View:
     for checkpoint in registry.checkpoints():
         registry.check(checkpoint)
         view.add(f"{checkpoint}: {(registry.directory(checkpoint) / 'manifest.json').read_text()}")
-    assert not registry.strangers()
+    assert not registry.unknown_paths()
     numbers = [manifest.version for manifest in registry.versions()]
     labels = registry.labels()
     assert set(labels) == ({"best", "latest"} if numbers else set())

@@ -186,7 +186,7 @@ def test_unknown_folders_are_reported_and_ignored(registry: Registry) -> None:
     shutil.copytree(versions / "1", versions / "3")
     fresh = Registry(registry.root)
     assert [manifest.version for manifest in fresh.versions()] == [1]
-    assert sorted(path.name for path in fresh.strangers()) == ["007", "backup", "²"]
+    assert sorted(path.name for path in fresh.unknown_paths()) == ["007", "backup", "²"]
     with pytest.raises(CorruptCheckpoint, match="Not a directory"):
         fresh.version(5)
     with pytest.raises(CorruptCheckpoint, match="contains the manifest of version 1"):
@@ -336,7 +336,7 @@ def test_folders_with_excessive_names_are_reported_and_ignored(registry: Registr
         (registry.root / "runs" / name / "states" / "1").mkdir(parents=True)
     assert registry.runs() == [RUN]
     assert [str(each) for each in registry.checkpoints()] == ["version 1"]
-    assert {path.name for path in registry.strangers()} == {*names, *runs}
+    assert {path.name for path in registry.unknown_paths()} == {*names, *runs}
     assert publish(registry).version == 2
 
 
