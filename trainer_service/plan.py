@@ -1,23 +1,20 @@
 """What a job will do and what it takes, told before it starts. Loads no model framework."""
 
 import math
-import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from shared.device.blas import cpu_threads
+from shared.device.machine import array_cache_bytes, cpu_threads, physical_memory_bytes
 from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
 from shared.text import format_duration, format_size
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.spec import DEFAULT_DATASET, JobSpec
-from trainer_service.training.config import CHUNK_ELEMENTS, MICRO_BATCH_TOKENS, TrainingConfig
+from trainer_service.training.config import CHUNK_ELEMENTS, TrainingConfig, micro_batches
 
-# MLX keeps freed arrays up to such a part of the memory, see `shared.device.accelerator`.
-_CACHE_SHARE = 8
 # What a training process holds before its first step: interpreter, libraries, compiled kernels.
 _PROCESS_BYTES = 120 << 20
 # An evaluation, which keeps nothing for gradients, was seen to hold about so many layers' arrays at once.
@@ -46,7 +43,7 @@ class Machine:
     @classmethod
     def here(cls) -> "Machine":
         """This machine, as the worker will use it."""
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory_bytes = physical_memory_bytes()
         if sys.platform != "linux":
             return cls(memory_bytes, None)
         try:
@@ -201,8 +198,8 @@ def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
     """The most that a training process holds on a CPU, within about 30 % of what was measured; None where a GPU
     computes.
 
-    In fp32: weights and two moments; for each thread the gradients of the pieces before, where it takes its rows in
-    several, and the activations of a piece, or its gradients where they are more. An evaluation takes a thread's whole
+    In fp32: weights and two moments; for each thread the gradients of earlier micro-batches, if it has
+    several, and the activations of one, or its gradients if they are more. An evaluation takes a thread's whole
     share of the rows at once, and its arrays have other sizes than training's, which stay in MLX's cache meanwhile.
     """
     if machine.threads is None:
@@ -210,17 +207,17 @@ def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
     T, L = config.context_length, config.layers
     threads = min(machine.threads, config.batch_size)
     rows = -(-config.batch_size // threads)
-    pieces = min(rows, -(-rows * T // MICRO_BATCH_TOKENS))
+    batches = micro_batches(rows, T)
     parameters = count_parameters(config.gpt).total
     # What the layers keep for their gradients, and as much again for the one at work.
-    activations = _activations(config, -(-rows // pieces) * T, L + 1)
-    training = 4 * threads * ((pieces > 1) * parameters + max(activations, parameters))
+    activations = _activations(config, -(-rows // batches) * T, L + 1)
+    training = 4 * threads * ((batches > 1) * parameters + max(activations, parameters))
     evaluating = min(threads, -(-config.evaluation_windows // rows))
     evaluation = 4 * evaluating * _activations(config, rows * T, _EVALUATED_LAYERS)
     return (
         _PROCESS_BYTES
         + 4 * 3 * parameters
-        + max(training, min(training, machine.memory_bytes // _CACHE_SHARE) + evaluation)
+        + max(training, min(training, array_cache_bytes(machine.memory_bytes)) + evaluation)
     )
 
 

@@ -17,8 +17,9 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from shared.device.blas import cpu_threads, load_blas
+from shared.device.blas import load_blas
 from shared.device.kernel_compiler import name_mlx_plainly, speed_up_compiler
+from shared.device.machine import array_cache_bytes, cpu_threads, physical_memory_bytes
 from shared.plain_paths import plain_path
 
 _log = logging.getLogger(__name__)
@@ -84,9 +85,8 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
         memory_bytes = int(info["total_memory"])
     else:
         backend = "cpu"
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        # With MLX's own limit of 32 MiB, every large array takes fresh pages, which the kernel has to clear.
-        mx.set_cache_limit(memory_bytes // 8)
+        memory_bytes = physical_memory_bytes()
+        mx.set_cache_limit(array_cache_bytes(memory_bytes))
         if blas is None:
             _log.warning(NO_BLAS)
     if backend != "cpu":

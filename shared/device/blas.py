@@ -2,8 +2,6 @@
 
 import ctypes
 import importlib.util
-import os
-import sys
 from pathlib import Path
 
 from shared.device.native import build_library
@@ -48,11 +46,3 @@ def load_blas(cache: Path) -> str | None:
     except (OSError, FailedPrecondition):
         return None
     return "OpenBLAS of the scipy-openblas32 wheel"
-
-
-def cpu_threads() -> int:
-    """Returns how many threads a process may compute in: OPENBLAS_NUM_THREADS, or else the number of cores."""
-    limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    if limit.isdecimal() and int(limit) > 0:
-        return int(limit)
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -11,6 +11,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+from shared.atomic_file import replacing
 from shared.plain_paths import plain_path
 
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
@@ -48,11 +49,8 @@ def speed_up_compiler(cache: Path) -> None:
     folder = cache / f"{_FOLDER}{version('mlx')}"
     precompiled = folder / f"{_HEADER}.gch"
     precompiled.parent.mkdir(parents=True, exist_ok=True)
-    script = folder / "g++"
-    replacement = folder / f"g++.{os.getpid()}"
     places = {"compiler": compiler, "include": includes[0], "folder": folder, "precompiled": precompiled}
     quoted = {name: shlex.quote(str(place)) for name, place in places.items()}
-    replacement.write_text(_SCRIPT.format(header=_HEADER, **quoted))
-    replacement.chmod(0o755)
-    replacement.replace(script)
+    with replacing(folder / "g++", mode=0o755) as script:
+        script.write(_SCRIPT.format(header=_HEADER, **quoted).encode())
     os.environ["PATH"] = os.pathsep.join([str(folder), *path])

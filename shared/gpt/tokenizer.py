@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import tiktoken
 import tokenizers
 
+from shared.atomic_file import replacing
 from shared.errors import InvalidArgument, Unavailable
 
 END_OF_TEXT = "<|endoftext|>"
@@ -107,16 +107,8 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write everything into one JSON file, atomically."""
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
-        try:
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                json.dump(self._to_dict(), file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(json.dumps(self._to_dict()).encode("ascii"))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":

@@ -49,6 +49,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 _GRADIENT_NORMS = (1e-3, 1e9)
 
 
+def micro_batches(rows: int, tokens: int) -> int:
+    """Returns the number of micro-batches into which a CPU thread divides its rows of `tokens` tokens."""
+    return min(rows, -(-rows * tokens // MICRO_BATCH_TOKENS))
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """A flat set of values, so that each can be overridden by name (`--set "max_steps=500"`)."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shared.atomic_file import PARTIAL_SUFFIX, replacing
 from trainer_service.training.batches import Tokens
 
 MAGIC = "gptloop-tokens"
@@ -59,28 +59,20 @@ def write_shard(path: Path, header: ShardHeader, arrays: Iterable[Tokens], limit
     Raises `OSError` if the disk cannot be written, and leaves no partial file then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for partial in path.parent.glob("*.partial"):
+    for partial in path.parent.glob(f"*{PARTIAL_SUFFIX}"):
         if time.time() - partial.stat().st_mtime > ABANDONED_S:
             partial.unlink(missing_ok=True)
     count = 0
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.seek(HEADER_BYTES)
-            for array in arrays:
-                part = array[: limit - count]
-                file.write(part.astype(DTYPE, copy=False).tobytes())
-                count += part.size
-                if count == limit:
-                    break
-            values = asdict(header) | {"count": count, "complete": count < limit}
-            content = json.dumps({"magic": MAGIC, "version": VERSION} | values).encode()
-            assert len(content) <= HEADER_BYTES
-            file.seek(0)
-            file.write(content.ljust(HEADER_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.seek(HEADER_BYTES)
+        for array in arrays:
+            part = array[: limit - count]
+            file.write(part.astype(DTYPE, copy=False).tobytes())
+            count += part.size
+            if count == limit:
+                break
+        values = asdict(header) | {"count": count, "complete": count < limit}
+        content = json.dumps({"magic": MAGIC, "version": VERSION} | values).encode()
+        assert len(content) <= HEADER_BYTES
+        file.seek(0)
+        file.write(content.ljust(HEADER_BYTES))

@@ -21,7 +21,7 @@ from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
 from shared.version_format import MODEL_FILE, OPTIMIZER_FILE, POSITION_FILE
 from trainer_service.training.batches import Batch, Tokens, batch
-from trainer_service.training.config import MICRO_BATCH_TOKENS, TrainingConfig
+from trainer_service.training.config import TrainingConfig, micro_batches
 from trainer_service.training.loss import mean_loss
 from trainer_service.training.optimizer import AdamW
 from trainer_service.training.workers import Workers
@@ -112,11 +112,11 @@ class Trainer:
         if not hasattr(self._of_thread, "add"):
             self._of_thread.add = _compile_gradients(self.config)
         mx.random.seed(seed)
-        rows = len(drawn.inputs)
-        micro_batches = min(rows, -(-drawn.inputs.size // MICRO_BATCH_TOKENS)) if on_cpu() else 1
+        rows, tokens = drawn.inputs.shape
+        count = micro_batches(rows, tokens) if on_cpu() else 1
         total: Gradients | None = None
-        for number in range(micro_batches):
-            some = slice(*(rows * edge // micro_batches for edge in (number, number + 1)))
+        for number in range(count):
+            some = slice(*(rows * edge // count for edge in (number, number + 1)))
             inputs, targets = mx.array(drawn.inputs[some]), mx.array(drawn.targets[some])
             share = mx.array(inputs.size / self.config.tokens_per_step)
             total = self._of_thread.add(total, weights, inputs, targets, share)

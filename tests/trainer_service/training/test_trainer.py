@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from shared.errors import InvalidArgument
 from shared.gpt.model import parameters_of
 from trainer_service.presets import find_preset
-from trainer_service.training import trainer as trainer_module
 from trainer_service.training.batches import batch
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.optimizer import AdamW
@@ -190,7 +189,7 @@ def test_micro_batches_take_the_same_step_as_a_whole_batch(monkeypatch: pytest.M
     config = tiny(batch_size=7, dropout=0.0)
     whole = Trainer(config, TEXT)
     whole.take_step()
-    monkeypatch.setattr(trainer_module, "MICRO_BATCH_TOKENS", 3 * config.context_length)
+    monkeypatch.setattr("trainer_service.training.config.MICRO_BATCH_TOKENS", 3 * config.context_length)
     divided = Trainer(config, TEXT)
     divided.take_step()
     for name, value in weights(whole).items():

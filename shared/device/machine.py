@@ -1,0 +1,25 @@
+"""The memory and the cores of this machine. Importing this loads no model framework."""
+
+import os
+import sys
+
+
+def physical_memory_bytes() -> int:
+    """Returns the memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def array_cache_bytes(memory_bytes: int) -> int:
+    """Returns how much memory of freed arrays MLX keeps on a CPU.
+
+    With MLX's own limit of 32 MiB, every large array takes fresh pages, which the kernel has to clear.
+    """
+    return memory_bytes // 8
+
+
+def cpu_threads() -> int:
+    """Returns how many threads a process may compute in: OPENBLAS_NUM_THREADS, or else the number of cores."""
+    limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    if limit.isdecimal() and int(limit) > 0:
+        return int(limit)
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
