@@ -21,8 +21,9 @@ from shared.device.blas import load_blas
 from shared.device.kernel_compiler import name_mlx_plainly, speed_up_compiler
 from shared.device.machine import array_cache_bytes, cpu_threads, physical_memory_bytes
 from shared.plain_paths import plain_path
+from shared.text import format_size
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 NO_BLAS = (
     "No fast BLAS was found, so MLX multiplies about fifty times slower than it could. "
@@ -88,7 +89,7 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
         memory_bytes = physical_memory_bytes()
         mx.set_cache_limit(array_cache_bytes(memory_bytes))
         if blas is None:
-            _log.warning(NO_BLAS)
+            logger.warning(NO_BLAS)
     if backend != "cpu":
         threads = 1
     return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes, cache, threads)
@@ -115,7 +116,7 @@ def report(accelerator: Accelerator) -> str:
     lines = [
         ("device", accelerator.device),
         ("backend", f"{accelerator.backend} (MLX {accelerator.mlx_version})"),
-        ("memory", f"{accelerator.memory_bytes / 2**30:.1f} GiB"),
+        ("memory", format_size(accelerator.memory_bytes)),
         ("fp32 product", f"{_measure_gflops():.0f} GFLOP/s"),
     ]
     if accelerator.backend == "cpu":

@@ -104,8 +104,10 @@ def describe_labels(labels: Mapping[str, int]) -> str:
 
 
 def describe_other_text(versions: Sequence[VersionManifest], refused: frozenset[int] = frozenset()) -> str:
-    """Returns a sentence if the newest versions do not compare with the best one, and when they take the lead; or an
-    empty text."""
+    """Returns a sentence about newest versions that do not compare with the best one, or an empty text.
+
+    It says when the newest versions take the lead, and how to serve them before.
+    """
     deserving = [version for version in versions if version.version not in refused]
     newest, ranked = latest(deserving), ranking(deserving)
     if newest is None or newest.evaluation_set == ranked[0].evaluation_set:

@@ -67,8 +67,10 @@ class Calls(grpc.aio.ServerInterceptor):
         self._wrapped = lru_cache(_MAX_METHODS)(self._wrap)
 
     def refuse(self) -> set[asyncio.Task[Any]]:
-        """Rejects new calls as `Unavailable` from now on, ends calls that wait for more requests, and returns the tasks
-        of all open calls."""
+        """Rejects new calls as `Unavailable` from now on, and returns the tasks of all open calls.
+
+        Calls that wait for more requests are ended.
+        """
         self._refuses = True
         self._cut(call for call in self._running if call.waits)
         return self._open.copy()
@@ -175,8 +177,10 @@ class Calls(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _call(self, path: str, name: str | None, context: Any) -> AsyncIterator[_Call]:
-        """Tracks a call while its method runs, and sends the status of an error; `name` is the name of the method if
-        its end is reported."""
+        """Tracks a call while its method runs, and sends the status of an error.
+
+        `name` is the name of the method, or None if its end is not reported.
+        """
         task = asyncio.current_task()
         assert task is not None
         call = _Call(task)
