@@ -10,7 +10,7 @@ from shared.registry.numbering import children
 
 _JOB = re.compile(r"[0-9A-Za-z_-]{1,64}")
 _NUMBER = re.compile("[1-9][0-9]{0,17}")
-# An older hold no longer counts, because Redis forgets jobs after this time too.
+# No job waits longer, so an older hold no longer counts.
 _LONGEST_S = 30 * 24 * 3600.0
 
 
