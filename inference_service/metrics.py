@@ -41,7 +41,7 @@ _ENDS = tuple(
     )
 )
 # Why a version is refused.
-_REFUSALS = ("corrupt", "unfit", "not_finite", "lying", "worse", "failing", "rolled_back")
+_REFUSALS = ("corrupt", "unfit", "not_finite", "loss_mismatch", "worse", "failing", "rolled_back")
 # The window over which tokens per second are averaged.
 _RATE_WINDOW_S = 3.0
 

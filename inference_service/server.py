@@ -19,7 +19,7 @@ from inference_service.metrics import InferenceMetrics
 from inference_service.pauses import Pauses
 from inference_service.settings import HOST_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
 from inference_service.versions.catalogue import Catalogue
-from inference_service.versions.hotload import HotLoader
+from inference_service.versions.manager import VersionManager
 from inference_service.versions.residents import Residents
 from inference_service.watchdog import Watchdog
 from inference_service.write_timeouts import WriteTimeouts
@@ -76,14 +76,14 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams
     )
     server = GrpcServer([SERVICE, ADMIN_SERVICE], protected, metrics.called)
-    catalogue = Catalogue(registry, device.backend)
+    catalogue = Catalogue(registry, device.backend, metrics)
     residents = Residents(
         *(registry, catalogue, engine, decoders.make),
         limit=settings.resident_versions,
         max_waiting=settings.max_waiting_requests,
         metrics=metrics,
     )
-    versions = HotLoader(catalogue, residents, settings.gate_margin, metrics)
+    versions = VersionManager(catalogue, residents, settings.gate_margin)
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
     pauses = Pauses()
     write_timeouts = WriteTimeouts(settings.slow_reader_s, pauses)

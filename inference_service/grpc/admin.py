@@ -1,11 +1,11 @@
-"""The service that operators call: which version serves, and why."""
+"""The service that operators call: it lists versions, and changes which one serves."""
 
 from typing import Any
 
-from inference_service.grpc.translate import number_from_pb, readable, standing_to_pb
+from inference_service.grpc.translate import number_from_pb, readable, status_to_pb
 from inference_service.versions.catalogue import Catalogue
-from inference_service.versions.hotload import HotLoader
-from inference_service.versions.standing import State
+from inference_service.versions.manager import VersionManager
+from inference_service.versions.planner import State
 from shared.errors import NotFound
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -14,15 +14,15 @@ from shared.pb.inference.v1 import inference_pb2_grpc
 class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
     """`ModelAdminService`. Belongs to the event loop."""
 
-    def __init__(self, catalogue: Catalogue, versions: HotLoader) -> None:
+    def __init__(self, catalogue: Catalogue, versions: VersionManager) -> None:
         self._catalogue = catalogue
         self._versions = versions
 
     async def ListVersions(self, message: pb.ListVersionsRequest, context: Any) -> pb.ListVersionsResponse:  # noqa: N802
-        """Every version in the registry, and the policy."""
-        standings = await self._versions.standings()
+        """Returns every version in the registry, and the policy."""
+        statuses = await self._versions.statuses()
         return pb.ListVersionsResponse(
-            versions=[standing_to_pb(standing) for standing in standings],
+            versions=[status_to_pb(status) for status in statuses],
             policy=self._catalogue.policy,
             notices=map(readable, self._catalogue.notices),
         )
@@ -46,9 +46,9 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
 
     async def SetPolicy(self, message: pb.SetPolicyRequest, context: Any) -> pb.SetPolicyResponse:  # noqa: N802
         """Returns when the policy is written; its version may still have to be loaded."""
-        await self._versions.let_serve(message.label)
-        standings = await self._versions.standings()
-        serving = next((standing_to_pb(one) for one in standings if one.state is State.SERVING), None)
+        await self._versions.set_policy(message.label)
+        statuses = await self._versions.statuses()
+        serving = next((status_to_pb(one) for one in statuses if one.state is State.SERVING), None)
         return pb.SetPolicyResponse(serving=serving)
 
     async def RollBack(self, message: pb.RollBackRequest, context: Any) -> pb.RollBackResponse:  # noqa: N802
@@ -57,7 +57,7 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
         return pb.RollBackResponse(version=await self._status(await self._versions.roll_back(number)))
 
     async def _status(self, number: int) -> pb.VersionStatus:
-        for standing in await self._versions.standings():
-            if standing.number == number:
-                return standing_to_pb(standing)
+        for status in await self._versions.statuses():
+            if status.number == number:
+                return status_to_pb(status)
         raise NotFound(f"Version {number} was removed from the registry.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from inference_service.engine.request import Delta, Finished, FinishReason, GenerationOptions, GenerationRequest
-from inference_service.versions.standing import Standing
+from inference_service.versions.status import VersionStatus
 from shared.decoding.sampling import SamplingParameters, check_biases
 from shared.errors import InvalidArgument
 from shared.gpt.tokenizer import Tokenizer
@@ -196,19 +196,19 @@ def model_to_pb(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModel
     )
 
 
-def standing_to_pb(standing: Standing) -> pb.VersionStatus:
-    """Describes the state of a version on this server."""
-    status = pb.VersionStatus(
-        version=standing.number,
-        state=f"VERSION_STATE_{standing.state.name}",
-        reason=readable(standing.reason),
-        labels=standing.labels,
-        streams=standing.streams,
-        held=standing.held,
-        memory_bytes=standing.memory_bytes,
-        measured_loss=standing.loss,
+def status_to_pb(status: VersionStatus) -> pb.VersionStatus:
+    """Describes the status of a version on this server."""
+    message = pb.VersionStatus(
+        version=status.number,
+        state=f"VERSION_STATE_{status.state.name}",
+        reason=readable(status.reason),
+        labels=status.labels,
+        streams=status.streams,
+        held=status.held,
+        memory_bytes=status.memory_bytes,
+        measured_loss=status.loss,
     )
-    if (manifest := standing.manifest) is not None:
+    if (manifest := status.manifest) is not None:
         described = pb.VersionStatus(
             claimed_loss=manifest.claimed_loss,
             validation_loss=manifest.validation_loss,
@@ -217,8 +217,8 @@ def standing_to_pb(standing: Standing) -> pb.VersionStatus:
             created_at=_time_to_pb(manifest.created_at),
             digest=manifest.digest,
         )
-        status.MergeFrom(described)
-    return status
+        message.MergeFrom(described)
+    return message
 
 
 _REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}

@@ -1,1 +1,1 @@
-"""Decides which versions are in memory and which one serves."""
+"""Versions: which ones are in memory, and which one serves."""

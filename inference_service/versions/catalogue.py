@@ -1,27 +1,29 @@
-"""The registry as a server sees it: versions, labels, and what was found out about each version."""
+"""The registry as a server sees it: versions, labels, and findings about versions."""
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from inference_service.versions.gate import Judged
+from inference_service.metrics import InferenceMetrics
+from inference_service.versions.planner import Seen, Version
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, Unavailable, shown
 from shared.registry import policy
 from shared.registry.decisions import Decided, check_label, pinned_number, run_of
-from shared.registry.findings import ROLLED_BACK, Finding, Findings
+from shared.registry.findings import CORRUPT, ROLLED_BACK, Finding, Findings
 from shared.registry.manifest import MANIFEST_NAME, VersionManifest
 from shared.registry.store import Registry
+from shared.version_format import WINDOWS_FILE
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """The registry as it was when it was looked at."""
+class _Look:
+    """The registry at one look."""
 
     versions: list[VersionManifest] = field(default_factory=list)
     policy: str = "best"
@@ -29,58 +31,66 @@ class _Seen:
     # What is wrong with the files that hold the policy and the stable version.
     damage: tuple[str, ...] = ()
     findings: Findings = field(default_factory=lambda: Findings({}, {}, {}))
-    # What was kept of each version, whether or not it stands.
+    # All findings about each version, those that do not count among them.
     kept: Mapping[int, Sequence[Finding]] = field(default_factory=dict)
-    # Versions that lack files, and which.
+    # The files that versions lack, in a few words.
     lacking: Mapping[int, str] = field(default_factory=dict)
-    # Versions whose manifest cannot be read, and why.
+    # Why the manifests of versions cannot be read, and the versions among these that have no manifest yet.
     unreadable: Mapping[int, str] = field(default_factory=dict)
-    # Those of them that have none yet.
     unsealed: frozenset[int] = frozenset()
+
+    @property
+    def damaged(self) -> frozenset[int]:
+        """The versions with a damaged manifest."""
+        return frozenset(self.unreadable) - self.unsealed
 
 
 class Catalogue:
-    """A registry, read between two looks from memory. `device` is what versions are judged on here.
+    """The registry at the last look, and what this server found out since. `device` is the kind of device that judges
+    versions.
 
-    Belongs to the event loop; files are read and written on other threads.
+    Belongs to the event loop; other threads read and write files.
     """
 
-    def __init__(self, registry: Registry, device: str) -> None:
+    def __init__(self, registry: Registry, device: str, metrics: InferenceMetrics) -> None:
         self._registry = registry
         self._device = device
-        self._seen = _Seen()
-        self._findings = self._seen.findings
+        self._metrics = metrics
+        self._last = _Look()
+        self._findings = self._last.findings
         self._looking = asyncio.Lock()
-        # Why the last look failed, if it did.
+        # Why the last look failed; empty if it did not.
         self._unreachable = ""
-        # What was found out and is not yet, or cannot be, written.
+        # Findings that are not written yet, or cannot be.
         self._unsaved: dict[int, Finding] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="findings")
 
     async def look(self) -> None:
-        """Reads the registry; where that fails now, everything stays as it was."""
+        """Reads the registry; if that fails, everything stays as it was."""
         # One after another, or an older look could come last.
         async with self._looking:
             try:
-                seen = await asyncio.to_thread(self._read, dict(self._unsaved))
+                now = await asyncio.to_thread(self._read, dict(self._unsaved))
             except OSError as error:
                 if str(error) != self._unreachable:
                     self._unreachable = str(error)
                     logger.warning("the registry cannot be read now: %s", error)
                 return
             self._unsaved = {
-                number: finding for number, finding in self._unsaved.items() if finding not in seen.kept.get(number, ())
+                number: finding for number, finding in self._unsaved.items() if finding not in now.kept.get(number, ())
             }
-            for sentence in seen.damage:
-                # Once, and not at every look.
-                if sentence not in self._seen.damage:
+            # Once, and not at every look.
+            for sentence in now.damage:
+                if sentence not in self._last.damage:
                     logger.warning("%s", sentence)
+            for _ in now.damaged - self._last.damaged:
+                self._metrics.refused(CORRUPT)
             self._unreachable = ""
-            self._seen = seen
-            self._findings = seen.findings.adding(self._unsaved)
+            self._last = now
+            self._findings = now.findings.adding(self._unsaved)
 
-    def _read(self, unsaved: Mapping[int, Finding]) -> _Seen:
-        versions, decisions, last = self._registry.versions(), self._registry.decisions, self._seen
+    def _read(self, unsaved: Mapping[int, Finding]) -> _Look:
+        versions, decisions, last = self._registry.versions(), self._registry.decisions, self._last
         kept = decisions.findings()
         found = decisions.found(versions, kept, unsaved)
         lacking = {each.version: what for each in versions if (what := self._registry.lacking(each))}
@@ -101,44 +111,46 @@ class Catalogue:
             for number in unreadable
             if not os.path.lexists(self._registry.version_directory(number) / MANIFEST_NAME)
         )
-        return _Seen(versions, label, stable, tuple(damage), found, kept, lacking, unreadable, unsealed)
+        return _Look(versions, label, stable, tuple(damage), found, kept, lacking, unreadable, unsealed)
 
     # Versions and labels.
 
     @property
     def versions(self) -> list[VersionManifest]:
         """Every version, by ascending number."""
-        return self._seen.versions
+        return self._last.versions
 
     @property
     def unreadable(self) -> Mapping[int, str]:
         """The versions whose manifest cannot be read, and why."""
-        return self._seen.unreadable
+        return self._last.unreadable
 
     @property
     def unsealed(self) -> frozenset[int]:
-        """Those of them that have no manifest yet, as while they are copied."""
-        return self._seen.unsealed
+        """The unreadable versions that have no manifest yet, as while they are copied."""
+        return self._last.unsealed
 
     @property
     def notices(self) -> list[str]:
-        """What an operator should know: decisions that cannot be read, and versions that do not compare with the best
-        one."""
+        """Sentences for an operator: decisions that cannot be read, and versions that do not compare with the best."""
         sentence = policy.describe_other_text(self.versions, self._decided().refused)
-        return [*self._seen.damage, sentence] if sentence else list(self._seen.damage)
+        return [*self._last.damage, sentence] if sentence else list(self._last.damage)
 
     @property
     def policy(self) -> str:
-        """The label whose version serves those who name none."""
-        return self._seen.policy
+        """The label whose version answers calls that name none."""
+        return self._last.policy
 
     async def manifest(self, number: int) -> VersionManifest:
-        """The manifest of a version; raises `NotFound`, or `CorruptCheckpoint` where it cannot be read."""
+        """Returns the manifest of a version; raises `NotFound`, or `CorruptCheckpoint` if it cannot be read."""
         return await asyncio.to_thread(self._registry.version, number)
 
     async def resolve(self, label: str) -> VersionManifest | None:
-        """The version of a label, None for the one that serves by it; raises `InvalidArgument` on what is no label,
-        `Unavailable` while there is no version at all, and `NotFound` where the label names none."""
+        """Returns the version of a label, None for the one that serves by it.
+
+        Raises `InvalidArgument` if it is not a label, `Unavailable` if there is no version at all, and `NotFound` if
+        the label names none.
+        """
         check_label(label)
         await self.look()
         if not self.versions:
@@ -151,46 +163,52 @@ class Catalogue:
         return await self.manifest(number)
 
     def labels(self) -> dict[str, int]:
-        """Every label with the number of the version that it names."""
+        """Returns every label with the number of the version that it names."""
         return policy.labels(self.versions, self._decided())
 
-    def _decided(self) -> Decided:
-        refused = {manifest.version for manifest in self.versions} - {each.version for each in self._deserving()}
-        return Decided(frozenset(refused), self._seen.stable, self.policy)
-
-    def candidates(self, before: Sequence[int] | None, without: int | None = None) -> Iterator[VersionManifest]:
-        """The versions that may serve, the one first that the policy wants; as if one were refused if `without` names
-        it.
-
-        Where `before` are the versions that served, the last one last, these and then any others follow: they are
-        better than nothing.
-        """
-        numbers = {manifest.version: manifest for manifest in self.versions}
+    def seen(self, in_memory: Iterable[VersionManifest] = (), without: int | None = None) -> Seen:
+        """Returns what the planner knows of the registry, and of the versions in memory, which may be gone from it; as
+        if a version were refused if `without` names it."""
+        found = {each.version: self.finding(each, without) for each in self.versions}
+        deserving = [
+            each
+            for each in self.versions
+            if each.version != without and not _refuses(found[each.version]) and not self.lacking(each)
+        ]
         match self.policy:
             case "best":
-                wanted = policy.ranking(self._deserving())
+                preferred = [each.version for each in policy.ranking(deserving)]
             case "latest":
-                wanted = self.versions[::-1]
+                preferred = [each.version for each in reversed(deserving)]
             case label if (run := run_of(label)) is not None:
-                wanted = policy.ranking_of_run(self.versions, run)
+                preferred = [each.version for each in policy.ranking_of_run(deserving, run)]
             case label:
-                number = pinned_number(label) or self._seen.stable
-                wanted = [numbers[number]] if number in numbers else []
-        if before is not None:
-            served = [numbers[number] for number in reversed(before) if number in numbers]
-            wanted = [*wanted, *served, *policy.ranking(self._deserving()), *self.versions[::-1]]
-        for number in dict.fromkeys(manifest.version for manifest in wanted):
-            if number != without and self._may_serve(numbers[number], without):
-                yield numbers[number]
+                preferred = [number] if (number := pinned_number(label) or self._last.stable) else []
+        return Seen(
+            eligible={each.version: self._judged(each, found[each.version]) for each in deserving},
+            preferred=tuple(preferred),
+            fallback=tuple(each.version for each in [*policy.ranking(deserving), *reversed(deserving)]),
+            digests={each.version: each.digest for each in self.versions},
+            refused=frozenset(
+                each.digest
+                for each in [*self.versions, *in_memory]
+                if each.version == without or self.refusal(each, without) is not None
+            ),
+            run=run_of(self.policy),
+            compares=self.policy in ("best", "latest") or run_of(self.policy) is not None,
+        )
 
-    def _may_serve(self, manifest: VersionManifest, without: int | None = None) -> bool:
-        return self.refusal(manifest, without) is None and not self.lacking(manifest)
+    def _judged(self, manifest: VersionManifest, finding: Finding | None) -> Version:
+        # A version that lacks files sets no standard for others.
+        loss = None if finding is None or manifest.version in self._last.lacking else finding.loss
+        return as_version(manifest, loss)
 
-    def _deserving(self) -> list[VersionManifest]:
-        return [manifest for manifest in self.versions if self._may_serve(manifest)]
+    def _decided(self) -> Decided:
+        refused = {each.version for each in self.versions if self.refusal(each) is not None or self.lacking(each)}
+        return Decided(frozenset(refused), self._last.stable, self.policy)
 
     async def make_stable(self, number: int) -> None:
-        """Makes a version the stable one; raises `NotFound`, and `FailedPrecondition` where it was refused."""
+        """Makes a version the stable one; raises `NotFound`, and `FailedPrecondition` if it was refused."""
         await self.look()
         self.check_may_serve(await self.manifest(number))
         await asyncio.to_thread(self._registry.decisions.set_stable, number)
@@ -199,8 +217,8 @@ class Catalogue:
         await self.look()
 
     async def set_policy(self, label: str) -> None:
-        """Lets the version of a label serve from now on; raises `InvalidArgument` on what is no label, `NotFound` or
-        `FailedPrecondition` on one whose version or run does not exist or was refused."""
+        """Lets the version of a label serve from now on; raises `InvalidArgument` if it is not a label, `NotFound` or
+        `FailedPrecondition` if its version or run does not exist or was refused."""
         check_label(label)
         await self.look()
         number = pinned_number(label)
@@ -208,7 +226,7 @@ class Catalogue:
         if run is not None and policy.number_of(label, self.versions, self._decided()) is None:
             raise NotFound(f"No version that may serve is of the run {run!r}.")
         if label == "stable":
-            number = self._seen.stable
+            number = self._last.stable
             if number is None:
                 raise FailedPrecondition("No version is stable yet: promote one first.")
         if number is not None:
@@ -218,63 +236,47 @@ class Catalogue:
             await self.manifest(number)
         await self.look()
 
-    # What was found out.
+    # Findings.
 
     def finding(self, manifest: VersionManifest, without: int | None = None) -> Finding | None:
-        """What was found out about a version as it is now, on this kind of device; as if one were refused if `without`
-        names it."""
+        """Returns the finding that counts for a version on this kind of device; as if a version were refused if
+        `without` names it."""
         findings = self._findings if without is None else self._findings.without(without)
         return findings.on(manifest.version, manifest.digest, self._device)
 
     def lacking(self, manifest: VersionManifest) -> str:
-        """What files a version lacks that was not examined yet, in a sentence: it is probably being copied. Empty for
-        any other one."""
-        what = self._seen.lacking.get(manifest.version, "")
+        """Returns a sentence on the files that a version lacks which was not examined yet: it is probably being copied.
+        Empty for any other one."""
+        what = self._last.lacking.get(manifest.version, "")
         if not what or self.finding(manifest) is not None:
             return ""
         return f"Version {manifest.version} waits for its files: {what}."
 
     def refusal(self, manifest: VersionManifest, without: int | None = None) -> Finding | None:
-        """Why a version must not serve; None where it may, for all that is known. `without` as in `finding`."""
+        """Returns why a version must not serve, None if it may; `without` as in `finding`."""
         finding = self.finding(manifest, without)
-        return finding if finding is not None and finding.refusal is not None else None
-
-    def best_found(self, evaluation_set: str, unread: Callable[[int], bool]) -> Judged | None:
-        """Of the versions that could serve now and were judged on an evaluation set, the one that predicted its
-        held-out windows best as it was served here; None if none was served. `unread` says which could not be read."""
-        judged = [
-            Judged(manifest, finding.loss)
-            for manifest in self._deserving()
-            if manifest.evaluation_set == evaluation_set
-            and manifest.version not in self._seen.lacking
-            and not unread(manifest.version)
-            and (finding := self.finding(manifest)) is not None
-            and finding.loss is not None
-        ]
-        return min(judged, key=lambda one: one.loss, default=None)
+        return finding if _refuses(finding) else None
 
     def check_may_serve(self, manifest: VersionManifest, without: int | None = None) -> None:
-        """Raises `FailedPrecondition` if a version must not serve, and `Unavailable` while it lacks files."""
+        """Raises `FailedPrecondition` if a version must not serve, and `Unavailable` if it lacks files."""
         if (refusal := self.refusal(manifest, without)) is not None:
             raise refused(manifest.version, refusal.sentence)
         if sentence := self.lacking(manifest):
             raise Unavailable(sentence)
 
-    def note(
-        self,
-        manifest: VersionManifest,
-        loss: float | None,
-        refusal: str | None = None,
-        sentence: str = "",
-        stands_on: str | None = None,
+    def accept(self, manifest: VersionManifest, loss: float) -> None:
+        """Notes that a version may serve: in memory at once, in the registry a moment later."""
+        self._note(manifest, Finding(manifest.digest, self._device, loss, None, "", time.time()))
+
+    def refuse(
+        self, manifest: VersionManifest, loss: float | None, reason: str, sentence: str, stands_on: str | None = None
     ) -> None:
-        """Keeps what was found out about a version: in memory at once, in the registry a moment later."""
-        finding = Finding(manifest.digest, self._device, loss, refusal, sentence, time.time(), stands_on)
-        self._remember(manifest, finding)
-        self._writer.submit(self._save, manifest.version, finding)
+        """Notes that a version must not serve, likewise."""
+        self._note(manifest, Finding(manifest.digest, self._device, loss, reason, sentence, time.time(), stands_on))
+        self._count(manifest.version, reason, sentence)
 
     async def roll_back(self, manifest: VersionManifest, loss: float, sentence: str, label: str | None) -> None:
-        """Refuses a version, and lets that of a label serve if there is one; returns when both are in the registry.
+        """Refuses a version, and sets the policy to a label if there is one; returns when both are in the registry.
 
         Raises `FailedPrecondition` if the registry cannot be written; nothing has changed then.
         """
@@ -282,19 +284,38 @@ class Catalogue:
         loop, decisions = asyncio.get_running_loop(), self._registry.decisions
         await loop.run_in_executor(self._writer, decisions.roll_back, manifest.version, finding, label)
         self._remember(manifest, finding)
+        self._count(manifest.version, ROLLED_BACK, sentence)
         await self.look()
+
+    def _note(self, manifest: VersionManifest, finding: Finding) -> None:
+        self._remember(manifest, finding)
+        self._writer.submit(self._save, manifest.version, finding)
 
     def _remember(self, manifest: VersionManifest, finding: Finding) -> None:
         self._unsaved[manifest.version] = finding
-        self._findings = self._seen.findings.adding(self._unsaved)
+        self._findings = self._last.findings.adding(self._unsaved)
+
+    def _count(self, number: int, reason: str, sentence: str) -> None:
+        self._metrics.refused(reason)
+        logger.error("version %d is refused, as %s: %s", number, reason, sentence)
 
     def _save(self, number: int, finding: Finding) -> None:
         try:
             self._registry.decisions.keep(number, finding)
         except GptloopError as error:
-            logger.warning("what was found out about version %d is kept in memory only: %s", number, error)
+            logger.warning("the finding about version %d is kept in memory only: %s", number, error)
+
+
+def as_version(manifest: VersionManifest, loss: float | None = None) -> Version:
+    """Returns what the planner knows of a version."""
+    windows = next((record.sha256 for record in manifest.files if record.name == WINDOWS_FILE), "")
+    return Version(manifest.version, manifest.digest, manifest.run, manifest.evaluation_set, windows, loss)
 
 
 def refused(number: int, clause: str) -> FailedPrecondition:
-    """The error of those who ask for a version that must not serve."""
+    """Returns the error for calls that ask for a version that must not serve."""
     return FailedPrecondition(f"Version {number} cannot serve: {clause}.")
+
+
+def _refuses(finding: Finding | None) -> bool:
+    return finding is not None and finding.refusal is not None

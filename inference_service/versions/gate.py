@@ -10,10 +10,10 @@ from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import NotFiniteWeights
 from shared.registry.commit import files_state
-from shared.registry.findings import CORRUPT, WORSE
+from shared.registry.findings import CORRUPT, LOSS_MISMATCH
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
-from shared.version_format import SERVED_FILES, WINDOWS_FILE, read_model, read_tokenizer, read_windows
+from shared.version_format import SERVED_FILES, read_model, read_tokenizer, read_windows
 
 # Nats a token by which the loss that a server measures may differ from the one that training measured: on another
 # device, in other formats.
@@ -38,14 +38,6 @@ class Content:
     model: GPT
     tokenizer: Tokenizer
     windows: tuple[Window, ...]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A version and the loss of its held-out windows in nats a token, as it was served."""
-
-    manifest: VersionManifest
-    loss: float
 
 
 def read_content(registry: Registry, manifest: VersionManifest) -> Content:
@@ -92,36 +84,10 @@ def check_loss(manifest: VersionManifest, loss: float) -> None:
         raise Refused("not_finite", "its predictions of held-out text are not finite")
     if not abs(loss - manifest.claimed_loss) <= TOLERANCE:
         raise Refused(
-            "lying",
+            LOSS_MISMATCH,
             f"it claims a held-out loss of {manifest.claimed_loss:.4f} nats a token, but has {loss:.4f} as served",
             loss,
         )
-
-
-def check_progress(new: Judged, before: Judged, margin: float) -> None:
-    """Compares two versions that were judged on the same evaluation set; raises `Refused` where the new one is worse by
-    more than a margin in nats a token, or was judged on windows of its own."""
-    if new.manifest.evaluation_set != before.manifest.evaluation_set:
-        return
-    number = before.manifest.version
-    if _windows_digest(new.manifest) != _windows_digest(before.manifest):
-        raise Refused(
-            "lying",
-            f"it names the evaluation set of version {number}, but has other held-out windows",
-            new.loss,
-            before.manifest.digest,
-        )
-    if new.loss > before.loss + margin:
-        raise Refused(
-            WORSE,
-            f"its held-out loss is {new.loss:.4f} nats a token, but that of version {number} is {before.loss:.4f}",
-            new.loss,
-            before.manifest.digest,
-        )
-
-
-def _windows_digest(manifest: VersionManifest) -> str:
-    return next(record.sha256 for record in manifest.files if record.name == WINDOWS_FILE)
 
 
 def _clause(error: Exception) -> str:

@@ -6,20 +6,14 @@ from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import VersionManifest
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Resident:
-    """A version in memory, and how many streams run on it.
-
-    A held one stays without any for an operator; one that is `leaving` goes with its last stream.
-    """
+    """A version in memory. `loss` is that of its held-out windows in nats a token, as it is served."""
 
     manifest: VersionManifest
     tokenizer: Tokenizer
     loss: float
     memory_bytes: int
-    streams: int = 0
-    held: bool = False
-    leaving: bool = False
 
     @property
     def context_length(self) -> int:

@@ -1,22 +1,25 @@
-"""The versions in memory: how they come in, who keeps them there, and when they go.
+"""The versions in memory: carries out the plans that say which are loaded, serve and are freed.
 
 Everything here belongs to the event loop; only files are read on other threads.
 """
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
 from inference_service.engine.engine import Engine
 from inference_service.metrics import InferenceMetrics
 from inference_service.versions.catalogue import Catalogue, refused
+from inference_service.versions.entry import Entry, Retry, Waiter
 from inference_service.versions.gate import Refused, check_loss, read_content
-from inference_service.versions.postponed import Postponed
+from inference_service.versions.planner import Memory, Plan, State, Version, Wanted
 from inference_service.versions.resident import Resident
-from inference_service.versions.wanted import Wanted
 from shared.decoding.decoder import Decoder
 from shared.errors import (
     FailedPrecondition,
@@ -32,18 +35,23 @@ from shared.registry.store import Registry
 
 logger = logging.getLogger(__name__)
 
-# When those may ask again who find too many waiting for versions.
-_ASK_AGAIN_S = 5.0
+# When a call may be made again that found too many others waiting.
+_RETRY_AFTER_S = 5.0
+# The states that may follow one.
+_NEXT = {
+    State.AVAILABLE: {State.WAITING, State.LOADING},
+    State.WAITING: {State.AVAILABLE, State.LOADING},
+    State.LOADING: {State.AVAILABLE, State.RESIDENT},
+    State.RESIDENT: {State.AVAILABLE, State.SERVING},
+    State.SERVING: {State.RESIDENT},
+}
 
 
 class Residents:
-    """At most `limit` versions in memory, each examined on its way in. One that serves or has streams stays; others
-    stay while there is room. If room is needed, the one that was used longest ago goes first, and those that are held
-    for an operator go last. At most `max_waiting` calls wait for versions that are not in memory.
+    """Holds about `limit` versions in memory, each examined on its way in; the planner says which.
 
-    `serving` is the one that answers those who name none; `HotLoader` decides which one that is. `lacks_room` says
-    whether a version waits for room: then none that is to leave gets new streams. `changed` is set when there may be
-    something to do.
+    At most `max_waiting` calls wait for versions that are not in memory. `changed` is set when there may be something
+    to plan.
     """
 
     def __init__(
@@ -57,8 +65,6 @@ class Residents:
         max_waiting: int,
         metrics: InferenceMetrics,
     ) -> None:
-        self.serving: Resident | None = None
-        self.lacks_room = False
         self.changed = asyncio.Event()
         self._registry = registry
         self._catalogue = catalogue
@@ -67,45 +73,96 @@ class Residents:
         self._limit = limit
         self._max_waiting = max_waiting
         self._metrics = metrics
-        # The one that was used longest ago is the first.
-        self._residents: dict[int, Resident] = {}
-        self._loads: dict[int, asyncio.Task[None]] = {}
-        self._leaving: set[Future[None]] = set()
-        self._wanted: dict[int, Wanted] = {}
-        self._postponed = Postponed()
+        # The versions that this server does something with, by number.
+        self._entries: dict[int, Entry] = {}
         # Calls that wait until some version serves.
         self._unserved: list[asyncio.Future[None]] = []
+        # The engine frees versions in order, so the last one tells of all.
+        self._freed: Future[None] | None = None
+        # Orders uses and calls.
+        self._order = itertools.count(1)
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="residents")
 
     def close(self) -> None:
-        """Gives up what is being loaded."""
-        for load in self._loads.values():
-            load.cancel()
+        """Gives up loads."""
+        for entry in self._entries.values():
+            if entry.loading is not None:
+                entry.loading.cancel()
         self._helper.shutdown(wait=False, cancel_futures=True)
 
-    # Who is in memory.
+    # What there is.
 
-    def get(self, number: int) -> Resident | None:
-        """A version that is in memory."""
-        return self._residents.get(number)
+    @property
+    def entries(self) -> Mapping[int, Entry]:
+        """The versions that this server does something with, by number."""
+        return self._entries
+
+    @property
+    def serving(self) -> Resident | None:
+        """The version that answers calls that name none."""
+        return next((entry.resident for entry in self._entries.values() if entry.state is State.SERVING), None)
+
+    @property
+    def manifests(self) -> list[VersionManifest]:
+        """Those of the versions in memory."""
+        return [entry.manifest for entry in self._entries.values() if entry.resident is not None]
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether a version waits for room; only the serving version gets new streams then."""
+        return any(entry.state is State.WAITING for entry in self._entries.values())
+
+    def of(self, manifest: VersionManifest) -> Resident | None:
+        """Returns a version in memory, and not one of another registry with the same number."""
+        entry = self._entries.get(manifest.version)
+        return entry.resident if entry is not None and entry.manifest == manifest else None
+
+    def memory(self) -> Memory:
+        """Returns what the planner knows of memory."""
+        return Memory(self._limit, tuple(entry.residency() for entry in self._entries.values()))
+
+    def wanted(self) -> list[Wanted]:
+        """Returns what the planner knows of the calls that wait, in their order."""
+        entries = sorted(
+            (entry for entry in self._entries.values() if entry.waiting), key=lambda entry: entry.waiting[0].order
+        )
+        return [
+            entry.wanted(self._catalogue.refusal(entry.waiting[0].manifest, entry.instead_of) is not None)
+            for entry in entries
+        ]
+
+    # Who keeps it there.
+
+    @asynccontextmanager
+    async def stream(self, manifest: VersionManifest | None) -> AsyncIterator[Resident]:
+        """Keeps a version in memory meanwhile, the serving one for None; waits until it is loaded.
+
+        Raises `FailedPrecondition` if it must not serve, `Unavailable` if it cannot be loaded now, and
+        `ResourceExhausted` if too many calls wait.
+        """
+        resident = await self._acquire(manifest)
+        try:
+            yield resident
+        finally:
+            self._release(resident)
 
     async def await_serving(self) -> Resident:
-        """The version that answers those who name none, once one serves; raises `Unavailable` with the reason if none
-        is on its way, and `ResourceExhausted` if too many wait."""
+        """Returns the version that answers calls that name none, once one serves; raises `Unavailable` with the reason
+        if none is on its way, and `ResourceExhausted` if too many calls wait."""
         if self.serving is None:
             # It may have been published since the last look.
             await self._catalogue.look()
-        while self.serving is None:
+        while (serving := self.serving) is None:
             self._check_waiting()
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._unserved.append(turn)
             self.changed.set()
             await turn
-        return self.serving
+        return serving
 
     def settle(self, why_none_serves: str) -> None:
-        """Ends the wait of calls for a version that serves: one does, or none will, for a reason; empty while one is on
-        its way."""
+        """Ends the wait of the calls that name no version, if one serves, or none will for a reason, which is empty
+        otherwise."""
         if self.serving is None and not why_none_serves:
             return
         waiting, self._unserved = self._unserved, []
@@ -117,64 +174,24 @@ class Residents:
             else:
                 turn.set_result(None)
 
-    def of(self, manifest: VersionManifest) -> Resident | None:
-        """A version in memory, and not one of another registry with the same number."""
-        resident = self._residents.get(manifest.version)
-        return resident if resident is not None and resident.manifest == manifest else None
-
-    @property
-    def manifests(self) -> list[VersionManifest]:
-        """Of every version in memory."""
-        return [resident.manifest for resident in self._residents.values()]
-
-    def is_loading(self, number: int) -> bool:
-        """Whether a version is being brought in."""
-        return number in self._loads
-
-    def is_wanted(self, number: int) -> bool:
-        """Whether calls wait for a version."""
-        return number in self._wanted
-
-    def postponed(self, number: int) -> str:
-        """Why a version that could not be read is not tried again yet; empty where it may be."""
-        return self._postponed.sentence(number)
-
-    def is_refused(self, resident: Resident) -> bool:
-        """Whether a version must not serve any more."""
-        return self._catalogue.refusal(resident.manifest) is not None
-
-    # Who keeps it there.
-
-    @asynccontextmanager
-    async def stream(self, manifest: VersionManifest | None) -> AsyncIterator[Resident]:
-        """Keeps a version in memory meanwhile, the serving one for None; waits until it is loaded.
-
-        Raises `Unavailable` where nothing serves yet, `FailedPrecondition` where the version was refused, and
-        `ResourceExhausted` where too many wait.
-        """
-        resident = await self._acquire(manifest)
-        try:
-            yield resident
-        finally:
-            self._release(resident)
-
     async def hold(self, manifest: VersionManifest) -> None:
-        """Brings a version in, at once even where it was postponed, and keeps it until its room is needed."""
-        self._postponed.forget(manifest.version)
-        self._release(await self._wait_for(manifest, hold=True))
+        """Loads a version, even if it was refused or could not be read just now, and keeps it until its room is
+        needed."""
+        if self.of(manifest) is not None:
+            self._change(manifest.version, held=True, leaving=False)
+        else:
+            self._release(await self._wait_for(manifest, hold=True))
 
     @asynccontextmanager
     async def secured(self, manifest: VersionManifest, instead_of: int) -> AsyncIterator[Resident]:
-        """Keeps a version in memory that is to serve instead of one that is to be refused; brings it in at once,
-        whether or not there is room.
+        """Keeps a version in memory that is to serve instead of one that is to be refused; loads it at once, whether or
+        not there is room.
 
         Raises `FailedPrecondition` if it must not serve, and `Unavailable` if it cannot be loaded now.
         """
         self._catalogue.check_may_serve(manifest, instead_of)
-        self._postponed.forget(manifest.version)
-        resident = self.of(manifest)
-        if resident is not None:
-            self._join(resident)
+        if self.of(manifest) is not None:
+            resident = self._join(manifest.version)
         else:
             resident = await self._wait_for(manifest, instead_of=instead_of)
         try:
@@ -182,184 +199,174 @@ class Residents:
         finally:
             self._release(resident)
 
-    def let_go(self, resident: Resident) -> None:
-        """Lets a version go with its last stream."""
-        resident.held, resident.leaving = False, True
-        self._tidy()
-
-    def part_with(self, resident: Resident) -> None:
-        """Lets a version go whose registry is gone, even where it serves."""
-        if resident is self.serving:
-            self.serving = None
-        self.report()
-        self.let_go(resident)
-
-    def _idle(self) -> list[Resident]:
-        """What nothing uses, the one that was used longest ago first, and what is held last."""
-        idle = [each for each in self._residents.values() if not each.streams and each is not self.serving]
-        return sorted(idle, key=lambda each: each.held)
-
-    def _tidy(self) -> None:
-        """Frees what nothing uses and nobody can ask for any more, or for which there is no room."""
-        known = {each.version: each.digest for each in self._catalogue.versions}
-        for resident in self._idle():
-            removed = known.get(resident.manifest.version) != resident.manifest.digest
-            if resident.leaving or removed or self.is_refused(resident) or self._excess() > 0:
-                self._free(resident)
-
-    def _excess(self) -> int:
-        """How many versions are in memory, or on their way, beyond the limit."""
-        return len(self._residents) + len(self._loads) - self._limit
-
-    def _free(self, resident: Resident) -> None:
-        number = resident.manifest.version
-        del self._residents[number]
-        gone = self._engine.remove_version(number)
-        self._leaving.add(gone)
-        gone.add_done_callback(self._leaving.discard)
-        self.report()
+    def let_go(self, number: int) -> None:
+        """Lets a version in memory go with its last stream."""
+        self._change(number, held=False, leaving=True)
         self.changed.set()
-        logger.info("version %d is freed", number)
 
     async def _acquire(self, manifest: VersionManifest | None) -> Resident:
         if manifest is None:
-            return self._join(await self.await_serving())
+            return self._join((await self.await_serving()).manifest.version)
         self._catalogue.check_may_serve(manifest)
-        resident = self.of(manifest)
-        if resident is not None and (resident is self.serving or not self.lacks_room):
-            return self._join(resident)
-        if sentence := self.postponed(manifest.version):
+        number = manifest.version
+        if self.of(manifest) is not None and (self._entries[number].state is State.SERVING or not self.lacks_room):
+            return self._join(number)
+        if number in self._entries and (sentence := self._entries[number].retry_sentence(time.monotonic())):
             raise Unavailable(sentence)
         self._check_waiting()
         return await self._wait_for(manifest)
 
     def _check_waiting(self) -> None:
-        waiting = sum(len(wanted.waiters) for wanted in self._wanted.values())
+        waiting = sum(len(entry.waiting) for entry in self._entries.values())
         waiting += sum(not turn.done() for turn in self._unserved)
         if waiting >= self._max_waiting:
-            raise ResourceExhausted(f"{waiting} requests wait for versions already, which is the limit.", _ASK_AGAIN_S)
+            raise ResourceExhausted(
+                f"{waiting} requests wait for versions already, which is the limit.", _RETRY_AFTER_S
+            )
 
     async def _wait_for(
         self, manifest: VersionManifest, *, hold: bool = False, instead_of: int | None = None
     ) -> Resident:
-        waiter: asyncio.Future[Resident] = asyncio.get_running_loop().create_future()
-        wanted = self._wanted.setdefault(manifest.version, Wanted(manifest))
-        wanted.waiters.append(waiter)
-        wanted.hold = wanted.hold or hold
-        wanted.instead_of = wanted.instead_of or instead_of
+        number = manifest.version
+        waiter = Waiter(
+            manifest, asyncio.get_running_loop().create_future(), next(self._order), hold=hold, instead_of=instead_of
+        )
+        entry = self._entry(manifest)
+        # What holds it, or is to serve, does not wait for another attempt.
+        retry = None if hold or instead_of is not None else entry.retry
+        self._change(number, waiters=(*entry.waiters, waiter), retry=retry)
         self.changed.set()
         try:
-            return await waiter
+            return await waiter.ready
         except asyncio.CancelledError:
             # It can have been handed over in the very turn in which the call was cancelled.
-            if not waiter.cancelled() and waiter.exception() is None:
-                self._release(waiter.result())
+            if not waiter.ready.cancelled() and waiter.ready.exception() is None:
+                self._release(waiter.ready.result())
             raise
+        finally:
+            # Waiting calls keep an entry.
+            others = tuple(other for other in self._entries[number].waiters if other is not waiter)
+            self._change(number, waiters=others)
 
-    def _join(self, resident: Resident) -> Resident:
-        self._count(resident, +1)
-        return resident
+    def _join(self, number: int) -> Resident:
+        entry = self._count(number, +1)
+        assert entry.resident is not None
+        return entry.resident
 
     def _release(self, resident: Resident) -> None:
-        self._count(resident, -1)
-        self._tidy()
-        if self.lacks_room or self._wanted:
+        entry = self._count(resident.manifest.version, -1)
+        in_the_way = self.lacks_room or any(other.waiters for other in self._entries.values())
+        crowded = len(self.manifests) > self._limit
+        if entry.is_idle and (in_the_way or crowded or entry.leaving or self._catalogue.refusal(entry.manifest)):
             self.changed.set()
 
-    def _count(self, resident: Resident, change: int) -> None:
-        number = resident.manifest.version
-        resident.streams += change
-        self._metrics.streams(number, resident.streams)
-        self._use(resident)
+    def _count(self, number: int, change: int) -> Entry:
+        entry = self._change(number, streams=self._entries[number].streams + change, used=next(self._order))
+        self._metrics.streams(number, entry.streams)
+        return entry
 
-    def _use(self, resident: Resident) -> None:
-        """Notes that a version is used now."""
-        if self.of(resident.manifest) is resident:
-            self._residents[resident.manifest.version] = self._residents.pop(resident.manifest.version)
+    # How a plan is carried out.
 
-    # How it comes in.
+    def carry_out(self, plan: Plan) -> None:
+        """Does what a plan says."""
+        for refusal in plan.refuse:
+            entry = self._entries[refusal.number]
+            loss = None if entry.resident is None else entry.resident.loss
+            self._catalogue.refuse(entry.manifest, loss, refusal.reason, refusal.sentence, refusal.stands_on)
+        self._serve(plan.serve)
+        for number in plan.drop:
+            self._free(number)
+        for version in plan.load:
+            manifest = self._manifest(version)
+            self._entry(manifest)
+            self._move(version.number, State.LOADING, loading=asyncio.create_task(self._load(manifest)))
+        for number in plan.admit:
+            self._hand_over(number)
+        for number in plan.reject:
+            waiter = self._entries[number].waiting[0]
+            finding = self._catalogue.refusal(waiter.manifest, self._entries[number].instead_of)
+            self._fail(number, refused(number, "" if finding is None else finding.sentence))
+        self._note_waiting(plan)
 
-    def load_wanted(self) -> None:
-        """Brings in, or hands over, what calls wait for; drops what nothing keeps."""
-        for number, wanted in list(self._wanted.items()):
-            wanted.waiters = [waiter for waiter in wanted.waiters if not waiter.done()]
-            if not wanted.waiters:
-                del self._wanted[number]
-            elif self.lacks_room and wanted.instead_of is None:
-                continue
-            elif not wanted.hold and (finding := self._catalogue.refusal(wanted.manifest, wanted.instead_of)):
-                self._disappoint(number, refused(number, finding.sentence))
-            elif (resident := self.of(wanted.manifest)) is not None:
-                self._hand_over(resident)
-            elif not self.load(wanted.manifest, urgent=wanted.instead_of is not None):
-                self.lacks_room = True
-        self._tidy()
-
-    def load(self, manifest: VersionManifest, urgent: bool = False) -> bool:
-        """Begins to bring a version in if there is room, or if it is urgent; whether it is on its way."""
-        number = manifest.version
-        if number not in self._loads and number not in self._residents:
-            for resident in self._idle():
-                if self._excess() >= 0:
-                    self._free(resident)
-            if urgent or self._excess() < 0:
-                self._loads[number] = asyncio.create_task(self._load(manifest))
-        return number in self._loads
-
-    def refuse(self, manifest: VersionManifest, reason: str, sentence: str) -> None:
-        """Tells that a version must not serve, which is noted, and those who wait for it."""
-        self._metrics.refused(reason)
-        logger.error("version %d is refused, as %s: %s", manifest.version, reason, sentence)
-        self._disappoint(manifest.version, refused(manifest.version, sentence))
-
-    def let_serve(self, resident: Resident) -> None:
-        """Lets a version that is in memory answer those who name none."""
-        before, self.serving = self.serving, resident
+    def _serve(self, number: int | None) -> None:
+        before = next((number for number, entry in self._entries.items() if entry.state is State.SERVING), None)
+        if number == before:
+            return
         if before is not None:
-            self._use(before)
-        self.report()
+            self._move(before, State.RESIDENT, used=next(self._order))
+        if number is not None:
+            last = self._entries[number]
+            self._move(number, State.SERVING, served=next(self._order), leaving=False)
+            logger.info(
+                "version %d serves: step %d, %.4f bits per byte",
+                *(number, last.manifest.step, last.manifest.bits_per_byte),
+            )
+            seconds = 0.0 if last.awaited_since is None else time.monotonic() - last.awaited_since
+            self._metrics.serves(last.manifest, seconds, swap=before is not None, first=not last.served)
+        self._report()
 
-    def report(self) -> None:
-        """Says in the metrics which versions are in memory."""
-        self._metrics.resident(self.manifests, None if self.serving is None else self.serving.manifest.version)
+    def _note_waiting(self, plan: Plan) -> None:
+        """Notes which versions wait for room, and since when one should serve; forgets idle versions."""
+        waiting = {version.number for version in plan.wait}
+        for version in plan.wait if plan.awaited is None else (*plan.wait, plan.awaited):
+            self._entry(self._manifest(version))
+        awaited = None if plan.awaited is None else plan.awaited.number
+        known = {manifest.version for manifest in self._catalogue.versions}
+        for number, entry in list(self._entries.items()):
+            if entry.state is State.AVAILABLE and number in waiting:
+                self._move(number, State.WAITING)
+            elif entry.state is State.WAITING and number not in waiting:
+                self._move(number, State.AVAILABLE)
+            if number == awaited:
+                self._change(number, awaited_since=entry.awaited_since or time.monotonic())
+            elif entry.awaited_since is not None and entry.state is not State.LOADING:
+                self._change(number, awaited_since=None)
+            if number != awaited and (number not in known or entry.is_blank):
+                self._forget(number)
+
+    def _free(self, number: int) -> None:
+        self._move(number, State.AVAILABLE, resident=None, held=False, leaving=False)
+        self._freed = self._engine.remove_version(number)
+        self._report()
+        self.changed.set()
+        logger.info("version %d is freed", number)
 
     async def _load(self, manifest: VersionManifest) -> None:
-        """Brings a version into memory and hands it to those who wait for it, or tells them why it cannot be."""
+        """Loads a version and hands it to the calls that wait for it, or fails them."""
         number, begin = manifest.version, time.monotonic()
         try:
             resident = await self._bring_in(manifest)
         except Refused as refusal:
-            self._catalogue.note(manifest, refusal.loss, refusal.reason, str(refusal), refusal.stands_on)
-            self.refuse(manifest, refusal.reason, str(refusal))
+            self._catalogue.refuse(manifest, refusal.loss, refusal.reason, str(refusal), refusal.stands_on)
+            self._give_up(number, refused(number, str(refusal)))
         except (NotFound, FailedPrecondition) as error:
-            self._disappoint(number, error)
+            self._give_up(number, error)
         except IncompleteCheckpoint as error:
             logger.warning("version %d lacks files: %s", number, error)
-            self._disappoint(number, Unavailable(self._postponed.add(number, error)))
+            self._give_up(number, self._postpone(number, error))
         except Exception as error:
-            # Nothing that the version is to blame for, as far as anybody can tell.
+            # As far as anybody can tell, the version is not to blame.
             logger.exception("version %d cannot be loaded now", number)
-            self._disappoint(number, Unavailable(self._postponed.add(number, error)))
+            self._give_up(number, self._postpone(number, error))
         else:
-            self._postponed.forget(number)
             logger.info("version %d is ready after %.2f s", number, time.monotonic() - begin)
-            self._residents[number] = resident
-            self.report()
-            self._hand_over(resident)
+            self._move(number, State.RESIDENT, resident=resident, loading=None, retry=None, used=next(self._order))
+            self._report()
+            self._hand_over(number)
         finally:
-            del self._loads[number]
             self.changed.set()
 
     async def _bring_in(self, manifest: VersionManifest) -> Resident:
         number = manifest.version
-        if leaving := [asyncio.wrap_future(gone) for gone in tuple(self._leaving)]:
-            await asyncio.wait(leaving)
-        wanted = self._wanted.get(number)
-        known = self._catalogue.finding(manifest, None if wanted is None else wanted.instead_of)
+        if self._freed is not None:
+            # Its memory is needed.
+            await asyncio.wait([asyncio.wrap_future(self._freed)])
+        entry = self._entries[number]
+        known = self._catalogue.finding(manifest, entry.instead_of)
         if known is not None and known.refusal is not None:
-            if wanted is None or not wanted.hold:
+            if not entry.hold:
                 raise refused(number, known.sentence)
-            known = None  # somebody asks for another examination
+            known = None  # an operator asks for another examination
         loop = asyncio.get_running_loop()
         content = await loop.run_in_executor(self._helper, read_content, self._registry, manifest)
         decoder = await loop.run_in_executor(self._helper, self._make_decoder, content.model)
@@ -378,20 +385,62 @@ class Residents:
         except Refused:
             await asyncio.wrap_future(self._engine.remove_version(number))
             raise
-        self._catalogue.note(manifest, loss)
+        self._catalogue.accept(manifest, loss)
         return Resident(manifest, tokenizer, loss, memory_bytes)
 
-    def _hand_over(self, resident: Resident) -> None:
-        wanted = self._wanted.pop(resident.manifest.version, None)
-        if wanted is not None:
-            if wanted.hold:
-                resident.held, resident.leaving = True, False
-            for waiter in wanted.waiters:
-                if not waiter.done():
-                    waiter.set_result(self._join(resident))
+    def _give_up(self, number: int, error: GptloopError) -> None:
+        self._move(number, State.AVAILABLE, loading=None)
+        self._fail(number, error)
 
-    def _disappoint(self, number: int, error: GptloopError) -> None:
-        wanted = self._wanted.pop(number, None)
-        for waiter in wanted.waiters if wanted is not None else ():
-            if not waiter.done():
-                waiter.set_exception(error)
+    def _postpone(self, number: int, error: Exception) -> Unavailable:
+        retry = Retry.after(self._entries[number].retry, number, error, time.monotonic())
+        self._change(number, retry=retry)
+        return Unavailable(retry.sentence)
+
+    def _hand_over(self, number: int) -> None:
+        """Gives a version to the calls that wait for it."""
+        entry = self._entries[number]
+        if entry.hold:
+            self._change(number, held=True, leaving=False)
+        for waiter in entry.waiting:
+            if waiter.manifest == entry.manifest:
+                waiter.ready.set_result(self._join(number))
+
+    def _fail(self, number: int, error: GptloopError) -> None:
+        """Fails the calls that wait for a version."""
+        for waiter in self._entries[number].waiting:
+            waiter.ready.set_exception(error)
+
+    # Entries: they change here, and nowhere else.
+
+    def _entry(self, manifest: VersionManifest) -> Entry:
+        """Returns the entry of a version; makes a new one unless there is one, or one of another registry in use."""
+        number = manifest.version
+        entry = self._entries.get(number)
+        if entry is None or (entry.manifest != manifest and entry.state in (State.AVAILABLE, State.WAITING)):
+            entry = self._entries[number] = Entry(manifest, waiters=() if entry is None else entry.waiters)
+        return entry
+
+    def _move(self, number: int, state: State, **changes: Any) -> Entry:
+        assert state in _NEXT[self._entries[number].state], (number, self._entries[number].state, state)
+        return self._change(number, state=state, **changes)
+
+    def _change(self, number: int, **changes: Any) -> Entry:
+        entry = self._entries[number] = replace(self._entries[number], **changes)
+        return entry
+
+    def _forget(self, number: int) -> None:
+        """Forgets a version that nothing is done with."""
+        entry = self._entries[number]
+        if entry.state is State.AVAILABLE and not entry.waiters:
+            del self._entries[number]
+
+    def _manifest(self, version: Version) -> VersionManifest:
+        entry = self._entries.get(version.number)
+        waiting = [] if entry is None else [waiter.manifest for waiter in entry.waiting]
+        return next(each for each in (*waiting, *self._catalogue.versions) if each.digest == version.digest)
+
+    def _report(self) -> None:
+        """Shows in the metrics which versions are in memory."""
+        serving = self.serving
+        self._metrics.resident(self.manifests, None if serving is None else serving.manifest.version)

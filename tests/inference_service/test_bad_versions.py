@@ -78,7 +78,7 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
             listing = admin.versions().versions
         reasons = [one.reason.partition(":")[0] for one in listing]
         waits = [f"Version {number} waits for its files" for number in (8, 9)]
-        assert reasons == ["", "not_finite", "not_finite", "unfit", "lying", "worse", "corrupt", *waits]
+        assert reasons == ["", "not_finite", "not_finite", "unfit", "loss_mismatch", "worse", "corrupt", *waits]
         with server.client() as client:
             for number in range(2, 8):
                 with pytest.raises(FailedPrecondition, match=f"Version {number} cannot serve: "):
@@ -95,6 +95,6 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
     assert versions == {1} and len(set(texts)) == 1
     name = "gptloop_inference_refused_versions_total"
     refused = {key[1]: value for key, value in page.items() if key[0] == name and value}
-    assert refused == {"not_finite": 2, "unfit": 1, "lying": 1, "worse": 1, "corrupt": 1}
+    assert refused == {"not_finite": 2, "unfit": 1, "loss_mismatch": 1, "worse": 1, "corrupt": 1}
     assert page["gptloop_inference_swaps_total",] == 0
     assert "Traceback" not in "".join(server.lines)

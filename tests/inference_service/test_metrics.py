@@ -59,7 +59,7 @@ def test_every_series_starts_at_zero(metrics: InferenceMetrics, registry: Collec
     ends = ("eos", "length", "stop", "context_length", "cancelled", "deadline", "unavailable", "resource_exhausted")
     for end in (*ends, "invalid_argument", "internal"):
         assert values[f"{prefix}_requests_total", end] == values[f"{prefix}_version_requests_total", end, "1"] == 0
-    for reason in ("corrupt", "unfit", "not_finite", "lying", "worse", "failing", "rolled_back"):
+    for reason in ("corrupt", "unfit", "not_finite", "loss_mismatch", "worse", "failing", "rolled_back"):
         assert values[f"{prefix}_refused_versions_total", reason] == 0
     assert values[f"{prefix}_version_generated_tokens_total", "1"] == 0
     assert values[f"{prefix}_version_time_to_first_token_seconds_count", "1"] == 0

@@ -63,7 +63,7 @@ WIDE = pb.ListVersionsResponse(
         status(
             *(1234, pb.VERSION_STATE_REFUSED),
             labels=["latest"],
-            reason="lying: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
+            reason="loss_mismatch: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
             measured_loss=3.75,
         ),
     ],
@@ -101,7 +101,7 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def test_each_version_has_one_row(show: Callable[..., list[str]], columns: int | None) -> None:
     assert show(WIDE, columns) == [
         *ROWS,
-        "version 1234: lying: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
+        "version 1234: loss_mismatch: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
         "The policy stays pinned:1: its file cannot be understood.",
         "policy: pinned:1",
     ]
@@ -123,7 +123,7 @@ def test_json_includes_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     print_versions(WIDE, as_json=True)
     rows = json.loads(capsys.readouterr().out)
     assert [row["version"] for row in rows] == [1, 2, 3, 4, 1234]
-    assert rows[-1]["reason"].startswith("lying") and rows[-1]["state"] == "refused"
+    assert rows[-1]["reason"].startswith("loss_mismatch") and rows[-1]["state"] == "refused"
     assert (rows[0]["held_out_loss"], rows[0]["measured_loss"], rows[1]["measured_loss"]) == (3.3, 3.0, None)
 
 

@@ -5,25 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.versions.standing import State
+from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, GptloopError
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import flip_a_bit
-from tests.inference_service.world import World, hold_read, polls, run, standing
+from tests.inference_service.world import World, hold_read, polls, run, status
 from tests.waiting import eventually
 
 
 def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        assert await world.loader.roll_back() == 3
+        assert await world.manager.roll_back() == 3
         await eventually(lambda: world.serving == 3)
         await polls(world)
         assert world.serving == 3
-        two = await standing(world, 2)
+        two = await status(world, 2)
         assert (two.state, two.reason) == (State.REFUSED, "rolled_back: an operator rolled it back")
-        assert (await standing(world, 3)).labels == ("best", "latest")
+        assert (await status(world, 3)).labels == ("best", "latest")
         # A better one takes over as ever.
         publish_tiny_version(world.registry, 0.5)
         await eventually(lambda: world.serving == 4)
@@ -37,8 +37,8 @@ def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
         async with world.residents.stream(None) as old:
             publish_tiny_version(world.registry, 0.5)
             await eventually(lambda: world.serving == 4)
-            assert await world.loader.roll_back() == 2
-            assert world.serving == 2 and world.loader.serving is old
+            assert await world.manager.roll_back() == 2
+            assert world.serving == 2 and world.manager.serving is old
 
     run(world, test)
 
@@ -50,7 +50,7 @@ def test_a_rollback_does_not_wait_for_room(world: World) -> None:
             publish_tiny_version(world.registry, 0.5)
             await eventually(lambda: world.serving == 4)
             async with world.residents.stream(None):
-                assert await world.loader.roll_back(1) == 1
+                assert await world.manager.roll_back(1) == 1
                 assert world.serving == 1
                 assert world.resident() == {"1", "2", "4"}
                 assert world.catalogue.policy == "pinned:1"
@@ -75,10 +75,10 @@ def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: Worl
         await eventually(lambda: bool(world.registry.decisions.findings()))
         in_the_way(world)
         with pytest.raises(FailedPrecondition, match="cannot be written"):
-            await world.loader.roll_back(number)
+            await world.manager.roll_back(number)
         await polls(world)
         assert (world.serving, world.catalogue.policy) == (2, "best")
-        assert (await standing(world, 2)).state is State.SERVING
+        assert (await status(world, 2)).state is State.SERVING
         assert world.value("refused_versions_total", reason="rolled_back") == 0
 
     run(world, test)
@@ -88,12 +88,12 @@ def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: Worl
 def test_a_policy_that_cannot_be_written_is_not_acted_on(world: World, what: str) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.promote(3)
+        await world.manager.promote(3)
         in_the_way(world)
         with pytest.raises(FailedPrecondition):
-            await world.loader.let_serve(what)
+            await world.manager.set_policy(what)
         with pytest.raises(FailedPrecondition):
-            await world.loader.promote(1)
+            await world.manager.promote(1)
         await polls(world)
         assert (world.serving, world.catalogue.policy) == (2, "best")
 
@@ -103,7 +103,7 @@ def test_a_policy_that_cannot_be_written_is_not_acted_on(world: World, what: str
 def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.roll_back(1)
+        await world.manager.roll_back(1)
         reader = Registry(world.registry.root)
         assert reader.decisions.policy() == "pinned:1"
         assert [each.refusal for each in reader.decisions.findings()[2]] == ["rolled_back"]
@@ -117,10 +117,10 @@ def test_a_rollback_onto_a_damaged_version_says_so_and_the_one_before_serves_on(
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
         with pytest.raises(FailedPrecondition, match=r"Version 1 cannot serve: .*SHA-256"):
-            await world.loader.roll_back(1)
+            await world.manager.roll_back(1)
         await polls(world)
         assert (world.serving, world.catalogue.policy) == (2, "best")
-        assert (await standing(world, 2)).state is State.SERVING
+        assert (await status(world, 2)).state is State.SERVING
         assert world.resident() == {"2"}
 
     run(world, test)
@@ -137,10 +137,10 @@ def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> N
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        assert await world.loader.roll_back() == 1
+        assert await world.manager.roll_back() == 1
         assert world.serving == 1
         with pytest.raises(FailedPrecondition, match="no other version than 1 that could serve, so it serves on"):
-            await world.loader.roll_back()
+            await world.manager.roll_back()
         assert world.serving == 1
 
     run(world, test)
@@ -151,7 +151,7 @@ def test_the_one_before_serves_until_its_successor_is_loaded(world: World, monke
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        rolling = asyncio.create_task(world.loader.roll_back(1))
+        rolling = asyncio.create_task(world.manager.roll_back(1))
         await eventually(reading.entered.is_set)
         async with world.residents.stream(None) as resident:
             assert resident.manifest.version == 2
@@ -170,7 +170,7 @@ def test_a_rollback_that_nobody_waits_for_any_more_changes_nothing(
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        rolling = asyncio.create_task(world.loader.roll_back(1))
+        rolling = asyncio.create_task(world.manager.roll_back(1))
         await eventually(reading.entered.is_set)
         rolling.cancel()
         reading.go_on.set()
@@ -184,9 +184,9 @@ def test_a_rollback_that_nobody_waits_for_any_more_changes_nothing(
 def test_the_same_rollback_twice_at_once_takes_one_version_away(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await asyncio.gather(world.loader.roll_back(1), world.loader.roll_back(1))
+        await asyncio.gather(world.manager.roll_back(1), world.manager.roll_back(1))
         assert world.serving == 1
-        assert (await standing(world, 1)).state is State.SERVING
+        assert (await status(world, 1)).state is State.SERVING
 
     run(world, test)
 
@@ -196,17 +196,17 @@ def test_a_rollback_refuses_what_served_when_it_was_asked_for(world: World, monk
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.load(1)
+        await world.manager.load(1)
         look = world.catalogue.look
 
         async def look_and_follow() -> None:
             await look()
-            world.loader.follow()
+            world.manager.replan()
 
         monkeypatch.setattr(world.catalogue, "look", look_and_follow)
-        assert await world.loader.roll_back(1) == 1
+        assert await world.manager.roll_back(1) == 1
         assert world.serving == 1
-        assert (await standing(world, 2)).state is State.REFUSED
+        assert (await status(world, 2)).state is State.REFUSED
 
     run(world, test)
 
@@ -216,16 +216,16 @@ def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
 
     async def test() -> None:
         with pytest.raises(FailedPrecondition, match="No version serves"):
-            await world.loader.roll_back()
+            await world.manager.roll_back()
         publish_tiny_version(world.registry, 1.0)
         await eventually(lambda: world.serving == 1)
         with pytest.raises(FailedPrecondition, match="no other version"):
-            await world.loader.roll_back()
+            await world.manager.roll_back()
         with pytest.raises(FailedPrecondition, match="serves already"):
-            await world.loader.roll_back(1)
+            await world.manager.roll_back(1)
         for _ in range(10):
-            world.loader.failed(1, GptloopError("no"))
-        assert (world.serving, (await standing(world, 1)).state) == (1, State.SERVING)
+            world.manager.failed(1, GptloopError("no"))
+        assert (world.serving, (await status(world, 1)).state) == (1, State.SERVING)
 
     run(world, test)
 
@@ -233,9 +233,9 @@ def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
 def test_a_pinned_label_never_means_another_version(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.let_serve("pinned:1")
+        await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
-        await world.loader.roll_back()
+        await world.manager.roll_back()
         await eventually(lambda: world.serving != 1)
         assert world.catalogue.policy == "pinned:1"
         manifest = await world.catalogue.resolve("pinned:1")
@@ -248,12 +248,12 @@ def test_a_rolled_back_version_that_is_still_in_memory_has_another_chance(world:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None):
-            await world.loader.load(2)
-            await world.loader.roll_back()
+            await world.manager.load(2)
+            await world.manager.roll_back()
             await eventually(lambda: world.serving == 3)
-            two = await standing(world, 2)
+            two = await status(world, 2)
             assert (two.state, two.held, two.streams) == (State.REFUSED, False, 1)
-            await world.loader.load(2)
+            await world.manager.load(2)
             await eventually(lambda: world.serving == 2)
 
     run(world, test)
@@ -264,13 +264,13 @@ def test_a_version_whose_streams_keep_failing_is_rolled_back_by_itself(world: Wo
         await eventually(lambda: world.serving == 2)
         step = GptloopError("a step of eight streams failed")
         for _ in range(8):
-            world.loader.failed(2, step)
-        world.loader.failed(2, GptloopError("and another one"))
-        world.loader.failed(3, GptloopError("of another version"))
-        assert (await standing(world, 2)).state is State.SERVING
-        world.loader.failed(2, GptloopError("no finite numbers"))
+            world.manager.failed(2, step)
+        world.manager.failed(2, GptloopError("and another one"))
+        world.manager.failed(3, GptloopError("of another version"))
+        assert (await status(world, 2)).state is State.SERVING
+        world.manager.failed(2, GptloopError("no finite numbers"))
         await eventually(lambda: world.serving == 3)
-        two = await standing(world, 2)
+        two = await status(world, 2)
         assert two.state is State.REFUSED
         assert two.reason == "failing: 3 failures within 60 s, at last: no finite numbers"
         assert world.value("refused_versions_total", reason="failing") == 1
@@ -283,17 +283,17 @@ def test_where_the_next_version_fails_alike_the_versions_are_not_to_blame(world:
 
     def fail(number: int) -> None:
         for _ in range(3):
-            world.loader.failed(number, GptloopError("the device is gone"))
+            world.manager.failed(number, GptloopError("the device is gone"))
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
         fail(2)
         await eventually(lambda: world.serving == 3)
         fail(3)
-        states = [(await standing(world, number)).state for number in (2, 3)]
+        states = [(await status(world, number)).state for number in (2, 3)]
         assert State.REFUSED not in states
         await eventually(lambda: world.serving == 2)
         fail(2)
-        assert (await standing(world, 2)).state is State.SERVING
+        assert (await status(world, 2)).state is State.SERVING
 
     run(world, test)

@@ -1,4 +1,4 @@
-"""A registry, an engine and a loader without a server around them, for tests."""
+"""A registry, an engine and a version manager without a server around them, for tests."""
 
 import asyncio
 import threading
@@ -16,9 +16,9 @@ from inference_service.engine.engine import Engine
 from inference_service.metrics import InferenceMetrics
 from inference_service.versions import gate, residents
 from inference_service.versions.catalogue import Catalogue
-from inference_service.versions.hotload import HotLoader
+from inference_service.versions.manager import VersionManager
 from inference_service.versions.residents import Residents
-from inference_service.versions.standing import Standing
+from inference_service.versions.status import VersionStatus
 from shared.device.accelerator import Memory
 from shared.registry.store import Registry
 from tests.decoders import make_decoder
@@ -26,23 +26,23 @@ from tests.waiting import HANG_S, eventually
 
 
 class World:
-    """A registry, an engine and a loader that polls often."""
+    """A registry, an engine and a version manager that polls often."""
 
     def __init__(self, root: Path) -> None:
         self.registry = Registry(root)
         self.collectors = CollectorRegistry()
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0)
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
-        self.catalogue = Catalogue(self.registry, "cpu")
+        self.catalogue = Catalogue(self.registry, "cpu", self.metrics)
         decoders = partial(make_decoder, slots=2)
         self.residents = Residents(
             self.registry, self.catalogue, self.engine, decoders, limit=2, max_waiting=16, metrics=self.metrics
         )
-        self.loader = HotLoader(self.catalogue, self.residents, 0.05, self.metrics)
+        self.manager = VersionManager(self.catalogue, self.residents, 0.05)
 
     @property
     def serving(self) -> int | None:
-        return self.loader.serving.manifest.version if self.loader.serving is not None else None
+        return self.manager.serving.manifest.version if self.manager.serving is not None else None
 
     def resident(self) -> set[str]:
         return {
@@ -58,7 +58,7 @@ class World:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.engine.start()
-        task = asyncio.create_task(self.loader.run(0.01))
+        task = asyncio.create_task(self.manager.run(0.01))
         try:
             yield
             assert not task.done(), task.exception()
@@ -91,9 +91,9 @@ def hold_read(monkeypatch: pytest.MonkeyPatch, number: int) -> HeldRead:
     return reading
 
 
-async def standing(world: World, number: int) -> Standing:
+async def status(world: World, number: int) -> VersionStatus:
     """How a version stands, where all since the first one are there."""
-    return (await world.loader.standings())[number - 1]
+    return (await world.manager.statuses())[number - 1]
 
 
 def served(caplog: pytest.LogCaptureFixture) -> list[int]:

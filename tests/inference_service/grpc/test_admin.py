@@ -52,7 +52,7 @@ def test_an_unexamined_version_has_no_measured_loss(operated: Operated) -> None:
 
 def test_a_refused_version_is_listed_with_its_reason_and_never_serves(operated: Operated) -> None:
     serving = operated.publish_serving()
-    refused_before = operated.server.metrics().get(("gptloop_inference_refused_versions_total", "lying"), 0)
+    refused_before = operated.server.metrics().get(("gptloop_inference_refused_versions_total", "loss_mismatch"), 0)
     number = operated.publish(better_by=0.5).version
     wait_until(lambda: operated.state(number) == "REFUSED")
     status = operated.status(number)
@@ -60,7 +60,7 @@ def test_a_refused_version_is_listed_with_its_reason_and_never_serves(operated: 
         f"it claims a held-out loss of {status.claimed_loss:.4f} nats a token, "
         f"but has {status.claimed_loss + 0.5:.4f} as served"
     )
-    assert status.reason == f"lying: {sentence}"
+    assert status.reason == f"loss_mismatch: {sentence}"
     assert (list(status.labels), status.memory_bytes) == ([], 0)
     assert abs(status.measured_loss - status.claimed_loss - 0.5) < 0.02
     assert operated.answering() == serving
@@ -77,7 +77,7 @@ def test_a_refused_version_is_listed_with_its_reason_and_never_serves(operated: 
     assert operated.state(serving) == "SERVING"
     # LoadVersion examined it a second time.
     values = operated.server.metrics()
-    assert values["gptloop_inference_refused_versions_total", "lying"] == refused_before + 2
+    assert values["gptloop_inference_refused_versions_total", "loss_mismatch"] == refused_before + 2
 
 
 def test_a_loaded_version_stays_in_memory_until_it_is_unloaded(operated: Operated) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from inference_service.grpc.translate import standing_to_pb
+from inference_service.grpc.translate import status_to_pb
 from inference_service.versions import gate
-from inference_service.versions.standing import State
+from inference_service.versions.planner import State
 from shared import version_format
 from shared.decoding.cpu_decoder import CpuDecoder
 from shared.errors import CorruptCheckpoint, FailedPrecondition, Unavailable
@@ -108,14 +108,14 @@ def test_missing_and_short_files_are_waited_for(world: World, change: Callable[[
         await eventually(lambda: world.serving == 1)
         manifest = drop(world, change, "staged")
         await polls(world)
-        two = (await world.loader.standings())[1]
+        two = (await world.manager.statuses())[1]
         assert (two.state, two.labels) == (State.WAITING, ())
         assert two.reason.startswith("Version 2 waits for its files: ")
         with pytest.raises(Unavailable, match="Version 2 waits for its files"):
             async with world.residents.stream(manifest):
                 pass
         with pytest.raises(Unavailable, match="Version 2 waits for its files"):
-            await world.loader.let_serve("pinned:2")
+            await world.manager.set_policy("pinned:2")
         assert world.serving == 1
         assert world.registry.decisions.findings().keys() == {1}
 
@@ -130,7 +130,7 @@ def test_a_version_that_is_copied_file_by_file_serves_once_it_is_whole(world: Wo
     async def test() -> None:
         target.mkdir(parents=True)
         await polls(world)
-        (nothing,) = await world.loader.standings()
+        (nothing,) = await world.manager.statuses()
         assert (nothing.state, nothing.manifest) == (State.WAITING, None)
         # The manifest first, and each file in two pieces.
         for path in sorted(source.iterdir(), key=lambda path: path.name != "manifest.json"):
@@ -156,7 +156,7 @@ def test_a_corrupt_version_is_examined_again_once_its_files_are_brought_back(wor
         await eventually(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
         await eventually(lambda: world.serving == 1)
         await polls(world)
-        assert (await world.loader.standings())[1].reason.startswith("corrupt: ")
+        assert (await world.manager.statuses())[1].reason.startswith("corrupt: ")
         copy = tmp_path / "copy"
         copy.write_bytes(whole)
         copy.replace(path)
@@ -173,10 +173,10 @@ def test_what_was_worse_than_a_version_serves_once_that_one_is_refused(world: Wo
         await eventually(lambda: world.serving == 1)
         publish_tiny_version(world.registry, 1.0, seed=BAD_SEED)
         await eventually(lambda: world.value("refused_versions_total", reason="worse") == 1)
-        assert (await world.loader.standings())[1].state is State.REFUSED
-        assert await world.loader.roll_back() == 2
+        assert (await world.manager.statuses())[1].state is State.REFUSED
+        assert await world.manager.roll_back() == 2
         await eventually(lambda: world.serving == 2)
-        one, two = await world.loader.standings()
+        one, two = await world.manager.statuses()
         assert (one.state, two.state, two.reason) == (State.REFUSED, State.SERVING, "")
 
     run(world, test)
@@ -221,14 +221,14 @@ def test_after_a_restart_nothing_is_worse_than_a_version_that_cannot_be_read(wor
 
 def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(world: World) -> None:
     publish_tiny_version(world.registry, 2.0)
-    lying = publish_tiny_version(world.registry, 1.0, better_by=0.1)
+    claims_too_much = publish_tiny_version(world.registry, 1.0, better_by=0.1)
 
     async def test() -> None:
-        await eventually(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="loss_mismatch") == 1)
         await eventually(lambda: world.serving == 1)
-        standing = (await world.loader.standings())[1]
-        assert standing.loss == pytest.approx(lying.claimed_loss + 0.1, abs=1e-4)
-        assert standing.reason.startswith("lying: it claims a held-out loss of")
+        two = (await world.manager.statuses())[1]
+        assert two.loss == pytest.approx(claims_too_much.claimed_loss + 0.1, abs=1e-4)
+        assert two.reason.startswith("loss_mismatch: it claims a held-out loss of")
 
     run(world, test)
 
@@ -257,7 +257,7 @@ def test_a_worse_version_can_still_be_had_by_its_number(world: World) -> None:
         await eventually(lambda: world.serving == 1)
         async with world.residents.stream(worse) as resident:
             assert resident.manifest == worse
-        await world.loader.let_serve("pinned:2")
+        await world.manager.set_policy("pinned:2")
         await eventually(lambda: world.serving == 2)
 
     run(world, test)
@@ -279,10 +279,10 @@ def test_what_was_found_out_is_remembered_after_a_restart(world: World, monkeypa
         await eventually(lambda: restarted.serving == 1)
         await polls(restarted)
         assert restarted.serving == 1
-        assert restarted.value("refused_versions_total", reason="lying") == 0
-        first, second = await restarted.loader.standings()
+        assert restarted.value("refused_versions_total", reason="loss_mismatch") == 0
+        first, second = await restarted.manager.statuses()
         assert first.loss == pytest.approx(good.claimed_loss, abs=1e-4)
-        assert second.reason.startswith("lying")
+        assert second.reason.startswith("loss_mismatch")
 
     run(restarted, test)
 
@@ -296,7 +296,7 @@ def test_what_another_kind_of_device_found_out_does_not_count(world: World) -> N
 
     run(world, judged)
     (finding,) = decisions.findings()[1]
-    elsewhere = replace(finding, device="metal", refusal="lying", sentence="it lies", at=finding.at + 1)
+    elsewhere = replace(finding, device="metal", refusal="loss_mismatch", sentence="it lies", at=finding.at + 1)
     decisions.keep(1, elsewhere)
     decisions.forget(2)
     restarted = World(world.registry.root)
@@ -314,7 +314,7 @@ def test_what_was_refused_is_not_asked_for_into_serving_while_a_server_begins(wo
 
     async def roll_back() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.roll_back()
+        await world.manager.roll_back()
         await eventually(lambda: world.serving == 1)
         await eventually(lambda: any(finding.refusal for finding in world.registry.decisions.findings()[2]))
 
@@ -355,8 +355,8 @@ def test_a_version_with_held_out_windows_of_its_own_does_not_compare(world: Worl
     async def test() -> None:
         await eventually(lambda: world.serving == 1)
         publish_tiny_version(world.registry, 0.5, windows=(1, 20))
-        await eventually(lambda: world.value("refused_versions_total", reason="lying") == 1)
-        assert "has other held-out windows" in (await world.loader.standings())[1].reason
+        await eventually(lambda: world.value("refused_versions_total", reason="loss_mismatch") == 1)
+        assert "has other held-out windows" in (await world.manager.statuses())[1].reason
         assert world.serving == 1
 
     run(world, test)
@@ -404,11 +404,11 @@ def test_a_version_whose_manifest_cannot_be_understood_is_listed_as_refused(
         await eventually(lambda: world.serving == 1)
         drop(world, damage, "staged")
         await eventually(lambda: world.value("refused_versions_total", reason="corrupt") == 1)
-        one, two = await world.loader.standings()
+        one, two = await world.manager.statuses()
         assert (one.number, one.state) == (1, State.SERVING)
         assert (two.number, two.state, two.manifest) == (2, State.REFUSED, None)
         assert two.reason.startswith("corrupt: ")
-        assert len(standing_to_pb(two).reason) < 1000
+        assert len(status_to_pb(two).reason) < 1000
         await polls(world)
         assert world.value("refused_versions_total", reason="corrupt") == 1
 
@@ -420,10 +420,10 @@ def test_a_refused_version_is_examined_again_when_it_is_asked_for(world: World) 
     publish_tiny_version(world.registry, 1.0, better_by=0.1)
 
     async def test() -> None:
-        await eventually(lambda: world.value("refused_versions_total", reason="lying") == 1)
+        await eventually(lambda: world.value("refused_versions_total", reason="loss_mismatch") == 1)
         with pytest.raises(FailedPrecondition, match="claims a held-out loss"):
-            await world.loader.load(2)
-        assert world.value("refused_versions_total", reason="lying") == 2
+            await world.manager.load(2)
+        assert world.value("refused_versions_total", reason="loss_mismatch") == 2
         await eventually(lambda: world.serving == 1)
 
     run(world, test)
@@ -441,13 +441,13 @@ def test_a_version_that_cannot_be_read_now_is_tried_again(world: World, monkeypa
         verify(manifest)
 
     monkeypatch.setattr(world.registry, "verify", unreadable)
-    monkeypatch.setattr("inference_service.versions.postponed.AGAIN_AFTER_S", 0.2)
+    monkeypatch.setattr("inference_service.versions.entry.RETRY_AFTER_S", 0.2)
 
     async def test() -> None:
         nonlocal failing
         await eventually(lambda: world.serving == 1)
-        standing = (await world.loader.standings())[1]
-        assert "Input/output error" in standing.reason and "tried again" in standing.reason
+        two = (await world.manager.statuses())[1]
+        assert "Input/output error" in two.reason and "tried again" in two.reason
         failing = False
         await eventually(lambda: world.serving == 2)
         assert world.value("refused_versions_total", reason="corrupt") == 0
@@ -469,7 +469,7 @@ def test_what_a_whole_file_does_not_yield_is_no_refusal(
         return read(*arguments)
 
     monkeypatch.setattr(gate, "read_model", fail_once)
-    monkeypatch.setattr("inference_service.versions.postponed.AGAIN_AFTER_S", 0.1)
+    monkeypatch.setattr("inference_service.versions.entry.RETRY_AFTER_S", 0.1)
 
     async def test() -> None:
         await eventually(lambda: world.serving == 1)

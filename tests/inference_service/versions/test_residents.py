@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from inference_service.versions.standing import State
+from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, NotFound, ResourceExhausted
 from shared.registry.manifest import VersionManifest
 from tests.fakes import publish_tiny_version
-from tests.inference_service.world import World, hold_read, polls, run, served, standing
+from tests.inference_service.world import World, hold_read, polls, run, served, status
 from tests.waiting import eventually
 
 
@@ -76,20 +76,20 @@ def test_a_named_version_waits_for_room(fresh: World) -> None:
 def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.load(1)
+        await world.manager.load(1)
         await polls(world)
-        one = await standing(world, 1)
+        one = await status(world, 1)
         assert (one.state, one.held, one.streams) == (State.RESIDENT, True, 0)
         assert one.manifest is not None and one.memory_bytes > 4 * one.manifest.parameters
         async with world.residents.stream(one.manifest):
-            await world.loader.unload(1)
-            assert (await standing(world, 1)).streams == 1
+            await world.manager.unload(1)
+            assert (await status(world, 1)).streams == 1
         await eventually(lambda: world.resident() == {"2"})
-        assert (await standing(world, 1)).state is State.AVAILABLE
+        assert (await status(world, 1)).state is State.AVAILABLE
         with pytest.raises(FailedPrecondition, match="not in memory"):
-            await world.loader.unload(1)
+            await world.manager.unload(1)
         with pytest.raises(FailedPrecondition, match="serves"):
-            await world.loader.unload(2)
+            await world.manager.unload(2)
 
     run(world, test)
 
@@ -97,7 +97,7 @@ def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
 def test_what_is_held_makes_room_for_the_version_that_is_to_serve(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.load(1)
+        await world.manager.load(1)
         publish_tiny_version(world.registry, 0.5)
         await eventually(lambda: world.serving == 4)
         await eventually(lambda: "1" not in world.resident())
@@ -139,7 +139,7 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_goes_last(world: 
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.load(1)
+        await world.manager.load(1)
         await use(3)
         await use(4)
         await use(3)
@@ -163,7 +163,7 @@ def test_an_idle_version_that_was_removed_or_refused_leaves_memory(world: World)
         assert world.resident() == {"1", "2"}
         world.registry.remove_version(1)
         await eventually(lambda: world.resident() == {"2"})
-        await world.loader.roll_back()
+        await world.manager.roll_back()
         await eventually(lambda: world.resident() == {"3"})
 
     run(world, test)
@@ -175,14 +175,14 @@ def test_a_held_version_goes_only_where_its_room_is_needed(world: World, monkeyp
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.load(1)
+        await world.manager.load(1)
         publish_tiny_version(world.registry, 0.5)
         await eventually(reading.entered.is_set)
         await polls(world)
-        assert (await standing(world, 1)).held
+        assert (await status(world, 1)).held
         reading.go_on.set()
         await eventually(lambda: world.serving == 4)
-        assert (await standing(world, 1)).held
+        assert (await status(world, 1)).held
 
     run(world, test)
 
@@ -192,7 +192,7 @@ def test_what_is_held_and_unused_keeps_nobody_waiting(world: World) -> None:
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.load(3)
+        await world.manager.load(3)
         async with world.residents.stream(one):
             assert world.resident() == {"1", "2"}
 
@@ -207,7 +207,7 @@ def test_requests_that_name_an_older_version_cannot_keep_the_best_one_out(world:
         async with world.residents.stream(one):
             publish_tiny_version(world.registry, 0.5)
             await polls(world)
-            assert (await standing(world, 4)).state is State.WAITING
+            assert (await status(world, 4)).state is State.WAITING
             # It would keep version 1 in memory for ever.
             late = asyncio.create_task(world.residents.stream(one).__aenter__())
             await polls(world)
@@ -241,10 +241,10 @@ def test_what_is_in_memory_is_listed_also_when_it_was_removed(world: World) -> N
         await eventually(lambda: world.serving == 2)
         for number in (1, 2, 3):
             world.registry.remove_version(number)
-        (two,) = await world.loader.standings()
+        (two,) = await world.manager.statuses()
         assert (two.number, two.state) == (2, State.SERVING)
         with pytest.raises(NotFound):
-            await world.loader.unload(1)
+            await world.manager.unload(1)
 
     run(world, test)
 
@@ -265,7 +265,7 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
         await asyncio.wait([waiting])
         await eventually(lambda: fresh.resident() == {"1", "2"})
         # It is in nobody's way.
-        assert (await standing(fresh, 1)).streams == 0
+        assert (await status(fresh, 1)).streams == 0
         publish_tiny_version(fresh.registry, 0.5)
         await eventually(lambda: fresh.serving == 3)
 
@@ -291,7 +291,7 @@ def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
         monkeypatch.setattr(fresh.metrics, "resident", cancel_and_report)
         await asyncio.wait([waiting])
         assert waiting.cancelled()
-        assert (await standing(fresh, 1)).streams == 0
+        assert (await status(fresh, 1)).streams == 0
 
     run(fresh, test)
 

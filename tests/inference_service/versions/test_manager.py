@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.versions.standing import State
+from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
-from tests.inference_service.world import World, hold_read, polls, run, served, standing
+from tests.inference_service.world import World, hold_read, polls, run, served, status
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -87,7 +87,8 @@ def test_after_a_restart_the_reason_is_told_why_nothing_serves(fresh: World) -> 
         with pytest.raises(Unavailable) as told:
             await answer(restarted)
         assert str(told.value).startswith(
-            "No version can serve: versions 1 to 2 were refused, the last one as lying: it claims a held-out loss of"
+            "No version can serve: versions 1 to 2 were refused, the last one as loss_mismatch: it claims a held-out "
+            "loss of"
         )
         assert str(told.value).endswith(" The policy is 'pinned:7', which names no version.")
 
@@ -101,7 +102,7 @@ def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
 
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.let_serve("pinned:1")
+        await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
         path.write_text("newest")
         await polls(world, 10)
@@ -113,8 +114,8 @@ def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
         await polls(world, 10)
         assert caplog.text.count("The policy stays") == 2
         # What is not damaged goes on.
-        await world.loader.promote(3)
-        assert "stable" in (await standing(world, 3)).labels
+        await world.manager.promote(3)
+        assert "stable" in (await status(world, 3)).labels
         path.write_text("stable")
         await eventually(lambda: world.serving == 3)
         assert world.catalogue.notices == []
@@ -146,7 +147,7 @@ def test_a_changed_file_is_refused_once_and_the_version_before_stays(
     async def test() -> None:
         publish_tiny_version(fresh.registry, 2.0)
         await eventually(lambda: fresh.serving == 1)
-        # Before the loader can see it.
+        # Before the manager can see it.
         staged = Registry(fresh.registry.root.parent / "staged")
         publish_tiny_version(staged, 9.0)
         bad = publish_tiny_version(staged, 1.0)
@@ -226,7 +227,7 @@ def test_another_registry_in_the_same_place_begins_anew(world: World) -> None:
         for _ in range(2):
             publish_tiny_version(world.registry, 9.0, seed=3)
         new = world.registry.version(2)
-        await eventually(lambda: world.loader.serving is not None and world.loader.serving.manifest == new)
+        await eventually(lambda: world.manager.serving is not None and world.manager.serving.manifest == new)
 
     run(world, test)
 
@@ -245,15 +246,15 @@ def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> N
 def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_again(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.let_serve("pinned:1")
+        await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
         publish_tiny_version(world.registry, 0.5)
         await polls(world)
         assert world.serving == 1
-        assert (await standing(world, 1)).labels == ("pinned:1",)
-        await world.loader.let_serve("latest")
+        assert (await status(world, 1)).labels == ("pinned:1",)
+        await world.manager.set_policy("latest")
         await eventually(lambda: world.serving == 4)
-        await world.loader.let_serve("best")
+        await world.manager.set_policy("best")
         await polls(world)
         assert world.serving == 4
 
@@ -263,7 +264,7 @@ def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_aga
 def test_the_policy_is_kept_over_a_restart(world: World) -> None:
     async def pin() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.let_serve("pinned:1")
+        await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
 
     run(world, pin)
@@ -280,14 +281,14 @@ def test_a_run_can_be_followed_and_named(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
         with pytest.raises(NotFound, match="of the run 'other'"):
-            await world.loader.let_serve("run:other")
+            await world.manager.set_policy("run:other")
         publish_tiny_version(world.registry, 4.0, run="other", evaluation_set="other text")
-        await world.loader.let_serve("run:other")
+        await world.manager.set_policy("run:other")
         await eventually(lambda: world.serving == 4)
         publish_tiny_version(world.registry, 0.5)
         publish_tiny_version(world.registry, 3.5, run="other", evaluation_set="other text")
         await eventually(lambda: world.serving == 6)
-        assert "run:other" in (await standing(world, 6)).labels
+        assert "run:other" in (await status(world, 6)).labels
         named = await world.catalogue.resolve("run:tiny")
         assert named is not None and named.version == 5
 
@@ -298,14 +299,14 @@ def test_the_stable_version_is_the_promoted_one(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
         with pytest.raises(FailedPrecondition, match="No version is stable yet"):
-            await world.loader.let_serve("stable")
-        await world.loader.promote(3)
+            await world.manager.set_policy("stable")
+        await world.manager.promote(3)
         assert world.serving == 2
         manifest = await world.catalogue.resolve("stable")
         assert manifest is not None and manifest.version == 3
-        await world.loader.let_serve("stable")
+        await world.manager.set_policy("stable")
         await eventually(lambda: world.serving == 3)
-        await world.loader.promote(1)
+        await world.manager.promote(1)
         await eventually(lambda: world.serving == 1)
 
     run(world, test)
@@ -314,16 +315,16 @@ def test_the_stable_version_is_the_promoted_one(world: World) -> None:
 def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> None:
     async def test() -> None:
         await eventually(lambda: world.serving == 2)
-        await world.loader.roll_back()
+        await world.manager.roll_back()
         with pytest.raises(InvalidArgument, match="is not a label"):
-            await world.loader.let_serve("newest")
+            await world.manager.set_policy("newest")
         for label, kind in (("pinned:9", NotFound), ("pinned:2", FailedPrecondition)):
             with pytest.raises(kind):
-                await world.loader.let_serve(label)
+                await world.manager.set_policy(label)
         with pytest.raises(NotFound):
-            await world.loader.promote(9)
+            await world.manager.promote(9)
         with pytest.raises(FailedPrecondition, match="an operator rolled it back"):
-            await world.loader.promote(2)
+            await world.manager.promote(2)
         assert world.catalogue.policy == "best"
 
     run(world, test)
@@ -334,10 +335,10 @@ def test_a_worse_version_that_an_operator_loads_can_be_pinned(world: World) -> N
         await eventually(lambda: world.serving == 2)
         publish_tiny_version(world.registry, 0.5, seed=BAD_SEED)
         await eventually(lambda: world.value("refused_versions_total", reason="worse") == 1)
-        await world.loader.load(4)
+        await world.manager.load(4)
         await polls(world)
-        assert (world.serving, (await standing(world, 4)).state) == (2, State.RESIDENT)
-        await world.loader.let_serve("pinned:4")
+        assert (world.serving, (await status(world, 4)).state) == (2, State.RESIDENT)
+        await world.manager.set_policy("pinned:4")
         await eventually(lambda: world.serving == 4)
 
     run(world, test)

@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from inference_service.versions.standing import Standing, State, why_none_serves
+from inference_service.versions.planner import State
+from inference_service.versions.status import VersionStatus, why_none_serves
 from tests.shared.registry.scenarios import make_manifest
 
-REFUSED = Standing(1, make_manifest(1), State.REFUSED, "lying: it claims too much")
-WAITING = Standing(2, make_manifest(2), State.WAITING, "Version 2 waits for its files: a is missing.")
-LOADING = Standing(3, make_manifest(3), State.LOADING)
+REFUSED = VersionStatus(1, make_manifest(1), State.REFUSED, "loss_mismatch: it claims too much")
+WAITING = VersionStatus(2, make_manifest(2), State.WAITING, "Version 2 waits for its files: a is missing.")
+LOADING = VersionStatus(3, make_manifest(3), State.LOADING)
 
 
 @pytest.mark.parametrize(
-    ("standings", "policy", "sentence"),
+    ("statuses", "policy", "sentence"),
     [
         (
             [],
@@ -31,18 +32,18 @@ LOADING = Standing(3, make_manifest(3), State.LOADING)
         (
             [REFUSED],
             "pinned:7",
-            "No version can serve: version 1 was refused, as lying: it claims too much. The policy is 'pinned:7', "
-            "which names no version.",
+            "No version can serve: version 1 was refused, as loss_mismatch: it claims too much. The policy is "
+            "'pinned:7', which names no version.",
         ),
         (
             [replace(REFUSED, labels=("pinned:1",))],
             "pinned:1",
-            "No version can serve: version 1 was refused, as lying: it claims too much.",
+            "No version can serve: version 1 was refused, as loss_mismatch: it claims too much.",
         ),
     ],
 )
-def test_the_sentence_says_what_is_so(standings: list[Standing], policy: str, sentence: str) -> None:
-    assert why_none_serves(standings, policy) == sentence
+def test_the_sentence_says_what_is_so(statuses: list[VersionStatus], policy: str, sentence: str) -> None:
+    assert why_none_serves(statuses, policy) == sentence
 
 
 def test_the_sentence_is_short_whatever_the_reason() -> None:

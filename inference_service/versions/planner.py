@@ -1,0 +1,373 @@
+"""Plans which version serves, which are loaded, and which leave memory. Plain Python over plain values.
+
+`plan` promises, for a limit of at least 2 versions in memory:
+
+- A refused version never begins to serve, and no call gets it. One that serves already is replaced as soon as another
+  version is in memory.
+- A version with streams is never dropped, nor is one that serves or is being loaded.
+- The version that the policy prefers is loaded before any other. While it waits for room, only the serving version gets
+  new streams, so it is loaded, at the latest, once the streams of the versions that are in memory, or are being loaded,
+  have ended.
+- Calls for other versions are served in their order.
+- Carrying a plan out leads to a plan that changes nothing, until something else happens.
+- A rollback never waits for room: the version that is to serve next is loaded at once, even beyond the limit. So is the
+  successor of a serving version that is refused.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from shared.registry.findings import LOSS_MISMATCH, WORSE
+
+
+class State(Enum):
+    """The state of a version in this server.
+
+    A `WAITING` one waits for room in memory, or for its files. A `RESIDENT` one is in memory and answers the calls that
+    name it. `REFUSED` stands in listings only.
+    """
+
+    AVAILABLE = auto()
+    WAITING = auto()
+    LOADING = auto()
+    RESIDENT = auto()
+    SERVING = auto()
+    REFUSED = auto()
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version. `loss` is that of its held-out windows as it was served here, in nats a token, None if unknown;
+    `windows` is the digest of these windows, `digest` that of the manifest."""
+
+    number: int
+    digest: str
+    run: str = ""
+    evaluation_set: str = ""
+    windows: str = ""
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The registry at the last look.
+
+    `eligible` are the versions that may serve. The policy wants the `preferred` ones, the first one most; if none of
+    them serves, a `fallback` is better than nothing. `digests` are those of all versions, by number, `refused` the
+    digests of those that must not serve. The policy follows one `run`, or any if it is None; if it `compares`, a
+    version must not be worse than the one that it replaces.
+    """
+
+    eligible: Mapping[int, Version]
+    preferred: tuple[int, ...]
+    fallback: tuple[int, ...]
+    digests: Mapping[int, str]
+    refused: frozenset[str] = frozenset()
+    run: str | None = None
+    compares: bool = True
+
+
+@dataclass(frozen=True)
+class Residency:
+    """What this server does with a version.
+
+    One that is `held` stays in memory for an operator while there is room; one that is `leaving` goes with its last
+    stream. `used` and `served` order versions by when they were last used and last began to serve, 0 for never. It is
+    not loaded before `retry_at`.
+    """
+
+    version: Version
+    state: State = State.AVAILABLE
+    streams: int = 0
+    held: bool = False
+    leaving: bool = False
+    used: int = 0
+    served: int = 0
+    retry_at: float = 0.0
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the version is ready to answer calls."""
+        return self.state in (State.RESIDENT, State.SERVING)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The versions that this server does something with, one a number, and how many of them fit into memory."""
+
+    limit: int
+    residencies: tuple[Residency, ...]
+
+    @property
+    def serving(self) -> Residency | None:
+        """The version that answers calls that name none."""
+        return next((each for each in self.residencies if each.state is State.SERVING), None)
+
+    def postponed(self, now: float) -> set[int]:
+        """Returns the numbers of the versions that are not loaded yet, for they could not be read."""
+        return {each.version.number for each in self.residencies if now < each.retry_at}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Calls that wait for a version. They are `refused` if it must not serve, except to those that `hold` it, for they
+    ask for another examination. It needs no room if it is wanted `at_once`."""
+
+    version: Version
+    hold: bool = False
+    at_once: bool = False
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a version in memory must not serve: the reason in a word, and a sentence. `stands_on` is the digest of the
+    version that it was compared with."""
+
+    number: int
+    digest: str
+    reason: str
+    sentence: str
+    stands_on: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do: first refuse, then let a version `serve` (None: none), drop, load, and answer waiting calls.
+
+    `awaited` is the version that should serve and is not in memory. Calls for the versions in `admit` go on, those for
+    the ones in `reject` fail. The versions in `wait` have no room.
+    """
+
+    serve: int | None
+    awaited: Version | None
+    refuse: tuple[Refusal, ...] = ()
+    drop: tuple[int, ...] = ()
+    load: tuple[Version, ...] = ()
+    admit: tuple[int, ...] = ()
+    reject: tuple[int, ...] = ()
+    wait: tuple[Version, ...] = ()
+
+
+def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margin: float) -> Plan:
+    """Returns what to do now.
+
+    `wanted` stands in the order in which the calls came. A version may be worse than the one it replaces by `margin`
+    nats a token.
+    """
+    choice = _choose(seen, memory, now, margin)
+    serving, awaited = choice.serving, choice.awaited
+    worse = {refusal.digest for refusal in choice.refuse}
+    refused = seen.refused | worse
+    room = _Room(memory, serving, seen.digests, refused)
+    load: list[Version] = []
+    admit: list[int] = []
+    reject: list[int] = []
+    wait: dict[Version, None] = {}
+    if awaited is not None and not room.loads(awaited):
+        if room.take(awaited, at_once=serving is not None and serving.version.digest in refused):
+            load.append(awaited)
+        else:
+            wait[awaited] = None
+    for call in wanted:
+        version = call.version
+        # Calls are answered in their order, so none goes on while an earlier one has no room.
+        in_turn = call.at_once or not wait
+        if not call.hold and (call.refused or version.digest in worse):
+            reject.append(version.number)
+        elif room.holds(version):
+            if in_turn:
+                room.use(version)
+                admit.append(version.number)
+        elif not room.loads(version):
+            if in_turn and room.take(version, call.at_once):
+                load.append(version)
+            else:
+                wait[version] = None
+    room.tidy()
+    return Plan(
+        serve=None if serving is None else serving.version.number,
+        awaited=awaited,
+        refuse=choice.refuse,
+        drop=tuple(room.dropped),
+        load=tuple(load),
+        admit=tuple(admit),
+        reject=tuple(reject),
+        wait=tuple(wait),
+    )
+
+
+def candidates(seen: Seen, memory: Memory, now: float) -> list[Version]:
+    """Returns the versions that may serve now, the best first.
+
+    If the serving version may stay, these are the ones that the policy prefers; otherwise the versions that served
+    before follow, and then any other.
+    """
+    return _candidates(seen, memory, memory.serving, seen.refused, now)
+
+
+def _candidates(
+    seen: Seen, memory: Memory, serving: Residency | None, refused: Collection[str], now: float
+) -> list[Version]:
+    numbers = [*seen.preferred]
+    if serving is None or serving.version.digest in refused:
+        served = sorted((each for each in memory.residencies if each.served), key=lambda each: -each.served)
+        numbers += [*(each.version.number for each in served), *seen.fallback]
+    postponed = memory.postponed(now)
+    return [
+        version
+        for number in dict.fromkeys(numbers)
+        if (version := seen.eligible.get(number)) is not None
+        and version.digest not in refused
+        and number not in postponed
+    ]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The version that serves from now on, a better one that is not in memory, and those that must not serve."""
+
+    serving: Residency | None
+    awaited: Version | None
+    refuse: tuple[Refusal, ...]
+
+
+def _choose(seen: Seen, memory: Memory, now: float, margin: float) -> _Choice:
+    ready = {each.version.digest: each for each in memory.residencies if each.in_memory}
+    serving = memory.serving
+    if serving is not None and seen.digests.get(serving.version.number, serving.version.digest) not in ready:
+        # Another registry has taken the place of the one before, and counts from 1 again.
+        serving = None
+    refuse: dict[str, Refusal] = {}
+    while True:
+        awaited, successor = None, None
+        refused = seen.refused | refuse.keys()
+        standards = _standards(seen, memory, serving, refused, now)
+        for version in _candidates(seen, memory, serving, refused, now):
+            here = ready.get(version.digest)
+            if here is None:
+                awaited = awaited or version
+            elif here is serving:
+                break
+            elif (refusal := _compare(here.version, standards, margin)) is None:
+                successor = here
+                break
+            elif not here.held:
+                # An operator who holds it can still pin it.
+                refuse[version.digest] = refusal
+        if successor is None:
+            return _Choice(serving, awaited, tuple(refuse.values()))
+        # A version that the policy prefers to this one may be good enough compared with it.
+        serving = successor
+
+
+def _standards(
+    seen: Seen, memory: Memory, serving: Residency | None, refused: Collection[str], now: float
+) -> list[Version]:
+    """Returns the versions with which one that is to serve is compared."""
+    if not seen.compares or (seen.run is not None and (serving is None or serving.version.run != seen.run)):
+        return []
+    if serving is not None:
+        return [] if serving.version.digest in refused else [serving.version]
+    # After a restart: the versions that could serve now, and did before.
+    postponed = memory.postponed(now)
+    return [
+        each
+        for each in seen.eligible.values()
+        if each.loss is not None and each.digest not in refused and each.number not in postponed
+    ]
+
+
+def _compare(version: Version, standards: Sequence[Version], margin: float) -> Refusal | None:
+    """Returns why a version must not serve, compared with the best of others on its evaluation set; None if it may."""
+    others = [each for each in standards if each.evaluation_set == version.evaluation_set]
+    if not others:
+        return None
+    best = min(others, key=_loss_of)
+    if version.windows != best.windows:
+        sentence = f"it names the evaluation set of version {best.number}, but has other held-out windows"
+        return Refusal(version.number, version.digest, LOSS_MISMATCH, sentence, best.digest)
+    if _loss_of(version) > _loss_of(best) + margin:
+        sentence = (
+            f"its held-out loss is {_loss_of(version):.4f} nats a token, but that of version {best.number} is "
+            f"{_loss_of(best):.4f}"
+        )
+        return Refusal(version.number, version.digest, WORSE, sentence, best.digest)
+    return None
+
+
+def _loss_of(version: Version) -> float:
+    assert version.loss is not None, "It was examined."
+    return version.loss
+
+
+class _Room:
+    """Memory while a plan is made: the versions that are there, and those dropped to make room."""
+
+    def __init__(
+        self, memory: Memory, serving: Residency | None, digests: Mapping[int, str], refused: Collection[str]
+    ) -> None:
+        self.dropped: list[int] = []
+        self._limit = memory.limit
+        # Digests by number.
+        self._loading = {
+            each.version.number: each.version.digest for each in memory.residencies if each.state is State.LOADING
+        }
+        self._ready = {each.version.number: each.version.digest for each in memory.residencies if each.in_memory}
+        idle = [each for each in memory.residencies if each.in_memory and not each.streams and each is not serving]
+        # No call can use these any more.
+        self._over = {
+            each.version.number
+            for each in idle
+            if each.leaving or digests.get(each.version.number) != each.version.digest or each.version.digest in refused
+        }
+        # They go first, then what was used longest ago, and what is held goes last. One that served was just used.
+        idle.sort(
+            key=lambda each: (each.version.number not in self._over, each.held, each.state is State.SERVING, each.used)
+        )
+        self._idle = [each.version.number for each in idle]
+
+    def holds(self, version: Version) -> bool:
+        """Whether a version is in memory."""
+        return self._ready.get(version.number) == version.digest
+
+    def loads(self, version: Version) -> bool:
+        """Whether a version is on its way into memory."""
+        return self._loading.get(version.number) == version.digest
+
+    def use(self, version: Version) -> None:
+        """Keeps a version in memory."""
+        if version.number in self._idle:
+            self._idle.remove(version.number)
+
+    def take(self, version: Version, at_once: bool) -> bool:
+        """Reserves room for a version, for which idle ones are dropped; returns False if there is none."""
+        number = version.number
+        if number in self._loading or (number in self._ready and number not in self._idle):
+            # One of another registry, with the same number, has to go first.
+            return False
+        if number in self._idle:
+            self._drop(number)
+        while self._excess >= 0 and self._idle:
+            self._drop(self._idle[0])
+        if self._excess >= 0 and not at_once:
+            return False
+        self._loading[number] = version.digest
+        return True
+
+    def tidy(self) -> None:
+        """Drops versions that no call can use any more, or for which there is no room."""
+        for number in self._idle.copy():
+            if number in self._over or self._excess > 0:
+                self._drop(number)
+
+    @property
+    def _excess(self) -> int:
+        """How many versions are in memory, or on their way, beyond the limit."""
+        return len(self._ready) + len(self._loading) - self._limit
+
+    def _drop(self, number: int) -> None:
+        self._idle.remove(number)
+        del self._ready[number]
+        self.dropped.append(number)
