@@ -167,7 +167,7 @@ async def test_only_verified_tokenizers_are_used(fresh: World) -> None:
         service = servicer(fresh)
         assert (await service.Tokenize(pb.TokenizeRequest(text="a"), None)).token_ids == [97]
         model = pb.ModelSelector(version=changed.version)
-        with pytest.raises(FailedPrecondition, match=r"tokenizer\.json was changed"):
+        with pytest.raises(FailedPrecondition, match=r"tokenizer\.json has changed"):
             await service.Tokenize(pb.TokenizeRequest(text="a", model=model), None)
-        with pytest.raises(FailedPrecondition, match=r"tokenizer\.json was changed"):
+        with pytest.raises(FailedPrecondition, match=r"tokenizer\.json has changed"):
             await service.Detokenize(pb.DetokenizeRequest(token_ids=[97], model=model), None)
