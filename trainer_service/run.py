@@ -19,7 +19,8 @@ from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.spec import JobSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
-from trainer_service.training.loop import Outcome, Report, train
+from trainer_service.training.loop import Outcome, train
+from trainer_service.training.report import Report
 from trainer_service.training.tokens import PreparedData, prepare
 from trainer_service.training.trainer import Trainer, saved_config
 from trainer_service.training.workers import Workers
@@ -176,15 +177,8 @@ class TrainingRun:
         memory = accelerator.memory()
         self._tell(
             Progress(
-                step=report.step,
+                **vars(report),
                 max_steps=self._spec.config.max_steps,
-                loss=report.loss,
-                learning_rate=report.learning_rate,
-                gradient_norm=report.gradient_norm,
-                tokens=report.tokens,
-                tokens_per_second=report.tokens_per_second,
-                eta_s=report.eta_s,
-                best_validation_loss=report.best_validation_loss,
                 active_memory_bytes=memory.active_bytes,
                 cache_memory_bytes=memory.cache_bytes,
                 peak_memory_bytes=memory.peak_bytes,

@@ -8,6 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from typing import get_args
 
+from trainer_service.training.report import Report
+
 
 class JobState(Enum):
     """Where a job stands."""
@@ -61,21 +63,10 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Steps were taken. Losses in nats per token; `tokens` counts those of resumed parts too.
+class Progress(Report):
+    """Steps were taken, of `max_steps`."""
 
-    The first step of an attempt compiles, and nothing follows from it for the others: `eta_s` is None after it.
-    """
-
-    step: int
     max_steps: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens: int
-    tokens_per_second: float
-    eta_s: float | None
-    best_validation_loss: float | None
     active_memory_bytes: int
     cache_memory_bytes: int
     peak_memory_bytes: int

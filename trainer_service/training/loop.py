@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from shared.errors import TrainingDiverged
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
 from trainer_service.training.overfitting import OverfittingWatch
+from trainer_service.training.report import Report
 from trainer_service.training.trainer import StepResult, Trainer, scalar
 
 # The longest time between two reports, unless a single step takes longer.
@@ -21,23 +21,6 @@ class Outcome(Enum):
 
     COMPLETED = "completed"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True)
-class Report:
-    """Means since the last report. `tokens_per_second` excludes evaluations, `eta_s` includes them.
-
-    `eta_s` is None after the first step, which compiles and so predicts nothing about the others.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    tokens: int
-    tokens_per_second: float
-    eta_s: float | None
-    best_validation_loss: float | None
 
 
 class Observer(Protocol):

@@ -15,8 +15,9 @@ from trainer_service.training import loop
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
-from trainer_service.training.loop import Outcome, Report, train
+from trainer_service.training.loop import Outcome, train
 from trainer_service.training.overfitting import OverfittingWatch
+from trainer_service.training.report import Report
 from trainer_service.training.trainer import StepResult, Trainer
 from trainer_service.training.workers import Workers
 
