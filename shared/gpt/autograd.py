@@ -1,4 +1,4 @@
-"""Functions that bring their own gradient."""
+"""Functions with gradients of their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,5 +7,5 @@ import mlx.core as mx
 
 
 def differentiable(function: Callable[..., Any]) -> Any:
-    """A function whose gradient is given by its `vjp`; MLX's own decorator carries no types."""
+    """Makes a function whose gradient its `vjp` defines; MLX's own decorator has no types."""
     return mx.custom_function(function)

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from shared.errors import InvalidArgument, shown
 
-# Far more than any model has that one machine trains; a file or a client may say anything.
+# Far above any model that one machine can train; a file or a client may contain any number.
 _MOST = {
     "layers": 10_000,
     "width": 1 << 17,
@@ -19,9 +19,9 @@ _MOST = {
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that defines the model's function apart from its weights.
+    """Everything that defines the model's function, except its weights.
 
-    Raises `InvalidArgument` where the values cannot form a model.
+    Raises `InvalidArgument` if the values do not form a model.
     """
 
     layers: int
@@ -48,19 +48,19 @@ class GPTConfig:
         return self.width // self.heads
 
     def to_dict(self) -> dict[str, int | float | bool]:
-        """As JSON holds it."""
+        """Returns the values as JSON stores them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "GPTConfig":
-        """The inverse of `to_dict`; raises `InvalidArgument` on names, types and values that are not right."""
+        """Reads what `to_dict` returns; raises `InvalidArgument` if a name, a type or a value is invalid."""
         return cls(**typed_values(cls, "model", values))
 
 
 def typed_values(owner: type, what: str, values: Mapping[str, object]) -> dict[str, Any]:
-    """The fields of a dataclass of numbers and texts from what JSON holds; `what` names it in a sentence.
+    """Checks values from JSON against the fields of a dataclass; `what` names it in an error.
 
-    Raises `InvalidArgument` on missing or unknown names and on a value of another type.
+    Raises `InvalidArgument` if a name is missing or unknown, or if a value has another type.
     """
     kinds = get_type_hints(owner)
     if odd := sorted(set(values) ^ set(kinds)):
@@ -69,27 +69,27 @@ def typed_values(owner: type, what: str, values: Mapping[str, object]) -> dict[s
     typed: dict[str, Any] = {}
     for name, kind in kinds.items():
         value = values[name]
-        # A float that was whole may stand as a whole number.
+        # JSON may store a whole float as an integer.
         allowed = (int, float) if kind is float else kind
         try:
             if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
                 raise TypeError
             typed[name] = kind(value)
         except (TypeError, OverflowError):
-            raise InvalidArgument(f"{name} is {shown(value)}, which is not of the type {kind.__name__}.") from None
+            raise InvalidArgument(f"{name} is {shown(value)}, but must be of type {kind.__name__}.") from None
     return typed
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many numbers a model learns, a tied head counted once, and how many of them stand in lookup tables."""
+    """The number of parameters, with a tied head counted once, and how many of them are in embeddings."""
 
     total: int
     embedding: int
 
 
 def count_parameters(config: GPTConfig) -> ParameterCount:
-    """The parameter count, by the formula of the architecture (checked against the arrays in the tests)."""
+    """Returns the parameter count by formula; the tests compare it with the arrays."""
     width, hidden = config.width, config.hidden_width
     attention = width * 3 * width + 3 * width + width * width + width
     feed_forward = width * hidden + hidden + hidden * width + width

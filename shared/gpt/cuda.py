@@ -1,4 +1,4 @@
-"""Kernels for an NVIDIA GPU, where MLX's own read or write memory more often than they must. All in bf16.
+"""Kernels for an NVIDIA GPU, which access memory less often than MLX's own. All in bf16.
 
 Shapes: N rows, C and F widths.
 """
@@ -13,12 +13,12 @@ from shared.gpt.autograd import differentiable
 _THREADS = 256
 # Numbers of bf16 that a thread reads at a time, 16 bytes.
 _VECTOR = 8
-# Rows that one block of the column sums adds up.
+# Rows that one block of the column sums adds.
 _STRIP = 256
-# Rows whose gradients of a LayerNorm's weights one block adds up.
+# Rows of which one block adds the gradients of a LayerNorm's weights.
 _NORM_STRIP = 128
 
-# Vectors of 8 numbers of bf16 in 16 bytes, as fp32 and back.
+# Converts vectors of 8 bf16 numbers in 16 bytes to fp32 and back.
 VECTORS_HEADER = """
 __device__ void unpack(uint4 held, float* numbers) {
   const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&held);
@@ -59,7 +59,7 @@ __device__ void load(const __nv_bfloat16* row, int lane, float* numbers) {
   }
 }
 
-// The sum is rounded to bf16 first, as the next layer will read it.
+// Rounds the sum to bf16, as the next layer reads it.
 template <int VECTORS, int PER_LANE>
 __device__ void load_sum(const __nv_bfloat16* row, const __nv_bfloat16* other, int lane, float* numbers) {
   load<VECTORS, PER_LANE>(row, lane, numbers);
@@ -127,7 +127,7 @@ _GELU_GRADIENT = """
   reinterpret_cast<uint4*>(result)[i] = pack(cotangents);
 """
 
-# A block adds a strip of rows: 32 threads side by side, 8 columns each, in 8 lanes that share the rows.
+# A block adds a strip of rows: 32 threads with 8 columns each, in 8 lanes that share the rows.
 _COLUMN_SUMS = """
   const int vector = blockIdx.x * 32 + threadIdx.x % 32;
   const int lane = threadIdx.x / 32;
@@ -154,7 +154,7 @@ _COLUMN_SUMS = """
   if (vector < VECTORS) partial[(long long)blockIdx.y * VECTORS * 8 + vector * 8 + lane] = total;
 """
 
-# A warp takes a row at a time, each lane every 32nd vector of it.
+# A warp computes a row at a time, each lane every 32nd vector of it.
 _ADD_NORM = """
   const int lane = threadIdx.x % 32;
   const long long row = (long long)blockIdx.x * 8 + threadIdx.x / 32;
@@ -178,7 +178,7 @@ _ADD_NORM = """
   }
 """
 
-# A block takes a strip of rows, its warps in turn; each keeps its sums of the weight's and the bias's gradients.
+# The warps of a block take turns at its strip of rows; each sums the gradients of the weight and the bias.
 _ADD_NORM_GRADIENT = """
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const long long first = (long long)blockIdx.x * STRIP;
@@ -246,13 +246,13 @@ _ADD_NORM_GRADIENT = """
 
 
 def usable(x: mx.array) -> bool:
-    """Whether these kernels fit an array: on an NVIDIA GPU, in bf16, with a width that 8 divides."""
+    """Returns whether these kernels fit an array: on an NVIDIA GPU, in bf16, with a width that is a multiple of 8."""
     return mx.cuda.is_available() and x.dtype == mx.bfloat16 and x.shape[-1] % _VECTOR == 0
 
 
 @differentiable
 def gelu(x: mx.array) -> mx.array:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016, section 2), element by element."""
+    """Computes GELU in its tanh form (Hendrycks & Gimpel 2016, section 2), element by element."""
     return _elementwise("gelu", _GELU, ("x",), x)
 
 
@@ -263,7 +263,7 @@ def _gelu_vjp(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
 
 @differentiable
 def add_norm(x: mx.array, delta: mx.array, weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-    """x + delta, and its LayerNorm under a weight and a bias (C,), each (..., C)."""
+    """Returns x + delta and its LayerNorm with a weight and a bias (C,), each (..., C)."""
     rows, width = x.size // x.shape[-1], x.shape[-1]
     total, normed = _kernel("add_norm", ("x", "delta", "weight", "bias"), ("sum", "normed"), _ADD_NORM)(
         inputs=[x, delta, weight, bias],
@@ -303,7 +303,7 @@ def _row_template(rows: int, width: int) -> list[tuple[str, int]]:
 
 
 def column_sums(x: mx.array) -> mx.array:
-    """The sums (F,) in fp32 of (N, F) over its rows."""
+    """Returns the sums (F,) in fp32 of (N, F) over its rows."""
     rows, width = x.shape
     strips = -(-rows // _STRIP)
     (partial,) = _kernel("column_sums", ("x",), ("partial",), _COLUMN_SUMS)(

@@ -20,19 +20,19 @@ Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
 class Dropout(nn.Module):
-    """Zeros in place of a share `rate` of the numbers in training; nothing otherwise."""
+    """Sets a share `rate` of the numbers to zero in training; does nothing otherwise."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def __call__(self, x: mx.array) -> mx.array:
-        """An array of any shape to one of the same."""
+        """Any shape to the same shape."""
         return dropout(x, self.rate) if self.training and self.rate > 0 else x
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; how queries meet keys is the caller's choice."""
+    """Multi-head self-attention; the caller provides the attention of queries to keys."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after."""
+    """One layer: attention and feed-forward, each with a LayerNorm before and a residual sum after it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -78,8 +78,7 @@ class Block(nn.Module):
     def __call__(
         self, x: mx.array, normed: mx.array, attend: Attend, following: nn.LayerNorm
     ) -> tuple[mx.array, mx.array]:
-        """The residual stream (B, T, C), and its `attention_norm`, to those after the block; the latter under the
-        `following` norm."""
+        """Takes the residual stream (B, T, C) and its `attention_norm`; returns the stream and its `following` norm."""
         x, normed = add_norm(x, self.dropout(self.attention(normed, attend)), self.feed_forward_norm)
         return add_norm(x, self.dropout(self.feed_forward(normed)), following)
 
@@ -87,8 +86,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model.
 
-    Weights start as GPT-2's do: N(0, 0.02), and projections into the residual stream N(0, 0.02 / sqrt(2 layers)).
-    Dropout acts on the embeddings and on what each half of a block adds, not on attention probabilities.
+    Weights start as in GPT-2: N(0, 0.02), and N(0, 0.02 / sqrt(2 layers)) for projections to the residual stream.
+    Dropout applies to the embeddings and to the outputs of attention and feed-forward, not to attention probabilities.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -117,13 +116,13 @@ class GPT(nn.Module):
         self.load_weights(weights, strict=False)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        """Logits (B, T, V) of the next token after each of (B, T) tokens, every row from position 0."""
+        """Returns the logits (B, T, V) after each of (B, T) tokens; every row starts at position 0."""
         return self.logits(self.hidden(tokens))
 
     def hidden(self, tokens: mx.array) -> mx.array:
-        """The final hidden states (B, T, C) of (B, T) tokens, every row from position 0.
+        """Returns the final hidden states (B, T, C) of (B, T) tokens; every row starts at position 0.
 
-        Raises `InvalidArgument` where the tokens do not fit the context.
+        Raises `InvalidArgument` if the tokens do not fit the context.
         """
         if tokens.shape[1] > self.config.context_length:
             raise InvalidArgument(f"{tokens.shape[1]} tokens do not fit the context of {self.config.context_length}.")
@@ -135,7 +134,7 @@ class GPT(nn.Module):
         return self.through_blocks(self.embed(tokens, mx.arange(tokens.shape[1])), [attend] * self.config.layers)
 
     def through_blocks(self, x: mx.array, attends: Sequence[Attend]) -> mx.array:
-        """The final hidden states (B, T, C) of embedded tokens (B, T, C); each block has its own way to attend."""
+        """Returns the final hidden states (B, T, C) of embedded tokens (B, T, C), with one `attend` per block."""
         normed = self.blocks[0].attention_norm(x)
         norms = [*(block.attention_norm for block in self.blocks[1:]), self.final_norm]
         for block, attend, following in zip(self.blocks, attends, norms, strict=True):
@@ -149,19 +148,19 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> mx.array:
-        """The matrix (V, C) that turns hidden states into logits."""
+        """The matrix (V, C) that maps hidden states to logits."""
         weight: mx.array = self.token_embedding.weight if self.config.tied_head else self.head.weight
         return weight
 
     def embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
-        """Tokens (B, T) at positions that broadcast to them, embedded: (B, T, C)."""
+        """Returns the embeddings (B, T, C) of tokens (B, T) at positions that broadcast to them."""
         embedded = self.token_embedding(tokens) + self.position_embedding(positions)
-        # The type in which the layers compute: the embeddings may be kept in a wider one.
+        # The type in which the layers compute; the embeddings may have a wider one.
         dropped: mx.array = self.dropout(embedded.astype(self.final_norm.weight.dtype))
         return dropped
 
 
 def parameters_of(model: nn.Module) -> dict[str, mx.array]:
-    """Every parameter by its module name."""
+    """Returns all parameters by their module names."""
     named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     return named

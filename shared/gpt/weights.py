@@ -1,4 +1,4 @@
-"""Models in and out of safetensors files."""
+"""Reads and writes models as safetensors files."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from shared.gpt.model import GPT, parameters_of
 
 
 class NotFiniteWeights(CorruptCheckpoint):
-    """Weights of which some are infinite or no numbers."""
+    """Some weights are infinite or NaN."""
 
 
 def save_model(model: GPT, path: Path) -> None:
@@ -22,24 +22,24 @@ def save_model(model: GPT, path: Path) -> None:
 
 
 def save_arrays(arrays: dict[str, mx.array], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes arrays under their names into a safetensors file; raises `OSError` where the disk does not take it."""
+    """Writes arrays under their names to a safetensors file; raises `OSError` if the disk fails."""
     try:
         mx.save_safetensors(str(path), arrays, metadata=metadata)
     except RuntimeError as error:
-        # MLX says only that it could not.
+        # MLX does not give the reason.
         is_full = shutil.disk_usage(path.parent).free < sum(array.nbytes for array in arrays.values())
         number = errno.ENOSPC if is_full else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def load_model(path: Path, config: GPTConfig) -> GPT:
-    """The model of a file, evaluated and in evaluation mode.
+    """Returns the model of a file, evaluated and in evaluation mode.
 
-    Raises `CorruptCheckpoint` where names, shapes or types do not fit the configuration, and `NotFiniteWeights` where a
-    value is not finite.
+    Raises `CorruptCheckpoint` if names, shapes or types do not fit the configuration, and `NotFiniteWeights` if a value
+    is not finite.
     """
     model = GPT(config)
-    # Each model's initial values continue one chain of random keys, which grows for ever where it is never computed.
+    # The initial values of all models continue one chain of random keys, which grows until it is evaluated.
     mx.eval(mx.random.state)
     expected = parameters_of(model)
     arrays = load_arrays(path)
@@ -64,7 +64,7 @@ def load_model(path: Path, config: GPTConfig) -> GPT:
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:
-    """Every array of a safetensors file, evaluated; raises `CorruptCheckpoint` where it cannot be read whole."""
+    """Returns all arrays of a safetensors file, evaluated; raises `CorruptCheckpoint` if it cannot be read."""
     try:
         arrays = mx.load(str(path))
         mx.eval(arrays)

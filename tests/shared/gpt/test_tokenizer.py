@@ -176,7 +176,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, change: dict[str
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff\xfe"])
 def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(InvalidArgument, match="holds no tokenizer"):
+    with pytest.raises(InvalidArgument, match="is not a tokenizer"):
         Tokenizer.load(tmp_path / "tokenizer.json")
     with pytest.raises(InvalidArgument, match="cannot be read"):
         Tokenizer.load(tmp_path / "absent.json")

@@ -144,7 +144,7 @@ def test_a_configuration_survives_conversion_to_json() -> None:
     [("max_steps", "400"), ("max_steps", 4.5), ("beta1", None), ("tied_head", 1), ("layers", True), ("beta2", 10**400)],
 )
 def test_a_value_of_the_wrong_type_raises_an_error_that_names_it(name: str, value: object) -> None:
-    with pytest.raises(InvalidArgument, match=f"{name} is .*, which is not of the type"):
+    with pytest.raises(InvalidArgument, match=f"{name} is .*, but must be of type"):
         TrainingConfig.from_dict(find_preset("demo").to_dict() | {name: value})
 
 
