@@ -12,7 +12,7 @@ from shared.text import format_duration, printable
 from trainer_service.jobs import events
 from trainer_service.jobs.events import Event, JobState
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.reachable import Patience
+from trainer_service.jobs.reachable import Outage
 from trainer_service.jobs.records import JobRecord
 
 _WAIT_S = 1.0
@@ -51,22 +51,22 @@ def follow(queue: JobQueue, job_id: str, console: Console) -> None:
 
 
 def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
-    last, abandoned_since_s, patience, waiting = "0", None, Patience(_OUTAGE_S), None
+    last, abandoned_since_s, outage, waiting = "0", None, Outage(_OUTAGE_S), None
     while True:
         try:
             batch = queue.read_events(job_id, last, _WAIT_S)
             record, workers = queue.get(job_id), queue.live_workers()
         except Unavailable as error:
             abandoned_since_s = None
-            if not patience.is_tried:
+            if not outage.has_begun:
                 yield events.Notice(f"{error} The job may go on meanwhile; what it says comes when Redis answers.")
-            if not patience.try_again():
+            if not outage.may_retry():
                 raise Unavailable(f"{error} Follow the job again with `gptloop watch {job_id}`.") from error
             time.sleep(_WAIT_S)
             continue
-        if patience.is_tried:
+        if outage.has_begun:
             yield events.Notice("Redis answers again.")
-            patience.reset()
+            outage.end()
         for event_id, timed in batch:
             last = event_id
             yield timed.event

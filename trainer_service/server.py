@@ -20,7 +20,7 @@ from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.holds import enqueue
 from trainer_service.jobs.kinds import complete
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.reachable import Patience
+from trainer_service.jobs.reachable import Outage
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings
@@ -86,16 +86,16 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: pb.WatchJobRequest, context: Any
     ) -> AsyncIterator[pb.WatchJobResponse]:
         """Every event of a job until it ends, also after a while in which Redis was gone."""
-        last, patience = "0", Patience(_OUTAGE_S)
+        last, outage = "0", Outage(_OUTAGE_S)
         while True:
             try:
                 # Asked before, so that nothing can be told after; raises where the job is gone.
                 ended = (await asyncio.to_thread(self._queue.get, request.job_id)).state.is_final
                 # Without waiting in Redis: a thread is held for a moment only, however many watch.
                 batch = await asyncio.to_thread(self._queue.read_events, request.job_id, last)
-                patience.reset()
+                outage.end()
             except Unavailable:
-                if not patience.try_again():
+                if not outage.may_retry():
                     raise
                 await asyncio.sleep(_HEALTH_INTERVAL_S)
                 continue

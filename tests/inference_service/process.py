@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from inference_service.client import InferenceClient
+from inference_service.client.completion import Event
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
 from tests.waiting import HANG_S, wait_until
@@ -135,5 +136,5 @@ class Server:
         return code
 
 
-def text_of(events: Iterator[Any]) -> str:
+def text_of(events: Iterable[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, pb.Delta))

@@ -15,6 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inference_service.client import InferenceClient
+from inference_service.client.stream import Stream
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.slow
 LONG = replace(TINY, context_length=16384)
 
 
-def start(var: Path, command: Sequence[str] = SERVE, **settings: Any) -> Server:
+def start(var: Path, command: Sequence[str] = SERVE, **settings: float) -> Server:
     server = Server(var, command, **{f"GPTLOOP_INFERENCE_{name}": str(value) for name, value in settings.items()})
     publish_tiny_version(server.registry, 1.0, config=LONG)
     wait_until(server.serves)
@@ -56,7 +57,7 @@ def client(server: Server) -> Iterator[InferenceClient]:
     assert server.metrics()["gptloop_inference_waiting_requests",] == 0
 
 
-def long(client: InferenceClient) -> Any:
+def long(client: InferenceClient) -> Stream:
     """Starts a stream of several seconds; it gets no event while it waits for a slot."""
     return client.generate("Once", max_tokens=16000, ignore_eos=True)
 
@@ -65,10 +66,10 @@ def until_waiting(server: Server, requests: int) -> None:
     wait_until(lambda: server.metrics()["gptloop_inference_waiting_requests",] == requests)
 
 
-def endless(client: InferenceClient) -> Any:
+def endless(client: InferenceClient) -> Stream:
     """Starts such a stream and waits for its first event."""
     stream = long(client)
-    assert isinstance(next(iter(stream)), pb.Started)
+    assert isinstance(next(stream), pb.Started)
     return stream
 
 

@@ -18,24 +18,24 @@ def reachable() -> Iterator[None]:
         raise redis_failure(error) from error
 
 
-class Patience:
-    """Counts for how long Redis has not answered; after `limit_s` it is over."""
+class Outage:
+    """Measures how long Redis has not answered; retries end after `limit_s`."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._since_s: float | None = None
 
-    def reset(self) -> None:
-        """Redis answered."""
+    def end(self) -> None:
+        """Notes that Redis answered."""
         self._since_s = None
 
     @property
-    def is_tried(self) -> bool:
-        """Whether Redis did not answer the last time."""
+    def has_begun(self) -> bool:
+        """Whether Redis did not answer the last call."""
         return self._since_s is not None
 
-    def try_again(self) -> bool:
-        """Redis did not answer; whether that has not lasted for too long."""
+    def may_retry(self) -> bool:
+        """Notes that Redis did not answer; returns whether the outage is still shorter than `limit_s`."""
         if self._since_s is None:
             self._since_s = time.monotonic()
         return time.monotonic() - self._since_s < self._limit_s
