@@ -19,7 +19,7 @@ from tests.inference_service.engine.harness import SLOTS, Harness, break_forward
 from tests.waiting import HANG_S
 
 
-def test_streams_together_equal_each_alone(harness: Harness) -> None:
+def test_streams_together_equal_each_stream_alone(harness: Harness) -> None:
     prompts = ["Once", "x" * 70, "The dog", "A", "Then they", "z" * 30]
     together = harness.generate(*(request(f"t{i}", prompt, seed=i) for i, prompt in enumerate(prompts)))
     for i, prompt in enumerate(prompts):
@@ -28,7 +28,7 @@ def test_streams_together_equal_each_alone(harness: Harness) -> None:
         assert together[i].text == alone.text
 
 
-def test_a_stream_that_joins_others_equals_itself_alone(harness: Harness) -> None:
+def test_a_stream_that_joins_others_equals_the_same_stream_alone(harness: Harness) -> None:
     long = "x" * 80
     (alone,) = harness.generate(request("alone", long, max_tokens=10))
     endless = [request(f"e{i}", long[:70], max_tokens=20) for i in range(SLOTS - 1)]
@@ -39,7 +39,7 @@ def test_a_stream_that_joins_others_equals_itself_alone(harness: Harness) -> Non
     assert joined.tokens == alone.tokens
 
 
-def test_alone_among_strangers_and_after_a_restart_every_bit_is_the_same() -> None:
+def test_every_bit_is_the_same_alone_among_others_and_after_a_restart() -> None:
     """Tokens and log-probabilities, whatever is read, decoded, cancelled and reused beside them."""
     mine = request("mine", "The little dog ran home and " * 3, max_tokens=10, seed=77, logprobs=5)
     harness = Harness(slots=32, prefill_tokens=256, prefix_bytes=1 << 20)
@@ -68,7 +68,7 @@ def test_alone_among_strangers_and_after_a_restart_every_bit_is_the_same() -> No
     assert all(draw.logprob is not None and len(draw.alternatives) == 5 for draw in alone.draws)
 
 
-def test_samples_share_one_reading_of_the_prompt_and_draw_as_alone(
+def test_samples_share_one_computation_of_the_prompt_and_draw_as_alone(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompt = "z" * 70
@@ -87,7 +87,7 @@ def test_samples_share_one_reading_of_the_prompt_and_draw_as_alone(
     assert {one.finished.generated_tokens for one in together} == {20}
 
 
-def test_a_stream_has_a_token_in_every_step_whatever_is_read_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_gets_a_token_in_every_step_beside_any_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the scheduler promises, in the engine."""
     harness = Harness(slots=4, prefill_tokens=64)
     harness.add(1, seed=0)
@@ -122,7 +122,7 @@ def test_a_stream_has_a_token_in_every_step_whatever_is_read_beside_it(monkeypat
         assert places == list(range(places[0], places[-1] + 1))
 
 
-def test_a_request_of_several_samples_waits_for_as_many_slots_and_nobody_overtakes_it(harness: Harness) -> None:
+def test_a_request_waits_for_slots_for_all_its_samples_and_none_overtakes_it(harness: Harness) -> None:
     harness.submit(request("short", max_tokens=5), request("long", max_tokens=40))
     harness.submit(request("n", samples=SLOTS, max_tokens=2), request("after", max_tokens=2))
     for index in range(SLOTS):
@@ -142,7 +142,7 @@ def test_a_request_of_several_samples_waits_for_as_many_slots_and_nobody_overtak
     assert step_of("n", Finished) < step_of("after", Admitted)
 
 
-def test_versions_take_turns_where_both_have_prompts_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_take_turns_if_both_have_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness(slots=8, prefill_tokens=64)
     for version in (1, 2):
         harness.add(version, seed=version)
@@ -192,7 +192,7 @@ def test_a_version_warms_up_between_the_steps_of_the_others(harness: Harness, mo
     assert new.finished.generated_tokens == 20
 
 
-def test_an_examination_gives_the_loss_of_held_out_text_and_disturbs_nobody(
+def test_an_examination_returns_the_held_out_loss_and_disturbs_no_stream(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model(3)
@@ -233,7 +233,7 @@ def test_an_examination_gives_the_loss_of_held_out_text_and_disturbs_nobody(
     assert pieces[-6:] == [64, 25] * 3
 
 
-def test_a_version_that_is_known_goes_before_one_that_is_examined(harness: Harness) -> None:
+def test_a_known_version_is_prepared_before_one_that_is_examined(harness: Harness) -> None:
     model = tiny_model(3)
     order: list[int] = []
     ready = []
@@ -248,7 +248,7 @@ def test_a_version_that_is_known_goes_before_one_that_is_examined(harness: Harne
     assert order == [4, 2, 3]
 
 
-def test_a_version_that_cannot_warm_up_says_why_and_harms_nobody(harness: Harness) -> None:
+def test_a_version_that_cannot_warm_up_reports_why_and_harms_no_stream(harness: Harness) -> None:
     model = tiny_model(3)
 
     class Broken(CpuDecoder):
@@ -263,7 +263,7 @@ def test_a_version_that_cannot_warm_up_says_why_and_harms_nobody(harness: Harnes
     assert new.finished.generated_tokens == 20
 
 
-def test_a_prompt_that_begins_like_another_is_read_from_where_they_part() -> None:
+def test_a_prompt_with_a_cached_prefix_is_computed_from_its_end() -> None:
     harness = Harness(prefill_tokens=64, prefix_bytes=1 << 20)
     harness.add(1, seed=0)
     harness.add(2, seed=0)

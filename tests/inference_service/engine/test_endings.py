@@ -69,9 +69,7 @@ def end_in_stage(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_cancel_gives_everything_back_within_a_step(
-    harness: Harness, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+def test_a_cancel_frees_everything_within_a_step(harness: Harness, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     gone = end_in_stage(harness, monkeypatch, stage, None, lambda: harness.engine.cancel("gone"))
     assert gone.finished.reason is FinishReason.CANCELLED
 
@@ -87,7 +85,7 @@ def test_a_deadline_ends_a_request_at_every_stage(
     assert gone.finished.reason is FinishReason.DEADLINE
 
 
-def test_a_prompt_left_half_read_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_computed_prompt_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device whose attention multiplies what it masks: what is not finite there would reach the next stream."""
     harness = Harness(slots=2)
     model = tiny_model(0)
@@ -185,7 +183,7 @@ def test_stopping_ends_open_streams(harness: Harness) -> None:
     assert harness.failures == 0
 
 
-def test_who_gives_up_waiting_for_a_version_does_not_disturb_the_engine(harness: Harness) -> None:
+def test_a_caller_that_stops_waiting_for_a_version_does_not_disturb_the_engine(harness: Harness) -> None:
     decoder = cpu_decoder(tiny_model(1), SLOTS)
     loss = harness.engine.add_version(2, decoder, byte_tokenizer(), 96, [(1,) * 90] * 50)
     assert not loss.cancel()
@@ -194,7 +192,7 @@ def test_who_gives_up_waiting_for_a_version_does_not_disturb_the_engine(harness:
     assert harness.failures == 0
 
 
-def test_a_version_that_cannot_be_made_ready_leaves_no_memory_behind(
+def test_a_version_that_cannot_be_prepared_leaves_no_memory_behind(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The records that pytest keeps hold the frames of the failure.

@@ -65,7 +65,7 @@ def test_a_filter_that_leaves_one_token_draws_the_likeliest(harness: Harness, va
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 3.0])
-def test_whatever_comes_with_the_tokens_they_are_the_same(harness: Harness, temperature: float) -> None:
+def test_logprobs_do_not_change_the_tokens(harness: Harness, temperature: float) -> None:
     sampling = SamplingParameters(temperature=temperature)
     plain, told, filtered = harness.generate(
         request("plain", sampling=sampling),
@@ -75,7 +75,7 @@ def test_whatever_comes_with_the_tokens_they_are_the_same(harness: Harness, temp
     assert plain.tokens == told.tokens == filtered.tokens
 
 
-def test_the_rank_is_that_among_all_tokens(harness: Harness) -> None:
+def test_the_rank_counts_all_tokens(harness: Harness) -> None:
     (result,) = harness.generate(request("a", logprobs=20, sampling=SamplingParameters(temperature=3.0)))
     for draw in result.draws:
         better = [other for other in draw.alternatives if draw.logprob is not None and other.logprob > draw.logprob]
@@ -83,12 +83,12 @@ def test_the_rank_is_that_among_all_tokens(harness: Harness) -> None:
         assert len(better) == min(draw.rank - 1, 20)
 
 
-def test_the_same_seed_gives_the_same_tokens_and_another_one_others(harness: Harness) -> None:
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(harness: Harness) -> None:
     first, second, third = harness.generate(request("a"), request("b"), request("c", seed=99))
     assert first.tokens == second.tokens != third.tokens
 
 
-def test_greedy_tokens_equal_those_of_a_full_forward(harness: Harness) -> None:
+def test_greedy_tokens_agree_with_a_full_forward(harness: Harness) -> None:
     (result,) = harness.generate(request("a", sampling=SamplingParameters(temperature=0.0)))
     model = tiny_model(0)
     tokens = list(b"Once")
@@ -123,7 +123,7 @@ def test_the_end_token_ends_a_stream_unless_it_is_forbidden(harness: Harness) ->
 
 
 @pytest.mark.parametrize("least", [0, 1, 5])
-def test_a_certain_end_token_comes_once_there_are_min_tokens(harness: Harness, least: int) -> None:
+def test_a_certain_end_token_comes_right_after_min_tokens(harness: Harness, least: int) -> None:
     certain = SamplingParameters(logit_bias=((256, 100.0),))
     (result,) = harness.generate(request("a", sampling=certain, min_tokens=least, ignore_eos=False))
     assert result.tokens.index(256) == least == len(result.tokens) - 1
@@ -136,7 +136,7 @@ def test_the_context_ends_a_stream(harness: Harness) -> None:
     assert result.finished.generated_tokens == len(result.tokens) == 3
 
 
-def test_logprobs_are_those_of_the_model(harness: Harness) -> None:
+def test_logprobs_agree_with_the_model(harness: Harness) -> None:
     (result,) = harness.generate(request("a", logprobs=3, sampling=SamplingParameters(temperature=0.5), max_tokens=10))
     model = tiny_model(0)
     logits = model(mx.array([[*b"Once", *result.tokens]]))[0].astype(mx.float32)
@@ -154,7 +154,7 @@ def test_all_alternatives_sum_to_one(harness: Harness) -> None:
     assert sum(math.exp(other.logprob) for other in result.draws[0].alternatives) == pytest.approx(1.0)
 
 
-def test_counts_and_times_are_those_of_the_stream(harness: Harness) -> None:
+def test_counts_and_times_agree_with_the_stream(harness: Harness) -> None:
     (result,) = harness.generate(request("a"))
     finished = result.finished
     assert (finished.prompt_tokens, finished.generated_tokens) == (4, 20)

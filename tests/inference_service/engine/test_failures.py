@@ -22,7 +22,7 @@ from tests.inference_service.engine.harness import SLOTS, Harness, break_forward
 from tests.waiting import HANG_S
 
 
-def test_what_fails_while_a_stream_gets_its_slot_ends_the_streams_of_that_version(
+def test_a_failure_at_admission_ends_the_streams_of_that_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     harness = Harness(prefix_bytes=1 << 20)
@@ -73,7 +73,7 @@ def test_numbers_that_are_not_finite_end_their_stream_alone() -> None:
     assert all(result.tokens == before.tokens for result in again)
 
 
-def test_a_beginning_whose_numbers_were_not_finite_once_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefix_that_was_not_finite_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness(prefix_bytes=1 << 20)
     harness.add(1, seed=0)
     begin = "x" * 64
@@ -126,7 +126,7 @@ def test_a_failed_step_ends_its_own_streams_and_no_others(monkeypatch: pytest.Mo
         harness.engine.stop()
 
 
-def test_a_prompt_that_was_not_in_the_failed_step_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_outside_the_failed_step_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     harness = Harness(slots=3, prefix_bytes=1 << 20)
     harness.add(1, seed=0)
     try:
@@ -145,7 +145,7 @@ def test_a_prompt_that_was_not_in_the_failed_step_is_read_anew(monkeypatch: pyte
         harness.engine.stop()
 
 
-def test_what_fails_in_one_draw_ends_one_stream(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_draw_ends_one_stream(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(sequence: Any, logits: Logits, token: int | None) -> Any:
         if sequence.request.id == "bad" and sequence.generated == 3:
             raise ValueError("no")
@@ -192,7 +192,7 @@ def test_a_version_whose_steps_keep_failing_ends_alone(harness: Harness, monkeyp
     assert harness.generate(request("last"))[0].finished.generated_tokens == 20
 
 
-def test_an_engine_that_is_left_with_versions_whose_steps_keep_failing_ends(
+def test_an_engine_ends_if_all_remaining_versions_keep_failing(
     harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness.add(2, seed=0)
@@ -213,7 +213,7 @@ def test_an_engine_that_is_left_with_versions_whose_steps_keep_failing_ends(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_says_that_it_failed_even_where_its_streams_cannot_be_told() -> None:
+def test_an_engine_reports_its_failure_even_if_the_outbox_fails() -> None:
     failed = threading.Event()
 
     def outbox(outputs: list[Output]) -> None:

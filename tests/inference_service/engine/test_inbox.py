@@ -32,7 +32,7 @@ def test_commands_are_taken_once_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("closes", [False, True])
-def test_whoever_waits_wakes_when_something_is_asked_or_it_is_closed(closes: bool) -> None:
+def test_a_command_or_a_close_wakes_the_waiting_thread(closes: bool) -> None:
     inbox = Inbox()
     taken: Future[object] = Future()
     thread = threading.Thread(target=lambda: taken.set_result(inbox.take(wait=True)))
@@ -45,7 +45,7 @@ def test_whoever_waits_wakes_when_something_is_asked_or_it_is_closed(closes: boo
     thread.join(HANG_S)
 
 
-def test_a_promise_is_kept_with_its_result_or_its_failure() -> None:
+def test_a_future_gets_its_result_or_its_failure() -> None:
     inbox = Inbox()
     good: Future[int] = Future()
     bad: Future[int] = Future()
@@ -58,7 +58,7 @@ def test_a_promise_is_kept_with_its_result_or_its_failure() -> None:
         bad.result(0)
 
 
-def test_once_closed_it_takes_nothing_and_breaks_its_promises_for_the_first_reason() -> None:
+def test_a_closed_inbox_rejects_commands_and_fails_its_futures_with_the_first_reason() -> None:
     inbox = Inbox()
     before: Future[int] = Future()
     after: Future[int] = Future()

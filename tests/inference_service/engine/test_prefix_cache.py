@@ -28,7 +28,7 @@ def found(cache: PrefixCache, *blocks: int) -> int:
     return len(pieces)
 
 
-def test_a_prompt_is_found_as_far_as_it_is_the_same() -> None:
+def test_the_common_prefix_of_a_prompt_is_found() -> None:
     cache = PrefixCache(10)
     keep(cache, 1, 2, 3)
     assert found(cache, 1, 2, 3, 4) == 3
@@ -41,7 +41,7 @@ def test_a_prompt_is_found_as_far_as_it_is_the_same() -> None:
     assert found(cache, 1) == 0
 
 
-def test_of_a_prompt_the_last_blocks_go_first() -> None:
+def test_the_last_blocks_of_a_prompt_are_removed_first() -> None:
     cache = PrefixCache(4)
     keep(cache, 1, 2, 3)
     keep(cache, 7, 8)
@@ -50,13 +50,13 @@ def test_of_a_prompt_the_last_blocks_go_first() -> None:
     assert (found(cache, 7, 8), found(cache, 5), found(cache, 1, 2)) == (2, 1, 1)
 
 
-def test_a_block_that_is_there_is_not_read_again() -> None:
+def test_a_cached_block_is_not_read_again() -> None:
     cache = PrefixCache(4)
     keep(cache, 1)
     cache.keep(tokens(1), pytest.fail)
 
 
-def test_a_block_is_only_kept_after_those_before_it() -> None:
+def test_a_block_is_cached_only_after_those_before_it() -> None:
     cache = PrefixCache(4)
     cache.keep(tokens(1, 2), pytest.fail)
     keep(cache, 1, 2)
@@ -64,16 +64,14 @@ def test_a_block_is_only_kept_after_those_before_it() -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, 2])
-def test_a_prompt_longer_than_the_cache_keeps_its_beginning(capacity: int) -> None:
+def test_a_prompt_longer_than_the_cache_keeps_its_prefix(capacity: int) -> None:
     cache = PrefixCache(capacity)
     keep(cache, *range(10))
     assert found(cache, *range(10)) == capacity
 
 
 @given(st.integers(0, 6), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), max_size=30))
-def test_what_was_used_last_is_there_and_no_more_than_there_is_room_for(
-    capacity: int, prompts: list[list[int]]
-) -> None:
+def test_the_last_used_blocks_are_cached_within_the_capacity(capacity: int, prompts: list[list[int]]) -> None:
     cache = PrefixCache(capacity)
     for prompt in prompts:
         keep(cache, *prompt)

@@ -42,14 +42,14 @@ def step(scheduler: Scheduler, budget: int = BUDGET) -> list[str]:
     return [] if plan is None else [sequence.request.id for sequence in carry_out(scheduler, plan)]
 
 
-def test_slots_are_given_first_come_first_served() -> None:
+def test_slots_go_first_come_first_served() -> None:
     scheduler = Scheduler(2)
     for name in "abcd":
         scheduler.add(group(name, 4, max_tokens=1))
     assert [step(scheduler) for _ in range(3)] == [["a", "b"], ["c", "d"], []]
 
 
-def test_a_long_prompt_does_not_stop_those_that_decode() -> None:
+def test_a_long_prompt_does_not_stop_decoding_sequences() -> None:
     scheduler = Scheduler(2)
     scheduler.add(group("short", 4, max_tokens=50))
     step(scheduler)
@@ -57,7 +57,7 @@ def test_a_long_prompt_does_not_stop_those_that_decode() -> None:
     assert [step(scheduler) for _ in range(4)] == [["short"], ["short"], ["short", "long"], ["short", "long"]]
 
 
-def test_prompts_are_read_in_their_order_and_nobody_overtakes() -> None:
+def test_prompts_are_computed_in_order_and_none_overtakes() -> None:
     scheduler = Scheduler(3)
     for name, prompt in (("a", 70), ("b", 100), ("c", 3)):
         scheduler.add(group(name, prompt, max_tokens=1))
@@ -66,7 +66,7 @@ def test_prompts_are_read_in_their_order_and_nobody_overtakes() -> None:
     assert step(scheduler) == ["b", "c"]
 
 
-def test_samples_start_together_from_one_reading() -> None:
+def test_samples_share_one_computation_of_the_prompt() -> None:
     scheduler = Scheduler(3)
     scheduler.add(group("n", 70, max_tokens=2, samples=3))
     (admitted,) = scheduler.admit()
@@ -100,7 +100,7 @@ def test_a_waiting_request_can_be_removed() -> None:
     assert step(scheduler) == []
 
 
-def test_prompts_that_were_lost_are_read_anew() -> None:
+def test_lost_prompts_are_computed_again() -> None:
     scheduler = Scheduler(2)
     scheduler.add(group("a", 200, max_tokens=1))
     step(scheduler)
@@ -158,7 +158,7 @@ def chunks_of(tokens: int, read: int = 0) -> int:
 
 
 @given(slots=st.integers(3, 5), per_step=st.integers(1, 4), rest=st.integers(0, SPAN_TOKENS - 1), arrivals=arrivals)
-def test_nobody_waits_longer_than_is_promised(slots: int, per_step: int, rest: int, arrivals: list[Arrival]) -> None:
+def test_no_request_waits_longer_than_promised(slots: int, per_step: int, rest: int, arrivals: list[Arrival]) -> None:
     """The bounds of the scheduler's own description, whatever comes and is cancelled."""
     budget = per_step * SPAN_TOKENS + rest
     longest = max(chunks_of(one.prompt) for one in arrivals)
@@ -230,7 +230,7 @@ def check_sound(scheduler: Scheduler, plan: Plan, slots: int) -> None:
         reached[chunk.group] = chunk.end
 
 
-def test_versions_that_share_a_budget_each_have_it_in_turn() -> None:
+def test_versions_take_turns_at_a_shared_budget() -> None:
     """As the engine shares it: whoever has read goes to the end."""
     lanes = {version: Scheduler(2) for version in range(3)}
     for version, lane in lanes.items():

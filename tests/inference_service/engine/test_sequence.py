@@ -43,7 +43,7 @@ def run(pieces: list[bytes], stops: list[str], ending: FinishReason) -> list[Eve
 @example(pieces=[b"a", b"\xe2"], stops=["\ufffd"], ending=FinishReason.CONTEXT_LENGTH)
 @example(pieces=[b"a", b"\xe2"], stops=["\ufffd"], ending=FinishReason.CANCELLED)
 @example(pieces=[b"a", b"b"], stops=["abc"], ending=FinishReason.DEADLINE)
-def test_the_text_is_that_of_all_tokens_cut_at_the_stop_and_the_reason_says_so(
+def test_the_text_of_all_tokens_is_cut_at_the_stop_with_its_reason(
     pieces: list[bytes], stops: list[str], ending: FinishReason
 ) -> None:
     *events, finished = run(pieces, stops, ending)

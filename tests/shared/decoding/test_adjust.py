@@ -64,17 +64,17 @@ def test_each_token_is_adjusted_by_every_rule(
     assert actual == pytest.approx(exact_adjustment(logits, parameters, prompt, generated), rel=1e-5, abs=1e-5)
 
 
-def test_the_repetition_penalty_lowers_positive_and_negative_logits_alike_and_once() -> None:
+def test_the_repetition_penalty_lowers_positive_and_negative_logits_once() -> None:
     parameters = SamplingParameters(repetition_penalty=2.0)
     assert adjust(LOGITS, parameters, [0, 0, 5], {0: 3, 4: 1}).tolist() == [1.0, 1.0, 0.5, 0.0, -2.0, -6.0]
 
 
-def test_the_presence_penalty_meets_each_generated_token_once() -> None:
+def test_the_presence_penalty_applies_once_to_each_generated_token() -> None:
     parameters = SamplingParameters(presence_penalty=0.5)
     assert adjust(LOGITS, parameters, [1], {0: 3, 4: 1}).tolist() == [1.5, 1.0, 0.5, 0.0, -1.5, -3.0]
 
 
-def test_the_frequency_penalty_meets_a_generated_token_as_often_as_it_was_drawn() -> None:
+def test_the_frequency_penalty_applies_once_per_draw_of_a_token() -> None:
     parameters = SamplingParameters(frequency_penalty=-0.5)
     assert adjust(LOGITS, parameters, [1], {0: 3, 4: 1}).tolist() == [3.5, 1.0, 0.5, 0.0, -0.5, -3.0]
 
@@ -84,7 +84,7 @@ def test_the_bias_is_added_to_its_tokens() -> None:
     assert adjust(LOGITS, parameters, [], {}).tolist() == [2.0, -99.0, 0.5, 0.0, -1.0, 1.0]
 
 
-def test_repetition_comes_before_what_is_added() -> None:
+def test_the_repetition_penalty_comes_before_additions() -> None:
     # The other way round, the first logit would be (2 - 0.5 - 2 * 0.25 + 3) / 2.
     parameters = SamplingParameters(
         repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((0, 3.0),)
@@ -101,7 +101,7 @@ def test_repetition_comes_before_what_is_added() -> None:
     ],
     ids=str,
 )
-def test_logits_that_nothing_changes_are_not_copied(parameters: SamplingParameters) -> None:
+def test_unchanged_logits_are_not_copied(parameters: SamplingParameters) -> None:
     assert adjust(LOGITS, parameters, [1, 2], {}) is LOGITS
 
 
@@ -115,14 +115,14 @@ def test_logits_that_nothing_changes_are_not_copied(parameters: SamplingParamete
     ],
     ids=str,
 )
-def test_the_models_own_logits_stay_as_they_are(parameters: SamplingParameters) -> None:
+def test_the_models_own_logits_do_not_change(parameters: SamplingParameters) -> None:
     logits = LOGITS.copy()
     assert not np.shares_memory(adjust(logits, parameters, [0], {0: 1}), logits)
     assert (logits == LOGITS).all()
 
 
 @pytest.mark.parametrize("penalty", [1e-30, 1e-40, 5e-324])
-def test_the_least_repetition_penalty_still_leaves_something_to_draw(penalty: float) -> None:
+def test_the_smallest_repetition_penalty_leaves_tokens_to_draw(penalty: float) -> None:
     parameters = SamplingParameters(temperature=1.0, repetition_penalty=penalty)
     filtered = replace(parameters, top_p=0.9)
     logits = adjust(LOGITS, parameters, [1], {})
@@ -146,12 +146,12 @@ def test_temperature_zero_follows_penalties_and_bias(parameters: SamplingParamet
 
 
 @pytest.mark.parametrize("bias", [-100.5, 101.0, math.nan, -math.inf])
-def test_a_bias_out_of_range_is_refused_by_its_token(bias: float) -> None:
+def test_a_bias_out_of_range_is_rejected_by_its_token(bias: float) -> None:
     with pytest.raises(InvalidArgument, match=r"^logit_bias of token 7 is .*, but must be from -100 to 100\.$"):
         SamplingParameters(logit_bias=((1, 1.0), (7, bias)))
 
 
-def test_too_many_biases_are_refused() -> None:
+def test_too_many_biases_are_rejected() -> None:
     SamplingParameters(logit_bias=tuple((token, 1.0) for token in range(300)))
     with pytest.raises(InvalidArgument, match=r"^logit_bias has 301 tokens, but may have at most 300"):
         SamplingParameters(logit_bias=tuple((token, 1.0) for token in range(301)))

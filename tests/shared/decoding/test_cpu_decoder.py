@@ -81,7 +81,7 @@ def test_every_position_agrees_with_the_plain_forward(config: GPTConfig) -> None
 
 @pytest.mark.parametrize("threads", [1, 2])
 @shapes
-def test_neither_rows_nor_threads_nor_slots_change_one_bit(config: GPTConfig, threads: int) -> None:
+def test_rows_threads_and_slots_do_not_change_one_bit(config: GPTConfig, threads: int) -> None:
     assert_same_bits_in_any_company(random_model(config, 1), threads)
 
 
@@ -105,7 +105,7 @@ def narrow_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("shape", ["11", "48"])
-def test_narrower_vectors_do_the_same(narrow_library: ctypes.CDLL, shape: str) -> None:
+def test_narrower_vectors_give_the_same_results(narrow_library: ctypes.CDLL, shape: str) -> None:
     model = random_model(SHAPES[shape], 1)
     text = random_text(model.config, 2, model.config.context_length)
     assert_agrees(model, text, decode_alone(model, text, narrow_library))
@@ -153,14 +153,14 @@ class Bits(RuleBasedStateMachine):
         self.read[other] = end
 
 
-def test_pieces_copies_and_neighbours_change_not_one_bit() -> None:
+def test_chunks_copies_and_neighbours_do_not_change_one_bit() -> None:
     run_state_machine_as_test(Bits, settings=settings(max_examples=60, stateful_step_count=12))
 
 
 # Far from what a good model computes
 
 
-def test_not_a_number_stays_in_its_row_and_goes_with_it() -> None:
+def test_nan_stays_in_its_row_and_leaves_with_it() -> None:
     config = SHAPES["12"]
     spoiled = config.vocabulary_size - 1
     model = random_model(config, 1)
@@ -179,7 +179,7 @@ def test_not_a_number_stays_in_its_row_and_goes_with_it() -> None:
 
 
 @pytest.mark.parametrize("size", [100.0, 1e4])
-def test_far_numbers_do_not_overflow_in_the_activation(size: float) -> None:
+def test_large_numbers_do_not_overflow_in_the_activation(size: float) -> None:
     config = SHAPES["12"]
     model = random_model(config, 1)
     for block in model.blocks:
@@ -190,7 +190,7 @@ def test_far_numbers_do_not_overflow_in_the_activation(size: float) -> None:
 
 # The last digits of so large a score are no small part of the weight that it gives.
 @pytest.mark.parametrize(("size", "tolerance"), [(100.0, 1e-5), (1e4, 1e-3)])
-def test_far_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float) -> None:
+def test_large_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float) -> None:
     config = SHAPES["12"]
     model = random_model(config, 1)
     for block in model.blocks:
@@ -202,7 +202,7 @@ def test_far_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float
     assert_agrees(model, text, decode_alone(model, text), tolerance)
 
 
-def test_a_slot_takes_no_more_memory_than_it_has_tokens() -> None:
+def test_a_slot_takes_memory_only_for_its_tokens() -> None:
     slots = 128
     decoder = cpu_decoder(random_model(replace(SHAPES["64"], context_length=4096), 1), slots, 1)
     whole = slots * 4096 * decoder.bytes_per_token

@@ -131,7 +131,7 @@ class Slots(RuleBasedStateMachine):
 
 
 @with_together
-def test_whatever_slots_went_through_logits_are_those_of_a_full_forward(make: MakeDecoder) -> None:
+def test_logits_agree_with_a_full_forward_after_any_operations(make: MakeDecoder) -> None:
     class Made(Slots):
         def make(self, model: GPT) -> Decoder:
             return make(model, SLOTS)
@@ -171,7 +171,7 @@ def test_logits_come_in_the_order_of_the_spans(make: MakeDecoder) -> None:
 
 @both
 @pytest.mark.parametrize("length", [1, 63, 64, 70])
-def test_slots_get_the_beginning_of_another_one(make: MakeDecoder, length: int) -> None:
+def test_slots_get_a_prefix_of_another_slot(make: MakeDecoder, length: int) -> None:
     model = random_model(CONFIG, 1)
     decoder = make(model, SLOTS)
     tokens = random_text(CONFIG, 1, 80)
@@ -188,7 +188,7 @@ def test_slots_get_the_beginning_of_another_one(make: MakeDecoder, length: int) 
 
 
 @both
-def test_what_was_read_of_a_slot_is_a_copy(make: MakeDecoder) -> None:
+def test_reading_a_slot_returns_a_copy(make: MakeDecoder) -> None:
     model = random_model(CONFIG, 1)
     decoder = make(model, 2)
     first, second = random_text(CONFIG, 1, 65), random_text(CONFIG, 2, 64)
@@ -202,7 +202,7 @@ def test_what_was_read_of_a_slot_is_a_copy(make: MakeDecoder) -> None:
 
 
 @with_together
-def test_what_a_slot_held_before_changes_not_one_bit(make: MakeDecoder) -> None:
+def test_earlier_content_of_a_slot_does_not_change_one_bit(make: MakeDecoder) -> None:
     model = random_model(CONFIG, 1)
     new, used = make(model, 3), make(model, 3)
     for slot in range(3):
@@ -262,7 +262,7 @@ def test_nothing_is_dropped(make: MakeDecoder) -> None:
 
 @both
 @pytest.mark.parametrize("lengths", [[64, 64, 21], [16] * 9 + [5], [64, *[16] * 4, 21], [*[16] * 4, 64, 16, 5]])
-def test_scores_are_the_losses_of_the_plain_formula_in_whatever_pieces(make: MakeDecoder, lengths: list[int]) -> None:
+def test_scores_agree_with_the_plain_loss_in_any_chunks(make: MakeDecoder, lengths: list[int]) -> None:
     model = random_model(CONFIG, 1)
     decoder = make(model, SLOTS)
     tokens = random_text(CONFIG, 3, 150)
@@ -280,7 +280,7 @@ def test_scores_are_the_losses_of_the_plain_formula_in_whatever_pieces(make: Mak
 
 
 @with_together
-def test_a_score_that_is_not_finite_says_so(make: MakeDecoder) -> None:
+def test_a_score_is_not_finite_if_a_logit_is_not(make: MakeDecoder) -> None:
     decoder = make(spoiled_model(), SLOTS)
     assert np.isnan(decoder.score(Span(0, 0, (1, SPOILED, 2)), (2, 3, 4)))[1:].all()
 
@@ -295,7 +295,7 @@ def test_a_decoder_knows_its_memory(make: MakeDecoder) -> None:
 
 
 @both
-def test_a_decoder_is_made_on_another_thread(make: MakeDecoder) -> None:
+def test_a_decoder_can_be_created_on_another_thread(make: MakeDecoder) -> None:
     with ThreadPoolExecutor(1) as thread:
         model, decoder = thread.submit(lambda: (model := random_model(CONFIG, 5), make(model, 2))).result()
     tokens = random_text(CONFIG, 1, 70)

@@ -86,7 +86,7 @@ def test_a_draw_follows_the_exact_distribution(make: MakeDecoder, vocabulary_siz
 
 
 @both
-def test_of_equally_likely_tokens_temperature_zero_takes_the_first(make: MakeDecoder) -> None:
+def test_temperature_zero_takes_the_first_of_equally_likely_tokens(make: MakeDecoder) -> None:
     decoder = decoder_of(make, [0.0, 3.0, -1.0, 3.0, 3.0])
     (row,) = decoder.forward([Span(1, 0, (1,))])
     wanted = [*draws(row, 0.0), *draws(row, 0.0, masked=1), *draws(row, 0.0, masked=3)]
@@ -95,7 +95,7 @@ def test_of_equally_likely_tokens_temperature_zero_takes_the_first(make: MakeDec
 
 @both
 @pytest.mark.parametrize("temperature", [1e-10, 1e-38, 1e-45, 5e-324])
-def test_the_least_temperature_takes_a_likeliest_token(make: MakeDecoder, temperature: float) -> None:
+def test_the_lowest_temperature_takes_a_likeliest_token(make: MakeDecoder, temperature: float) -> None:
     decoder = decoder_of(make, [0.0, 3.0, -1.0, 3.0, 2.999])
     (row,) = decoder.forward([Span(1, 0, (1,))])
     assert set(decoder.draw(draws(row, temperature, count=20))) == {1, 3}
@@ -141,5 +141,5 @@ def test_only_the_row_that_is_not_finite_draws_nothing(make: MakeDecoder) -> Non
 
 
 @both
-def test_nothing_wanted_draws_nothing(make: MakeDecoder) -> None:
+def test_no_rows_draw_nothing(make: MakeDecoder) -> None:
     assert make(random_model(CONFIG, 1), SLOTS).draw([]) == []

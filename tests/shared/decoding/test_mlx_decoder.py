@@ -36,7 +36,7 @@ def warm_up(decoder: MlxDecoder) -> None:
 
 @pytest.mark.parametrize(("together", "width"), [(1, 30), (3, 33)])
 @pytest.mark.parametrize("context_length", [1, 2, 15, 16, 17, 64, 70, 131])
-def test_the_warm_up_compiles_whatever_spans_come(context_length: int, together: int, width: int) -> None:
+def test_the_warm_up_compiles_programs_for_all_spans(context_length: int, together: int, width: int) -> None:
     config = replace(CONFIG, width=width, context_length=context_length)
     programs = ProgramCache()
     decoder = MlxDecoder(random_model(config, 1), SLOTS, programs, together)
@@ -100,7 +100,7 @@ TOGETHER = pytest.param(
 @pytest.mark.parametrize(("config", "together"), [(CONFIG, 1), TOGETHER])
 @settings(max_examples=20)
 @given(st.integers(0, SLOTS - 1), st.integers(1, 100), st.data())
-def test_neighbours_change_not_one_bit(
+def test_neighbours_do_not_change_one_bit(
     config: GPTConfig, together: int, slot: int, length: int, data: st.DataObject
 ) -> None:
     """A prompt and ten tokens after it, alone and beside slots that are read, decoded, copied and cleared."""
@@ -135,7 +135,7 @@ def test_neighbours_change_not_one_bit(
 
 
 @pytest.mark.parametrize(("config", "together"), [TOGETHER])
-def test_in_how_many_steps_a_prompt_is_read_changes_not_one_bit(config: GPTConfig, together: int) -> None:
+def test_the_number_of_steps_for_a_prompt_does_not_change_one_bit(config: GPTConfig, together: int) -> None:
     decoder = MlxDecoder(random_model(config, 1), SLOTS, ProgramCache(), together)
     tokens = random_text(config, 1, 140)
     spans = [Span(0, start, tokens[start : start + SPAN_TOKENS]) for start in range(0, 140, SPAN_TOKENS)]
@@ -146,7 +146,7 @@ def test_in_how_many_steps_a_prompt_is_read_changes_not_one_bit(config: GPTConfi
     assert np.array_equal(after[0], after[1])
 
 
-def test_what_is_written_where_it_was_read_changes_not_one_bit() -> None:
+def test_a_block_written_back_does_not_change_one_bit() -> None:
     decoder = MlxDecoder(random_model(CONFIG, 1), SLOTS, ProgramCache())
     tokens = random_text(CONFIG, 1, 90)
     prefill(decoder, 2, tokens[:70])

@@ -103,7 +103,7 @@ def test_draws_from_many_tokens_follow_the_exact_distribution(size: int) -> None
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 0.05, 0.4, 1.0, 3.0, 100.0])
-def test_a_draw_is_the_one_that_the_exact_distribution_gives(temperature: float) -> None:
+def test_a_draw_matches_the_exact_distribution(temperature: float) -> None:
     logits = (4 * np.random.default_rng(1).standard_normal(1000)).astype(np.float32)
     parameters = SamplingParameters(temperature=temperature)
     probabilities = exact_distribution(logits, parameters)
@@ -145,7 +145,7 @@ def test_temperature_zero_takes_the_likeliest_token() -> None:
     assert sample(LOGITS, SamplingParameters(temperature=0.0), 5, 5) == 0
 
 
-def test_of_equally_likely_tokens_temperature_zero_takes_the_first() -> None:
+def test_temperature_zero_takes_the_first_of_equally_likely_tokens() -> None:
     tied = np.array([0.0, 3.0, -1.0, 3.0, 3.0], np.float32)
     greedy = SamplingParameters(temperature=0.0, top_k=2, top_p=0.1, min_p=0.5)
     assert {sample(tied, greedy, seed, position) for seed in range(10) for position in range(10)} == {1}
@@ -154,14 +154,14 @@ def test_of_equally_likely_tokens_temperature_zero_takes_the_first() -> None:
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
 @pytest.mark.parametrize("temperature", [1e-10, 1e-45, 5e-324])
-def test_the_least_temperature_takes_a_likeliest_token(temperature: float, filters: dict[str, float]) -> None:
+def test_the_lowest_temperature_takes_a_likeliest_token(temperature: float, filters: dict[str, float]) -> None:
     parameters = SamplingParameters(temperature=temperature, **filters)  # type: ignore[arg-type]
     tied = np.array([0.0, 3.0, -1.0, 3.0, 2.999], np.float32)
     assert {sample(tied, parameters, seed, 0) for seed in range(20)} == {1, 3}
 
 
 @pytest.mark.parametrize("parameters", [SamplingParameters(1.0, top_k=2), SamplingParameters(1.0, top_p=0.4)], ids=str)
-def test_of_equally_likely_tokens_at_a_border_the_first_are_kept(parameters: SamplingParameters) -> None:
+def test_the_first_of_equally_likely_tokens_at_a_limit_are_kept(parameters: SamplingParameters) -> None:
     tied = np.array([-20.0, 3.0, 3.0, -20.0, 3.0, 3.0], np.float32)
     assert distribution(tied, parameters) == pytest.approx([0, 0.5, 0.5, 0, 0, 0])
 
@@ -191,7 +191,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass(values: list[float], 
     assert whole[kept].min() >= whole[~kept].max(initial=0.0) - 1e-9
 
 
-def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest() -> None:
+def test_min_p_keeps_tokens_that_are_likely_enough() -> None:
     kept = distribution(LOGITS, SamplingParameters(temperature=1.0, min_p=0.2)) > 0
     assert kept.tolist() == (softmax(LOGITS) >= 0.2 * softmax(LOGITS).max()).tolist()
 
@@ -202,7 +202,7 @@ def test_a_masked_token_is_never_drawn() -> None:
     assert 0 not in {sample(masked, SamplingParameters(temperature=5.0), 1, i) for i in range(500)}
 
 
-def test_a_draw_depends_on_seed_and_position_alone() -> None:
+def test_a_draw_depends_only_on_seed_and_position() -> None:
     logits = TWELVE.copy()
     logits.flags.writeable = False
     parameters = SamplingParameters(temperature=2.0, top_p=0.9)
@@ -241,7 +241,7 @@ def assert_independent(first: list[float], second: list[float]) -> None:
 @pytest.mark.parametrize(
     ("seed_step", "position_step"), [(1, 0), (0, 1), (1, 1), (1, -1), (0, 2), (2, 0), (1 << 63, 0)]
 )
-def test_uniform_numbers_do_not_follow_from_their_neighbours(seed_step: int, position_step: int) -> None:
+def test_uniform_numbers_are_independent_of_their_neighbours(seed_step: int, position_step: int) -> None:
     places = [(seed, position) for seed in range(100) for position in range(1, 101)]
     assert_independent(
         [uniform(*place) for place in places],
@@ -283,7 +283,7 @@ def test_no_number_draws_an_impossible_token(number: float) -> None:
     assert draw(probabilities, number) == (1 if number < 0.3 else 3)
 
 
-def test_log_probabilities_are_those_of_the_softmax() -> None:
+def test_log_probabilities_agree_with_the_softmax() -> None:
     assert np.exp(log_probabilities(LOGITS)) == pytest.approx(softmax(LOGITS))
 
 
@@ -310,12 +310,12 @@ def test_log_probabilities_are_those_of_the_softmax() -> None:
         ("frequency_penalty", math.nan),
     ],
 )
-def test_a_value_out_of_range_is_refused_by_name(field: str, value: float) -> None:
+def test_a_value_out_of_range_is_rejected_by_name(field: str, value: float) -> None:
     with pytest.raises(InvalidArgument, match=f"^{field} is "):
         SamplingParameters(**{field: value})  # type: ignore[arg-type]
 
 
-def test_the_bounds_themselves_are_allowed() -> None:
+def test_the_limits_themselves_are_allowed() -> None:
     SamplingParameters(temperature=100.0, top_p=1.0, min_p=1.0, repetition_penalty=100.0)
     for bound in (-2.0, 2.0):
         SamplingParameters(presence_penalty=bound, frequency_penalty=bound, logit_bias=((0, 50 * bound),))

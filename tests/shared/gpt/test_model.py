@@ -73,7 +73,7 @@ def test_a_saved_model_loads_with_the_same_logits(model: GPT, tmp_path: Path) ->
     assert mx.array_equal(load_model(tmp_path / "model.safetensors", CONFIG)(tokens), model(tokens))
 
 
-def test_models_that_were_loaded_leave_no_memory_behind(model: GPT, tmp_path: Path) -> None:
+def test_loaded_models_leave_no_memory_behind(model: GPT, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_model(model, path)
 
@@ -87,7 +87,7 @@ def test_models_that_were_loaded_leave_no_memory_behind(model: GPT, tmp_path: Pa
     assert load(400) - before < 6 << 20
 
 
-def test_weights_of_another_shape_are_refused(model: GPT, tmp_path: Path) -> None:
+def test_weights_of_another_shape_are_rejected(model: GPT, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_model(model, path)
     with pytest.raises(CorruptCheckpoint, match="position_embedding"):
@@ -96,7 +96,7 @@ def test_weights_of_another_shape_are_refused(model: GPT, tmp_path: Path) -> Non
         load_model(path, replace(CONFIG, tied_head=False))
 
 
-def test_a_torn_file_is_refused(model: GPT, tmp_path: Path) -> None:
+def test_a_truncated_file_is_rejected(model: GPT, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_model(model, path)
     path.write_bytes(path.read_bytes()[:-100])
@@ -104,7 +104,7 @@ def test_a_torn_file_is_refused(model: GPT, tmp_path: Path) -> None:
         load_model(path, CONFIG)
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_rejected(tmp_path: Path) -> None:
     model = GPT(CONFIG)
     model.final_norm.bias = mx.full(CONFIG.width, mx.nan)
     save_model(model, tmp_path / "model.safetensors")

@@ -49,16 +49,16 @@ def test_exp_below_has_five_digits_and_no_denormal_numbers(highest: float) -> No
 
 
 @pytest.mark.parametrize("highest", [80, 8])
-def test_gelu_and_its_slope_agree_with_mlx(highest: int) -> None:
+def test_gelu_and_its_gradient_agree_with_mlx(highest: int) -> None:
     assert_agree(gelu, nn.gelu_approx, mx.linspace(-highest, highest, 999))
 
 
-def test_numbers_need_not_lie_side_by_side() -> None:
+def test_inputs_may_be_strided() -> None:
     every_other = mx.linspace(-8, 8, 84).reshape(2, 14, 3).transpose(2, 1, 0)[:, ::2]
     assert_agree(gelu, nn.gelu_approx, every_other)
 
 
-def test_gelu_and_its_slope_agree_with_the_formula_in_64_bits() -> None:
+def test_gelu_and_its_gradient_agree_with_the_formula_in_64_bits() -> None:
     def exact(x: np.ndarray) -> np.ndarray:
         result: np.ndarray = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         return result
@@ -77,7 +77,7 @@ def plain_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.a
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 2, 3), (2, 3, 7, 5), (1, 2, 65, 4), (1, 1, 150, 8)])
 @pytest.mark.parametrize("size", [0.1, 1.0, 5.0])
-def test_attention_and_its_slopes_agree_with_the_softmax(shape: tuple[int, int, int, int], size: float) -> None:
+def test_attention_and_its_gradients_agree_with_the_softmax(shape: tuple[int, int, int, int], size: float) -> None:
     q, k, v = (size * mx.random.normal(shape, key=mx.random.key(index)) for index in range(3))
     scale = shape[-1] ** -0.5
     assert_agree(
@@ -85,7 +85,7 @@ def test_attention_and_its_slopes_agree_with_the_softmax(shape: tuple[int, int, 
     )
 
 
-def test_attention_and_its_slopes_agree_where_scores_are_extreme() -> None:
+def test_attention_and_its_gradients_are_right_for_extreme_scores() -> None:
     """Scores near -80, 0 and 80, so that a row has several keys beside those that are out of reach."""
     generator = np.random.default_rng(1)
     k = 80 * generator.choice([-1, 0, 1], (1, 2, 17, 1)) + generator.standard_normal((1, 2, 17, 1))
@@ -93,7 +93,7 @@ def test_attention_and_its_slopes_agree_where_scores_are_extreme() -> None:
     assert_agree(lambda q, k, v: causal_attention(q, k, v, 1.0), lambda q, k, v: plain_attention(q, k, v, 1.0), *inputs)
 
 
-def test_attention_takes_heads_as_the_model_lays_them_out() -> None:
+def test_attention_accepts_the_strided_heads_of_the_model() -> None:
     qkv = mx.random.normal((2, 7, 3, 3, 5), key=mx.random.key(3))  # (B, T, 3, H, D)
 
     def split(attention: Function) -> Function:
@@ -103,7 +103,7 @@ def test_attention_takes_heads_as_the_model_lays_them_out() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 1, 63, 64, 100, 149])
-def test_attention_takes_not_one_bit_from_later_tokens(position: int) -> None:
+def test_later_tokens_do_not_change_one_bit_of_attention(position: int) -> None:
     inputs = [mx.random.normal((1, 2, 150, 4), key=mx.random.key(index)) for index in range(3)]
     later = (mx.arange(150) > position)[:, None]
     changed = [mx.where(later, 3 * x + 1, x) for x in inputs]
@@ -122,7 +122,7 @@ def test_attention_agrees_with_the_sums_in_64_bits() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24)])
-def test_a_linear_layer_and_its_slopes_agree_with_mlx(shape: tuple[int, ...]) -> None:
+def test_a_linear_layer_and_its_gradients_agree_with_mlx(shape: tuple[int, ...]) -> None:
     x, weight, bias = (mx.random.normal(each, key=mx.random.key(7)) for each in (shape, (40, 24), (40,)))
 
     def ours(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
@@ -154,7 +154,7 @@ def test_a_sum_and_its_norm_agree_with_the_formula(shape: tuple[int, int, int], 
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_dropout_keeps_the_mean_and_its_slope(rate: float) -> None:
+def test_dropout_keeps_the_mean_and_its_gradient(rate: float) -> None:
     x = mx.random.normal((50, 400), key=mx.random.key(1))
     (dropped,), (slope,) = mx.vjp(lambda x: dropout(x, rate), [x], [mx.ones_like(x)])
     kept = np.array(dropped) != 0
@@ -166,7 +166,7 @@ def test_dropout_keeps_the_mean_and_its_slope(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("seed", [0, 1, (1337 << 32) | 5])
-def test_what_dropout_keeps_does_not_follow_from_its_neighbours_nor_from_another_time(rate: float, seed: int) -> None:
+def test_dropout_masks_are_independent_of_neighbours_and_of_each_other(rate: float, seed: int) -> None:
     mx.random.seed(seed)
     first, second = (np.array(dropout(mx.ones(40_000), rate)) != 0 for _ in range(2))
     pairs = [(first[:-lag], first[lag:]) for lag in (1, 2, 3, 4, 8, 16, 64, 100, 256, 1024, 4096)]

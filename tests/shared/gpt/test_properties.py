@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 
 @settings(deadline=None, max_examples=30)
 @given(models(), seeds, st.data())
-def test_a_token_changes_not_one_bit_before_it(model: GPT, seed: int, data: st.DataObject) -> None:
+def test_a_token_does_not_change_one_bit_before_it(model: GPT, seed: int, data: st.DataObject) -> None:
     tokens = mx.array(random_tokens(model.config, seed, 2, model.config.context_length))
     position = data.draw(st.integers(0, model.config.context_length - 1))
     changed = mx.array(tokens)
@@ -79,7 +79,7 @@ def test_dropout_drops_its_share_in_training(place: str) -> None:
     assert share == pytest.approx(0.25, abs=6 * (0.25 * 0.75 / hidden.size) ** 0.5)
 
 
-def test_dropout_drops_others_each_time() -> None:
+def test_dropout_drops_other_numbers_each_time() -> None:
     model = constant_model("token_embedding.weight")
     tokens = mx.zeros((1, 25), mx.int32)
     assert not mx.array_equal(model.hidden(tokens), model.hidden(tokens))

