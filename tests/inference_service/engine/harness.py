@@ -45,14 +45,14 @@ class Result:
 
 
 class Harness:
-    """An engine whose events are read by the test's thread."""
+    """An engine whose events the test's thread reads."""
 
     def __init__(self, slots: int = SLOTS, prefill_tokens: int = 64, prefix_bytes: int = 0) -> None:
         self.failures = 0
         self.slots = slots
         self._outbox: queue.Queue[list[Output]] = queue.Queue()
         self._results: dict[str, list[Result]] = {}
-        # What each step gave.
+        # The outputs of each step.
         self.steps: list[list[Output]] = []
         self.engine = Engine(slots, prefill_tokens, prefix_bytes, self._outbox.put, self._fail)
         self.engine.start()
@@ -73,7 +73,7 @@ class Harness:
         self.engine.add_version(version, decoder, byte_tokenizer(), model.config.context_length).result(HANG_S)
 
     def submit(self, *requests: GenerationRequest) -> None:
-        """All before the engine's next step."""
+        """Submits all requests before the engine's next step."""
         with self.engine._inbox._changed:
             for request in requests:
                 self._results[request.id] = [Result([]) for _ in range(request.samples)]
@@ -82,14 +82,14 @@ class Harness:
     def wait(
         self, request_id: str, kind: type[Event] | tuple[type[Event], ...] = (Finished, Failed), index: int = 0
     ) -> Result:
-        """Reads events until this sample has one of a kind."""
+        """Reads events until this sample has an event of a kind."""
         result = self._results[request_id][index]
         while not any(isinstance(event, kind) for event in result.events):
             self.read(HANG_S)
         return result
 
     def read(self, timeout_s: float) -> None:
-        """Reads what one step gave."""
+        """Reads the outputs of one step."""
         self.steps.append(self._outbox.get(timeout=timeout_s))
         for output in self.steps[-1]:
             self._results[output.request_id][output.index].events.append(output.event)
@@ -118,7 +118,7 @@ def request(name: str, prompt: str = "Once", **values: object) -> GenerationRequ
 
 
 def break_forward(monkeypatch: pytest.MonkeyPatch, when: Callable[[Sequence[Span]], bool]) -> None:
-    """Lets the steps of a kind fail, halfway."""
+    """Makes the steps of a kind fail halfway."""
     forward = CpuDecoder.forward
 
     def failing(self: CpuDecoder, spans: Sequence[Span]) -> Sequence[Logits]:
@@ -132,7 +132,7 @@ def break_forward(monkeypatch: pytest.MonkeyPatch, when: Callable[[Sequence[Span
 
 
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a step take so long that a test can do something while a stream runs."""
+    """Makes steps slow enough for a test to act while a stream runs."""
 
     def wait(spans: Sequence[Span]) -> bool:
         time.sleep(0.003)

@@ -1,4 +1,4 @@
-"""Streams, samples and versions side by side."""
+"""Streams, samples and versions that run together."""
 
 import itertools
 import time
@@ -40,7 +40,7 @@ def test_a_stream_that_joins_others_equals_the_same_stream_alone(harness: Harnes
 
 
 def test_every_bit_is_the_same_alone_among_others_and_after_a_restart() -> None:
-    """Tokens and log-probabilities, whatever is read, decoded, cancelled and reused beside them."""
+    """Tokens and log-probabilities do not depend on prompts, decoding, cancels and reused slots beside them."""
     mine = request("mine", "The little dog ran home and " * 3, max_tokens=10, seed=77, logprobs=5)
     harness = Harness(slots=32, prefill_tokens=256, prefix_bytes=1 << 20)
     harness.add(1, seed=0)
@@ -88,7 +88,7 @@ def test_samples_share_one_computation_of_the_prompt_and_draw_as_alone(
 
 
 def test_a_stream_gets_a_token_in_every_step_beside_any_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the scheduler promises, in the engine."""
+    """A promise of the scheduler, in the engine."""
     harness = Harness(slots=4, prefill_tokens=64)
     harness.add(1, seed=0)
     read: list[int] = []
@@ -105,7 +105,7 @@ def test_a_stream_gets_a_token_in_every_step_beside_any_prompts(monkeypatch: pyt
             for name in names:
                 prompt, tokens = "x" * int(generator.integers(1, 56)), int(generator.integers(1, 40))
                 harness.submit(request(name, prompt, max_tokens=tokens))
-            # More come while these run.
+            # More arrive while these run.
             harness.wait(names[wave])
         for name in harness.names:
             harness.wait(name)
@@ -198,16 +198,16 @@ def test_an_examination_returns_the_held_out_loss_and_disturbs_no_stream(
     model = tiny_model(3)
     windows = np.random.default_rng(1).integers(0, 256, (3, 90), np.uint16)
     (alone,) = harness.generate(request("alone", max_tokens=90))
-    # The lengths of pieces, and 0 for each step between them.
-    pieces: list[int] = []
+    # The lengths of chunks, and 0 for each step between them.
+    chunks: list[int] = []
     score = CpuDecoder.score
 
     def note(self: CpuDecoder, span: Span, targets: Sequence[int]) -> list[float]:
-        pieces.append(len(span.tokens))
+        chunks.append(len(span.tokens))
         return score(self, span, targets)
 
     def step(spans: Sequence[Span]) -> bool:
-        pieces.append(0)
+        chunks.append(0)
         time.sleep(0.003)
         return False
 
@@ -221,16 +221,16 @@ def test_an_examination_returns_the_held_out_loss_and_disturbs_no_stream(
     )
     assert loss.result(HANG_S) == pytest.approx(loss_of(model, windows), abs=1e-5)
     assert harness.wait("running").tokens == alone.tokens
-    # Short pieces, and never two of them between two tokens.
+    # Short chunks, and never two of them between two tokens.
     whole = [SCORED_TOKENS] * 5 + [9]
-    assert [length for length in pieces if length] == 3 * whole
-    assert not any(first and second for first, second in itertools.pairwise(pieces))
+    assert [length for length in chunks if length] == 3 * whole
+    assert not any(first and second for first, second in itertools.pairwise(chunks))
     idle = harness.engine.add_version(
         *(3, cpu_decoder(model, SLOTS), byte_tokenizer(), model.config.context_length),
         [tuple(window) for window in windows.tolist()],
     )
     assert idle.result(HANG_S) == loss.result()
-    assert pieces[-6:] == [64, 25] * 3
+    assert chunks[-6:] == [64, 25] * 3
 
 
 def test_a_known_version_is_prepared_before_one_that_is_examined(harness: Harness) -> None:
@@ -277,7 +277,7 @@ def test_a_prompt_with_a_cached_prefix_is_computed_from_its_end() -> None:
     finally:
         harness.engine.stop()
     cached = [one.finished.cached_prompt_tokens for one in (first, other, same, parted, short, elsewhere)]
-    # The last token of a prompt is always read, and nothing comes from another version.
+    # The last token of a prompt is always computed, and no block comes from another version.
     assert cached == [0, 0, 64, 64, 0, 0]
     assert first.tokens == same.tokens == elsewhere.tokens != parted.tokens
 

@@ -5,7 +5,7 @@ from inference_service.engine.detokenizer import Detokenizer
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """The text before the first place at which a stop is complete, found without any stream."""
+    """Returns the text before the stop that completes first, found without a stream."""
     for end in range(len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -13,10 +13,10 @@ def cut(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-def run(pieces: list[bytes], stops: list[str]) -> tuple[list[str], str | None]:
-    detokenizer = Detokenizer(lambda token: pieces[token], stops)
+def run(tokens: list[bytes], stops: list[str]) -> tuple[list[str], str | None]:
+    detokenizer = Detokenizer(lambda token: tokens[token], stops)
     texts = []
-    for token in range(len(pieces)):
+    for token in range(len(tokens)):
         texts.append(detokenizer.add(token))
         if detokenizer.matched_stop is not None:
             break
@@ -24,7 +24,7 @@ def run(pieces: list[bytes], stops: list[str]) -> tuple[list[str], str | None]:
     return texts, detokenizer.matched_stop
 
 
-pieces_of_text = (
+tokens_of_text = (
     st.text(alphabet="abé\n€🙂", max_size=30)
     .map(str.encode)
     .flatmap(
@@ -33,16 +33,16 @@ pieces_of_text = (
         )
     )
 )
-any_pieces = st.lists(st.binary(max_size=5), max_size=12)
+any_tokens = st.lists(st.binary(max_size=5), max_size=12)
 stops = st.lists(st.text(alphabet="abé\n€🙂\ufffd", min_size=1, max_size=4), max_size=3)
 
 
-@given(pieces=st.one_of(pieces_of_text, any_pieces), stops=stops)
-@example(pieces=[b"\xe2\x82", b"(", b"\xf0\x9f"], stops=[])
-@example(pieces=[b"aa", b"ab"], stops=["ab", "aab"])
-def test_the_stream_equals_the_whole_text_cut_at_the_stop(pieces: list[bytes], stops: list[str]) -> None:
-    texts, matched = run(pieces, stops)
-    assert ("".join(texts), matched) == cut(b"".join(pieces).decode("utf-8", errors="replace"), stops)
+@given(tokens=st.one_of(tokens_of_text, any_tokens), stops=stops)
+@example(tokens=[b"\xe2\x82", b"(", b"\xf0\x9f"], stops=[])
+@example(tokens=[b"aa", b"ab"], stops=["ab", "aab"])
+def test_the_stream_equals_the_whole_text_cut_at_the_stop(tokens: list[bytes], stops: list[str]) -> None:
+    texts, matched = run(tokens, stops)
+    assert ("".join(texts), matched) == cut(b"".join(tokens).decode("utf-8", errors="replace"), stops)
 
 
 def test_a_character_appears_when_its_last_byte_comes() -> None:

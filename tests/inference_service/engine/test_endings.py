@@ -1,4 +1,4 @@
-"""How streams end: cancelled, too late, broken, stuck."""
+"""Streams end by a cancel, a deadline, a failure, or a stuck step."""
 
 import gc
 import logging
@@ -24,7 +24,7 @@ from tests.fakes import byte_tokenizer, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, Result, break_forward, request
 from tests.waiting import HANG_S
 
-# Where a stream stands: its prompt of two chunks, read in one step each.
+# The stages of a stream whose prompt has two chunks, computed in one step each.
 STAGES = ["waiting", "reading", "decoding"]
 PROMPT = "x" * 80
 
@@ -86,7 +86,7 @@ def test_a_deadline_ends_a_request_at_every_stage(
 
 
 def test_a_half_computed_prompt_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device whose attention multiplies what it masks: what is not finite there would reach the next stream."""
+    """On a device whose attention multiplies masked numbers, NaN in a slot would reach the next stream."""
     harness = Harness(slots=2)
     model = tiny_model(0)
     model.position_embedding.weight[40] = mx.nan
@@ -131,7 +131,7 @@ def test_a_step_that_does_not_end_shows(harness: Harness, monkeypatch: pytest.Mo
             assert time.monotonic() < deadline
         waiting = harness.engine.remove_version(1)
         assert not harness.engine.stop(timeout_s=0.0)
-        # Nobody waits for what a stuck engine never does.
+        # A future fails if a stuck engine is closed.
         with pytest.raises(Unavailable, match="stopping"):
             waiting.result(HANG_S)
         go_on.set()
@@ -169,7 +169,7 @@ def test_ten_thousand_cancels_leave_memory_flat(harness: Harness) -> None:
     after = accelerator.memory()
     assert after.active_bytes <= before.active_bytes
     assert after.resident_bytes - before.resident_bytes < 4 << 20
-    # Where the machine holds this thread up, a stream can have its last token before it is cancelled.
+    # If the machine delays this thread, a stream can get its last token before the cancel.
     assert reasons[FinishReason.CANCELLED] > 10_000
     assert harness.engine._inbox._open == {} and harness.engine._requests == {}
 

@@ -1,4 +1,4 @@
-"""What a stream of the engine gives."""
+"""The output of a stream of the engine."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def test_bias_and_penalties_change_what_is_drawn(harness: Harness) -> None:
     (penalised,) = harness.generate(request("penalised", sampling=tired))
     assert biased.tokens == [ord("q")] * 20
     assert ord("q") not in plain.tokens
-    # After so many times the penalty outweighs the bias.
+    # After this many draws the penalty outweighs the bias.
     assert penalised.tokens[0] == ord("q") != penalised.tokens[-1]
     assert penalised.tokens.count(ord("q")) < 15
 

@@ -1,4 +1,4 @@
-"""Steps that fail and numbers that are not finite: whom they end, and whom not."""
+"""Failed steps and numbers that are not finite end some streams and not others."""
 
 import threading
 from collections.abc import Sequence

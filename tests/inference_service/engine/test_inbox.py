@@ -1,4 +1,4 @@
-"""What other threads ask of the engine, without the engine."""
+"""The inbox, without an engine."""
 
 import threading
 from concurrent.futures import Future
@@ -66,7 +66,7 @@ def test_a_closed_inbox_rejects_commands_and_fails_its_futures_with_the_first_re
     inbox.close("It is over.")
     inbox.close("Again.")
     inbox.promise(after, nothing)
-    # The engine may still be about to.
+    # The engine may still resolve it.
     inbox.keep(before, 3)
     for promise in (before, after):
         with pytest.raises(Unavailable, match=r"It is over\."):

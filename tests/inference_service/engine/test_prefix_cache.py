@@ -1,4 +1,4 @@
-"""The cache of what prompts began with, on pieces that say which tokens they hold."""
+"""The prefix cache, with blocks that name their tokens."""
 
 from functools import partial
 
@@ -15,17 +15,17 @@ def tokens(*blocks: int) -> Tokens:
 
 
 def keep(cache: PrefixCache, *blocks: int) -> None:
-    """Reads a prompt from its start, as the engine does."""
+    """Computes a prompt from its start, as the engine does."""
     for end in range(1, len(blocks) + 1):
         cache.keep(tokens(*blocks[:end]), partial(tokens, *blocks[:end]))
 
 
 def found(cache: PrefixCache, *blocks: int) -> int:
-    """With how many blocks a prompt begins; each is the one that belongs there."""
-    pieces = cache.find((*tokens(*blocks), 99))
-    for end, piece in enumerate(pieces, start=1):
-        assert piece == tokens(*blocks[:end])
-    return len(pieces)
+    """Returns how many cached blocks a prompt begins with, each of which must be the right one."""
+    cached = cache.find((*tokens(*blocks), 99))
+    for end, block in enumerate(cached, start=1):
+        assert block == tokens(*blocks[:end])
+    return len(cached)
 
 
 def test_the_common_prefix_of_a_prompt_is_found() -> None:
@@ -35,7 +35,7 @@ def test_the_common_prefix_of_a_prompt_is_found() -> None:
     assert found(cache, 1, 2, 4) == 2
     # The same block after another one is another block.
     assert found(cache, 2, 2) == 0
-    # The last token of a prompt is always left to be read.
+    # The last token of a prompt is always left to be computed.
     assert len(cache.find(tokens(1, 2))) == 1
     cache.clear()
     assert found(cache, 1) == 0

@@ -1,4 +1,4 @@
-"""What the scheduler promises, with made-up tokens instead of a model."""
+"""The promises of the scheduler, with made-up tokens instead of a model."""
 
 import math
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def group(name: str, prompt: int, max_tokens: int = 3, samples: int = 1) -> Grou
 
 
 def carry_out(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
-    """Carries out a step; those that got a token."""
+    """Carries out a step and returns the sequences that got a token."""
     scheduler.record(plan)
     drawn = [row.sequence for row in plan.rows]
     drawn += [sequence for chunk in plan.chunks if chunk.ends_prompt for sequence in chunk.group]
@@ -36,7 +36,7 @@ def carry_out(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
 
 
 def step(scheduler: Scheduler, budget: int = BUDGET) -> list[str]:
-    """Admits, plans and carries out one step; the names that got a token."""
+    """Admits, plans and carries out one step; returns the names that got a token."""
     scheduler.admit()
     plan = scheduler.plan(budget)
     return [] if plan is None else [sequence.request.id for sequence in carry_out(scheduler, plan)]
@@ -118,7 +118,7 @@ def test_a_full_context_ends_a_sequence() -> None:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that comes before a step, and is cancelled so many steps later."""
+    """A request that arrives before a step and is cancelled this many steps later."""
 
     step: int
     prompt: int
@@ -129,7 +129,7 @@ class Arrival:
 
 @dataclass
 class Watched:
-    """A request that the test follows, with the bounds that held for it when they began to."""
+    """A request that the test follows, with its bounds from the moment at which they began."""
 
     group: Group
     arrived: int
@@ -138,7 +138,7 @@ class Watched:
     first_token_by: float = math.inf
 
 
-# Many at once, long prompts before short ones, and such that come exactly when a slot is free.
+# Many at once, long prompts before short ones, and arrivals exactly when a slot becomes free.
 arrivals = st.lists(
     st.builds(
         Arrival,
@@ -159,7 +159,7 @@ def chunks_of(tokens: int, read: int = 0) -> int:
 
 @given(slots=st.integers(3, 5), per_step=st.integers(1, 4), rest=st.integers(0, SPAN_TOKENS - 1), arrivals=arrivals)
 def test_no_request_waits_longer_than_promised(slots: int, per_step: int, rest: int, arrivals: list[Arrival]) -> None:
-    """The bounds of the scheduler's own description, whatever comes and is cancelled."""
+    """The bounds in the scheduler's docstring hold for any arrivals and cancels."""
     budget = per_step * SPAN_TOKENS + rest
     longest = max(chunks_of(one.prompt) for one in arrivals)
     h = math.ceil(slots * longest / per_step) + max(one.max_tokens for one in arrivals)
@@ -190,7 +190,7 @@ def test_no_request_waits_longer_than_promised(slots: int, per_step: int, rest: 
         for admitted in scheduler.admit():
             (one,) = (one for one in watched if one.group is admitted)
             assert now <= one.slots_by
-            # Nobody who came later has a slot.
+            # No later request has a slot.
             assert all(other.admitted is None for other in watched if watched.index(other) > watched.index(one))
             one.admitted = now
             unread = sum(
@@ -198,7 +198,7 @@ def test_no_request_waits_longer_than_promised(slots: int, per_step: int, rest: 
                 for other in watched
                 if other.admitted is not None and other.group[0] in scheduler.sequences and not other.group[0].prefilled
             )
-            # In the step of its slot at the earliest.
+            # Not before the step of its slot.
             one.first_token_by = now + math.ceil(unread / per_step) - 1
         plan = scheduler.plan(budget)
         decoding = [sequence for sequence in scheduler.sequences if sequence.prefilled]
@@ -218,7 +218,7 @@ def test_no_request_waits_longer_than_promised(slots: int, per_step: int, rest: 
 
 
 def check_sound(scheduler: Scheduler, plan: Plan, slots: int) -> None:
-    """No slot serves two, no chunk leaves a gap or crosses a border."""
+    """Asserts that no slot serves two sequences, and that no chunk leaves a gap or crosses a limit."""
     held = [row.slot for row in plan.rows]
     for chunk in {chunk.group: chunk for chunk in plan.chunks}.values():
         held += chunk.slots
@@ -231,7 +231,7 @@ def check_sound(scheduler: Scheduler, plan: Plan, slots: int) -> None:
 
 
 def test_versions_take_turns_at_a_shared_budget() -> None:
-    """As the engine shares it: whoever has read goes to the end."""
+    """Shares the budget like the engine: a version that computed prompts goes last."""
     lanes = {version: Scheduler(2) for version in range(3)}
     for version, lane in lanes.items():
         lane.add(group(str(version), 10 * BUDGET, max_tokens=1))

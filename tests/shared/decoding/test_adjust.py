@@ -1,4 +1,4 @@
-"""Penalties and bias: what changes a model's logits before a token is drawn."""
+"""Penalties and bias, which change a model's logits before a token is drawn."""
 
 import math
 from collections import Counter
@@ -96,7 +96,7 @@ def test_the_repetition_penalty_comes_before_additions() -> None:
     "parameters",
     [
         SamplingParameters(temperature=0.3, top_k=3, top_p=0.5, min_p=0.1),
-        # Nothing was generated, so that these have nothing to penalise.
+        # No token was generated, so these penalties do not apply.
         SamplingParameters(presence_penalty=1.0, frequency_penalty=1.0),
     ],
     ids=str,

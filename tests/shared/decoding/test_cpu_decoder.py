@@ -1,4 +1,4 @@
-"""Bit for bit, what a row gets on a CPU depends on the tokens of its slot alone; and in every shape it is right.
+"""On a CPU, the bits of a row depend only on the tokens of its slot, and they are right in every shape.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -29,7 +29,7 @@ from tests.shared.gpt.random_models import forward, full_forward, models, random
 # Relative to the largest logit.
 TOLERANCE = 5e-6
 
-# Head widths 8 to 80, the other widths no multiples of a vector; contexts no multiples of a span.
+# Head widths from 8 to 80; most other widths are not multiples of a vector, and no context is one of a span.
 SHAPES = {
     "8": GPTConfig(2, 24, 3, 50, 70, 97, tied_head=True),
     "11": GPTConfig(2, 33, 3, 100, 45, 61, tied_head=False),
@@ -43,7 +43,7 @@ shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 
 
 def decode_alone(model: GPT, tokens: Sequence[int], library: ctypes.CDLL | None = None) -> np.ndarray:
-    """Returns the logits (T, V) after each token, which are read one by one."""
+    """Returns the logits (T, V) after each token, computed one by one."""
     decoder = CpuDecoder(model, 1, 1, library or cpu_library())
     return np.stack([forward(decoder, [Span(0, place, (token,))])[0] for place, token in enumerate(tokens)])
 
@@ -113,7 +113,7 @@ def test_narrower_vectors_give_the_same_results(narrow_library: ctypes.CDLL, sha
 
 
 class Bits(RuleBasedStateMachine):
-    """Sequences of one text in slots that are read in any pieces, copied and read back."""
+    """Sequences of one text in slots, computed in any chunks, copied and read back."""
 
     SLOTS = 5
 
@@ -129,7 +129,7 @@ class Bits(RuleBasedStateMachine):
     def read_tokens(self, data: st.DataObject, slots: list[int]) -> None:
         spans = []
         for slot in slots:
-            # From any position that was read on, so that a sequence can also begin anew.
+            # From any computed position, so that a sequence can also start again.
             start = data.draw(st.integers(0, min(self.read[slot], self.length - 1)), "start")
             cuts = data.draw(st.sets(st.integers(start + 1, self.length), min_size=1, max_size=3), "cuts")
             for end in sorted(cuts):
@@ -157,7 +157,7 @@ def test_chunks_copies_and_neighbours_do_not_change_one_bit() -> None:
     run_state_machine_as_test(Bits, settings=settings(max_examples=60, stateful_step_count=12))
 
 
-# Far from what a good model computes
+# Numbers that a good model does not have
 
 
 def test_nan_stays_in_its_row_and_leaves_with_it() -> None:
@@ -168,12 +168,12 @@ def test_nan_stays_in_its_row_and_leaves_with_it() -> None:
     expected = decode_alone(model, text)
     model.token_embedding.weight[spoiled] = mx.nan
     decoder = cpu_decoder(model, 1, 1)
-    # All rows in one step: those before do not meet it, those after do.
+    # All rows in one step: only those after the token attend to it.
     tokens = (*text[:20], spoiled, *text[21:])
     logits = np.stack(forward(decoder, [Span(0, place, (token,)) for place, token in enumerate(tokens)]))
     assert np.array_equal(logits[:20], expected[:20])
     assert np.isnan(logits[20:]).all()
-    # Nothing clears the slot, and it goes on where it was right.
+    # The slot is not cleared, and continues from a position before the token.
     assert np.array_equal(forward(decoder, [Span(0, 15, text[15:21])])[0], expected[20])
     assert np.array_equal(forward(decoder, [Span(0, 0, text)])[0], expected[-1])
 
@@ -188,13 +188,13 @@ def test_large_numbers_do_not_overflow_in_the_activation(size: float) -> None:
     assert_agrees(model, text, decode_alone(model, text))
 
 
-# The last digits of so large a score are no small part of the weight that it gives.
+# The last digits of a large score change its weight a lot.
 @pytest.mark.parametrize(("size", "tolerance"), [(100.0, 1e-5), (1e4, 1e-3)])
 def test_large_scores_do_not_overflow_in_the_softmax(size: float, tolerance: float) -> None:
     config = SHAPES["12"]
     model = random_model(config, 1)
     for block in model.blocks:
-        # All queries and all keys lie far out in one direction.
+        # All queries and all keys are large in one direction.
         bias = block.attention.qkv.bias
         bias[: config.width] += 10.0
         bias[config.width : 2 * config.width] += size / 10 / config.head_width**0.5

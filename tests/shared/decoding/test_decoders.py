@@ -1,4 +1,4 @@
-"""What both decoders promise, beside the plain forward of the model.
+"""The promises of both decoders, compared with the plain forward of the model.
 
 Shapes: T tokens, S positions of the context, V vocabulary.
 """
@@ -41,7 +41,7 @@ with_together = pytest.mark.parametrize(
 
 
 def spans_of(slot: int, start: int, tokens: tuple[int, ...]) -> list[Span]:
-    """Tokens from a position on, in the spans in which a prompt is read."""
+    """Returns tokens from a position on, in the spans of a prompt."""
     assert start % SPAN_TOKENS == 0 or len(tokens) == 1
     return [
         Span(slot, start + first, tokens[first : first + SPAN_TOKENS]) for first in range(0, len(tokens), SPAN_TOKENS)
@@ -58,14 +58,14 @@ SOUND = replace(CONFIG, vocabulary_size=SPOILED)
 
 
 def spoiled_model() -> GPT:
-    """That of `random_model(CONFIG, 1)`, but for one token."""
+    """Returns `random_model(CONFIG, 1)` with one token that is not finite."""
     model = random_model(CONFIG, 1)
     model.token_embedding.weight[SPOILED] = mx.nan
     return model
 
 
 class Slots(RuleBasedStateMachine):
-    """A decoder beside the tokens that each of its slots should hold."""
+    """A decoder, and the tokens that each of its slots should hold."""
 
     def make(self, model: GPT) -> Decoder:
         raise NotImplementedError
@@ -76,7 +76,7 @@ class Slots(RuleBasedStateMachine):
         self.context_length = model.config.context_length
         self.decoder = self.make(model)
         self.held: list[tuple[int, ...]] = [()] * SLOTS
-        # Tokens that were in a slot, and what was read of it then.
+        # Tokens that were in a slot, and the blocks that were read from it then.
         self.kept: list[tuple[tuple[int, ...], Any]] = []
 
     @rule(data=st.data(), seed=seeds, slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
@@ -106,18 +106,18 @@ class Slots(RuleBasedStateMachine):
     @rule(slot=st.integers(0, SLOTS - 1))
     def keep(self, slot: int) -> None:
         tokens = self.held[slot]
-        pieces = [
+        blocks = [
             (start, self.decoder.read(slot, start, min(start + SPAN_TOKENS, len(tokens))))
             for start in range(0, len(tokens), SPAN_TOKENS)
         ]
-        self.kept.append((tokens, pieces))
+        self.kept.append((tokens, blocks))
 
     @precondition(lambda self: self.kept)
     @rule(data=st.data(), slot=st.integers(0, SLOTS - 1))
     def restore(self, data: st.DataObject, slot: int) -> None:
-        self.held[slot], pieces = data.draw(st.sampled_from(self.kept), "kept")
-        for start, piece in pieces:
-            self.decoder.write(slot, start, piece)
+        self.held[slot], blocks = data.draw(st.sampled_from(self.kept), "kept")
+        for start, block in blocks:
+            self.decoder.write(slot, start, block)
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def clear(self, slot: int) -> None:
@@ -149,7 +149,7 @@ def test_the_whole_context_can_be_filled(make: MakeDecoder, context_length: int,
     expected = full_forward(model, tokens)
     for slot in (0, 1):
         assert_close(forward(decoder, spans_of(slot, 0, tokens))[-1], expected[-1])
-    # Token by token in one slot, while the other is full and waits or reads its last token again.
+    # Token by token in one slot, while the other is full and waits or computes its last token again.
     last = Span(1, context_length - 1, tokens[-1:])
     for position, token in enumerate(tokens):
         assert_close(forward(decoder, [Span(0, position, (token,))])[0], expected[position])
@@ -176,7 +176,7 @@ def test_slots_get_a_prefix_of_another_slot(make: MakeDecoder, length: int) -> N
     decoder = make(model, SLOTS)
     tokens = random_text(CONFIG, 1, 80)
     expected = full_forward(model, tokens)
-    # The targets held less and more before; and they wait for a step in which others take part.
+    # The targets held fewer and more tokens before, and they wait for a step with other slots.
     for slot, count in ((0, 3), (3, 150)):
         forward(decoder, spans_of(slot, 0, random_text(CONFIG, slot + 2, count)))
     forward(decoder, spans_of(2, 0, tokens[:70]))
@@ -193,11 +193,11 @@ def test_reading_a_slot_returns_a_copy(make: MakeDecoder) -> None:
     decoder = make(model, 2)
     first, second = random_text(CONFIG, 1, 65), random_text(CONFIG, 2, 64)
     expected = forward(decoder, spans_of(0, 0, first))[1]
-    piece = decoder.read(0, 0, 64)
+    block = decoder.read(0, 0, 64)
     forward(decoder, spans_of(0, 0, second))
-    decoder.write(1, 0, piece)
+    decoder.write(1, 0, block)
     forward(decoder, spans_of(1, 0, second))
-    decoder.write(0, 0, piece)
+    decoder.write(0, 0, block)
     assert np.array_equal(forward(decoder, [Span(0, 64, first[64:])])[0], expected)
 
 
@@ -266,7 +266,7 @@ def test_scores_agree_with_the_plain_loss_in_any_chunks(make: MakeDecoder, lengt
     model = random_model(CONFIG, 1)
     decoder = make(model, SLOTS)
     tokens = random_text(CONFIG, 3, 150)
-    # What a slot holds from before plays no part.
+    # Earlier content of the slot does not matter.
     forward(decoder, spans_of(2, 0, random_text(CONFIG, 4, 100)))
     losses: list[float] = []
     for length in lengths:
@@ -275,7 +275,7 @@ def test_scores_agree_with_the_plain_loss_in_any_chunks(make: MakeDecoder, lengt
     logits = full_forward(model, tokens[:-1]).astype(np.float64)
     expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(149), tokens[1:]]
     np.testing.assert_allclose(losses, expected, rtol=0, atol=TOLERANCE)
-    # The slot can be decoded on.
+    # The slot can decode further.
     assert_close(forward(decoder, [Span(2, 149, tokens[149:])])[0], full_forward(model, tokens)[149])
 
 

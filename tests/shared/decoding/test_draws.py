@@ -1,4 +1,4 @@
-"""What both decoders draw where a request has nothing but a temperature, beside the exact distribution.
+"""The draws of both decoders for requests with only a temperature, compared with the exact distribution.
 
 Shapes: K rows, V vocabulary.
 """
@@ -30,7 +30,7 @@ both = pytest.mark.parametrize("make", [partial(cpu_decoder, threads=2), mlx_dec
 
 
 def decoder_of(make: MakeDecoder, logits: list[float]) -> Decoder:
-    """One whose logits (V,) are the same after every token."""
+    """Returns a decoder whose logits (V,) are the same after every token."""
     model = random_model(replace(CONFIG, vocabulary_size=len(logits)), 1)
     model.final_norm.weight = mx.zeros(CONFIG.width)
     model.final_norm.bias = (mx.arange(CONFIG.width) == 0).astype(mx.float32)
@@ -39,7 +39,7 @@ def decoder_of(make: MakeDecoder, logits: list[float]) -> Decoder:
 
 
 def some_rows(decoder: Decoder, vocabulary_size: int) -> Sequence[Any]:
-    """Logits after a prompt and after single tokens of other slots, all read in one step."""
+    """Returns logits after a prompt and after single tokens of other slots, computed in one step."""
     text = random_text(replace(CONFIG, vocabulary_size=vocabulary_size), 1, 20)
     return decoder.forward([Span(2, 0, text), *(Span(slot, 0, (text[slot],)) for slot in (0, 1, 3))])
 
@@ -49,7 +49,7 @@ def draws(row: Any, temperature: float, masked: int | None = None, count: int = 
 
 
 def assert_drawn(draw: TemperatureSampling, logits: np.ndarray, token: int | None) -> None:
-    """The number of a draw falls into the token's part of the unit interval, up to rounding."""
+    """Asserts that the number of a draw is in the token's part of the unit interval, up to rounding."""
     values = logits.astype(np.float64)
     if draw.masked is not None:
         values[draw.masked] = -np.inf
@@ -70,7 +70,7 @@ def test_a_draw_follows_the_exact_distribution(make: MakeDecoder, vocabulary_siz
     model = random_model(replace(CONFIG, vocabulary_size=vocabulary_size), 1)
     decoder = make(model, SLOTS)
     rows = some_rows(decoder, vocabulary_size)
-    # Every row, with and without the likeliest token, by several seeds as of samples of one prompt.
+    # Every row, with and without the likeliest token, with several seeds as for the samples of one prompt.
     wanted = [
         draw
         for row in rows

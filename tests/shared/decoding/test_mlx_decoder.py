@@ -1,4 +1,4 @@
-"""What the programs for a GPU promise besides; MLX runs them on a CPU too."""
+"""Further promises of the programs for a GPU, which MLX can also run on a CPU."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ SLOTS = 4
 
 
 def prefill(decoder: MlxDecoder, slot: int, tokens: tuple[int, ...]) -> np.ndarray:
-    """The logits after tokens that a slot reads from its start on."""
+    """Returns the logits after tokens that a slot computes from its start."""
     starts = range(0, len(tokens), SPAN_TOKENS)
     return forward(decoder, [Span(slot, start, tokens[start : start + SPAN_TOKENS]) for start in starts])[-1]
 
@@ -70,7 +70,7 @@ def test_another_version_of_the_same_shape_compiles_nothing_and_has_its_own_weig
     count = programs.compiled_shapes
     other = MlxDecoder(second, SLOTS, programs)
     warm_up(other)
-    # In turns, as versions do while one takes over from the other.
+    # In turns, like two versions during a swap.
     for _ in range(2):
         for model, mine in ((first, decoder), (second, other)):
             expected = full_forward(model, tokens)
@@ -89,7 +89,7 @@ def test_another_number_of_slots_is_another_shape() -> None:
     assert programs.compiled_shapes > count
 
 
-# A CPU's products give a row other last digits in another place, so nothing is read together there.
+# On a CPU, a row gets other last digits in another place of a product, so spans are not computed together there.
 TOGETHER = pytest.param(
     replace(CONFIG, width=384, heads=8, hidden_width=1536),
     8,
@@ -103,7 +103,7 @@ TOGETHER = pytest.param(
 def test_neighbours_do_not_change_one_bit(
     config: GPTConfig, together: int, slot: int, length: int, data: st.DataObject
 ) -> None:
-    """A prompt and ten tokens after it, alone and beside slots that are read, decoded, copied and cleared."""
+    """A prompt and ten tokens, alone and beside slots that are prefilled, decoded, copied and cleared."""
     model = random_model(config, 1)
     alone, among = (MlxDecoder(model, SLOTS, ProgramCache(), together) for _ in range(2))
     tokens = random_text(config, length, length + 10)
@@ -111,7 +111,7 @@ def test_neighbours_do_not_change_one_bit(
     filled = dict.fromkeys(others, 0)
 
     def neighbours() -> list[Span]:
-        """What some of the other slots do in the same step, after what they do between two steps."""
+        """Returns the spans of other slots in the same step, after operations on those slots between two steps."""
         for other in data.draw(st.sets(st.sampled_from(others)), "copied"):
             among.copy(slot, [other], 16)
             filled[other] = 16
@@ -150,11 +150,11 @@ def test_a_block_written_back_does_not_change_one_bit() -> None:
     decoder = MlxDecoder(random_model(CONFIG, 1), SLOTS, ProgramCache())
     tokens = random_text(CONFIG, 1, 90)
     prefill(decoder, 2, tokens[:70])
-    pieces = [(0, decoder.read(2, 0, 64)), (64, decoder.read(2, 64, 70))]
+    blocks = [(0, decoder.read(2, 0, 64)), (64, decoder.read(2, 64, 70))]
     expected = [forward(decoder, [Span(2, place, tokens[place : place + 1])])[0] for place in range(70, 90)]
     decoder.reset()
-    for start, piece in pieces:
-        decoder.write(2, start, piece)
+    for start, block in blocks:
+        decoder.write(2, start, block)
     for place, logits in enumerate(expected, 70):
         assert np.array_equal(forward(decoder, [Span(2, place, tokens[place : place + 1])])[0], logits)
 

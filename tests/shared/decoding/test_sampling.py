@@ -25,8 +25,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def exact_distribution(logits: np.ndarray, parameters: SamplingParameters) -> np.ndarray:
-    """The order of Hugging Face's `generate`: temperature, top-k, top-p, min-p, each on what the one before left. Token
-    by token, in 64 bits."""
+    """Computes the distribution token by token, in 64 bits.
+
+    The order is that of Hugging Face's `generate`: temperature, top-k, top-p, min-p, each on the result of the one
+    before.
+    """
     values = logits.tolist()
     weights = [math.exp((value - max(values)) / parameters.temperature) for value in values]
     kept = sorted(range(len(values)), key=lambda token: -weights[token])[: parameters.top_k or None]
@@ -46,7 +49,7 @@ def exact_distribution(logits: np.ndarray, parameters: SamplingParameters) -> np
 
 
 def distribution(logits: np.ndarray, parameters: SamplingParameters) -> np.ndarray:
-    """The probabilities (V,) that a draw at a temperature above 0 follows."""
+    """Returns the probabilities (V,) of a draw at a temperature above 0."""
     tokens, weights = candidates(logits, parameters)
     probabilities = np.zeros(logits.shape)
     probabilities[slice(None) if tokens is None else tokens] = weights / weights.sum(dtype=np.float64)
@@ -54,7 +57,7 @@ def distribution(logits: np.ndarray, parameters: SamplingParameters) -> np.ndarr
 
 
 def highest_chance_chi_square(freedom: int) -> float:
-    """What a chi-square of so many degrees of freedom exceeds once in a million times
+    """Returns the value that a chi-square with these degrees of freedom exceeds once in a million times
     (Wilson & Hilferty 1931, "The distribution of chi-square")."""
     normal = 4.753424
     spread = 2 / (9 * freedom)
@@ -62,7 +65,7 @@ def highest_chance_chi_square(freedom: int) -> float:
 
 
 def assert_drawn_from(probabilities: np.ndarray, counts: np.ndarray) -> None:
-    """Counts follow probabilities (Pearson 1900); what is too rare for the statistic is counted together."""
+    """Asserts that counts follow probabilities (Pearson 1900), with rare tokens counted together."""
     assert counts[probabilities == 0].sum() == 0
     expected = probabilities * counts.sum()
     rare = expected < 5
@@ -109,7 +112,7 @@ def test_a_draw_matches_the_exact_distribution(temperature: float) -> None:
     probabilities = exact_distribution(logits, parameters)
     places = [(seed, position) for seed in range(50) for position in range(40)]
     other = sum(sample(logits, parameters, *place) != draw(probabilities, uniform(*place)) for place in places)
-    # Rounding may shift a border by a millionth.
+    # Rounding may shift a limit by a millionth.
     assert other <= 2
 
 
@@ -131,7 +134,7 @@ def test_the_filters_apply_in_their_order(
 ) -> None:
     logits = (4 * np.random.default_rng(seed).standard_normal(size)).astype(np.float32)
     if whole_numbers:
-        # Many are equally likely, so that borders lie among equals.
+        # Many are equally likely, so that limits fall among equals.
         logits = logits.round()
     expected = exact_distribution(logits, parameters)
     assert distribution(logits, parameters) == pytest.approx(expected, rel=1e-4, abs=1e-12)
@@ -208,7 +211,7 @@ def test_a_draw_depends_only_on_seed_and_position() -> None:
     parameters = SamplingParameters(temperature=2.0, top_p=0.9)
     places = [(seed, position) for seed in range(20) for position in range(20)]
     first = {place: sample(logits, parameters, *place) for place in places}
-    # In another order, after other draws, whatever NumPy's own generator holds.
+    # In another order, after other draws, with another state of NumPy's own generator.
     for seed, position in reversed(places):
         np.random.seed(position)
         sample(logits, SamplingParameters(temperature=1.0), position, seed)

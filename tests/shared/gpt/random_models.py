@@ -1,4 +1,4 @@
-"""Small random models whose biases and LayerNorms are random too, texts for them, and their logits.
+"""Small random models with random biases and LayerNorms, texts for them, and their logits.
 
 Shapes: T tokens, V vocabulary.
 """
@@ -18,7 +18,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def random_model(config: GPTConfig, seed: int) -> GPT:
-    """Every parameter is random, and so large that each shows in the logits, whose size is a few units."""
+    """Returns a model of random parameters, large enough that each one changes the logits, which are a few units."""
     generator = np.random.default_rng(seed)
     model = GPT(config)
 
@@ -43,7 +43,7 @@ def models(draw: st.DrawFn, longest_context: int = 21) -> GPT:
     heads = draw(st.integers(1, 4))
     config = GPTConfig(
         layers=draw(st.integers(1, 3)),
-        # The LayerNorm of fewer numbers can be so steep that rounding shows.
+        # The LayerNorm of fewer numbers can amplify rounding.
         width=heads * draw(st.integers(-(-8 // heads), 11)),
         heads=heads,
         hidden_width=draw(st.integers(1, 40)),
@@ -55,7 +55,7 @@ def models(draw: st.DrawFn, longest_context: int = 21) -> GPT:
 
 
 def random_tokens(config: GPTConfig, seed: int, *shape: int) -> np.ndarray:
-    """Tokens of the vocabulary."""
+    """Returns random tokens of the vocabulary."""
     return np.random.default_rng(seed).integers(0, config.vocabulary_size, shape)
 
 
@@ -65,10 +65,10 @@ def random_text(config: GPTConfig, seed: int, length: int) -> tuple[int, ...]:
 
 
 def full_forward(model: GPT, tokens: Sequence[int]) -> np.ndarray:
-    """The logits (T, V) after each token, from the plain forward."""
+    """Returns the logits (T, V) after each token, from the plain forward."""
     return np.asarray(model(mx.array([tokens]))[0])
 
 
 def forward(decoder: Decoder, spans: Sequence[Span]) -> list[np.ndarray]:
-    """The logits (V,) after each span, which stay."""
+    """Returns a copy of the logits (V,) after each span."""
     return [np.array(logits) for logits in decoder.forward(spans)]

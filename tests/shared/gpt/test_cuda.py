@@ -1,4 +1,4 @@
-"""The NVIDIA kernels against the plain formulas in fp32. A number of bf16 has 8 bits, so 2**-8 is its rounding."""
+"""The NVIDIA kernels against the plain formulas in fp32. A bf16 number has 8 bits, so 2**-8 is its rounding."""
 
 from collections.abc import Callable
 from typing import Any

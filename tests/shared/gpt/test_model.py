@@ -19,7 +19,7 @@ CONFIG = GPTConfig(
 
 
 def arrays_of(model: Any) -> dict[str, mx.array]:
-    """Every parameter by name; MLX types neither modules nor trees."""
+    """Returns all parameters by name, which MLX does not type."""
     flat: Any = tree_flatten(model.parameters())
     return dict(flat)
 

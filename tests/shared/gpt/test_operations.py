@@ -24,7 +24,7 @@ def assert_close(actual: mx.array, expected: mx.array | np.ndarray, tolerance: f
 
 
 def values_and_slopes(function: Function, *inputs: mx.array) -> list[mx.array]:
-    """The values, and the gradient to each input of a sum of the values under fixed random weights."""
+    """Returns the values, and the gradients of a fixed random weighted sum of the values."""
     values = function(*inputs)
     shapes = [value.shape for value in (values if isinstance(values, tuple) else (values,))]
     weights = [mx.random.normal(shape, key=mx.random.key(99 + index)) for index, shape in enumerate(shapes)]
@@ -86,7 +86,7 @@ def test_attention_and_its_gradients_agree_with_the_softmax(shape: tuple[int, in
 
 
 def test_attention_and_its_gradients_are_right_for_extreme_scores() -> None:
-    """Scores near -80, 0 and 80, so that a row has several keys beside those that are out of reach."""
+    """Scores near -80, 0 and 80, so that several keys of a row have weight and the others have none."""
     generator = np.random.default_rng(1)
     k = 80 * generator.choice([-1, 0, 1], (1, 2, 17, 1)) + generator.standard_normal((1, 2, 17, 1))
     inputs = mx.ones(k.shape), mx.array(k.astype(np.float32)), mx.random.normal((1, 2, 17, 4), key=mx.random.key(2))

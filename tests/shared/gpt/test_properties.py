@@ -1,4 +1,4 @@
-"""What must hold of every model, tried on small random ones."""
+"""Properties of every model, on small random ones."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def test_dropout_is_off_in_evaluation(model: GPT, seed: int) -> None:
 
 
 def constant_model(ones: str) -> GPT:
-    """A model in training whose residual stream is what one parameter, all ones, adds to it, less what is dropped."""
+    """Returns a model in training whose residual stream is one parameter of ones, minus the dropped numbers."""
     model = GPT(GPTConfig(1, 400, 1, 8, 25, 2, tied_head=False, dropout=0.25))
     names = parameters_of(model)
     assert ones in names
@@ -73,7 +73,7 @@ def constant_model(ones: str) -> GPT:
 def test_dropout_drops_its_share_in_training(place: str) -> None:
     mx.random.seed(1)
     hidden = np.array(constant_model(place).hidden(mx.zeros((1, 25), mx.int32)))
-    # The final LayerNorm leaves two values: one for what was dropped, a higher one for what was kept.
+    # The final LayerNorm has two values: one for dropped numbers, and a higher one for the others.
     share = (hidden < 0).mean()
     # Six standard deviations of a share of 10,000.
     assert share == pytest.approx(0.25, abs=6 * (0.25 * 0.75 / hidden.size) ** 0.5)
