@@ -1,4 +1,4 @@
-"""The inference server: wires the parts together and runs them until a signal, or until a part fails."""
+"""The inference server: builds its parts and runs them until a signal comes or a part fails."""
 
 import asyncio
 import gc
@@ -37,15 +37,15 @@ logger = logging.getLogger(__name__)
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 ADMIN_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["ModelAdminService"].full_name
-# So long the engine may take to finish its last step.
+# The engine may take this long to finish its last step.
 _LAST_STEP_S = 5.0
 _STUCK = "The engine is stuck and the server restarts; ask again in a moment."
 
 
 async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) -> bool:
-    """Serves until SIGTERM or SIGINT; whether it ended as asked, and not because a part failed.
+    """Serves until SIGTERM or SIGINT; returns True then, and False if a part failed.
 
-    Raises `AlreadyExists` where a port is in use. The process ends here, with code 1, where the engine is stuck.
+    Raises `AlreadyExists` if a port is in use. If the engine is stuck, the process ends here, with code 1.
     """
     loop = asyncio.get_running_loop()
     signals = Signals()
@@ -100,9 +100,9 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
 
     page = Address(settings.host, settings.metrics_port, HOST_VARIABLE, METRICS_PORT_VARIABLE)
     with metrics_page(collectors, page) as metrics_port:
-        # Before any call: what was refused is refused from the beginning on.
+        # Before any call, so that refused versions are refused from the start.
         await catalogue.look()
-        # What there is stays. A collection that went through it, as after each version, would keep streams waiting.
+        # The objects so far stay. To go through them at each garbage collection would delay streams.
         gc.collect()
         gc.freeze()
         port = await server.start(Address(settings.host, settings.port, HOST_VARIABLE, PORT_VARIABLE))

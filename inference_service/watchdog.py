@@ -1,4 +1,4 @@
-"""Health that is true: SERVING only while a version serves and the engine moves on."""
+"""Keeps health true: SERVING only while a version serves and the engine makes progress."""
 
 import asyncio
 import logging
@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 # A step that takes longer turns health to NOT_SERVING, within a second of its beginning, until it ends.
 _SLOW_S = 0.7
-# A piece of an examination may take so long: on a GPU it compiles a program, which takes a while the first time.
+# A part of an examination may take this long: on a GPU it compiles a program the first time.
 _EXAMINED_WITHIN_S = 600.0
 
 
 class Watchdog:
-    """Watches one engine, and the clients that read from it. `serves` says whether there is a version to serve,
-    `set_serving` changes health. A pause of the whole process is nobody's fault."""
+    """Watches one engine, and the clients that read from it. `serves` returns whether a version serves, `set_serving`
+    changes health. A pause of the whole process counts for no step."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Watchdog:
         self._write_timeouts = write_timeouts
 
     async def run(self) -> None:
-        """Returns when a step has taken so long that it will not end."""
+        """Returns when a step is stuck: it takes so long that it will not end."""
         healthy = False
         while True:
             self._pauses.look()

@@ -1,4 +1,4 @@
-"""What a version must be before it serves: whole, fit, finite, and as good as it says."""
+"""The checks of a version before it serves: its files are whole and fit together, and its loss is as it claims."""
 
 import math
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ TOLERANCE = 0.02
 
 
 class Refused(FailedPrecondition):
-    """A version must not serve; `reason` says why in a word. `loss` is that of its held-out windows, if it is known,
-    and `stands_on` as in `Finding`."""
+    """A version must not serve, for a `reason` in a word. `loss` is that of its held-out windows, if it is known, and
+    `stands_on` as in `Finding`."""
 
     def __init__(self, reason: str, clause: str, loss: float | None = None, stands_on: str | None = None) -> None:
         super().__init__(clause)
@@ -41,10 +41,10 @@ class Content:
 
 
 def read_content(registry: Registry, manifest: VersionManifest) -> Content:
-    """Reads a version; raises `Refused` where it cannot serve, `IncompleteCheckpoint` while it lacks files, and
-    `NotFound` or `OSError` where it cannot be read."""
+    """Reads a version; raises `Refused` if it cannot serve, `IncompleteCheckpoint` if it lacks files, and `NotFound` or
+    `OSError` if it cannot be read."""
     directory = registry.version_directory(manifest.version)
-    # Before they are read, so that what changes meanwhile shows.
+    # Before the files are read, so that a change meanwhile shows.
     state = files_state(directory)
     try:
         registry.verify(manifest)
@@ -71,7 +71,7 @@ def read_content(registry: Registry, manifest: VersionManifest) -> Content:
         raise Refused("not_finite", _clause(error)) from None
     except (CorruptCheckpoint, InvalidArgument, TypeError) as error:
         if isinstance(error.__cause__, OSError | RuntimeError):
-            # The files are whole, so there is no memory for them now, or the disk does not yield them.
+            # The files are whole, so memory is short, or the disk fails.
             raise OSError(str(error.__cause__)) from error
         if not directory.is_dir():
             raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
@@ -79,7 +79,7 @@ def read_content(registry: Registry, manifest: VersionManifest) -> Content:
 
 
 def check_loss(manifest: VersionManifest, loss: float) -> None:
-    """Compares the loss of the carried windows, as the version would serve them, with its claim; raises `Refused`."""
+    """Compares the loss of the held-out windows, as the version would serve them, with its claim; raises `Refused`."""
     if not math.isfinite(loss):
         raise Refused("not_finite", "its predictions of held-out text are not finite")
     if not abs(loss - manifest.claimed_loss) <= TOLERANCE:

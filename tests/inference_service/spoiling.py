@@ -1,4 +1,4 @@
-"""Ways to spoil a version's folder, for tests: before its files are hashed, or after."""
+"""Ways to spoil a version's folder, before its files are hashed or after."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ def spoil_weights(directory: Path) -> None:
 
 
 def huge_weights(directory: Path) -> None:
-    """Finite themselves, but not what they compute."""
+    """Makes weights that are finite, but whose results are not."""
     path = directory / "model.safetensors"
     arrays = load_arrays(path)
     arrays["head.weight"] = mx.full(arrays["head.weight"].shape, 3e38)

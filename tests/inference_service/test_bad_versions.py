@@ -1,4 +1,4 @@
-"""Versions that must not serve, dropped into the registry of a server whose streams never stop."""
+"""Versions that must not serve, published while a server has streams all the time."""
 
 import threading
 from collections.abc import Callable
@@ -27,12 +27,12 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.slow
 
 STREAMS = 6
-# What was changed before its commit, and after it.
+# Changes before the commit of a version, and after it.
 SPOILED = {"not_finite": [spoil_weights, huge_weights], "unfit": [other_shape]}
 CHANGED, INCOMPLETE = [flip_a_bit], [cut_off, lose_a_file]
 
 
-def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
+def test_bad_versions_never_serve_and_the_old_one_never_stops(tmp_path: Path) -> None:
     server = Server(tmp_path / "var", GPTLOOP_INFERENCE_GATE_MARGIN="0.05")
     staged = Registry(tmp_path / "staged")
     texts: list[str] = []
@@ -53,7 +53,7 @@ def test_none_serves_and_the_old_one_never_stops(tmp_path: Path) -> None:
                 texts.append(text_of(iter(events)))
 
     def drop(change: Callable[[Path], None]) -> None:
-        """Puts a version there that was changed after its commit, in one move."""
+        """Publishes a version that was changed after its commit, in one move."""
         version = 0
         while version <= len(server.registry.versions()):
             version = publish_tiny_version(staged, 0.1).version

@@ -1,4 +1,4 @@
-"""A version that passes every examination and fails its streams afterwards."""
+"""A version that passes the examination and fails its streams later."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ BAD_BYTE = "Z"
 
 
 def poison_a_token(directory: Path) -> None:
-    """Finite itself, but nothing that is computed from it is; the held-out windows do not hold it."""
+    """Makes all that is computed from one token infinite; the held-out windows do not contain it."""
     assert ord(BAD_BYTE) not in np.load(directory / "evaluation.npy")
     path = directory / "model.safetensors"
     arrays = load_arrays(path)
@@ -30,7 +30,7 @@ def poison_a_token(directory: Path) -> None:
     save_arrays(arrays, path)
 
 
-def test_it_is_rolled_back_by_itself_and_the_server_stays_healthy(tmp_path: Path) -> None:
+def test_a_failing_version_is_rolled_back_and_the_server_stays_healthy(tmp_path: Path) -> None:
     server = Server(tmp_path / "var")
     try:
         publish_tiny_version(server.registry, 2.0)

@@ -1,4 +1,4 @@
-"""Versions that served and must not any more: operators roll them back, or failing streams do."""
+"""Versions that are rolled back after they served: by an operator, or because their streams fail."""
 
 import asyncio
 from pathlib import Path
@@ -8,14 +8,16 @@ import pytest
 from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, GptloopError
 from shared.registry.store import Registry
+from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import flip_a_bit
-from tests.inference_service.world import World, hold_read, polls, run, status
+from tests.inference_service.world import World, hold_read, polls, status
 from tests.waiting import eventually
 
 
-def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         assert await world.manager.roll_back() == 3
         await eventually(lambda: world.serving == 3)
@@ -24,15 +26,14 @@ def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: Worl
         two = await status(world, 2)
         assert (two.state, two.reason) == (State.REFUSED, "rolled_back: an operator rolled it back")
         assert (await status(world, 3)).labels == ("best", "latest")
-        # A better one takes over as ever.
+        # A better one takes over as usual.
         publish_tiny_version(world.registry, 0.5)
         await eventually(lambda: world.serving == 4)
 
-    run(world, test)
 
-
-def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None) as old:
             publish_tiny_version(world.registry, 0.5)
@@ -40,11 +41,10 @@ def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
             assert await world.manager.roll_back() == 2
             assert world.serving == 2 and world.manager.serving is old
 
-    run(world, test)
 
-
-def test_a_rollback_does_not_wait_for_room(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_rollback_does_not_wait_for_room(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None):
             publish_tiny_version(world.registry, 0.5)
@@ -57,11 +57,9 @@ def test_a_rollback_does_not_wait_for_room(world: World) -> None:
         # Version 4 is refused, version 2 has room.
         await eventually(lambda: world.resident() == {"1", "2"})
 
-    run(world, test)
-
 
 def in_the_way(world: World) -> Path:
-    """Makes the folder of decisions one that cannot be written, whoever runs the test."""
+    """Makes the folder of decisions unwritable, even for root."""
     folder = world.registry.root / "serving"
     folder.rename(world.registry.root / "kept")
     folder.write_text("in the way")
@@ -69,8 +67,9 @@ def in_the_way(world: World) -> Path:
 
 
 @pytest.mark.parametrize("number", [None, 1])
-def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: World, number: int | None) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: World, number: int | None) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await eventually(lambda: bool(world.registry.decisions.findings()))
         in_the_way(world)
@@ -81,12 +80,11 @@ def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: Worl
         assert (await status(world, 2)).state is State.SERVING
         assert world.value("refused_versions_total", reason="rolled_back") == 0
 
-    run(world, test)
-
 
 @pytest.mark.parametrize("what", ["best", "latest", "stable", "pinned:1", "run:tiny"])
-def test_a_policy_that_cannot_be_written_is_not_acted_on(world: World, what: str) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_policy_that_cannot_be_written_does_not_take_effect(world: World, what: str) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.promote(3)
         in_the_way(world)
@@ -97,24 +95,22 @@ def test_a_policy_that_cannot_be_written_is_not_acted_on(world: World, what: str
         await polls(world)
         assert (world.serving, world.catalogue.policy) == (2, "best")
 
-    run(world, test)
 
-
-def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.roll_back(1)
         reader = Registry(world.registry.root)
         assert reader.decisions.policy() == "pinned:1"
         assert [each.refusal for each in reader.decisions.findings()[2]] == ["rolled_back"]
 
-    run(world, test)
 
-
-def test_a_rollback_onto_a_damaged_version_says_so_and_the_one_before_serves_on(world: World) -> None:
+@async_test
+async def test_a_rollback_to_a_damaged_version_fails_and_the_serving_one_stays(world: World) -> None:
     flip_a_bit(world.registry.version_directory(1))
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         with pytest.raises(FailedPrecondition, match=r"Version 1 cannot serve: .*SHA-256"):
             await world.manager.roll_back(1)
@@ -122,20 +118,17 @@ def test_a_rollback_onto_a_damaged_version_says_so_and_the_one_before_serves_on(
         assert (world.serving, world.catalogue.policy) == (2, "best")
         assert (await status(world, 2)).state is State.SERVING
         assert world.resident() == {"2"}
-
-    run(world, test)
     restarted = World(world.registry.root)
 
-    async def again() -> None:
+    async with restarted.running():
         await eventually(lambda: restarted.serving == 2)
 
-    run(restarted, again)
 
-
-def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> None:
+@async_test
+async def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> None:
     flip_a_bit(world.registry.version_directory(3))
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         assert await world.manager.roll_back() == 1
         assert world.serving == 1
@@ -143,13 +136,14 @@ def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> N
             await world.manager.roll_back()
         assert world.serving == 1
 
-    run(world, test)
 
-
-def test_the_one_before_serves_until_its_successor_is_loaded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@async_test
+async def test_the_serving_version_stays_until_its_successor_is_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reading = hold_read(monkeypatch, 1)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         rolling = asyncio.create_task(world.manager.roll_back(1))
         await eventually(reading.entered.is_set)
@@ -160,15 +154,12 @@ def test_the_one_before_serves_until_its_successor_is_loaded(world: World, monke
         assert await rolling == 1
         assert world.serving == 1
 
-    run(world, test)
 
-
-def test_a_rollback_that_nobody_waits_for_any_more_changes_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@async_test
+async def test_a_cancelled_rollback_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = hold_read(monkeypatch, 1)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         rolling = asyncio.create_task(world.manager.roll_back(1))
         await eventually(reading.entered.is_set)
@@ -178,23 +169,23 @@ def test_a_rollback_that_nobody_waits_for_any_more_changes_nothing(
         await polls(world)
         assert (world.serving, world.catalogue.policy) == (2, "best")
 
-    run(world, test)
 
-
-def test_the_same_rollback_twice_at_once_takes_one_version_away(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_the_same_rollback_twice_at_once_refuses_one_version(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await asyncio.gather(world.manager.roll_back(1), world.manager.roll_back(1))
         assert world.serving == 1
         assert (await status(world, 1)).state is State.SERVING
 
-    run(world, test)
 
+@async_test
+async def test_a_rollback_refuses_the_version_that_served_when_it_began(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the pin lets the other version serve before the refusal is noted."""
 
-def test_a_rollback_refuses_what_served_when_it_was_asked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where the pin lets the other version serve before the refusal is noted."""
-
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.load(1)
         look = world.catalogue.look
@@ -208,13 +199,12 @@ def test_a_rollback_refuses_what_served_when_it_was_asked_for(world: World, monk
         assert world.serving == 1
         assert (await status(world, 2)).state is State.REFUSED
 
-    run(world, test)
 
-
-def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
+@async_test
+async def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
     world = World(tmp_path / "registry")
 
-    async def test() -> None:
+    async with world.running():
         with pytest.raises(FailedPrecondition, match="No version serves"):
             await world.manager.roll_back()
         publish_tiny_version(world.registry, 1.0)
@@ -227,11 +217,10 @@ def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
             world.manager.failed(1, GptloopError("no"))
         assert (world.serving, (await status(world, 1)).state) == (1, State.SERVING)
 
-    run(world, test)
 
-
-def test_a_pinned_label_never_means_another_version(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_pinned_label_never_means_another_version(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
@@ -241,11 +230,10 @@ def test_a_pinned_label_never_means_another_version(world: World) -> None:
         manifest = await world.catalogue.resolve("pinned:1")
         assert manifest is not None and manifest.version == 1
 
-    run(world, test)
 
-
-def test_a_rolled_back_version_that_is_still_in_memory_has_another_chance(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_rolled_back_version_that_is_still_in_memory_can_be_loaded_again(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None):
             await world.manager.load(2)
@@ -256,11 +244,10 @@ def test_a_rolled_back_version_that_is_still_in_memory_has_another_chance(world:
             await world.manager.load(2)
             await eventually(lambda: world.serving == 2)
 
-    run(world, test)
 
-
-def test_a_version_whose_streams_keep_failing_is_rolled_back_by_itself(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_version_whose_streams_keep_failing_is_rolled_back(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         step = GptloopError("a step of eight streams failed")
         for _ in range(8):
@@ -275,17 +262,16 @@ def test_a_version_whose_streams_keep_failing_is_rolled_back_by_itself(world: Wo
         assert two.reason == "failing: 3 failures within 60 s, at last: no finite numbers"
         assert world.value("refused_versions_total", reason="failing") == 1
 
-    run(world, test)
 
-
-def test_where_the_next_version_fails_alike_the_versions_are_not_to_blame(world: World) -> None:
-    """As where the device fails: otherwise one good version after the other would be refused for good."""
+@async_test
+async def test_if_the_next_version_fails_too_neither_is_refused(world: World) -> None:
+    """The device may have failed. Otherwise one good version after the other would be refused."""
 
     def fail(number: int) -> None:
         for _ in range(3):
             world.manager.failed(number, GptloopError("the device is gone"))
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         fail(2)
         await eventually(lambda: world.serving == 3)
@@ -295,5 +281,3 @@ def test_where_the_next_version_fails_alike_the_versions_are_not_to_blame(world:
         await eventually(lambda: world.serving == 2)
         fail(2)
         assert (await status(world, 2)).state is State.SERVING
-
-    run(world, test)

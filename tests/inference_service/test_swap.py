@@ -1,4 +1,4 @@
-"""Versions that take over from one another under streams, as `make soak-swap` lets a hundred of them."""
+"""Versions that replace one another while streams run, as a hundred of them do in `make soak-swap`."""
 
 import asyncio
 from dataclasses import replace
@@ -12,8 +12,8 @@ from tests.soak.swap import start, swap
 pytestmark = pytest.mark.slow
 
 
-def test_no_stream_notices_that_versions_take_over(tmp_path: Path) -> None:
-    """Each is the same, bit for bit, as the same stream without swaps, and on one version from start to end."""
+def test_streams_do_not_notice_swaps(tmp_path: Path) -> None:
+    """Each stream runs on one version, and is the same, bit for bit, as without swaps."""
     server = start(tmp_path / "var", slots=8)
     try:
         run = asyncio.run(swap(server, replace(TINY, context_length=256), streams=8, swaps=4, tokens=80, steady_s=0.5))
@@ -25,7 +25,7 @@ def test_no_stream_notices_that_versions_take_over(tmp_path: Path) -> None:
     assert page["gptloop_inference_swaps_total",] == 6
     assert page["gptloop_inference_swap_duration_seconds_count",] == 6
     assert page["gptloop_inference_commit_to_serving_seconds_count",] == 7
-    # Of the versions that are gone nothing is left on the page; two have room.
+    # The page shows no version that is gone; two have room.
     streams = [name for name in page if name[0] == "gptloop_inference_version_streams"]
     assert ("gptloop_inference_version_streams", str(max(run.answers))) in streams and len(streams) == 2
     assert "Traceback" not in "".join(server.lines)

@@ -1,7 +1,8 @@
-"""Health as the watchdog tells it, of an engine that is as slow as a test says."""
+"""The health that the watchdog reports of an engine, which is as slow as a test wants."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ from inference_service import watchdog
 from inference_service.pauses import LOOK_INTERVAL_S, Pauses
 from inference_service.watchdog import Watchdog
 from inference_service.write_timeouts import WriteTimeouts
+from tests.asynchronous import async_test
 from tests.waiting import eventually
 
 STUCK_AFTER_S = 30.0
 
 
 class Clock:
-    """One that stands still until a test moves it."""
+    """A clock that stands still until a test moves it."""
 
     now_s = 1000.0
 
@@ -25,7 +27,7 @@ class Clock:
 
 
 class SlowEngine:
-    """One whose step, or piece of an examination, has been under way for so long."""
+    """An engine whose step, or part of an examination, has taken as long as a test wants."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -37,7 +39,7 @@ class SlowEngine:
 
 
 class Watched:
-    """An engine that is watched, whether a version serves, and what health became, one after another."""
+    """A watched engine; `health` lists the changes of health."""
 
     def __init__(self) -> None:
         self.clock = Clock()
@@ -58,23 +60,20 @@ class Watched:
     async def _set_serving(self, serving: bool) -> None:
         self.health.append(serving)
 
-    def run(self, test: Callable[["asyncio.Task[None]"], Coroutine[Any, Any, None]]) -> None:
-        """Runs a test, which gets the watchdog's task."""
-
-        async def body() -> None:
-            watching = asyncio.create_task(self._watchdog.run())
-            try:
-                await test(watching)
-            finally:
-                watching.cancel()
-                await asyncio.wait([watching])
-
-        asyncio.run(body())
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator["asyncio.Task[None]"]:
+        """Runs the watchdog in a task."""
+        watching = asyncio.create_task(self._watchdog.run())
+        try:
+            yield watching
+        finally:
+            watching.cancel()
+            await asyncio.wait([watching])
 
     async def looked(self) -> None:
-        """Waits until the watchdog has seen how things are now, and has told it."""
+        """Waits until the watchdog has seen the current state, and reported it."""
         seen = self._looks
-        # It has told what it saw in one look when it takes the next.
+        # It has reported one look when it takes the next.
         await eventually(lambda: self._looks >= seen + 2)
 
 
@@ -84,8 +83,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     return Watched()
 
 
-def test_health_is_serving_only_while_a_version_serves_and_no_step_takes_long(watched: Watched) -> None:
-    async def test(watching: "asyncio.Task[None]") -> None:
+@async_test
+async def test_health_is_serving_only_while_a_version_serves_and_no_step_is_slow(watched: Watched) -> None:
+    async with watched.watching() as watching:
         for serves, stalled_s, expected in (
             (False, 0.0, []),
             (True, 0.0, [True]),
@@ -102,17 +102,14 @@ def test_health_is_serving_only_while_a_version_serves_and_no_step_takes_long(wa
             assert watched.health == expected
         assert not watching.done()
 
-    watched.run(test)
 
-
-def test_a_step_that_takes_long_shows_within_a_second() -> None:
+def test_a_slow_step_shows_within_a_second() -> None:
     assert watchdog._SLOW_S + LOOK_INTERVAL_S < 1.0
 
 
-def test_watching_ends_once_a_step_has_taken_so_long_that_it_will_not_end(
-    watched: Watched, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def test(watching: "asyncio.Task[None]") -> None:
+@async_test
+async def test_watching_ends_if_a_step_is_stuck(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    async with watched.watching() as watching:
         watched.serves = True
         watched.engine.stall(STUCK_AFTER_S)
         await watched.looked()
@@ -124,26 +121,21 @@ def test_watching_ends_once_a_step_has_taken_so_long_that_it_will_not_end(
         watched.engine.examines = False
         await eventually(watching.done)
         watching.result()
-
-    watched.run(test)
     assert watched.health == []
     assert "a step has taken 30.1 s" in caplog.text
 
 
-def test_a_pause_of_the_process_is_not_a_step_that_takes_long(
-    watched: Watched, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def test(watching: "asyncio.Task[None]") -> None:
+@async_test
+async def test_a_pause_of_the_process_is_not_a_slow_step(watched: Watched, caplog: pytest.LogCaptureFixture) -> None:
+    async with watched.watching() as watching:
         watched.serves = True
         watched.engine.stall(0.1)
         await watched.looked()
         watched.clock.now_s += 2 * STUCK_AFTER_S
         await watched.looked()
         assert (watching.done(), watched.health) == (False, [True])
-        # What the step took before and takes afterwards counts.
+        # The time before and after the pause counts.
         watched.clock.now_s += 0.9
         await watched.looked()
         assert (watching.done(), watched.health) == (False, [True, False])
-
-    watched.run(test)
     assert "the process was paused for 59.9 s" in caplog.text

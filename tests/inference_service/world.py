@@ -70,14 +70,14 @@ class World:
 
 @dataclass(frozen=True)
 class HeldRead:
-    """The reading of a version's files: it has begun once `entered` is set, and ends once `go_on` is."""
+    """The reading of a version's files: it has begun when `entered` is set, and ends when `go_on` is."""
 
     entered: threading.Event
     go_on: threading.Event
 
 
 def hold_read(monkeypatch: pytest.MonkeyPatch, number: int) -> HeldRead:
-    """Lets a version be read only when the test wants it."""
+    """Holds up the reading of a version until the test lets it go on."""
     reading = HeldRead(threading.Event(), threading.Event())
     read = gate.read_content
 
@@ -92,18 +92,18 @@ def hold_read(monkeypatch: pytest.MonkeyPatch, number: int) -> HeldRead:
 
 
 async def status(world: World, number: int) -> VersionStatus:
-    """How a version stands, where all since the first one are there."""
+    """Returns the status of a version, if no version before it was removed."""
     return (await world.manager.statuses())[number - 1]
 
 
 def served(caplog: pytest.LogCaptureFixture) -> list[int]:
-    """The versions that served, in their order."""
+    """Returns the versions that served, in order."""
     messages = [record.getMessage() for record in caplog.records]
     return [int(message.split()[1]) for message in messages if " serves: " in message]
 
 
 async def polls(world: World, count: int = 3) -> None:
-    """Waits until the registry was looked at so many times more."""
+    """Waits until the manager has looked at the registry `count` more times."""
     seen = 0
     versions = world.registry.versions
 

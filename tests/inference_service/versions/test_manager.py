@@ -1,4 +1,4 @@
-"""Following the registry, and what operators choose, with a real engine and tiny versions."""
+"""Serving the versions that the registry and operators choose, with a real engine and tiny versions."""
 
 import asyncio
 import logging
@@ -9,25 +9,29 @@ import pytest
 from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from shared.registry.store import Registry
+from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
-from tests.inference_service.world import World, hold_read, polls, run, served, status
+from tests.inference_service.world import World, hold_read, polls, served, status
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
 
 async def answer(world: World) -> int:
-    """The version that answers those who name none."""
+    """Returns the version that answers calls that name none."""
     async with world.residents.stream(None) as resident:
         return resident.manifest.version
 
 
-def test_requests_wait_for_a_version_that_is_about_to_serve(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@async_test
+async def test_requests_wait_for_a_version_that_is_about_to_serve(
+    fresh: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reading = hold_read(monkeypatch, 1)
 
-    async def test() -> None:
-        # At once after it was published: the server has not looked since.
+    async with fresh.running():
+        # The server has not looked since it was published.
         publish_tiny_version(fresh.registry, 1.0)
         waiting = [asyncio.create_task(answer(fresh)) for _ in range(5)]
         await eventually(reading.entered.is_set)
@@ -37,15 +41,14 @@ def test_requests_wait_for_a_version_that_is_about_to_serve(fresh: World, monkey
         reading.go_on.set()
         assert await asyncio.gather(*waiting[1:]) == [1] * 4
 
-    run(fresh, test)
 
-
-def test_requests_that_wait_are_told_why_nothing_serves_after_all(
+@async_test
+async def test_waiting_requests_fail_with_the_reason_why_no_version_serves(
     fresh: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading = hold_read(monkeypatch, 1)
 
-    async def test() -> None:
+    async with fresh.running():
         publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
         waiting = asyncio.create_task(answer(fresh))
         await eventually(reading.entered.is_set)
@@ -53,13 +56,12 @@ def test_requests_that_wait_are_told_why_nothing_serves_after_all(
         with pytest.raises(Unavailable, match="No version can serve: version 1 was refused, as unfit: "):
             await waiting
 
-    run(fresh, test)
 
-
-def test_those_who_wait_for_a_first_version_are_bounded(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@async_test
+async def test_only_some_requests_wait_for_a_first_version(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = hold_read(monkeypatch, 1)
 
-    async def test() -> None:
+    async with fresh.running():
         publish_tiny_version(fresh.registry, 1.0)
         waiting = [asyncio.create_task(answer(fresh)) for _ in range(16)]
         await eventually(reading.entered.is_set)
@@ -69,38 +71,34 @@ def test_those_who_wait_for_a_first_version_are_bounded(fresh: World, monkeypatc
         reading.go_on.set()
         assert await asyncio.gather(*waiting) == [1] * 16
 
-    run(fresh, test)
 
-
-def test_after_a_restart_the_reason_is_told_why_nothing_serves(fresh: World) -> None:
+@async_test
+async def test_after_a_restart_requests_fail_with_the_reason_why_no_version_serves(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 2.0, change=no_tokenizer)
     publish_tiny_version(fresh.registry, 1.0, better_by=0.5)
     fresh.registry.decisions.set_policy("pinned:7")
 
-    async def refuse() -> None:
+    async with fresh.running():
         await eventually(lambda: len(fresh.registry.decisions.findings()) == 2)
-
-    run(fresh, refuse)
     restarted = World(fresh.registry.root)
 
-    async def test() -> None:
-        with pytest.raises(Unavailable) as told:
+    async with restarted.running():
+        with pytest.raises(Unavailable) as error:
             await answer(restarted)
-        assert str(told.value).startswith(
+        assert str(error.value).startswith(
             "No version can serve: versions 1 to 2 were refused, the last one as loss_mismatch: it claims a held-out "
             "loss of"
         )
-        assert str(told.value).endswith(" The policy is 'pinned:7', which names no version.")
-
-    run(restarted, test)
+        assert str(error.value).endswith(" The policy is 'pinned:7', which names no version.")
 
 
-def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
+@async_test
+async def test_a_damaged_policy_is_reported_once_while_the_one_before_holds(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = world.registry.root / "serving" / "policy"
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
@@ -113,20 +111,19 @@ def test_a_damaged_policy_is_told_once_while_the_one_before_holds(
         path.write_text("newer")
         await polls(world, 10)
         assert caplog.text.count("The policy stays") == 2
-        # What is not damaged goes on.
+        # Everything else goes on.
         await world.manager.promote(3)
         assert "stable" in (await status(world, 3)).labels
         path.write_text("stable")
         await eventually(lambda: world.serving == 3)
         assert world.catalogue.notices == []
 
-    run(world, test)
 
-
-def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogCaptureFixture) -> None:
+@async_test
+async def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
-    async def test() -> None:
+    async with fresh.running():
         with pytest.raises(Unavailable):
             async with fresh.residents.stream(None):
                 pass
@@ -138,13 +135,12 @@ def test_the_best_version_serves_as_it_changes(fresh: World, caplog: pytest.LogC
         assert served(caplog) == [1, 3]
         assert fresh.value("swaps_total") == 1
 
-    run(fresh, test)
 
-
-def test_a_changed_file_is_refused_once_and_the_version_before_stays(
+@async_test
+async def test_a_version_with_a_changed_file_is_refused_once_and_the_one_before_stays(
     fresh: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test() -> None:
+    async with fresh.running():
         publish_tiny_version(fresh.registry, 2.0)
         await eventually(lambda: fresh.serving == 1)
         # Before the manager can see it.
@@ -162,48 +158,45 @@ def test_a_changed_file_is_refused_once_and_the_version_before_stays(
         publish_tiny_version(fresh.registry, 1.5)
         await eventually(lambda: fresh.serving == 3)
         assert fresh.value("refused_versions_total", reason="corrupt") == 1
-
-    run(fresh, test)
     assert sum("is refused" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_the_next_best_version_serves_where_the_best_is_unfit_at_the_start(fresh: World) -> None:
+@async_test
+async def test_the_next_best_version_serves_if_the_best_is_unfit_at_the_start(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 3.0)
     publish_tiny_version(fresh.registry, 2.0)
     unfit = publish_tiny_version(fresh.registry, 1.0, change=no_tokenizer)
 
-    async def test() -> None:
+    async with fresh.running():
         await eventually(lambda: fresh.serving == 2)
         assert fresh.value("refused_versions_total", reason="unfit") == 1
         with pytest.raises(FailedPrecondition, match="Version 3 cannot serve"):
             async with fresh.residents.stream(unfit):
                 pass
 
-    run(fresh, test)
 
-
-def test_a_version_that_disappears_is_no_refusal(fresh: World) -> None:
+@async_test
+async def test_a_version_that_disappears_is_not_refused(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 1.0)
     gone = publish_tiny_version(fresh.registry, 2.0)
     fresh.registry.remove_version(2)
 
-    async def test() -> None:
+    async with fresh.running():
         await eventually(lambda: fresh.serving == 1)
         with pytest.raises(NotFound, match="was removed"):
             async with fresh.residents.stream(gone):
                 pass
         assert fresh.value("refused_versions_total", reason="corrupt") == 0
 
-    run(fresh, test)
 
-
-def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
+@async_test
+async def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or versions that come faster than they are examined would never serve."""
+    """Otherwise versions that come faster than they are examined would never serve."""
     reading = hold_read(monkeypatch, 4)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         publish_tiny_version(world.registry, 0.5)
         await eventually(reading.entered.is_set)
@@ -212,13 +205,12 @@ def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
         reading.entered.clear()
         reading.go_on.set()
         await eventually(lambda: world.serving == 5)
-
-    run(world, test)
     assert world.value("swaps_total") == 2
 
 
-def test_another_registry_in_the_same_place_begins_anew(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_another_registry_in_the_same_place_takes_over(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         moved = world.registry.root.with_name("moved")
         world.registry.root.rename(moved)
@@ -229,22 +221,20 @@ def test_another_registry_in_the_same_place_begins_anew(world: World) -> None:
         new = world.registry.version(2)
         await eventually(lambda: world.manager.serving is not None and world.manager.serving.manifest == new)
 
-    run(world, test)
 
-
-def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> None:
+@async_test
+async def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> None:
     world = World(tmp_path / "registry")
     publish_tiny_version(world.registry, 1.0, windows=(2000, 90))
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: bool(world.engine._arriving))
-
-    run(world, test)
     assert world.serving is None
 
 
-def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_again(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_pin_holds_until_a_label_is_followed_again(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
@@ -258,27 +248,23 @@ def test_a_pin_holds_against_whatever_is_published_until_a_label_is_followed_aga
         await polls(world)
         assert world.serving == 4
 
-    run(world, test)
 
-
-def test_the_policy_is_kept_over_a_restart(world: World) -> None:
-    async def pin() -> None:
+@async_test
+async def test_the_policy_is_kept_over_a_restart(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
-
-    run(world, pin)
     restarted = World(world.registry.root)
 
-    async def test() -> None:
+    async with restarted.running():
         await eventually(lambda: restarted.serving is not None)
         assert restarted.serving == 1
 
-    run(restarted, test)
 
-
-def test_a_run_can_be_followed_and_named(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_run_can_be_followed_and_named(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         with pytest.raises(NotFound, match="of the run 'other'"):
             await world.manager.set_policy("run:other")
@@ -292,11 +278,10 @@ def test_a_run_can_be_followed_and_named(world: World) -> None:
         named = await world.catalogue.resolve("run:tiny")
         assert named is not None and named.version == 5
 
-    run(world, test)
 
-
-def test_the_stable_version_is_the_promoted_one(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_the_stable_version_is_the_promoted_one(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         with pytest.raises(FailedPrecondition, match="No version is stable yet"):
             await world.manager.set_policy("stable")
@@ -309,11 +294,10 @@ def test_the_stable_version_is_the_promoted_one(world: World) -> None:
         await world.manager.promote(1)
         await eventually(lambda: world.serving == 1)
 
-    run(world, test)
 
-
-def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_version_that_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.roll_back()
         with pytest.raises(InvalidArgument, match="is not a label"):
@@ -327,11 +311,10 @@ def test_what_does_not_exist_or_was_refused_cannot_be_chosen(world: World) -> No
             await world.manager.promote(2)
         assert world.catalogue.policy == "best"
 
-    run(world, test)
 
-
-def test_a_worse_version_that_an_operator_loads_can_be_pinned(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_worse_version_that_an_operator_loads_can_be_pinned(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         publish_tiny_version(world.registry, 0.5, seed=BAD_SEED)
         await eventually(lambda: world.value("refused_versions_total", reason="worse") == 1)
@@ -340,5 +323,3 @@ def test_a_worse_version_that_an_operator_loads_can_be_pinned(world: World) -> N
         assert (world.serving, (await status(world, 4)).state) == (2, State.RESIDENT)
         await world.manager.set_policy("pinned:4")
         await eventually(lambda: world.serving == 4)
-
-    run(world, test)

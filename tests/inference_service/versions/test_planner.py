@@ -228,7 +228,7 @@ def test_a_serving_version_that_is_refused_is_replaced_as_soon_as_another_one_is
 
 
 @given(worlds())
-def test_nothing_is_dropped_that_serves_or_has_streams_or_is_being_loaded(world: World) -> None:
+def test_a_version_that_serves_has_streams_or_is_being_loaded_is_not_dropped(world: World) -> None:
     done = world.plan()
     assert len(set(done.drop)) == len(done.drop)
     for number in done.drop:
@@ -239,7 +239,7 @@ def test_nothing_is_dropped_that_serves_or_has_streams_or_is_being_loaded(world:
 
 
 @given(worlds())
-def test_beyond_the_limit_nothing_is_loaded_that_needs_room_and_nothing_idle_stays(world: World) -> None:
+def test_beyond_the_limit_only_urgent_versions_are_loaded_and_no_idle_one_stays(world: World) -> None:
     done = world.plan()
     before = world.memory.serving
     urgent = any(call.at_once for call in world.wanted)
@@ -252,7 +252,7 @@ def test_beyond_the_limit_nothing_is_loaded_that_needs_room_and_nothing_idle_sta
 
 
 @given(worlds())
-def test_what_was_done_is_not_done_again(world: World) -> None:
+def test_a_plan_that_was_carried_out_changes_nothing_more(world: World) -> None:
     done = world.plan()
     again = world.carried_out(done).plan()
     assert again.serve == done.serve

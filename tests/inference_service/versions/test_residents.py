@@ -1,4 +1,4 @@
-"""Who is in memory: what is held, what has room, and who waits."""
+"""The versions in memory: which are held, which have room, and which calls wait."""
 
 import asyncio
 import logging
@@ -9,17 +9,19 @@ import pytest
 from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, NotFound, ResourceExhausted
 from shared.registry.manifest import VersionManifest
+from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
-from tests.inference_service.world import World, hold_read, polls, run, served, status
+from tests.inference_service.world import World, hold_read, polls, served, status
 from tests.waiting import eventually
 
 
-def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
+@async_test
+async def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
     fresh: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
 
-    async def test() -> None:
+    async with fresh.running():
         publish_tiny_version(fresh.registry, 5.0)
         await eventually(lambda: fresh.serving == 1)
         async with fresh.residents.stream(None) as first:
@@ -35,14 +37,13 @@ def test_a_version_stays_until_its_last_stream_ends_and_a_newer_one_waits(
         await eventually(lambda: fresh.serving == 4)
         assert served(caplog) == [1, 2, 4]
 
-    run(fresh, test)
 
-
-def test_an_older_version_is_loaded_for_those_who_name_it(fresh: World) -> None:
+@async_test
+async def test_an_older_version_is_loaded_for_calls_that_name_it(fresh: World) -> None:
     old = publish_tiny_version(fresh.registry, 5.0)
     publish_tiny_version(fresh.registry, 1.0)
 
-    async def test() -> None:
+    async with fresh.running():
         await eventually(lambda: fresh.serving == 2)
 
         async def use() -> int:
@@ -53,14 +54,13 @@ def test_an_older_version_is_loaded_for_those_who_name_it(fresh: World) -> None:
         assert await asyncio.gather(*(use() for _ in range(3))) == [1, 1, 1]
         assert fresh.serving == 2
 
-    run(fresh, test)
 
-
-def test_a_named_version_waits_for_room(fresh: World) -> None:
+@async_test
+async def test_a_named_version_waits_for_room(fresh: World) -> None:
     one, two = (publish_tiny_version(fresh.registry, 5.0) for _ in range(2))
     publish_tiny_version(fresh.registry, 1.0)
 
-    async def test() -> None:
+    async with fresh.running():
         await eventually(lambda: fresh.serving == 3)
         async with fresh.residents.stream(one):
             waiting = asyncio.create_task(fresh.residents.stream(two).__aenter__())
@@ -70,11 +70,10 @@ def test_a_named_version_waits_for_room(fresh: World) -> None:
             cancelled.cancel()
         assert (await waiting).manifest.version == 2
 
-    run(fresh, test)
 
-
-def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.load(1)
         await polls(world)
@@ -91,21 +90,19 @@ def test_a_loaded_version_stays_until_it_is_unloaded(world: World) -> None:
         with pytest.raises(FailedPrecondition, match="serves"):
             await world.manager.unload(2)
 
-    run(world, test)
 
-
-def test_what_is_held_makes_room_for_the_version_that_is_to_serve(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_held_version_makes_room_for_one_that_should_serve(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.load(1)
         publish_tiny_version(world.registry, 0.5)
         await eventually(lambda: world.serving == 4)
         await eventually(lambda: "1" not in world.resident())
 
-    run(world, test)
 
-
-def test_a_named_version_is_read_once_while_there_is_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@async_test
+async def test_a_named_version_is_read_once_while_there_is_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one = world.registry.version(1)
     read: list[int] = []
     verify = world.registry.verify
@@ -116,7 +113,7 @@ def test_a_named_version_is_read_once_while_there_is_room(world: World, monkeypa
 
     monkeypatch.setattr(world.registry, "verify", count)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         for _ in range(5):
             async with world.residents.stream(one) as resident:
@@ -125,10 +122,9 @@ def test_a_named_version_is_read_once_while_there_is_room(world: World, monkeypa
         assert read == [2, 1]
         assert world.resident() == {"1", "2"}
 
-    run(world, test)
 
-
-def test_what_was_used_longest_ago_makes_room_and_what_is_held_goes_last(world: World) -> None:
+@async_test
+async def test_the_least_recently_used_version_makes_room_and_a_held_one_goes_last(world: World) -> None:
     world.residents._limit = 4
     publish_tiny_version(world.registry, 4.0)
     manifests = {each.version: each for each in world.registry.versions()}
@@ -137,7 +133,7 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_goes_last(world: 
         async with world.residents.stream(manifests[number]):
             pass
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.load(1)
         await use(3)
@@ -150,13 +146,12 @@ def test_what_was_used_longest_ago_makes_room_and_what_is_held_goes_last(world: 
             await eventually(lambda newest=newest: world.serving == newest)  # type: ignore[misc]
             assert world.resident() == {str(number) for number in stay}
 
-    run(world, test)
 
-
-def test_an_idle_version_that_was_removed_or_refused_leaves_memory(world: World) -> None:
+@async_test
+async def test_an_idle_version_that_was_removed_or_refused_leaves_memory(world: World) -> None:
     one = world.registry.version(1)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(one):
             pass
@@ -166,14 +161,13 @@ def test_an_idle_version_that_was_removed_or_refused_leaves_memory(world: World)
         await world.manager.roll_back()
         await eventually(lambda: world.resident() == {"3"})
 
-    run(world, test)
 
-
-def test_a_held_version_goes_only_where_its_room_is_needed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@async_test
+async def test_a_held_version_goes_only_if_its_room_is_needed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.residents._limit = 3
     reading = hold_read(monkeypatch, 4)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.load(1)
         publish_tiny_version(world.registry, 0.5)
@@ -184,44 +178,41 @@ def test_a_held_version_goes_only_where_its_room_is_needed(world: World, monkeyp
         await eventually(lambda: world.serving == 4)
         assert (await status(world, 1)).held
 
-    run(world, test)
 
-
-def test_what_is_held_and_unused_keeps_nobody_waiting(world: World) -> None:
+@async_test
+async def test_a_held_version_without_streams_keeps_no_call_waiting(world: World) -> None:
     one = world.registry.version(1)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         await world.manager.load(3)
         async with world.residents.stream(one):
             assert world.resident() == {"1", "2"}
 
-    run(world, test)
 
-
-def test_requests_that_name_an_older_version_cannot_keep_the_best_one_out(world: World) -> None:
+@async_test
+async def test_requests_for_an_older_version_cannot_keep_the_best_one_out(world: World) -> None:
     one = world.registry.version(1)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(one):
             publish_tiny_version(world.registry, 0.5)
             await polls(world)
             assert (await status(world, 4)).state is State.WAITING
-            # It would keep version 1 in memory for ever.
+            # It would keep version 1 in memory.
             late = asyncio.create_task(world.residents.stream(one).__aenter__())
             await polls(world)
             assert not late.done()
         await eventually(lambda: world.serving == 4)
         assert (await late).manifest == one
 
-    run(world, test)
 
-
-def test_requests_for_one_version_do_not_keep_those_for_another_one_waiting_for_ever(world: World) -> None:
+@async_test
+async def test_requests_for_one_version_do_not_starve_those_for_another(world: World) -> None:
     one, three = world.registry.version(1), world.registry.version(3)
 
-    async def test() -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         first = world.residents.stream(one)
         await first.__aenter__()
@@ -233,11 +224,10 @@ def test_requests_for_one_version_do_not_keep_those_for_another_one_waiting_for_
         await first.__aexit__(None, None, None)
         assert (await other).manifest == three
 
-    run(world, test)
 
-
-def test_what_is_in_memory_is_listed_also_when_it_was_removed(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_a_version_in_memory_is_listed_even_if_it_was_removed(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         for number in (1, 2, 3):
             world.registry.remove_version(number)
@@ -246,17 +236,16 @@ def test_what_is_in_memory_is_listed_also_when_it_was_removed(world: World) -> N
         with pytest.raises(NotFound):
             await world.manager.unload(1)
 
-    run(world, test)
 
-
-def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
+@async_test
+async def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
     fresh: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = publish_tiny_version(fresh.registry, 5.0)
     publish_tiny_version(fresh.registry, 1.0)
     reading = hold_read(monkeypatch, old.version)
 
-    async def test() -> None:
+    async with fresh.running():
         await eventually(lambda: fresh.serving == 2)
         waiting = asyncio.create_task(fresh.residents.stream(old).__aenter__())
         await eventually(reading.entered.is_set)
@@ -264,27 +253,26 @@ def test_a_caller_that_leaves_during_the_load_keeps_nothing_in_memory(
         reading.go_on.set()
         await asyncio.wait([waiting])
         await eventually(lambda: fresh.resident() == {"1", "2"})
-        # It is in nobody's way.
+        # Version 1 is in no other's way.
         assert (await status(fresh, 1)).streams == 0
         publish_tiny_version(fresh.registry, 0.5)
         await eventually(lambda: fresh.serving == 3)
 
-    run(fresh, test)
 
-
-def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
+@async_test
+async def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
     fresh: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = publish_tiny_version(fresh.registry, 5.0)
     publish_tiny_version(fresh.registry, 1.0)
 
-    async def test() -> None:
+    async with fresh.running():
         await eventually(lambda: fresh.serving == 2)
         waiting = asyncio.create_task(fresh.residents.stream(old).__aenter__())
         report = fresh.metrics.resident
 
         def cancel_and_report(*arguments: Any) -> None:
-            # The version is handed over, and its caller has not had a turn since.
+            # The version is handed over, and its caller has not run since.
             waiting.cancel()
             report(*arguments)
 
@@ -293,11 +281,10 @@ def test_a_caller_that_leaves_as_the_load_ends_keeps_nothing_in_memory(
         assert waiting.cancelled()
         assert (await status(fresh, 1)).streams == 0
 
-    run(fresh, test)
 
-
-def test_those_who_wait_for_a_version_are_bounded(world: World) -> None:
-    async def test() -> None:
+@async_test
+async def test_the_number_of_requests_that_wait_for_versions_is_bounded(world: World) -> None:
+    async with world.running():
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None), world.residents.stream(world.registry.version(1)):
             publish_tiny_version(world.registry, 0.5)
@@ -314,5 +301,3 @@ def test_those_who_wait_for_a_version_are_bounded(world: World) -> None:
                 assert serving.manifest.version == 2
         await eventually(lambda: world.serving == 4)
         await asyncio.gather(*waiting)
-
-    run(world, test)

@@ -1,4 +1,4 @@
-"""What people are told while no version serves."""
+"""The sentence on why no version serves."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ LOADING = VersionStatus(3, make_manifest(3), State.LOADING)
         ),
     ],
 )
-def test_the_sentence_says_what_is_so(statuses: list[VersionStatus], policy: str, sentence: str) -> None:
+def test_the_sentence_gives_the_reason(statuses: list[VersionStatus], policy: str, sentence: str) -> None:
     assert why_none_serves(statuses, policy) == sentence
 
 
