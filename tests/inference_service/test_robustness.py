@@ -234,7 +234,7 @@ def test_sigterm_finishes_running_and_waiting_requests_and_rejects_new_ones(tmp_
         streams = [client.generate("Once", max_tokens=4000, ignore_eos=True) for _ in range(3)]
         until_waiting(server, 1)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "ending" in "".join(server.lines))
+        wait_until(lambda: "stopping; send it again" in "".join(server.lines))
 
         def rejects() -> bool:
             with InferenceClient(server.address, retries=0) as other:
@@ -261,7 +261,7 @@ def test_a_second_signal_ends_all_requests_with_unavailable(tmp_path: Path) -> N
         waiting = long(client)
         until_waiting(server, 1)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "ending" in "".join(server.lines))
+        wait_until(lambda: "stopping; send it again" in "".join(server.lines))
         server.process.send_signal(signal.SIGTERM)
         for stream in (*running, waiting):
             with pytest.raises(errors.Unavailable, match="The server is shutting down; try again in a moment"):
