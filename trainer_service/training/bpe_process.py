@@ -86,7 +86,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # Without the flush at exit, which would fail again and change the exit code.
+        # Skips the flush at exit, which would fail again and change the exit code to 120.
         os._exit(DISK_FULL_EXIT_CODE)
 
 

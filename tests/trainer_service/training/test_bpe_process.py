@@ -68,6 +68,7 @@ def test_the_error_for_a_failed_process_says_what_is_known(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="This system has no /dev/full.")
 def test_a_full_disk_is_reported_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # the child must buffer its output, as it usually does
     with tempfile.TemporaryFile(dir=tmp_path) as text, Path("/dev/full").open("r+b", buffering=0) as tokens:
         files = [text, tokens]
         monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: files.pop(0))
