@@ -29,10 +29,10 @@ def _escaped(text: str) -> list[str]:
 
 def _fitting(text: str, limit: int) -> list[str]:
     """The first characters of a text, escaped, that fit into `limit` characters; never cuts an escape."""
-    pieces = _escaped(text)
-    while sum(map(len, pieces)) > limit:
-        pieces.pop()
-    return pieces
+    characters = _escaped(text)
+    while sum(map(len, characters)) > limit:
+        characters.pop()
+    return characters
 
 
 def shorten(text: str, limit: int) -> str:

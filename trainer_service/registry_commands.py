@@ -12,7 +12,7 @@ from rich.console import Console
 from shared.errors import CorruptCheckpoint, NotFound, Unavailable
 from shared.registry import retention as retention_module
 from shared.registry.identity import registry_id
-from shared.registry.retention import Verdict, judge, read_retention
+from shared.registry.retention import Verdict, judge
 from shared.registry.store import Checkpoint, Registry
 from shared.service import cli
 from shared.service.lists import Column, JsonOption, print_list
@@ -23,6 +23,7 @@ from trainer_service.disk import Usage, usage
 from trainer_service.jobs.holds import release_ended
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect, redis_url
+from trainer_service.settings import read_retention
 
 app = cli.new_app(None)
 

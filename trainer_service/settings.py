@@ -2,8 +2,17 @@
 
 from dataclasses import dataclass
 
-from shared.registry.retention import Retention, read_retention
-from shared.service.settings import Directories, Environment, read_directories, read_float, read_port, read_str
+from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
+from shared.service.settings import (
+    Directories,
+    Environment,
+    read_bytes,
+    read_directories,
+    read_float,
+    read_int,
+    read_port,
+    read_str,
+)
 from trainer_service.redis_server import redis_url
 
 
@@ -40,4 +49,21 @@ def read_settings(environment: Environment) -> TrainerSettings:
         retention=read_retention(environment),
         redis_url=redis_url(environment, directories),
         directories=directories,
+    )
+
+
+def read_retention(environment: Environment) -> Retention:
+    """Reads the variables `GPTLOOP_KEEP_…`; raises `InvalidArgument`, which names the invalid variable."""
+    default = Retention()
+
+    def read(name: str, value: int, minimum: int = 0) -> int:
+        return read_int(environment, name, value, minimum=minimum, maximum=MAX_COUNT)
+
+    return Retention(
+        states=read("GPTLOOP_KEEP_STATES", default.states, 1),
+        best=read("GPTLOOP_KEEP_BEST", default.best),
+        newest=read("GPTLOOP_KEEP_NEWEST", default.newest),
+        every=read("GPTLOOP_KEEP_EVERY", default.every),
+        runs=read("GPTLOOP_KEEP_RUNS", default.runs),
+        size_bytes=read_bytes(environment, "GPTLOOP_KEEP_BYTES", default.size_bytes, maximum=MAX_BYTES),
     )

@@ -125,7 +125,7 @@ class Stream(_BaseStream):
         raise StopIteration
 
     def text(self) -> Iterator[str]:
-        """Iterates over the non-empty pieces of the text; raises `InvalidArgument` if there are several samples."""
+        """Iterates over the non-empty chunks of the text; raises `InvalidArgument` if there are several samples."""
         self._check_single()
         return (event.text for event in self if isinstance(event, pb.Delta) and event.text)
 
@@ -164,7 +164,7 @@ class AsyncStream(_BaseStream):
         raise StopAsyncIteration
 
     def text(self) -> AsyncIterator[str]:
-        """Iterates over the non-empty pieces of the text; raises `InvalidArgument` if there are several samples."""
+        """Iterates over the non-empty chunks of the text; raises `InvalidArgument` if there are several samples."""
         self._check_single()
         return (event.text async for event in self if isinstance(event, pb.Delta) and event.text)
 

@@ -10,13 +10,12 @@ from shared.registry.commit import writing
 from shared.registry.decisions import Decided
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
-from shared.service.settings import Environment, read_bytes, read_int
 
 # An unfinished run that wrote a state within this time may still train, or wait to continue.
 _ACTIVE_S = 7 * 24 * 3600.0
 
-_MAX_COUNT = 1_000_000
-_MAX_BYTES = 2**60
+MAX_COUNT = 1_000_000
+MAX_BYTES = 2**60
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,9 @@ class Retention:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, minimum = getattr(self, field.name), 1 if field.name == "states" else 0
-            most = _MAX_BYTES if field.name == "size_bytes" else _MAX_COUNT
+            most = MAX_BYTES if field.name == "size_bytes" else MAX_COUNT
             if not minimum <= value <= most:
                 raise InvalidArgument(f"{field.name} is {value}, but must be from {minimum} to {most}.")
-
-
-def read_retention(environment: Environment) -> Retention:
-    """Reads the variables `GPTLOOP_KEEP_…`; raises `InvalidArgument`, which names the invalid variable."""
-    default = Retention()
-
-    def read(name: str, value: int, minimum: int = 0) -> int:
-        return read_int(environment, name, value, minimum=minimum, maximum=_MAX_COUNT)
-
-    return Retention(
-        states=read("GPTLOOP_KEEP_STATES", default.states, 1),
-        best=read("GPTLOOP_KEEP_BEST", default.best),
-        newest=read("GPTLOOP_KEEP_NEWEST", default.newest),
-        every=read("GPTLOOP_KEEP_EVERY", default.every),
-        runs=read("GPTLOOP_KEEP_RUNS", default.runs),
-        size_bytes=read_bytes(environment, "GPTLOOP_KEEP_BYTES", default.size_bytes, maximum=_MAX_BYTES),
-    )
 
 
 @dataclass(frozen=True)

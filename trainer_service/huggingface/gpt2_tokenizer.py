@@ -76,14 +76,18 @@ def write_tokenizer(tokenizer: Tokenizer, context_length: int, directory: Path) 
             f"The tokenizer {tokenizer.name!r} cannot be exported, because it does not split text as GPT-2 does."
         )
     letters = {value: letter for letter, value in byte_of_letter().items()}
-    ranks = {piece: rank for rank, piece in enumerate(tokenizer.vocabulary[:-1])}
+    ranks = {token_bytes: rank for rank, token_bytes in enumerate(tokenizer.vocabulary[:-1])}
     merges = []
-    for piece in filter(_is_merged, ranks):
-        parts = _last_merge(piece, ranks)
+    for token_bytes in filter(_is_merged, ranks):
+        parts = _last_merge(token_bytes, ranks)
         if len(parts) != 2:
-            raise InvalidArgument(f"The tokenizer cannot be exported, because no merge gives its token {piece!r}.")
+            raise InvalidArgument(
+                f"The tokenizer cannot be exported, because no merge gives its token {token_bytes!r}."
+            )
         merges.append(" ".join(_spell(part, letters) for part in parts))
-    vocabulary = {_spell(piece, letters): rank for piece, rank in ranks.items()} | {END_OF_TEXT: tokenizer.end_token}
+    vocabulary = {_spell(token_bytes, letters): rank for token_bytes, rank in ranks.items()} | {
+        END_OF_TEXT: tokenizer.end_token
+    }
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_prefix_space": False,
@@ -110,39 +114,39 @@ def _tokenizer(vocabulary: Mapping[str, int], merges: Sequence[Merge]) -> Tokeni
         if not token or not values.keys() >= set(token):
             raise ValueError(f"its token {token!r} is not spelled in GPT-2's letters for bytes")
     ranks = {bytes(map(values.__getitem__, token)): rank for rank, token in enumerate(tokens)}
-    for piece, merge in zip_longest(filter(_is_merged, ranks), merges):
-        if piece is None:
+    for token_bytes, merge in zip_longest(filter(_is_merged, ranks), merges):
+        if token_bytes is None:
             raise ValueError(f"its merge {merge} comes after that of the last token")
-        expected = tokens[ranks[piece]]
+        expected = tokens[ranks[token_bytes]]
         if merge is None:
             raise ValueError(f"no merge spells its token {expected!r}")
         if "".join(merge) != expected:
             raise ValueError(f"its merges must be in the order of ids, but {merge} comes where {expected!r} is next")
-        if _last_merge(piece, ranks) != [bytes(map(values.__getitem__, part)) for part in merge]:
+        if _last_merge(token_bytes, ranks) != [bytes(map(values.__getitem__, part)) for part in merge]:
             raise ValueError(f"its merge {merge} is not the last merge that encodes {expected!r}")
     if len(vocabulary) == GPT2_TOKENS and (gpt2 := load_gpt2()).vocabulary[:-1] == list(ranks):
         return gpt2
     return Tokenizer("bpe", PATTERN, list(ranks))
 
 
-def _is_merged(piece: bytes) -> bool:
-    return len(piece) > 1
+def _is_merged(token_bytes: bytes) -> bool:
+    return len(token_bytes) > 1
 
 
-def _last_merge(piece: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+def _last_merge(token_bytes: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """Merges pairs in a token's bytes, lowest rank first, below the token's own rank; returns the two or more parts
     that are left."""
-    parts = [piece[at : at + 1] for at in range(len(piece))]
+    parts = [token_bytes[at : at + 1] for at in range(len(token_bytes))]
     while len(parts) > 2:
         rank, at = min((ranks.get(left + right, len(ranks)), at) for at, (left, right) in enumerate(pairwise(parts)))
-        if rank >= ranks[piece]:
+        if rank >= ranks[token_bytes]:
             break
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
 
 
-def _spell(piece: bytes, letters: Mapping[int, str]) -> str:
-    return "".join(map(letters.__getitem__, piece))
+def _spell(token_bytes: bytes, letters: Mapping[int, str]) -> str:
+    return "".join(map(letters.__getitem__, token_bytes))
 
 
 def _read_merges(path: Path) -> list[Merge]:

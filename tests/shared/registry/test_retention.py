@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.registry.fence import Fence
 from shared.registry.findings import Finding
-from shared.registry.retention import Retention, judge, prune, read_retention
+from shared.registry.retention import Retention, judge, prune
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, write_model
 
@@ -197,21 +197,6 @@ def test_a_value_out_of_range_is_an_error_that_names_it() -> None:
             Retention(**{name: -1})
     with pytest.raises(InvalidArgument, match="states is 0"):
         Retention(states=0)
-
-
-def test_the_environment_sets_each_value() -> None:
-    assert read_retention({}) == Retention()
-    environment = {f"GPTLOOP_KEEP_{name}": str(at) for at, name in enumerate(("STATES", "BEST", "NEWEST", "EVERY"), 3)}
-    assert read_retention(environment | {"GPTLOOP_KEEP_RUNS": "7"}) == Retention(3, 4, 5, 6, 7)
-    with pytest.raises(InvalidArgument, match="GPTLOOP_KEEP_STATES is 0"):
-        read_retention({"GPTLOOP_KEEP_STATES": "0"})
-    for text, size_bytes in (("5", 5), ("500M", 500 << 20), ("10g", 10 << 30), (" 2T ", 2 << 40), ("0", 0)):
-        assert read_retention({"GPTLOOP_KEEP_BYTES": text}).size_bytes == size_bytes
-    for text in ("10 G", "1.5G", "-1", "G", "10GB", "٣G", "9" * 30, "9999999999999999999T"):
-        with pytest.raises(
-            InvalidArgument, match=r"GPTLOOP_KEEP_BYTES is .*, but must be a number of bytes, such as 500M"
-        ):
-            read_retention({"GPTLOOP_KEEP_BYTES": text})
 
 
 @pytest.mark.parametrize("content", [b"\0", None])

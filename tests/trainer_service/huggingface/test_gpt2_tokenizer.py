@@ -48,10 +48,10 @@ def library_tokenizer(directory: Path) -> tokenizers.Tokenizer:
 def test_the_files_encode_as_the_tokenizer_does(folder: Path) -> None:
     library = library_tokenizer(folder)
     assert library.get_vocab_size() == SIZE and library.token_to_id(END_OF_TEXT) == BPE.end_token
-    pieces = st.sampled_from([piece.decode(errors="ignore") for piece in BPE.vocabulary])
+    tokens = st.sampled_from([token.decode(errors="ignore") for token in BPE.vocabulary])
 
     @settings(deadline=None)
-    @given(st.lists(pieces | st.text(max_size=3)).map("".join))
+    @given(st.lists(tokens | st.text(max_size=3)).map("".join))
     def check(text: str) -> None:
         assert library.encode(text).ids == BPE.encode(text)
 

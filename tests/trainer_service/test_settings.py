@@ -1,0 +1,22 @@
+"""The settings of the trainer service."""
+
+import pytest
+
+from shared.errors import InvalidArgument
+from shared.registry.retention import Retention
+from trainer_service.settings import read_retention
+
+
+def test_the_environment_sets_each_value_of_retention() -> None:
+    assert read_retention({}) == Retention()
+    environment = {f"GPTLOOP_KEEP_{name}": str(at) for at, name in enumerate(("STATES", "BEST", "NEWEST", "EVERY"), 3)}
+    assert read_retention(environment | {"GPTLOOP_KEEP_RUNS": "7"}) == Retention(3, 4, 5, 6, 7)
+    with pytest.raises(InvalidArgument, match="GPTLOOP_KEEP_STATES is 0"):
+        read_retention({"GPTLOOP_KEEP_STATES": "0"})
+    for text, size_bytes in (("5", 5), ("500M", 500 << 20), ("10g", 10 << 30), (" 2T ", 2 << 40), ("0", 0)):
+        assert read_retention({"GPTLOOP_KEEP_BYTES": text}).size_bytes == size_bytes
+    for text in ("10 G", "1.5G", "-1", "G", "10GB", "٣G", "9" * 30, "9999999999999999999T"):
+        with pytest.raises(
+            InvalidArgument, match=r"GPTLOOP_KEEP_BYTES is .*, but must be a number of bytes, such as 500M"
+        ):
+            read_retention({"GPTLOOP_KEEP_BYTES": text})
