@@ -19,6 +19,7 @@ from inference_service.metrics import InferenceMetrics
 from inference_service.pauses import Pauses
 from inference_service.settings import HOST_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
 from inference_service.versions.catalogue import Catalogue
+from inference_service.versions.loader import Loader
 from inference_service.versions.manager import VersionManager
 from inference_service.versions.residents import Residents
 from inference_service.watchdog import Watchdog
@@ -78,7 +79,8 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     server = GrpcServer([SERVICE, ADMIN_SERVICE], protected, metrics.called)
     catalogue = Catalogue(registry, device.backend, metrics)
     residents = Residents(
-        *(registry, catalogue, engine, decoders.make),
+        catalogue,
+        Loader(registry, catalogue, engine, decoders.make),
         limit=settings.resident_versions,
         max_waiting=settings.max_waiting_requests,
         metrics=metrics,

@@ -1,26 +1,24 @@
 """The versions in memory: carries out the plans that say which are loaded, serve and are freed.
 
-Everything here belongs to the event loop; only files are read on other threads.
+Everything here belongs to the event loop.
 """
 
 import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from inference_service.engine.engine import Engine
 from inference_service.metrics import InferenceMetrics
 from inference_service.versions.catalogue import Catalogue, refused
 from inference_service.versions.entry import Entry, Retry, Waiter
-from inference_service.versions.gate import Refused, check_loss, read_content
+from inference_service.versions.gate import Refused
+from inference_service.versions.loader import Loader
 from inference_service.versions.planner import Memory, Plan, State, Version, Wanted
 from inference_service.versions.resident import Resident
-from shared.decoding.decoder import Decoder
 from shared.errors import (
     FailedPrecondition,
     GptloopError,
@@ -29,9 +27,7 @@ from shared.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from shared.gpt.model import GPT
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +51,11 @@ class Residents:
     """
 
     def __init__(
-        self,
-        registry: Registry,
-        catalogue: Catalogue,
-        engine: Engine,
-        make_decoder: Callable[[GPT], Decoder],
-        *,
-        limit: int,
-        max_waiting: int,
-        metrics: InferenceMetrics,
+        self, catalogue: Catalogue, loader: Loader, *, limit: int, max_waiting: int, metrics: InferenceMetrics
     ) -> None:
         self.changed = asyncio.Event()
-        self._registry = registry
         self._catalogue = catalogue
-        self._engine = engine
-        self._make_decoder = make_decoder
+        self._loader = loader
         self._limit = limit
         self._max_waiting = max_waiting
         self._metrics = metrics
@@ -77,20 +63,17 @@ class Residents:
         self._entries: dict[int, Entry] = {}
         # Calls that wait until some version serves.
         self._unserved: list[asyncio.Future[None]] = []
-        # The engine frees versions in order, so the last one tells of all.
-        self._freed: Future[None] | None = None
         # Orders uses and calls.
         self._order = itertools.count(1)
-        self._helper = ThreadPoolExecutor(1, thread_name_prefix="residents")
 
     def close(self) -> None:
         """Gives up loads."""
         for entry in self._entries.values():
             if entry.loading is not None:
                 entry.loading.cancel()
-        self._helper.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
-    # What there is.
+    # The versions now.
 
     @property
     def entries(self) -> Mapping[int, Entry]:
@@ -104,7 +87,7 @@ class Residents:
 
     @property
     def manifests(self) -> list[VersionManifest]:
-        """Those of the versions in memory."""
+        """The manifests of the versions in memory."""
         return [entry.manifest for entry in self._entries.values() if entry.resident is not None]
 
     @property
@@ -131,7 +114,7 @@ class Residents:
             for entry in entries
         ]
 
-    # Who keeps it there.
+    # Calls that use versions.
 
     @asynccontextmanager
     async def stream(self, manifest: VersionManifest | None) -> AsyncIterator[Resident]:
@@ -255,9 +238,11 @@ class Residents:
 
     def _release(self, resident: Resident) -> None:
         entry = self._count(resident.manifest.version, -1)
+        if not entry.is_idle:
+            return
         in_the_way = self.lacks_room or any(other.waiters for other in self._entries.values())
         crowded = len(self.manifests) > self._limit
-        if entry.is_idle and (in_the_way or crowded or entry.leaving or self._catalogue.refusal(entry.manifest)):
+        if in_the_way or crowded or entry.leaving or self._catalogue.refusal(entry.manifest) is not None:
             self.changed.set()
 
     def _count(self, number: int, change: int) -> Entry:
@@ -289,20 +274,18 @@ class Residents:
         self._note_waiting(plan)
 
     def _serve(self, number: int | None) -> None:
-        before = next((number for number, entry in self._entries.items() if entry.state is State.SERVING), None)
+        before = next((each for each, entry in self._entries.items() if entry.state is State.SERVING), None)
         if number == before:
             return
         if before is not None:
             self._move(before, State.RESIDENT, used=next(self._order))
         if number is not None:
-            last = self._entries[number]
+            entry = self._entries[number]
             self._move(number, State.SERVING, served=next(self._order), leaving=False)
-            logger.info(
-                "version %d serves: step %d, %.4f bits per byte",
-                *(number, last.manifest.step, last.manifest.bits_per_byte),
-            )
-            seconds = 0.0 if last.awaited_since is None else time.monotonic() - last.awaited_since
-            self._metrics.serves(last.manifest, seconds, swap=before is not None, first=not last.served)
+            manifest = entry.manifest
+            logger.info("version %d serves: step %d, %.4f bits per byte", number, manifest.step, manifest.bits_per_byte)
+            seconds = 0.0 if entry.awaited_since is None else time.monotonic() - entry.awaited_since
+            self._metrics.serves(manifest, seconds, swap=before is not None, first=not entry.served)
         self._report()
 
     def _note_waiting(self, plan: Plan) -> None:
@@ -326,7 +309,7 @@ class Residents:
 
     def _free(self, number: int) -> None:
         self._move(number, State.AVAILABLE, resident=None, held=False, leaving=False)
-        self._freed = self._engine.remove_version(number)
+        self._loader.free(number)
         self._report()
         self.changed.set()
         logger.info("version %d is freed", number)
@@ -335,7 +318,8 @@ class Residents:
         """Loads a version and hands it to the calls that wait for it, or fails them."""
         number, begin = manifest.version, time.monotonic()
         try:
-            resident = await self._bring_in(manifest)
+            entry = self._entries[number]
+            resident = await self._loader.load(manifest, again=entry.hold, instead_of=entry.instead_of)
         except Refused as refusal:
             self._catalogue.refuse(manifest, refusal.loss, refusal.reason, str(refusal), refusal.stands_on)
             self._give_up(number, refused(number, str(refusal)))
@@ -355,38 +339,6 @@ class Residents:
             self._hand_over(number)
         finally:
             self.changed.set()
-
-    async def _bring_in(self, manifest: VersionManifest) -> Resident:
-        number = manifest.version
-        if self._freed is not None:
-            # Its memory is needed.
-            await asyncio.wait([asyncio.wrap_future(self._freed)])
-        entry = self._entries[number]
-        known = self._catalogue.finding(manifest, entry.instead_of)
-        if known is not None and known.refusal is not None:
-            if not entry.hold:
-                raise refused(number, known.sentence)
-            known = None  # an operator asks for another examination
-        loop = asyncio.get_running_loop()
-        content = await loop.run_in_executor(self._helper, read_content, self._registry, manifest)
-        decoder = await loop.run_in_executor(self._helper, self._make_decoder, content.model)
-        windows = content.windows if known is None else ()
-        tokenizer, context_length = content.tokenizer, content.model.config.context_length
-        del content
-        memory_bytes = decoder.memory_bytes
-        ready = self._engine.add_version(number, decoder, tokenizer, context_length, windows)
-        # It holds the weights.
-        del decoder
-        loss = await asyncio.wrap_future(ready)
-        if known is not None and known.loss is not None:
-            return Resident(manifest, tokenizer, known.loss, memory_bytes)
-        try:
-            check_loss(manifest, loss)
-        except Refused:
-            await asyncio.wrap_future(self._engine.remove_version(number))
-            raise
-        self._catalogue.accept(manifest, loss)
-        return Resident(manifest, tokenizer, loss, memory_bytes)
 
     def _give_up(self, number: int, error: GptloopError) -> None:
         self._move(number, State.AVAILABLE, loading=None)

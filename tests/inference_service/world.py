@@ -14,8 +14,9 @@ from prometheus_client import CollectorRegistry
 
 from inference_service.engine.engine import Engine
 from inference_service.metrics import InferenceMetrics
-from inference_service.versions import gate, residents
+from inference_service.versions import gate, loader
 from inference_service.versions.catalogue import Catalogue
+from inference_service.versions.loader import Loader
 from inference_service.versions.manager import VersionManager
 from inference_service.versions.residents import Residents
 from inference_service.versions.status import VersionStatus
@@ -35,9 +36,8 @@ class World:
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
         self.catalogue = Catalogue(self.registry, "cpu", self.metrics)
         decoders = partial(make_decoder, slots=2)
-        self.residents = Residents(
-            self.registry, self.catalogue, self.engine, decoders, limit=2, max_waiting=16, metrics=self.metrics
-        )
+        loader = Loader(self.registry, self.catalogue, self.engine, decoders)
+        self.residents = Residents(self.catalogue, loader, limit=2, max_waiting=16, metrics=self.metrics)
         self.manager = VersionManager(self.catalogue, self.residents, 0.05)
 
     @property
@@ -87,7 +87,7 @@ def hold_read(monkeypatch: pytest.MonkeyPatch, number: int) -> HeldRead:
             assert reading.go_on.wait(HANG_S)
         return read(*arguments)
 
-    monkeypatch.setattr(residents, "read_content", slow)
+    monkeypatch.setattr(loader, "read_content", slow)
     return reading
 
 
