@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-# Reasons of refusals. The loss of a version is not what it claims, or was measured on other windows than it names.
+# A reason of refusals: the claimed loss differs from the measured one, or belongs to other windows.
 LOSS_MISMATCH = "loss_mismatch"
-# These do not depend on the version alone.
+# Reasons of refusals that do not depend on the version alone.
 CORRUPT, WORSE, ROLLED_BACK = "corrupt", "worse", "rolled_back"
 # Refusals for these reasons count on every kind of device.
 _EVERYWHERE = frozenset({CORRUPT, "unfit", ROLLED_BACK})

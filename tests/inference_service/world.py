@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -115,11 +115,3 @@ async def polls(world: World, count: int = 3) -> None:
     world.registry.versions = counted  # type: ignore[method-assign]
     await eventually(lambda: seen >= count)
     world.registry.versions = versions  # type: ignore[method-assign]
-
-
-def run(world: World, test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    async def body() -> None:
-        async with world.running():
-            await test()
-
-    asyncio.run(body())
