@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from shared.decoding.cpu_decoder import CpuDecoder
 from shared.decoding.decoder import Decoder
-from shared.decoding.mlx_decoder import MlxDecoder
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.gpt.model import GPT
+from tests.decoders import cpu_decoder, mlx_decoder
 from tests.shared.gpt.random_models import forward
 from trainer_service.huggingface.gpt2 import read_config, read_model
 
@@ -53,8 +51,9 @@ def spans_of(prompt: tuple[int, ...]) -> list[Span]:
     return [Span(1, start, prompt[start : start + SPAN_TOKENS]) for start in range(0, len(prompt), SPAN_TOKENS)]
 
 
-decoders = pytest.mark.parametrize("make", [partial(CpuDecoder, threads=1), MlxDecoder], ids=["cpu", "mlx"])
 MakeDecoder = Callable[[GPT, int], Decoder]
+MAKERS: list[MakeDecoder] = [cpu_decoder, mlx_decoder]
+decoders = pytest.mark.parametrize("make", MAKERS, ids=["cpu", "mlx"])
 
 
 @decoders
