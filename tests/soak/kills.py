@@ -101,8 +101,8 @@ class Soak:
         self._wait(job, 0)
 
     def _wait(self, job: str, step: int) -> None:
-        """Waits until the run has reached a step and is beyond the step of the last kill."""
-        beyond = max(step, self.kills[-1].step + 1 if self.kills else 1)
+        """Waits until the run has reached a step and is beyond the step of the last kill, or at its end."""
+        beyond = min(max(step, self.kills[-1].step + 1 if self.kills else 1), self._max_steps)
         reached, changed_s = 0, time.monotonic()
         while reached < beyond:
             if time.monotonic() - changed_s > _STALLED_S:
@@ -111,9 +111,9 @@ class Soak:
             record = self.record(job)
             if record is None:
                 continue
-            if record.state.is_final:
-                raise Violation(f"The job is {record.state.value} before its last step: {record.reason}")
             now = record.progress.step if record.progress else 0
+            if record.state.is_final and now < beyond:
+                raise Violation(f"The job is {record.state.value} before its last step: {record.reason}")
             if now != reached:
                 reached, changed_s = now, time.monotonic()
             for kill in self.kills:
