@@ -1,4 +1,4 @@
-"""The whole loop, from nothing: train on the built-in stories, serve every better version, measure (`make demo`)."""
+"""Shows the whole loop from the start: trains on the built-in stories, serves each better version, and measures."""
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import grpc
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -26,22 +25,22 @@ from inference_service.client.client import InferenceClient
 from shared.errors import GptloopError, Unavailable
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.pb.training.v1 import training_pb2_grpc
 from shared.service import cli
-from shared.service.grpc_status import error_of
 from shared.service.lists import print_rows
 from shared.service.settings import read_directories
 from shared.text import format_duration, format_size
+from trainer_service.client import TrainerClient
+from trainer_service.jobs.requests import TrainRequest
 
 _PRESET = "demo"
 _PROMPTS = ("Once upon a time", "One morning", "There was once", "Long ago", "One day")
 _STORY_TOKENS = 220
 _TEMPERATURE = 0.6
-# From the trainer's word that a version is published to its first answer.
+# Limit on the time from the publication of a version until it serves.
 _SWAP_LIMIT_S = 60.0
 _POLL_S = 0.2
 _PROGRESS_INTERVAL_S = 8.0
-# Nobody continues a demo's run, so a long step is not waited for.
+# The run of a demo is not continued, so a long step need not end.
 _WORKER_STOP_S = 3
 
 
@@ -49,7 +48,7 @@ app = cli.new_app(None)
 
 
 class Samples(dict[str, float]):
-    """A metrics page, by sample name, followed by the `kind` where there is one."""
+    """The samples of a metrics page, by their names, followed by the label `kind` if there is one."""
 
     def __missing__(self, name: str) -> float:
         raise GptloopError(f"A metrics page lacks {name}.")
@@ -57,34 +56,28 @@ class Samples(dict[str, float]):
 
 @dataclass
 class Demo:
-    """What was seen so far; `show` takes lines for a person."""
+    """What the demonstration has shown so far."""
 
     console: Console
     ports: Ports
     began_s: float = field(default_factory=time.monotonic)
     first_story_s: float | None = None
     versions: list[pb.VersionPublished] = field(default_factory=list)
-    # While training goes on: afterwards its rate is 0 and its memory is gone.
+    # Scraped during training: afterwards the rate is 0 and the memory is missing.
     training: Samples = field(default_factory=Samples)
-    # The fastest that was seen after a story.
+    # The highest rate after a story.
     tokens_per_second: float = 0.0
     stage: str = ""
-    told_s: float = 0.0
+    shown_s: float = 0.0
 
     def run(self) -> None:
-        """Trains and reads a story from each version that is the best so far; raises where any part fails."""
-        trainer = f"127.0.0.1:{self.ports.trainer}"
-        inference = f"127.0.0.1:{self.ports.inference}"
-        options = [("grpc.enable_http_proxy", 0)]
-        with grpc.insecure_channel(trainer, options=options) as channel, InferenceClient(inference) as client:
-            stub = training_pb2_grpc.TrainingServiceStub(channel)
-            try:
-                job = stub.EnqueueJob(pb.EnqueueJobRequest(preset=_PRESET)).job
-                self.say(f"Job {job.id} is queued: preset {_PRESET}, the built-in stories.")
-                for response in stub.WatchJob(pb.WatchJobRequest(job_id=job.id)):
-                    self._show(response, client)
-            except grpc.RpcError as error:
-                raise error_of(error, trainer) from None
+        """Trains, and shows a story of each version that is the best so far; raises `GptloopError` if a part fails."""
+        trainer, inference = f"127.0.0.1:{self.ports.trainer}", f"127.0.0.1:{self.ports.inference}"
+        with TrainerClient(trainer) as trainer_client, InferenceClient(inference) as client:
+            job = trainer_client.submit(TrainRequest(preset=_PRESET)).job
+            self.say(f"Job {job.id} is queued: preset {_PRESET}, the built-in stories.")
+            for response in trainer_client.watch(job.id):
+                self._show(response, client)
         self._check()
         self._print_tables()
 
@@ -114,8 +107,8 @@ class Demo:
 
     def _show_progress(self, progress: pb.Progress) -> None:
         now_s = time.monotonic()
-        if now_s - self.told_s >= _PROGRESS_INTERVAL_S or progress.step in (1, progress.max_steps):
-            self.told_s = now_s
+        if now_s - self.shown_s >= _PROGRESS_INTERVAL_S or progress.step in (1, progress.max_steps):
+            self.shown_s = now_s
             speed = "the first step compiles"
             if progress.HasField("eta_seconds"):
                 speed = f"{progress.tokens_per_second:,.0f} tokens/s  ETA {format_duration(progress.eta_seconds)}"
@@ -155,7 +148,7 @@ class Demo:
                 if client.model().version >= version:
                     return
             except Unavailable:
-                # The registry was empty a moment ago.
+                # No version serves yet.
                 pass
             if time.monotonic() > deadline_s:
                 raise GptloopError(f"Version {version} does not serve {_SWAP_LIMIT_S:.0f} s after it was published.")
@@ -163,7 +156,7 @@ class Demo:
 
     def _check(self) -> None:
         if self.first_story_s is None:
-            raise GptloopError("No story was read.")
+            raise GptloopError("No story was generated.")
         losses = [version.bits_per_byte for version in self.versions]
         if len(losses) < 2 or losses[-1] >= losses[0]:
             raise GptloopError(f"Held-out bits per byte did not fall: {losses}.")
@@ -254,7 +247,7 @@ def demo() -> None:
     ports = free_ports()
     stack = Stack(directories, ports, environment, worker_stop_s=_WORKER_STOP_S)
     try:
-        # What an earlier demo left, which may have been killed.
+        # An earlier demo may have been killed.
         stack.down()
         for folder in (directories.registry, directories.redis, directories.log):
             shutil.rmtree(folder, ignore_errors=True)

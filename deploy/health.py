@@ -50,7 +50,7 @@ def _check_redis(url: str) -> Health:
 def _check_worker(url: str, directories: Directories) -> Health:
     with connect(url) as connection:
         try:
-            workers = JobQueue(connection, registry_id(directories.registry)).live_workers()
+            workers = JobQueue(connection, registry_id(directories.registry)).leases.live_workers()
         except GptloopError as error:
             return Health(False, str(error))
     return Health(workers > 0, f"{workers} ready for jobs")

@@ -1,4 +1,4 @@
-"""What a training run tells, as the tests of the trainer's parts tell it."""
+"""Events of a training run for the tests of the trainer."""
 
 from trainer_service.jobs.events import Progress, RunStarted
 

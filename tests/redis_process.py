@@ -1,4 +1,4 @@
-"""A real Redis for tests, which can be killed and started again."""
+"""A real Redis server for tests, which can be killed and restarted."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def environment_of(var: Path) -> dict[str, str]:
 
 
 class RedisServer:
-    """A real server on a unix socket, whose data outlive it."""
+    """A real server on a unix socket; its data survive a restart."""
 
     def __init__(self, var: Path) -> None:
         self.url = read_settings({"GPTLOOP_VAR": str(var)}).redis_url
@@ -30,18 +30,18 @@ class RedisServer:
         self.start()
 
     def connect(self) -> Redis:
-        """A client, which `end` closes."""
+        """Returns a client, which `end` closes."""
         self._clients.append(connect(self.url))
         return self._clients[-1]
 
     def end(self) -> None:
-        """Ends it for good, and its clients."""
+        """Kills the server and closes its clients."""
         self.kill()
         for client in self._clients:
             client.close()
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Starts the server; returns when it answers."""
         command = [sys.executable, "-m", "trainer_service", "redis"]
         self._process = subprocess.Popen(command, env=environment_of(self._var), stdout=subprocess.DEVNULL)
         deadline_s = time.monotonic() + HANG_S
@@ -55,6 +55,6 @@ class RedisServer:
                     time.sleep(0.02)
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the server."""
         self._process.kill()
         self._process.wait()

@@ -1,9 +1,11 @@
 """The pages name every command, setting, metric and file that exists, and nothing that does not exist."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import typer
@@ -20,9 +22,7 @@ from shared.gpt.config import count_parameters
 from tests.pages import CODE, PAGES, TEXT, WINGS, rows, sections, tables
 from tests.workplace import PROJECT
 from trainer_service.jobs.events import JobState
-from trainer_service.jobs.kinds import Kind
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.records import JobRecord
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.presets import PRESETS
 from trainer_service.training.config import TrainingConfig
@@ -49,28 +49,15 @@ INTERNAL = {
 TESTS_ONLY = {"GPTLOOP_TEST_DATA"}
 
 
-class EmptyQueue(JobQueue):
-    """A queue on which nothing was ever put, without Redis."""
-
-    def __init__(self) -> None:
-        pass
-
-    def jobs(
-        self, states: Sequence[JobState] = (), kinds: Sequence[Kind] = (), before: int | None = None
-    ) -> Iterator[JobRecord]:
-        return iter(())
-
-    def live_workers(self) -> int:
-        return 0
-
-    def waiting(self) -> int:
-        return 0
-
-    def counts(self) -> dict[JobState, int]:
-        return dict.fromkeys(JobState, 0)
-
-    def tokens(self) -> int:
-        return 0
+def empty_queue() -> JobQueue:
+    """Returns a queue without jobs and without Redis."""
+    store = SimpleNamespace(
+        jobs=lambda states: iter(()),
+        waiting=lambda: 0,
+        counts=lambda: dict.fromkeys(JobState, 0),
+        tokens=lambda: 0,
+    )
+    return cast(JobQueue, SimpleNamespace(store=store, leases=SimpleNamespace(live_workers=lambda: 0)))
 
 
 def require_same(documented: Collection[str], existing: Collection[str]) -> None:
@@ -124,7 +111,7 @@ def test_every_environment_variable_is_documented() -> None:
 def test_every_metric_is_documented() -> None:
     registry = CollectorRegistry()
     InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6)
-    training = make_metrics(EmptyQueue())
+    training = make_metrics(empty_queue())
     CallMetrics(training)
     pages = (generate_latest(registry) + generate_latest(training)).decode()
     scraped = re.findall(r"^# TYPE (gptloop_\w+) (\w+)", pages, re.MULTILINE)

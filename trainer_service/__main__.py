@@ -25,10 +25,18 @@ from shared.service.lists import JsonOption
 from trainer_service import dataset_names, listings, registry_commands
 from trainer_service.follow import follow
 from trainer_service.jobs.events import JobState
-from trainer_service.jobs.holds import enqueue
-from trainer_service.jobs.kinds import JobRequest, Kind, complete
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.spec import DEFAULT_DATASET, DEFAULT_PRESET, JobSpec, TrainingRequest, parse_overrides
+from trainer_service.jobs.requests import (
+    DEFAULT_DATASET,
+    DEFAULT_PRESET,
+    EvaluateRequest,
+    JobRequest,
+    PrepareRequest,
+    TrainRequest,
+    parse_overrides,
+)
+from trainer_service.jobs.specs import Kind, TrainSpec
+from trainer_service.jobs.submit import submit
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS, find_preset
 from trainer_service.redis_server import connect, run
@@ -99,17 +107,17 @@ def train(
       gptloop train --after PREPARE_JOB --no-follow
       gptloop eval --after TRAIN_JOB
     """
-    request = TrainingRequest(
-        preset,
-        dataset_names.expand(dataset or ()),
-        dataset_names.expand(validation or ()),
-        _version(resume) if resume else None,
-        parse_overrides(overrides),
-        name,
-        notes,
+    request = TrainRequest(
+        preset=preset,
+        dataset=dataset_names.expand(dataset or ()),
+        validation=dataset_names.expand(validation or ()),
+        resume=_version(resume) if resume else None,
+        overrides=parse_overrides(overrides),
+        name=name,
+        notes=notes,
+        after=_jobs(after),
     )
-    kind = Kind.PREPARE if only_prepare else Kind.TRAIN
-    _enqueue(JobRequest(kind, request, after=_jobs(after)), wait)
+    _submit(_preparation(request) if only_prepare else request, wait)
 
 
 @app.command()
@@ -131,25 +139,37 @@ def evaluate(
       gptloop eval
       gptloop eval 3 --dataset builtin --validation letters.txt
     """
-    request = TrainingRequest(
-        dataset=dataset_names.expand(dataset or ()), validation=dataset_names.expand(validation or ())
+    request = EvaluateRequest(
+        version=version,
+        dataset=dataset_names.expand(dataset or ()),
+        validation=dataset_names.expand(validation or ()),
+        after=_jobs(after),
     )
-    _enqueue(JobRequest(Kind.EVALUATE, request, version, _jobs(after)), wait)
+    _submit(request, wait)
 
 
-def _enqueue(request: JobRequest, wait: bool) -> None:
+def _preparation(request: TrainRequest) -> PrepareRequest:
+    if request.name or request.notes:
+        raise InvalidArgument("--name and --notes describe a run, but --only-prepare trains none; leave them out.")
+    values = {name: value for name, value in vars(request).items() if name not in ("name", "notes")}
+    return PrepareRequest(**values)
+
+
+def _submit(request: JobRequest, wait: bool) -> None:
     settings = _settings()
     queue = _queue(settings)
     registry = Registry(settings.directories.registry)
-    spec = complete(request, registry)
-    lines = []
-    if request.kind is Kind.TRAIN and isinstance(spec, JobSpec):
-        lines = Plan.of(spec, registry, islice(queue.jobs(), _JOBS_TO_LEARN_FROM), Machine.here()).lines()
-    record = enqueue(queue, registry, request.kind, spec, request.after)
+    record = submit(request, queue, registry)
+    assert record.spec is not None
     console = Console()
-    for line in (f"job {record.id} queued: {request.kind.value} {spec.run}", *lines):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if not queue.live_workers():
+    console.print(
+        f"job {record.id} queued: {request.kind.value} {record.spec.run}", markup=False, highlight=False, soft_wrap=True
+    )
+    if isinstance(record.spec, TrainSpec):
+        earlier = islice(queue.store.jobs(before=record.ticket), _JOBS_TO_LEARN_FROM)
+        for line in Plan.of(record.spec, registry, earlier, Machine.here()).lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not queue.leases.live_workers():
         raise Unavailable(
             f"No worker is running. Start one with `gptloop up`; the job {record.id} stays queued until then."
         )
@@ -164,7 +184,7 @@ def watch(job: JobArgument) -> None:
     Example: gptloop watch 3f2a91c4
     """
     queue = _queue(_settings())
-    queue.get(job)
+    queue.store.get(job)
     _follow(queue, job, Console())
 
 
@@ -189,7 +209,7 @@ def jobs(as_json: JsonOption = False) -> None:
       gptloop jobs
       gptloop jobs --json
     """
-    listings.print_jobs(list(_queue(_settings()).jobs()), as_json)
+    listings.print_jobs(list(_queue(_settings()).store.jobs()), as_json)
 
 
 @app.command()
@@ -205,7 +225,7 @@ def runs(
       gptloop runs wide narrow --json
     """
     settings = _settings()
-    found = all_runs(_queue(settings).jobs(kinds=[Kind.TRAIN]), Registry(settings.directories.registry))
+    found = all_runs(_queue(settings).store.jobs(kinds=[Kind.TRAIN]), Registry(settings.directories.registry))
     listings.print_runs(chosen(found, " ".join(names or ()).split()), as_json)
 
 
@@ -369,7 +389,7 @@ def _follow(queue: JobQueue, job: str, console: Console) -> None:
             f"The job goes on. Follow it again with `gptloop watch {job}`, end it with `gptloop cancel {job}`."
         )
         raise typer.Exit(130) from None
-    if queue.get(job).state is JobState.CANCELLED:
+    if queue.store.get(job).state is JobState.CANCELLED:
         raise typer.Exit(1)
 
 

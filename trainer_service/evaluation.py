@@ -1,31 +1,30 @@
-"""Measuring the loss of a version on other text, or on more of it, than training did."""
+"""Measures the loss of a version on other text than training did, or on more of it."""
 
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from shared.registry.store import Registry
 from shared.version_format import read_model, read_tokenizer
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
-from trainer_service.jobs.kinds import EvaluationSpec
+from trainer_service.jobs.specs import EvaluateSpec
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec, names_of
+from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, evaluate
 from trainer_service.training.tokens import prepare
 from trainer_service.training.workers import Workers
 from trainer_service.versions import changed_text
 
-# At most; there may be less text.
+# The most windows that are measured.
 _WINDOWS = 1000
 
 
-def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
-    """Tells the loss of a version on up to 1000 windows of held-out text, and keeps it beside the versions.
+def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
+    """Measures the loss of a version on up to 1000 windows of held-out text, and keeps it in the registry.
 
-    Raises `NotFound` or `CorruptCheckpoint` for a version that is not there or not whole, what `prepare` does for the
-    text, and `Stopped` where somebody asks for the end.
+    If validation files are given, no other text is read. Raises `NotFound` or `CorruptCheckpoint` if the version does
+    not exist or is damaged, the errors of `prepare`, and `Stopped` if the attempt has to end.
     """
     registry = Registry(attempt.directories.registry)
     version = registry.version(int(spec.version)) if spec.version.isdecimal() else registry.resolve(spec.version)
@@ -40,14 +39,17 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
     )
 
     report = preparation_report(attempt)
-    data = spec.data
-    if not data.dataset:
-        data = DatasetSpec(version.dataset_files, data.validation or version.validation_files)
+    if spec.data.validation:
+        data = DatasetSpec((), spec.data.validation)
+    elif spec.data.dataset:
+        data = spec.data
+    else:
+        data = DatasetSpec(version.dataset_files, version.validation_files)
     prepared = prepare(
         data, wanted, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
     )
     for text in (*prepared.notices, *changed_text(version, data, prepared)):
-        attempt.tell(Notice(text))
+        attempt.emit(Notice(text))
     evaluation_set = EvaluationSet.from_tokens(
         prepared.validation, tokenizer, windows=_WINDOWS, context_length=config.context_length
     )
@@ -56,10 +58,9 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
         held_out = evaluate(
             model, evaluation_set, config.batch_size, workers, lambda share: report("measuring the loss", share)
         )
-    text = names_of([Path(name) for name in data.validation]) if data.validation else prepared.source
     result = {
         "version": version.version,
-        "dataset": text,
+        "dataset": prepared.held_out_source,
         "dataset_revision": prepared.revision,
         "evaluation_set": evaluation_set.digest,
         "windows": len(evaluation_set.windows),
@@ -68,7 +69,7 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
         "created_at": time.time(),
     }
     registry.keep_evaluation(version.version, evaluation_set.digest, json.dumps(result, indent=2))
-    attempt.tell(
+    attempt.emit(
         Evaluation(
             version.step,
             None,
@@ -76,6 +77,6 @@ def evaluate_version(spec: EvaluationSpec, attempt: Attempt) -> None:
             held_out.bits_per_byte,
             version=version.version,
             windows=len(evaluation_set.windows),
-            text=text,
+            text=prepared.held_out_source,
         )
     )

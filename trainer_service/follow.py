@@ -1,4 +1,4 @@
-"""Showing a job to a person: a live bar on a terminal, plain lines elsewhere."""
+"""Shows the events of a job to a user: with a live bar on a terminal, as plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from trainer_service.jobs.reachable import Outage
 from trainer_service.jobs.records import JobRecord
 
 _WAIT_S = 1.0
-# A job that nobody works on while no worker lives does not go on by itself.
+# How long a job may have neither a process nor a live worker.
 _PATIENCE_S = 20.0
-# Training goes on without Redis, and tells afterwards what happened.
+# How long Redis may not answer: training continues meanwhile, and its events arrive afterwards.
 _OUTAGE_S = 600.0
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """The job waits for a worker; `ahead` others come before it."""
+    """The job waits for a worker; `ahead` other jobs come before it."""
 
     ahead: int
 
@@ -35,9 +35,9 @@ class Waiting:
 
 
 def follow(queue: JobQueue, job_id: str, console: Console) -> None:
-    """Shows every event of a job until it ends, also over a time in which Redis is gone.
+    """Shows every event of a job until it ends, and continues after an outage of Redis.
 
-    Raises `GptloopError` with the reason where it failed, and `Unavailable` where no worker is left to go on with it.
+    Raises `GptloopError` with the reason if the job fails, and `Unavailable` if no worker is left to continue it.
     """
     view = _LiveView(console) if console.is_terminal else _PlainView(console)
     with view:
@@ -54,12 +54,12 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
     last, abandoned_since_s, outage, waiting = "0", None, Outage(_OUTAGE_S), None
     while True:
         try:
-            batch = queue.read_events(job_id, last, _WAIT_S)
-            record, workers = queue.get(job_id), queue.live_workers()
+            batch = queue.store.read_events(job_id, last, _WAIT_S)
+            record, workers = queue.store.get(job_id), queue.leases.live_workers()
         except Unavailable as error:
             abandoned_since_s = None
             if not outage.has_begun:
-                yield events.Notice(f"{error} The job may go on meanwhile; what it says comes when Redis answers.")
+                yield events.Notice(f"{error} The job may continue; its events follow when Redis answers.")
             if not outage.may_retry():
                 raise Unavailable(f"{error} Follow the job again with `gptloop watch {job_id}`.") from error
             time.sleep(_WAIT_S)
@@ -82,12 +82,12 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
         elif time.monotonic() - abandoned_since_s > _PATIENCE_S:
             raise Unavailable(
                 f"No worker is alive, so the job {job_id} waits. Start one with `gptloop up`; "
-                "it goes on from its last state."
+                "it resumes from its last state."
             )
 
 
 def describe(event: Event) -> str | None:
-    """An event as one line of text; None for what only a live view shows."""
+    """Describes an event in one line; returns None for an event that only a live view shows."""
     match event:
         case events.StateChanged(JobState.FAILED, _):
             return None
@@ -120,7 +120,7 @@ def describe(event: Event) -> str | None:
 
 
 def describe_job(record: JobRecord) -> str:
-    """Where a job stands, in a few words."""
+    """Describes the state of a job in a few words."""
     words = [record.reason] if record.reason else []
     if record.state is JobState.QUEUED:
         if record.after and record.started_at is None:
@@ -135,12 +135,12 @@ def describe_job(record: JobRecord) -> str:
 
 
 def describe_ahead(ahead: int) -> str:
-    """How many jobs come first."""
+    """Describes how many jobs come first."""
     return "1 job comes first" if ahead == 1 else f"{ahead:,} jobs come first"
 
 
 class _PlainView:
-    """A line an event."""
+    """Prints a line for each event."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -168,7 +168,7 @@ class _PlainView:
 
 
 class _LiveView:
-    """A bar with the last progress, and lines above it for everything else."""
+    """Shows a bar with the last progress, and prints a line above it for each other event."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -196,7 +196,7 @@ class _LiveView:
 
 
 def _facts(progress: events.Progress) -> list[str]:
-    """How training stands, the most important first."""
+    """Returns the progress in phrases, the most important first."""
     facts = [f"step {progress.step}/{progress.max_steps}", f"loss {progress.loss:.3f}"]
     if progress.eta_s is None:
         facts.append("the first step compiles")

@@ -1,4 +1,4 @@
-"""An attempt at a job, in a process of its own: `python -m trainer_service.job_process JOB ATTEMPT WORKER`."""
+"""Runs an attempt at a job in its own process: `python -m trainer_service.job_process JOB ATTEMPT WORKER`."""
 
 import logging
 import os
@@ -13,25 +13,24 @@ from shared.service import logs
 from shared.service.settings import Directories
 from trainer_service.jobs.attempt import Attempt, Stopped
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
-from trainer_service.jobs.holds import release_ended
-from trainer_service.jobs.kinds import EvaluationSpec, Kind
 from trainer_service.jobs.queue import STOPPED, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import End, Reporter
+from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec
+from trainer_service.jobs.submit import release_ended
 from trainer_service.redis_server import connect
 from trainer_service.settings import read_settings
 
 logger = logging.getLogger(__name__)
 
-# A reason is a sentence, or what a library said.
+# Limits the message of a library.
 _REASON_LENGTH = 400
 
 
 def run_attempt(job_id: str, attempt: int, worker: int) -> None:
-    """Works on a job until it has finished, or until somebody or something ends the attempt; `worker` is the pid of the
-    process that started this one.
+    """Works on a job until it has finished or the attempt is ended; `worker` is the pid of the worker.
 
-    An error of the job itself (bad data, a diverging loss) fails the job and is not tried again.
+    An error of the job itself, such as bad data or a diverging loss, fails the job at once.
     """
     terminated = False
 
@@ -43,7 +42,7 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     logs.configure("trainer")
     settings = read_settings(os.environ)
     queue = JobQueue(connect(settings.redis_url), registry_id(settings.directories.registry))
-    if not queue.tell(job_id, attempt, [TimedEvent(StateChanged(JobState.RUNNING))]):
+    if not queue.store.report(job_id, attempt, [TimedEvent(StateChanged(JobState.RUNNING))]):
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
         return
     reporter = Reporter(queue, job_id, attempt, worker, settings.stuck_s)
@@ -51,34 +50,34 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     def stop_requested() -> bool:
         return reporter.stop_requested() or terminated
 
-    def told(event: StateChanged) -> End:
-        return lambda queue: queue.tell(job_id, attempt, [TimedEvent(event)])
+    def ends(state: JobState, reason: str = "") -> End:
+        return lambda queue: queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))])
 
     end: End | None = None
     try:
         device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
-        given = Attempt(attempt, settings.directories, settings.retention, device, reporter.tell, stop_requested)
-        completed = _work(queue.get(job_id), given)
+        given = Attempt(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested)
+        completed = _work(queue.store.get(job_id), given)
     except RunOwnershipLost as error:
-        # Whoever owns the run now tells how it goes on.
+        # The process that owns the run now reports how it continues.
         logger.warning("job %s: %s", job_id, error)
     except Unavailable as error:
-        # What is gone may be there again for the next attempt.
+        # The next attempt may find the missing service again.
         logger.warning("job %s: %s", job_id, error)
         reason = shown(error, _REASON_LENGTH).rstrip(".")
         end = lambda queue: queue.lose(job_id, attempt, reason)  # noqa: E731
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
-        end = told(StateChanged(JobState.FAILED, shown(error, _REASON_LENGTH)))
+        end = ends(JobState.FAILED, shown(error, _REASON_LENGTH))
     except Exception as error:
         logger.exception("job %s failed", job_id)
         reason = f"{type(error).__name__}: {shown(error, _REASON_LENGTH)} (the worker's log has more)"
-        end = told(StateChanged(JobState.FAILED, reason))
+        end = ends(JobState.FAILED, reason)
     else:
         if completed:
-            end = told(StateChanged(JobState.FINISHED))
+            end = ends(JobState.FINISHED)
         elif reporter.cancelled:
-            end = told(StateChanged(JobState.CANCELLED))
+            end = ends(JobState.CANCELLED)
         else:
             end = lambda queue: queue.give_back(job_id, attempt, STOPPED)  # noqa: E731
     finally:
@@ -90,26 +89,27 @@ def _release(queue: JobQueue, directories: Directories) -> None:
     try:
         release_ended(queue, Registry(directories.registry))
     except GptloopError as error:
-        logger.warning("versions stay held until another job has ended: %s", error)
+        logger.warning("the holds of ended jobs stay until another job ends: %s", error)
 
 
 def _work(record: JobRecord, attempt: Attempt) -> bool:
-    """Does what the job says; whether it came to its end."""
+    """Does the work of a job; returns whether it is complete."""
     if attempt.device.backend == "cpu" and attempt.device.blas is None:
-        attempt.tell(Notice(accelerator.NO_BLAS))
-    # Only now, as MLX must load after its fast BLAS.
+        attempt.emit(Notice(accelerator.NO_BLAS))
+    # Imported here, because MLX must load after its fast BLAS.
     from trainer_service.evaluation import evaluate_version
     from trainer_service.run import TrainingRun, prepare_data
 
     if record.spec is None:
         raise FailedPrecondition(record.reason)
     try:
-        if isinstance(record.spec, EvaluationSpec):
-            evaluate_version(record.spec, attempt)
-        elif record.kind is Kind.PREPARE:
-            prepare_data(record.spec, attempt)
-        else:
-            return TrainingRun(record.spec, attempt).train()
+        match record.spec:
+            case EvaluateSpec():
+                evaluate_version(record.spec, attempt)
+            case PrepareSpec():
+                prepare_data(record.spec, attempt)
+            case _:
+                return TrainingRun(record.spec, attempt).train()
     except Stopped:
         return False
     return True

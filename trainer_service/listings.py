@@ -1,4 +1,4 @@
-"""What people see of jobs and of published versions, in lists."""
+"""Lists of jobs, runs and versions for users."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _LISTED_FILES = 3
 
 
 def print_jobs(records: Sequence[JobRecord], as_json: bool) -> None:
-    """The jobs in the order given."""
+    """Prints jobs in the given order."""
     columns = (
         Column[JobRecord]("job", lambda job: job.id),
         Column[JobRecord]("kind", lambda job: job.kind and job.kind.value, rank=1),
@@ -43,7 +43,7 @@ def print_jobs(records: Sequence[JobRecord], as_json: bool) -> None:
 
 
 def print_runs(runs: Sequence[Run], as_json: bool) -> None:
-    """The runs in the order given, with the values in which they differ; in JSON all values."""
+    """Prints runs in the given order, with the values in which they differ; JSON has all values."""
 
     def value_column(name: str, rank: int) -> Column[Run]:
         return Column(name, lambda run: run.values.get(name), lambda run: _value(run.values.get(name)), rank=rank)
@@ -57,7 +57,7 @@ def print_runs(runs: Sequence[Run], as_json: bool) -> None:
             "held-out loss", lambda run: run.validation_loss, lambda run: _loss(run.validation_loss), right=True
         ),
         Column[Run]("bits per byte", lambda run: run.bits_per_byte, lambda run: _loss(run.bits_per_byte), right=True),
-        # Of many values the last ones give way first.
+        # On a narrow terminal the last values are left out first.
         *(value_column(name, rank) for rank, name in enumerate(different, start=3)),
         Column[Run]("notes", lambda run: run.notes, rank=len(different) + 3, wraps=True),
         Column[Run]("", lambda run: run.values, key="values"),
@@ -68,7 +68,7 @@ def print_runs(runs: Sequence[Run], as_json: bool) -> None:
 
 
 def print_checkpoints(registry: Registry, as_json: bool) -> None:
-    """Every version in the registry, the oldest first."""
+    """Prints every version in the registry, the oldest first."""
     versions, labels = registry.versions(), registry.labels()
     columns = (
         Column[VersionManifest]("version", lambda each: each.version, right=True),
@@ -129,6 +129,6 @@ def _loss(loss: float | None) -> str:
 
 
 def _files(names: Sequence[str]) -> str:
-    """The names of the first files, without their folders, and how many more there are."""
+    """Returns the names of the first files without their folders, and the number of the others."""
     text = ", ".join(name.rpartition("/")[2] for name in names[:_LISTED_FILES])
     return text if len(names) <= _LISTED_FILES else f"{text} and {len(names) - _LISTED_FILES:,} more"

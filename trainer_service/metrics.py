@@ -1,4 +1,4 @@
-"""Prometheus metrics of the trainer, computed from what jobs told Redis at the moment of the scrape."""
+"""Prometheus metrics of the trainer, computed at each scrape from the records of the jobs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,27 +11,27 @@ from prometheus_client.registry import Collector
 from shared.errors import Unavailable
 from shared.pb.training.v1 import training_pb2
 from trainer_service.jobs.events import JobState, Progress
+from trainer_service.jobs.job_store import WORKING, JobStore
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.spec import JobSpec
-
-_WORKING = (JobState.RUNNING, JobState.CANCELLING)
+from trainer_service.jobs.specs import TrainSpec
 
 
 class TrainingCollector(Collector):
-    """Series of the jobs that run, and of the one that ran last; gone runs leave the page.
+    """Series of the runs in training, or else of the run that trained last.
 
-    Where Redis does not answer, only `gptloop_training_redis_up` is there, and it is 0.
+    If Redis does not answer, `gptloop_training_redis_up` is 0 and the only series.
     """
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """Every metric family of the page."""
+        """Yields every metric family of the page."""
         try:
-            counts, shown = self._queue.counts(), _shown(self._queue)
-            tokens, waiting, workers = self._queue.tokens(), self._queue.waiting(), self._queue.live_workers()
+            store = self._queue.store
+            counts, shown, tokens, waiting = store.counts(), _shown(store), store.tokens(), store.waiting()
+            workers = self._queue.leases.live_workers()
         except Unavailable:
             yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
             return
@@ -48,14 +48,14 @@ class TrainingCollector(Collector):
 
 
 def make_metrics(queue: JobQueue) -> CollectorRegistry:
-    """The registry that `/metrics` serves."""
+    """Returns the registry that `/metrics` serves."""
     registry = CollectorRegistry()
     registry.register(TrainingCollector(queue))
     return registry
 
 
 class CallMetrics:
-    """Counts the calls of the API, on the page that a registry gives."""
+    """Counts the calls of the API, in a registry of metrics."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._calls = Counter(
@@ -68,7 +68,7 @@ class CallMetrics:
             self._calls.labels(method.name, "ok")
 
     def called(self, method: str, code: grpc.StatusCode, reason: str | None) -> None:
-        """A call ended."""
+        """Counts a call that has ended."""
         self._calls.labels(method, code.name.lower()).inc()
 
 
@@ -79,16 +79,16 @@ def _jobs(counts: Mapping[JobState, int]) -> GaugeMetricFamily:
     return family
 
 
-def _shown(queue: JobQueue) -> dict[str, tuple[JobRecord, Progress]]:
-    """The runs whose progress is on the page: those in training, else the newest that was."""
+def _shown(store: JobStore) -> dict[str, tuple[JobRecord, Progress]]:
+    """Returns the runs on the page: those in training, or else the newest that has trained."""
 
-    def told(states: Sequence[JobState]) -> Iterator[tuple[str, tuple[JobRecord, Progress]]]:
-        for record in queue.jobs(states):
-            if record.progress and isinstance(record.spec, JobSpec):
+    def with_progress(states: Sequence[JobState]) -> Iterator[tuple[str, tuple[JobRecord, Progress]]]:
+        for record in store.jobs(states):
+            if record.progress and isinstance(record.spec, TrainSpec):
                 yield record.spec.run, (record, record.progress)
 
-    working = {run: each for run, each in told(_WORKING) if each[0].is_held}
-    return working or dict(islice(told(()), 1))
+    working = {run: each for run, each in with_progress(WORKING) if each[0].is_held}
+    return working or dict(islice(with_progress(()), 1))
 
 
 def _runs(runs: Mapping[str, tuple[JobRecord, Progress]]) -> Iterator[GaugeMetricFamily]:
@@ -100,7 +100,7 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]]) -> Iterator[GaugeMetri
         return gauge
 
     def working(record: JobRecord) -> bool:
-        return record.state in _WORKING and record.is_held
+        return record.state in WORKING and record.is_held
 
     yield family(
         "tokens_per_second",

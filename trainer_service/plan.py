@@ -1,4 +1,4 @@
-"""What a job will do and what it takes, told before it starts. Loads no model framework."""
+"""Estimates what a training job will do and take, before it starts. Loads no model framework."""
 
 import math
 import sys
@@ -12,37 +12,39 @@ from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
 from shared.text import format_duration, format_size
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.spec import DEFAULT_DATASET, JobSpec
+from trainer_service.jobs.requests import DEFAULT_DATASET
+from trainer_service.jobs.specs import TrainSpec
 from trainer_service.training.config import CHUNK_ELEMENTS, TrainingConfig, micro_batches
+from trainer_service.training.text_size import estimate_characters
 
-# What a training process holds before its first step: interpreter, libraries, compiled kernels.
+# Memory of a training process before its first step: interpreter, libraries, compiled kernels.
 _PROCESS_BYTES = 120 << 20
-# An evaluation, which keeps nothing for gradients, was seen to hold about so many layers' arrays at once.
+# Measured: an evaluation, which keeps nothing for gradients, holds the arrays of about this many layers at once.
 _EVALUATED_LAYERS = 4
-# What a CPU thread reaches at least where it is not disturbed: 35 to 50 were measured with the presets.
+# The least that an undisturbed CPU thread reaches: 35e9 to 50e9 were measured with the presets.
 _GUESSED_FLOPS_PER_THREAD = 30e9
-# Before the text is read: a process starts, and a first step compiles, which takes less once its kernels are kept.
+# The start of a process and the compilation of the first step, without and with cached kernels.
 _FIRST_START_S, _START_S = 15.0, 4.0
-# What two cores read while a tokenizer is trained, from a bounded number of characters, and while text is tokenised.
+# The speed of two cores at training a tokenizer, which reads a limited number of characters, and at tokenising.
 _LEARNED_CHARACTERS_PER_S, _LEARNED_CHARACTERS = 1e6, 32 << 20
 _TOKENISED_CHARACTERS_PER_S = 5e6
 _CHARACTERS_PER_TOKEN = 4
-# The built-in stories; a data set of the hub counts as larger than what is read of it.
+# The size of the built-in stories; a data set of the hub counts as larger than the part that is read.
 _BUILTIN_CHARACTERS = 9_100_000
-# An evaluation only goes forward, which is a third of the work on a token.
+# An evaluation has no backward pass, so it does a third of the work on a token.
 _EVALUATION_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the job will run: its memory, and the threads that compute on a CPU, None where a GPU does."""
+    """The machine of the job: its memory, and the threads that compute on a CPU; None if a GPU computes."""
 
     memory_bytes: int
     threads: int | None
 
     @classmethod
     def here(cls) -> "Machine":
-        """This machine, as the worker will use it."""
+        """Returns this machine, as the worker will use it."""
         memory_bytes = physical_memory_bytes()
         if sys.platform != "linux":
             return cls(memory_bytes, None)
@@ -55,13 +57,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job will do, and what is known of it beforehand; None for what is not.
+    """What a job will do, with values of earlier jobs; None for a value that no earlier job has.
 
-    `tokens` are those to train on, `text_tokens` those of the prepared text, `preparation_s` is what an earlier job on
-    the same text took before its first step, and `tokens_per_second` the speed of one with the same model and batch.
+    `text_tokens` is the number of tokens of the prepared text, `preparation_s` the time that an earlier job on the same
+    text took before its first step, and `tokens_per_second` the speed of an earlier job with the same model and batch.
     """
 
-    spec: JobSpec
+    spec: TrainSpec
     first_step: int
     text_tokens: int | None
     preparation_s: float | None
@@ -70,12 +72,12 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Target tokens from the first step to the last."""
+        """The number of target tokens from the first step to the last."""
         return (self.spec.config.max_steps - self.first_step) * self.spec.config.tokens_per_step
 
     @property
     def before_s(self) -> float:
-        """How long it takes until the first step is done."""
+        """The time until the first step is done."""
         start_s = _START_S if self.tokens_per_second else _FIRST_START_S
         if self.preparation_s is not None:
             return start_s + self.preparation_s
@@ -87,8 +89,7 @@ class Plan:
 
     @property
     def time_s(self) -> float | None:
-        """How long the job takes: its steps and evaluations at the earlier speed, else at a guess for a CPU, and what
-        comes before them."""
+        """The time that the job takes in all, at the earlier speed, or else at a guess for a CPU; None for a GPU."""
         config = self.spec.config
         speed = self.tokens_per_second
         if not speed:
@@ -101,24 +102,24 @@ class Plan:
         return self.before_s + (self.tokens + evaluated * _EVALUATION_SHARE) / speed
 
     @classmethod
-    def of(cls, spec: JobSpec, registry: Registry, jobs: Iterable[JobRecord], machine: Machine) -> "Plan":
-        """The plan of a job, with what earlier ones, the newest first, tell of the same text and of the same model."""
+    def of(cls, spec: TrainSpec, registry: Registry, jobs: Iterable[JobRecord], machine: Machine) -> "Plan":
+        """Returns the plan of a job, with values of earlier jobs, which `jobs` yields, the newest first."""
         first_step = registry.version(spec.resume).step if spec.resume is not None else 0
         text_tokens, preparation_s, tokens_per_second = None, None, None
         for job in jobs:
-            if isinstance(job.spec, JobSpec):
+            if isinstance(job.spec, TrainSpec):
                 if job.started and _text(job.spec) == _text(spec):
                     text_tokens = text_tokens or job.started.train_tokens
-                    # Its tokens are kept, so that the shortest one is like the next.
+                    # The tokens are kept, so the next job takes about as long as the fastest one.
                     if job.started.preparation_s is not None:
                         preparation_s = min(preparation_s or job.started.preparation_s, job.started.preparation_s)
                 if job.progress and not tokens_per_second and _work(job.spec) == _work(spec):
-                    # After a first step, which compiles, the speed is not known.
+                    # The first step compiles, so it says nothing about the speed.
                     tokens_per_second = job.progress.tokens_per_second if job.progress.eta_s is not None else None
         return cls(spec, first_step, text_tokens, preparation_s, tokens_per_second, machine)
 
     def lines(self) -> list[str]:
-        """The plan as text for a person, one line a subject."""
+        """Describes the plan, in one line for each subject."""
         config = self.spec.config
         text = f"{self.tokens:,} tokens"
         if self.text_tokens:
@@ -139,7 +140,7 @@ class Plan:
         return lines
 
     def _schedule(self) -> str:
-        """The phases that are still to come."""
+        """Describes the phases that are still to come."""
         config, phases = self.spec.config, []
         peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_ratio
         if self.first_step < config.warmup_end:
@@ -153,7 +154,7 @@ class Plan:
         if self.spec.resume is None:
             return text
         rate = config.learning_rate_at(self.first_step)
-        text = f"goes on from version {self.spec.resume} at step {self.first_step:,} with {rate:.1e}; {text}"
+        text = f"continues version {self.spec.resume} at step {self.first_step:,} with {rate:.1e}; {text}"
         if config.schedule == "cosine" and 0 < self.first_step == config.schedule_start == config.warmup_end:
             text += "; if you set a higher learning_rate, the loss rises first and may end lower"
         return text
@@ -168,39 +169,39 @@ class Plan:
         return f"{about}; a guess, known after the first steps"
 
 
-def _text(spec: JobSpec) -> tuple[object, ...]:
-    """What decides how many tokens are prepared."""
+def _text(spec: TrainSpec) -> tuple[object, ...]:
+    """Returns the values on which the number of prepared tokens depends."""
     config = spec.config
     return spec.data, config.tokenizer, config.vocabulary_size, config.validation_share, _wanted_tokens(spec)
 
 
-def _wanted_tokens(spec: JobSpec) -> int:
+def _wanted_tokens(spec: TrainSpec) -> int:
     config = spec.config
     return config.max_train_tokens or config.max_steps * config.batch_size * (config.context_length + 1)
 
 
-def _characters(spec: JobSpec) -> float:
-    """About how long the training text is; infinite if that is not known."""
+def _characters(spec: TrainSpec) -> float:
+    """Returns about how many characters the training text has; infinity if that is unknown."""
     if spec.data.dataset == (DEFAULT_DATASET,):
         return _BUILTIN_CHARACTERS
     try:
-        return sum(Path(name).stat().st_size for name in spec.data.dataset)
+        return sum(estimate_characters(Path(name)) for name in spec.data.dataset)
     except OSError:
         return math.inf
 
 
-def _work(spec: JobSpec) -> tuple[object, ...]:
-    """What decides how fast a step is."""
+def _work(spec: TrainSpec) -> tuple[object, ...]:
+    """Returns the values on which the speed of a step depends."""
     return spec.config.gpt, spec.config.batch_size
 
 
 def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
-    """The most that a training process holds on a CPU, within about 30 % of what was measured; None where a GPU
-    computes.
+    """Returns the peak memory of a training process on a CPU, within about 30 % of measurements; None for a GPU.
 
-    In fp32: weights and two moments; for each thread the gradients of earlier micro-batches, if it has
-    several, and the activations of one, or its gradients if they are more. An evaluation takes a thread's whole
-    share of the rows at once, and its arrays have other sizes than training's, which stay in MLX's cache meanwhile.
+    In fp32, training holds the weights and two moments, and for each thread the activations or the gradients of a
+    micro-batch, whichever are larger, and the sum of the gradients if the thread has several micro-batches. An
+    evaluation takes all rows of a thread at once. Its arrays have other sizes than those of training, which stay in
+    MLX's cache.
     """
     if machine.threads is None:
         return None
@@ -209,7 +210,7 @@ def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
     rows = -(-config.batch_size // threads)
     batches = micro_batches(rows, T)
     parameters = count_parameters(config.gpt).total
-    # What the layers keep for their gradients, and as much again for the one at work.
+    # The arrays that the layers keep for their gradients, and those of one more layer at work.
     activations = _activations(config, -(-rows // batches) * T, L + 1)
     training = 4 * threads * ((batches > 1) * parameters + max(activations, parameters))
     evaluating = min(threads, -(-config.evaluation_windows // rows))
@@ -222,12 +223,12 @@ def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
 
 
 def _activations(config: TrainingConfig, tokens: int, layers: int) -> int:
-    """Numbers that stand at once in a pass over some tokens: those of some layers, and the logits, their exponentials,
-    and about half as many on the way from one to the other.
+    """Returns how many numbers a pass over some tokens holds at once, in some layers and for the logits.
 
-    A layer's are for each token both LayerNorms before and after their weights (4 widths), queries, keys, values and
-    what is attended (4), both dropout masks (2), GELU's input and output, and for each head a weight for every key that
-    the token's block of 64 queries sees.
+    A layer has for each token: both LayerNorms before and after their weights (4 widths); queries, keys, values and the
+    output of attention (4); both dropout masks (2); the input and output of GELU; and for each head a weight for each
+    key that the token's block of 64 queries sees. The logits need their exponentials and about half as many numbers
+    between the two.
     """
     T, C = config.context_length, config.width
     keys = (T + min(T, 64)) // 2
@@ -237,8 +238,10 @@ def _activations(config: TrainingConfig, tokens: int, layers: int) -> int:
 
 
 def flops_per_token(config: TrainingConfig) -> int:
-    """Floating-point operations of training on one token: 6 for each weight of a product, 12 for each layer, number of
-    the width and key that is seen, half of the context on average.
+    """Returns the floating-point operations of training on one token.
+
+    6 for each weight of a matrix product, and 12 for each layer, number of the width and visible key; on average half
+    of the context is visible.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """

@@ -1,4 +1,4 @@
-"""The presets: complete sets of values to train with, each of which can be overridden."""
+"""The presets: complete sets of training values. Each value can be overridden."""
 
 from difflib import get_close_matches
 
@@ -76,7 +76,7 @@ PRESETS = {
 
 
 def find_preset(name: str) -> TrainingConfig:
-    """The preset of that name; raises `InvalidArgument` and lists the names that exist."""
+    """Returns the preset with this name; raises `InvalidArgument`, which lists the names, if there is none."""
     try:
         return PRESETS[name]
     except KeyError:

@@ -20,8 +20,8 @@ from shared.service.live_bar import LiveBar
 from shared.service.settings import read_directories
 from shared.text import format_size, printable
 from trainer_service.disk import Usage, usage
-from trainer_service.jobs.holds import release_ended
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.submit import release_ended
 from trainer_service.redis_server import connect, redis_url
 from trainer_service.settings import read_retention
 

@@ -1,4 +1,4 @@
-"""One training run: where the registry, the text and the training loop meet."""
+"""One training run: joins the registry, the text and the training loop."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from shared.registry.store import Registry
 from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_tokenizer
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
-from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.specs import RunSpec, TrainSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, train
 from trainer_service.training.report import Report
@@ -27,11 +27,12 @@ from trainer_service.training.workers import Workers
 from trainer_service.versions import changed_text, publish
 
 
-def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
-    """The tokens of a run, made where they are not there yet; raises `Stopped` where somebody asks for the end.
+def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
+    """Returns the tokens of a run, and prepares them if they are missing.
 
-    The tokenizer, and with it the size of the vocabulary, is that of the run so far, of the version that it continues,
-    or the one that the configuration asks for. Raises `FailedPrecondition` if the run began with other text.
+    The tokenizer, and with it the size of the vocabulary, is that of the run's last state, or else of the version that
+    the run continues, or else the configured one. Raises the errors of `prepare`, `FailedPrecondition` if the run began
+    with other text, and `Stopped` if the attempt has to end.
     """
     registry = Registry(attempt.directories.registry)
     state = _own_state(spec, registry)
@@ -45,18 +46,18 @@ def prepare_data(spec: JobSpec, attempt: Attempt) -> PreparedData:
         spec.data, config, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
     )
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
-        attempt.tell(Notice(text))
+        attempt.emit(Notice(text))
     return data
 
 
-def _other_text(spec: JobSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
-    """A sentence if the version that is continued saw other text under the same names; raises if the run itself did."""
+def _other_text(spec: RunSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
+    """Yields a sentence if the version that is continued saw other text under the same names; raises if the run did."""
     if state is not None:
         revision = _revision(state)
         if revision not in (None, data.revision):
             raise FailedPrecondition(
-                f"The text of run {spec.run} is not the one that it began with: {data.source} has changed. Put the old "
-                "text back, or start another run on the new one with --resume."
+                f"The text of run {spec.run} is not the text that it began with: {data.source} has changed. Put the "
+                "old text back, or start another run on the new text with --resume."
             )
     elif spec.resume is not None:
         parent = registry.version(spec.resume)
@@ -64,8 +65,8 @@ def _other_text(spec: JobSpec, data: PreparedData, state: Path | None, registry:
             yield from changed_text(parent, spec.data, data)
 
 
-def _own_state(spec: JobSpec, registry: Registry) -> Path | None:
-    """The folder of the run's newest state that is whole, if it has one."""
+def _own_state(spec: RunSpec, registry: Registry) -> Path | None:
+    """Returns the folder of the run's newest undamaged state, if there is one."""
     for step in reversed(registry.states(spec.run)):
         with suppress(CorruptCheckpoint, NotFound):
             return registry.verified_state(spec.run, step)
@@ -73,14 +74,14 @@ def _own_state(spec: JobSpec, registry: Registry) -> Path | None:
 
 
 def _revision(state: Path) -> str | None:
-    """The revision of the text that a state was trained on; None in states that do not say."""
+    """Returns the revision of the text that a state was trained on; None if the state does not have it."""
     try:
         return str(json.loads((state / TEXT_FILE).read_text(encoding="utf-8"))["revision"])
     except FileNotFoundError:
         return None
 
 
-def _tokenizer_so_far(spec: JobSpec, state: Path | None, registry: Registry) -> Tokenizer | None:
+def _tokenizer_so_far(spec: RunSpec, state: Path | None, registry: Registry) -> Tokenizer | None:
     if state is not None:
         return read_tokenizer(state)
     if spec.resume is None:
@@ -89,16 +90,16 @@ def _tokenizer_so_far(spec: JobSpec, state: Path | None, registry: Registry) -> 
 
 
 class TrainingRun:
-    """Brings a run to its end, from the start, from the version that it continues, or from its own last state.
+    """Trains a run to its end: from the start, from the version that it continues, or from its own last state.
 
-    Whoever asks it to stop while it prepares its data gets `Stopped`.
-
-    It is the loop's observer: reports and evaluations become events, checkpoints become states and versions.
+    It is the observer of the training loop: turns reports and evaluations into events, and checkpoints into states and
+    versions.
     """
 
-    def __init__(self, spec: JobSpec, attempt: Attempt) -> None:
+    def __init__(self, spec: TrainSpec, attempt: Attempt) -> None:
+        # Preparing the data raises `Stopped` if the attempt has to end.
         self._attempt = attempt
-        self._tell = attempt.tell
+        self._emit = attempt.emit
         self._registry = Registry(attempt.directories.registry)
         self._registry.sweep()
         self._data = prepare_data(spec, attempt)
@@ -113,17 +114,17 @@ class TrainingRun:
         self._fence = Fence.raise_for(self._registry.run_directory(spec.run), attempt.number)
 
     def train(self) -> bool:
-        """Trains; True where the schedule came to its end, False where somebody asked for the end before."""
+        """Trains; returns True at the end of the schedule, and False if the attempt had to end before."""
         with Workers(self._attempt.device.threads) as workers:
             return self._train(workers)
 
     def _train(self, workers: Workers) -> bool:
         config = self._spec.config
-        self._tell(Preparation("building the model"))
+        self._emit(Preparation("building the model"))
         trainer = Trainer(config, self._data.train, workers)
         self._restore(trainer)
         parameters = count_parameters(config.gpt)
-        self._tell(
+        self._emit(
             RunStarted(
                 parameters=parameters.total,
                 embedding_parameters=parameters.embedding,
@@ -143,7 +144,7 @@ class TrainingRun:
         return completed
 
     def _restore(self, trainer: Trainer) -> None:
-        """Goes on from the newest state that is whole: the run's own, else that of the version it continues."""
+        """Restores the newest undamaged state of the run, or else the state of the version that it continues."""
         run = self._spec.run
         for step in reversed(self._registry.states(run)):
             try:
@@ -154,7 +155,7 @@ class TrainingRun:
             trainer.restore(state)
             for version in self._registry.versions():
                 if (version.run, version.step) == (run, step):
-                    # The state may be of a moment before that.
+                    # The state may be older than the evaluation.
                     trainer.record_evaluation(version.validation_loss)
             return
         if self._spec.resume is None:
@@ -167,15 +168,15 @@ class TrainingRun:
         if trainer.step == self._spec.config.schedule_start > 0:
             rate = self._spec.config.learning_rate
             self.notice(f"A new schedule begins after step {trainer.step:,}; its highest rate is {rate:.1e}.")
-        # From here on the run does not need the version any more, which may be removed.
+        # With a state of its own, the run no longer needs the version, which may be removed.
         self._keep_state(trainer)
 
-    # The loop's observer.
+    # The methods of the loop's observer.
 
     def report(self, report: Report) -> None:
-        """Tells progress."""
+        """Emits progress."""
         memory = accelerator.memory()
-        self._tell(
+        self._emit(
             Progress(
                 **vars(report),
                 max_steps=self._spec.config.max_steps,
@@ -187,18 +188,18 @@ class TrainingRun:
         )
 
     def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
-        """Keeps the state, publishes a version, and removes what is too old.
+        """Keeps the state, publishes a version, and prunes the registry.
 
-        A registry that cannot be written now may be at the next evaluation. At the end of the schedule there is none,
-        so what is too old makes room before the last try.
+        If the registry cannot be written, the next evaluation tries again. After the last step no evaluation follows,
+        so pruning makes room for a second try.
         """
-        self._tell(Evaluation(trainer.step, trainer.training_loss, held_out.nats_per_token, held_out.bits_per_byte))
+        self._emit(Evaluation(trainer.step, trainer.training_loss, held_out.nats_per_token, held_out.bits_per_byte))
         is_last = trainer.step == self._spec.config.max_steps
         try:
             self._keep(trainer, held_out)
         except FailedPrecondition as error:
             if not is_last:
-                self.notice(f"{error} Training goes on without this checkpoint.")
+                self.notice(f"{error} Training continues without this checkpoint.")
             else:
                 self._prune()
                 self._keep(trainer, held_out)
@@ -208,12 +209,12 @@ class TrainingRun:
         try:
             self._registry.end_run(self._spec.run)
         except FailedPrecondition as error:
-            self.notice(f"{error} The run is kept as one that may go on.")
+            self.notice(f"{error} The run is kept as unfinished.")
         self._prune()
 
     def _keep(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
-        # The state first, so that no version is without it. A run that dies between the two evaluates this step again,
-        # as its state does not know of the evaluation yet.
+        # The state is first, so that every version has one. A run that dies between the two evaluates this step again,
+        # because its state does not contain the evaluation yet.
         self._keep_state(trainer)
         if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
             self._publish(trainer, held_out)
@@ -235,16 +236,16 @@ class TrainingRun:
             held_out,
         )
         best = self._registry.labels().get("best") == version.version
-        self._tell(
+        self._emit(
             VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
         )
 
     def save(self, trainer: Trainer) -> None:
-        """Keeps the state; where the registry cannot be written, the run goes on from an older one."""
+        """Keeps the state; if the registry cannot be written, the run later resumes from an older one."""
         try:
             self._keep_state(trainer)
         except FailedPrecondition as error:
-            self.notice(f"{error} The run goes on from an older state.")
+            self.notice(f"{error} The run resumes from an older state.")
 
     def _keep_state(self, trainer: Trainer) -> None:
         def write(folder: Path) -> None:
@@ -255,5 +256,5 @@ class TrainingRun:
         self._registry.write_state(self._fence, self._spec.run, trainer.step, write)
 
     def notice(self, text: str) -> None:
-        """Tells something that a person should know."""
-        self._tell(Notice(text))
+        """Emits a sentence for the user."""
+        self._emit(Notice(text))

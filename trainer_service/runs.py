@@ -1,4 +1,4 @@
-"""Runs side by side: what each was asked to do, how far it came, and how good it is."""
+"""Runs side by side: the values, the progress and the loss of each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from shared.errors import NotFound, shown
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.specs import TrainSpec
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its job and its versions tell of it.
+    """A run, read from its job and its versions.
 
-    `values` are all that define it, by name. `job` and `state` are None for a run whose job is not known any more, or
-    that was imported. `validation_loss` is the lowest held-out loss in nats per token, None before the first.
+    `values` are all values that define the run, by name. `job` and `state` are None if the job has expired or the run
+    was imported. `validation_loss` is the lowest held-out loss in nats per token, None before the first evaluation.
     """
 
     name: str
@@ -30,20 +30,20 @@ class Run:
 
 
 def all_runs(jobs: Iterable[JobRecord], registry: Registry) -> list[Run]:
-    """Every run that a job or a version tells of, the newest first; `jobs` are those that train, the newest first."""
+    """Returns every run that has a job or a version, the newest first; `jobs` are training jobs in this order."""
     versions: dict[str, list[VersionManifest]] = {}
     for version in registry.versions():
         versions.setdefault(version.run, []).append(version)
     runs = []
     for job in jobs:
-        if isinstance(job.spec, JobSpec):
+        if isinstance(job.spec, TrainSpec):
             runs.append(_of_job(job, job.spec, versions.pop(job.spec.run, [])))
     others = [_of_versions(name, found) for name, found in versions.items()]
     return sorted([*runs, *others], key=lambda run: run.began_at or 0.0, reverse=True)
 
 
 def chosen(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
-    """The runs of some names, or all if none is given; raises `NotFound`."""
+    """Returns the runs with the given names, or all runs without names; raises `NotFound`."""
     known = {run.name: run for run in runs}
     for name in names:
         if name not in known:
@@ -52,15 +52,15 @@ def chosen(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
 
 
 def differing(runs: Sequence[Run]) -> list[str]:
-    """The names of the values that are not the same in all runs."""
+    """Returns the names of the values that differ between the runs."""
     names = dict.fromkeys(name for run in runs for name in run.values)
     return [name for name in names if any(run.values.get(name) != runs[0].values.get(name) for run in runs)]
 
 
-def _of_job(job: JobRecord, spec: JobSpec, versions: Sequence[VersionManifest]) -> Run:
+def _of_job(job: JobRecord, spec: TrainSpec, versions: Sequence[VersionManifest]) -> Run:
     best = _best(versions)
     loss, bits = (best.validation_loss, best.bits_per_byte) if best else (None, None)
-    # What was published may have been pruned.
+    # The best version may have been pruned.
     if job.best and (loss is None or job.best.validation_loss < loss):
         loss, bits = job.best.validation_loss, job.best.bits_per_byte
     steps = max([job.progress.step if job.progress else 0, *(version.step for version in versions)])

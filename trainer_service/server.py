@@ -17,10 +17,9 @@ from shared.service.grpc_server import GrpcServer, Signals
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from trainer_service.jobs.events import StateChanged
-from trainer_service.jobs.holds import enqueue
-from trainer_service.jobs.kinds import complete
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.reachable import Outage
+from trainer_service.jobs.submit import submit
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings
@@ -36,41 +35,39 @@ _MAX_PAGE_SIZE = 1000
 _MAX_PAGE_BYTES = 1 << 20
 _WATCH_INTERVAL_S = 0.25
 _HEALTH_INTERVAL_S = 1.0
-# A watch waits so long for a Redis that is gone, for it could only begin again from the first event.
+# How long a watch waits for Redis: a client that watches again starts from the first event.
 _OUTAGE_S = 60.0
 _DRAIN_S = 2.0
 
 
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
-    """Answers from the queue; every call to Redis runs on a thread, so that one slow answer holds up no other."""
+    """Answers from the queue. Every call to Redis runs on a thread, so that a slow answer delays no other call."""
 
     def __init__(self, queue: JobQueue, registry: Registry) -> None:
         self._queue = queue
         self._registry = registry
 
     async def EnqueueJob(self, request: pb.EnqueueJobRequest, context: Any) -> pb.EnqueueJobResponse:  # noqa: N802
-        """Checks a request, completes it and puts it on the queue."""
-        wanted = request_from_pb(request)
-        spec = await asyncio.to_thread(complete, wanted, self._registry)
-        record = await asyncio.to_thread(enqueue, self._queue, self._registry, wanted.kind, spec, wanted.after)
-        live_workers = await asyncio.to_thread(self._queue.live_workers)
+        """Submits a job."""
+        record = await asyncio.to_thread(submit, request_from_pb(request), self._queue, self._registry)
+        live_workers = await asyncio.to_thread(self._queue.leases.live_workers)
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
 
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:  # noqa: N802
-        """A job as it stands."""
-        return pb.GetJobResponse(job=job_to_pb(await asyncio.to_thread(self._queue.get, request.job_id)))
+        """Returns the current state of a job."""
+        return pb.GetJobResponse(job=job_to_pb(await asyncio.to_thread(self._queue.store.get, request.job_id)))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Any) -> pb.ListJobsResponse:  # noqa: N802
-        """A page of jobs, the newest first."""
+        """Returns a page of jobs, the newest first."""
         states = [state for state, number in STATES.items() if number in request.states]
         if len(states) != len(set(request.states)):
-            raise InvalidArgument("states holds one that is not a state of a job.")
+            raise InvalidArgument("states contains a number that is not a state of a job.")
         size = request.page_size or _DEFAULT_PAGE_SIZE
         if not 1 <= size <= _MAX_PAGE_SIZE:
             raise InvalidArgument(f"page_size is {size}, but must be from 1 to {_MAX_PAGE_SIZE}.")
         kinds = kinds_from_pb(request.kinds)
         before = _read_page_token(request.page_token)
-        records = await asyncio.to_thread(lambda: list(islice(self._queue.jobs(states, kinds, before), size + 1)))
+        records = await asyncio.to_thread(lambda: list(islice(self._queue.store.jobs(states, kinds, before), size + 1)))
         jobs: list[pb.Job] = []
         size_bytes = 0
         for record in records[:size]:
@@ -79,20 +76,20 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
             if jobs and size_bytes > _MAX_PAGE_BYTES:
                 break
             jobs.append(job)
-        token = _page_token(records[len(jobs) - 1].place) if len(records) > len(jobs) else ""
+        token = _page_token(records[len(jobs) - 1].ticket) if len(records) > len(jobs) else ""
         return pb.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def WatchJob(  # noqa: N802
         self, request: pb.WatchJobRequest, context: Any
     ) -> AsyncIterator[pb.WatchJobResponse]:
-        """Every event of a job until it ends, also after a while in which Redis was gone."""
+        """Streams every event of a job until it ends, and continues after an outage of Redis."""
         last, outage = "0", Outage(_OUTAGE_S)
         while True:
             try:
-                # Asked before, so that nothing can be told after; raises where the job is gone.
-                ended = (await asyncio.to_thread(self._queue.get, request.job_id)).state.is_final
-                # Without waiting in Redis: a thread is held for a moment only, however many watch.
-                batch = await asyncio.to_thread(self._queue.read_events, request.job_id, last)
+                # Read first, so that no event can follow if the job has ended; raises if the job has expired.
+                ended = (await asyncio.to_thread(self._queue.store.get, request.job_id)).state.is_final
+                # Does not wait in Redis, so that many watches need few threads.
+                batch = await asyncio.to_thread(self._queue.store.read_events, request.job_id, last)
                 outage.end()
             except Unavailable:
                 if not outage.may_retry():
@@ -110,12 +107,12 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
                 await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Any) -> pb.CancelJobResponse:  # noqa: N802
-        """Asks a job to end."""
+        """Cancels a job."""
         return pb.CancelJobResponse(job=job_to_pb(await asyncio.to_thread(self._queue.cancel, request.job_id)))
 
 
 async def serve(settings: TrainerSettings) -> None:
-    """Serves until SIGTERM or SIGINT. Health is SERVING while Redis answers."""
+    """Serves until SIGTERM or SIGINT. The health is SERVING while Redis answers."""
     root = settings.directories.registry
     queue = JobQueue(connect(settings.redis_url), registry_id(root))
     signals = Signals()
@@ -136,11 +133,11 @@ async def serve(settings: TrainerSettings) -> None:
 async def _follow_redis(server: GrpcServer, queue: JobQueue, root: Path, signals: Signals) -> None:
     while True:
         try:
-            await asyncio.to_thread(queue.live_workers)
+            await asyncio.to_thread(queue.leases.live_workers)
             await server.set_serving(True)
             if await asyncio.to_thread(registry_id, root) != queue.registry:
                 logger.error(
-                    "%s holds another registry by now: this process ends, and is for the new one next time", root
+                    "%s contains another registry now: this process ends, and its next start uses that one", root
                 )
                 signals.asked.set()
         except Unavailable:
@@ -150,8 +147,8 @@ async def _follow_redis(server: GrpcServer, queue: JobQueue, root: Path, signals
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 
-def _page_token(place: int) -> str:
-    return base64.urlsafe_b64encode(str(place).encode()).decode()
+def _page_token(ticket: int) -> str:
+    return base64.urlsafe_b64encode(str(ticket).encode()).decode()
 
 
 def _read_page_token(token: str) -> int | None:
@@ -162,5 +159,5 @@ def _read_page_token(token: str) -> int | None:
     except ValueError:
         text = ""
     if not text.isdecimal() or len(text) > 18:
-        raise InvalidArgument("page_token is not one that ListJobs gave.")
+        raise InvalidArgument("page_token is not one that ListJobs returned.")
     return int(text)

@@ -1,5 +1,6 @@
-"""Jobs and events as protobuf messages; protobuf stops here."""
+"""Translates protobuf messages to values and back; besides this file only `server.py` and `client.py` see messages."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.text import shorten, valid_unicode
 from trainer_service.jobs import events
 from trainer_service.jobs.events import JobState, TimedEvent
-from trainer_service.jobs.kinds import EvaluationSpec, JobRequest, Kind
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.spec import TrainingRequest
+from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, TrainRequest
+from trainer_service.jobs.specs import EvaluateSpec, Kind
 
 STATES = {
     JobState.QUEUED: pb.JOB_STATE_QUEUED,
@@ -23,8 +24,7 @@ STATES = {
     JobState.CANCELLED: pb.JOB_STATE_CANCELLED,
 }
 
-
-# What of a job's files and of any text goes into a message.
+# Limits on the names of a job's files together, and on any text.
 _FILES_LENGTH = 16_384
 _TEXT_LENGTH = 4096
 # The years 1 and 9999, which a timestamp cannot leave, in seconds since the epoch.
@@ -37,23 +37,41 @@ KINDS = {
 }
 
 
+_REQUESTS: dict[Kind, type[JobRequest]] = {
+    request.kind: request for request in (PrepareRequest, TrainRequest, EvaluateRequest)
+}
+
+
 def request_from_pb(message: pb.EnqueueJobRequest) -> JobRequest:
-    """What a client asks for; raises `InvalidArgument` on a kind that does not exist."""
-    training = TrainingRequest(
-        preset=message.preset,
-        dataset=tuple(message.dataset),
-        validation=tuple(message.validation),
-        resume=message.resume if message.HasField("resume") else None,
-        overrides=dict(message.overrides),
-        name=message.name,
-        notes=message.notes,
-    )
+    """Reads a request; raises `InvalidArgument` if its kind is unknown or has no such field.
+
+    The fields of the message have the names of the requests' fields.
+    """
     (kind,) = kinds_from_pb([message.kind or pb.JOB_KIND_TRAIN])
-    return JobRequest(kind, training, message.version, tuple(message.after))
+    known = [each.name for each in dataclasses.fields(_REQUESTS[kind])]
+    values: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if field.name == "kind":
+            continue
+        if field.name not in known:
+            raise InvalidArgument(
+                f"{field.name} is set, but a job of the kind {kind.value} has only {', '.join(known)}."
+            )
+        if isinstance(value, Mapping):
+            value = dict(value)
+        elif not isinstance(value, str | int):
+            value = tuple(value)
+        values[field.name] = value
+    return _REQUESTS[kind](**values)
+
+
+def request_to_pb(request: JobRequest) -> pb.EnqueueJobRequest:
+    """Writes a request."""
+    return pb.EnqueueJobRequest(kind=KINDS[request.kind], **vars(request))
 
 
 def kinds_from_pb(numbers: Sequence[int]) -> list[Kind]:
-    """Kinds of jobs; raises `InvalidArgument` where one does not exist."""
+    """Reads kinds of jobs; raises `InvalidArgument` if one of them is unknown."""
     kinds = [kind for kind, number in KINDS.items() if number in numbers]
     if len(kinds) != len(set(numbers)):
         raise InvalidArgument("There is no such kind of job.")
@@ -61,10 +79,10 @@ def kinds_from_pb(numbers: Sequence[int]) -> list[Kind]:
 
 
 def job_to_pb(record: JobRecord) -> pb.Job:
-    """A job as it stands, as far as a message can hold it."""
+    """Writes the current state of a job, shortened to what a message may hold."""
     spec = record.spec
     named: dict[str, str] = {}
-    if isinstance(spec, EvaluationSpec):
+    if isinstance(spec, EvaluateSpec):
         named = {"version": _text(spec.version)}
     elif spec is not None:
         named = {"run": _text(spec.run), "preset": _text(spec.preset), "notes": _text(spec.notes)}
@@ -88,7 +106,7 @@ def job_to_pb(record: JobRecord) -> pb.Job:
 
 
 def event_to_pb(timed: TimedEvent) -> pb.WatchJobResponse:
-    """One event of a job."""
+    """Writes an event of a job."""
     response = pb.WatchJobResponse(time=_time_to_pb(timed.time))
     match timed.event:
         case events.StateChanged(state, reason):
@@ -122,7 +140,7 @@ def _values(event: events.Event) -> dict[str, Any]:
 
 
 def _files(names: Sequence[str]) -> list[str]:
-    """The first names, which are together not too long, and how many more there are."""
+    """Returns the first names, up to a limit on their total length, and the number of the others."""
     listed: list[str] = []
     room = _FILES_LENGTH
     for name in names:
@@ -135,7 +153,7 @@ def _files(names: Sequence[str]) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """A text as a message can hold it, with an escape for what is no character, as a byte that is no UTF-8."""
+    """Shortens a text for a message, and escapes bytes that are not UTF-8."""
     return valid_unicode(shorten(text, _TEXT_LENGTH))
 
 

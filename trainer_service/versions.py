@@ -1,4 +1,4 @@
-"""A version of a model in training: its files and what its manifest says."""
+"""Publishes a version of a model in training: its files and its manifest."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.store import Registry
 from shared.version_format import write_version
-from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.specs import TrainSpec
 from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.tokens import PreparedData
@@ -19,13 +19,13 @@ from trainer_service.training.trainer import Trainer
 def publish(
     registry: Registry,
     fence: Fence,
-    spec: JobSpec,
+    spec: TrainSpec,
     data: PreparedData,
     trainer: Trainer,
     evaluation_set: EvaluationSet,
     held_out: HeldOutLoss,
 ) -> VersionManifest:
-    """Publishes the model as it is now under the next number; raises `RunOwnershipLost` where the run is another's."""
+    """Publishes the current model under the next number; raises `RunOwnershipLost` if another process owns the run."""
 
     def write(folder: Path) -> None:
         write_version(folder, trainer.model, data.tokenizer, evaluation_set.carried)
@@ -60,7 +60,7 @@ def publish(
 
 
 def changed_text(version: VersionManifest, named: DatasetSpec, data: PreparedData) -> Iterator[str]:
-    """A sentence if a version's data set and files, named again, are not the text that they were."""
+    """Yields a sentence if the data set and files of a version, given again, now contain other text."""
     same_names = (version.dataset_files, version.validation_files) == (named.dataset, named.validation)
     if same_names and version.dataset_revision != data.revision:
         yield f"{data.source} has changed, or is read in another way, since version {version.version} was made."

@@ -118,18 +118,18 @@ class System:
     def events(self, job: str) -> list[TimedEvent]:
         """Returns all events of a job in Redis, also after its end."""
         events, last = [], "0"
-        while found := self.queue.read_events(job, last):
+        while found := self.queue.store.read_events(job, last):
             events += [timed for _, timed in found]
             last = found[-1][0]
         return events
 
     def step(self, job: str) -> int:
         """Returns the last step that a job reported."""
-        progress = self.queue.get(job).progress
+        progress = self.queue.store.get(job).progress
         return progress.step if progress else 0
 
     def run(self, job: str) -> str:
-        spec = self.queue.get(job).spec
+        spec = self.queue.store.get(job).spec
         assert spec is not None
         return spec.run
 

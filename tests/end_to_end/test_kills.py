@@ -139,7 +139,7 @@ def test_a_worker_that_is_asked_to_stop_returns_its_run(system: System, run: Run
     os.kill(system.pid("worker"), signal.SIGTERM)
     events = check_end(system, job, reference, attempts=2)
     assert taken_over(events)[0].event == StateChanged(
-        JobState.QUEUED, "The worker was stopped; the job goes on when one is back."
+        JobState.QUEUED, "The worker was stopped; the job resumes when a worker is back."
     )
 
 
@@ -242,7 +242,7 @@ def job_of(system: System, pid: int) -> str:
 
 def registered(system: System, pid: int) -> BaseWorker | None:
     """Returns a worker as RQ knows it, or None before it is registered."""
-    return next((each for each in Worker.all(queue=system.queue.line.rq) if each.pid == pid), None)
+    return next((each for each in Worker.all(queue=system.queue.attempts.rq) if each.pid == pid), None)
 
 
 def wait_for_each(system: System, run: Run, *jobs: str) -> Iterator[str]:
@@ -307,8 +307,8 @@ def fence(system: System, job: str) -> int:
 
 def test_what_is_no_job_of_this_project_is_dropped_unseen(system: System, run: Run, tmp_path: Path) -> None:
     worker, ran = system.pid("worker"), tmp_path / "ran"
-    finished = next(system.queue.jobs([JobState.FINISHED])).id
-    queue = Queue(system.queue.keys.queue_name, connection=system.redis, serializer=JSONSerializer)
+    finished = next(system.queue.store.jobs([JobState.FINISHED])).id
+    queue = Queue(system.queue.store.keys.queue_name, connection=system.redis, serializer=JSONSerializer)
     strangers = [
         queue.enqueue("os.system", f"touch '{ran}'"),
         # Whose import prints.

@@ -140,7 +140,7 @@ class Soak:
     def record(self, job: str) -> JobRecord | None:
         """Returns the current record of the job, or None while Redis cannot be reached."""
         with suppress(Unavailable):
-            return self._system.queue.get(job)
+            return self._system.queue.store.get(job)
         return None
 
     def print_summary(self) -> None:
@@ -199,13 +199,13 @@ def main(
         try:
             soak.kill(job)
             ended = system.end(job, hang_s=3600.0)
-            if system.queue.get(job).state is not JobState.FINISHED:
+            if system.queue.store.get(job).state is not JobState.FINISHED:
                 violations.append(f"The job has not finished: {ended.reason}")
             violations += check(system, job, reference)
         except Violation as violation:
             violations.append(str(violation))
         soak.print_summary()
-        print(f"{format_duration(time.monotonic() - began_s)}, {system.queue.get(job).attempt} attempts")
+        print(f"{format_duration(time.monotonic() - began_s)}, {system.queue.store.get(job).attempt} attempts")
     for text in violations:
         print(f"violation: {text}")
     if violations:

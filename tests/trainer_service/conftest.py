@@ -6,7 +6,6 @@ from redis import Redis
 
 from tests.jobs import training
 from tests.redis_process import RedisServer
-from trainer_service.jobs.kinds import Kind
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.settings import TrainerSettings, read_settings
@@ -55,4 +54,4 @@ def queue(redis: Redis) -> JobQueue:
 @pytest.fixture
 def job(queue: JobQueue, tmp_path: Path) -> str:
     """The id of a job that waits."""
-    return queue.enqueue(Kind.TRAIN, training(tmp_path)).id
+    return queue.enqueue(training(tmp_path)).id

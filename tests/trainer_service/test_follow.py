@@ -9,7 +9,7 @@ from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
 from tests.events import PROGRESS, STARTED
-from tests.jobs import EVALUATION, start, tell, training
+from tests.jobs import EVALUATION, report, start, training
 from tests.redis_process import RedisServer
 from tests.waiting import wait_until
 from trainer_service import follow as follow_module
@@ -22,16 +22,15 @@ from trainer_service.jobs.events import (
     StateChanged,
     VersionPublished,
 )
-from trainer_service.jobs.kinds import Kind
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import make_metrics
 from trainer_service.redis_server import connect
 
 
 def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) -> None:
-    tell(queue, job, StateChanged(JobState.RUNNING), Preparation("tokenising", 0.1), Preparation("tokenising", 0.9))
-    tell(queue, job, STARTED, PROGRESS, Evaluation(1, 10.8, 10.7, 3.5), VersionPublished(1, 1, 10.7, 3.5, True))
-    tell(queue, job, Notice("small text"), StateChanged(JobState.FINISHED))
+    report(queue, job, StateChanged(JobState.RUNNING), Preparation("tokenising", 0.1), Preparation("tokenising", 0.9))
+    report(queue, job, STARTED, PROGRESS, Evaluation(1, 10.8, 10.7, 3.5), VersionPublished(1, 1, 10.7, 3.5, True))
+    report(queue, job, Notice("small text"), StateChanged(JobState.FINISHED))
     output = io.StringIO()
     follow(queue, job, Console(file=output))
     assert output.getvalue().splitlines() == [
@@ -49,14 +48,14 @@ def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) ->
 
 
 def test_on_a_terminal_the_same_is_live(queue: JobQueue, job: str) -> None:
-    tell(queue, job, Preparation("tokenising"), STARTED, PROGRESS, StateChanged(JobState.FINISHED))
+    report(queue, job, Preparation("tokenising"), STARTED, PROGRESS, StateChanged(JobState.FINISHED))
     output = io.StringIO()
     follow(queue, job, Console(file=output, force_terminal=True, width=120))
     assert "52,990,464 parameters" in output.getvalue() and "10.834" in output.getvalue()
 
 
 def test_a_failure_is_raised_with_its_reason(queue: JobQueue, job: str) -> None:
-    tell(queue, job, StateChanged(JobState.FAILED, "The text is too short."))
+    report(queue, job, StateChanged(JobState.FAILED, "The text is too short."))
     with pytest.raises(GptloopError, match=r"failed: The text is too short\."):
         follow(queue, job, Console(file=io.StringIO()))
 
@@ -75,7 +74,7 @@ def test_following_goes_on_when_redis_was_killed_and_started_again(
 ) -> None:
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.1)
     queue = JobQueue(mortal_redis.connect(), "one")
-    job = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
+    job = queue.enqueue(training(tmp_path)).id
     start(queue, job)
     # What is followed by somebody else's connection.
     output = io.StringIO()
@@ -88,7 +87,7 @@ def test_following_goes_on_when_redis_was_killed_and_started_again(
     wait_until(lambda: "note: Redis does not answer" in output.getvalue())
     mortal_redis.start()
     wait_until(lambda: "note: Redis answers again." in output.getvalue())
-    tell(queue, job, PROGRESS, StateChanged(JobState.FINISHED))
+    report(queue, job, PROGRESS, StateChanged(JobState.FINISHED))
     followed.join(20)
     assert output.getvalue().splitlines()[-2:] == [follow_module.describe(PROGRESS), "finished."]
 
@@ -104,13 +103,13 @@ def test_a_redis_that_stays_away_is_not_waited_for_for_ever(
 
 
 def test_a_job_that_waits_says_how_many_come_first(queue: JobQueue, job: str, tmp_path: Path) -> None:
-    last = queue.enqueue(Kind.EVALUATE, EVALUATION, after=[job]).id
+    last = queue.enqueue(EVALUATION, after=[job]).id
     output = io.StringIO()
-    queue.renew_worker_lease("a")
+    queue.leases.renew_worker("a")
     followed = threading.Thread(target=follow, args=(queue, last, Console(file=output)))
     followed.start()
     wait_until(lambda: "waiting for a worker: 1 job comes first" in output.getvalue())
-    assert follow_module.describe_job(queue.get(last)) == f"after {job}; 1 job comes first"
+    assert follow_module.describe_job(queue.store.get(last)) == f"after {job}; 1 job comes first"
     queue.cancel(last)
     followed.join(20)
     assert output.getvalue().splitlines()[-1] == "cancelled."
@@ -125,7 +124,7 @@ def test_the_result_of_an_evaluation_is_one_line_with_what_was_measured() -> Non
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_a_job_says_cannot_write_to_the_terminal_by_itself(queue: JobQueue, job: str, terminal: bool) -> None:
-    tell(queue, job, Notice("a\x1b]0;title\x07b\udce9"), StateChanged(JobState.FINISHED))
+    report(queue, job, Notice("a\x1b]0;title\x07b\udce9"), StateChanged(JobState.FINISHED))
     output = io.StringIO()
     follow(queue, job, Console(file=output, force_terminal=terminal, width=120))
     assert r"note: a\x1b]0;title\x07b\udce9" in output.getvalue()
@@ -139,19 +138,19 @@ def test_after_the_first_step_no_eta_is_told() -> None:
 def test_metrics_show_the_run_while_it_runs_and_its_last_numbers_afterwards(
     queue: JobQueue, redis: Redis, job: str
 ) -> None:
-    spec = queue.get(job).spec
+    spec = queue.store.get(job).spec
     assert spec is not None
     run = {"run": spec.run}
     metrics = make_metrics(queue)
     assert metrics.get_sample_value("gptloop_training_jobs", {"state": "queued"}) == 1
     assert metrics.get_sample_value("gptloop_training_queue_depth") == 1
     assert metrics.get_sample_value("gptloop_training_loss", run) is None
-    queue.renew_job_lease(job, 1)
-    tell(queue, job, StateChanged(JobState.RUNNING), PROGRESS, Evaluation(1, 10.8, 10.7, 3.5))
+    queue.leases.renew_attempt(job, 1)
+    report(queue, job, StateChanged(JobState.RUNNING), PROGRESS, Evaluation(1, 10.8, 10.7, 3.5))
     assert metrics.get_sample_value("gptloop_training_tokens_per_second", run) == 1234.5
     assert metrics.get_sample_value("gptloop_training_validation_loss", run) == 10.7
     assert metrics.get_sample_value("gptloop_training_memory_bytes", run | {"kind": "resident"}) == 4
-    tell(queue, job, StateChanged(JobState.FINISHED))
+    report(queue, job, StateChanged(JobState.FINISHED))
     assert metrics.get_sample_value("gptloop_training_tokens_per_second", run) == 0
     assert metrics.get_sample_value("gptloop_training_loss", run) == 10.8344
     assert metrics.get_sample_value("gptloop_training_memory_bytes", run | {"kind": "resident"}) is None

@@ -16,13 +16,13 @@ from shared.errors import InvalidArgument, NotFound
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.store import Registry
 from tests.events import PROGRESS, STARTED
-from tests.jobs import EVALUATION, finish, start, tell, told, training
+from tests.jobs import EVALUATION, events_of, finish, report, start, training
 from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
-from trainer_service.jobs.kinds import JobRequest, Kind, complete
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import read_record
-from trainer_service.jobs.spec import TrainingRequest
+from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, TrainRequest
+from trainer_service.jobs.specs import Kind
 from trainer_service.jobs.watch import Watch
 from trainer_service.listings import print_jobs
 from trainer_service.metrics import make_metrics
@@ -99,21 +99,21 @@ def test_an_odd_job_is_listed_among_the_others_as_far_as_it_can_be_shown(
     capsys: pytest.CaptureFixture[str],
     change: Callable[[Redis, str], object],
 ) -> None:
-    other = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
-    change(redis, queue.keys.job(job))
+    other = queue.enqueue(training(tmp_path)).id
+    change(redis, queue.store.keys.job(job))
     assert [each.id for each in listed(servicer)] == [other, job]
     assert asyncio.run(servicer.GetJob(pb.GetJobRequest(job_id=job), None)).job.id == job
     generate_latest(make_metrics(queue))
     for as_json in (False, True):
-        print_jobs(list(queue.jobs()), as_json)
+        print_jobs(list(queue.store.jobs()), as_json)
         assert job in capsys.readouterr().out
-    all_runs(queue.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
+    all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
 
 
 def test_a_job_that_cannot_be_understood_says_so_and_keeps_its_state(
     servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str
 ) -> None:
-    redis.hset(queue.keys.job(job), "spec", '{"run": 7}')
+    redis.hset(queue.store.keys.job(job), "spec", '{"run": 7}')
     (shown,) = listed(servicer)
     assert (shown.run, shown.state) == ("", pb.JOB_STATE_QUEUED)
     assert shown.reason.startswith("This job cannot be understood: ") and len(shown.reason) < 300
@@ -123,10 +123,10 @@ def test_a_job_that_cannot_be_understood_says_so_and_keeps_its_state(
 def test_a_file_whose_name_is_no_text_is_named_with_escapes(
     servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    queue.enqueue(Kind.TRAIN, replace(training(tmp_path), data=DatasetSpec((LATIN,))))
+    queue.enqueue(replace(training(tmp_path), data=DatasetSpec((LATIN,))))
     (shown,) = listed(servicer)
     assert list(shown.dataset) == [r"caf\udce9.txt"]
-    print_jobs(list(queue.jobs()), False)
+    print_jobs(list(queue.store.jobs()), False)
     assert r"caf\udce9.txt" in capsys.readouterr().out
 
 
@@ -136,7 +136,7 @@ def test_pages_of_large_jobs_are_small_and_lose_none(
     monkeypatch.setattr(server_module, "_MAX_PAGE_BYTES", 40_000)
     names = tuple(f"{number:04d}".ljust(4000, "x") for number in range(1000))
     large = replace(training(tmp_path), data=DatasetSpec(names))
-    jobs = [queue.enqueue(Kind.TRAIN, replace(large, run=f"run-{number}")).id for number in range(5)]
+    jobs = [queue.enqueue(replace(large, run=f"run-{number}")).id for number in range(5)]
     first = asyncio.run(servicer.ListJobs(pb.ListJobsRequest(), None))
     assert len(first.jobs) == 2 and first.ByteSize() < 40_000
     found = listed(servicer)
@@ -148,7 +148,7 @@ def test_jobs_of_one_moment_are_on_one_page_each(
     servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.time", lambda: 1e9)
-    jobs = [queue.enqueue(Kind.TRAIN, training(tmp_path)).id for _ in range(5)]
+    jobs = [queue.enqueue(training(tmp_path)).id for _ in range(5)]
     assert [each.id for each in listed(servicer, page_size=1)] == jobs[::-1]
 
 
@@ -156,30 +156,30 @@ def test_jobs_of_one_moment_are_on_one_page_each(
 def test_one_odd_event_ends_no_watch(
     servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str, event: bytes
 ) -> None:
-    redis.xadd(queue.keys.events(job), {"event": event})
-    redis.xadd(queue.keys.events(job), {"other": b"x"})
-    tell(queue, job, Notice("after"), StateChanged(JobState.FINISHED))
+    redis.xadd(queue.store.keys.events(job), {"event": event})
+    redis.xadd(queue.store.keys.events(job), {"other": b"x"})
+    report(queue, job, Notice("after"), StateChanged(JobState.FINISHED))
     texts = [response.notice.text for response in watched(servicer, job) if response.WhichOneof("event") == "notice"]
     assert [text.partition(":")[0] for text in texts] == 2 * ["An event of this job cannot be understood"] + ["after"]
 
 
 def test_a_lost_attempt_with_an_odd_beginning_is_followed_by_another(queue: JobQueue, redis: Redis, job: str) -> None:
     start(queue, job)
-    tell(queue, job, STARTED)
-    redis.hset(queue.keys.job(job), "RunStarted", "?")
-    assert queue.lose(job, 1, "It crashed") and queue.get(job).attempt == 2
+    report(queue, job, STARTED)
+    redis.hset(queue.store.keys.job(job), "RunStarted", "?")
+    assert queue.lose(job, 1, "It crashed") and queue.store.get(job).attempt == 2
 
 
 @pytest.mark.parametrize("odd", ["?", "-1", "9" * 5000, ""])
 def test_odd_numbers_of_one_job_keep_no_watch_from_others(queue: JobQueue, redis: Redis, job: str, odd: str) -> None:
     start(queue, job)
-    tell(queue, job, STARTED)
-    redis.hset(queue.keys.job(job), mapping={"crash_step": odd, "crashes": odd})
-    redis.hdel(queue.keys.job(job), "after")
-    assert queue.lose(job, 1, "It crashed") and queue.get(job).attempt == 2
-    waiting = queue.line.attempts()
-    redis.rpush(queue.line.rq.key, f"{queue.registry}-{job}-{'9' * 5000}")
-    assert queue.line.attempts() == waiting
+    report(queue, job, STARTED)
+    redis.hset(queue.store.keys.job(job), mapping={"crash_step": odd, "crashes": odd})
+    redis.hdel(queue.store.keys.job(job), "after")
+    assert queue.lose(job, 1, "It crashed") and queue.store.get(job).attempt == 2
+    waiting = queue.attempts.waiting()
+    redis.rpush(queue.attempts.rq.key, f"{queue.registry}-{job}-{'9' * 5000}")
+    assert queue.attempts.waiting() == waiting
     Watch(queue).look()
 
 
@@ -187,39 +187,35 @@ def test_what_goes_beyond_its_bounds_is_refused_with_a_short_sentence(tmp_path: 
     registry = Registry(tmp_path / "registry")
     long = "x" * 100_000
 
-    def request(
-        kind: Kind = Kind.TRAIN, version: str = "", after: tuple[str, ...] = (), **values: object
-    ) -> JobRequest:
-        return JobRequest(kind, TrainingRequest(**values), version, after)  # type: ignore[arg-type]
-
-    for wrong in (
-        request(dataset=(long,)),
-        request(dataset=("a\0b",)),
-        request(dataset=("a.txt",) * 1001),
-        request(validation=("a.txt",) * 1001),
-        request(preset=long),
-        request(overrides={long: "1"}),
-        request(overrides={"max_steps": "9" * 5000}),
-        request(overrides={str(number): "1" for number in range(101)}),
-        request(after=("a",) * 101),
-        request(notes="n" * 2001),
-        request(notes="bell\a"),
-        request(resume=2**63),
-        request(resume=-1),
-        request(name=long),
-        request(Kind.EVALUATE, version=long),
-        request(Kind.EVALUATE, version="9" * 5000),
-        request(Kind.PREPARE, name="wide"),
-        request(Kind.EVALUATE, notes="wide"),
-    ):
+    wrong: list[JobRequest] = [
+        TrainRequest(dataset=(long,)),
+        TrainRequest(dataset=("a\0b",)),
+        TrainRequest(dataset=("a.txt",) * 1001),
+        TrainRequest(validation=("a.txt",) * 1001),
+        TrainRequest(preset=long),
+        TrainRequest(overrides={long: "1"}),
+        TrainRequest(overrides={"max_steps": "9" * 5000}),
+        TrainRequest(overrides={str(number): "1" for number in range(101)}),
+        TrainRequest(after=("a",) * 101),
+        TrainRequest(notes="n" * 2001),
+        TrainRequest(notes="bell\a"),
+        TrainRequest(resume=2**63),
+        TrainRequest(resume=-1),
+        TrainRequest(name=long),
+        PrepareRequest(dataset=(long,)),
+        EvaluateRequest(after=("a",) * 101),
+        EvaluateRequest(version=long),
+        EvaluateRequest(version="9" * 5000),
+    ]
+    for request in wrong:
         with pytest.raises(InvalidArgument) as refused:
-            complete(wrong, registry)
+            request.resolve(registry)
         assert len(str(refused.value)) <= 300
 
 
 @pytest.mark.parametrize("name", ["", "x\n" * 100_000, "caf\udce9", "*", "a:b"])
 def test_what_cannot_be_the_id_of_a_job_is_not_found_in_a_short_sentence(queue: JobQueue, name: str) -> None:
-    for ask in (queue.get, queue.cancel):
+    for ask in (queue.store.get, queue.cancel):
         with pytest.raises(NotFound, match="There is no job") as refused:
             ask(name)
         assert len(str(refused.value)) <= 300 and "\n" not in str(refused.value)
@@ -260,4 +256,4 @@ def test_whatever_an_event_holds_it_becomes_a_message_or_is_none(values: dict[st
 def test_a_reason_is_told_whole_where_it_is_short(queue: JobQueue, job: str) -> None:
     start(queue, job)
     finish(queue, job)
-    assert told(queue, job)[-1] == StateChanged(JobState.FINISHED)
+    assert events_of(queue, job)[-1] == StateChanged(JobState.FINISHED)

@@ -10,7 +10,7 @@ from tests.events import PROGRESS, STARTED
 from trainer_service import plan
 from trainer_service.jobs.events import Progress, TimedEvent
 from trainer_service.jobs.records import JobRecord, read_record
-from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.specs import TrainSpec
 from trainer_service.plan import Machine, Plan, flops_per_token, memory_bytes
 from trainer_service.presets import find_preset
 from trainer_service.training.config import TrainingConfig
@@ -28,7 +28,7 @@ def make(
     preparation_s: float | None = None,
     machine: Machine = CPU,
 ) -> Plan:
-    spec = JobSpec("run", "demo", config, DatasetSpec(("builtin",)), 3 if first_step else None)
+    spec = TrainSpec("run", "demo", config, DatasetSpec(("builtin",)), 3 if first_step else None)
     return Plan(spec, first_step, text_tokens, preparation_s, speed, machine)
 
 
@@ -60,23 +60,23 @@ STABLE = replace(WSD, max_steps=8000).continuing(WSD, 1000)
             0,
             "warm-up to 1.0e-03 at step 100, stable at 1.0e-03 to step 1,600, linear to 1.0e-04 at step 2,000",
         ),
-        (DEMO, 1050, "goes on from version 3 at step 1,050 with 5.5e-04; cosine to 1.0e-04 at step 2,000"),
+        (DEMO, 1050, "continues version 3 at step 1,050 with 5.5e-04; cosine to 1.0e-04 at step 2,000"),
         (
             AGAIN,
             2000,
-            "goes on from version 3 at step 2,000 with 1.0e-04; cosine to 1.0e-05 at step 8,000; if you set a higher "
+            "continues version 3 at step 2,000 with 1.0e-04; cosine to 1.0e-05 at step 8,000; if you set a higher "
             "learning_rate, the loss rises first and may end lower",
         ),
         (
             FASTER,
             2000,
-            "goes on from version 3 at step 2,000 with 1.1e-04; re-warm to 1.0e-03 at step 2,100, "
+            "continues version 3 at step 2,000 with 1.1e-04; re-warm to 1.0e-03 at step 2,100, "
             "cosine to 1.0e-04 at step 8,000",
         ),
         (
             STABLE,
             1000,
-            "goes on from version 3 at step 1,000 with 1.0e-03; stable at 1.0e-03 to step 6,400, "
+            "continues version 3 at step 1,000 with 1.0e-03; stable at 1.0e-03 to step 6,400, "
             "linear to 1.0e-04 at step 8,000",
         ),
     ],

@@ -14,9 +14,8 @@ from shared.errors import FailedPrecondition, InvalidArgument, Unavailable
 from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.waiting import HANG_S
-from trainer_service.jobs.kinds import Kind
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.spec import TrainingRequest, resolve
+from trainer_service.jobs.requests import TrainRequest
 from trainer_service.redis_server import (
     check_server,
     connect,
@@ -197,7 +196,7 @@ def test_a_full_server_is_called_full(tmp_path: Path, tight: Redis) -> None:
     queue = JobQueue(tight, "none")
     _configure(tight, maxmemory=1)
     with pytest.raises(Unavailable, match="Redis is out of memory: raise its maxmemory"):
-        queue.enqueue(Kind.TRAIN, resolve(TrainingRequest(), Registry(tmp_path)))
+        queue.enqueue(TrainRequest().resolve(Registry(tmp_path)))
 
 
 def test_each_failure_has_a_sentence_of_its_own(redis: Redis) -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from shared.device.accelerator import Accelerator
-from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost, TrainingDiverged
+from shared.errors import DataError, FailedPrecondition, NotFound, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.retention import Retention
 from shared.registry.store import Checkpoint, Registry
@@ -20,8 +20,8 @@ from tests.fakes import publish_overflowing_version
 from trainer_service.evaluation import evaluate_version
 from trainer_service.jobs.attempt import Attempt, Stopped
 from trainer_service.jobs.events import Evaluation, Event, Notice, Progress, VersionPublished
-from trainer_service.jobs.kinds import EvaluationSpec
-from trainer_service.jobs.spec import JobSpec, TrainingRequest, resolve
+from trainer_service.jobs.requests import TrainRequest
+from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
 from trainer_service.run import TrainingRun
 from trainer_service.training.corpus import DatasetSpec
 
@@ -60,17 +60,18 @@ class Site:
         path.write_text("<|endoftext|>".join(f"Tale {n} of the {n * n} foxes." for n in range(first, first + 400)))
         return str(path)
 
-    def spec(self, resume: int | None = None, dataset: str = "", **values: str) -> JobSpec:
+    def spec(self, resume: int | None = None, dataset: str = "", **values: str) -> TrainSpec:
         text = dataset or (self.text if resume is None else "")
         overrides = values if resume is not None else TINY | values
-        return resolve(TrainingRequest("", (text,) if text else (), (), resume, overrides), self.registry)
+        request = TrainRequest(dataset=(text,) if text else (), resume=resume, overrides=overrides)
+        return request.resolve(self.registry)
 
     def attempt(
         self, stop_requested: Callable[[], bool] = lambda: False, retention: Retention | None = None
     ) -> Attempt:
         return Attempt(1, self.directories, retention or Retention(), DEVICE, self.told.append, stop_requested)
 
-    def train(self, spec: JobSpec, **given: object) -> bool:
+    def train(self, spec: TrainSpec, **given: object) -> bool:
         return TrainingRun(spec, self.attempt(**given)).train()  # type: ignore[arg-type]
 
     def all_told(self, kind: type[Told]) -> list[Told]:
@@ -96,7 +97,7 @@ def test_a_stop_while_the_data_are_prepared_leaves_nothing(tmp_path: Path) -> No
     site = Site(tmp_path)
     asked = iter([False, False, True])
     with pytest.raises(Stopped):
-        site.train(resolve(TrainingRequest(), site.registry), stop_requested=lambda: next(asked))
+        site.train(TrainRequest().resolve(site.registry), stop_requested=lambda: next(asked))
     assert len(site.told) == 2
     assert not list(site.directories.data.rglob("*.bin")) and not site.directories.registry.exists()
 
@@ -112,8 +113,8 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
 
         assert not site.train(spec, stop_requested=lambda: stop_at(6))
     lost, left = (event.text for event in site.all_told(Notice) if "cannot be written" in event.text)
-    assert str(site.directories.registry) in lost and lost.endswith("Training goes on without this checkpoint.")
-    assert left.endswith("The run goes on from an older state.")
+    assert str(site.directories.registry) in lost and lost.endswith("Training continues without this checkpoint.")
+    assert left.endswith("The run resumes from an older state.")
     assert site.registry.versions() == [] and site.registry.states(spec.run) == []
     assert site.train(spec)
     assert [version.step for version in site.registry.versions()] == [3, 6, 9]
@@ -249,11 +250,11 @@ def test_a_version_that_is_continued_on_changed_text_says_so(site: Site) -> None
             sum("text.txt has changed, or is read in another way, since version 3" in text for text in notices) == said
         )
     site.told.clear()
-    evaluate_version(EvaluationSpec("3", DatasetSpec(())), site.attempt())
+    evaluate_version(EvaluateSpec("3", DatasetSpec(())), site.attempt())
     assert any("text.txt has changed" in notice.text for notice in site.all_told(Notice))
     site.told.clear()
     site.train(site.spec(resume=3, dataset=site.other_text, max_steps="12"))
-    evaluate_version(EvaluationSpec("3", DatasetSpec((site.other_text,))), site.attempt())
+    evaluate_version(EvaluateSpec("3", DatasetSpec((site.other_text,))), site.attempt())
     assert not any("has changed" in notice.text for notice in site.all_told(Notice))
 
 
@@ -288,8 +289,8 @@ def test_a_version_is_measured_on_more_of_its_text_and_on_other_text(site: Site)
     site.train(site.spec())
     best = site.registry.version(site.registry.labels()["best"])
     site.told.clear()
-    evaluate_version(EvaluationSpec("best", DatasetSpec(())), site.attempt())
-    evaluate_version(EvaluationSpec(str(best.version), DatasetSpec((site.other_text,))), site.attempt())
+    evaluate_version(EvaluateSpec("best", DatasetSpec(())), site.attempt())
+    evaluate_version(EvaluateSpec(str(best.version), DatasetSpec((site.other_text,))), site.attempt())
     own, other = site.all_told(Evaluation)
     # Said once, by the event alone, and without a loss that was measured on something else.
     assert not any("nats" in notice.text for notice in site.all_told(Notice))
@@ -300,20 +301,32 @@ def test_a_version_is_measured_on_more_of_its_text_and_on_other_text(site: Site)
     assert set(kept) == {own.validation_loss, other.validation_loss}
     assert int(str(kept[own.validation_loss]["windows"])) > 4  # as many as training looks at
     # Again, the same.
-    evaluate_version(EvaluationSpec("best", DatasetSpec(())), site.attempt())
+    evaluate_version(EvaluateSpec("best", DatasetSpec(())), site.attempt())
     assert site.all_told(Evaluation)[-1] == own and len(evaluations(site, best.version)) == 2
     site.registry.remove_version(best.version)
     assert evaluations(site, best.version) == []
+
+
+def test_an_evaluation_on_validation_files_reads_no_other_text(site: Site, tmp_path: Path) -> None:
+    site.train(site.spec())
+    Path(site.text).unlink()
+    evaluate_version(EvaluateSpec("best", DatasetSpec((), (site.other_text,))), site.attempt())
+    measured = site.all_told(Evaluation)[-1]
+    assert measured.text == "other.txt" and measured.windows
+    short = tmp_path / "short.txt"
+    short.write_text("Once")
+    with pytest.raises(DataError, match=r"The held-out text of short\.txt holds \d tokens, .*: add text, or set"):
+        evaluate_version(EvaluateSpec("best", DatasetSpec((), (str(short),))), site.attempt())
 
 
 def test_an_evaluation_can_be_stopped_and_needs_its_version(site: Site) -> None:
     site.train(site.spec())
     asked = iter([False] * 5)
     with pytest.raises(Stopped):
-        evaluate_version(EvaluationSpec("best", DatasetSpec(())), site.attempt(lambda: next(asked, True)))
+        evaluate_version(EvaluateSpec("best", DatasetSpec(())), site.attempt(lambda: next(asked, True)))
     assert not list(site.registry.root.glob("evaluations/*/*"))
     with pytest.raises(NotFound, match="no version 9"):
-        evaluate_version(EvaluationSpec("9", DatasetSpec(())), site.attempt())
+        evaluate_version(EvaluateSpec("9", DatasetSpec(())), site.attempt())
 
 
 def test_a_run_that_has_begun_does_not_need_the_version_that_it_continues(site: Site) -> None:

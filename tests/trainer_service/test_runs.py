@@ -7,26 +7,26 @@ import pytest
 from shared.errors import AlreadyExists, InvalidArgument, NotFound
 from shared.registry.store import Registry
 from tests.events import PROGRESS
-from tests.jobs import start, tell, training
+from tests.jobs import report, start, training
 from tests.shared.registry.scenarios import publish
 from trainer_service.jobs.events import Evaluation
-from trainer_service.jobs.kinds import Kind
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.specs import Kind
 from trainer_service.listings import print_runs
 from trainer_service.runs import Run, all_runs, chosen, differing
 
 
 def found(queue: JobQueue, tmp_path: Path) -> list[Run]:
-    return all_runs(queue.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
+    return all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
 
 
 def test_runs_are_listed_with_their_best_loss_and_the_values_in_which_they_differ(
     queue: JobQueue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    narrow = queue.enqueue(Kind.TRAIN, training(tmp_path, name="narrow", notes="the base")).id
-    queue.enqueue(Kind.TRAIN, training(tmp_path, name="wide", width="320", seed="7"))
+    narrow = queue.enqueue(training(tmp_path, name="narrow", notes="the base")).id
+    queue.enqueue(training(tmp_path, name="wide", width="320", seed="7"))
     start(queue, narrow)
-    tell(queue, narrow, replace(PROGRESS, step=40), Evaluation(10, 1.9, 2.0, 0.5), Evaluation(20, 1.5, 2.5, 0.7))
+    report(queue, narrow, replace(PROGRESS, step=40), Evaluation(10, 1.9, 2.0, 0.5), Evaluation(20, 1.5, 2.5, 0.7))
     runs = found(queue, tmp_path)
     assert [(run.name, run.state, run.steps) for run in runs] == [("wide", "queued", 0), ("narrow", "running", 40)]
     assert [(run.validation_loss, run.bits_per_byte) for run in runs] == [(None, None), (2.0, 0.5)]
@@ -53,12 +53,12 @@ def test_a_run_whose_job_is_forgotten_is_known_from_its_versions(queue: JobQueue
 
 def test_a_name_is_given_once_in_a_registry(queue: JobQueue, tmp_path: Path) -> None:
     wide = training(tmp_path, name="wide")
-    job = queue.enqueue(Kind.TRAIN, wide).id
+    job = queue.enqueue(wide).id
     with pytest.raises(AlreadyExists, match=f"The job {job} has a run named 'wide' already"):
-        queue.enqueue(Kind.TRAIN, wide)
+        queue.enqueue(wide)
     # A job that ended before its run began leaves the name.
     queue.cancel(job)
-    queue.enqueue(Kind.TRAIN, wide)
+    queue.enqueue(wide)
     publish(Registry(tmp_path / "registry"), run="old")
     with pytest.raises(AlreadyExists, match="The registry has a run named 'old' already"):
         training(tmp_path, name="old")

@@ -16,11 +16,10 @@ from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
 from shared.service.grpc_server import GrpcServer
 from shared.service.listening import Address
-from tests.jobs import start, tell, training
+from tests.jobs import report, start, training
 from tests.redis_process import RedisServer
 from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
-from trainer_service.jobs.kinds import Kind
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import CallMetrics
 from trainer_service.redis_server import connect
@@ -46,8 +45,8 @@ def watch(servicer: TrainingServicer, job: str) -> list[pb.WatchJobResponse]:
 
 def test_everything_that_a_job_told_is_watched_to_its_end(servicer: TrainingServicer, queue: JobQueue) -> None:
     job = enqueue(servicer).id
-    queue.tell(job, 1, [TimedEvent(Notice(str(number))) for number in range(2500)])
-    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
+    queue.store.report(job, 1, [TimedEvent(Notice(str(number))) for number in range(2500)])
+    queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
     events = watch(servicer, job)
     assert [event.notice.text for event in events[1:-1]] == [str(number) for number in range(2500)]
     assert events[-1].state_changed.state == pb.JOB_STATE_FINISHED
@@ -57,10 +56,10 @@ def test_watching_ends_where_nothing_can_come_any_more(
     servicer: TrainingServicer, queue: JobQueue, redis: Redis
 ) -> None:
     job = enqueue(servicer).id
-    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
-    redis.delete(queue.keys.events(job))
+    queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
+    redis.delete(queue.store.keys.events(job))
     assert watch(servicer, job) == []
-    redis.delete(queue.keys.job(job))
+    redis.delete(queue.store.keys.job(job))
     with pytest.raises(NotFound):
         watch(servicer, job)
 
@@ -99,7 +98,7 @@ def test_what_cannot_be_done_is_refused(servicer: TrainingServicer) -> None:
 def test_a_watch_goes_on_when_redis_was_killed_and_started_again(mortal_redis: RedisServer, tmp_path: Path) -> None:
     queue = JobQueue(mortal_redis.connect(), "one")
     servicer = TrainingServicer(queue, Registry(tmp_path / "registry"))
-    job = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
+    job = queue.enqueue(training(tmp_path)).id
     start(queue, job)
 
     async def body() -> list[pb.WatchJobResponse]:
@@ -120,7 +119,7 @@ def test_a_watch_goes_on_when_redis_was_killed_and_started_again(mortal_redis: R
     async def go_on() -> None:
         await restart.wait()
         await asyncio.to_thread(mortal_redis.start)
-        await asyncio.to_thread(tell, queue, job, Notice("after"), StateChanged(JobState.FINISHED))
+        await asyncio.to_thread(report, queue, job, Notice("after"), StateChanged(JobState.FINISHED))
 
     events = asyncio.run(asyncio.wait_for(body(), 60))
     assert [event.WhichOneof("event") for event in events] == 2 * ["state_changed"] + ["notice", "state_changed"]

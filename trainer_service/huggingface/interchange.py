@@ -23,7 +23,7 @@ from shared.service.settings import Directories
 from shared.text import excerpt
 from trainer_service.huggingface.gpt2 import CONFIG_FILE, read_config, read_model, write_model
 from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tokenizer
-from trainer_service.jobs.spec import JobSpec, new_run
+from trainer_service.jobs.specs import TrainSpec, new_run
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec, absolute
 from trainer_service.training.evaluate import EvaluationSet, evaluate
@@ -92,7 +92,7 @@ def import_folder(
     trainer.record_evaluation(held_out.nats_per_token)
 
     report("writing the version", None)
-    spec = JobSpec(new_run(IMPORTED), IMPORTED, config, data, resume=None)
+    spec = TrainSpec(new_run(IMPORTED), IMPORTED, config, data, resume=None)
     registry = Registry(directories.registry)
     registry.sweep()
     fence = Fence.raise_for(registry.run_directory(spec.run))

@@ -1,1 +1,1 @@
-"""The queue of jobs: requests, records, events, and the worker."""
+"""Jobs: requests, specifications, records, the queue, and the worker. Nothing here loads MLX."""

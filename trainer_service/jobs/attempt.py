@@ -1,4 +1,4 @@
-"""What an attempt at a job is given to work with."""
+"""What the work on a job is given."""
 
 import time
 from collections.abc import Callable
@@ -12,39 +12,40 @@ from trainer_service.jobs.events import Event, Preparation
 
 @dataclass(frozen=True)
 class Attempt:
-    """Which attempt it is, where it computes and writes, what it leaves of what was written before, and whom it tells.
+    """An attempt at a job: its number, its folders, what stays in the registry, its device, and where it sends events.
 
-    It asks `stop_requested` between any two pieces of work, and ends where that says so. `began_s` is a moment of the
-    monotonic clock.
+    The work calls `stop_requested` between any two pieces of work, and ends if it returns True. `began_s` is a time of
+    the monotonic clock.
     """
 
     number: int
     directories: Directories
     retention: Retention
     device: Accelerator
-    tell: Callable[[Event], None]
+    emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
     began_s: float = field(default_factory=time.monotonic)
 
 
 class Stopped(Exception):
-    """The work was ended before it had anything to keep."""
+    """The work was stopped before it had a result to keep."""
 
 
 def preparation_report(attempt: Attempt) -> Callable[[str, float | None], None]:
-    """Returns a function that takes the stage of some work and how much of it is done, as often as one likes.
+    """Returns a function that takes the current stage of some work and the fraction that is done.
 
-    It raises `Stopped` if the attempt is to end, and tells what has changed by a percent.
+    It can be called at any rate: it emits an event when the stage or the percentage has changed. It raises `Stopped`
+    if the attempt has to end.
     """
-    told: tuple[str, int | None] | None = None
+    last: tuple[str, int | None] | None = None
 
     def report(stage: str, fraction: float | None) -> None:
-        nonlocal told
+        nonlocal last
         if attempt.stop_requested():
             raise Stopped
         now = (stage, None if fraction is None else int(100 * fraction))
-        if now != told:
-            attempt.tell(Preparation(stage, fraction))
-            told = now
+        if now != last:
+            attempt.emit(Preparation(stage, fraction))
+            last = now
 
     return report

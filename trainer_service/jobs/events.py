@@ -1,4 +1,4 @@
-"""What a job tells while it goes on, as values that travel through Redis as JSON."""
+"""The events of a job, which travel through Redis as JSON."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from trainer_service.training.report import Report
 
 
 class JobState(Enum):
-    """Where a job stands."""
+    """The state of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -23,13 +23,13 @@ class JobState(Enum):
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing follows."""
+        """Whether no other state follows."""
         return self in (JobState.FINISHED, JobState.FAILED, JobState.CANCELLED)
 
 
 @dataclass(frozen=True)
 class StateChanged:
-    """The job is in another state; `reason` says why, where that is not plain."""
+    """The job has a new state; `reason` says why, if that is not obvious."""
 
     state: JobState
     reason: str = ""
@@ -37,7 +37,7 @@ class StateChanged:
 
 @dataclass(frozen=True)
 class Preparation:
-    """Work before the first step; `fraction` from 0 to 1 where the end is known."""
+    """Work before the first step; `fraction` is from 0 to 1, None if the end is not known."""
 
     stage: str
     fraction: float | None = None
@@ -45,9 +45,9 @@ class Preparation:
 
 @dataclass(frozen=True)
 class RunStarted:
-    """The first step is about to be taken; the run has trained on `first_tokens` tokens before.
+    """The first step begins; the run has trained on `first_tokens` tokens before.
 
-    `preparation_s` is what the attempt took until here.
+    `preparation_s` is the time that the attempt took until this event.
     """
 
     parameters: int
@@ -77,8 +77,8 @@ class Progress(Report):
 class Evaluation:
     """Held-out loss was measured, in nats per token and bits per byte.
 
-    In training `training_loss` is that of the last steps. An evaluation of its own has no such loss, but says what it
-    measured on what: `version`, and how many `windows` of which `text`.
+    In training, `training_loss` is the loss of the last steps. A job that evaluates has no such loss, but has the
+    `version` that it measured, and the number of `windows` and the name of the `text`.
     """
 
     step: int
@@ -92,7 +92,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class VersionPublished:
-    """A version can be served."""
+    """A version was published and can be served."""
 
     version: int
     step: int
@@ -103,7 +103,7 @@ class VersionPublished:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a person should know."""
+    """A sentence that a user should read."""
 
     text: str
 
@@ -124,7 +124,7 @@ class TimedEvent:
     time: float = field(default_factory=time.time)
 
     def to_json(self) -> str:
-        """As Redis holds it."""
+        """Returns the text that Redis stores."""
         values = asdict(self.event)
         if isinstance(self.event, StateChanged):
             values["state"] = self.event.state.value
@@ -132,16 +132,16 @@ class TimedEvent:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "TimedEvent":
-        """The inverse of `to_json`; raises `ValueError` where the text is no event."""
+        """Reads what `to_json` writes; raises `ValueError` for any other text."""
         try:
             data = json.loads(text)
             return cls(_typed(_KINDS[data["kind"]], data["values"]), _number(data["time"]))
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"it is no event: {error!r}") from error
+            raise ValueError(f"it is not an event: {error!r}") from error
 
 
 def _typed(kind: type[Event], values: Mapping[str, object]) -> Event:
-    """An event from what JSON holds: others than this program may have written to Redis."""
+    """Checks the types of all values: other programs may have written to Redis."""
     typed: dict[str, object] = {}
     for each in fields(kind):
         if each.name not in values and each.default is not MISSING:
@@ -152,12 +152,12 @@ def _typed(kind: type[Event], values: Mapping[str, object]) -> Event:
         elif float in kinds and value is not None:
             value = _number(value)
         if type(value) not in kinds or (isinstance(value, int) and not -(2**63) <= value < 2**63):
-            raise TypeError(f"{each.name} is of another kind")
+            raise TypeError(f"{each.name} has another type")
         typed[each.name] = value
     return kind(**typed)  # type: ignore[arg-type]
 
 
 def _number(value: object) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
-        raise TypeError("there is something else than a number")
+        raise TypeError("the value is not a finite number")
     return float(value)  # type: ignore[arg-type]

@@ -1,127 +1,99 @@
-"""Jobs as Redis holds them: how they are read, and how one is changed in a transaction."""
+"""The records and events of jobs in Redis: reads them, and changes them in transactions."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import ResponseError
 
 from shared.errors import NotFound, shown
-from trainer_service.jobs.events import Evaluation, JobState, Progress, RunStarted, StateChanged, TimedEvent
+from trainer_service.jobs.events import Evaluation, JobState, Notice, Progress, RunStarted, StateChanged, TimedEvent
 from trainer_service.jobs.keys import Keys
-from trainer_service.jobs.line import Line
 from trainer_service.jobs.reachable import reachable
-from trainer_service.jobs.records import BEST, Fields, JobRecord, attempt_of, last_told, read_record, state_of
+from trainer_service.jobs.records import (
+    BEST,
+    Fields,
+    JobRecord,
+    Lease,
+    OpenJob,
+    attempt_of,
+    last_event,
+    read_record,
+    state_of,
+)
+from trainer_service.jobs.specs import Kind
 
-_KEPT_EVENTS = 100_000
-# Of jobs that ended, for so long.
+WORKING = (JobState.RUNNING, JobState.CANCELLING)
+
+_MAX_EVENTS = 100_000
+# How long jobs that have ended are kept.
 _KEPT_S = 30 * 24 * 3600
-_WORKING = (JobState.RUNNING, JobState.CANCELLING)
-
-
-@dataclass(frozen=True)
-class Lease:
-    """What an attempt says while it makes progress: for how long that counts, and a beat that no other renewal has."""
-
-    attempt: int
-    seconds: int
-    beat: str
-
-    def to_text(self) -> str:
-        """As Redis holds it."""
-        return f"{self.attempt} {self.seconds} {self.beat}"
-
-    @classmethod
-    def from_text(cls, text: bytes | None) -> "Lease | None":
-        """The inverse of `to_text`; None if there is none, or none that can be understood."""
-        parts = (text or b"").decode(errors="replace").split()
-        if len(parts) != 3 or not (parts[0].isdecimal() and parts[1].isdecimal()) or len(parts[0] + parts[1]) > 18:
-            return None
-        return cls(int(parts[0]), int(parts[1]), parts[2])
-
-
-@dataclass(frozen=True)
-class OpenJob:
-    """A job that has not ended. `lease` is that of its latest attempt; one of an earlier attempt is none."""
-
-    fields: Fields
-    state: JobState
-    attempt: int
-    lease: Lease | None
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether the latest attempt was put into the line."""
-        return attempt_of(self.fields, "sent") == self.attempt
+_READ_AT_ONCE = 200
 
 
 class JobStore:
-    """Reads and changes jobs. Raises `Unavailable` where Redis does not answer."""
+    """The jobs of one registry. Every method raises `Unavailable` if Redis does not answer.
+
+    A change names the attempt that makes it, and is rejected if there is a later attempt: a process that lost its job
+    but still runs changes nothing.
+    """
 
     def __init__(self, connection: Redis, registry: str) -> None:
         self.redis = connection
         self.keys = Keys(registry)
-        self.line = Line(connection, self.keys)
+
+    # Reading.
+
+    def get(self, job_id: str) -> JobRecord:
+        """Returns a job; raises `NotFound`."""
+        (record,) = self.read([job_id]) if job_id.isalnum() and job_id.isascii() else (None,)
+        if record is None:
+            raise _not_found(job_id)
+        return record
 
     def read(self, ids: Sequence[str]) -> list[JobRecord | None]:
-        """The records of jobs; None for those that are gone."""
+        """Returns the records of jobs; None for those that no longer exist."""
         records: list[JobRecord | None] = []
-        for job_id, (fields, lease, place) in zip(ids, self._read_each(ids), strict=True):
+        for job_id, (fields, lease, ticket) in zip(ids, self._read_each(ids), strict=True):
             if not fields:
                 records.append(None)
                 continue
             held = lease is not None and lease.attempt == attempt_of(fields)
-            records.append(read_record(job_id, fields, place, held))
+            records.append(read_record(job_id, fields, ticket, held))
         if any(record and record.state is JobState.QUEUED for record in records):
             return self._with_ahead(records)
         return records
 
-    def _read_each(self, ids: Sequence[str]) -> list[tuple[Fields, Lease | None, int]]:
-        """The fields, the lease and the place of jobs."""
-        with reachable():
-            pipeline = self.redis.pipeline(transaction=False)
-            for job_id in ids:
-                pipeline.hgetall(self.keys.job(job_id))
-                pipeline.get(self.keys.lease(job_id))
-                pipeline.zscore(self.keys.jobs, job_id)
-            answers = pipeline.execute(raise_on_error=False)
-            # A key of another type than this program's hides nothing but its own job.
-            for answer in answers:
-                if isinstance(answer, Exception) and not _is_of_another_type(answer):
-                    raise answer
-        found = []
-        for held, lease, place in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
-            fields = {"odd": str(held)} if isinstance(held, Exception) else _decoded(held)
-            understood = None if isinstance(lease, Exception) else Lease.from_text(lease)
-            found.append((fields, understood, int(place or 0)))
-        return found
+    def jobs(
+        self, states: Sequence[JobState] = (), kinds: Sequence[Kind] = (), before: int | None = None
+    ) -> Iterator[JobRecord]:
+        """Yields the jobs, the newest first, and reads them as they are needed.
 
-    def _with_ahead(self, records: Sequence[JobRecord | None]) -> list[JobRecord | None]:
-        """The same, with how many jobs come before each that is queued: those of earlier places, and those at work."""
+        `states` and `kinds` select jobs, and `before` leaves out those with this ticket or a higher one.
+        """
+        open_only = bool(states) and not any(state.is_final for state in states)
+        key = self.keys.open if open_only else self.keys.jobs
         with reachable():
-            listed: Any = self.redis.zrange(self.keys.open, 0, -1, withscores=True)
-            pipeline = self.redis.pipeline(transaction=False)
-            for job_id, _ in listed:
-                pipeline.hget(self.keys.job(job_id.decode(errors="replace")), "state")
-            answers = pipeline.execute(raise_on_error=False)
-        names = [state.value.encode() for state in _WORKING]
-        places = [int(place) for _, place in listed]
-        working = [place for place, state in zip(places, answers, strict=True) if state in names]
-        return [
-            replace(
-                record,
-                ahead=bisect_left(places, record.place) + len(working) - bisect_right(working, record.place),
-            )
-            if record and record.state is JobState.QUEUED
-            else record
-            for record in records
-        ]
+            newest = "+inf" if before is None else f"({before}"
+            found = cast(list[bytes], self.redis.zrevrangebyscore(key, newest, "-inf"))
+        ids = [job_id.decode(errors="replace") for job_id in found]
+        for start in range(0, len(ids), _READ_AT_ONCE):
+            some = ids[start : start + _READ_AT_ONCE]
+            records = self.read(some)
+            # Jobs that ended long ago have expired.
+            if gone := [job_id for job_id, record in zip(some, records, strict=True) if record is None]:
+                with reachable():
+                    self.redis.zrem(self.keys.jobs, *gone)
+                    self.redis.zrem(self.keys.open, *gone)
+            for record in records:
+                if record and (not states or record.state in states) and (not kinds or record.kind in kinds):
+                    yield record
 
     def open_jobs(self) -> dict[str, OpenJob]:
-        """The jobs that have not ended, by their place, without those that cannot be understood."""
+        """Returns the valid jobs that have not ended, ordered by their tickets."""
         with reachable():
             ids: Any = self.redis.zrange(self.keys.open, 0, -1)
         names = [job_id.decode(errors="replace") for job_id in ids]
@@ -133,16 +105,88 @@ class JobStore:
                 found[job_id] = OpenJob(fields, state, attempt, held)
         return found
 
-    def change(self, job_id: str, attempt: int | None, change: Callable[[Pipeline, Fields], object]) -> bool:
-        """Makes a change in one transaction, unless the job has ended, is at another attempt, or cannot be understood;
-        raises `NotFound`."""
+    def read_events(self, job_id: str, after: str = "0", wait_s: float = 0.0) -> list[tuple[str, TimedEvent]]:
+        """Returns the events of a job that follow the event with the id `after`, each with its id.
+
+        Waits up to `wait_s` for a new event. A notice replaces an invalid event.
+        """
+        with reachable():
+            block_ms = round(wait_s * 1000) or None
+            answer: Any = self.redis.xread({self.keys.events(job_id): after}, count=1000, block=block_ms)
+        if not answer:
+            return []
+        entries = next(iter(answer.values()))[0] if isinstance(answer, dict) else answer[0][1]
+        return [(entry_id.decode(), _read_event(entry_id, values)) for entry_id, values in entries]
+
+    def ticket(self, job_id: str) -> float:
+        """Returns the ticket of a job."""
+        with reachable():
+            ticket: Any = self.redis.zscore(self.keys.jobs, job_id)
+        return float(ticket or 0)
+
+    def is_current(self, job_id: str, attempt: int) -> bool:
+        """Whether an attempt is the latest one of its job, and the job has not ended."""
+        with reachable():
+            held = cast(list[bytes | None], self.redis.hmget(self.keys.job(job_id), ["state", "attempt"]))
+        fields = {name: (value or b"").decode() for name, value in zip(("state", "attempt"), held, strict=True)}
+        state = state_of(fields)
+        return state is not None and not state.is_final and attempt_of(fields) == attempt
+
+    def cancel_requested(self, job_id: str) -> bool:
+        """Whether the job was cancelled."""
+        with reachable():
+            return bool(self.redis.hexists(self.keys.job(job_id), "cancel"))
+
+    # Counting.
+
+    def waiting(self) -> int:
+        """Counts the jobs that wait for a worker, for other jobs or for their next attempt."""
+        return sum(job.state is JobState.QUEUED for job in self.open_jobs().values())
+
+    def counts(self) -> dict[JobState, int]:
+        """Counts the jobs in each state."""
+        with reachable():
+            ids = cast(list[bytes], self.redis.zrange(self.keys.jobs, 0, -1))
+        states = self._states(ids)
+        return {state: states.count(state.value.encode()) for state in JobState}
+
+    def tokens(self) -> int:
+        """Returns the number of tokens that all jobs ever trained on."""
+        with reachable():
+            value: Any = self.redis.get(self.keys.tokens)
+        return int(value or 0)
+
+    # Changing.
+
+    def report(self, job_id: str, attempt: int, events: Sequence[TimedEvent], new_tokens: int = 0) -> bool:
+        """Adds events of an attempt, and the tokens that it trained on since; returns False if the attempt is over."""
+
+        def change(pipeline: Pipeline, fields: Fields) -> None:
+            self.add_events(pipeline, job_id, events, fields)
+            if new_tokens:
+                pipeline.incrby(self.keys.tokens, new_tokens)
+
+        return self.change(job_id, attempt, change)
+
+    def change(
+        self,
+        job_id: str,
+        attempt: int | None,
+        change: Callable[[Pipeline, Fields], object],
+        also_watch: Sequence[str] = (),
+    ) -> bool:
+        """Makes a change in one transaction, which is repeated if another client changes a watched key.
+
+        Returns False, and changes nothing, if the job has ended, is at another attempt than `attempt`, or is invalid;
+        raises `NotFound` if it does not exist.
+        """
         key = self.keys.job(job_id)
 
         def apply(pipeline: Pipeline) -> bool:
             held: Any = pipeline.hgetall(key)
             fields = _decoded(held)
             if not fields:
-                raise not_found(job_id)
+                raise _not_found(job_id)
             state, latest = state_of(fields), attempt_of(fields)
             if state is None or state.is_final or latest is None or attempt not in (None, latest):
                 return False
@@ -151,16 +195,16 @@ class JobStore:
             return True
 
         with reachable():
-            # Its annotation leaves out that it returns what the callable does.
+            # redis-py's annotation omits that `transaction` returns the callable's value.
             run: Any = self.redis.transaction
-            return bool(run(apply, key, self.line.rq.key, value_from_callable=True))
+            return bool(run(apply, key, *also_watch, value_from_callable=True))
 
-    def tell(self, pipeline: Pipeline, job_id: str, events: Sequence[TimedEvent], fields: Fields) -> None:
-        """Adds events to a transaction, and what follows from them for the job, whose fields were these before."""
-        key, best = self.keys.job(job_id), last_told(Evaluation, fields, BEST)
+    def add_events(self, pipeline: Pipeline, job_id: str, events: Sequence[TimedEvent], fields: Fields) -> None:
+        """Adds events to a transaction, with the changes that they make to the job; `fields` are its current fields."""
+        key, best = self.keys.job(job_id), last_event(Evaluation, fields, BEST)
         for timed in events:
             text, event = timed.to_json(), timed.event
-            pipeline.xadd(self.keys.events(job_id), {"event": text}, maxlen=_KEPT_EVENTS, approximate=True)
+            pipeline.xadd(self.keys.events(job_id), {"event": text}, maxlen=_MAX_EVENTS, approximate=True)
             if isinstance(event, RunStarted | Progress | Evaluation):
                 pipeline.hset(key, type(event).__name__, text)
             if isinstance(event, Evaluation) and (best is None or event.validation_loss < best.validation_loss):
@@ -177,26 +221,70 @@ class JobStore:
                     for each in (key, self.keys.events(job_id)):
                         pipeline.expire(each, _KEPT_S)
 
-    def send(self, pipeline: Pipeline, job_id: str, attempt: int, place: float) -> None:
-        """Puts an attempt into the line, as part of a transaction."""
-        self.line.insert(pipeline, job_id, attempt, place)
-        pipeline.hset(self.keys.job(job_id), "sent", attempt)
+    # Details.
 
-    def place(self, job_id: str) -> float:
-        """The place that a job has among all."""
+    def _read_each(self, ids: Sequence[str]) -> list[tuple[Fields, Lease | None, int]]:
+        """Returns the fields, the lease and the ticket of each job."""
         with reachable():
-            place: Any = self.redis.zscore(self.keys.jobs, job_id)
-        return float(place or 0)
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hgetall(self.keys.job(job_id))
+                pipeline.get(self.keys.lease(job_id))
+                pipeline.zscore(self.keys.jobs, job_id)
+            answers = pipeline.execute(raise_on_error=False)
+            # A key of another type hides its own job only.
+            for answer in answers:
+                if isinstance(answer, Exception) and not _is_wrong_type(answer):
+                    raise answer
+        found = []
+        for held, lease, ticket in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
+            fields = {"odd": str(held)} if isinstance(held, Exception) else _decoded(held)
+            valid_lease = None if isinstance(lease, Exception) else Lease.from_text(lease)
+            found.append((fields, valid_lease, int(ticket or 0)))
+        return found
+
+    def _states(self, ids: Sequence[bytes]) -> list[object]:
+        with reachable():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hget(self.keys.job(job_id.decode(errors="replace")), "state")
+            return pipeline.execute(raise_on_error=False)
+
+    def _with_ahead(self, records: Sequence[JobRecord | None]) -> list[JobRecord | None]:
+        """Fills in `ahead` of each queued job: the jobs with lower tickets, and those with higher ones at work."""
+        with reachable():
+            listed: Any = self.redis.zrange(self.keys.open, 0, -1, withscores=True)
+        states = self._states([job_id for job_id, _ in listed])
+        names = [state.value.encode() for state in WORKING]
+        tickets = [int(ticket) for _, ticket in listed]
+        working = [ticket for ticket, state in zip(tickets, states, strict=True) if state in names]
+        return [
+            replace(
+                record,
+                ahead=bisect_left(tickets, record.ticket) + len(working) - bisect_right(working, record.ticket),
+            )
+            if record and record.state is JobState.QUEUED
+            else record
+            for record in records
+        ]
 
 
-def not_found(job_id: str) -> NotFound:
-    """The error of a job that does not exist."""
+def _not_found(job_id: str) -> NotFound:
     return NotFound(f"There is no job {shown(job_id)}; `gptloop jobs` lists those that exist.")
 
 
-def _is_of_another_type(error: Exception) -> bool:
+def _is_wrong_type(error: Exception) -> bool:
     return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 def _decoded(fields: dict[bytes, bytes]) -> Fields:
     return {key.decode(errors="replace"): value.decode(errors="replace") for key, value in fields.items()}
+
+
+def _read_event(entry_id: bytes, values: dict[bytes, bytes]) -> TimedEvent:
+    try:
+        return TimedEvent.from_json(values.get(b"event", b""))
+    except ValueError as error:
+        # Redis begins the id of an entry with the time in milliseconds.
+        moment = int(entry_id.partition(b"-")[0]) / 1000
+        return TimedEvent(Notice(f"An event of this job cannot be understood: {shown(error, 160)}."), moment)

@@ -1,13 +1,13 @@
-"""Names in Redis. All of them carry the id of a registry, so that several can share one Redis.
+"""The names of the keys in Redis. Each contains the id of the registry, so that several registries can share one Redis.
 
-gptloop:<registry>:jobs            sorted set of job ids, by their place: 1 for the first that was ever enqueued
-gptloop:<registry>:open            the same of those that have not ended
+gptloop:<registry>:jobs            sorted set of job ids by their tickets, which number the jobs from 1
+gptloop:<registry>:open            the same for the jobs that have not ended
 gptloop:<registry>:job:<id>        hash: kind, spec, run, after, state, attempt, times, reason, the last of some events
-gptloop:<registry>:events:<id>     stream of everything that the job told
-gptloop:<registry>:lease:<id>      the attempt that makes progress, there while it does
+gptloop:<registry>:events:<id>     stream of all events of a job
+gptloop:<registry>:lease:<id>      the attempt that makes progress; expires unless it is renewed
 gptloop:<registry>:workers         set of the names of workers
-gptloop:<registry>:worker:<name>   there while a worker lives
-gptloop:<registry>:tokens          tokens that all jobs ever trained on
+gptloop:<registry>:worker:<name>   expires unless the worker renews it
+gptloop:<registry>:tokens          number of tokens that all jobs ever trained on
 """
 
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Keys:
-    """The names of one registry, by its id."""
+    """The keys of one registry, given by its id."""
 
     registry: str
 
     @property
     def queue_name(self) -> str:
-        """What RQ calls the queue; its own names follow from it."""
+        """The name of RQ's queue, from which RQ derives its own keys."""
         return f"gptloop-{self.registry}"
 
     @property
     def jobs(self) -> str:
-        """Every job by its place."""
+        """Every job by its ticket."""
         return self._name("jobs")
 
     @property
     def open(self) -> str:
-        """The jobs that have not ended, by their place."""
+        """The jobs that have not ended, by their tickets."""
         return self._name("open")
 
     @property
@@ -41,23 +41,23 @@ class Keys:
 
     @property
     def tokens(self) -> str:
-        """The tokens that all jobs ever trained on."""
+        """The number of tokens that all jobs ever trained on."""
         return self._name("tokens")
 
     def job(self, job_id: str) -> str:
-        """How a job stands."""
+        """The fields of a job."""
         return self._name(f"job:{job_id}")
 
     def events(self, job_id: str) -> str:
-        """What a job told."""
+        """The events of a job."""
         return self._name(f"events:{job_id}")
 
     def lease(self, job_id: str) -> str:
-        """The attempt at a job that makes progress."""
+        """The lease of a job's attempt."""
         return self._name(f"lease:{job_id}")
 
     def worker(self, name: str) -> str:
-        """There while a worker lives."""
+        """The lease of a worker."""
         return self._name(f"worker:{name}")
 
     def _name(self, rest: str) -> str:

@@ -1,4 +1,4 @@
-"""Redis that does not do what was asked, as an error of ours, and for how long that may go on."""
+"""Failures of Redis as `Unavailable`, and a limit on how long they may last."""
 
 import time
 from collections.abc import Iterator

@@ -1,33 +1,33 @@
-"""A job as it stands, and as Redis holds it."""
+"""The record of a job, and how it is read from Redis."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from shared.errors import InvalidArgument, shown
 from trainer_service.jobs.events import Evaluation, JobState, Progress, RunStarted, TimedEvent
-from trainer_service.jobs.kinds import Kind, Spec, spec_from_json
+from trainer_service.jobs.specs import Kind, Spec, spec_from_json
 
 # The fields of a job's hash.
 Fields = dict[str, str]
 
-Told = TypeVar("Told", RunStarted, Progress, Evaluation)
+Kept = TypeVar("Kept", RunStarted, Progress, Evaluation)
 
 # The end of the year 9999, in seconds since the epoch.
 _LATEST_S = 253402300800
-# Under this name a hash has the evaluation with the lowest loss of all that the job told.
+# The field that holds the evaluation with the lowest loss.
 BEST = "best"
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A job as it stands; times in seconds since the epoch, None for what has not happened.
+    """The current state of a job; times in seconds since the epoch, None for what has not happened.
 
-    `kind` and `spec` are None if what Redis holds cannot be understood; `reason` says so then, and a state that is not
-    known counts as failed. `place` orders all jobs by when they were enqueued, from 1 on, and `ahead` says how many
-    others come before one that is queued. `attempt` counts from 1. `after` names the jobs that must finish first.
-    `is_held` says whether a process works on it now. `best` is the evaluation with the lowest loss.
+    `kind` and `spec` are None if Redis holds an invalid job; then `reason` says so, and an unknown state counts as
+    failed. `ticket` numbers all jobs in the order in which they were enqueued, from 1, and `ahead` is the number of
+    jobs that come before a queued one. `attempt` counts from 1. `after` names the jobs that must finish first.
+    `is_held` says whether a process works on the job now. `best` is the evaluation with the lowest loss.
     """
 
     id: str
@@ -35,7 +35,7 @@ class JobRecord:
     spec: Spec | None
     after: tuple[str, ...]
     state: JobState
-    place: int
+    ticket: int
     ahead: int | None
     attempt: int
     enqueued_at: float | None
@@ -49,8 +49,44 @@ class JobRecord:
     is_held: bool
 
 
-def read_record(job_id: str, fields: Fields, place: int = 0, is_held: bool = False) -> JobRecord:
-    """The record of a job from its fields, as far as they can be understood; how many are ahead is not known yet."""
+@dataclass(frozen=True)
+class Lease:
+    """The lease of an attempt that makes progress: how many seconds it lasts, and a beat that no other renewal has."""
+
+    attempt: int
+    seconds: int
+    beat: str
+
+    def to_text(self) -> str:
+        """Returns the text that Redis stores."""
+        return f"{self.attempt} {self.seconds} {self.beat}"
+
+    @classmethod
+    def from_text(cls, text: bytes | None) -> Self | None:
+        """Reads what `to_text` writes; returns None for any other text."""
+        parts = (text or b"").decode(errors="replace").split()
+        if len(parts) != 3 or not (parts[0].isdecimal() and parts[1].isdecimal()) or len(parts[0] + parts[1]) > 18:
+            return None
+        return cls(int(parts[0]), int(parts[1]), parts[2])
+
+
+@dataclass(frozen=True)
+class OpenJob:
+    """A job that has not ended. `lease` is the lease of its latest attempt, None if that attempt has none."""
+
+    fields: Fields
+    state: JobState
+    attempt: int
+    lease: Lease | None
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the latest attempt has been handed to the workers."""
+        return attempt_of(self.fields, "sent") == self.attempt
+
+
+def read_record(job_id: str, fields: Fields, ticket: int = 0, is_held: bool = False) -> JobRecord:
+    """Reads the record of a job from its fields, except `ahead`; invalid fields are left out."""
     kind, spec, reason = None, None, fields.get("reason", "")
     try:
         kind = Kind(fields["kind"])
@@ -63,23 +99,23 @@ def read_record(job_id: str, fields: Fields, place: int = 0, is_held: bool = Fal
         spec=spec,
         after=tuple(fields.get("after", "").split()),
         state=state_of(fields) or JobState.FAILED,
-        place=place,
+        ticket=ticket,
         ahead=None,
         attempt=attempt_of(fields) or 1,
         enqueued_at=_moment(fields, "enqueued_at"),
         started_at=_moment(fields, "started_at"),
         ended_at=_moment(fields, "ended_at"),
-        started=last_told(RunStarted, fields),
-        progress=last_told(Progress, fields),
-        evaluation=last_told(Evaluation, fields),
-        best=last_told(Evaluation, fields, BEST),
+        started=last_event(RunStarted, fields),
+        progress=last_event(Progress, fields),
+        evaluation=last_event(Evaluation, fields),
+        best=last_event(Evaluation, fields, BEST),
         reason=reason,
         is_held=is_held,
     )
 
 
 def state_of(fields: Fields) -> JobState | None:
-    """Where a job stands; None if that cannot be understood."""
+    """Returns the state of a job; None if it is invalid."""
     try:
         return JobState(fields.get("state"))
     except ValueError:
@@ -87,17 +123,17 @@ def state_of(fields: Fields) -> JobState | None:
 
 
 def attempt_of(fields: Mapping[str, str], name: str = "attempt") -> int | None:
-    """The number of an attempt; None if there is none, or one that cannot be understood."""
+    """Returns the number of an attempt; None if it is missing or invalid."""
     return number_of(fields.get(name, ""))
 
 
 def number_of(text: str) -> int | None:
-    """A number that is not negative and has at most nine digits; None for any other text."""
+    """Reads a number of at most nine digits; returns None for any other text."""
     return int(text) if text.isdecimal() and len(text) <= 9 else None
 
 
-def last_told(kind: type[Told], fields: Fields, name: str = "") -> Told | None:
-    """The last event of a kind that a job told, or the one under another name; None if it cannot be understood."""
+def last_event(kind: type[Kept], fields: Fields, name: str = "") -> Kept | None:
+    """Returns the last event of a kind, or the one in the field `name`; None if it is missing or invalid."""
     try:
         event = TimedEvent.from_json(fields[name or kind.__name__]).event
     except (KeyError, ValueError):

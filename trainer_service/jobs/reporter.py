@@ -1,4 +1,4 @@
-"""What an attempt at a job tells Redis, from a thread of its own, so that training never waits for Redis."""
+"""Sends the events of an attempt to Redis on a thread of its own, so that training never waits for Redis."""
 
 import logging
 import os
@@ -15,24 +15,24 @@ from trainer_service.jobs.queue import JobQueue
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.5
-# A thread that comes to its turn so much later was frozen with its process, or waited for Redis.
+# A thread that runs this much later than planned was frozen with its process, or waited for Redis.
 _FROZEN_S = 5.0
 _LAST_TRY_S = 20.0
 _ORPHAN_LIMIT_S = 8.0
-# Reports of a Redis outage of many hours; older ones are dropped first.
-_KEPT_EVENTS = 50_000
-_TOLD_AT_ONCE = 1000
+# Enough for an outage of Redis of many hours; the oldest events are dropped first.
+_MAX_EVENTS = 50_000
+_SENT_AT_ONCE = 1000
 
-# Says how an attempt ended; False where the job was another attempt's by then.
+# Ends the attempt in the queue; returns False if another attempt has the job.
 End = Callable[[JobQueue], bool]
 
 
 class Reporter:
-    """Carries events to the queue, keeps the job's lease while there is progress, and learns whether to stop.
+    """Sends events to the queue, renews the attempt's lease while there is progress, and asks whether to stop.
 
-    The thread owns the connection; everything else may be called from any thread and returns at once, but for `close`.
-    Where Redis is gone, events wait and are told when it is back. `stuck_s` without progress end the lease. `worker` is
-    the pid of the process that started this one.
+    The thread owns the connection. Every other method can be called from any thread, and all return at once except
+    `close`. While Redis does not answer, events wait. The lease ends after `stuck_s` without progress. `worker` is the
+    pid of the process that started this one.
     """
 
     def __init__(self, queue: JobQueue, job_id: str, attempt: int, worker: int, stuck_s: float) -> None:
@@ -40,7 +40,7 @@ class Reporter:
         self._job_id = job_id
         self._attempt = attempt
         self._stuck_s = stuck_s
-        self._events: deque[TimedEvent] = deque(maxlen=_KEPT_EVENTS)
+        self._events: deque[TimedEvent] = deque(maxlen=_MAX_EVENTS)
         self._lock = threading.Lock()
         self._new_tokens = 0
         self._counted_tokens = 0
@@ -54,8 +54,8 @@ class Reporter:
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
-    def tell(self, event: Event) -> None:
-        """Hands an event over."""
+    def emit(self, event: Event) -> None:
+        """Queues an event to be sent."""
         with self._lock:
             self._events.append(TimedEvent(event))
             if isinstance(event, RunStarted):
@@ -65,27 +65,27 @@ class Reporter:
                 self._counted_tokens = event.tokens
 
     def stop_requested(self) -> bool:
-        """Whether the attempt is to end. Asked between any two pieces of work, and so it proves progress too."""
+        """Whether the attempt has to end. A call between any two pieces of work also counts as progress."""
         self._progressed_s = time.monotonic()
         return self.cancelled or self.superseded or self.orphaned
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody asked the job to end."""
+        """Whether the job was cancelled."""
         return self._cancelled.is_set()
 
     @property
     def superseded(self) -> bool:
-        """Whether the job has ended or is another attempt's by now."""
+        """Whether the job has ended, or another attempt has it."""
         return self._superseded.is_set()
 
     @property
     def orphaned(self) -> bool:
-        """Whether the worker that started this process is gone; the process ends within some seconds then."""
+        """Whether the worker that started this process is gone; then the process ends within some seconds."""
         return os.getppid() != self._worker
 
     def close(self, end: End | None) -> None:
-        """Tells what is left and how the attempt ended; tries for some seconds where Redis is gone."""
+        """Sends the remaining events and the end of the attempt; gives up if Redis does not answer for some seconds."""
         self._end = end
         self._closing.set()
         self._thread.join()
@@ -95,27 +95,27 @@ class Reporter:
         while not self._closing.wait(_INTERVAL_S):
             now_s = time.monotonic()
             if now_s - turn_s > _FROZEN_S:
-                # Nothing could progress meanwhile, so that the process is not stuck.
+                # Nothing could progress in that time, so the process is not stuck.
                 self._progressed_s = min(self._progressed_s + now_s - turn_s, now_s)
             turn_s = now_s
             self._try(self._exchange)
-            # The loop may end its step and write its state, but nobody waits for a step that takes longer.
+            # The loop may end its step and write its state, but a longer step is not waited for.
             if self.orphaned and not self._closing.wait(_ORPHAN_LIMIT_S):
-                logger.error("job %s: the worker is gone, and so this process ends within its step", self._job_id)
+                logger.error("job %s: the worker is gone, so this process ends in the middle of its step", self._job_id)
                 self._try(self._lose)
                 os._exit(1)
         for _ in range(round(_LAST_TRY_S / _INTERVAL_S)):
             if self._try(self._finish):
                 return
             time.sleep(_INTERVAL_S)
-        logger.error("job %s: Redis does not answer, %d events are lost", self._job_id, len(self._events))
+        logger.error("job %s: Redis does not answer; %d events are lost", self._job_id, len(self._events))
 
     def _try(self, action: Callable[[], None]) -> bool:
         try:
             action()
         except Unavailable as error:
             if self._reachable:
-                logger.warning("job %s: %s Training goes on.", self._job_id, error)
+                logger.warning("job %s: %s Training continues.", self._job_id, error)
             self._reachable = False
             return False
         except NotFound as error:
@@ -127,17 +127,17 @@ class Reporter:
     def _exchange(self) -> None:
         if self.superseded:
             return
-        # After an outage there may be very many: the lease does not wait for them all.
-        while self._tell_some() and self._events:
+        # After an outage there may be many events: the lease is renewed between them.
+        while self._send_some() and self._events:
             pass
-        if not self.superseded and self._queue.cancel_requested(self._job_id):
+        if not self.superseded and self._queue.store.cancel_requested(self._job_id):
             self._cancelled.set()
 
-    def _tell_some(self) -> bool:
-        """Tells the oldest events and renews the lease; False where the job is another attempt's."""
+    def _send_some(self) -> bool:
+        """Sends the oldest events and renews the lease; returns False if another attempt has the job."""
         with self._lock:
-            events, new_tokens = list(islice(self._events, _TOLD_AT_ONCE)), self._new_tokens
-        if not self._queue.tell(self._job_id, self._attempt, events, new_tokens):
+            events, new_tokens = list(islice(self._events, _SENT_AT_ONCE)), self._new_tokens
+        if not self._queue.store.report(self._job_id, self._attempt, events, new_tokens):
             logger.warning("job %s: it has ended, or another attempt has taken over", self._job_id)
             self._superseded.set()
             return False
@@ -146,7 +146,7 @@ class Reporter:
             for _ in events:
                 self._events.popleft()
         if time.monotonic() - self._progressed_s < self._stuck_s:
-            self._queue.renew_job_lease(self._job_id, self._attempt)
+            self._queue.leases.renew_attempt(self._job_id, self._attempt)
         return True
 
     def _finish(self) -> None:

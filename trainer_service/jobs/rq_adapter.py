@@ -1,27 +1,51 @@
-"""What RQ carries: attempts at jobs, and nothing else."""
+"""Everything that uses RQ: the jobs that it carries, the queue that it keeps, and the worker that takes jobs from it.
+
+Parts of RQ that are not public are used here, so `pyproject.toml` pins RQ to one minor version.
+"""
 
 import logging
-from typing import Any
+import os
+from contextlib import suppress
+from typing import Any, Protocol, cast
 
+from redis import Redis
+from redis.client import Pipeline
+from redis.exceptions import RedisError
+from rq import Queue
 from rq.exceptions import NoSuchJobError
+from rq.executions import Execution
 from rq.job import Job
+from rq.serializers import JSONSerializer
+from rq.worker import Worker, WorkerStatus
+
+from trainer_service.jobs.keys import Keys
+from trainer_service.jobs.reachable import reachable
+from trainer_service.jobs.records import number_of
 
 logger = logging.getLogger(__name__)
 
-# What RQ holds as the function of every attempt; the worker calls nothing by its name.
+# The function that RQ stores with every attempt; the worker never calls a function by its name.
 JOB_FUNCTION = "trainer_service.job_process.run_attempt"
+
+# How often RQ cleans up, and how often a busy worker renews its entry in RQ.
+_MAINTENANCE_INTERVAL_S = 60
+_HEARTBEAT_INTERVAL_S = 10
+_WORKER_TTL_S = 60
+_ENDED_TTL_S = 60
 
 
 class AttemptJob(Job):
-    """What RQ reads of an attempt. Anything but the one function with a job and a number is none: RQ imports and calls
-    what it reads, callbacks too."""
+    """The RQ job that carries an attempt: the id of a job of ours, and the number of the attempt.
+
+    RQ imports and calls functions that it reads from Redis, and callbacks too, so every other content is rejected.
+    """
 
     def restore(self, raw_data: Any) -> Any:
-        """As RQ has it; raises `NoSuchJobError`, on which RQ drops the job."""
+        """Reads the job as RQ does; raises `NoSuchJobError`, on which RQ drops the job."""
         try:
             super().restore(raw_data)
             calls = (b"success_callback_name", b"failure_callback_name", b"stopped_callback_name", b"webhooks")
-            understood = (
+            is_valid = (
                 self.func_name == JOB_FUNCTION
                 and self.instance is None
                 and not self.kwargs
@@ -30,6 +54,163 @@ class AttemptJob(Job):
             )
         except Exception as error:
             raise NoSuchJobError(f"{self.id} cannot be understood: {error!r}") from error
-        if not understood:
+        if not is_valid:
             logger.error("%r in the queue is not a job of this project, and is dropped", self.id)
             raise NoSuchJobError(f"{self.id} is not a job of this project.")
+
+
+class AttemptQueue:
+    """The attempts that wait for a worker, in RQ's queue, ordered by the tickets of their jobs.
+
+    Each attempt is an RQ job of its own, which RQ never retries. An attempt of a job that was interrupted, or that
+    waited for other jobs, is inserted before those of jobs with higher tickets.
+    """
+
+    def __init__(self, connection: Redis, keys: Keys) -> None:
+        self._redis = connection
+        self._keys = keys
+        self.rq = Queue(
+            keys.queue_name, connection=connection, serializer=JSONSerializer, job_class=AttemptJob, default_timeout=-1
+        )
+
+    @property
+    def key(self) -> str:
+        """The key of the list in Redis; a transaction that inserts an attempt has to watch it."""
+        return str(self.rq.key)
+
+    def waiting(self) -> list[tuple[str, int]]:
+        """Returns the waiting jobs and the numbers of their attempts, in the order in which workers take them."""
+        with reachable():
+            ids = cast(list[bytes], self._redis.lrange(self.key, 0, -1))
+        found = []
+        for rq_id in ids:
+            registry, _, rest = rq_id.decode(errors="replace").partition("-")
+            job_id, _, attempt = rest.rpartition("-")
+            # Other programs may have written to Redis.
+            number = number_of(attempt)
+            if registry == self._keys.registry and number is not None:
+                found.append((job_id, number))
+        return found
+
+    def insert(self, pipeline: Pipeline, job_id: str, attempt: int, ticket: float) -> None:
+        """Inserts an attempt at the position of its job's ticket, as part of a transaction that watches `key`."""
+        job = self.rq.create_job(
+            JOB_FUNCTION,
+            args=(job_id, attempt),
+            job_id=self._rq_id(job_id, attempt),
+            result_ttl=_ENDED_TTL_S,
+            failure_ttl=_ENDED_TTL_S,
+        )
+        # RQ's own `enqueue` would begin another transaction.
+        job.save(pipeline=pipeline)
+        pipeline.sadd(self.rq.redis_queues_keys, self.key)
+        following = self._first_after(ticket)
+        if following is None:
+            self.rq.push_job_id(job.id, pipeline=pipeline)
+        else:
+            pipeline.linsert(self.key, "before", following, job.id)
+
+    def remove(self, job_id: str, attempt: int) -> None:
+        """Removes an attempt, if it waits."""
+        rq_id = self._rq_id(job_id, attempt)
+        with reachable():
+            if self.rq.remove(rq_id):
+                self._redis.delete(AttemptJob.key_for(rq_id))
+
+    def _first_after(self, ticket: float) -> str | None:
+        """Returns RQ's id of the first waiting attempt whose job has a higher ticket."""
+        waiting = self.waiting()
+        if not waiting:
+            return None
+        tickets: Any = self._redis.zmscore(self._keys.jobs, [job_id for job_id, _ in waiting])
+        for (job_id, attempt), other in zip(waiting, tickets, strict=True):
+            if other is not None and float(other) > ticket:
+                return self._rq_id(job_id, attempt)
+        return None
+
+    def _rq_id(self, job_id: str, attempt: int) -> str:
+        return f"{self._keys.registry}-{job_id}-{attempt}"
+
+
+class Runner(Protocol):
+    """Runs attempts, one at a time, each in a process of its own."""
+
+    def take(self, job_id: str, attempt: int) -> None:
+        """Is called when an attempt has been taken from the queue."""
+
+    def start(self, job_id: str, attempt: int) -> int:
+        """Starts the process of the attempt and returns its pid."""
+
+    def request_stop(self) -> None:
+        """Asks the process to end after its step; a process that is about to start is asked when it has started."""
+
+    def on_exit(self) -> None:
+        """Is called when the process has ended."""
+
+    def on_crash(self, job_id: str, attempt: int, exit_code: int) -> None:
+        """Is called after `on_exit` if the exit code is not 0; it is `-n` if signal n killed the process."""
+
+
+class AttemptWorker(Worker):
+    """RQ's worker: takes attempts from the queue in their order, and waits for their processes.
+
+    RQ neither imports nor calls anything for an attempt: the runner starts a process of this project.
+    """
+
+    def __init__(self, queue: AttemptQueue, connection: Redis, runner: Runner) -> None:
+        super().__init__(
+            [queue.rq],
+            connection=connection,
+            serializer=JSONSerializer,
+            job_class=AttemptJob,
+            worker_ttl=_WORKER_TTL_S,
+            maintenance_interval=_MAINTENANCE_INTERVAL_S,
+            job_monitoring_interval=_HEARTBEAT_INTERVAL_S,
+        )
+        self._runner = runner
+
+    def _set_ip_address(self, connection: Redis) -> None:
+        # RQ asks Redis, whose answer contains the path of its socket, and redis-py splits the answer at spaces.
+        self.ip_address = "unknown"
+
+    def handle_warm_shutdown_request(self) -> None:
+        """Passes the shutdown on to the process of the attempt."""
+        super().handle_warm_shutdown_request()
+        self._runner.request_stop()
+
+    def set_shutdown_requested_date(self) -> None:
+        """Stores when the shutdown was requested, if Redis answers."""
+        with suppress(RedisError):
+            super().set_shutdown_requested_date()
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Runs an attempt to its end."""
+        self._runner.take(*job.args)
+        execution = self.prepare_execution(job)
+        self.prepare_job_execution(job, remove_from_intermediate_queue=True)
+        self._horse_pid = self._runner.start(*job.args)
+        self.monitor_work_horse(job, queue, execution)
+        with self.connection.pipeline() as pipeline:
+            self.cleanup_execution(job, pipeline, execution)
+            # Whatever Redis still stores of it.
+            pipeline.delete(job.key, job.execution_registry.key)
+            pipeline.execute()
+        self.set_state(WorkerStatus.IDLE)
+
+    def wait_for_horse(self) -> Any:
+        """Waits for the process to end."""
+        answer = super().wait_for_horse()
+        self._runner.on_exit()
+        return answer
+
+    def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
+        """Renews the job's entry in RQ; training continues while Redis does not answer."""
+        try:
+            super().maintain_heartbeats(job, execution)
+        except RedisError as error:
+            logger.warning("job %s: no heartbeat, because Redis does not answer: %s", job.id, error)
+
+    def handle_work_horse_killed(self, job: Job, retpid: int, ret_val: int, rusage: Any) -> None:
+        """Reports the end of a process that did not exit normally."""
+        job_id, attempt = job.args
+        self._runner.on_crash(job_id, attempt, 0 if ret_val is None else os.waitstatus_to_exitcode(ret_val))

@@ -37,10 +37,12 @@ class DatasetSpec:
 class Corpus:
     """Two disjoint streams of text; each call of `train` and `validation` starts at the first document.
 
-    `revision` identifies the content of both. `notices` are sentences for the user.
+    `source` and `held_out_source` name the text of each for display. `revision` identifies the content of both.
+    `notices` are sentences for the user.
     """
 
     source: str
+    held_out_source: str
     revision: str
     notices: tuple[str, ...]
     train: Callable[[], Iterator[Passage]]
@@ -54,6 +56,10 @@ def check_spec(spec: DatasetSpec) -> None:
     """
     if not spec.dataset:
         raise InvalidArgument(f"No data set is given. {_accepted()}")
+    _check_files(spec)
+
+
+def _check_files(spec: DatasetSpec) -> None:
     named = [name for name in spec.dataset if name == BUILTIN or name in HUB]
     if named and len(spec.dataset) > 1:
         raise InvalidArgument(f"{named[0]} cannot be combined with other data: only local files can be combined.")
@@ -112,11 +118,14 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
 
     Held out are the validation files, or else the data set's own validation split, or else `validation_share` of the
     text. `on_read` is called many times a second, now and in later readings; an exception from it ends the reading.
-    Raises the errors of `check_spec`, `DataError` if a file's text cannot be read, and `Unavailable` if the hub cannot
-    be reached.
+    Without a data set, only the validation files are read. Raises the errors of `check_spec`, `DataError` if a file's
+    text cannot be read, and `Unavailable` if the hub cannot be reached.
     """
-    check_spec(spec)
-    name = spec.dataset[0]
+    if spec.validation:
+        _check_files(spec)
+    else:
+        check_spec(spec)
+    name = spec.dataset[0] if spec.dataset else ""
     is_local = name != BUILTIN and name not in HUB
     paths = [Path(name) for name in (*(spec.dataset if is_local else ()), *spec.validation)]
     total_bytes = sum(check_file(path).size_bytes * passes(path) for path in paths)
@@ -136,6 +145,7 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
     held_out = [open_file(Path(path), read) for path in spec.validation]
     return replace(
         corpus,
+        held_out_source=names_of([file.path for file in held_out]),
         revision=_digest(corpus.revision, [[file.kind, file.digest] for file in held_out]),
         notices=(*corpus.notices, *_notices(held_out)),
         validation=lambda: _passages(held_out),
@@ -159,6 +169,7 @@ def _digest(*values: object) -> str:
 def _open_builtin() -> Corpus:
     return Corpus(
         source=BUILTIN,
+        held_out_source=BUILTIN,
         revision=_digest(BUILTIN, stories.GENERATOR_VERSION),
         notices=(),
         train=lambda: map(Passage, stories.train_stories()),
@@ -171,10 +182,15 @@ def _open_files(files: list[TextFile], share: float | None) -> Corpus:
     content = [[file.kind, file.digest] for file in files]
     notices = _notices(files)
     if share is None:
-        return Corpus(source, _digest(content), notices, lambda: _passages(files), lambda: iter(()))
+        return Corpus(source, source, _digest(content), notices, lambda: _passages(files), lambda: iter(()))
     rule, split = hold_out(lambda: _passages(files), np.concatenate([file.lengths for file in files]), share)
     return Corpus(
-        source, _digest(content, share), (*notices, rule), train=lambda: split(False), validation=lambda: split(True)
+        source=source,
+        held_out_source=source,
+        revision=_digest(content, share),
+        notices=(*notices, rule),
+        train=lambda: split(False),
+        validation=lambda: split(True),
     )
 
 
@@ -189,8 +205,10 @@ def _passages(files: list[TextFile]) -> Iterator[Passage]:
 
 def _open_hub(dataset: HubDataset, tick: Callable[[], None]) -> Corpus:
     corpus = HubCorpus(dataset, tick)
+    source = " ".join(filter(None, [dataset.repository, dataset.configuration]))
     return Corpus(
-        source=" ".join(filter(None, [dataset.repository, dataset.configuration])),
+        source=source,
+        held_out_source=source,
         revision=_digest(dataset.repository, dataset.configuration, corpus.hash),
         notices=(),
         train=lambda: corpus.read("train"),

@@ -63,6 +63,7 @@ class PreparedData:
     train: Tokens
     validation: Tokens
     source: str
+    held_out_source: str
     revision: str
     notices: tuple[str, ...]
 
@@ -115,8 +116,9 @@ def prepare(
     `tokenizer` is that of the version which a run continues. Without one, the configuration decides; a tokenizer that
     is trained on little text may get fewer tokens than configured. Only the text that the run will read is tokenised.
     `report` is called several times a second; an exception from it ends the work and leaves no partial file. Several
-    processes may prepare the same data at once. Raises the errors of `open_corpus`, `DataError` if a split is shorter
-    than one window, and `ResourceExhausted` or `FailedPrecondition` if `directory` cannot be written.
+    processes may prepare the same data at once. Without a data set, `train` is empty. Raises the errors of
+    `open_corpus`, `DataError` if a split is shorter than one window, and `ResourceExhausted` or `FailedPrecondition` if
+    `directory` cannot be written.
     """
     window = config.context_length + 1
     train_limit = config.max_train_tokens or config.max_steps * config.batch_size * window
@@ -136,14 +138,26 @@ def prepare(
     folder = directory / "shards" / _key(corpus.revision, tokenizer.digest)
     token_cache.mark_used(folder)
     token_cache.remove_unused(directory / "shards")
-    train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
+    train = np.empty(0, dtype=np.uint16)
+    if spec.dataset:
+        train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
+        _check_size("training", train.size, window, corpus.source, "add text")
     validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
-    _check_size("training", train.size, window, corpus.source, "add text")
-    _check_size("held-out", validation.size, window, corpus.source, "raise validation_share or name a longer file")
+    remedy = "add text" if spec.validation else "raise validation_share or name a longer file"
+    _check_size("held-out", validation.size, window, corpus.held_out_source, remedy)
     windows = (validation.size - 1) // config.context_length
     if windows < config.evaluation_windows:
         notices.append(f"The held-out text fills only {windows} of the {config.evaluation_windows} evaluation windows.")
-    return PreparedData(config, tokenizer, train, validation, corpus.source, corpus.revision, tuple(notices))
+    return PreparedData(
+        config=config,
+        tokenizer=tokenizer,
+        train=train,
+        validation=validation,
+        source=corpus.source,
+        held_out_source=corpus.held_out_source,
+        revision=corpus.revision,
+        notices=tuple(notices),
+    )
 
 
 def _key(*values: object) -> str:

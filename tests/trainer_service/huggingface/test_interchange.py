@@ -33,7 +33,7 @@ from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tok
 from trainer_service.huggingface.interchange import Imported, export_version, import_folder
 from trainer_service.jobs.attempt import Attempt
 from trainer_service.jobs.events import Event, RunStarted, VersionPublished
-from trainer_service.jobs.spec import TrainingRequest, resolve
+from trainer_service.jobs.requests import TrainRequest
 from trainer_service.run import TrainingRun
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.corpus import DatasetSpec
@@ -147,7 +147,7 @@ def test_training_continues_an_imported_version(
 ) -> None:
     before = imported(write_folder(tmp_path / "gpt2"), data, directories).version
     overrides = {"max_steps": "30", "warmup_steps": "2", "learning_rate": "0.01", "evaluation_interval": "30"}
-    spec = resolve(TrainingRequest(resume=1, overrides=overrides), registry)
+    spec = TrainRequest(resume=1, overrides=overrides).resolve(registry)
     assert spec.data == data
     events: list[Event] = []
     assert TrainingRun(spec, Attempt(1, directories, Retention(), HERE, events.append, lambda: False)).train()
@@ -242,7 +242,7 @@ def test_folders_of_other_programs_are_imported_and_continued(
     notices = [each for each in result.notices if "held-out" not in each and "marker" not in each]
     assert len(notices) == (notice != "") and all(each.startswith(notice) and len(each) <= 300 for each in notices)
     assert read_content(registry, result.version).model.config.vocabulary_size == 300
-    spec = resolve(TrainingRequest(resume=1, overrides={"max_steps": "3"}), registry)
+    spec = TrainRequest(resume=1, overrides={"max_steps": "3"}).resolve(registry)
     assert spec.config.dropout == (0.1 if name == "pdrop" else 0.0)
     assert TrainingRun(spec, Attempt(1, directories, Retention(), HERE, lambda _: None, lambda: False)).train()
 

@@ -11,7 +11,7 @@ from rq.serializers import JSONSerializer
 
 from shared.errors import FailedPrecondition, NotFound, Unavailable
 from tests.events import PROGRESS, STARTED
-from tests.jobs import start, told, training
+from tests.jobs import events_of, start, training
 from trainer_service.jobs.events import (
     Evaluation,
     JobState,
@@ -21,36 +21,37 @@ from trainer_service.jobs.events import (
     TimedEvent,
     VersionPublished,
 )
-from trainer_service.jobs.kinds import EvaluationSpec, Kind
-from trainer_service.jobs.queue import BACKOFF_S, LEASE_S, JobQueue
+from trainer_service.jobs.leases import LEASE_S
+from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
+from trainer_service.jobs.specs import EvaluateSpec, Kind
 from trainer_service.redis_server import connect
 from trainer_service.training.corpus import DatasetSpec
 
 
 def test_a_job_can_be_read_back_as_it_was_put_on_the_queue(queue: JobQueue, tmp_path: Path) -> None:
     wanted = training(tmp_path)
-    record = queue.enqueue(Kind.TRAIN, wanted)
+    record = queue.enqueue(wanted)
     assert record.spec == wanted and record.kind is Kind.TRAIN
     assert (record.state, record.attempt, record.is_held) == (JobState.QUEUED, 1, False)
     assert (record.started_at, record.ended_at, record.progress, record.reason) == (None, None, None, "")
-    assert queue.waiting() == 1 and queue.line.attempts() == [(record.id, 1)]
-    assert told(queue, record.id) == [StateChanged(JobState.QUEUED)]
+    assert queue.store.waiting() == 1 and queue.attempts.waiting() == [(record.id, 1)]
+    assert events_of(queue, record.id) == [StateChanged(JobState.QUEUED)]
 
 
 def test_jobs_are_listed_newest_first_by_state_kind_and_age(queue: JobQueue, tmp_path: Path) -> None:
-    first, second, third = (queue.enqueue(Kind.TRAIN, training(tmp_path)) for _ in range(3))
-    measured = queue.enqueue(Kind.EVALUATE, EvaluationSpec("3", DatasetSpec(())))
+    first, second, third = (queue.enqueue(training(tmp_path)) for _ in range(3))
+    measured = queue.enqueue(EvaluateSpec("3", DatasetSpec(())))
     start(queue, second.id)
 
     def ids(records: Iterable[JobRecord]) -> list[str]:
         return [record.id for record in records]
 
-    assert ids(queue.jobs()) == [measured.id, third.id, second.id, first.id]
-    assert ids(queue.jobs([JobState.QUEUED], [Kind.TRAIN])) == [third.id, first.id]
-    assert ids(queue.jobs(before=third.place)) == [second.id, first.id]
-    assert queue.get(measured.id).spec == EvaluationSpec("3", DatasetSpec(()))
+    assert ids(queue.store.jobs()) == [measured.id, third.id, second.id, first.id]
+    assert ids(queue.store.jobs([JobState.QUEUED], [Kind.TRAIN])) == [third.id, first.id]
+    assert ids(queue.store.jobs(before=third.ticket)) == [second.id, first.id]
+    assert queue.store.get(measured.id).spec == EvaluateSpec("3", DatasetSpec(()))
 
 
 @pytest.mark.parametrize(
@@ -68,66 +69,69 @@ def test_jobs_are_listed_newest_first_by_state_kind_and_age(queue: JobQueue, tmp
 )
 def test_every_event_survives_redis(queue: JobQueue, job: str, event: object) -> None:
     timed = TimedEvent(event, time=12.5)  # type: ignore[arg-type]
-    assert queue.tell(job, 1, [timed])
-    assert queue.read_events(job)[-1][1] == timed
+    assert queue.store.report(job, 1, [timed])
+    assert queue.store.read_events(job)[-1][1] == timed
 
 
-def test_what_a_job_tells_is_what_its_record_says(queue: JobQueue, job: str) -> None:
-    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.RUNNING), 1.0), TimedEvent(PROGRESS)])
-    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.QUEUED)), TimedEvent(StateChanged(JobState.RUNNING), 2.0)])
-    queue.tell(job, 1, [TimedEvent(Evaluation(3, 2.0, 3.0, 1.1)), TimedEvent(StateChanged(JobState.FAILED, "no"), 3.0)])
-    record = queue.get(job)
+def test_the_events_of_a_job_change_its_record(queue: JobQueue, job: str) -> None:
+    for events in (
+        [TimedEvent(StateChanged(JobState.RUNNING), 1.0), TimedEvent(PROGRESS)],
+        [TimedEvent(StateChanged(JobState.QUEUED)), TimedEvent(StateChanged(JobState.RUNNING), 2.0)],
+        [TimedEvent(Evaluation(3, 2.0, 3.0, 1.1)), TimedEvent(StateChanged(JobState.FAILED, "no"), 3.0)],
+    ):
+        queue.store.report(job, 1, events)
+    record = queue.store.get(job)
     assert (record.started_at, record.ended_at, record.state, record.reason) == (1.0, 3.0, JobState.FAILED, "no")
     assert record.progress == PROGRESS and record.evaluation == Evaluation(3, 2.0, 3.0, 1.1)
 
 
 def test_a_waiting_job_that_is_cancelled_never_starts(queue: JobQueue, job: str) -> None:
     assert queue.cancel(job).state is JobState.CANCELLED
-    assert queue.waiting() == 0 and queue.line.attempts() == []
-    assert not queue.tell(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
+    assert queue.store.waiting() == 0 and queue.attempts.waiting() == []
+    assert not queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
     with pytest.raises(FailedPrecondition, match="cancelled already"):
         queue.cancel(job)
 
 
 def test_a_running_job_is_asked_to_end(queue: JobQueue, job: str) -> None:
     start(queue, job)
-    assert not queue.cancel_requested(job)
+    assert not queue.store.cancel_requested(job)
     assert queue.cancel(job).state is JobState.CANCELLING
-    assert queue.cancel_requested(job)
+    assert queue.store.cancel_requested(job)
 
 
 def test_a_job_that_is_to_end_and_whose_process_is_gone_has_ended(queue: JobQueue, job: str) -> None:
     start(queue, job)
     queue.cancel(job)
     assert queue.lose(job, 1, "The process is gone")
-    assert queue.get(job).state is JobState.CANCELLED and queue.line.attempts() == []
+    assert queue.store.get(job).state is JobState.CANCELLED and queue.attempts.waiting() == []
 
 
 def test_an_interrupted_attempt_is_followed_by_another(queue: JobQueue, job: str) -> None:
     start(queue, job)
     assert queue.give_back(job, 1, "stopped")
-    record = queue.get(job)
+    record = queue.store.get(job)
     assert (record.state, record.attempt, record.reason) == (JobState.QUEUED, 2, "stopped")
-    assert queue.line.attempts() == [(job, 2)]
+    assert queue.attempts.waiting() == [(job, 2)]
 
 
 def test_an_earlier_attempt_can_say_nothing_any_more(queue: JobQueue, job: str) -> None:
     start(queue, job)
     queue.lose(job, 1, "The worker is gone")
     start(queue, job, 2)
-    before = queue.get(job), told(queue, job)
-    assert not queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))], new_tokens=5)
+    before = queue.store.get(job), events_of(queue, job)
+    assert not queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))], new_tokens=5)
     assert not queue.give_back(job, 1, "late") and not queue.lose(job, 1, "late")
-    assert not queue.is_current(job, 1) and queue.is_current(job, 2)
-    assert (queue.get(job), told(queue, job)) == before and queue.tokens() == 0
+    assert not queue.store.is_current(job, 1) and queue.store.is_current(job, 2)
+    assert (queue.store.get(job), events_of(queue, job)) == before and queue.store.tokens() == 0
 
 
 def test_a_run_that_gets_further_may_crash_again(queue: JobQueue, redis: Redis, job: str) -> None:
     for attempt in range(1, 3 * len(BACKOFF_S)):
         start(queue, job, attempt)
-        queue.tell(job, attempt, [TimedEvent(replace(STARTED, first_step=10 * attempt))])
+        queue.store.report(job, attempt, [TimedEvent(replace(STARTED, first_step=10 * attempt))])
         queue.lose(job, attempt, "It crashed")
-        assert queue.get(job).state is JobState.QUEUED and queue.line.attempts() == [(job, attempt + 1)]
+        assert queue.store.get(job).state is JobState.QUEUED and queue.attempts.waiting() == [(job, attempt + 1)]
 
 
 @pytest.mark.parametrize(
@@ -148,20 +152,20 @@ def test_what_is_no_attempt_at_a_job_is_none_for_the_worker(redis: Redis, foreig
 
 def test_an_unknown_job_is_not_found(queue: JobQueue) -> None:
     with pytest.raises(NotFound, match="no job 'x'"):
-        queue.get("x")
+        queue.store.get("x")
 
 
 def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQueue, redis: Redis, job: str) -> None:
-    queue.renew_worker_lease("a")
-    queue.renew_job_lease(job, 1)
-    assert queue.live_workers() == 1 and queue.get(job).is_held
-    assert 0 < int(str(redis.ttl(queue.keys.worker("a")))) <= LEASE_S
-    queue.end_worker_lease("a")
-    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
-    assert queue.live_workers() == 0 and not queue.get(job).is_held
+    queue.leases.renew_worker("a")
+    queue.leases.renew_attempt(job, 1)
+    assert queue.leases.live_workers() == 1 and queue.store.get(job).is_held
+    assert 0 < int(str(redis.ttl(queue.store.keys.worker("a")))) <= LEASE_S
+    queue.leases.end_worker("a")
+    queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
+    assert queue.leases.live_workers() == 0 and not queue.store.get(job).is_held
 
 
 def test_without_redis_a_sentence_says_what_to_do(tmp_path: Path) -> None:
     queue = JobQueue(connect(f"unix://{tmp_path}/none.sock"), "none")
     with pytest.raises(Unavailable, match="gptloop up"):
-        list(queue.jobs())
+        list(queue.store.jobs())

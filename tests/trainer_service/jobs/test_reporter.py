@@ -6,7 +6,7 @@ import pytest
 from redis import Redis
 
 from tests.events import PROGRESS, STARTED
-from tests.jobs import start, told
+from tests.jobs import events_of, start
 from tests.waiting import wait_until
 from trainer_service.jobs import reporter as reporter_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
@@ -19,27 +19,27 @@ pytestmark = pytest.mark.slow
 def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(queue: JobQueue, job: str) -> None:
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
-    reporter.tell(STARTED)
-    reporter.tell(PROGRESS)
-    wait_until(lambda: queue.get(job).is_held)
+    reporter.emit(STARTED)
+    reporter.emit(PROGRESS)
+    wait_until(lambda: queue.store.get(job).is_held)
     queue.cancel(job)
     wait_until(lambda: reporter.cancelled)
     assert reporter.stop_requested()
-    reporter.close(lambda queue: queue.tell(job, 1, [TimedEvent(StateChanged(JobState.CANCELLED))]))
-    assert queue.tokens() == PROGRESS.tokens - STARTED.first_tokens == 200
+    reporter.close(lambda queue: queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.CANCELLED))]))
+    assert queue.store.tokens() == PROGRESS.tokens - STARTED.first_tokens == 200
     states = [StateChanged(JobState.CANCELLING), StateChanged(JobState.CANCELLED)]
-    assert told(queue, job)[-3:] == [PROGRESS, *states]
-    assert not queue.get(job).is_held
+    assert events_of(queue, job)[-3:] == [PROGRESS, *states]
+    assert not queue.store.get(job).is_held
 
 
 def test_after_an_outage_a_reporter_tells_everything_in_its_order(queue: JobQueue, job: str) -> None:
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
     for number in range(2500):
-        reporter.tell(Notice(str(number)))
+        reporter.emit(Notice(str(number)))
     reporter.close(None)
     last, notices = "0", []
-    while batch := queue.read_events(job, last):
+    while batch := queue.store.read_events(job, last):
         last = batch[-1][0]
         notices += [timed.event.text for _, timed in batch if isinstance(timed.event, Notice)]
     assert notices == [str(number) for number in range(2500)]
@@ -48,13 +48,13 @@ def test_after_an_outage_a_reporter_tells_everything_in_its_order(queue: JobQueu
 def test_the_lease_is_kept_only_while_there_is_progress(queue: JobQueue, redis: Redis, job: str) -> None:
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=1.0)
-    wait_until(lambda: queue.get(job).is_held)
+    wait_until(lambda: queue.store.get(job).is_held)
     time.sleep(1.5)  # without progress
-    redis.delete(queue.keys.lease(job))
+    redis.delete(queue.store.keys.lease(job))
     time.sleep(1.0)
-    assert not queue.get(job).is_held
+    assert not queue.store.get(job).is_held
     assert not reporter.stop_requested()
-    wait_until(lambda: queue.get(job).is_held)
+    wait_until(lambda: queue.store.get(job).is_held)
     reporter.close(None)
 
 
@@ -62,12 +62,12 @@ def test_a_reporter_whose_job_is_anothers_says_nothing_and_asks_for_the_end(queu
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
     queue.lose(job, 1, "The worker is gone")
-    before = told(queue, job)
-    reporter.tell(PROGRESS)
+    before = events_of(queue, job)
+    reporter.emit(PROGRESS)
     wait_until(reporter.stop_requested)
     assert reporter.superseded and not reporter.cancelled
-    reporter.close(lambda queue: queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))]))
-    assert told(queue, job) == before
+    reporter.close(lambda queue: queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))]))
+    assert events_of(queue, job) == before
 
 
 def test_a_process_that_was_frozen_is_not_taken_for_stuck(
@@ -78,10 +78,10 @@ def test_a_process_that_was_frozen_is_not_taken_for_stuck(
     monkeypatch.setattr(reporter_module, "time", clock)
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60.0)
-    wait_until(lambda: queue.get(job).is_held)
+    wait_until(lambda: queue.store.get(job).is_held)
     frozen_s = 1000.0
     # Leases that were renewed after it.
     for _ in range(3):
-        redis.delete(queue.keys.lease(job))
-        wait_until(lambda: queue.get(job).is_held)
+        redis.delete(queue.store.keys.lease(job))
+        wait_until(lambda: queue.store.get(job).is_held)
     reporter.close(None)

@@ -5,10 +5,10 @@ import pytest
 from redis import Redis
 
 from shared.errors import FailedPrecondition, NotFound, Unavailable
-from tests.jobs import EVALUATION, finish, start, tell, training
+from tests.jobs import EVALUATION, finish, report, start, training
 from trainer_service.jobs.events import JobState, StateChanged
-from trainer_service.jobs.kinds import Kind
-from trainer_service.jobs.queue import BACKOFF_S, LEASE_S, JobQueue
+from trainer_service.jobs.leases import LEASE_S
+from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.watch import GRACE_S, Watch
 from trainer_service.redis_server import connect
 
@@ -48,20 +48,21 @@ def test_crashes_at_one_step_are_followed_by_attempts_ever_later_and_then_by_non
     for attempt, delay_s in enumerate(BACKOFF_S, start=1):
         start(queue, job, attempt)
         assert queue.lose(job, attempt, "It crashed")
-        assert queue.get(job).reason.endswith(f"in {delay_s:.0f} s." if delay_s else "now.")
+        assert queue.store.get(job).reason.endswith(f"in {delay_s:.0f} s." if delay_s else "now.")
         watch.look()
-        assert queue.line.attempts() == ([] if delay_s else [(job, attempt + 1)])
+        assert queue.attempts.waiting() == ([] if delay_s else [(job, attempt + 1)])
         clock.now_s += max(delay_s - 0.1, 0)
         watch.look()
-        assert queue.line.attempts() == ([] if delay_s else [(job, attempt + 1)])
+        assert queue.attempts.waiting() == ([] if delay_s else [(job, attempt + 1)])
         clock.now_s += 0.2
         for _ in range(2):
             watch.look()
-        assert queue.line.attempts() == [(job, attempt + 1)]
+        assert queue.attempts.waiting() == [(job, attempt + 1)]
     start(queue, job, len(BACKOFF_S) + 1)
     queue.lose(job, len(BACKOFF_S) + 1, "It crashed")
-    record = queue.get(job)
-    assert record.state is JobState.FAILED and record.reason == "It crashed, too often without getting any further."
+    record = queue.store.get(job)
+    assert record.state is JobState.FAILED
+    assert record.reason == f"It crashed. The job crashed {len(BACKOFF_S) + 1} times without progress."
 
 
 @pytest.mark.parametrize("step_s", [-1e9, 1e9])
@@ -74,10 +75,10 @@ def test_no_wait_depends_on_the_time_of_day(
     watch.look()
     monkeypatch.setattr("time.time", lambda: 1e9 + step_s)
     watch.look()
-    assert queue.line.attempts() == []
+    assert queue.attempts.waiting() == []
     clock.now_s += BACKOFF_S[1]
     watch.look()
-    assert queue.line.attempts() == [(job, 3)]
+    assert queue.attempts.waiting() == [(job, 3)]
 
 
 def test_an_attempt_is_given_up_when_it_neither_waits_nor_has_a_lease(
@@ -89,32 +90,32 @@ def test_an_attempt_is_given_up_when_it_neither_waits_nor_has_a_lease(
         return watch.look() == {(job, 1)}
 
     assert not is_given_up()
-    queue.line.remove(job, 1)  # a worker took it, and died before its process said anything
-    queue.renew_job_lease(job, 1)
+    queue.attempts.remove(job, 1)  # a worker took it, and died before its process said anything
+    queue.leases.renew_attempt(job, 1)
     assert not is_given_up()
     start(queue, job)
     assert not is_given_up()
-    redis.delete(queue.keys.lease(job))
-    queue.renew_job_lease(job, 2)  # not of this attempt
+    redis.delete(queue.store.keys.lease(job))
+    queue.leases.renew_attempt(job, 2)  # not of this attempt
     watch.look()
-    queue.renew_job_lease(job, 1)
+    queue.leases.renew_attempt(job, 1)
     assert not is_given_up()
-    redis.delete(queue.keys.lease(job))
+    redis.delete(queue.store.keys.lease(job))
     assert is_given_up()
-    assert queue.get(job).attempt == 2 and queue.line.attempts() == [(job, 2)]
+    assert queue.store.get(job).attempt == 2 and queue.attempts.waiting() == [(job, 2)]
 
 
 def test_a_lease_that_is_not_renewed_counts_as_none_although_redis_still_has_it(
     queue: JobQueue, redis: Redis, watch: Watch, clock: Clock, job: str
 ) -> None:
     start(queue, job)
-    queue.renew_job_lease(job, 1)
+    queue.leases.renew_attempt(job, 1)
     # As where the clock of Redis was set back.
-    redis.persist(queue.keys.lease(job))
+    redis.persist(queue.store.keys.lease(job))
     assert watch.look() == set()
     assert not looked_for(watch, clock, LEASE_S)
-    queue.renew_job_lease(job, 1)
-    redis.persist(queue.keys.lease(job))
+    queue.leases.renew_attempt(job, 1)
+    redis.persist(queue.store.keys.lease(job))
     assert not looked_for(watch, clock, LEASE_S)
     assert looked_for(watch, clock, GRACE_S + 1) == {(job, 1)}
 
@@ -123,7 +124,7 @@ def test_whoever_was_frozen_gives_nobody_up_for_what_it_did_not_see(
     queue: JobQueue, watch: Watch, clock: Clock, job: str
 ) -> None:
     start(queue, job)
-    queue.renew_job_lease(job, 1)
+    queue.leases.renew_attempt(job, 1)
     assert watch.look() == set()
     clock.now_s += 1000
     assert watch.look() == set() and not looked_for(watch, clock, LEASE_S)
@@ -146,65 +147,65 @@ def test_after_an_outage_of_redis_every_attempt_has_its_time_again(
 
 
 def test_a_job_waits_for_those_before_it(queue: JobQueue, watch: Watch, job: str, tmp_path: Path) -> None:
-    other = queue.enqueue(Kind.TRAIN, training(tmp_path)).id
-    last = queue.enqueue(Kind.EVALUATE, EVALUATION, after=[job, other])
-    assert last.after == (job, other) and (last.id, 1) not in queue.line.attempts()
+    other = queue.enqueue(training(tmp_path)).id
+    last = queue.enqueue(EVALUATION, after=[job, other])
+    assert last.after == (job, other) and (last.id, 1) not in queue.attempts.waiting()
     for each in (job, other):
         watch.look()
-        assert (last.id, 1) not in queue.line.attempts()
+        assert (last.id, 1) not in queue.attempts.waiting()
         start(queue, each)
         finish(queue, each)
     for _ in range(2):
         watch.look()
-    assert queue.line.attempts() == [(last.id, 1)]
+    assert queue.attempts.waiting() == [(last.id, 1)]
 
 
 def test_jobs_run_in_the_order_in_which_they_were_enqueued(
     queue: JobQueue, watch: Watch, job: str, tmp_path: Path
 ) -> None:
-    measured = queue.enqueue(Kind.EVALUATE, EVALUATION, after=[job]).id
-    second, third = (queue.enqueue(Kind.TRAIN, training(tmp_path)).id for _ in range(2))
-    last = queue.enqueue(Kind.EVALUATE, EVALUATION, after=[job]).id
+    measured = queue.enqueue(EVALUATION, after=[job]).id
+    second, third = (queue.enqueue(training(tmp_path)).id for _ in range(2))
+    last = queue.enqueue(EVALUATION, after=[job]).id
     start(queue, job)
-    assert queue.line.attempts() == [(second, 1), (third, 1)]
+    assert queue.attempts.waiting() == [(second, 1), (third, 1)]
     finish(queue, job)
     watch.look()
-    assert queue.line.attempts() == [(measured, 1), (second, 1), (third, 1), (last, 1)]
+    assert queue.attempts.waiting() == [(measured, 1), (second, 1), (third, 1), (last, 1)]
     # An interrupted one goes on before those that came later.
     start(queue, second)
     assert queue.give_back(second, 1, "stopped")
-    assert queue.line.attempts() == [(measured, 1), (second, 2), (third, 1), (last, 1)]
+    assert queue.attempts.waiting() == [(measured, 1), (second, 2), (third, 1), (last, 1)]
 
 
 def test_what_waits_for_a_job_that_fails_is_cancelled_with_the_reason(
     queue: JobQueue, watch: Watch, job: str, tmp_path: Path
 ) -> None:
-    second = queue.enqueue(Kind.TRAIN, training(tmp_path), after=[job]).id
-    third = queue.enqueue(Kind.TRAIN, training(tmp_path), after=[second]).id
+    second = queue.enqueue(training(tmp_path), after=[job]).id
+    third = queue.enqueue(training(tmp_path), after=[second]).id
     start(queue, job)
-    tell(queue, job, StateChanged(JobState.FAILED, "bad data"))
+    report(queue, job, StateChanged(JobState.FAILED, "bad data"))
     for _ in range(2):
         watch.look()
     for waiting, before in ((second, job), (third, second)):
-        record = queue.get(waiting)
+        record = queue.store.get(waiting)
         assert record.state is JobState.CANCELLED
         assert record.reason == f"The job {before}, which comes before it, has not finished."
     with pytest.raises(FailedPrecondition, match="nothing can come after it"):
-        queue.enqueue(Kind.TRAIN, training(tmp_path), after=[job])
+        queue.enqueue(training(tmp_path), after=[job])
     with pytest.raises(NotFound):
-        queue.enqueue(Kind.TRAIN, training(tmp_path), after=["x"])
+        queue.enqueue(training(tmp_path), after=["x"])
 
 
 def test_one_job_that_cannot_be_understood_holds_up_no_other(
     queue: JobQueue, redis: Redis, watch: Watch, job: str, tmp_path: Path
 ) -> None:
-    odd = [queue.enqueue(Kind.TRAIN, training(tmp_path)).id for _ in range(3)]
-    last = queue.enqueue(Kind.EVALUATE, EVALUATION, after=[job]).id
-    redis.hset(queue.keys.job(odd[0]), "state", "?")
-    redis.hset(queue.keys.job(odd[1]), "attempt", "9" * 5000)
-    redis.delete(queue.keys.job(odd[2]))
-    redis.set(queue.keys.job(odd[2]), "no hash")
+    odd = [queue.enqueue(training(tmp_path)).id for _ in range(3)]
+    last = queue.enqueue(EVALUATION, after=[job]).id
+    redis.hset(queue.store.keys.job(odd[0]), "state", "?")
+    redis.hset(queue.store.keys.job(odd[1]), "attempt", "9" * 5000)
+    redis.delete(queue.store.keys.job(odd[2]))
+    redis.set(queue.store.keys.job(odd[2]), "no hash")
     start(queue, job)
     finish(queue, job)
     watch.look()
-    assert (last, 1) in queue.line.attempts() and queue.waiting() == 1
+    assert (last, 1) in queue.attempts.waiting() and queue.store.waiting() == 1

@@ -17,8 +17,8 @@ from shared.registry.identity import registry_id
 from tests.redis_process import PROJECT, RedisServer
 from tests.waiting import HANG_S, wait_until
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.rq_adapter import AttemptJob
-from trainer_service.jobs.worker import TrainingWorker, work
+from trainer_service.jobs.rq_adapter import AttemptWorker
+from trainer_service.jobs.worker import AttemptRunner, work
 from trainer_service.redis_server import check_server, connect, find_redis_server
 from trainer_service.settings import TrainerSettings
 
@@ -49,7 +49,8 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
                     assert server.poll() is None
                     assert time.monotonic() < deadline_s
             check_server(connection)
-            worker = TrainingWorker([JobQueue(connection, "none").line.rq], connection=connection, job_class=AttemptJob)
+            queue = JobQueue(connection, "none")
+            worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue))
             assert worker.work(burst=True) is False
     finally:
         server.kill()
@@ -86,12 +87,12 @@ def test_a_worker_whose_registry_was_replaced_ends_so_that_the_next_one_is_for_t
     environment = os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": mortal_redis.url}
     worker = subprocess.Popen([sys.executable, "-m", "trainer_service", "work"], env=environment, cwd=PROJECT)
     try:
-        wait_until(lambda: queue.live_workers() == 1)
+        wait_until(lambda: queue.leases.live_workers() == 1)
         # At once, as the worker may be writing there.
         root.rename(tmp_path / "before")
         assert registry_id(root) != queue.registry
         assert worker.wait(60) == 0
-        assert queue.live_workers() == 0
+        assert queue.leases.live_workers() == 0
     finally:
         worker.kill()
         worker.wait()

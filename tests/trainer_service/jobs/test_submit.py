@@ -1,4 +1,4 @@
-"""What a queued job names is there when it begins: holds from the queue's side, on a real Redis."""
+"""The version that a queued job names still exists when the job begins: holds, on a real Redis."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,9 @@ from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
 from tests.shared.registry.scenarios import make_manifest, write_model
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
-from trainer_service.jobs.holds import enqueue, release_ended
-from trainer_service.jobs.kinds import EvaluationSpec, Kind
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.spec import JobSpec
+from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
+from trainer_service.jobs.submit import enqueue, release_ended
 from trainer_service.presets import find_preset
 from trainer_service.training.corpus import DatasetSpec
 
@@ -35,8 +34,8 @@ def registry(tmp_path: Path) -> Registry:
     return registry
 
 
-def resuming(number: int | None, run: str = "next") -> JobSpec:
-    return JobSpec(run, "demo", find_preset("demo"), TEXT, number)
+def resuming(number: int | None, run: str = "next") -> TrainSpec:
+    return TrainSpec(run, "demo", find_preset("demo"), TEXT, number)
 
 
 def left(registry: Registry) -> tuple[list[int], list[int]]:
@@ -45,19 +44,19 @@ def left(registry: Registry) -> tuple[list[int], list[int]]:
 
 
 def test_what_a_queued_run_continues_stays_until_the_job_has_ended(registry: Registry, queue: JobQueue) -> None:
-    job = enqueue(queue, registry, Kind.TRAIN, resuming(1)).id
+    job = enqueue(resuming(1), queue, registry).id
     assert left(registry) == ([1, 3], [10, 30])
-    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
+    queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
     release_ended(queue, registry)
     assert left(registry) == ([1, 3], [10, 30])
-    queue.tell(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
+    queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
     release_ended(queue, registry)
     assert left(registry) == ([3], [30])
 
 
 def test_what_a_queued_evaluation_names_by_its_number_stays(registry: Registry, queue: JobQueue) -> None:
-    job = enqueue(queue, registry, Kind.EVALUATE, EvaluationSpec("2", TEXT)).id
-    enqueue(queue, registry, Kind.EVALUATE, EvaluationSpec("best", TEXT))
+    job = enqueue(EvaluateSpec("2", TEXT), queue, registry).id
+    enqueue(EvaluateSpec("best", TEXT), queue, registry)
     assert registry.holds.jobs() == {2: job}
     assert left(registry)[0] == [2, 3]
     queue.cancel(job)
@@ -67,13 +66,13 @@ def test_what_a_queued_evaluation_names_by_its_number_stays(registry: Registry, 
 
 def test_a_job_that_is_not_put_on_the_queue_holds_nothing(registry: Registry, queue: JobQueue) -> None:
     with pytest.raises(NotFound, match="There is no version 9"):
-        enqueue(queue, registry, Kind.TRAIN, resuming(9))
+        enqueue(resuming(9), queue, registry)
     registry.remove_state("run-1", 20)
     with pytest.raises(NotFound, match="The state of version 2 was removed just now"):
-        enqueue(queue, registry, Kind.TRAIN, resuming(2))
-    enqueue(queue, registry, Kind.TRAIN, resuming(None, "taken"))
+        enqueue(resuming(2), queue, registry)
+    enqueue(resuming(None, "taken"), queue, registry)
     with pytest.raises(AlreadyExists):
-        enqueue(queue, registry, Kind.TRAIN, resuming(1, "taken"))
+        enqueue(resuming(1, "taken"), queue, registry)
     assert list(registry.holds.ages_s()) == []
 
 
@@ -84,9 +83,9 @@ def test_a_disk_that_fills_after_a_job_was_queued_fails_no_call(
         raise FailedPrecondition("The disk is full.")
 
     monkeypatch.setattr(registry.holds, "hand_over", fail)
-    job = enqueue(queue, registry, Kind.TRAIN, resuming(1))
-    assert queue.get(job.id).state is JobState.QUEUED
-    assert f"nothing is held for job {job.id}" in caplog.text
+    job = enqueue(resuming(1), queue, registry)
+    assert queue.store.get(job.id).state is JobState.QUEUED
+    assert f"job {job.id} holds nothing" in caplog.text
 
 
 def test_a_hold_for_a_job_that_nobody_knows_is_given_back_after_a_while(registry: Registry, queue: JobQueue) -> None:

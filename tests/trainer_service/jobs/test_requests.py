@@ -1,13 +1,16 @@
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, NotFound
 from shared.registry.store import Registry
-from trainer_service.jobs.spec import JobSpec, TrainingRequest, parse_overrides, resolve
+from trainer_service.jobs.requests import EvaluateRequest, TrainRequest, parse_overrides
+from trainer_service.jobs.specs import EvaluateSpec, Kind, TrainSpec, spec_from_json
 from trainer_service.presets import find_preset
 from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec
 
 
 def registry_with(config: TrainingConfig, step: int) -> Registry:
@@ -18,8 +21,8 @@ def registry_with(config: TrainingConfig, step: int) -> Registry:
     return cast(Registry, SimpleNamespace(version=lambda _: version, verified_state=lambda *_: None))
 
 
-def resume(config: TrainingConfig, step: int, **overrides: str) -> JobSpec:
-    return resolve(TrainingRequest(resume=3, overrides=overrides), registry_with(config, step))
+def resume(config: TrainingConfig, step: int, **overrides: str) -> TrainSpec:
+    return TrainRequest(resume=3, overrides=overrides).resolve(registry_with(config, step))
 
 
 DEMO = find_preset("demo")
@@ -44,11 +47,11 @@ def test_another_end_begins_a_schedule_at_the_version() -> None:
 
 def test_the_start_of_the_schedule_is_part_of_the_job() -> None:
     spec = resume(DEMO, 400, max_steps="800")
-    assert JobSpec.from_json(spec.to_json()) == spec
+    assert spec_from_json(Kind.TRAIN, spec.to_json()) == spec
 
 
 def test_a_fresh_run_begins_its_schedule_at_its_first_step() -> None:
-    spec = resolve(TrainingRequest(), registry_with(DEMO, 0))
+    spec = TrainRequest().resolve(registry_with(DEMO, 0))
     assert (spec.config.schedule_start, spec.config.schedule_start_ratio) == (0, 0.0)
 
 
@@ -82,3 +85,36 @@ def test_a_rate_that_is_set_is_warmed_up_to_even_if_it_is_that_of_before() -> No
 def test_what_is_no_override_is_refused(text: str, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         parse_overrides(text)
+
+
+def test_overrides_are_read_from_one_line() -> None:
+    assert parse_overrides(" max_steps=5  seed=1 ") == {"max_steps": "5", "seed": "1"}
+    for wrong in ("max_steps", "=5", "max_steps="):
+        with pytest.raises(InvalidArgument, match="is not of the form name=value"):
+            parse_overrides(wrong)
+
+
+def test_an_evaluation_is_completed_and_checked(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    spec = EvaluateRequest(after=("a",), dataset=("builtin",)).resolve(registry)
+    assert spec == EvaluateSpec("best", DatasetSpec(("builtin",)))
+    assert spec_from_json(Kind.EVALUATE, spec.to_json()) == spec
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text("Once")
+    spec = EvaluateRequest(after=("a",), validation=(str(held_out),)).resolve(registry)
+    assert spec == EvaluateSpec("best", DatasetSpec((), (str(held_out),)))
+    for version in ("best", "3"):
+        with pytest.raises(NotFound, match="empty"):
+            EvaluateRequest(version=version).resolve(registry)
+    with pytest.raises(NotFound, match=r"absent\.txt"):
+        EvaluateRequest(after=("a",), validation=(str(tmp_path / "absent.txt"),)).resolve(registry)
+    with pytest.raises(InvalidArgument, match="must be a number, best or latest"):
+        EvaluateRequest(version="newest").resolve(registry)
+
+
+def test_a_run_that_cannot_start_is_rejected(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    with pytest.raises(NotFound, match="still empty"):
+        TrainRequest(resume=3).resolve(registry)
+    with pytest.raises(NotFound, match=r"absent\.txt"):
+        TrainRequest(dataset=(str(tmp_path / "absent.txt"),)).resolve(registry)

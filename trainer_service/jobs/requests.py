@@ -1,0 +1,194 @@
+"""Requests for jobs, one type for each kind: the commands and the API build them, and `submit` takes them.
+
+An empty or absent value stands for the default.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+from shared.errors import AlreadyExists, InvalidArgument, shown
+from shared.registry.store import Registry
+from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, TrainSpec, check_name, new_run
+from trainer_service.presets import find_preset
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec, absolute, check_size, check_spec
+from trainer_service.training.local_files import check_file
+
+DEFAULT_PRESET = "demo"
+DEFAULT_DATASET = "builtin"
+
+# Limits on a request, because all of it travels through Redis, messages and lists.
+_MAX_FILES = 1000
+_MAX_PATH_BYTES = 4096
+_MAX_OVERRIDES = 100
+_MAX_AFTER = 100
+_MAX_NOTES_LENGTH = 2000
+_MAX_NUMBER = 2**63 - 1
+
+# What a continued run inherits unchanged from its version.
+_MODEL = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DataRequest:
+    """What every request has: text, held-out text, and the jobs that must finish first."""
+
+    dataset: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+    def _check_data(self) -> None:
+        files = (*self.dataset, *self.validation)
+        if len(files) > _MAX_FILES:
+            raise InvalidArgument(
+                f"The request names {len(files):,} files, but a job takes at most {_MAX_FILES}; join some of them."
+            )
+        for name in files:
+            if len(name.encode(errors="surrogatepass")) > _MAX_PATH_BYTES or "\0" in name:
+                raise InvalidArgument(
+                    f"The path {shown(name)} is invalid: a path has at most {_MAX_PATH_BYTES} bytes and no null byte."
+                )
+        if len(self.after) > _MAX_AFTER:
+            raise InvalidArgument(
+                f"The request waits for {len(self.after):,} jobs, but a job waits for at most {_MAX_AFTER}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunRequest(_DataRequest):
+    """What defines a run: a preset or the version to continue, and values that override theirs."""
+
+    preset: str = ""
+    resume: int | None = None
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+    def _resolve_run(self, name: str, registry: Registry) -> tuple[str, str, TrainingConfig, DatasetSpec, int | None]:
+        """Returns the name of the run, its preset, its values, its text, and the version that it continues."""
+        self._check_data()
+        if len(self.overrides) > _MAX_OVERRIDES:
+            raise InvalidArgument(
+                f"The request sets {len(self.overrides):,} values, but a run has fewer than {_MAX_OVERRIDES}."
+            )
+        if self.resume is None:
+            preset = self.preset or DEFAULT_PRESET
+            config = find_preset(preset).override(self.overrides)
+            data = DatasetSpec(self.dataset or (DEFAULT_DATASET,), self.validation)
+        else:
+            preset, config, data = self._continue_version(self.resume, registry)
+        check_spec(data)
+        check_size(data, config.context_length)
+        return name or new_run(preset), preset, config, absolute(data), self.resume
+
+    def _continue_version(self, resume: int, registry: Registry) -> tuple[str, TrainingConfig, DatasetSpec]:
+        if not 0 < resume <= _MAX_NUMBER:
+            raise InvalidArgument(f"resume is {shown(resume)}, but versions are numbered from 1.")
+        parent = registry.version(resume)
+        if self.preset and self.preset != parent.preset:
+            raise InvalidArgument(
+                f"Version {resume} was trained with the preset {parent.preset}; leave the preset out to continue it."
+            )
+        begun = TrainingConfig.from_dict(parent.training)
+        config = replace(begun, schedule_start=0).override(self.overrides)
+        for name in _MODEL:
+            if getattr(config, name) != getattr(begun, name):
+                raise InvalidArgument(
+                    f"{name} is {getattr(begun, name)} in version {resume} and cannot change when it is continued."
+                )
+        if parent.step >= config.max_steps:
+            raise InvalidArgument(
+                f"Version {resume} is at step {parent.step} of {config.max_steps}, so nothing is left to do. "
+                f'Set more steps, as in --set "max_steps={2 * parent.step}".'
+            )
+        registry.verified_state(parent.run, parent.step)
+        data = DatasetSpec(
+            self.dataset or parent.dataset_files,
+            self.validation or (() if self.dataset else parent.validation_files),
+        )
+        return parent.preset, config.continuing(begun, parent.step, self.overrides), data
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareRequest(_RunRequest):
+    """Prepare the tokens of a run, so that the run finds them."""
+
+    kind: ClassVar[Kind] = Kind.PREPARE
+
+    def resolve(self, registry: Registry) -> PrepareSpec:
+        """Completes the request and checks it; raises as `TrainRequest.resolve` does."""
+        return PrepareSpec(*self._resolve_run("", registry))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest(_RunRequest):
+    """Train a run; `name` is the name of the run, and `notes` are for people."""
+
+    kind: ClassVar[Kind] = Kind.TRAIN
+
+    name: str = ""
+    notes: str = ""
+
+    def resolve(self, registry: Registry) -> TrainSpec:
+        """Completes the request from the preset, or from the version that it continues, and checks it.
+
+        Raises `InvalidArgument`, `NotFound`, `AlreadyExists` or `DataError` with a sentence that says what would be
+        right.
+        """
+        if len(self.notes) > _MAX_NOTES_LENGTH or not all(each.isprintable() or each in "\n\t" for each in self.notes):
+            raise InvalidArgument(
+                f"The notes are {shown(self.notes)}, but must be text of at most {_MAX_NOTES_LENGTH} characters."
+            )
+        if self.name:
+            check_name(self.name)
+            _refuse_taken(self.name, registry)
+        return TrainSpec(*self._resolve_run(self.name, registry), self.notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest(_DataRequest):
+    """Measure the loss of a version: its number, or `best` or `latest` as it stands when the job begins."""
+
+    kind: ClassVar[Kind] = Kind.EVALUATE
+
+    version: str = "best"
+
+    def resolve(self, registry: Registry) -> EvaluateSpec:
+        """Checks the request; raises `InvalidArgument`, `NotFound` or `DataError` with what would be right."""
+        self._check_data()
+        if len(self.version) > len(str(_MAX_NUMBER)):
+            raise InvalidArgument(f"version is {shown(self.version)}, but must be a number, best or latest.")
+        if self.version.isdecimal():
+            registry.version(int(self.version))
+        elif self.version not in ("best", "latest"):
+            raise InvalidArgument(f"version is {shown(self.version)}, but must be a number, best or latest.")
+        elif not self.after:
+            registry.resolve(self.version)
+        for name in self.validation:
+            check_file(Path(name))
+        data = DatasetSpec(self.dataset, self.validation)
+        if self.dataset:
+            check_spec(data)
+        return EvaluateSpec(self.version, absolute(data))
+
+
+JobRequest = PrepareRequest | TrainRequest | EvaluateRequest
+
+
+def _refuse_taken(name: str, registry: Registry) -> None:
+    if registry.run_directory(name).exists() or any(version.run == name for version in registry.versions()):
+        raise AlreadyExists(f"The registry has a run named {shown(name)} already; choose another name.")
+
+
+def parse_overrides(text: str) -> dict[str, str]:
+    """Reads `--set "max_steps=500 batch_size=8"`; raises `InvalidArgument` if the text has another form."""
+    overrides: dict[str, str] = {}
+    for item in text.split():
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise InvalidArgument(
+                f'{shown(item)} is not of the form name=value, as in --set "max_steps=500 batch_size=8".'
+            )
+        if overrides.setdefault(name, value) != value:
+            raise InvalidArgument(f"{shown(name)} is set twice, to {shown(overrides[name])} and to {shown(value)}.")
+    return overrides

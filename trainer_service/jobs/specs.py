@@ -1,0 +1,128 @@
+"""The complete description of a job, as the queue stores it: nothing else defines what the job does."""
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any, ClassVar, Self
+
+from shared.errors import InvalidArgument, shown
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec
+
+_NAME_LENGTH = 64
+
+
+class Kind(Enum):
+    """What a job does: prepare the tokens of a run, train the run, or measure the loss of a version."""
+
+    PREPARE = "prepare"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A run: its name, its values, its text, the version that it continues, and the user's notes."""
+
+    run: str
+    preset: str
+    config: TrainingConfig
+    data: DatasetSpec
+    resume: int | None
+    notes: str = ""
+
+    def to_json(self) -> str:
+        """Returns the JSON text that the queue stores."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Reads the values of the JSON text."""
+        run, preset, resume, notes = values["run"], values["preset"], values["resume"], values.get("notes", "")
+        # The name is also the name of a folder.
+        check_name(run)
+        if not isinstance(preset, str) or not isinstance(notes, str) or type(resume) not in (int, type(None)):
+            raise TypeError("preset, notes or resume has another type")
+        config = TrainingConfig.from_dict(values["config"])
+        return cls(run, preset, config, _read_dataset(values["data"]), resume, notes)
+
+
+@dataclass(frozen=True)
+class PrepareSpec(RunSpec):
+    """A job that prepares the tokens of a run."""
+
+    kind: ClassVar[Kind] = Kind.PREPARE
+
+
+@dataclass(frozen=True)
+class TrainSpec(RunSpec):
+    """A job that trains a run."""
+
+    kind: ClassVar[Kind] = Kind.TRAIN
+
+
+@dataclass(frozen=True)
+class EvaluateSpec:
+    """A version, given by its number or by a label that is resolved when the job begins, and the text to measure it on.
+
+    Without a data set and held-out files, the text is the held-out text of the version's own training.
+    """
+
+    kind: ClassVar[Kind] = Kind.EVALUATE
+
+    version: str
+    data: DatasetSpec
+
+    @property
+    def run(self) -> str:
+        """What lists show instead of the name of a run."""
+        return f"version {self.version}"
+
+    def to_json(self) -> str:
+        """Returns the JSON text that the queue stores."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Self:
+        """Reads the values of the JSON text."""
+        if not isinstance(values["version"], str):
+            raise TypeError("version has another type")
+        return cls(values["version"], _read_dataset(values["data"]))
+
+
+Spec = PrepareSpec | TrainSpec | EvaluateSpec
+
+_SPECS: dict[Kind, type[Spec]] = {spec.kind: spec for spec in (PrepareSpec, TrainSpec, EvaluateSpec)}
+
+
+def spec_from_json(kind: Kind, text: str) -> Spec:
+    """Reads the specification of a job; raises `InvalidArgument` if the text is not one of this kind."""
+    try:
+        return _SPECS[kind].from_values(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidArgument(f"Its specification is invalid: {error!r}.") from error
+
+
+def _read_dataset(values: Mapping[str, list[str]]) -> DatasetSpec:
+    dataset, validation = tuple(values["dataset"]), tuple(values["validation"])
+    if not all(isinstance(name, str) for name in (*dataset, *validation)):
+        raise TypeError("a name of a data set is not text")
+    return DatasetSpec(dataset, validation)
+
+
+def check_name(name: str) -> None:
+    """Raises `InvalidArgument` if `name` cannot name a run and the folder of its states."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) or len(name) > _NAME_LENGTH:
+        raise InvalidArgument(
+            f"The name of a run is {shown(name)}, but must have from 1 to {_NAME_LENGTH} letters, digits, dots, "
+            "hyphens and underscores, and begin with a letter or digit."
+        )
+
+
+def new_run(preset: str) -> str:
+    """Returns a name for a run that no other run has."""
+    return f"{preset}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"

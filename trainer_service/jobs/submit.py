@@ -1,0 +1,74 @@
+"""Submits jobs, and holds in the registry the version that a job names until the job has ended."""
+
+import logging
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+
+from shared.errors import FailedPrecondition, NotFound
+from shared.registry.store import Registry
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.records import JobRecord
+from trainer_service.jobs.requests import JobRequest
+from trainer_service.jobs.specs import EvaluateSpec, Spec
+
+logger = logging.getLogger(__name__)
+
+# A hold is made under a temporary name until the job has an id; this is how long such a hold is kept.
+_TEMPORARY_HOLD_S = 60.0
+
+
+def submit(request: JobRequest, queue: JobQueue, registry: Registry) -> JobRecord:
+    """Completes and checks a request, puts the job on the queue, and holds the version that it names.
+
+    Raises `InvalidArgument`, `NotFound`, `AlreadyExists` or `DataError` if the request is wrong, `FailedPrecondition`
+    if the registry cannot be written or a job in `after` cannot finish, and `Unavailable` if Redis does not answer.
+    """
+    return enqueue(request.resolve(registry), queue, registry, request.after)
+
+
+def enqueue(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str] = ()) -> JobRecord:
+    """Puts a job on the queue as `JobQueue.enqueue` does, and holds the version that it names.
+
+    Raises `NotFound` if that version, or the state that continues it, has been removed.
+    """
+    number = _named_version(spec)
+    if number is None:
+        return queue.enqueue(spec, after)
+    temporary = f"new-{secrets.token_hex(8)}"
+    registry.holds.add(temporary, number)
+    try:
+        version = registry.version(number)
+        if not isinstance(spec, EvaluateSpec) and version.step not in registry.states(version.run):
+            raise NotFound(f"The state of version {number} was removed just now; continue another version.")
+        record = queue.enqueue(spec, after)
+    except BaseException:
+        with suppress(FailedPrecondition):  # the hold expires by itself
+            registry.holds.remove(temporary)
+        raise
+    try:
+        registry.holds.hand_over(temporary, record.id)
+    except FailedPrecondition as error:
+        # The job is queued: an error would make the caller submit it again.
+        logger.warning("job %s holds nothing, so version %d may be removed: %s", record.id, number, error)
+    return record
+
+
+def release_ended(queue: JobQueue, registry: Registry) -> None:
+    """Removes the holds of jobs that have ended or no longer exist; raises `Unavailable` if Redis does not answer."""
+    for job, age_s in registry.holds.ages_s().items():
+        if _has_ended(queue, job, age_s):
+            registry.holds.remove(job)
+
+
+def _has_ended(queue: JobQueue, job: str, age_s: float) -> bool:
+    try:
+        return queue.store.get(job).state.is_final
+    except NotFound:
+        return age_s > _TEMPORARY_HOLD_S
+
+
+def _named_version(spec: Spec) -> int | None:
+    if not isinstance(spec, EvaluateSpec):
+        return spec.resume
+    return int(spec.version) if spec.version.isdecimal() else None
