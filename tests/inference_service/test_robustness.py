@@ -161,7 +161,7 @@ def test_a_deadline_ends_a_waiting_call_and_a_running_one(server: Server, client
 def test_a_reader_that_is_too_slow_loses_its_stream_and_slows_no_other(server: Server, client: InferenceClient) -> None:
     with grpc.insecure_channel(server.address, options=SMALL_WINDOW) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        # More than fits between the two processes, and nobody reads it.
+        # More than fits between the two processes, and the client does not read it.
         call = stub.Generate(pb.GenerateRequest(prompt="x", max_tokens=16000, ignore_eos=True, logprobs=20))
         wait_until(lambda: server.metrics()["gptloop_inference_active_streams",] == 1)
         tokens = sum(
@@ -192,7 +192,7 @@ def test_a_slow_reader_gets_all_text_in_fewer_messages(tmp_path: Path) -> None:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             call = stub.Generate(request)
             wait_until(lambda: written() > 2010)
-            # Nobody reads meanwhile, and more is generated than fits between the two processes.
+            # The slow reader does not read, and more is generated than fits between the two processes.
             list(client.generate("x", max_tokens=3000, ignore_eos=True))
             assert written() < 7000
             deltas = [answer.delta for answer in call if answer.HasField("delta")]
