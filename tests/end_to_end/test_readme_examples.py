@@ -102,7 +102,8 @@ def test_a_model_is_exported_and_imported(workplace: Workplace) -> None:
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_python_examples_run(workplace: Workplace, system: System, code: str) -> None:
-    ended = workplace.run(".venv/bin/python", "-c", code.replace(":50051", f":{system.ports.inference}"))
+    code = code.replace(":50051", f":{system.ports.inference}").replace(":50052", f":{system.ports.trainer}")
+    ended = workplace.run(".venv/bin/python", "-c", code)
     assert ended.returncode == 0 and ended.stdout.strip(), ended.stderr
 
 
