@@ -60,7 +60,7 @@ def test_a_failure_is_raised_with_its_reason(queue: JobQueue, job: str) -> None:
         follow(queue, job, Console(file=io.StringIO()))
 
 
-def test_a_job_without_any_worker_is_not_followed_for_ever(
+def test_a_job_without_a_live_worker_is_followed_only_for_a_limited_time(
     queue: JobQueue, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow_module, "_PATIENCE_S", 0.1)
@@ -69,14 +69,14 @@ def test_a_job_without_any_worker_is_not_followed_for_ever(
         follow(queue, job, Console(file=io.StringIO()))
 
 
-def test_following_goes_on_when_redis_was_killed_and_started_again(
+def test_following_continues_after_redis_was_killed_and_restarted(
     mortal_redis: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.1)
     queue = JobQueue(mortal_redis.connect(), "one")
     job = queue.enqueue(training(tmp_path)).id
     start(queue, job)
-    # What is followed by somebody else's connection.
+    # Follows with another connection.
     output = io.StringIO()
     followed = threading.Thread(
         target=follow, args=(JobQueue(mortal_redis.connect(), "one"), job, Console(file=output))
@@ -92,7 +92,7 @@ def test_following_goes_on_when_redis_was_killed_and_started_again(
     assert output.getvalue().splitlines()[-2:] == [follow_module.describe(PROGRESS), "finished."]
 
 
-def test_a_redis_that_stays_away_is_not_waited_for_for_ever(
+def test_following_waits_for_redis_only_for_a_limited_time(
     queue: JobQueue, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow_module, "_OUTAGE_S", 0.1)
@@ -102,7 +102,7 @@ def test_a_redis_that_stays_away_is_not_waited_for_for_ever(
         follow(gone, job, Console(file=io.StringIO()))
 
 
-def test_a_job_that_waits_says_how_many_come_first(queue: JobQueue, job: str, tmp_path: Path) -> None:
+def test_a_waiting_job_shows_how_many_jobs_come_first(queue: JobQueue, job: str, tmp_path: Path) -> None:
     last = queue.enqueue(EVALUATION, after=[job]).id
     output = io.StringIO()
     queue.leases.renew_worker("a")
@@ -115,7 +115,7 @@ def test_a_job_that_waits_says_how_many_come_first(queue: JobQueue, job: str, tm
     assert output.getvalue().splitlines()[-1] == "cancelled."
 
 
-def test_the_result_of_an_evaluation_is_one_line_with_what_was_measured() -> None:
+def test_the_result_of_an_evaluation_is_one_line_with_version_and_text() -> None:
     measured = Evaluation(1200, None, 1.234, 0.456, version=7, windows=1000, text="letters.txt")
     assert follow_module.describe(measured) == (
         "version 7: held-out loss 1.2340 nats per token, 0.4560 bits per byte, on 1000 windows of letters.txt"
@@ -123,14 +123,14 @@ def test_the_result_of_an_evaluation_is_one_line_with_what_was_measured() -> Non
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_what_a_job_says_cannot_write_to_the_terminal_by_itself(queue: JobQueue, job: str, terminal: bool) -> None:
+def test_control_characters_in_a_notice_are_escaped(queue: JobQueue, job: str, terminal: bool) -> None:
     report(queue, job, Notice("a\x1b]0;title\x07b\udce9"), StateChanged(JobState.FINISHED))
     output = io.StringIO()
     follow(queue, job, Console(file=output, force_terminal=terminal, width=120))
     assert r"note: a\x1b]0;title\x07b\udce9" in output.getvalue()
 
 
-def test_after_the_first_step_no_eta_is_told() -> None:
+def test_after_the_first_step_no_eta_is_shown() -> None:
     line = follow_module.describe(replace(PROGRESS, eta_s=None))
     assert line is not None and "the first step compiles" in line and "ETA" not in line and "tokens/s" not in line
 

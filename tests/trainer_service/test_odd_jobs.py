@@ -1,4 +1,4 @@
-"""What others wrote to Redis, and what people name their files, breaks neither lists nor streams nor the metrics."""
+"""Foreign content of Redis and odd names of files break neither lists nor streams nor metrics."""
 
 import asyncio
 import json
@@ -90,7 +90,7 @@ ODD: dict[str, Callable[[Redis, str], object]] = {
 
 
 @pytest.mark.parametrize("change", ODD.values(), ids=ODD)
-def test_an_odd_job_is_listed_among_the_others_as_far_as_it_can_be_shown(
+def test_an_invalid_job_is_listed_with_its_valid_fields(
     servicer: TrainingServicer,
     queue: JobQueue,
     redis: Redis,
@@ -110,7 +110,7 @@ def test_an_odd_job_is_listed_among_the_others_as_far_as_it_can_be_shown(
     all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
 
 
-def test_a_job_that_cannot_be_understood_says_so_and_keeps_its_state(
+def test_an_invalid_job_gives_a_reason_and_keeps_its_state(
     servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str
 ) -> None:
     redis.hset(queue.store.keys.job(job), "spec", '{"run": 7}')
@@ -120,7 +120,7 @@ def test_a_job_that_cannot_be_understood_says_so_and_keeps_its_state(
     assert asyncio.run(servicer.CancelJob(pb.CancelJobRequest(job_id=job), None)).job.state == pb.JOB_STATE_CANCELLED
 
 
-def test_a_file_whose_name_is_no_text_is_named_with_escapes(
+def test_a_file_name_that_is_not_unicode_is_shown_with_escapes(
     servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queue.enqueue(replace(training(tmp_path), data=DatasetSpec((LATIN,))))
@@ -153,7 +153,7 @@ def test_jobs_of_one_moment_are_on_one_page_each(
 
 
 @pytest.mark.parametrize("event", [b"", b"{}", b"\xff", b'{"kind": "Nap", "time": 1, "values": {}}', b"[" * 100_000])
-def test_one_odd_event_ends_no_watch(
+def test_an_invalid_event_does_not_end_a_watch(
     servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str, event: bytes
 ) -> None:
     redis.xadd(queue.store.keys.events(job), {"event": event})
@@ -163,7 +163,7 @@ def test_one_odd_event_ends_no_watch(
     assert [text.partition(":")[0] for text in texts] == 2 * ["An event of this job cannot be understood"] + ["after"]
 
 
-def test_a_lost_attempt_with_an_odd_beginning_is_followed_by_another(queue: JobQueue, redis: Redis, job: str) -> None:
+def test_a_lost_attempt_with_an_invalid_start_is_followed_by_another(queue: JobQueue, redis: Redis, job: str) -> None:
     start(queue, job)
     report(queue, job, STARTED)
     redis.hset(queue.store.keys.job(job), "RunStarted", "?")
@@ -171,7 +171,7 @@ def test_a_lost_attempt_with_an_odd_beginning_is_followed_by_another(queue: JobQ
 
 
 @pytest.mark.parametrize("odd", ["?", "-1", "9" * 5000, ""])
-def test_odd_numbers_of_one_job_keep_no_watch_from_others(queue: JobQueue, redis: Redis, job: str, odd: str) -> None:
+def test_invalid_numbers_of_one_job_do_not_affect_others(queue: JobQueue, redis: Redis, job: str, odd: str) -> None:
     start(queue, job)
     report(queue, job, STARTED)
     redis.hset(queue.store.keys.job(job), mapping={"crash_step": odd, "crashes": odd})
@@ -183,7 +183,7 @@ def test_odd_numbers_of_one_job_keep_no_watch_from_others(queue: JobQueue, redis
     Watch(queue).look()
 
 
-def test_what_goes_beyond_its_bounds_is_refused_with_a_short_sentence(tmp_path: Path) -> None:
+def test_values_out_of_bounds_are_rejected_with_a_short_sentence(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     long = "x" * 100_000
 
@@ -214,7 +214,7 @@ def test_what_goes_beyond_its_bounds_is_refused_with_a_short_sentence(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["", "x\n" * 100_000, "caf\udce9", "*", "a:b"])
-def test_what_cannot_be_the_id_of_a_job_is_not_found_in_a_short_sentence(queue: JobQueue, name: str) -> None:
+def test_an_invalid_job_id_is_not_found_with_a_short_sentence(queue: JobQueue, name: str) -> None:
     for ask in (queue.store.get, queue.cancel):
         with pytest.raises(NotFound, match="There is no job") as refused:
             ask(name)
@@ -239,12 +239,12 @@ JSON = st.recursive(
     )
 )
 @settings(suppress_health_check=[HealthCheck.too_slow])
-def test_whatever_a_record_holds_it_becomes_a_message(fields: dict[str, str]) -> None:
+def test_any_content_of_a_record_can_be_written_to_a_message(fields: dict[str, str]) -> None:
     job_to_pb(read_record("a", fields)).SerializeToString()
 
 
 @given(values=st.dictionaries(st.sampled_from(sorted(vars(PROGRESS))), JSON), moment=JSON)
-def test_whatever_an_event_holds_it_becomes_a_message_or_is_none(values: dict[str, object], moment: object) -> None:
+def test_any_event_is_either_rejected_or_can_be_written_to_a_message(values: dict[str, object], moment: object) -> None:
     text = json.dumps({"kind": "Progress", "time": moment, "values": vars(PROGRESS) | values})
     try:
         event = TimedEvent.from_json(text)
@@ -253,7 +253,7 @@ def test_whatever_an_event_holds_it_becomes_a_message_or_is_none(values: dict[st
     event_to_pb(event).SerializeToString()
 
 
-def test_a_reason_is_told_whole_where_it_is_short(queue: JobQueue, job: str) -> None:
+def test_a_finished_job_has_no_reason(queue: JobQueue, job: str) -> None:
     start(queue, job)
     finish(queue, job)
     assert events_of(queue, job)[-1] == StateChanged(JobState.FINISHED)

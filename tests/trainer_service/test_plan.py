@@ -81,9 +81,7 @@ STABLE = replace(WSD, max_steps=8000).continuing(WSD, 1000)
         ),
     ],
 )
-def test_the_schedule_is_told_by_the_phases_that_are_to_come(
-    config: TrainingConfig, first_step: int, text: str
-) -> None:
+def test_the_schedule_is_described_by_its_coming_phases(config: TrainingConfig, first_step: int, text: str) -> None:
     assert line(make(config, first_step), "schedule") == f"schedule    {text}"
 
 
@@ -145,7 +143,9 @@ def test_training_takes_6_operations_for_a_weight_and_token_and_those_of_attenti
         ("tinystories-53m", 50257, 4, 5320),
     ],
 )
-def test_memory_is_about_what_was_measured(preset: str, vocabulary_size: int, threads: int, measured_mib: int) -> None:
+def test_estimated_memory_is_near_measurements(
+    preset: str, vocabulary_size: int, threads: int, measured_mib: int
+) -> None:
     # The most that was ever resident in a run of some steps and evaluations, on a machine of 23.4 GiB.
     config = replace(find_preset(preset), vocabulary_size=vocabulary_size)
     expected = memory_bytes(config, Machine(round(23.4 * 2**30), threads))

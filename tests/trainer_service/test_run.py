@@ -46,7 +46,7 @@ TINY = {
 
 
 class Site:
-    """A folder for everything, what was told, and jobs in it."""
+    """A folder with a registry and text, the events that were emitted, and jobs."""
 
     def __init__(self, folder: Path) -> None:
         self.directories = Directories(folder / "var")
@@ -141,7 +141,7 @@ def test_a_version_is_published_only_once_its_state_is_kept(site: Site, monkeypa
     assert site.registry.versions() == []
 
 
-def test_what_is_too_old_makes_room_for_the_last_checkpoint(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_makes_room_for_the_last_checkpoint(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     save, removed = mx.save_safetensors, list[Checkpoint]()
 
     def save_if_there_is_room(*arguments: object, **named: object) -> None:
@@ -163,7 +163,7 @@ def test_what_is_too_old_makes_room_for_the_last_checkpoint(site: Site, monkeypa
     assert removed and [(version.run, version.step) for version in site.registry.versions()][-1] == (spec.run, 3)
 
 
-def test_a_run_that_ends_between_state_and_version_publishes_the_version_when_it_goes_on(
+def test_a_run_that_ends_between_state_and_version_publishes_the_version_when_it_resumes(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = site.spec()
@@ -191,7 +191,7 @@ def test_a_run_that_diverges_fails_and_keeps_nothing(site: Site) -> None:
     assert site.registry.versions()[-1] == version
 
 
-def test_what_is_kept_is_what_the_settings_say(site: Site) -> None:
+def test_retention_follows_the_settings(site: Site) -> None:
     spec = site.spec(evaluation_interval="1")
     site.train(spec, retention=Retention(states=1, best=1, newest=2, every=4))
     numbers = [version.version for version in site.registry.versions()]
@@ -239,7 +239,7 @@ def test_a_run_does_not_go_on_with_other_text(site: Site) -> None:
     assert site.train(spec)
 
 
-def test_a_version_that_is_continued_on_changed_text_says_so(site: Site) -> None:
+def test_continuing_a_version_on_changed_text_emits_a_notice(site: Site) -> None:
     site.train(site.spec())
     for change, said in ((lambda: None, 0), (lambda: site.write(Path(site.text), 500), 1)):
         change()
@@ -258,7 +258,7 @@ def test_a_version_that_is_continued_on_changed_text_says_so(site: Site) -> None
     assert not any("has changed" in notice.text for notice in site.all_told(Notice))
 
 
-def test_a_continued_run_says_which_rate_a_new_schedule_takes_and_keeps_quiet_on_the_old_one(site: Site) -> None:
+def test_a_new_schedule_emits_a_notice_with_its_rate(site: Site) -> None:
     site.train(site.spec())
 
     def told(**values: str) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_name_is_given_once_in_a_registry(queue: JobQueue, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["../up", "a b", "-x", ".hidden", "a/b", "ü", "x" * 65, "a\n", "a\udce9"])
-def test_a_name_that_cannot_be_a_folder_everywhere_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_name_that_is_not_a_portable_folder_name_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidArgument, match="letters, digits, dots") as refused:
         training(tmp_path, name=name)
     assert len(str(refused.value)) <= 300

@@ -43,7 +43,7 @@ def watch(servicer: TrainingServicer, job: str) -> list[pb.WatchJobResponse]:
     return asyncio.run(asyncio.wait_for(collect(), 20))
 
 
-def test_everything_that_a_job_told_is_watched_to_its_end(servicer: TrainingServicer, queue: JobQueue) -> None:
+def test_a_watch_receives_every_event_of_a_job(servicer: TrainingServicer, queue: JobQueue) -> None:
     job = enqueue(servicer).id
     queue.store.report(job, 1, [TimedEvent(Notice(str(number))) for number in range(2500)])
     queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
@@ -52,9 +52,7 @@ def test_everything_that_a_job_told_is_watched_to_its_end(servicer: TrainingServ
     assert events[-1].state_changed.state == pb.JOB_STATE_FINISHED
 
 
-def test_watching_ends_where_nothing_can_come_any_more(
-    servicer: TrainingServicer, queue: JobQueue, redis: Redis
-) -> None:
+def test_a_watch_of_an_ended_job_without_events_ends(servicer: TrainingServicer, queue: JobQueue, redis: Redis) -> None:
     job = enqueue(servicer).id
     queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
     redis.delete(queue.store.keys.events(job))
@@ -87,7 +85,7 @@ def test_jobs_are_listed_in_pages_by_state_and_kind(servicer: TrainingServicer, 
             page(**wrong)
 
 
-def test_what_cannot_be_done_is_refused(servicer: TrainingServicer) -> None:
+def test_invalid_requests_are_rejected(servicer: TrainingServicer) -> None:
     for wrong in ({"kind": 99}, {"version": "3"}, {"kind": pb.JOB_KIND_EVALUATE, "preset": "demo"}):
         with pytest.raises(InvalidArgument):
             enqueue(servicer, **wrong)
@@ -95,7 +93,7 @@ def test_what_cannot_be_done_is_refused(servicer: TrainingServicer) -> None:
         enqueue(servicer, after=["x"])
 
 
-def test_a_watch_goes_on_when_redis_was_killed_and_started_again(mortal_redis: RedisServer, tmp_path: Path) -> None:
+def test_a_watch_continues_after_redis_was_killed_and_restarted(mortal_redis: RedisServer, tmp_path: Path) -> None:
     queue = JobQueue(mortal_redis.connect(), "one")
     servicer = TrainingServicer(queue, Registry(tmp_path / "registry"))
     job = queue.enqueue(training(tmp_path)).id
@@ -125,7 +123,7 @@ def test_a_watch_goes_on_when_redis_was_killed_and_started_again(mortal_redis: R
     assert [event.WhichOneof("event") for event in events] == 2 * ["state_changed"] + ["notice", "state_changed"]
 
 
-def test_a_watch_does_not_wait_for_redis_for_ever(
+def test_a_watch_waits_for_redis_only_for_a_limited_time(
     queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_module, "_OUTAGE_S", 0.0)

@@ -100,7 +100,7 @@ def test_a_running_job_is_asked_to_end(queue: JobQueue, job: str) -> None:
     assert queue.store.cancel_requested(job)
 
 
-def test_a_job_that_is_to_end_and_whose_process_is_gone_has_ended(queue: JobQueue, job: str) -> None:
+def test_a_cancelled_job_whose_process_is_gone_has_ended(queue: JobQueue, job: str) -> None:
     start(queue, job)
     queue.cancel(job)
     assert queue.lose(job, 1, "The process is gone")
@@ -115,7 +115,7 @@ def test_an_interrupted_attempt_is_followed_by_another(queue: JobQueue, job: str
     assert queue.attempts.waiting() == [(job, 2)]
 
 
-def test_an_earlier_attempt_can_say_nothing_any_more(queue: JobQueue, job: str) -> None:
+def test_an_earlier_attempt_changes_nothing(queue: JobQueue, job: str) -> None:
     start(queue, job)
     queue.lose(job, 1, "The worker is gone")
     start(queue, job, 2)
@@ -144,7 +144,7 @@ def test_a_run_that_gets_further_may_crash_again(queue: JobQueue, redis: Redis, 
         {"f": JOB_FUNCTION, "args": ("id", 1), "on_failure": Callback("os.getcwd")},
     ],
 )
-def test_what_is_no_attempt_at_a_job_is_none_for_the_worker(redis: Redis, foreign: dict[str, Any]) -> None:
+def test_the_worker_rejects_foreign_rq_jobs(redis: Redis, foreign: dict[str, Any]) -> None:
     put = Queue("gptloop-0123456789abcdef", connection=redis, serializer=JSONSerializer).enqueue(**foreign)
     with pytest.raises(NoSuchJobError):
         AttemptJob.fetch(put.id, connection=redis, serializer=JSONSerializer)

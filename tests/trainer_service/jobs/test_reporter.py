@@ -16,7 +16,7 @@ from trainer_service.jobs.reporter import Reporter
 pytestmark = pytest.mark.slow
 
 
-def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(queue: JobQueue, job: str) -> None:
+def test_the_reporter_sends_every_event_counts_new_tokens_and_renews_the_lease(queue: JobQueue, job: str) -> None:
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
     reporter.emit(STARTED)
@@ -32,7 +32,7 @@ def test_the_reporter_tells_everything_counts_new_tokens_and_keeps_the_lease(que
     assert not queue.store.get(job).is_held
 
 
-def test_after_an_outage_a_reporter_tells_everything_in_its_order(queue: JobQueue, job: str) -> None:
+def test_after_an_outage_the_reporter_sends_every_event_in_order(queue: JobQueue, job: str) -> None:
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
     for number in range(2500):
@@ -58,7 +58,7 @@ def test_the_lease_is_kept_only_while_there_is_progress(queue: JobQueue, redis: 
     reporter.close(None)
 
 
-def test_a_reporter_whose_job_is_anothers_says_nothing_and_asks_for_the_end(queue: JobQueue, job: str) -> None:
+def test_a_reporter_whose_job_has_another_attempt_sends_nothing_and_requests_a_stop(queue: JobQueue, job: str) -> None:
     start(queue, job)
     reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=60)
     queue.lose(job, 1, "The worker is gone")

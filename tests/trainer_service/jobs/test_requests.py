@@ -28,7 +28,7 @@ def resume(config: TrainingConfig, step: int, **overrides: str) -> TrainSpec:
 DEMO = find_preset("demo")
 
 
-def test_a_version_in_the_middle_goes_on_along_the_schedule_of_its_run() -> None:
+def test_a_version_before_the_end_continues_the_schedule_of_its_run() -> None:
     assert resume(DEMO, 160).config == DEMO
     assert resume(DEMO, 160, max_steps="400", dropout="0.1").config.schedule_start == 0
 
@@ -37,7 +37,7 @@ def test_another_end_begins_a_schedule_at_the_version() -> None:
     longer = resume(DEMO, 400, max_steps="800").config
     assert (longer.schedule_start, longer.max_steps) == (400, 800)
     assert (longer.learning_rate, longer.schedule_start_ratio) == (DEMO.learning_rate_at(399), 1.0)
-    # It lasts over an interruption, and a second continuation begins anew.
+    # It survives an interruption, and a second continuation begins another schedule.
     assert resume(longer, 600).config == longer
     longest = resume(longer, 800, max_steps="1200").config
     assert (longest.schedule_start, longest.warmup_end) == (800, 800)
@@ -56,7 +56,7 @@ def test_a_fresh_run_begins_its_schedule_at_its_first_step() -> None:
 
 
 @pytest.mark.parametrize("max_steps", ["400", "399", "5"])
-def test_a_version_at_or_past_the_end_is_refused_with_what_to_set(max_steps: str) -> None:
+def test_a_version_at_or_past_the_end_is_rejected_with_the_value_to_set(max_steps: str) -> None:
     longer = resume(DEMO, 400, max_steps="800").config
     with pytest.raises(InvalidArgument, match=rf'Version 3 is at step 400 of {max_steps}, .* --set "max_steps=800"'):
         resume(DEMO, 400, max_steps=max_steps)
@@ -64,7 +64,7 @@ def test_a_version_at_or_past_the_end_is_refused_with_what_to_set(max_steps: str
         resume(longer, 600, max_steps=max_steps)
 
 
-def test_where_the_schedule_began_cannot_be_set() -> None:
+def test_the_start_of_the_schedule_cannot_be_set() -> None:
     with pytest.raises(InvalidArgument, match="Unknown training value 'schedule_start'"):
         resume(DEMO, 160, schedule_start="5")
 
@@ -82,7 +82,7 @@ def test_a_rate_that_is_set_is_warmed_up_to_even_if_it_is_that_of_before() -> No
         ("max_steps=5 max_steps=6", "'max_steps' is set twice, to '5' and to '6'"),
     ],
 )
-def test_what_is_no_override_is_refused(text: str, message: str) -> None:
+def test_an_invalid_override_is_rejected(text: str, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         parse_overrides(text)
 

@@ -43,7 +43,9 @@ def left(registry: Registry) -> tuple[list[int], list[int]]:
     return [version.version for version in registry.versions()], registry.states("run-1")
 
 
-def test_what_a_queued_run_continues_stays_until_the_job_has_ended(registry: Registry, queue: JobQueue) -> None:
+def test_the_version_that_a_queued_run_continues_stays_until_the_job_has_ended(
+    registry: Registry, queue: JobQueue
+) -> None:
     job = enqueue(resuming(1), queue, registry).id
     assert left(registry) == ([1, 3], [10, 30])
     queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
@@ -54,7 +56,7 @@ def test_what_a_queued_run_continues_stays_until_the_job_has_ended(registry: Reg
     assert left(registry) == ([3], [30])
 
 
-def test_what_a_queued_evaluation_names_by_its_number_stays(registry: Registry, queue: JobQueue) -> None:
+def test_the_version_that_a_queued_evaluation_names_by_number_stays(registry: Registry, queue: JobQueue) -> None:
     job = enqueue(EvaluateSpec("2", TEXT), queue, registry).id
     enqueue(EvaluateSpec("best", TEXT), queue, registry)
     assert registry.holds.jobs() == {2: job}
@@ -76,7 +78,7 @@ def test_a_job_that_is_not_put_on_the_queue_holds_nothing(registry: Registry, qu
     assert list(registry.holds.ages_s()) == []
 
 
-def test_a_disk_that_fills_after_a_job_was_queued_fails_no_call(
+def test_a_disk_that_fills_after_a_job_was_queued_does_not_fail_the_call(
     registry: Registry, queue: JobQueue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
@@ -88,7 +90,7 @@ def test_a_disk_that_fills_after_a_job_was_queued_fails_no_call(
     assert f"job {job.id} holds nothing" in caplog.text
 
 
-def test_a_hold_for_a_job_that_nobody_knows_is_given_back_after_a_while(registry: Registry, queue: JobQueue) -> None:
+def test_a_hold_of_an_unknown_job_is_removed_after_some_time(registry: Registry, queue: JobQueue) -> None:
     registry.holds.add("new-1234", 1)
     release_ended(queue, registry)
     assert registry.holds.jobs() == {1: "new-1234"}

@@ -24,7 +24,7 @@ class Clock:
 
 
 def looked_for(watch: Watch, clock: Clock, seconds: float) -> set[tuple[str, int]]:
-    """What is given up while so much time passes, second by second."""
+    """Returns the attempts that are given up while time passes, second by second."""
     given_up = set()
     for _ in range(round(seconds)):
         clock.now_s += 1
@@ -42,7 +42,7 @@ def watch(queue: JobQueue, clock: Clock) -> Watch:
     return Watch(queue, clock)
 
 
-def test_crashes_at_one_step_are_followed_by_attempts_ever_later_and_then_by_none(
+def test_crashes_at_one_step_delay_attempts_longer_each_time_and_then_fail_the_job(
     queue: JobQueue, watch: Watch, clock: Clock, job: str
 ) -> None:
     for attempt, delay_s in enumerate(BACKOFF_S, start=1):
@@ -110,7 +110,7 @@ def test_a_lease_that_is_not_renewed_counts_as_none_although_redis_still_has_it(
 ) -> None:
     start(queue, job)
     queue.leases.renew_attempt(job, 1)
-    # As where the clock of Redis was set back.
+    # As if the clock of Redis had been set back.
     redis.persist(queue.store.keys.lease(job))
     assert watch.look() == set()
     assert not looked_for(watch, clock, LEASE_S)
@@ -120,7 +120,7 @@ def test_a_lease_that_is_not_renewed_counts_as_none_although_redis_still_has_it(
     assert looked_for(watch, clock, GRACE_S + 1) == {(job, 1)}
 
 
-def test_whoever_was_frozen_gives_nobody_up_for_what_it_did_not_see(
+def test_a_watch_that_was_frozen_gives_up_no_attempt_for_that_time(
     queue: JobQueue, watch: Watch, clock: Clock, job: str
 ) -> None:
     start(queue, job)
@@ -177,7 +177,7 @@ def test_jobs_run_in_the_order_in_which_they_were_enqueued(
     assert queue.attempts.waiting() == [(measured, 1), (second, 2), (third, 1), (last, 1)]
 
 
-def test_what_waits_for_a_job_that_fails_is_cancelled_with_the_reason(
+def test_a_job_that_waits_for_a_failed_job_is_cancelled_with_the_reason(
     queue: JobQueue, watch: Watch, job: str, tmp_path: Path
 ) -> None:
     second = queue.enqueue(training(tmp_path), after=[job]).id
@@ -196,7 +196,7 @@ def test_what_waits_for_a_job_that_fails_is_cancelled_with_the_reason(
         queue.enqueue(training(tmp_path), after=["x"])
 
 
-def test_one_job_that_cannot_be_understood_holds_up_no_other(
+def test_an_invalid_job_does_not_delay_others(
     queue: JobQueue, redis: Redis, watch: Watch, job: str, tmp_path: Path
 ) -> None:
     odd = [queue.enqueue(training(tmp_path)).id for _ in range(3)]

@@ -79,9 +79,7 @@ def test_a_worker_does_not_work_for_a_redis_that_removes_jobs(
         redis.config_set("maxmemory-policy", "noeviction")
 
 
-def test_a_worker_whose_registry_was_replaced_ends_so_that_the_next_one_is_for_the_new(
-    mortal_redis: RedisServer, tmp_path: Path
-) -> None:
+def test_a_worker_ends_if_another_registry_replaces_its_own(mortal_redis: RedisServer, tmp_path: Path) -> None:
     root = tmp_path / "registry"
     queue = JobQueue(mortal_redis.connect(), registry_id(root))
     environment = os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": mortal_redis.url}
