@@ -94,7 +94,7 @@ class Residency:
 
 @dataclass(frozen=True)
 class Memory:
-    """The versions that this server does something with, one a number, and how many of them fit into memory."""
+    """The versions that this server does something with, and how many of them fit into memory."""
 
     limit: int
     residencies: tuple[Residency, ...]
@@ -105,14 +105,14 @@ class Memory:
         return next((each for each in self.residencies if each.state is State.SERVING), None)
 
     def postponed(self, now: float) -> set[int]:
-        """Returns the numbers of the versions that are not loaded yet, for they could not be read."""
+        """Returns the numbers of the versions that could not be read, and are not tried again yet."""
         return {each.version.number for each in self.residencies if now < each.retry_at}
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Calls that wait for a version. They are `refused` if it must not serve, except to those that `hold` it, for they
-    ask for another examination. It needs no room if it is wanted `at_once`."""
+    """Calls that wait for a version. They fail if it is `refused`, unless one of them is to `hold` it, which asks for
+    another examination. A version that is wanted `at_once` needs no room."""
 
     version: Version
     hold: bool = False
@@ -164,12 +164,12 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
     load: list[Version] = []
     admit: list[int] = []
     reject: list[int] = []
-    wait: dict[Version, None] = {}
+    wait: dict[int, Version] = {}
     if awaited is not None and not room.loads(awaited):
         if room.take(awaited, at_once=serving is not None and serving.version.digest in refused):
             load.append(awaited)
         else:
-            wait[awaited] = None
+            wait[awaited.number] = awaited
     for call in wanted:
         version = call.version
         # Calls are answered in their order, so none goes on while an earlier one has no room.
@@ -184,7 +184,7 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
             if in_turn and room.take(version, call.at_once):
                 load.append(version)
             else:
-                wait[version] = None
+                wait.setdefault(version.number, version)
     room.tidy()
     return Plan(
         serve=None if serving is None else serving.version.number,
@@ -194,7 +194,7 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
         load=tuple(load),
         admit=tuple(admit),
         reject=tuple(reject),
-        wait=tuple(wait),
+        wait=tuple(wait.values()),
     )
 
 
