@@ -222,7 +222,7 @@ def test_a_serving_version_that_is_refused_is_replaced_as_soon_as_another_one_is
     others = [each for each in candidates(world.seen, world.memory, NOW) if each.digest in ready]
     if others:
         assert done.serve != before.version.number
-    elif done.awaited is not None and done.serve is not None:
+    elif done.awaited is not None and done.serve is not None and world.residency(done.awaited.number) is None:
         after = world.carried_out(done).residency(done.awaited.number)
         assert after is not None and after.state is State.LOADING
 
