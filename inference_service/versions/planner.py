@@ -9,6 +9,7 @@
   new streams, so it is loaded, at the latest, once the streams of the versions that are in memory, or are being loaded,
   have ended.
 - Calls for other versions are served in their order.
+- Plans that are carried out come to rest: after a few, nothing is left to do until something else happens.
 - A rollback never waits for room: the version that is to serve next is loaded at once, even beyond the limit. So is the
   successor of a serving version that is refused.
 """

@@ -147,7 +147,7 @@ def test_a_prompt_outside_the_failed_step_is_computed_again(monkeypatch: pytest.
 
 def test_a_failed_draw_ends_one_stream(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(sequence: Any, logits: Logits, token: int | None) -> Any:
-        if sequence.request.id == "bad" and sequence.generated == 3:
+        if sequence.request.id == "bad" and sequence.generated_tokens == 3:
             raise ValueError("no")
         return draw_token(sequence, logits, token)
 
@@ -184,7 +184,7 @@ def test_a_version_whose_steps_keep_failing_ends_alone(harness: Harness, monkeyp
         assert isinstance(last, Failed) and isinstance(last.error, StepFailed)
     (after,) = harness.generate(request("after", "y", version=2, samples=1))
     assert isinstance(after.events[-1], Failed)
-    assert "ask for another one" in str(after.events[-1].error)
+    assert "choose another version" in str(after.events[-1].error)
     assert harness.wait("good").finished.generated_tokens == 90
     assert harness.failures == 0
     harness.engine.remove_version(2).result(HANG_S)
