@@ -35,8 +35,9 @@ class StepFailed(GptloopError):
 class GenerationOptions:
     """Everything that a request says about its generation and that needs no version.
 
-    `samples` streams continue the prompt, at most as many as there are slots. `arrived` and `deadline` are times of
-    `time.monotonic`. `logprobs` is the number of alternatives that each token carries, None for no log-probabilities.
+    `samples` is the number of streams that continue the prompt; it cannot exceed the number of slots. `arrived` and
+    `deadline` are times of `time.monotonic`. `logprobs` is the number of alternatives that each token carries, None for
+    no log-probabilities.
     """
 
     id: str

@@ -166,7 +166,9 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
     reject: list[int] = []
     wait: dict[int, Version] = {}
     if awaited is not None and not room.loads(awaited):
-        if room.take(awaited, at_once=serving is not None and serving.version.digest in refused):
+        succeeds = serving is not None and serving.version.digest in refused
+        asked = any(call.at_once and call.version.digest == awaited.digest for call in wanted)
+        if room.take(awaited, at_once=succeeds or asked):
             load.append(awaited)
         else:
             wait[awaited.number] = awaited

@@ -193,6 +193,20 @@ def calls(draw: st.DrawFn, versions: Sequence[Version], refused: frozenset[str])
     )
 
 
+@st.composite
+def crowded_worlds(draw: st.DrawFn) -> tuple[Version, World]:
+    """A version that the policy prefers, and a world in which busy versions leave no room for it."""
+    best, serves, *others = draw(st.permutations(NUMBERS))
+    limit = draw(st.integers(2, 4))
+    there = [serving(serves, streams=draw(st.integers(0, 2)))]
+    for number in others[: limit - 1]:
+        busy = draw(st.booleans())
+        there.append(resident(number, streams=draw(st.integers(1, 2))) if busy else resident(number, State.LOADING))
+    seen = registry([best, *draw(st.permutations([serves, *others]))])
+    wanted = draw(calls(tuple(map(version, others)), frozenset()))
+    return version(best), World(seen, Memory(limit, tuple(there)), wanted)
+
+
 @given(worlds())
 def test_a_refused_version_neither_begins_to_serve_nor_answers_calls(world: World) -> None:
     done = world.plan()
@@ -277,28 +291,28 @@ def test_a_rollback_waits_for_nothing(world: World) -> None:
             assert call.version not in done.wait or number in done.reject
 
 
-@given(worlds(), st.data())
-def test_a_better_version_is_not_starved_by_calls_for_others(world: World, data: st.DataObject) -> None:
-    done = world.plan()
-    if done.awaited is None or done.awaited not in done.wait:
-        return
-    loaded = False
+@given(crowded_worlds(), st.data())
+def test_a_better_version_is_not_starved_by_calls_for_others(
+    crowded: tuple[Version, World], data: st.DataObject
+) -> None:
+    best, world = crowded
     for _ in range(3):
-        more = data.draw(calls(tuple(world.seen.eligible.values()), world.seen.refused))
-        known = {call.version.number for call in world.wanted}
-        world = replace(world, wanted=(*world.wanted, *(call for call in more if call.version.number not in known)))
         now = world.plan()
-        if done.awaited in now.wait and done.awaited == now.awaited:
-            urgent = {call.version.number for call in world.wanted if call.at_once}
-            assert set(now.admit) | {each.number for each in now.load} <= urgent
-        loaded = loaded or done.awaited in now.load
+        if best in now.load:
+            break
+        assert (now.awaited, best in now.wait) == (best, True)
+        urgent = {call.version.number for call in world.wanted if call.at_once}
+        assert set(now.admit) | {each.number for each in now.load} <= urgent
         world = world.carried_out(now).loaded()
-    now = world.drained().plan()
-    world = world.drained().carried_out(now)
-    if not loaded and done.awaited not in now.load:
-        # Meanwhile a version serves that the policy prefers.
-        better = [each.number for each in candidates(world.seen, world.memory, NOW)]
-        assert now.serve is not None and done.awaited.number not in better[: better.index(now.serve)]
+        known = {call.version.number for call in world.wanted} | {best.number}
+        more = data.draw(calls(tuple(world.seen.eligible.values()), frozenset()))
+        world = replace(world, wanted=(*world.wanted, *(call for call in more if call.version.number not in known)))
+    else:
+        # Once the streams have ended there is room.
+        world = world.carried_out(world.plan()).loaded().drained()
+        now = world.plan()
+    assert best in now.load
+    assert world.carried_out(now).loaded().plan().serve == best.number
 
 
 @given(worlds())
@@ -329,6 +343,12 @@ def test_the_version_that_was_used_longest_ago_makes_room_and_a_held_one_goes_la
     for limit, dropped in ((5, ()), (4, (4,)), (3, (4, 3)), (2, (4, 3, 1))):
         done = World(registry([5]), Memory(limit, there)).plan()
         assert (done.drop, done.load) == (dropped, (version(5),))
+
+
+def test_the_version_that_should_serve_and_a_rollback_needs_does_not_wait() -> None:
+    there = (serving(1), resident(2, State.LOADING))
+    done = World(registry([6]), Memory(2, there), (Wanted(version(6), at_once=True), Wanted(version(2)))).plan()
+    assert (done.load, done.wait) == ((version(6),), ())
 
 
 def test_a_version_that_no_call_can_use_makes_room_before_any_other() -> None:
