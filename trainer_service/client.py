@@ -1,14 +1,14 @@
 """A Python client of the trainer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
-from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, shown
+from shared.errors import DeadlineExceeded, GptloopError
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
+from shared.service.client_channel import Connection, sendable
 from shared.service.grpc_status import error_of
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.requests import JobRequest
@@ -19,40 +19,22 @@ _CALL_S = 30.0
 _START_ADVICE = "start it with `gptloop up`"
 
 
-class TrainerClient:
-    """One connection to a trainer, `host:port`. It connects with the first call; calls may run on several threads.
+class TrainerClient(Connection):
+    """One connection to a trainer, `host:port`. Calls may run on several threads.
 
     Every method raises the error of `shared.errors` that the server raised, `Unavailable` if no server answers, and
     `DeadlineExceeded` if the call takes longer than `timeout_s`. No call is repeated: a job would be queued twice.
     """
 
     def __init__(self, address: str, timeout_s: float = _CALL_S) -> None:
-        self._address = address
+        super().__init__(address)
         self._timeout_s = timeout_s
-        # A web proxy cannot reach a server on this machine.
-        self._channel = grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),))
         self._stub: Any = training_pb2_grpc.TrainingServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the connection and ends every call on it."""
-        self._channel.close()
 
     def submit(self, request: JobRequest) -> pb.EnqueueJobResponse:
         """Queues a job; the answer has the job and the number of live workers."""
-        try:
+        with sendable():
             message = request_to_pb(request)
-        except UnicodeEncodeError as error:
-            raise InvalidArgument(f"{shown(error.object)} cannot be sent, because it is not valid Unicode.") from None
-        except (TypeError, ValueError) as error:
-            raise InvalidArgument(f"A value of the request cannot be sent: {str(error).rstrip('.')}.") from None
         response: pb.EnqueueJobResponse = self._call(self._stub.EnqueueJob, message)
         return response
 

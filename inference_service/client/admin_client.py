@@ -5,11 +5,12 @@ from typing import Any
 
 import grpc
 
-from inference_service.client.channel import START_ADVICE, Connection, sendable
+from inference_service.client.attempts import START_ADVICE
 from shared.errors import DeadlineExceeded
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.service.bearer_token import check_bearer_token
+from shared.service.client_channel import Connection, sendable
 from shared.service.grpc_status import error_of
 
 _CALL_S = 30.0

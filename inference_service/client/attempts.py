@@ -6,7 +6,6 @@ import time
 
 import grpc
 
-from inference_service.client.channel import START_ADVICE
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted, Unavailable
 from shared.service.grpc_status import error_of
 
@@ -15,6 +14,8 @@ _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
 # If the server asks for a longer wait, the caller gets the error.
 _LONGEST_ASKED_S = 60.0
+# What an error adds if no server answers.
+START_ADVICE = "start it with `gptloop up`"
 
 
 class Attempts:

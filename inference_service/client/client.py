@@ -9,12 +9,12 @@ import grpc
 import grpc.aio
 
 from inference_service.client.attempts import Attempts
-from inference_service.client.channel import NO_PROXY, Connection, sendable
 from inference_service.client.completion import Completion, complete
 from inference_service.client.stream import AsyncStream, Stream
 from shared.errors import FailedPrecondition, InvalidArgument
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
+from shared.service.client_channel import NO_PROXY, Connection, sendable
 
 DEFAULT_RETRIES = 2
 

@@ -1,4 +1,4 @@
-"""What the clients share: a gRPC channel, and the check of what they send."""
+"""What the Python clients of both services share: a gRPC channel, and the check of what they send."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,8 +10,6 @@ from shared.errors import InvalidArgument, shown
 
 # An HTTP proxy cannot reach a server on this machine.
 NO_PROXY = ("grpc.enable_http_proxy", 0)
-# What an error adds if no server answers.
-START_ADVICE = "start it with `gptloop up`"
 
 
 class Connection:
