@@ -2,8 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -26,7 +27,13 @@ _OPTIONS = (
 
 _SAMPLING = frozenset(pb.Sampling.DESCRIPTOR.fields_by_name)
 
-_T = TypeVar("_T")
+# Takes from an answer what a call returns.
+_Read = Callable[[Any], object]
+
+_Stream = TypeVar("_Stream")
+_Ids = TypeVar("_Ids")
+_Text = TypeVar("_Text")
+_Model = TypeVar("_Model")
 
 
 class Parameters(TypedDict, total=False):
@@ -56,7 +63,57 @@ class Parameters(TypedDict, total=False):
     timeout_s: float | None
 
 
-class InferenceClient(Connection):
+class _Calls(ABC, Generic[_Stream, _Ids, _Text, _Model]):
+    """The calls of both clients, which differ only in how they wait, and so in the types of what they return."""
+
+    _address: str
+    _retries: int
+    _stub: inference_pb2_grpc.InferenceServiceStub
+
+    def generate(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> _Stream:
+        """Starts a generation from a text or from token ids; leaving the stream cancels it."""
+        attempts = Attempts(self._address, self._retries, parameters.get("timeout_s"))
+        return self._open(_generate_request(prompt, parameters), attempts)
+
+    def tokenize(
+        self, text: str, version: int | None = None, label: str | None = None, timeout_s: float | None = None
+    ) -> _Ids:
+        """Returns the token ids of a text."""
+        with sendable():
+            request = pb.TokenizeRequest(text=text, model=_selector(version, label))
+        token_ids: _Ids = self._call(self._stub.Tokenize, request, timeout_s, lambda answer: list(answer.token_ids))
+        return token_ids
+
+    def detokenize(
+        self,
+        tokens: Sequence[int],
+        version: int | None = None,
+        label: str | None = None,
+        timeout_s: float | None = None,
+    ) -> _Text:
+        """Returns the text of token ids."""
+        with sendable():
+            request = pb.DetokenizeRequest(token_ids=tokens, model=_selector(version, label))
+        text: _Text = self._call(self._stub.Detokenize, request, timeout_s, lambda answer: answer.text)
+        return text
+
+    def model(self, version: int | None = None, label: str | None = None, timeout_s: float | None = None) -> _Model:
+        """Describes a version, by default the serving one."""
+        with sendable():
+            request = pb.GetModelRequest(model=_selector(version, label))
+        model: _Model = self._call(self._stub.GetModel, request, timeout_s, lambda answer: answer)
+        return model
+
+    @abstractmethod
+    def _open(self, request: pb.GenerateRequest, attempts: Attempts) -> _Stream:
+        """Starts a stream."""
+
+    @abstractmethod
+    def _call(self, method: Callable[..., Any], request: object, timeout_s: float | None, read: _Read) -> Any:
+        """Calls a method, retries as `Attempts` decides, and returns what `read` makes of the answer."""
+
+
+class InferenceClient(Connection, _Calls[Stream, list[int], str, pb.GetModelResponse]):
     """A client of the server at `host:port`. Several threads may share it.
 
     A call that finds no server, or a full one, is retried up to `retries` times before its deadline, unless a part of
@@ -69,52 +126,28 @@ class InferenceClient(Connection):
         self._retries = retries
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
-    def generate(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Stream:
-        """Starts a generation from a text or from token ids; leaving the stream cancels it."""
-        attempts = Attempts(self._address, self._retries, parameters.get("timeout_s"))
-        return Stream(self._stub.Generate, _generate_request(prompt, parameters), attempts)
-
     def complete(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Completion:
         """Generates from a text or from token ids; returns when all samples have ended."""
         with self.generate(prompt, **parameters) as stream:
             return complete(list(stream))
 
-    def tokenize(
-        self, text: str, version: int | None = None, label: str | None = None, timeout_s: float | None = None
-    ) -> list[int]:
-        """Returns the token ids of a text."""
-        request = _tokenize_request(text, version, label)
-        return list(self._call(self._stub.Tokenize, request, timeout_s).token_ids)
+    def _open(self, request: pb.GenerateRequest, attempts: Attempts) -> Stream:
+        return Stream(self._stub.Generate, request, attempts)
 
-    def detokenize(
-        self,
-        tokens: Sequence[int],
-        version: int | None = None,
-        label: str | None = None,
-        timeout_s: float | None = None,
-    ) -> str:
-        """Returns the text of token ids."""
-        request = _detokenize_request(tokens, version, label)
-        return str(self._call(self._stub.Detokenize, request, timeout_s).text)
-
-    def model(
-        self, version: int | None = None, label: str | None = None, timeout_s: float | None = None
-    ) -> pb.GetModelResponse:
-        """Describes a version, by default the serving one."""
-        request = _model_request(version, label)
-        response: pb.GetModelResponse = self._call(self._stub.GetModel, request, timeout_s)
-        return response
-
-    def _call(self, method: Callable[..., _T], request: object, timeout_s: float | None) -> _T:
+    def _call(self, method: Callable[..., Any], request: object, timeout_s: float | None, read: _Read) -> Any:
         attempts = Attempts(self._address, self._retries, timeout_s)
         while True:
             try:
-                return method(request, timeout=attempts.remaining_s())
+                return read(method(request, timeout=attempts.remaining_s()))
             except grpc.RpcError as failure:
                 time.sleep(attempts.pause_s(failure))
 
 
-class AsyncInferenceClient:
+class AsyncInferenceClient(
+    _Calls[
+        AsyncStream, Coroutine[Any, Any, list[int]], Coroutine[Any, Any, str], Coroutine[Any, Any, pb.GetModelResponse]
+    ]
+):
     """`InferenceClient` for asyncio, with the same methods. Create it on a running event loop.
 
     Its methods raise `FailedPrecondition` on any other event loop.
@@ -125,7 +158,7 @@ class AsyncInferenceClient:
         self._retries = retries
         self._loop = asyncio.get_running_loop()
         self._channel = grpc.aio.insecure_channel(address, options=(NO_PROXY, *_OPTIONS))
-        self._methods = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -137,55 +170,29 @@ class AsyncInferenceClient:
         """Closes the channel and cancels every call on it."""
         await self._channel.close()
 
-    def generate(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> AsyncStream:
-        """Starts a generation from a text or from token ids; leaving the stream cancels it."""
-        attempts = Attempts(self._address, self._retries, parameters.get("timeout_s"))
-        return AsyncStream(self._stub.Generate, _generate_request(prompt, parameters), attempts)
-
     async def complete(self, prompt: str | Sequence[int], **parameters: Unpack[Parameters]) -> Completion:
         """Generates from a text or from token ids; returns when all samples have ended."""
         async with self.generate(prompt, **parameters) as stream:
             return complete([event async for event in stream])
 
-    async def tokenize(
-        self, text: str, version: int | None = None, label: str | None = None, timeout_s: float | None = None
-    ) -> list[int]:
-        """Returns the token ids of a text."""
-        request = _tokenize_request(text, version, label)
-        return list((await self._call(self._stub.Tokenize, request, timeout_s)).token_ids)
+    def _open(self, request: pb.GenerateRequest, attempts: Attempts) -> AsyncStream:
+        self._check_loop()
+        return AsyncStream(self._stub.Generate, request, attempts)
 
-    async def detokenize(
-        self,
-        tokens: Sequence[int],
-        version: int | None = None,
-        label: str | None = None,
-        timeout_s: float | None = None,
-    ) -> str:
-        """Returns the text of token ids."""
-        request = _detokenize_request(tokens, version, label)
-        return str((await self._call(self._stub.Detokenize, request, timeout_s)).text)
-
-    async def model(
-        self, version: int | None = None, label: str | None = None, timeout_s: float | None = None
-    ) -> pb.GetModelResponse:
-        """Describes a version, by default the serving one."""
-        request = _model_request(version, label)
-        response: pb.GetModelResponse = await self._call(self._stub.GetModel, request, timeout_s)
-        return response
-
-    @property
-    def _stub(self) -> inference_pb2_grpc.InferenceServiceStub:
-        if asyncio.get_running_loop() is not self._loop:
-            raise FailedPrecondition("This client belongs to another event loop; create one client for each loop.")
-        return self._methods
-
-    async def _call(self, method: Callable[..., Awaitable[_T]], request: object, timeout_s: float | None) -> _T:
+    async def _call(
+        self, method: Callable[..., Any], request: object, timeout_s: float | None, read: Callable[[Any], object]
+    ) -> Any:
+        self._check_loop()
         attempts = Attempts(self._address, self._retries, timeout_s)
         while True:
             try:
-                return await method(request, timeout=attempts.remaining_s())
+                return read(await method(request, timeout=attempts.remaining_s()))
             except grpc.RpcError as failure:
                 await asyncio.sleep(attempts.pause_s(failure))
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise FailedPrecondition("This client belongs to another event loop; create one client for each loop.")
 
 
 def _generate_request(prompt: str | Sequence[int], parameters: Parameters) -> pb.GenerateRequest:
@@ -199,21 +206,6 @@ def _generate_request(prompt: str | Sequence[int], parameters: Parameters) -> pb
         if isinstance(prompt, str):
             return pb.GenerateRequest(prompt=prompt, model=model, sampling=sampling, **given)
         return pb.GenerateRequest(prompt_tokens=pb.TokenIds(ids=prompt), model=model, sampling=sampling, **given)
-
-
-def _tokenize_request(text: str, version: int | None, label: str | None) -> pb.TokenizeRequest:
-    with sendable():
-        return pb.TokenizeRequest(text=text, model=_selector(version, label))
-
-
-def _detokenize_request(tokens: Sequence[int], version: int | None, label: str | None) -> pb.DetokenizeRequest:
-    with sendable():
-        return pb.DetokenizeRequest(token_ids=tokens, model=_selector(version, label))
-
-
-def _model_request(version: int | None, label: str | None) -> pb.GetModelRequest:
-    with sendable():
-        return pb.GetModelRequest(model=_selector(version, label))
 
 
 def _selector(version: int | None, label: str | None) -> pb.ModelSelector | None:
