@@ -76,7 +76,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     metrics = InferenceMetrics(
         collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams
     )
-    server = GrpcServer([SERVICE, ADMIN_SERVICE], protected, metrics.called)
+    server = GrpcServer([SERVICE, ADMIN_SERVICE], metrics.called, protected)
     catalogue = Catalogue(registry, device.backend, metrics)
     residents = Residents(
         catalogue,

@@ -16,7 +16,6 @@ from trainer_service.jobs.specs import Kind
 from trainer_service.translate import KINDS, STATES, request_to_pb
 
 _CALL_S = 30.0
-_START_ADVICE = "start it with `gptloop up`"
 
 
 class TrainerClient(Connection):
@@ -75,7 +74,7 @@ class TrainerClient(Connection):
             raise self._error_of(failure, self._timeout_s) from None
 
     def _error_of(self, failure: grpc.RpcError, timeout_s: float | None) -> GptloopError:
-        error = error_of(failure, self._address, _START_ADVICE)
+        error = error_of(failure, self._address, "gptloop up")
         if isinstance(error, DeadlineExceeded) and timeout_s is not None:
             return DeadlineExceeded(f"The call to {self._address} did not end within {timeout_s:g} s.")
         return error

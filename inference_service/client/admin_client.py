@@ -5,7 +5,7 @@ from typing import Any
 
 import grpc
 
-from inference_service.client.attempts import START_ADVICE
+from inference_service.client.attempts import START
 from shared.errors import DeadlineExceeded
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -74,7 +74,7 @@ class AdminClient(Connection):
         try:
             return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:
-            error = error_of(failure, self._address, START_ADVICE)
+            error = error_of(failure, self._address, START)
             if isinstance(error, DeadlineExceeded):
                 error = DeadlineExceeded(f"The server at {self._address} did not answer within {timeout_s:g} s.")
             raise error from None

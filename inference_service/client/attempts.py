@@ -14,8 +14,8 @@ _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 5.0
 # If the server asks for a longer wait, the caller gets the error.
 _LONGEST_ASKED_S = 60.0
-# What an error adds if no server answers.
-START_ADVICE = "start it with `gptloop up`"
+# The command that starts a server.
+START = "gptloop up"
 
 
 class Attempts:
@@ -42,7 +42,7 @@ class Attempts:
 
     def pause_s(self, failure: grpc.RpcError, received: bool = False) -> float:
         """Returns the pause before the next attempt; raises the error of the failure if there is none."""
-        error = error_of(failure, self._address, START_ADVICE)
+        error = error_of(failure, self._address, START)
         if isinstance(error, DeadlineExceeded):
             error = self.overdue()
         pause_s = self._choose_pause_s(error)

@@ -43,10 +43,6 @@ _OPTIONS = (
 )
 
 
-def _ignore_end(method: str, code: grpc.StatusCode, reason: str | None) -> None:
-    """Default for servers that do not count their calls."""
-
-
 class GrpcServer:
     """An asyncio gRPC server.
 
@@ -55,10 +51,7 @@ class GrpcServer:
     """
 
     def __init__(
-        self,
-        services: Sequence[str],
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
-        ended: Ended = _ignore_end,
+        self, services: Sequence[str], ended: Ended, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()
     ) -> None:
         # gRPC logs a traceback if a client leaves while its call ends.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_concerns_the_server)

@@ -11,6 +11,12 @@ from shared import errors
 # The metadata key of a status's details (gRPC's richer error model).
 _DETAILS_KEY = "grpc-status-details-bin"
 
+# How the details of a call begin if gRPC could not reach a server.
+_NO_SERVER = (
+    *("failed to connect", "Socket closed", "DNS resolution failed", "connections to all backends"),
+    *("Cancelling all calls", "GOAWAY received"),
+)
+
 _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -42,16 +48,13 @@ def details_of(error: errors.GptloopError) -> Sequence[tuple[str, bytes]]:
     return ((_DETAILS_KEY, status.SerializeToString()),)
 
 
-def error_of(call: grpc.RpcError, address: str, advice: str = "") -> errors.GptloopError:
-    """Returns the error that the server raised, from a failed call.
-
-    `advice` completes the sentence that no server answers.
-    """
+def error_of(call: grpc.RpcError, address: str, start: str = "") -> errors.GptloopError:
+    """Returns the error that the server raised, from a failed call; `start` is the command that starts the server."""
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceExhausted(details, _retry_after_s(call))
-    if code is grpc.StatusCode.UNAVAILABLE and _has_no_server(details):
-        return errors.Unavailable(f"No server answers at {address}{advice and f': {advice}'}.")
+    if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_SERVER):
+        return errors.Unavailable(f"No server answers at {address}{start and f': start it with `{start}`'}.")
     for kind, kind_code in _CODES.items():
         if kind_code is code:
             return kind(details)
@@ -66,13 +69,3 @@ def _retry_after_s(call: Any) -> float | None:
                 if detail.Unpack(info):
                     return float(info.retry_delay.ToMilliseconds()) / 1000
     return None
-
-
-def _has_no_server(details: str) -> bool:
-    """Returns whether gRPC itself reports that it could not reach a server."""
-    return details.startswith(
-        (
-            *("failed to connect", "Socket closed", "DNS resolution failed", "connections to all backends"),
-            *("Cancelling all calls", "GOAWAY received"),
-        )
-    )

@@ -40,7 +40,7 @@ def test_every_error_has_a_code_that_maps_back() -> None:
         assert str(error_of(call, "host:1")) == "a sentence"
     unreachable = FakeError(grpc.StatusCode.UNAVAILABLE, "failed to connect to all addresses")
     assert str(error_of(unreachable, "host:1")) == "No server answers at host:1."
-    assert str(error_of(unreachable, "host:1", "start it")) == "No server answers at host:1: start it."
+    assert str(error_of(unreachable, "host:1", "up")) == "No server answers at host:1: start it with `up`."
     assert code_of(errors.DataError("x")) is grpc.StatusCode.INVALID_ARGUMENT
     assert code_of(errors.GptloopError("x")) is grpc.StatusCode.INTERNAL
 
@@ -114,7 +114,7 @@ async def serving(
     servicer: health_pb2_grpc.HealthServicer | None = None,
 ) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel]]:
     """A server and a channel to it; `servicer` answers calls of health if it is given."""
-    server = GrpcServer([SERVICE])
+    server = GrpcServer([SERVICE], lambda *_: None)
     if servicer is not None:
         # The last registered servicer answers.
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server.server)
@@ -225,7 +225,7 @@ async def test_a_server_listens_only_on_the_addresses_of_its_host(host: str, ove
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("Needs IPv6.")
-    server = GrpcServer([SERVICE])
+    server = GrpcServer([SERVICE], lambda *_: None)
     port = await server.start(here(host))
     assert is_open("127.0.0.1", port)
     assert is_open("::1", port) == over_ipv6
@@ -237,7 +237,7 @@ async def test_a_port_in_use_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(errors.AlreadyExists, match=rf"Port {port} of 127.0.0.1 is in use.*THE_PORT"):
-            await GrpcServer([SERVICE]).start(here(port=port))
+            await GrpcServer([SERVICE], lambda *_: None).start(here(port=port))
 
 
 def test_a_client_may_ping_every_second() -> None:
@@ -253,7 +253,7 @@ async def test_an_idle_connection_stays_open_unless_it_pings_too_often(
 ) -> None:
     often = dict(grpc_server._OPTIONS) | {"grpc.http2.min_ping_interval_without_data_ms": 25}
     monkeypatch.setattr(grpc_server, "_OPTIONS", tuple(often.items()))
-    server = GrpcServer([SERVICE])
+    server = GrpcServer([SERVICE], lambda *_: None)
     client = await PingingClient.connect(await server.start(here()))
     answers = set()
     # A server tolerates two pings that come too early.
@@ -286,7 +286,7 @@ def test_the_limit_on_connections_leaves_room_for_open_files(monkeypatch: pytest
 @async_test
 async def test_one_connection_too_many_is_unavailable_and_disturbs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_server, "_most_connections", lambda: 2)
-    server = GrpcServer([SERVICE])
+    server = GrpcServer([SERVICE], lambda *_: None)
     port = await server.start(here())
     others = [await PingingClient.connect(port) for _ in range(2)]
     assert [await other.ping() for other in others] == ["", ""]
