@@ -12,8 +12,6 @@ from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, 
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
 from shared.text import excerpt
 
-_CHUNK_BYTES = 1 << 20
-
 # The macOS Finder writes it into folders that a person has opened.
 IGNORED_NAMES = frozenset({".DS_Store"})
 
@@ -149,35 +147,28 @@ def verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
     or too short.
     """
     try:
-        _verify_files(directory, records)
+        if directory.is_dir() and (what := lacking(directory, records)):
+            raise IncompleteCheckpoint(f"{directory} lacks files of its manifest: {what}.")
+        expected = {record.name for record in records} | {MANIFEST_NAME}
+        present = {path.name for path in directory.iterdir()} - IGNORED_NAMES if directory.is_dir() else set()
+        if present != expected:
+            odd = ", ".join(excerpt(name, 60) for name in sorted(present ^ expected)[:3])
+            raise CorruptCheckpoint(f"{directory} does not match its manifest; missing or extra files: {odd}.")
+        for record in records:
+            path = directory / record.name
+            size_bytes = path.stat().st_size
+            if size_bytes != record.size_bytes:
+                raise CorruptCheckpoint(f"{path} has {size_bytes} bytes, but its manifest says {record.size_bytes}.")
+            if sha256(path) != record.sha256:
+                raise CorruptCheckpoint(f"{path} has changed: its SHA-256 differs from the one in its manifest.")
     except OSError as error:
         raise CorruptCheckpoint(f"{error.filename or directory} cannot be read: {error.strerror}.") from error
 
 
-def _verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
-    if directory.is_dir() and (what := lacking(directory, records)):
-        raise IncompleteCheckpoint(f"{directory} lacks files of its manifest: {what}.")
-    expected = {record.name for record in records} | {MANIFEST_NAME}
-    present = {path.name for path in directory.iterdir()} - IGNORED_NAMES if directory.is_dir() else set()
-    if present != expected:
-        odd = ", ".join(excerpt(name, 60) for name in sorted(present ^ expected)[:3])
-        raise CorruptCheckpoint(f"{directory} does not match its manifest; missing or extra files: {odd}.")
-    for record in records:
-        path = directory / record.name
-        size_bytes = path.stat().st_size
-        if size_bytes != record.size_bytes:
-            raise CorruptCheckpoint(f"{path} has {size_bytes} bytes, but its manifest says {record.size_bytes}.")
-        if sha256(path) != record.sha256:
-            raise CorruptCheckpoint(f"{path} has changed: its SHA-256 differs from the one in its manifest.")
-
-
 def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,7 @@ serving/findings/<n>.<device>.json  the finding about a version on a kind of dev
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,13 +16,12 @@ from shared.errors import CorruptCheckpoint, InvalidArgument, shown
 from shared.registry.commit import files_state, locked, make_folder, replace_texts, writing
 from shared.registry.findings import CORRUPT, Finding, Findings
 from shared.registry.manifest import RUN_NAME, VersionManifest, typed
+from shared.registry.numbering import NUMBER, children
 
 LABELS = ("best", "latest", "stable")
 _PINNED = "pinned:"
 _RUN = "run:"
-# The number of a version in a file or a label.
-_NUMBER = re.compile("[1-9][0-9]{0,17}")
-_FINDING = re.compile(rf"({_NUMBER.pattern})\.[a-z0-9_]+\.json")
+_FINDING = re.compile(rf"({NUMBER.pattern})\.[a-z0-9_]+\.json")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Decided:
 def check_label(label: str) -> str:
     """Returns the label if it can name a version; raises `InvalidArgument` if not."""
     pin, run = label.removeprefix(_PINNED), label.removeprefix(_RUN)
-    if label in LABELS or (pin != label and _NUMBER.fullmatch(pin)) or (run != label and RUN_NAME.fullmatch(run)):
+    if label in LABELS or (pin != label and NUMBER.fullmatch(pin)) or (run != label and RUN_NAME.fullmatch(run)):
         return label
     raise InvalidArgument(
         f"{shown(label)} is not a label; the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."
@@ -89,7 +88,7 @@ class Decisions:
     def stable(self) -> int | None:
         """Returns the number of the stable version, if there is one."""
         text = _read(self._folder / "stable")
-        if text is not None and not _NUMBER.fullmatch(text):
+        if text is not None and not NUMBER.fullmatch(text):
             raise CorruptCheckpoint(f"{self._folder / 'stable'} cannot be understood: {shown(text)} is not a version.")
         return None if text is None else int(text)
 
@@ -112,13 +111,13 @@ class Decisions:
     def findings(self) -> dict[int, list[Finding]]:
         """Reads the findings about each version, by its number; ignores unreadable files."""
         findings: dict[int, list[Finding]] = {}
-        for path in self._finding_files():
+        for number, path in self._finding_files():
             try:
                 text = _read(path)
                 found = Finding(**typed(Finding, json.loads(text or "")))
             except (CorruptCheckpoint, ValueError, TypeError, KeyError, RecursionError):
                 continue
-            findings.setdefault(_number_of(path), []).append(found)
+            findings.setdefault(number, []).append(found)
         return findings
 
     def keep(self, number: int, finding: Finding) -> None:
@@ -132,8 +131,8 @@ class Decisions:
     def forget(self, number: int) -> None:
         """Removes the findings about a version, so that it is judged again."""
         with writing(self._root):
-            for path in self._finding_files():
-                if _number_of(path) == number:
+            for found, path in self._finding_files():
+                if found == number:
                     path.unlink(missing_ok=True)
 
     @contextmanager
@@ -142,10 +141,10 @@ class Decisions:
         with locked(self._root / "serving.lock"):
             yield
 
-    def _finding_files(self) -> list[Path]:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return [path for path in (self._folder / "findings").iterdir() if _FINDING.fullmatch(path.name)]
-        return []
+    def _finding_files(self) -> list[tuple[int, Path]]:
+        """Returns the files of findings, each with the number of its version."""
+        paths = children(self._folder / "findings")
+        return [(int(match[1]), path) for path in paths if (match := _FINDING.fullmatch(path.name))]
 
     def _write(self, texts: Mapping[str, str]) -> None:
         paths = {self._folder / name: text for name, text in texts.items()}
@@ -159,10 +158,6 @@ class Decisions:
 def _file_of(number: int, finding: Finding) -> dict[str, str]:
     """Returns the name and the text of the file of a finding."""
     return {f"findings/{number}.{finding.device}.json": json.dumps(asdict(finding), indent=2)}
-
-
-def _number_of(finding: Path) -> int:
-    return int(finding.name.partition(".")[0])
 
 
 def _read(path: Path) -> str | None:

@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import FailedPrecondition, RunOwnershipLost, shown
+from shared.errors import RunOwnershipLost
 from shared.registry.commit import locked, make_folder, replace_text, writing
-
-_MAX_DIGITS = 18
+from shared.registry.numbering import read_number
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,4 @@ def _lost(run_directory: Path) -> RunOwnershipLost:
 
 
 def _read(path: Path) -> int:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else "0"
-    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
-        raise FailedPrecondition(
-            f"{path} contains {shown(text, 20)}, but must contain a whole number; write 1 into it while no process "
-            "trains this run."
-        )
-    return int(text)
+    return read_number(path, "a whole number; write 1 into it while no process trains this run")

@@ -6,10 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from shared.registry.commit import locked, make_folder, replace_text, writing
-from shared.registry.numbering import children
+from shared.registry.numbering import NUMBER, children
 
 _JOB = re.compile(r"[0-9A-Za-z_-]{1,64}")
-_NUMBER = re.compile("[1-9][0-9]{0,17}")
 # No job waits longer, so an older hold no longer counts.
 _LONGEST_S = 30 * 24 * 3600.0
 
@@ -53,6 +52,6 @@ class Holds:
         for job, age_s in self.ages_s().items():
             with suppress(OSError, ValueError):
                 text = (self._folder / job).read_text(encoding="ascii")
-                if age_s < _LONGEST_S and _NUMBER.fullmatch(text):
+                if age_s < _LONGEST_S and NUMBER.fullmatch(text):
                     held[int(text)] = job
         return held

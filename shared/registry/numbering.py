@@ -1,11 +1,13 @@
-"""The numbers of versions and steps as names of folders, and the highest number that was ever given to a version."""
+"""Numbers as names of folders and in files, and the highest number that was ever given to a version."""
 
+import re
 from pathlib import Path
 
 from shared.errors import FailedPrecondition, shown
 from shared.registry.commit import replace_text
 
-# So that a number fits into 64 bits.
+# The number of a version, which fits into 64 bits.
+NUMBER = re.compile("[1-9][0-9]{0,17}")
 _MAX_DIGITS = 18
 
 
@@ -21,10 +23,22 @@ def numbers(directory: Path) -> list[int]:
 
 def number_of(path: Path) -> int | None:
     """Returns the number that is the name of a path; None if the registry would not write it in this way."""
-    name = path.name
-    if not (name.isascii() and name.isdecimal()) or len(name) > _MAX_DIGITS or name != str(int(name)):
-        return None
-    return int(name)
+    # An imported model has trained for 0 steps.
+    return int(path.name) if path.name == "0" or NUMBER.fullmatch(path.name) else None
+
+
+def read_number(path: Path, right: str) -> int:
+    """Returns the number in a file, 0 if there is no file.
+
+    Raises `FailedPrecondition` if the file contains something else; `right` says what it must contain.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return 0
+    if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
+        raise FailedPrecondition(f"{path} contains {shown(text, 20)}, but must contain {right}.")
+    return int(text)
 
 
 class HighestVersion:
@@ -42,20 +56,9 @@ class HighestVersion:
 
         Raises `FailedPrecondition` if the file is invalid or no number is left, and `OSError` if the disk fails.
         """
-        number = 1 + max(self._read(), *numbers(self._versions), 0)
+        last = read_number(self._path, "the highest number that any version ever had; write it there")
+        number = 1 + max(last, *numbers(self._versions), 0)
         if len(str(number)) > _MAX_DIGITS:
             raise FailedPrecondition(f"{self._versions} contains version {number - 1}, so no higher number is left.")
         replace_text(self._path, str(number))
         return number
-
-    def _read(self) -> int:
-        try:
-            text = self._path.read_text(encoding="utf-8", errors="replace").strip()
-        except FileNotFoundError:
-            return 0
-        if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
-            raise FailedPrecondition(
-                f"{self._path} contains {shown(text, 20)}, but must contain the highest number that any version ever "
-                "had; write it there."
-            )
-        return int(text)

@@ -31,7 +31,7 @@ from shared.registry.commit import (
     verify_files,
     writing,
 )
-from shared.registry.decisions import LABELS, Decided, Decisions, check_label
+from shared.registry.decisions import Decided, Decisions, check_label
 from shared.registry.fence import Fence
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
@@ -111,19 +111,15 @@ class Registry:
         try:
             inode = directory.stat().st_ino
             if self._manifests.get(number, (None, None))[0] != inode:
-                self._manifests[number] = (inode, self._read_manifest(number))
+                manifest = VersionManifest.read(directory)
+                if manifest.version != number:
+                    raise CorruptCheckpoint(f"{directory} contains the manifest of version {manifest.version}.")
+                self._manifests[number] = (inode, manifest)
             return self._manifests[number][1]
         except CorruptCheckpoint:
             # Another process may have removed it in the meantime.
             directory.stat()
             raise
-
-    def _read_manifest(self, number: int) -> VersionManifest:
-        directory = self.version_directory(number)
-        manifest = VersionManifest.read(directory)
-        if manifest.version != number:
-            raise CorruptCheckpoint(f"{directory} contains the manifest of version {manifest.version}.")
-        return manifest
 
     def version_directory(self, number: int) -> Path:
         """Returns the folder of a version, which may not exist."""
@@ -176,14 +172,10 @@ class Registry:
 
     def resolve(self, label: str) -> VersionManifest:
         """Returns the version that a label names; raises `InvalidArgument` if it is not a label, or `NotFound`."""
-        check_label(label)
-        labels = self.labels()
-        number = labels.get(label)
-        if number is None and label not in LABELS:
-            versions = self.versions()
-            number = policy.number_of(label, versions, self.decided(versions))
+        versions = self.versions()
+        number = policy.number_of(check_label(label), versions, self.known(versions))
         if number is None:
-            raise NotFound(f"No version has the label {label!r}; {policy.describe_labels(labels)}.")
+            raise NotFound(f"No version has the label {label!r}; {policy.describe_labels(self.labels())}.")
         return self.version(number)
 
     def publish_version(
