@@ -90,30 +90,26 @@ def _if_known(text: Callable[[pb.VersionStatus], str]) -> Callable[[pb.VersionSt
 
 
 # Losses and bits per byte are the values that the trainer lists under the same names.
-_COLUMNS = (
-    Column[pb.VersionStatus]("version", lambda status: status.version, right=True),
-    Column[pb.VersionStatus](
-        "step", lambda status: status.step, _if_known(lambda status: f"{status.step:,}"), right=True, rank=3
-    ),
-    Column[pb.VersionStatus]("state", _state),
-    Column[pb.VersionStatus](
+_COLUMNS: tuple[Column[pb.VersionStatus], ...] = (
+    Column("version", lambda status: status.version, right=True),
+    Column("step", lambda status: status.step, _if_known(lambda status: f"{status.step:,}"), right=True, rank=3),
+    Column("state", _state),
+    Column(
         "held-out loss",
         lambda status: status.validation_loss,
         _if_known(lambda status: f"{status.validation_loss:.4f}"),
         right=True,
     ),
-    Column[pb.VersionStatus](
+    Column(
         "bits per byte",
         lambda status: status.bits_per_byte,
         _if_known(lambda status: f"{status.bits_per_byte:.4f}"),
         right=True,
     ),
-    Column[pb.VersionStatus]("as served", _measured, _served, right=True, rank=1, key="measured_loss"),
-    Column[pb.VersionStatus]("streams", lambda status: status.streams, _use, right=True, rank=4),
-    Column[pb.VersionStatus](
-        "memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=5
-    ),
-    Column[pb.VersionStatus](
+    Column("as served", _measured, _served, right=True, rank=1, key="measured_loss"),
+    Column("streams", lambda status: status.streams, _use, right=True, rank=4),
+    Column("memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=5),
+    Column(
         "age",
         lambda status: status.created_at.ToSeconds(),
         _if_known(lambda status: format_duration(time.time() - status.created_at.ToSeconds())),
@@ -121,8 +117,8 @@ _COLUMNS = (
         right=True,
         rank=2,
     ),
-    Column[pb.VersionStatus]("labels", lambda status: list(status.labels), wraps=True),
-    Column[pb.VersionStatus]("", lambda status: status.claimed_loss, key="claimed_loss"),
-    Column[pb.VersionStatus]("", lambda status: status.held, key="held"),
-    Column[pb.VersionStatus]("", lambda status: status.reason, key="reason"),
+    Column("labels", lambda status: list(status.labels), wraps=True),
+    Column("", lambda status: status.claimed_loss, key="claimed_loss"),
+    Column("", lambda status: status.held, key="held"),
+    Column("", lambda status: status.reason, key="reason"),
 )

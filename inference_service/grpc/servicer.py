@@ -23,7 +23,7 @@ from inference_service.engine.request import (
     StepFailed,
 )
 from inference_service.grpc import translate
-from inference_service.grpc.translate import Draft, Selection
+from inference_service.grpc.translate import Draft, Selection, selection_from_pb
 from inference_service.metrics import InferenceMetrics
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.resident import Resident
@@ -83,29 +83,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which stays in memory for the call."""
-        chosen = await self._choose(translate.selection_from_pb(message.model))
-        async with self._residents.stream(chosen) as resident:
+        async with self._residents.stream(await self._choose(selection_from_pb(message.model))) as resident:
             return await self._codec.tokenize(message, resident)
 
     async def Detokenize(self, message: pb.DetokenizeRequest, context: object) -> pb.DetokenizeResponse:  # noqa: N802
         """Decodes tokens with the tokenizer of a version, which stays in memory for the call."""
-        chosen = await self._choose(translate.selection_from_pb(message.model))
-        async with self._residents.stream(chosen) as resident:
+        async with self._residents.stream(await self._choose(selection_from_pb(message.model))) as resident:
             return await self._codec.detokenize(message, resident)
 
     async def GetModel(self, message: pb.GetModelRequest, context: object) -> pb.GetModelResponse:  # noqa: N802
         """Describes a version, in memory or not."""
-        manifest = (
-            await self._choose(translate.selection_from_pb(message.model))
-            or (await self._residents.await_serving()).manifest
-        )
+        chosen = await self._choose(selection_from_pb(message.model))
+        manifest = chosen or (await self._residents.await_serving()).manifest
         await self._catalogue.look()
         return translate.model_to_pb(manifest, labels_of(manifest.version, self._catalogue.labels()))
 
     async def _generate(self, draft: Draft, context: Context) -> str:
         """Answers a checked request; returns the finish reason of its last sample."""
-        chosen = await self._choose(draft.selection)
-        async with self._residents.stream(chosen) as resident:
+        async with self._residents.stream(await self._choose(draft.selection)) as resident:
             with (
                 _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
                 self._admission.enter(draft.options.samples) as ticket,

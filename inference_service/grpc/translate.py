@@ -56,18 +56,9 @@ class Draft:
         else:
             _check_length(len(self.prompt), version, context_length)
             prompt = tuple(self.prompt)
-            for token in prompt:
-                if not 0 <= token < tokenizer.vocabulary_size:
-                    raise InvalidArgument(
-                        f"prompt_tokens contains {token}, but version {version} has the tokens 0 to "
-                        f"{tokenizer.vocabulary_size - 1}."
-                    )
-        for token, _ in self.options.sampling.logit_bias:
-            if not 0 <= token < tokenizer.vocabulary_size:
-                raise InvalidArgument(
-                    f"logit_bias contains token {token}, but version {version} has the tokens 0 to "
-                    f"{tokenizer.vocabulary_size - 1}."
-                )
+            _check_tokens("prompt_tokens contains", prompt, version, tokenizer)
+        biased = [token for token, _ in self.options.sampling.logit_bias]
+        _check_tokens("logit_bias contains token", biased, version, tokenizer)
         prompt = prompt or (tokenizer.end_token,)
         _check_length(len(prompt), version, context_length)
         return GenerationRequest(**vars(self.options), version=version, prompt=prompt, seed=seed)
@@ -237,6 +228,14 @@ def _check_length(tokens: int, version: int, context_length: int) -> None:
             f"The prompt has {tokens} tokens, but must have fewer than {context_length}, the context length of version "
             f"{version}."
         )
+
+
+def _check_tokens(what: str, tokens: Sequence[int], version: int, tokenizer: Tokenizer) -> None:
+    for token in tokens:
+        if not 0 <= token < tokenizer.vocabulary_size:
+            raise InvalidArgument(
+                f"{what} {token}, but version {version} has the tokens 0 to {tokenizer.vocabulary_size - 1}."
+            )
 
 
 def _check_characters(prompt: str, tokenizer: Tokenizer, context_length: int) -> None:

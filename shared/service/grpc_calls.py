@@ -128,7 +128,9 @@ class Calls(grpc.aio.ServerInterceptor):
         raise Unavailable(ENDING)
 
     def _wrap(self, handler: Any, path: str) -> Any:
-        method, name = _method_of(handler), self._name_of(path)
+        kind = "stream" if handler.request_streaming else "unary"
+        kind += "_stream" if handler.response_streaming else "_unary"
+        method, name = getattr(handler, kind), self._name_of(path)
 
         def read(raw: bytes) -> Any:
             if handler.request_deserializer is None:
@@ -171,8 +173,6 @@ class Calls(grpc.aio.ServerInterceptor):
                     call.reason = result
                 return result
 
-        kind = "stream" if handler.request_streaming else "unary"
-        kind += "_stream" if handler.response_streaming else "_unary"
         return handler._replace(request_deserializer=None, **{kind: answer})
 
     @asynccontextmanager
@@ -206,13 +206,6 @@ class Calls(grpc.aio.ServerInterceptor):
         self._running.discard(call)
         if name is not None:
             self._ended(name, code, call.reason)
-
-
-def _method_of(handler: Any) -> Callable[[Any, Any], Any]:
-    """Returns the method of a handler of any kind."""
-    kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
-    (method,) = (kind for kind in kinds if kind is not None)
-    return method  # type: ignore[no-any-return]
 
 
 def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:

@@ -14,39 +14,29 @@ Environment = Mapping[str, str]
 _BYTES = re.compile(r"([0-9]{1,19})([KMGTkmgt]?)")
 _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
-
 Default = TypeVar("Default", int, None)
+Number = TypeVar("Number", int, float)
 
 
 def read_int(environment: Environment, name: str, default: Default, *, minimum: int, maximum: int) -> int | Default:
     """Reads an integer; raises `InvalidArgument` if it is not in [minimum, maximum]."""
-    text = environment.get(name, "").strip()
-    if not text:
-        return default
-    try:
-        if not text.isascii():
-            raise ValueError  # Python accepts the digits of every script
-        value = int(text)
-    except ValueError:
-        raise InvalidArgument(
-            f"{name} is {shown(text)}, but must be a whole number from {minimum} to {maximum}."
-        ) from None
-    if not minimum <= value <= maximum:
-        raise InvalidArgument(f"{name} is {shown(value)}, but must be from {minimum} to {maximum}.")
-    return value
+    text = read_str(environment, name, "")
+    return _number(int, "a whole number", name, text, minimum, maximum) if text else default
 
 
 def read_float(environment: Environment, name: str, default: float, *, minimum: float, maximum: float) -> float:
     """Reads a number; raises `InvalidArgument` if it is not in [minimum, maximum]."""
-    text = environment.get(name, "").strip()
-    if not text:
-        return default
+    text = read_str(environment, name, "")
+    return _number(float, "a number", name, text, minimum, maximum) if text else default
+
+
+def _number(kind: type[Number], noun: str, name: str, text: str, minimum: float, maximum: float) -> Number:
     try:
         if not text.isascii():
-            raise ValueError
-        value = float(text)
+            raise ValueError  # Python accepts the digits of every script
+        value = kind(text)
     except ValueError:
-        raise InvalidArgument(f"{name} is {shown(text)}, but must be a number from {minimum} to {maximum}.") from None
+        raise InvalidArgument(f"{name} is {shown(text)}, but must be {noun} from {minimum} to {maximum}.") from None
     if not minimum <= value <= maximum:
         raise InvalidArgument(f"{name} is {excerpt(text)}, but must be from {minimum} to {maximum}.")
     return value
@@ -54,7 +44,7 @@ def read_float(environment: Environment, name: str, default: float, *, minimum: 
 
 def read_bytes(environment: Environment, name: str, default: int, *, maximum: int) -> int:
     """Reads a number of bytes, such as 500M, 10G or 1073741824; K, M, G and T are powers of 1024."""
-    text = environment.get(name, "").strip()
+    text = read_str(environment, name, "")
     if not text:
         return default
     match = _BYTES.fullmatch(text)
