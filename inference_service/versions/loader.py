@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import mlx.core as mx
+
 from inference_service.engine.engine import Engine
 from inference_service.versions.catalogue import Catalogue, refused
 from inference_service.versions.gate import Refused, check_loss, read_content
@@ -29,8 +31,10 @@ class Loader:
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     def close(self) -> None:
-        """Reads nothing more."""
-        self._helper.shutdown(wait=False, cancel_futures=True)
+        """Reads nothing more, once the loads are cancelled."""
+        # A thread must clear its MLX streams before it ends, or the end of the process may abort.
+        self._helper.submit(mx.clear_streams)
+        self._helper.shutdown(wait=False)
 
     async def load(self, manifest: VersionManifest, *, again: bool, instead_of: int | None) -> Resident:
         """Loads a version and notes that it may serve. It is not examined if a finding says so already.
