@@ -2,15 +2,15 @@
 
 import asyncio
 import functools
-from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec
+from collections.abc import Awaitable, Callable
+from typing import ParamSpec
 
 from tests.waiting import HANG_S
 
 Parameters = ParamSpec("Parameters")
 
 
-def async_test(test: Callable[Parameters, Coroutine[Any, Any, None]]) -> Callable[Parameters, None]:
+def async_test(test: Callable[Parameters, Awaitable[None]]) -> Callable[Parameters, None]:
     """Runs a test on an event loop of its own, with the fixtures that it names; fails if it hangs."""
 
     @functools.wraps(test)

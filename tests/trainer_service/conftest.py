@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from shared.registry.store import Registry
 from tests.jobs import training
 from tests.redis_process import RedisServer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect
+from trainer_service.server import TrainingServicer
 from trainer_service.settings import TrainerSettings, read_settings
 
 # The id of the registry whose jobs the tests queue.
@@ -49,6 +51,11 @@ def redis(redis_server: str) -> Iterator[Redis]:
 @pytest.fixture
 def queue(redis: Redis) -> JobQueue:
     return JobQueue(redis, REGISTRY)
+
+
+@pytest.fixture
+def servicer(queue: JobQueue, tmp_path: Path) -> TrainingServicer:
+    return TrainingServicer(queue, Registry(tmp_path / "registry"))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Foreign content of Redis and odd names of files break neither lists nor streams nor metrics."""
 
-import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +14,10 @@ from redis import Redis
 from shared.errors import InvalidArgument, NotFound
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.store import Registry
+from tests.asynchronous import async_test
 from tests.events import PROGRESS, STARTED
 from tests.jobs import EVALUATION, events_of, finish, report, start, training
+from tests.trainer_service.serving import watched
 from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
@@ -35,29 +36,17 @@ from trainer_service.translate import event_to_pb, job_to_pb
 LATIN = "caf\udce9.txt"
 
 
-@pytest.fixture
-def servicer(queue: JobQueue, tmp_path: Path) -> TrainingServicer:
-    return TrainingServicer(queue, Registry(tmp_path / "registry"))
-
-
-def listed(servicer: TrainingServicer, **values: int) -> list[pb.Job]:
+async def listed(servicer: TrainingServicer, **values: int) -> list[pb.Job]:
     """All jobs, as a client gets them: over the wire, page by page."""
     found: list[pb.Job] = []
     token = ""
     while True:
         request = pb.ListJobsRequest(page_token=token, **values)  # type: ignore[arg-type]
-        answer = asyncio.run(servicer.ListJobs(request, None))
+        answer = await servicer.ListJobs(request, None)
         assert len(answer.SerializeToString()) < 4 << 20
         found += answer.jobs
         if not (token := answer.next_page_token):
             return found
-
-
-def watched(servicer: TrainingServicer, job: str) -> list[pb.WatchJobResponse]:
-    async def collect() -> list[pb.WatchJobResponse]:
-        return [event async for event in servicer.WatchJob(pb.WatchJobRequest(job_id=job), None)]
-
-    return asyncio.run(asyncio.wait_for(collect(), 20))
 
 
 ODD: dict[str, Callable[[Redis, str], object]] = {
@@ -90,7 +79,8 @@ ODD: dict[str, Callable[[Redis, str], object]] = {
 
 
 @pytest.mark.parametrize("change", ODD.values(), ids=ODD)
-def test_an_invalid_job_is_listed_with_its_valid_fields(
+@async_test
+async def test_an_invalid_job_is_listed_with_its_valid_fields(
     servicer: TrainingServicer,
     queue: JobQueue,
     redis: Redis,
@@ -101,8 +91,8 @@ def test_an_invalid_job_is_listed_with_its_valid_fields(
 ) -> None:
     other = queue.enqueue(training(tmp_path)).id
     change(redis, queue.store.keys.job(job))
-    assert [each.id for each in listed(servicer)] == [other, job]
-    assert asyncio.run(servicer.GetJob(pb.GetJobRequest(job_id=job), None)).job.id == job
+    assert [each.id for each in await listed(servicer)] == [other, job]
+    assert (await servicer.GetJob(pb.GetJobRequest(job_id=job), None)).job.id == job
     generate_latest(make_metrics(queue))
     for as_json in (False, True):
         print_jobs(list(queue.store.jobs()), as_json)
@@ -110,56 +100,63 @@ def test_an_invalid_job_is_listed_with_its_valid_fields(
     all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
 
 
-def test_an_invalid_job_gives_a_reason_and_keeps_its_state(
+@async_test
+async def test_an_invalid_job_gives_a_reason_and_keeps_its_state(
     servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str
 ) -> None:
     redis.hset(queue.store.keys.job(job), "spec", '{"run": 7}')
-    (shown,) = listed(servicer)
+    (shown,) = await listed(servicer)
     assert (shown.run, shown.state) == ("", pb.JOB_STATE_QUEUED)
     assert shown.reason.startswith("This job cannot be understood: ") and len(shown.reason) < 300
-    assert asyncio.run(servicer.CancelJob(pb.CancelJobRequest(job_id=job), None)).job.state == pb.JOB_STATE_CANCELLED
+    assert (await servicer.CancelJob(pb.CancelJobRequest(job_id=job), None)).job.state == pb.JOB_STATE_CANCELLED
 
 
-def test_a_file_name_that_is_not_unicode_is_shown_with_escapes(
+@async_test
+async def test_a_file_name_that_is_not_unicode_is_shown_with_escapes(
     servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     queue.enqueue(replace(training(tmp_path), data=DatasetSpec((LATIN,))))
-    (shown,) = listed(servicer)
+    (shown,) = await listed(servicer)
     assert list(shown.dataset) == [r"caf\udce9.txt"]
     print_jobs(list(queue.store.jobs()), False)
     assert r"caf\udce9.txt" in capsys.readouterr().out
 
 
-def test_pages_of_large_jobs_are_small_and_lose_none(
+@async_test
+async def test_pages_of_large_jobs_are_small_and_lose_none(
     servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_module, "_MAX_PAGE_BYTES", 40_000)
     names = tuple(f"{number:04d}".ljust(4000, "x") for number in range(1000))
     large = replace(training(tmp_path), data=DatasetSpec(names))
     jobs = [queue.enqueue(replace(large, run=f"run-{number}")).id for number in range(5)]
-    first = asyncio.run(servicer.ListJobs(pb.ListJobsRequest(), None))
+    first = await servicer.ListJobs(pb.ListJobsRequest(), None)
     assert len(first.jobs) == 2 and first.ByteSize() < 40_000
-    found = listed(servicer)
+    found = await listed(servicer)
     assert [each.id for each in found] == jobs[::-1]
     assert found[0].dataset[0] == names[0] and found[0].dataset[-1] == "… and 996 more"
 
 
-def test_jobs_of_one_moment_are_on_one_page_each(
+@async_test
+async def test_jobs_of_one_moment_are_on_one_page_each(
     servicer: TrainingServicer, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.time", lambda: 1e9)
     jobs = [queue.enqueue(training(tmp_path)).id for _ in range(5)]
-    assert [each.id for each in listed(servicer, page_size=1)] == jobs[::-1]
+    assert [each.id for each in await listed(servicer, page_size=1)] == jobs[::-1]
 
 
 @pytest.mark.parametrize("event", [b"", b"{}", b"\xff", b'{"kind": "Nap", "time": 1, "values": {}}', b"[" * 100_000])
-def test_an_invalid_event_does_not_end_a_watch(
+@async_test
+async def test_an_invalid_event_does_not_end_a_watch(
     servicer: TrainingServicer, queue: JobQueue, redis: Redis, job: str, event: bytes
 ) -> None:
     redis.xadd(queue.store.keys.events(job), {"event": event})
     redis.xadd(queue.store.keys.events(job), {"other": b"x"})
     report(queue, job, Notice("after"), StateChanged(JobState.FINISHED))
-    texts = [response.notice.text for response in watched(servicer, job) if response.WhichOneof("event") == "notice"]
+    texts = [
+        response.notice.text for response in await watched(servicer, job) if response.WhichOneof("event") == "notice"
+    ]
     assert [text.partition(":")[0] for text in texts] == 2 * ["An event of this job cannot be understood"] + ["after"]
 
 
