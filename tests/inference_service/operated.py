@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from inference_service.client import AdminClient
+from shared.gpt.config import GPTConfig
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
-from tests.fakes import publish_tiny_version
+from tests.fakes import TINY, publish_tiny_version
 from tests.inference_service.process import Server
 from tests.waiting import wait_until
 
@@ -23,14 +23,14 @@ class Operated:
         self.admin = AdminClient(self.server.address, TOKEN)
         self.client = self.server.client()
 
-    def publish(self, **options: Any) -> VersionManifest:
+    def publish(self, config: GPTConfig = TINY, better_by: float = 0.0) -> VersionManifest:
         """A version with fewer bits per byte than all before."""
         count = len(self.server.registry.versions())
-        return publish_tiny_version(self.server.registry, 8.0 / (count + 1), **options)
+        return publish_tiny_version(self.server.registry, 8.0 / (count + 1), config=config, better_by=better_by)
 
-    def publish_serving(self, **options: Any) -> int:
+    def publish_serving(self, config: GPTConfig = TINY) -> int:
         """The number of a new version, which serves now as the best one."""
-        number = self.publish(**options).version
+        number = self.publish(config).version
         self.admin.set_policy("best")
         self.await_serving(number)
         return number
@@ -45,17 +45,17 @@ class Operated:
     def await_serving(self, number: int) -> None:
         wait_until(lambda: self.state(number) == "SERVING")
 
-    def answering(self, **choice: Any) -> int:
+    def answering(self, version: int | None = None, label: str | None = None) -> int:
         """The version that answers a request, which names it with its digest."""
-        started = next(iter(self.client.generate("x", max_tokens=1, **choice)))
+        started = next(iter(self.client.generate("x", version=version, label=label, max_tokens=1)))
         assert isinstance(started, pb.Started)
         assert started.model_digest == self.server.registry.version(started.model_version).digest
         return started.model_version
 
     @contextmanager
-    def stream(self, **choice: Any) -> Iterator[None]:
+    def stream(self, version: int | None = None) -> Iterator[None]:
         """A stream that runs meanwhile."""
-        with self.client.generate("x", max_tokens=16000, ignore_eos=True, **choice) as stream:
+        with self.client.generate("x", version=version, max_tokens=16000, ignore_eos=True) as stream:
             assert isinstance(next(iter(stream)), pb.Started)
             yield
 

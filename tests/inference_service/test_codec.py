@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -23,6 +22,7 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.asynchronous import async_test
 from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.inference_service.world import World
+from tests.shared.registry.scenarios import make_manifest
 from tests.waiting import HANG_S, eventually
 
 # The largest message that a gRPC client accepts by default.
@@ -31,15 +31,8 @@ CLIENT_LIMIT_BYTES = 4 << 20
 LONG = Tokenizer("long", byte_tokenizer().pattern, [*(bytes([value]) for value in range(256)), b"text"])
 
 
-class Version3:
-    def __init__(self) -> None:
-        self.version = 3
-        self.model = {"context_length": 8}
-
-
 def resident(tokenizer: Tokenizer) -> Resident:
-    manifest: Any = Version3()
-    return Resident(manifest, tokenizer, 1.0, 0)
+    return Resident(make_manifest(3, model={"context_length": 8}), tokenizer, 1.0, 0)
 
 
 def tokenize(text: str, tokenizer: Tokenizer) -> pb.TokenizeResponse:
@@ -162,8 +155,7 @@ async def test_only_verified_tokenizers_are_used(fresh: World) -> None:
     other = Tokenizer("other", byte_tokenizer().pattern, [bytes([255 - value]) for value in range(256)])
     other.save(fresh.registry.version_directory(changed.version) / "tokenizer.json")
 
-    async with fresh.running():
-        await eventually(lambda: fresh.serving == 1)
+    async with fresh.running(1):
         service = servicer(fresh)
         assert (await service.Tokenize(pb.TokenizeRequest(text="a"), None)).token_ids == [97]
         model = pb.ModelSelector(version=changed.version)

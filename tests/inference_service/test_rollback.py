@@ -17,10 +17,9 @@ from tests.waiting import eventually
 
 @async_test
 async def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         assert await world.manager.roll_back() == 3
-        await eventually(lambda: world.serving == 3)
+        await world.serves(3)
         await polls(world)
         assert world.serving == 3
         two = await status(world, 2)
@@ -28,27 +27,24 @@ async def test_a_rollback_goes_to_the_next_version_of_the_policy_and_stays(world
         assert (await status(world, 3)).labels == ("best", "latest")
         # A better one takes over as usual.
         publish_tiny_version(world.registry, 0.5)
-        await eventually(lambda: world.serving == 4)
+        await world.serves(4)
 
 
 @async_test
 async def test_a_rollback_to_a_version_in_memory_takes_no_time(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
-        async with world.residents.stream(None) as old:
-            publish_tiny_version(world.registry, 0.5)
-            await eventually(lambda: world.serving == 4)
-            assert await world.manager.roll_back() == 2
-            assert world.serving == 2 and world.manager.serving is old
+    async with world.running(2), world.residents.stream(None) as old:
+        publish_tiny_version(world.registry, 0.5)
+        await world.serves(4)
+        assert await world.manager.roll_back() == 2
+        assert world.serving == 2 and world.manager.serving is old
 
 
 @async_test
 async def test_a_rollback_does_not_wait_for_room(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         async with world.residents.stream(None):
             publish_tiny_version(world.registry, 0.5)
-            await eventually(lambda: world.serving == 4)
+            await world.serves(4)
             async with world.residents.stream(None):
                 assert await world.manager.roll_back(1) == 1
                 assert world.serving == 1
@@ -69,8 +65,7 @@ def in_the_way(world: World) -> Path:
 @pytest.mark.parametrize("number", [None, 1])
 @async_test
 async def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world: World, number: int | None) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         await eventually(lambda: bool(world.registry.decisions.findings()))
         in_the_way(world)
         with pytest.raises(FailedPrecondition, match="cannot be written"):
@@ -84,8 +79,7 @@ async def test_a_rollback_that_cannot_be_written_fails_and_changes_nothing(world
 @pytest.mark.parametrize("what", ["best", "latest", "stable", "pinned:1", "run:tiny"])
 @async_test
 async def test_a_policy_that_cannot_be_written_does_not_take_effect(world: World, what: str) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         await world.manager.promote(3)
         in_the_way(world)
         with pytest.raises(FailedPrecondition):
@@ -98,8 +92,7 @@ async def test_a_policy_that_cannot_be_written_does_not_take_effect(world: World
 
 @async_test
 async def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         await world.manager.roll_back(1)
         reader = Registry(world.registry.root)
         assert reader.decisions.policy() == "pinned:1"
@@ -110,8 +103,7 @@ async def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> No
 async def test_a_rollback_to_a_damaged_version_fails_and_the_serving_one_stays(world: World) -> None:
     flip_a_bit(world.registry.version_directory(1))
 
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         with pytest.raises(FailedPrecondition, match=r"Version 1 cannot serve: .*SHA-256"):
             await world.manager.roll_back(1)
         await polls(world)
@@ -121,15 +113,14 @@ async def test_a_rollback_to_a_damaged_version_fails_and_the_serving_one_stays(w
     restarted = World(world.registry.root)
 
     async with restarted.running():
-        await eventually(lambda: restarted.serving == 2)
+        await restarted.serves(2)
 
 
 @async_test
 async def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> None:
     flip_a_bit(world.registry.version_directory(3))
 
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         assert await world.manager.roll_back() == 1
         assert world.serving == 1
         with pytest.raises(FailedPrecondition, match="no other version than 1 that could serve, so it serves on"):
@@ -143,8 +134,7 @@ async def test_the_serving_version_stays_until_its_successor_is_loaded(
 ) -> None:
     reading = hold_read(monkeypatch, 1)
 
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         rolling = asyncio.create_task(world.manager.roll_back(1))
         await eventually(reading.entered.is_set)
         async with world.residents.stream(None) as resident:
@@ -159,8 +149,7 @@ async def test_the_serving_version_stays_until_its_successor_is_loaded(
 async def test_a_cancelled_rollback_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     reading = hold_read(monkeypatch, 1)
 
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         rolling = asyncio.create_task(world.manager.roll_back(1))
         await eventually(reading.entered.is_set)
         rolling.cancel()
@@ -172,8 +161,7 @@ async def test_a_cancelled_rollback_changes_nothing(world: World, monkeypatch: p
 
 @async_test
 async def test_the_same_rollback_twice_at_once_refuses_one_version(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         await asyncio.gather(world.manager.roll_back(1), world.manager.roll_back(1))
         assert world.serving == 1
         assert (await status(world, 1)).state is State.SERVING
@@ -185,8 +173,7 @@ async def test_a_rollback_refuses_the_version_that_served_when_it_began(
 ) -> None:
     """Even if the pin lets the other version serve before the refusal is noted."""
 
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         await world.manager.load(1)
         look = world.catalogue.look
 
@@ -208,7 +195,7 @@ async def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
         with pytest.raises(FailedPrecondition, match="No version serves"):
             await world.manager.roll_back()
         publish_tiny_version(world.registry, 1.0)
-        await eventually(lambda: world.serving == 1)
+        await world.serves(1)
         with pytest.raises(FailedPrecondition, match="no other version"):
             await world.manager.roll_back()
         with pytest.raises(FailedPrecondition, match="serves already"):
@@ -220,10 +207,9 @@ async def test_the_only_version_cannot_be_rolled_back(tmp_path: Path) -> None:
 
 @async_test
 async def test_a_pinned_label_never_means_another_version(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         await world.manager.set_policy("pinned:1")
-        await eventually(lambda: world.serving == 1)
+        await world.serves(1)
         await world.manager.roll_back()
         await eventually(lambda: world.serving != 1)
         assert world.catalogue.policy == "pinned:1"
@@ -233,22 +219,19 @@ async def test_a_pinned_label_never_means_another_version(world: World) -> None:
 
 @async_test
 async def test_a_rolled_back_version_that_is_still_in_memory_can_be_loaded_again(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
-        async with world.residents.stream(None):
-            await world.manager.load(2)
-            await world.manager.roll_back()
-            await eventually(lambda: world.serving == 3)
-            two = await status(world, 2)
-            assert (two.state, two.held, two.streams) == (State.REFUSED, False, 1)
-            await world.manager.load(2)
-            await eventually(lambda: world.serving == 2)
+    async with world.running(2), world.residents.stream(None):
+        await world.manager.load(2)
+        await world.manager.roll_back()
+        await world.serves(3)
+        two = await status(world, 2)
+        assert (two.state, two.held, two.streams) == (State.REFUSED, False, 1)
+        await world.manager.load(2)
+        await world.serves(2)
 
 
 @async_test
 async def test_a_version_whose_streams_keep_failing_is_rolled_back(world: World) -> None:
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         step = GptloopError("a step of eight streams failed")
         for _ in range(8):
             world.manager.failed(2, step)
@@ -256,7 +239,7 @@ async def test_a_version_whose_streams_keep_failing_is_rolled_back(world: World)
         world.manager.failed(3, GptloopError("of another version"))
         assert (await status(world, 2)).state is State.SERVING
         world.manager.failed(2, GptloopError("no finite numbers"))
-        await eventually(lambda: world.serving == 3)
+        await world.serves(3)
         two = await status(world, 2)
         assert two.state is State.REFUSED
         assert two.reason == "failing: 3 failures within 60 s, at last: no finite numbers"
@@ -271,13 +254,12 @@ async def test_if_the_next_version_fails_too_neither_is_refused(world: World) ->
         for _ in range(3):
             world.manager.failed(number, GptloopError("the device is gone"))
 
-    async with world.running():
-        await eventually(lambda: world.serving == 2)
+    async with world.running(2):
         fail(2)
-        await eventually(lambda: world.serving == 3)
+        await world.serves(3)
         fail(3)
         states = [(await status(world, number)).state for number in (2, 3)]
         assert State.REFUSED not in states
-        await eventually(lambda: world.serving == 2)
+        await world.serves(2)
         fail(2)
         assert (await status(world, 2)).state is State.SERVING

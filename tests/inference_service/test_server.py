@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from inference_service.client import InferenceClient
+from inference_service.client import AdminClient, InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
@@ -185,21 +185,20 @@ def test_no_server_is_one_sentence() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        with (
-            InferenceClient(address) as client,
-            pytest.raises(errors.Unavailable, match=f"No server answers at {address}"),
-        ):
-            list(client.generate("x"))
+        with InferenceClient(address) as client, AdminClient(address) as admin:
+            for call in (lambda: list(client.generate("x")), admin.roll_back):
+                with pytest.raises(errors.Unavailable, match=f"No server answers at {address}"):
+                    call()
 
 
-def command(*arguments: str, address: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, address: str, typed: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "inference_service", *arguments, "--address", address],
         cwd=ROOT,
         capture_output=True,
         text=True,
+        input=typed,
         timeout=HANG_S,
-        **options,
     )
 
 
@@ -254,7 +253,7 @@ def test_a_wrong_command_is_one_sentence(server: Server, arguments: tuple[str, .
 
 def test_chat_continues_each_line_and_takes_commands(server: Server) -> None:
     lines = "/seed 5\nOnce\nOnce\n/temperature hot\n/nonsense\n\n/quit\n"
-    done = command("chat", "--max-tokens", "8", address=server.address, input=lines)
+    done = command("chat", "--max-tokens", "8", address=server.address, typed=lines)
     assert done.returncode == 0, done.stderr
     assert len(re.findall("seed 5 ", done.stderr)) == 2
     assert "not 'hot'" in done.stderr

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import cast
 
 import pytest
 
 from inference_service import watchdog
+from inference_service.engine.engine import Engine
 from inference_service.pauses import LOOK_INTERVAL_S, Pauses
 from inference_service.watchdog import Watchdog
 from inference_service.write_timeouts import WriteTimeouts
@@ -47,7 +48,7 @@ class Watched:
         self.serves = False
         self.health: list[bool] = []
         self._looks = 0
-        engine: Any = self.engine
+        engine = cast(Engine, self.engine)
         pauses = Pauses(self.clock)
         self._watchdog = Watchdog(
             engine, self._look, self._set_serving, STUCK_AFTER_S, pauses, WriteTimeouts(10.0, pauses, self.clock)

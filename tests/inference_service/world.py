@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -16,11 +15,13 @@ from inference_service.engine.engine import Engine
 from inference_service.metrics import InferenceMetrics
 from inference_service.versions import gate, loader
 from inference_service.versions.catalogue import Catalogue
+from inference_service.versions.gate import Content
 from inference_service.versions.loader import Loader
 from inference_service.versions.manager import VersionManager
 from inference_service.versions.residents import Residents
 from inference_service.versions.status import VersionStatus
 from shared.device.accelerator import Memory
+from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from tests.decoders import make_decoder
 from tests.waiting import HANG_S, eventually
@@ -55,11 +56,18 @@ class World:
     def value(self, name: str, **labels: str) -> float:
         return self.collectors.get_sample_value(f"gptloop_inference_{name}", labels) or 0.0
 
+    async def serves(self, number: int) -> None:
+        """Waits until a version serves."""
+        await eventually(lambda: self.serving == number)
+
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, serving: int | None = None) -> AsyncIterator[None]:
+        """Runs inside the block, which begins once `serving` serves, if it is given."""
         self.engine.start()
         task = asyncio.create_task(self.manager.run(0.01))
         try:
+            if serving is not None:
+                await self.serves(serving)
             yield
             assert not task.done(), task.exception()
         finally:
@@ -81,11 +89,11 @@ def hold_read(monkeypatch: pytest.MonkeyPatch, number: int) -> HeldRead:
     reading = HeldRead(threading.Event(), threading.Event())
     read = gate.read_content
 
-    def slow(*arguments: Any) -> Any:
-        if arguments[1].version == number:
+    def slow(registry: Registry, manifest: VersionManifest) -> Content:
+        if manifest.version == number:
             reading.entered.set()
             assert reading.go_on.wait(HANG_S)
-        return read(*arguments)
+        return read(registry, manifest)
 
     monkeypatch.setattr(loader, "read_content", slow)
     return reading
@@ -107,7 +115,7 @@ async def polls(world: World, count: int = 3) -> None:
     seen = 0
     versions = world.registry.versions
 
-    def counted() -> Any:
+    def counted() -> list[VersionManifest]:
         nonlocal seen
         seen += 1
         return versions()

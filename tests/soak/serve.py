@@ -23,6 +23,7 @@ import typer
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inference_service.client import AsyncInferenceClient
+from inference_service.client.client import Parameters
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted
 from shared.gpt.config import GPTConfig
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -184,7 +185,8 @@ class Soak:
         return "complete"
 
     async def _send_invalid(self) -> str:
-        invalid: dict[str, Any] = self._random.choice([{"top_p": 7.0}, {"n": 99}, {"logit_bias": {9999: 1.0}}])
+        choices: list[Parameters] = [{"top_p": 7.0}, {"n": 99}, {"logit_bias": {9999: 1.0}}]
+        invalid = self._random.choice(choices)
         try:
             await self._client.complete("x", **invalid)
         except InvalidArgument:

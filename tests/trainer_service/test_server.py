@@ -144,7 +144,8 @@ def test_a_malformed_request_is_one_sentence_with_the_right_code(
         grpc.insecure_channel(address) as channel,
         pytest.raises(grpc.RpcError) as raised,
     ):
-        channel.unary_unary(f"/{SERVICE}/{method}")(raw)
+        call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/{method}")
+        call(raw)
     error = raised.value
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and sentence in str(error.details())
     refused = {"method": method, "code": "invalid_argument"}

@@ -25,17 +25,6 @@ def test_an_http_proxy_is_ignored(operated: Operated, monkeypatch: pytest.Monkey
         assert admin.versions().versions
 
 
-def test_a_missing_server_is_reported_in_one_sentence() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-        with (
-            AdminClient(address) as admin,
-            pytest.raises(errors.Unavailable, match=f"No server answers at {address}"),
-        ):
-            admin.roll_back()
-
-
 def test_a_silent_server_is_reported_in_one_sentence() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,18 +29,19 @@ def test_bias_and_penalties_change_what_is_drawn(harness: Harness) -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
+    "changed",
     [
-        {"repetition_penalty": 1.5},
-        {"presence_penalty": 2.0},
-        {"frequency_penalty": 1.0},
-        {"logit_bias": ((ord("q"), 1.0), (ord("z"), 2.0))},
+        SamplingParameters(temperature=0.0, repetition_penalty=1.5),
+        SamplingParameters(temperature=0.0, presence_penalty=2.0),
+        SamplingParameters(temperature=0.0, frequency_penalty=1.0),
+        SamplingParameters(temperature=0.0, logit_bias=((ord("q"), 1.0), (ord("z"), 2.0))),
     ],
-    ids=str,
+    ids=["repetition penalty", "presence penalty", "frequency penalty", "logit bias"],
 )
-def test_greedy_tokens_are_the_likeliest_after_penalties_and_bias(harness: Harness, values: dict[str, Any]) -> None:
+def test_greedy_tokens_are_the_likeliest_after_penalties_and_bias(
+    harness: Harness, changed: SamplingParameters
+) -> None:
     greedy = SamplingParameters(temperature=0.0)
-    changed = replace(greedy, **values)
     plain, result = harness.generate(request("plain", sampling=greedy), request("changed", sampling=changed))
     assert result.tokens != plain.tokens
     model = tiny_model(0)
@@ -53,13 +53,19 @@ def test_greedy_tokens_are_the_likeliest_after_penalties_and_bias(harness: Harne
         assert int(np.argmax(adjusted)) == token
 
 
-@pytest.mark.parametrize("values", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
-def test_a_filter_that_leaves_one_token_draws_the_likeliest(harness: Harness, values: dict[str, Any]) -> None:
-    hot = SamplingParameters(temperature=3.0)
+HOT = SamplingParameters(temperature=3.0)
+
+
+@pytest.mark.parametrize(
+    "filtering",
+    [replace(HOT, top_k=1), replace(HOT, top_p=1e-6), replace(HOT, min_p=1.0)],
+    ids=["top_k", "top_p", "min_p"],
+)
+def test_a_filter_that_leaves_one_token_draws_the_likeliest(harness: Harness, filtering: SamplingParameters) -> None:
     greedy, filtered, free = harness.generate(
         request("greedy", sampling=SamplingParameters(temperature=0.0)),
-        request("filtered", sampling=replace(hot, **values)),
-        request("free", sampling=hot),
+        request("filtered", sampling=filtering),
+        request("free", sampling=HOT),
     )
     assert filtered.tokens == greedy.tokens != free.tokens
 

@@ -1,8 +1,7 @@
 """Failed steps and numbers that are not finite end some streams and not others."""
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence as Many
 
 import mlx.core as mx
 import numpy as np
@@ -10,8 +9,9 @@ import pytest
 
 from inference_service.engine import runner
 from inference_service.engine.engine import Engine
-from inference_service.engine.request import Delta, Failed, FinishReason, NotFinite, Output, StepFailed
+from inference_service.engine.request import Delta, Draw, Failed, FinishReason, NotFinite, Output, StepFailed
 from inference_service.engine.runner import draw_token
+from inference_service.engine.sequence import Sequence
 from shared.decoding.cpu_decoder import CpuDecoder
 from shared.decoding.sampling import Logits, SamplingParameters
 from shared.decoding.spans import Span
@@ -80,7 +80,7 @@ def test_a_prefix_that_was_not_finite_is_computed_again(monkeypatch: pytest.Monk
     forward = CpuDecoder.forward
     spoils = iter([True])
 
-    def spoil(self: CpuDecoder, spans: Sequence[Span]) -> Sequence[Logits]:
+    def spoil(self: CpuDecoder, spans: Many[Span]) -> Many[Logits]:
         logits = forward(self, spans)
         if next(spoils, False):
             for layer in self._caches:
@@ -146,7 +146,7 @@ def test_a_prompt_outside_the_failed_step_is_computed_again(monkeypatch: pytest.
 
 
 def test_a_failed_draw_ends_one_stream(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(sequence: Any, logits: Logits, token: int | None) -> Any:
+    def fail(sequence: Sequence, logits: Logits, token: int | None) -> Draw | NotFinite:
         if sequence.request.id == "bad" and sequence.generated_tokens == 3:
             raise ValueError("no")
         return draw_token(sequence, logits, token)

@@ -1,6 +1,5 @@
 import tracemalloc
 from dataclasses import fields
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -92,33 +91,39 @@ def test_every_field_is_translated() -> None:
     assert all(getattr(expected.sampling, field.name) != field.default for field in fields(expected.sampling))
 
 
-WRONG: list[tuple[str, dict[str, Any]]] = [
-    ("max_tokens is 0", {"max_tokens": 0}),
-    ("max_tokens is -1", {"max_tokens": -1}),
-    ("min_tokens is -1", {"min_tokens": -1}),
-    ("min_tokens is 5, but must be from 0 to max_tokens \\(4\\)", {"max_tokens": 4, "min_tokens": 5}),
-    ("logprobs is 21", {"logprobs": 21}),
-    ("logprobs is -1", {"logprobs": -1}),
-    ("stop contains an empty text", {"stop": ["a", ""]}),
-    ("stop has 17 texts", {"stop": ["a"] * 17}),
-    ("stop contains a text of 257", {"stop": ["a" * 257]}),
-    ("top_p is 1.5", {"sampling": pb.Sampling(top_p=1.5)}),
-    ("temperature is -1", {"sampling": pb.Sampling(temperature=-1)}),
-    ("temperature is nan", {"sampling": pb.Sampling(temperature=float("nan"))}),
-    ("presence_penalty is 2.5", {"sampling": pb.Sampling(presence_penalty=2.5)}),
-    ("frequency_penalty is nan", {"sampling": pb.Sampling(frequency_penalty=float("nan"))}),
-    ("logit_bias of token 7 is 101", {"sampling": pb.Sampling(logit_bias={7: 101.0})}),
-    ("logit_bias has 301 tokens", {"sampling": pb.Sampling(logit_bias=dict.fromkeys(range(301), 1.0))}),
-    ("n is 0", {"n": 0}),
-    ("n is 5, but must be from 1 to 4, the slots", {"n": 5}),
-    ("model.version is 0", {"model": pb.ModelSelector(version=0)}),
+WRONG: list[tuple[str, pb.GenerateRequest]] = [
+    ("max_tokens is 0", pb.GenerateRequest(prompt="x", max_tokens=0)),
+    ("max_tokens is -1", pb.GenerateRequest(prompt="x", max_tokens=-1)),
+    ("min_tokens is -1", pb.GenerateRequest(prompt="x", min_tokens=-1)),
+    (
+        "min_tokens is 5, but must be from 0 to max_tokens \\(4\\)",
+        pb.GenerateRequest(prompt="x", max_tokens=4, min_tokens=5),
+    ),
+    ("logprobs is 21", pb.GenerateRequest(prompt="x", logprobs=21)),
+    ("logprobs is -1", pb.GenerateRequest(prompt="x", logprobs=-1)),
+    ("stop contains an empty text", pb.GenerateRequest(prompt="x", stop=["a", ""])),
+    ("stop has 17 texts", pb.GenerateRequest(prompt="x", stop=["a"] * 17)),
+    ("stop contains a text of 257", pb.GenerateRequest(prompt="x", stop=["a" * 257])),
+    ("top_p is 1.5", pb.GenerateRequest(prompt="x", sampling=pb.Sampling(top_p=1.5))),
+    ("temperature is -1", pb.GenerateRequest(prompt="x", sampling=pb.Sampling(temperature=-1))),
+    ("temperature is nan", pb.GenerateRequest(prompt="x", sampling=pb.Sampling(temperature=float("nan")))),
+    ("presence_penalty is 2.5", pb.GenerateRequest(prompt="x", sampling=pb.Sampling(presence_penalty=2.5))),
+    ("frequency_penalty is nan", pb.GenerateRequest(prompt="x", sampling=pb.Sampling(frequency_penalty=float("nan")))),
+    ("logit_bias of token 7 is 101", pb.GenerateRequest(prompt="x", sampling=pb.Sampling(logit_bias={7: 101.0}))),
+    (
+        "logit_bias has 301 tokens",
+        pb.GenerateRequest(prompt="x", sampling=pb.Sampling(logit_bias=dict.fromkeys(range(301), 1.0))),
+    ),
+    ("n is 0", pb.GenerateRequest(prompt="x", n=0)),
+    ("n is 5, but must be from 1 to 4, the slots", pb.GenerateRequest(prompt="x", n=5)),
+    ("model.version is 0", pb.GenerateRequest(prompt="x", model=pb.ModelSelector(version=0))),
 ]
 
 
-@pytest.mark.parametrize(("sentence", "fields"), WRONG, ids=[sentence for sentence, _ in WRONG])
-def test_an_invalid_field_is_named(sentence: str, fields: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("sentence", "message"), WRONG, ids=[sentence for sentence, _ in WRONG])
+def test_an_invalid_field_is_named(sentence: str, message: pb.GenerateRequest) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
-        translate.draft_from_pb(pb.GenerateRequest(prompt="x", **fields), None, slots=4)
+        translate.draft_from_pb(message, None, slots=4)
 
 
 def test_a_request_without_a_prompt_is_rejected() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -77,7 +76,7 @@ class Slots(RuleBasedStateMachine):
         self.decoder = self.make(model)
         self.held: list[tuple[int, ...]] = [()] * SLOTS
         # Tokens that were in a slot, and the blocks that were read from it then.
-        self.kept: list[tuple[tuple[int, ...], Any]] = []
+        self.kept: list[tuple[tuple[int, ...], list[tuple[int, object]]]] = []
 
     @rule(data=st.data(), seed=seeds, slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, unique=True))
     def read_tokens(self, data: st.DataObject, seed: int, slots: list[int]) -> None:

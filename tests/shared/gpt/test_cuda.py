@@ -1,7 +1,6 @@
 """The NVIDIA kernels against the plain formulas in fp32. A bf16 number has 8 bits, so 2**-8 is its rounding."""
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,9 +20,10 @@ def assert_close(actual: mx.array, expected: mx.array, tolerance: float = 2**-7)
     assert (difference < tolerance).item()
 
 
-def assert_same_function(
-    fast: Callable[..., Any], plain: Callable[..., Any], inputs: list[mx.array], cotangents: list[mx.array]
-) -> None:
+Function = Callable[..., mx.array | tuple[mx.array, ...]]
+
+
+def assert_same_function(fast: Function, plain: Function, inputs: list[mx.array], cotangents: list[mx.array]) -> None:
     """Values and gradients."""
     wide = [array.astype(mx.float32) for array in inputs]
     actual = mx.vjp(fast, inputs, cotangents)

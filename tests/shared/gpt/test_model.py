@@ -1,27 +1,19 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from shared.device import accelerator
 from shared.errors import CorruptCheckpoint
 from shared.gpt.config import GPTConfig, count_parameters
-from shared.gpt.model import GPT
+from shared.gpt.model import GPT, parameters_of
 from shared.gpt.weights import load_model, save_model
 
 CONFIG = GPTConfig(
     layers=2, width=48, heads=3, hidden_width=96, context_length=24, vocabulary_size=97, tied_head=True, dropout=0.1
 )
-
-
-def arrays_of(model: Any) -> dict[str, mx.array]:
-    """Returns all parameters by name, which MLX does not type."""
-    flat: Any = tree_flatten(model.parameters())
-    return dict(flat)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def random_tokens(*shape: int) -> mx.array:
 )
 def test_the_parameter_formula_counts_the_arrays(shape: GPTConfig, tied: bool) -> None:
     config = replace(shape, tied_head=tied)
-    sizes = {name: value.size for name, value in arrays_of(GPT(config)).items()}
+    sizes = {name: value.size for name, value in parameters_of(GPT(config)).items()}
     count = count_parameters(config)
     assert count.total == sum(sizes.values())
     assert count.embedding == sum(size for name, size in sizes.items() if "embedding" in name)

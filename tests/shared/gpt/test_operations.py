@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +13,7 @@ from shared.gpt.operations import add_norm, causal_attention, dropout, exp_below
 # Relative to the largest element.
 TOLERANCE = 1e-4
 
-Function = Callable[..., Any]
+Function = Callable[..., mx.array | tuple[mx.array, ...]]
 
 
 def assert_close(actual: mx.array, expected: mx.array | np.ndarray, tolerance: float = TOLERANCE) -> None:

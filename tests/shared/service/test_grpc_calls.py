@@ -2,7 +2,7 @@
 
 import asyncio
 import collections
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.slow
 
 SERVICE = "inference.v1.InferenceService"
+Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 Counts = collections.Counter[tuple[str, str, str | None]]
 
 
@@ -38,16 +39,16 @@ class Service(inference_pb2_grpc.InferenceServiceServicer):
         self.go_on = asyncio.Event()
         self.error: Exception = errors.ResourceExhausted("Full.", 2.0)
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
+    async def Tokenize(self, request: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:  # noqa: N802
         return pb.TokenizeResponse(token_ids=list(request.text.encode()))
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> str:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> str:  # noqa: N802
         self.entered.set()
         await self.go_on.wait()
         await context.write(pb.GenerateResponse())
         return "EOS"
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
+    async def GetModel(self, request: pb.GetModelRequest, context: object) -> pb.GetModelResponse:  # noqa: N802
         raise self.error
 
 
@@ -63,7 +64,7 @@ class Wire:
         call = self.channel.unary_unary(f"/{service}/{method}")
         return bytes(await call(raw))
 
-    async def generate(self) -> list[Any]:
+    async def generate(self) -> list[pb.GenerateResponse]:
         return [response async for response in self.stub.Generate(pb.GenerateRequest())]
 
 
@@ -79,7 +80,7 @@ async def serving() -> AsyncIterator[Wire]:
     await server.stop(0.0, asyncio.Event())
 
 
-async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
+async def refused(call: Awaitable[object]) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
     return raised.value.code(), str(raised.value.details())
@@ -293,7 +294,7 @@ def test_a_message_is_cut_only_if_it_must_be(text: str) -> None:
         assert encoded.startswith(cut.removesuffix("…").encode())
 
 
-async def code_of(call: Any) -> grpc.StatusCode:
+async def code_of(call: Awaitable[object]) -> grpc.StatusCode:
     try:
         await call
     except grpc.aio.AioRpcError as error:

@@ -5,7 +5,7 @@ import resource
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -45,10 +45,10 @@ def test_every_error_has_a_code_that_maps_back() -> None:
     assert code_of(errors.GptloopError("x")) is grpc.StatusCode.INTERNAL
 
 
-# The types of the stubs cover neither their methods nor asyncio channels.
+# The types of the stubs do not cover their methods.
 
 
-def health_stub(channel: Any) -> Any:
+def health_stub(channel: grpc.Channel | grpc.aio.Channel) -> Any:
     return health_pb2_grpc.HealthStub(channel)
 
 
@@ -76,10 +76,10 @@ class Raising(health_pb2_grpc.HealthServicer):
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def Check(self, request: object, context: object) -> NoReturn:  # noqa: N802
         raise self.error
 
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+    async def Watch(self, request: object, context: object) -> AsyncIterator[health_pb2.HealthCheckResponse]:  # noqa: N802
         yield health_pb2.HealthCheckResponse(status=SERVING)
         raise self.error
 
@@ -91,7 +91,7 @@ class Hanging(health_pb2_grpc.HealthServicer):
         self.entered = asyncio.Event()
         self.ended = asyncio.Event()
 
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802
+    async def Check(self, request: object, context: object) -> health_pb2.HealthCheckResponse:  # noqa: N802
         self.entered.set()
         await self.ended.wait()
         return health_pb2.HealthCheckResponse(status=SERVING)
