@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from shared.device.accelerator import Memory
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from tests.decoders import make_decoder
+from tests.fakes import publish_tiny_version
 from tests.waiting import HANG_S, eventually
 
 
@@ -123,3 +124,14 @@ async def polls(world: World, count: int = 3) -> None:
     world.registry.versions = counted  # type: ignore[method-assign]
     await eventually(lambda: seen >= count)
     world.registry.versions = versions  # type: ignore[method-assign]
+
+
+def drop(world: World, change: Callable[[Path], None], name: str) -> VersionManifest:
+    """Puts a version into the registry that was changed after its commit."""
+    staged = Registry(world.registry.root.parent / name)
+    while len(staged.versions()) < len(world.registry.versions()) + 1:
+        manifest = publish_tiny_version(staged, 0.5)
+    directory = staged.version_directory(manifest.version)
+    change(directory)
+    directory.rename(world.registry.version_directory(manifest.version))
+    return manifest
