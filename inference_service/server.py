@@ -40,7 +40,7 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_nam
 ADMIN_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["ModelAdminService"].full_name
 # The engine may take this long to finish its last step.
 _LAST_STEP_S = 5.0
-_STUCK = "The engine is stuck and the server restarts; ask again in a moment."
+_STUCK = "The engine is stuck and the server restarts; try again in a moment."
 
 
 async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) -> bool:
