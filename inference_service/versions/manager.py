@@ -6,13 +6,13 @@ Everything here belongs to the event loop.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, suppress
 
 from inference_service.engine.request import FAILURES_WITHIN_S, MAX_FAILURES
 from inference_service.versions.catalogue import Catalogue
+from inference_service.versions.entry import Entry
 from inference_service.versions.failures import Failures
-from inference_service.versions.planner import Seen, State, Version, candidates, plan
+from inference_service.versions.planner import State, Version, candidates, plan
 from inference_service.versions.resident import Resident
 from inference_service.versions.residents import Residents
 from inference_service.versions.status import VersionStatus, status_of, why_none_serves
@@ -52,20 +52,19 @@ class VersionManager:
 
     def replan(self) -> None:
         """Plans, and carries the plan out."""
-        seen, memory, wanted = self._seen(), self._residents.memory(), self._residents.wanted()
-        self._residents.carry_out(plan(seen, memory, wanted, time.monotonic(), self._margin))
+        residents = self._residents
+        seen = self._catalogue.seen(residents.manifests)
+        residents.carry_out(plan(seen, residents.memory(), residents.wanted(), time.monotonic(), self._margin))
 
     @property
     def serving(self) -> Resident | None:
         """The version that answers calls that name none."""
         return self._residents.serving
 
-    def _seen(self, without: int | None = None) -> Seen:
-        return self._catalogue.seen(self._residents.manifests, without)
-
     def _candidates(self, without: int | None = None) -> list[Version]:
         """The versions that may serve now, the best first; as if a version were refused if `without` names it."""
-        return candidates(self._seen(without), self._residents.memory(), time.monotonic())
+        seen, memory = self._catalogue.seen(self._residents.manifests, without), self._residents.memory()
+        return candidates(seen, memory, memory.serving, time.monotonic())
 
     def _why_none_serves(self) -> str:
         """Why no version serves, and none is about to; empty otherwise."""
@@ -118,8 +117,8 @@ class VersionManager:
         manifests = {each.version: each for each in [*catalogue.versions, *self._residents.manifests]}
         statuses = [
             status_of(
-                manifest,
-                self._residents.entries.get(number),
+                self._residents.entries.get(number) or Entry.of(manifest),
+                number in self._residents.without_room,
                 catalogue.finding(manifest),
                 catalogue.lacking(manifest),
                 labels,
@@ -181,31 +180,25 @@ class VersionManager:
         if number == bad.manifest.version:
             raise FailedPrecondition(f"Version {number} serves already.")
         await self._catalogue.look()
-        async with self._successor(bad, number) as successor:
+        async with AsyncExitStack() as secured:
+            successor = await self._secure_successor(secured, bad.manifest.version, number)
             sentence, label = "an operator rolled it back", None if number is None else pinned(number)
             await self._catalogue.roll_back(bad.manifest, bad.loss, sentence, label)
             self._replace(bad)
             return successor.manifest.version
 
-    @asynccontextmanager
-    async def _successor(self, bad: Resident, number: int | None) -> AsyncIterator[Resident]:
-        """Keeps in memory what is to serve after a version."""
-        before = bad.manifest.version
+    async def _secure_successor(self, stack: AsyncExitStack, before: int, number: int | None) -> Resident:
+        """Returns the version that is to serve after another one; it stays in memory until the stack is left."""
         if number is not None:
-            async with self._residents.secured(await self._catalogue.manifest(number), before) as successor:
-                yield successor
-            return
-        async with AsyncExitStack() as stack:
-            why = ""
-            manifests = {each.version: each for each in self._catalogue.versions}
-            others = [manifests[version.number] for version in self._candidates(without=before)]
-            # What is in memory serves at once.
-            for manifest in sorted(others, key=lambda each: self._residents.of(each) is None):
-                try:
-                    successor = await stack.enter_async_context(self._residents.secured(manifest, before))
-                except (FailedPrecondition, NotFound, Unavailable) as error:
-                    why = f" {error}"
-                    continue
-                yield successor
-                return
-            raise FailedPrecondition(f"There is no other version than {before} that could serve, so it serves on.{why}")
+            manifest = await self._catalogue.manifest(number)
+            return await stack.enter_async_context(self._residents.secured(manifest, before))
+        why = ""
+        manifests = {each.version: each for each in self._catalogue.versions}
+        others = [manifests[version.number] for version in self._candidates(without=before)]
+        # What is in memory serves at once.
+        for manifest in sorted(others, key=lambda each: self._residents.of(each) is None):
+            try:
+                return await stack.enter_async_context(self._residents.secured(manifest, before))
+            except (FailedPrecondition, NotFound, Unavailable) as error:
+                why = f" {error}"
+        raise FailedPrecondition(f"There is no other version than {before} that could serve, so it serves on.{why}")

@@ -15,7 +15,7 @@
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from shared.registry.findings import LOSS_MISMATCH, WORSE
@@ -24,8 +24,8 @@ from shared.registry.findings import LOSS_MISMATCH, WORSE
 class State(Enum):
     """The state of a version in this server.
 
-    A `WAITING` one waits for room in memory, or for its files. A `RESIDENT` one is in memory and answers the calls that
-    name it. `REFUSED` stands in listings only.
+    A `RESIDENT` one is in memory and answers the calls that name it. Two states are for listings only: a `WAITING` one
+    waits for room in memory, or for its files, and a `REFUSED` one must not serve.
     """
 
     AVAILABLE = auto()
@@ -156,42 +156,38 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
     `wanted` stands in the order in which the calls came. A version may be worse than the one it replaces by `margin`
     nats a token.
     """
-    choice = _choose(seen, memory, now, margin)
-    serving, awaited = choice.serving, choice.awaited
-    worse = {refusal.digest for refusal in choice.refuse}
+    serving, awaited, refusals = _choose(seen, memory, now, margin)
+    worse = {refusal.digest for refusal in refusals}
     refused = seen.refused | worse
+    ready = {each.version.digest for each in memory.residencies if each.in_memory}
     room = _Room(memory, serving, seen.digests, refused)
     load: list[Version] = []
     admit: list[int] = []
     reject: list[int] = []
     wait: dict[int, Version] = {}
-    if awaited is not None and not room.loads(awaited):
+    if awaited is not None:
         succeeds = serving is not None and serving.version.digest in refused
         asked = any(call.at_once and call.version.digest == awaited.digest for call in wanted)
-        if room.take(awaited, at_once=succeeds or asked):
-            load.append(awaited)
-        else:
-            wait[awaited.number] = awaited
+        wanted = [Wanted(awaited, at_once=succeeds or asked), *wanted]
     for call in wanted:
         version = call.version
         # Calls are answered in their order, so none goes on while an earlier one has no room.
         in_turn = call.at_once or not wait
         if not call.hold and (call.refused or version.digest in worse):
             reject.append(version.number)
-        elif room.holds(version):
-            if in_turn:
-                room.use(version)
-                admit.append(version.number)
-        elif not room.loads(version):
+        elif not room.contains(version):
             if in_turn and room.take(version, call.at_once):
                 load.append(version)
             else:
                 wait.setdefault(version.number, version)
+        elif in_turn and version.digest in ready:
+            room.keep(version.number)
+            admit.append(version.number)
     room.tidy()
     return Plan(
         serve=None if serving is None else serving.version.number,
         awaited=awaited,
-        refuse=choice.refuse,
+        refuse=tuple(refusals),
         drop=tuple(room.dropped),
         load=tuple(load),
         admit=tuple(admit),
@@ -200,20 +196,14 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
     )
 
 
-def candidates(seen: Seen, memory: Memory, now: float) -> list[Version]:
+def candidates(seen: Seen, memory: Memory, serving: Residency | None, now: float) -> list[Version]:
     """Returns the versions that may serve now, the best first.
 
     If the serving version may stay, these are the ones that the policy prefers; otherwise the versions that served
     before follow, and then any other.
     """
-    return _candidates(seen, memory, memory.serving, seen.refused, now)
-
-
-def _candidates(
-    seen: Seen, memory: Memory, serving: Residency | None, refused: Collection[str], now: float
-) -> list[Version]:
     numbers = [*seen.preferred]
-    if serving is None or serving.version.digest in refused:
+    if serving is None or serving.version.digest in seen.refused:
         served = sorted((each for each in memory.residencies if each.served), key=lambda each: -each.served)
         numbers += [*(each.version.number for each in served), *seen.fallback]
     postponed = memory.postponed(now)
@@ -221,32 +211,26 @@ def _candidates(
         version
         for number in dict.fromkeys(numbers)
         if (version := seen.eligible.get(number)) is not None
-        and version.digest not in refused
+        and version.digest not in seen.refused
         and number not in postponed
     ]
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """The version that serves from now on, a better one that is not in memory, and those that must not serve."""
-
-    serving: Residency | None
-    awaited: Version | None
-    refuse: tuple[Refusal, ...]
-
-
-def _choose(seen: Seen, memory: Memory, now: float, margin: float) -> _Choice:
+def _choose(
+    seen: Seen, memory: Memory, now: float, margin: float
+) -> tuple[Residency | None, Version | None, list[Refusal]]:
+    """Returns the version that serves from now on, a better one that is not in memory, and those that must not
+    serve."""
     ready = {each.version.digest: each for each in memory.residencies if each.in_memory}
     serving = memory.serving
     if serving is not None and seen.digests.get(serving.version.number, serving.version.digest) not in ready:
         # Another registry has taken the place of the one before, and counts from 1 again.
         serving = None
-    refuse: dict[str, Refusal] = {}
+    refusals: list[Refusal] = []
     while True:
         awaited, successor = None, None
-        refused = seen.refused | refuse.keys()
-        standards = _standards(seen, memory, serving, refused, now)
-        for version in _candidates(seen, memory, serving, refused, now):
+        standards = _standards(seen, memory, serving, now)
+        for version in candidates(seen, memory, serving, now):
             here = ready.get(version.digest)
             if here is None:
                 awaited = awaited or version
@@ -257,27 +241,26 @@ def _choose(seen: Seen, memory: Memory, now: float, margin: float) -> _Choice:
                 break
             elif not here.held:
                 # An operator who holds it can still pin it.
-                refuse[version.digest] = refusal
+                refusals.append(refusal)
         if successor is None:
-            return _Choice(serving, awaited, tuple(refuse.values()))
+            return serving, awaited, refusals
         # A version that the policy prefers to this one may be good enough compared with it.
         serving = successor
+        seen = replace(seen, refused=seen.refused | {refusal.digest for refusal in refusals})
 
 
-def _standards(
-    seen: Seen, memory: Memory, serving: Residency | None, refused: Collection[str], now: float
-) -> list[Version]:
+def _standards(seen: Seen, memory: Memory, serving: Residency | None, now: float) -> list[Version]:
     """Returns the versions with which one that is to serve is compared."""
     if not seen.compares or (seen.run is not None and (serving is None or serving.version.run != seen.run)):
         return []
     if serving is not None:
-        return [] if serving.version.digest in refused else [serving.version]
+        return [] if serving.version.digest in seen.refused else [serving.version]
     # After a restart: the versions that could serve now, and did before.
     postponed = memory.postponed(now)
     return [
         each
         for each in seen.eligible.values()
-        if each.loss is not None and each.digest not in refused and each.number not in postponed
+        if each.loss is not None and each.digest not in seen.refused and each.number not in postponed
     ]
 
 
@@ -312,11 +295,12 @@ class _Room:
     ) -> None:
         self.dropped: list[int] = []
         self._limit = memory.limit
-        # Digests by number.
-        self._loading = {
-            each.version.number: each.version.digest for each in memory.residencies if each.state is State.LOADING
+        # The digests of the versions that are in memory or on their way, by number.
+        self._used = {
+            each.version.number: each.version.digest
+            for each in memory.residencies
+            if each.in_memory or each.state is State.LOADING
         }
-        self._ready = {each.version.number: each.version.digest for each in memory.residencies if each.in_memory}
         idle = [each for each in memory.residencies if each.in_memory and not each.streams and each is not serving]
         # No call can use these any more.
         self._over = {
@@ -330,46 +314,37 @@ class _Room:
         )
         self._idle = [each.version.number for each in idle]
 
-    def holds(self, version: Version) -> bool:
-        """Whether a version is in memory."""
-        return self._ready.get(version.number) == version.digest
+    def contains(self, version: Version) -> bool:
+        """Whether a version is in memory or on its way."""
+        return self._used.get(version.number) == version.digest
 
-    def loads(self, version: Version) -> bool:
-        """Whether a version is on its way into memory."""
-        return self._loading.get(version.number) == version.digest
-
-    def use(self, version: Version) -> None:
+    def keep(self, number: int) -> None:
         """Keeps a version in memory."""
-        if version.number in self._idle:
-            self._idle.remove(version.number)
+        if number in self._idle:
+            self._idle.remove(number)
 
     def take(self, version: Version, at_once: bool) -> bool:
         """Reserves room for a version, for which idle ones are dropped; returns False if there is none."""
         number = version.number
-        if number in self._loading or (number in self._ready and number not in self._idle):
-            # One of another registry, with the same number, has to go first.
-            return False
         if number in self._idle:
+            # One of another registry, with the same number, has to go first.
             self._drop(number)
-        while self._excess >= 0 and self._idle:
-            self._drop(self._idle[0])
-        if self._excess >= 0 and not at_once:
+        elif number in self._used:
             return False
-        self._loading[number] = version.digest
+        while len(self._used) >= self._limit and self._idle:
+            self._drop(self._idle[0])
+        if len(self._used) >= self._limit and not at_once:
+            return False
+        self._used[number] = version.digest
         return True
 
     def tidy(self) -> None:
         """Drops versions that no call can use any more, or for which there is no room."""
         for number in self._idle.copy():
-            if number in self._over or self._excess > 0:
+            if number in self._over or len(self._used) > self._limit:
                 self._drop(number)
-
-    @property
-    def _excess(self) -> int:
-        """How many versions are in memory, or on their way, beyond the limit."""
-        return len(self._ready) + len(self._loading) - self._limit
 
     def _drop(self, number: int) -> None:
         self._idle.remove(number)
-        del self._ready[number]
+        del self._used[number]
         self.dropped.append(number)

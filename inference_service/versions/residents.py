@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from inference_service.metrics import InferenceMetrics
-from inference_service.versions.catalogue import Catalogue, refused
-from inference_service.versions.entry import Entry, Retry, Waiter
+from inference_service.versions.catalogue import Catalogue, as_version, refused
+from inference_service.versions.entry import Entry, Waiter
 from inference_service.versions.gate import Refused
 from inference_service.versions.loader import Loader
 from inference_service.versions.planner import Memory, Plan, State, Version, Wanted
@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_S = 5.0
 # The states that may follow one.
 _NEXT = {
-    State.AVAILABLE: {State.WAITING, State.LOADING},
-    State.WAITING: {State.AVAILABLE, State.LOADING},
+    State.AVAILABLE: {State.LOADING},
     State.LOADING: {State.AVAILABLE, State.RESIDENT},
     State.RESIDENT: {State.AVAILABLE, State.SERVING},
     State.SERVING: {State.RESIDENT},
@@ -61,6 +60,9 @@ class Residents:
         self._metrics = metrics
         # The versions that this server does something with, by number.
         self._entries: dict[int, Entry] = {}
+        # The versions that wait for room, and since when (`time.monotonic`) versions that were chosen should serve.
+        self._without_room: frozenset[int] = frozenset()
+        self._awaited: dict[int, float] = {}
         # Calls that wait until some version serves.
         self._unserved: list[asyncio.Future[None]] = []
         # Orders uses and calls.
@@ -91,9 +93,9 @@ class Residents:
         return [entry.manifest for entry in self._entries.values() if entry.resident is not None]
 
     @property
-    def lacks_room(self) -> bool:
-        """Whether a version waits for room; only the serving version gets new streams then."""
-        return any(entry.state is State.WAITING for entry in self._entries.values())
+    def without_room(self) -> frozenset[int]:
+        """The versions that wait for room. As long as there are any, only the serving version gets new streams."""
+        return self._without_room
 
     def of(self, manifest: VersionManifest) -> Resident | None:
         """Returns a version in memory, and not one of another registry with the same number."""
@@ -102,17 +104,17 @@ class Residents:
 
     def memory(self) -> Memory:
         """Returns what the planner knows of memory."""
-        return Memory(self._limit, tuple(entry.residency() for entry in self._entries.values()))
+        return Memory(self._limit, tuple(self._entries.values()))
 
     def wanted(self) -> list[Wanted]:
         """Returns what the planner knows of the calls that wait, in their order."""
-        entries = sorted(
-            (entry for entry in self._entries.values() if entry.waiting), key=lambda entry: entry.waiting[0].order
-        )
-        return [
-            entry.wanted(self._catalogue.refusal(entry.waiting[0].manifest, entry.instead_of) is not None)
-            for entry in entries
-        ]
+        entries = [entry for entry in self._entries.values() if entry.waiting]
+        wanted = []
+        for entry in sorted(entries, key=lambda entry: entry.waiting[0].order):
+            manifest = entry.waiting[0].manifest
+            is_refused = self._catalogue.refusal(manifest, entry.instead_of) is not None
+            wanted.append(Wanted(as_version(manifest), entry.hold, entry.instead_of is not None, is_refused))
+        return wanted
 
     # Calls that use versions.
 
@@ -192,10 +194,10 @@ class Residents:
             return self._join((await self.await_serving()).manifest.version)
         self._catalogue.check_may_serve(manifest)
         number = manifest.version
-        if self.of(manifest) is not None and (self._entries[number].state is State.SERVING or not self.lacks_room):
+        if self.of(manifest) is not None and (self._entries[number].state is State.SERVING or not self._without_room):
             return self._join(number)
-        if number in self._entries and (sentence := self._entries[number].retry_sentence(time.monotonic())):
-            raise Unavailable(sentence)
+        if (entry := self._entries.get(number)) is not None and time.monotonic() < entry.retry_at:
+            raise Unavailable(entry.retry_sentence)
         self._check_waiting()
         return await self._wait_for(manifest)
 
@@ -214,10 +216,10 @@ class Residents:
         waiter = Waiter(
             manifest, asyncio.get_running_loop().create_future(), next(self._order), hold=hold, instead_of=instead_of
         )
-        entry = self._entry(manifest)
-        # What holds it, or is to serve, does not wait for another attempt.
-        retry = None if hold or instead_of is not None else entry.retry
-        self._change(number, waiters=(*entry.waiters, waiter), retry=retry)
+        self._change(number, waiters=(*self._entry(manifest).waiters, waiter))
+        if hold or instead_of is not None:
+            # What an operator asks for does not wait for another attempt.
+            self._change(number, attempts=0, retry_at=0.0)
         self.changed.set()
         try:
             return await waiter.ready
@@ -238,9 +240,9 @@ class Residents:
 
     def _release(self, resident: Resident) -> None:
         entry = self._count(resident.manifest.version, -1)
-        if not entry.is_idle:
+        if entry.state is not State.RESIDENT or entry.streams:
             return
-        in_the_way = self.lacks_room or any(other.waiters for other in self._entries.values())
+        in_the_way = self._without_room or any(other.waiters for other in self._entries.values())
         crowded = len(self.manifests) > self._limit
         if in_the_way or crowded or entry.leaving or self._catalogue.refusal(entry.manifest) is not None:
             self.changed.set()
@@ -271,7 +273,9 @@ class Residents:
             waiter = self._entries[number].waiting[0]
             finding = self._catalogue.refusal(waiter.manifest, self._entries[number].instead_of)
             self._fail(number, refused(number, "" if finding is None else finding.sentence))
-        self._note_waiting(plan)
+        self._without_room = frozenset(version.number for version in plan.wait)
+        self._note_awaited(plan.awaited)
+        self._forget()
 
     def _serve(self, number: int | None) -> None:
         before = next((each for each, entry in self._entries.items() if entry.state is State.SERVING), None)
@@ -284,28 +288,17 @@ class Residents:
             self._move(number, State.SERVING, served=next(self._order), leaving=False)
             manifest = entry.manifest
             logger.info("version %d serves: step %d, %.4f bits per byte", number, manifest.step, manifest.bits_per_byte)
-            seconds = 0.0 if entry.awaited_since is None else time.monotonic() - entry.awaited_since
+            now = time.monotonic()
+            seconds = now - self._awaited.get(number, now)
             self._metrics.serves(manifest, seconds, swap=before is not None, first=not entry.served)
         self._report()
 
-    def _note_waiting(self, plan: Plan) -> None:
-        """Notes which versions wait for room, and since when one should serve; forgets idle versions."""
-        waiting = {version.number for version in plan.wait}
-        for version in plan.wait if plan.awaited is None else (*plan.wait, plan.awaited):
-            self._entry(self._manifest(version))
-        awaited = None if plan.awaited is None else plan.awaited.number
-        known = {manifest.version for manifest in self._catalogue.versions}
-        for number, entry in list(self._entries.items()):
-            if entry.state is State.AVAILABLE and number in waiting:
-                self._move(number, State.WAITING)
-            elif entry.state is State.WAITING and number not in waiting:
-                self._move(number, State.AVAILABLE)
-            if number == awaited:
-                self._change(number, awaited_since=entry.awaited_since or time.monotonic())
-            elif entry.awaited_since is not None and entry.state is not State.LOADING:
-                self._change(number, awaited_since=None)
-            if number != awaited and (number not in known or entry.is_blank):
-                self._forget(number)
+    def _note_awaited(self, awaited: Version | None) -> None:
+        """Notes since when versions should serve, until they are in memory."""
+        loading = {number for number, entry in self._entries.items() if entry.state is State.LOADING}
+        chosen = (self._awaited.keys() & loading) | ({awaited.number} if awaited is not None else set())
+        now = time.monotonic()
+        self._awaited = {number: self._awaited.get(number, now) for number in chosen}
 
     def _free(self, number: int) -> None:
         self._move(number, State.AVAILABLE, resident=None, held=False, leaving=False)
@@ -327,14 +320,15 @@ class Residents:
             self._give_up(number, error)
         except IncompleteCheckpoint as error:
             logger.warning("version %d lacks files: %s", number, error)
-            self._give_up(number, self._postpone(number, error))
+            self._postpone(number, error)
         except Exception as error:
             # As far as anybody can tell, the version is not to blame.
             logger.exception("version %d cannot be loaded now", number)
-            self._give_up(number, self._postpone(number, error))
+            self._postpone(number, error)
         else:
             logger.info("version %d is ready after %.2f s", number, time.monotonic() - begin)
-            self._move(number, State.RESIDENT, resident=resident, loading=None, retry=None, used=next(self._order))
+            self._move(number, State.RESIDENT, version=as_version(manifest, resident.loss), resident=resident)
+            self._change(number, loading=None, attempts=0, retry_at=0.0, used=next(self._order))
             self._report()
             self._hand_over(number)
         finally:
@@ -344,10 +338,9 @@ class Residents:
         self._move(number, State.AVAILABLE, loading=None)
         self._fail(number, error)
 
-    def _postpone(self, number: int, error: Exception) -> Unavailable:
-        retry = Retry.after(self._entries[number].retry, number, error, time.monotonic())
-        self._change(number, retry=retry)
-        return Unavailable(retry.sentence)
+    def _postpone(self, number: int, error: Exception) -> None:
+        entry = self._entries[number] = self._entries[number].postponed(error, time.monotonic())
+        self._give_up(number, Unavailable(entry.retry_sentence))
 
     def _hand_over(self, number: int) -> None:
         """Gives a version to the calls that wait for it."""
@@ -369,8 +362,8 @@ class Residents:
         """Returns the entry of a version; makes a new one unless there is one, or one of another registry in use."""
         number = manifest.version
         entry = self._entries.get(number)
-        if entry is None or (entry.manifest != manifest and entry.state in (State.AVAILABLE, State.WAITING)):
-            entry = self._entries[number] = Entry(manifest, waiters=() if entry is None else entry.waiters)
+        if entry is None or (entry.manifest != manifest and entry.state is State.AVAILABLE):
+            entry = self._entries[number] = Entry.of(manifest, () if entry is None else entry.waiters)
         return entry
 
     def _move(self, number: int, state: State, **changes: Any) -> Entry:
@@ -381,11 +374,12 @@ class Residents:
         entry = self._entries[number] = replace(self._entries[number], **changes)
         return entry
 
-    def _forget(self, number: int) -> None:
-        """Forgets a version that nothing is done with."""
-        entry = self._entries[number]
-        if entry.state is State.AVAILABLE and not entry.waiters:
-            del self._entries[number]
+    def _forget(self) -> None:
+        """Forgets versions that nothing is done with, and of which nothing is worth remembering."""
+        known = {manifest.version for manifest in self._catalogue.versions}
+        for number, entry in list(self._entries.items()):
+            if entry.is_unused and (number not in known or not (entry.attempts or entry.served)):
+                del self._entries[number]
 
     def _manifest(self, version: Version) -> VersionManifest:
         entry = self._entries.get(version.number)

@@ -34,27 +34,26 @@ class VersionStatus:
 
 
 def status_of(
-    manifest: VersionManifest,
-    entry: Entry | None,
+    entry: Entry,
+    waits: bool,
     finding: Finding | None,
     lacking: str,
     labels: Mapping[str, int],
     now: float,
 ) -> VersionStatus:
-    """Returns the status of a version: what this server does with it, unless the registry says that it is refused, or
-    that it lacks files, `lacking` being a sentence about them."""
-    entry = entry or Entry(manifest)
-    resident, state = entry.resident, entry.state
+    """Returns the status of a version: what this server does with it, unless it waits for room, or the registry says
+    that it is refused, or that it lacks files, `lacking` being a sentence about them."""
+    manifest, resident, state = entry.manifest, entry.resident, entry.state
     refusal = "" if finding is None or finding.refusal is None else f"{finding.refusal}: {finding.sentence}"
     if refusal and state not in (State.SERVING, State.LOADING):
         state = State.REFUSED
-    elif lacking and state is State.AVAILABLE:
+    elif (waits or lacking) and state is State.AVAILABLE:
         state = State.WAITING
     return VersionStatus(
         manifest.version,
         manifest,
         state,
-        refusal or lacking or entry.retry_sentence(now),
+        refusal or lacking or (entry.retry_sentence if now < entry.retry_at else ""),
         streams=entry.streams,
         held=entry.held,
         memory_bytes=0 if resident is None else resident.memory_bytes,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from inference_service.engine.request import FAILURES_WITHIN_S
-from inference_service.versions.entry import RETRY_AFTER_S, Retry
+from inference_service.versions.entry import RETRY_AFTER_S, Entry
 from inference_service.versions.failures import Failures
 from inference_service.versions.resident import Resident
 from shared.errors import GptloopError
@@ -41,9 +41,9 @@ def test_a_version_is_blamed_for_a_minute() -> None:
 
 
 def test_each_attempt_to_read_a_version_waits_longer_up_to_a_bound() -> None:
-    retry, waits = None, []
+    entry, waits = Entry.of(make_manifest(7)), []
     for _ in range(8):
-        retry = Retry.after(retry, 7, OSError("no memory."), now=100.0)
-        waits.append(retry.at - 100.0)
+        entry = entry.postponed(OSError("no memory."), now=100.0)
+        waits.append(entry.retry_at - 100.0)
     assert waits == pytest.approx([RETRY_AFTER_S * factor for factor in (1, 2, 4, 8, 16, 32, 60, 60)])
-    assert retry is not None and retry.sentence == "Version 7 cannot be loaded now: no memory; it is tried again."
+    assert entry.retry_sentence == "Version 7 cannot be loaded now: no memory; it is tried again."

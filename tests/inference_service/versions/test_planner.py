@@ -46,7 +46,7 @@ def test_a_serving_version_that_is_refused_is_replaced_as_soon_as_another_one_is
         return
     done = world.plan()
     ready = {each.version.digest for each in world.memory.residencies if each.in_memory}
-    others = [each for each in candidates(world.seen, world.memory, NOW) if each.digest in ready]
+    others = [each for each in candidates(world.seen, world.memory, before, NOW) if each.digest in ready]
     if others:
         assert done.serve != before.version.number
     elif done.awaited is not None and done.serve is not None and world.residency(done.awaited.number) is None:

@@ -288,7 +288,7 @@ async def test_the_number_of_requests_that_wait_for_versions_is_bounded(world: W
         await eventually(lambda: world.serving == 2)
         async with world.residents.stream(None), world.residents.stream(world.registry.version(1)):
             publish_tiny_version(world.registry, 0.5)
-            await eventually(lambda: world.residents.lacks_room)
+            await eventually(lambda: bool(world.residents.without_room))
             manifest = world.registry.version(3)
             waiting = [asyncio.create_task(world.residents.hold(manifest)) for _ in range(16)]
             await asyncio.sleep(0)
