@@ -7,7 +7,7 @@ from trainer_service.jobs.events import Event, JobState, StateChanged, TimedEven
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
-from trainer_service.training.corpus import DatasetSpec
+from trainer_service.text.corpus import DatasetSpec
 
 EVALUATION = EvaluateSpec("best", DatasetSpec(()))
 

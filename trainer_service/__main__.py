@@ -42,7 +42,7 @@ from trainer_service.presets import PRESETS, find_preset
 from trainer_service.redis_server import connect, run
 from trainer_service.runs import all_runs, chosen
 from trainer_service.settings import TrainerSettings, read_settings
-from trainer_service.training.corpus import DatasetSpec, check_spec
+from trainer_service.text.corpus import DatasetSpec, check_spec
 
 app = cli.new_app(__doc__)
 app.add_typer(registry_commands.app)
@@ -254,7 +254,7 @@ def data(
       gptloop prepare
       gptloop prepare --preset small --dataset stories.txt
     """
-    from trainer_service.training import tokens
+    from trainer_service.text import tokens
 
     config = find_preset(preset).override(parse_overrides(overrides))
     spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))

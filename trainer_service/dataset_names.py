@@ -7,9 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from shared.errors import InvalidArgument, NotFound, shown
-from trainer_service.training.corpus import BUILTIN
-from trainer_service.training.hub import HUB
-from trainer_service.training.local_files import ENDINGS
+from trainer_service.text.corpus import BUILTIN
+from trainer_service.text.hub import HUB
+from trainer_service.text.local_files import ENDINGS
 
 
 def expand(values: Sequence[str]) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ from shared.version_format import read_model, read_tokenizer
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
 from trainer_service.jobs.specs import EvaluateSpec
+from trainer_service.text.corpus import DatasetSpec
+from trainer_service.text.tokens import prepare
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.evaluate import EvaluationSet, evaluate
-from trainer_service.training.tokens import prepare
 from trainer_service.training.workers import Workers
 from trainer_service.versions import changed_text
 

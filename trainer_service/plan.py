@@ -14,8 +14,8 @@ from shared.text import format_duration, format_size
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_DATASET
 from trainer_service.jobs.specs import TrainSpec
+from trainer_service.text.text_size import estimate_characters
 from trainer_service.training.config import CHUNK_ELEMENTS, TrainingConfig, micro_batches
-from trainer_service.training.text_size import estimate_characters
 
 # Memory of a training process before its first step: interpreter, libraries, compiled kernels.
 _PROCESS_BYTES = 120 << 20

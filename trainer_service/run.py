@@ -18,10 +18,10 @@ from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_tokenizer
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
+from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, train
 from trainer_service.training.report import Report
-from trainer_service.training.tokens import PreparedData, prepare
 from trainer_service.training.trainer import Trainer, saved_config
 from trainer_service.training.workers import Workers
 from trainer_service.versions import changed_text, publish

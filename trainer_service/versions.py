@@ -10,9 +10,9 @@ from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.store import Registry
 from shared.version_format import write_version
 from trainer_service.jobs.specs import TrainSpec
-from trainer_service.training.corpus import DatasetSpec
+from trainer_service.text.corpus import DatasetSpec
+from trainer_service.text.tokens import PreparedData
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
-from trainer_service.training.tokens import PreparedData
 from trainer_service.training.trainer import Trainer
 
 

@@ -13,8 +13,8 @@ import typer
 from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT, print_table
 from trainer_service.presets import find_preset
+from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
 
 app = typer.Typer(help=__doc__, add_completion=False)
 
@@ -31,8 +31,8 @@ def measure(
 ) -> None:
     """Train a preset to its end, then continue it to a later end, with the default peak rate and with others."""
     device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    from trainer_service.text.tokens import prepare
     from trainer_service.training.evaluate import EvaluationSet, evaluate
-    from trainer_service.training.tokens import prepare
     from trainer_service.training.trainer import Trainer
     from trainer_service.training.workers import Workers
 

@@ -32,8 +32,8 @@ def prepare(
     validation: Annotated[list[str], typer.Option(help="Files of held-out text. Repeatable.")],
 ) -> None:
     """Tokenise all of the text with GPT-2's tokenizer into two files."""
-    from trainer_service.training.corpus import DatasetSpec
-    from trainer_service.training.tokens import prepare
+    from trainer_service.text.corpus import DatasetSpec
+    from trainer_service.text.tokens import prepare
 
     config = replace(RECIPE, max_train_tokens=10**9, max_validation_tokens=10**9)
     data = prepare(DatasetSpec(tuple(dataset), tuple(validation)), config, folder, lambda _: None)

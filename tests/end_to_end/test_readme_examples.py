@@ -16,7 +16,7 @@ from tests.end_to_end.conftest import TINY, System
 from tests.pages import BLOCKS, TEXT, rows
 from tests.waiting import wait_until
 from tests.workplace import Workplace
-from trainer_service.training.stories import train_stories
+from trainer_service.text.stories import train_stories
 
 pytestmark = pytest.mark.slow
 

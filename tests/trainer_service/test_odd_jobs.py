@@ -29,7 +29,7 @@ from trainer_service.listings import print_jobs
 from trainer_service.metrics import make_metrics
 from trainer_service.runs import all_runs
 from trainer_service.server import TrainingServicer
-from trainer_service.training.corpus import DatasetSpec
+from trainer_service.text.corpus import DatasetSpec
 from trainer_service.translate import event_to_pb, job_to_pb
 
 # A file named in Latin-1, as Python names it.

@@ -13,8 +13,8 @@ from trainer_service.jobs.records import JobRecord, read_record
 from trainer_service.jobs.specs import TrainSpec
 from trainer_service.plan import Machine, Plan, flops_per_token, memory_bytes
 from trainer_service.presets import find_preset
+from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
 
 CPU, GPU = Machine(16 << 30, 4), Machine(16 << 30, None)
 DEMO = replace(find_preset("demo"), learning_rate=1e-3, warmup_steps=100, max_steps=2000)

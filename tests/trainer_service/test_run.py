@@ -23,7 +23,7 @@ from trainer_service.jobs.events import Evaluation, Event, Notice, Progress, Ver
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
 from trainer_service.run import TrainingRun
-from trainer_service.training.corpus import DatasetSpec
+from trainer_service.text.corpus import DatasetSpec
 
 pytestmark = pytest.mark.slow
 

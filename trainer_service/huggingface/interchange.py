@@ -24,10 +24,10 @@ from shared.text import excerpt
 from trainer_service.huggingface.gpt2 import CONFIG_FILE, read_config, read_model, write_model
 from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from trainer_service.jobs.specs import TrainSpec, new_run
+from trainer_service.text.corpus import DatasetSpec, absolute
+from trainer_service.text.tokens import prepare
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec, absolute
 from trainer_service.training.evaluate import EvaluationSet, evaluate
-from trainer_service.training.tokens import prepare
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
 from trainer_service.versions import publish

@@ -12,9 +12,9 @@ from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.store import Registry
 from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, TrainSpec, check_name, new_run
 from trainer_service.presets import find_preset
+from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
+from trainer_service.text.local_files import check_file
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec, absolute, check_size, check_spec
-from trainer_service.training.local_files import check_file
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DATASET = "builtin"

@@ -10,8 +10,8 @@ from enum import Enum
 from typing import Any, ClassVar, Self
 
 from shared.errors import InvalidArgument, shown
+from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
 
 _NAME_LENGTH = 64
 

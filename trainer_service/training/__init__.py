@@ -1,1 +1,1 @@
-"""A training run: corpus, tokens, batches, loss, optimizer, loop, evaluation."""
+"""A training run: configuration, batches, loss, optimizer, loop, evaluation."""

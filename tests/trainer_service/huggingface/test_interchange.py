@@ -35,8 +35,8 @@ from trainer_service.jobs.attempt import Attempt
 from trainer_service.jobs.events import Event, RunStarted, VersionPublished
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.run import TrainingRun
+from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
 from trainer_service.training.loss import window_losses
 from trainer_service.training.workers import Workers
 

@@ -27,7 +27,7 @@ from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
 from trainer_service.jobs.specs import EvaluateSpec, Kind
 from trainer_service.redis_server import connect
-from trainer_service.training.corpus import DatasetSpec
+from trainer_service.text.corpus import DatasetSpec
 
 
 def test_a_job_can_be_read_back_as_it_was_put_on_the_queue(queue: JobQueue, tmp_path: Path) -> None:

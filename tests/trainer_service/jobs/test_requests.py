@@ -9,8 +9,8 @@ from shared.registry.store import Registry
 from trainer_service.jobs.requests import EvaluateRequest, TrainRequest, parse_overrides
 from trainer_service.jobs.specs import EvaluateSpec, Kind, TrainSpec, spec_from_json
 from trainer_service.presets import find_preset
+from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
 
 
 def registry_with(config: TrainingConfig, step: int) -> Registry:

@@ -15,7 +15,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
 from trainer_service.jobs.submit import enqueue, release_ended
 from trainer_service.presets import find_preset
-from trainer_service.training.corpus import DatasetSpec
+from trainer_service.text.corpus import DatasetSpec
 
 SPARING = Retention(states=1, best=0, newest=0)
 TEXT = DatasetSpec(("builtin",), ())

@@ -15,12 +15,12 @@ import numpy as np
 
 from shared.errors import DataError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
-from trainer_service.training import background, bpe_process, token_cache
+from trainer_service.text import background, bpe_process, token_cache
+from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
+from trainer_service.text.documents import Passage
+from trainer_service.text.shards import ShardHeader, read_shard, write_shard
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import Corpus, DatasetSpec, open_corpus
-from trainer_service.training.documents import Passage
-from trainer_service.training.shards import ShardHeader, read_shard, write_shard
 
 # More text than this hardly changes a vocabulary of several thousand tokens.
 TOKENIZER_CHARACTERS = 32 << 20

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TypeAlias
 
-from trainer_service.training import plots, words
+from trainer_service.text import plots, words
 
 # Part of the revision of the data: raise it when the same seed and index give another story.
 GENERATOR_VERSION = 2

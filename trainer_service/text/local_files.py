@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from shared.errors import DataError, InvalidArgument, shown
-from trainer_service.training import documents, file_bytes
-from trainer_service.training.documents import Counts, Passage
-from trainer_service.training.file_bytes import COMPRESSED, Identity
+from trainer_service.text import documents, file_bytes
+from trainer_service.text.documents import Counts, Passage
+from trainer_service.text.file_bytes import COMPRESSED, Identity
 
 KINDS = (".txt", ".jsonl", ".parquet")
 # Parquet has its own compression and cannot be read as a stream.

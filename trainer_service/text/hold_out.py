@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from trainer_service.training.documents import Passage
+from trainer_service.text.documents import Passage
 
 # Whole documents are held out if their characters differ from the share by at most this part of it.
 TOLERANCE = 0.1

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer_service.training import file_bytes
-from trainer_service.training.corpus import DatasetSpec, open_corpus
-from trainer_service.training.documents import Passage
-from trainer_service.training.hold_out import hold_out
+from trainer_service.text import file_bytes
+from trainer_service.text.corpus import DatasetSpec, open_corpus
+from trainer_service.text.documents import Passage
+from trainer_service.text.hold_out import hold_out
 
 
 def split(texts: list[str], share: float, size: int = 1000) -> tuple[list[str], list[str], str]:

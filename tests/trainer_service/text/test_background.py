@@ -4,7 +4,7 @@ from collections.abc import Iterator
 import pytest
 
 from shared.errors import Unavailable
-from trainer_service.training import background
+from trainer_service.text import background
 
 
 def test_items_and_errors_pass_through_unchanged() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from shared.errors import DataError, InvalidArgument, NotFound, shown
-from trainer_service.training import zstd
+from trainer_service.text import zstd
 
 CHUNK_BYTES = 1 << 18
 COMPRESSED = (".gz", ".zst")

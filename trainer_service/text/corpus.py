@@ -11,11 +11,11 @@ import numpy as np
 
 from shared.errors import DataError, InvalidArgument, shown
 from shared.text import excerpt
-from trainer_service.training import stories
-from trainer_service.training.documents import Passage
-from trainer_service.training.hold_out import hold_out
-from trainer_service.training.hub import HUB, HubCorpus, HubDataset
-from trainer_service.training.local_files import ENDINGS, TextFile, check_file, kind_of, open_file, passes
+from trainer_service.text import stories
+from trainer_service.text.documents import Passage
+from trainer_service.text.hold_out import hold_out
+from trainer_service.text.hub import HUB, HubCorpus, HubDataset
+from trainer_service.text.local_files import ENDINGS, TextFile, check_file, kind_of, open_file, passes
 
 BUILTIN = "builtin"
 # Part of every revision: raise it when the same content gives different documents or a different split.

@@ -16,12 +16,12 @@ from shared.errors import DataError, FailedPrecondition, GptloopError, ResourceE
 from shared.gpt.tokenizer import train_bpe
 from tests.waiting import HANG_S
 from trainer_service.presets import PRESETS
-from trainer_service.training import bpe_process, file_bytes, tokens
+from trainer_service.text import bpe_process, file_bytes, tokens
+from trainer_service.text.corpus import DatasetSpec
+from trainer_service.text.shards import HEADER_BYTES
+from trainer_service.text.stories import generate_stories
+from trainer_service.text.tokens import PreparedData, PrepareProgress, Stage, prepare
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
-from trainer_service.training.shards import HEADER_BYTES
-from trainer_service.training.stories import generate_stories
-from trainer_service.training.tokens import PreparedData, PrepareProgress, Stage, prepare
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import pytest
 
 from shared.gpt.tokenizer import train_bpe
 from trainer_service.presets import PRESETS
-from trainer_service.training import plots
-from trainer_service.training.stories import generate_stories, train_stories, validation_stories
+from trainer_service.text import plots
+from trainer_service.text.stories import generate_stories, train_stories, validation_stories
 
 pytestmark = pytest.mark.slow
 

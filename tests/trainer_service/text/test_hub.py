@@ -9,9 +9,9 @@ import huggingface_hub
 import pytest
 
 from shared.errors import Unavailable
-from trainer_service.training import hub
-from trainer_service.training.corpus import DatasetSpec, open_corpus
-from trainer_service.training.documents import Passage
+from trainer_service.text import hub
+from trainer_service.text.corpus import DatasetSpec, open_corpus
+from trainer_service.text.documents import Passage
 
 STORIES = DatasetSpec(("roneneldan/TinyStories",))
 

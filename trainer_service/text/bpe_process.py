@@ -19,7 +19,7 @@ from pathlib import Path
 
 from shared.errors import ResourceExhausted, shown
 from shared.gpt.tokenizer import PATTERN, Tokenizer, train_bpe
-from trainer_service.training.background import INTERVAL_S
+from trainer_service.text.background import INTERVAL_S
 
 # Training on at most this much text takes less time than starting a process.
 SHORT_CHARACTERS = 1 << 18
@@ -42,7 +42,7 @@ def train_apart(
         text.flush()
         total_bytes = text.tell()
         text.seek(0)
-        module = "trainer_service.training.bpe_process"
+        module = "trainer_service.text.bpe_process"
         command = [sys.executable, "-m", module, str(vocabulary_size), str(os.getpid())]
         with subprocess.Popen(command, stdin=text, stdout=tokens, stderr=subprocess.PIPE) as process:
             try:

@@ -11,14 +11,14 @@ from shared.errors import ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer, train_bpe
 from tests.end_to_end.conftest import is_gone
 from tests.waiting import wait_until
-from trainer_service.training.bpe_process import train_apart
+from trainer_service.text.bpe_process import train_apart
 
 PROJECT = Path(__file__).parents[3]
 TEXTS = ["some words and some more words"] * 50
 # A parent whose child never ends, because no text arrives.
 PARENT = """
 import os, subprocess, sys
-command = [sys.executable, "-m", "trainer_service.training.bpe_process", "300", str(os.getpid())]
+command = [sys.executable, "-m", "trainer_service.text.bpe_process", "300", str(os.getpid())]
 process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 print(process.pid, flush=True)
 process.wait()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainer_service.training import zstd
+from trainer_service.text import zstd
 
 # How many times smaller compression makes English text.
 _TYPICAL_RATIO = 3

@@ -8,9 +8,9 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from shared.errors import DataError, GptloopError, InvalidArgument, NotFound
-from trainer_service.training import file_bytes, local_files
-from trainer_service.training.corpus import DatasetSpec, absolute, check_size, check_spec, open_corpus
-from trainer_service.training.documents import Passage
+from trainer_service.text import file_bytes, local_files
+from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec, open_corpus
+from trainer_service.text.documents import Passage
 
 MARKER = "<|endoftext|>"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from shared.errors import Unavailable
 from shared.text import excerpt
-from trainer_service.training import background
-from trainer_service.training.documents import Part, Passage, passages, whole
+from trainer_service.text import background
+from trainer_service.text.documents import Part, Passage, passages, whole
 
 # The hub counts as unreachable if it sends nothing for this long.
 SILENCE_S = 60.0

@@ -15,8 +15,8 @@ import pytest
 
 from shared.errors import DataError, GptloopError, InvalidArgument, NotFound
 from shared.gpt.tokenizer import train_bpe
-from trainer_service.training import documents, file_bytes
-from trainer_service.training.local_files import TextFile, check_file, open_file
+from trainer_service.text import documents, file_bytes
+from trainer_service.text.local_files import TextFile, check_file, open_file
 
 MARKER = "<|endoftext|>"
 TEXTS = ["one", "two\nlines", "字 three"]
@@ -359,6 +359,6 @@ def test_real_awkward_files_are_read_or_rejected() -> None:
 
 def test_checking_files_loads_no_pyarrow(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "text")
-    code = "import sys, pathlib; from trainer_service.training.local_files import open_file; "
+    code = "import sys, pathlib; from trainer_service.text.local_files import open_file; "
     code += "open_file(pathlib.Path(sys.argv[1])); sys.exit('pyarrow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)

@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-from trainer_service.training.token_cache import UNUSED_S, mark_used, remove_unused
+from trainer_service.text.token_cache import UNUSED_S, mark_used, remove_unused
 
 
 def test_tokens_that_no_run_has_used_for_long_are_removed(tmp_path: Path) -> None:

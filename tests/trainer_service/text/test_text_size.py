@@ -8,8 +8,8 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
-from trainer_service.training.stories import generate_stories
-from trainer_service.training.text_size import estimate_characters
+from trainer_service.text.stories import generate_stories
+from trainer_service.text.text_size import estimate_characters
 
 STORIES = list(generate_stories(5, range(200)))
 TEXT = "\n".join(STORIES).encode()

@@ -1,0 +1,1 @@
+"""The text of a training run, from files and data sets to tokens."""
