@@ -2,12 +2,12 @@
 
 import random
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
-
-from trainer_service.text import plots, words
+from pathlib import Path
+from typing import Any, TypeAlias
 
 # Part of the revision of the data: raise it when the same seed and index give another story.
 GENERATOR_VERSION = 2
@@ -17,7 +17,6 @@ VALIDATION_STORIES = 600
 # The share of stories with a detail beside the plot. It is small, so that a small model learns the plots first.
 DETAIL_SHARE = 0.15
 
-_NAMES, _THINGS = words.NAMES.split(), words.THINGS.split()
 _MARKS = re.compile(r"[\[|\]]|[^\[|\]]+")
 _SENTENCE_START = re.compile(r'(^"?|[.!?] "?)([a-z])')
 _BEFORE_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])")
@@ -105,15 +104,35 @@ def generate_stories(seed: int, indices: range) -> Iterator[str]:
 
 def generate_story(rng: random.Random) -> str:
     """Returns a story of 60 to 220 words in three paragraphs."""
-    plot = rng.choice(plots.PLOTS)
-    opening = rng.choice(plots.OPENINGS)
+    plot = rng.choice(plots())
     middle = len(plot) // 2
-    beginning = [opening, rng.choice(plots.TRAITS)]
+    beginning = [rng.choice(_lines("openings")), rng.choice(_lines("traits"))]
     if rng.random() < DETAIL_SHARE:
-        beginning.append(rng.choice(words.DETAILS))
+        beginning.append(rng.choice(_lines("details")))
     paragraphs = [beginning, plot[:middle], plot[middle:]]
     fills = _fills(rng)
     return "\n".join(" ".join(filter(None, (_tell(beat, fills, rng) for beat in beats))) for beats in paragraphs)
+
+
+@cache
+def plots() -> list[list[str]]:
+    """Returns the beats of each plot."""
+    return [beats.splitlines() for beats in _material()["plots"].values()]
+
+
+@cache
+def _material() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+
+@cache
+def _lines(name: str) -> list[str]:
+    return str(_material()[name]).splitlines()
+
+
+@cache
+def _words(name: str) -> list[str]:
+    return str(_material()[name]).split()
 
 
 def _tell(beat: str, fills: dict[str, object], rng: random.Random) -> str:
@@ -153,13 +172,13 @@ def _parse(beat: str) -> Sequence:
 
 def _fills(rng: random.Random) -> dict[str, object]:
     """Draws the characters, things and places of a story; no two are alike."""
-    species = rng.sample(plots.ANIMALS.split(), 2)
+    species = rng.sample(_words("animals"), 2)
     hero, friend = (_character(name, animal, rng) for name, animal in zip(_names(rng), species, strict=True))
-    role, pronoun = rng.choice(plots.FAMILY)
-    wise, small = rng.choice(plots.WISE.split()), rng.choice(plots.SMALL_ANIMALS.split())
-    colours, nouns = rng.sample(plots.COLOURS.split(), 3), rng.sample(plots.THINGS.split(), 2)
-    first_spot, second_spot, third_spot = rng.sample(plots.SPOTS, 3)
-    things = [f"a {thing}" for thing in rng.sample(_THINGS, 3)]
+    role, pronoun = rng.choice(_material()["family"])
+    wise, small = rng.choice(_words("wise")), rng.choice(_words("small_animals"))
+    colours, nouns = rng.sample(_words("colours"), 3), rng.sample(_words("things"), 2)
+    first_spot, second_spot, third_spot = rng.sample(_lines("spots"), 3)
+    things = [f"a {thing}" for thing in rng.sample(_words("more_things"), 3)]
     return {
         "h": hero,
         "f": friend,
@@ -169,11 +188,11 @@ def _fills(rng: random.Random) -> dict[str, object]:
         "o": Thing(colours[0], nouns[0]),
         "o2": Thing(colours[1], nouns[1]),
         "c": colours[2],
-        "p": Place(*rng.choice(plots.PLACES)),
+        "p": Place(*rng.choice(_material()["places"])),
         "s": first_spot,
         "s2": second_spot,
         "s3": third_spot,
-        "n": rng.choice(_NAMES),
+        "n": rng.choice(_words("more_names")),
         "t": things[0],
         "t2": things[1],
         "t3": things[2],
@@ -182,14 +201,14 @@ def _fills(rng: random.Random) -> dict[str, object]:
 
 def _names(rng: random.Random) -> list[str]:
     """Draws two different names; each is a girl's, a boy's or an animal's with equal probability."""
-    groups = [rng.choice([plots.GIRLS.split(), plots.BOYS.split(), plots.PETS.split()]) for _ in range(2)]
+    groups = [rng.choice([_words("girls"), _words("boys"), _words("pets")]) for _ in range(2)]
     first = rng.choice(groups[0])
     return [first, rng.choice([name for name in groups[1] if name != first])]
 
 
 def _character(name: str, species: str, rng: random.Random) -> Character:
-    size = rng.choice(plots.SIZES)
-    if name in plots.PETS.split():
+    size = rng.choice(_words("sizes"))
+    if name in _words("pets"):
         return Character(name, species, f"{size} {species}", rng.choice(["he", "she"]))
-    noun, pronoun = ("girl", "she") if name in plots.GIRLS.split() else ("boy", "he")
+    noun, pronoun = ("girl", "she") if name in _words("girls") else ("boy", "he")
     return Character(name, noun, f"{size} {noun}", pronoun)

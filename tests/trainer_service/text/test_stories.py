@@ -5,8 +5,7 @@ import pytest
 
 from shared.gpt.tokenizer import train_bpe
 from trainer_service.presets import PRESETS
-from trainer_service.text import plots
-from trainer_service.text.stories import generate_stories, train_stories, validation_stories
+from trainer_service.text.stories import generate_stories, plots, train_stories, validation_stories
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +74,6 @@ def test_every_plot_occurs() -> None:
     signs = ["favorite toy", "was free!", "wanted to eat it all", "to rain", "lying in bed", "to learn"]
     signs += ["hit the table", "seed", "next door", "into the woods", "had a birthday", " race ", "pocket"]
     signs += ["It was winter"]
-    assert len(signs) == len(plots.PLOTS)
+    assert len(signs) == len(plots())
     for sign in signs:
-        assert sum(sign in story for story in STORIES) > len(STORIES) / len(plots.PLOTS) / 2
+        assert sum(sign in story for story in STORIES) > len(STORIES) / len(plots()) / 2
