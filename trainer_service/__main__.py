@@ -48,14 +48,11 @@ app = cli.new_app(__doc__)
 app.add_typer(registry_commands.app)
 
 PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]
-DatasetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--dataset",
-        help="builtin (the default), roneneldan/TinyStories, wikitext-103; or text files, folders and patterns. Put "
-        "quotes around a name with spaces. Repeatable.",
-    ),
-]
+_DATASETS = (
+    "builtin, roneneldan/TinyStories, wikitext-103; or text files, folders and patterns. Put quotes around a name with "
+    "spaces. Repeatable. Default: "
+)
+DatasetOption = Annotated[list[str] | None, typer.Option("--dataset", help=f"{_DATASETS}builtin.")]
 ValidationOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -125,19 +122,22 @@ def evaluate(
     version: Annotated[
         str, typer.Argument(help="A number, best or latest; a label is resolved when the job starts.")
     ] = "best",
-    dataset: DatasetOption = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help=f"{_DATASETS}the text that the version was trained with.")
+    ] = None,
     validation: ValidationOption = None,
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
     """Queue a job that measures the held-out loss of a version.
 
-    The job reads up to 1000 windows of held-out text.
+    The job reads up to 1000 windows of the held-out part of the data set. With --validation it reads only those files.
 
     \b
     Examples:
       gptloop eval
-      gptloop eval 3 --dataset builtin --validation letters.txt
+      gptloop eval 3 --dataset stories.txt
+      gptloop eval 3 --validation letters.txt
     """
     request = EvaluateRequest(
         version=version,
@@ -161,20 +161,16 @@ def _submit(request: JobRequest, wait: bool) -> None:
     registry = Registry(settings.directories.registry)
     record = submit(request, queue, registry)
     assert record.spec is not None
-    console = Console()
-    console.print(
-        f"job {record.id} queued: {request.kind.value} {record.spec.run}", markup=False, highlight=False, soft_wrap=True
-    )
+    print(f"job {record.id} queued: {request.kind.value} {record.spec.run}", flush=True)
     if isinstance(record.spec, TrainSpec):
         earlier = islice(queue.store.jobs(before=record.ticket), _JOBS_TO_LEARN_FROM)
-        for line in Plan.of(record.spec, registry, earlier, Machine.here()).lines():
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print(*Plan.of(record.spec, registry, earlier, Machine.here()).lines(), sep="\n", flush=True)
     if not queue.leases.live_workers():
         raise Unavailable(
             f"No worker is running. Start one with `gptloop up`; the job {record.id} stays queued until then."
         )
     if wait:
-        _follow(queue, record.id, console)
+        _follow(queue, record.id)
 
 
 @app.command()
@@ -185,7 +181,7 @@ def watch(job: JobArgument) -> None:
     """
     queue = _queue(_settings())
     queue.store.get(job)
-    _follow(queue, job, Console())
+    _follow(queue, job)
 
 
 @app.command()
@@ -260,9 +256,7 @@ def data(
     spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))
     check_spec(spec)
     with cli.Stages() as stages:
-        prepared = tokens.prepare(
-            spec, config, _settings().directories.data, lambda p: stages.show(p.stage, p.fraction)
-        )
+        prepared = tokens.prepare(spec, config, _settings().directories.data, stages.show)
     for notice in prepared.notices:
         print(f"note: {notice}")
     epochs = config.max_steps * config.tokens_per_step / prepared.train.size
@@ -381,13 +375,11 @@ def _queue(settings: TrainerSettings) -> JobQueue:
     return JobQueue(connect(settings.redis_url), registry_id(settings.directories.registry))
 
 
-def _follow(queue: JobQueue, job: str, console: Console) -> None:
+def _follow(queue: JobQueue, job: str) -> None:
     try:
-        follow(queue, job, console)
+        follow(queue, job, Console())
     except KeyboardInterrupt:
-        console.print(
-            f"The job goes on. Follow it again with `gptloop watch {job}`, end it with `gptloop cancel {job}`."
-        )
+        print(f"The job goes on. Follow it again with `gptloop watch {job}`, end it with `gptloop cancel {job}`.")
         raise typer.Exit(130) from None
     if queue.store.get(job).state is JobState.CANCELLED:
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from shared.errors import InvalidArgument, NotFound, shown
-from trainer_service.text.corpus import BUILTIN
+from trainer_service.text.corpus import BUILTIN, is_named
 from trainer_service.text.hub import HUB
 from trainer_service.text.local_files import ENDINGS
 
@@ -31,13 +31,13 @@ def _words(value: str) -> list[str]:
         words = shlex.split(value)
     except ValueError:
         raise InvalidArgument(f"The quotes in {shown(value)} do not close.") from None
-    if len(words) > 1 and not any(_is_named(word) or _exists(_home(word)) or glob.has_magic(word) for word in words):
+    if len(words) > 1 and not any(is_named(word) or _exists(_home(word)) or glob.has_magic(word) for word in words):
         raise NotFound(f"There is no file {shown(value)}, and no file that one of its words names.")
     return words
 
 
 def _expand_word(word: str) -> Iterator[str]:
-    if _is_named(word):
+    if is_named(word):
         yield word
         return
     path = _home(word)
@@ -65,10 +65,6 @@ def _refuse_unknown(word: str) -> None:
     """Raises `InvalidArgument` if a word is almost the name of a data set; other words are checked as files later."""
     if near := get_close_matches(word[:40], [BUILTIN, *HUB], n=1):
         raise InvalidArgument(f"Unknown data set {shown(word)}. Did you mean {near[0]}?")
-
-
-def _is_named(word: str) -> bool:
-    return word == BUILTIN or word in HUB
 
 
 def _home(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the folder of all state holds, by kind."""
+"""Measures how much disk space each kind of file takes."""
 
 import stat
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from shared.service.settings import Directories
 
 @dataclass(frozen=True)
 class Usage:
-    """How much a kind of files takes, and what can be done about it."""
+    """The disk space that a kind of file takes, and advice on how to free it."""
 
     kind: str
     path: Path
@@ -21,7 +21,7 @@ class Usage:
 
 
 def usage(directories: Directories) -> list[Usage]:
-    """Every kind of files below `GPTLOOP_VAR`; nothing is counted twice, or left out."""
+    """Returns the usage of each kind of file below `GPTLOOP_VAR`; counts every file once."""
     registry = directories.registry
     parts = [
         (
@@ -30,10 +30,10 @@ def usage(directories: Directories) -> list[Usage]:
             "`gptloop prune`, GPTLOOP_KEEP_NEWEST, GPTLOOP_KEEP_BEST, GPTLOOP_KEEP_BYTES",
         ),
         ("states", registry / "runs", "`gptloop prune`, GPTLOOP_KEEP_STATES, GPTLOOP_KEEP_RUNS, GPTLOOP_KEEP_BYTES"),
-        ("prepared text", directories.data, "goes after 30 days without use; made again when it is missing"),
-        ("jobs", directories.redis, "what Redis keeps; jobs that ended go after 30 days"),
-        ("logs", directories.log, "may be removed while nothing runs"),
-        ("compiled", directories.cache, "may be removed while nothing runs; made again when it is missing"),
+        ("prepared text", directories.data, "removed after 30 days without use; prepared again if it is missing"),
+        ("jobs", directories.redis, "the files of Redis; jobs that have ended are removed after 30 days"),
+        ("logs", directories.log, "you can remove them while no process runs"),
+        ("compiled", directories.cache, "you can remove it while no process runs; compiled again if it is missing"),
     ]
     found = [Usage(kind, path, _size_bytes([path]), advice) for kind, path, advice in parts]
     known = {path for _, path, _ in parts} | {registry}
@@ -42,15 +42,15 @@ def usage(directories: Directories) -> list[Usage]:
 
 
 def _size_bytes(paths: Iterable[Path]) -> int:
-    """What files take on the disk, those in folders too; 0 for what is gone or cannot be read, and for links."""
-    size_bytes, waiting = 0, list(paths)
-    while waiting:
-        path = waiting.pop()
+    """Returns the disk space of files and of the files in folders; links and unreadable files count as 0."""
+    size_bytes, unvisited = 0, list(paths)
+    while unvisited:
+        path = unvisited.pop()
         with suppress(OSError):
             found = path.lstat()
             if stat.S_ISDIR(found.st_mode):
-                waiting += path.iterdir()
+                unvisited += path.iterdir()
             elif stat.S_ISREG(found.st_mode):
-                # Of a file with holes, only what is there.
+                # The holes of a sparse file take no space.
                 size_bytes += min(found.st_blocks * 512, found.st_size)
     return size_bytes

@@ -45,9 +45,7 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
         data = spec.data
     else:
         data = DatasetSpec(version.dataset_files, version.validation_files)
-    prepared = prepare(
-        data, wanted, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
-    )
+    prepared = prepare(data, wanted, attempt.directories.data, report, tokenizer)
     for text in (*prepared.notices, *changed_text(version, data, prepared)):
         attempt.emit(Notice(text))
     evaluation_set = EvaluationSet.from_tokens(

@@ -10,7 +10,6 @@ from pathlib import Path
 from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
 from shared.gpt.config import count_parameters
-from shared.gpt.tokenizer import Tokenizer
 from shared.registry.fence import Fence
 from shared.registry.retention import prune
 from shared.registry.store import Registry
@@ -22,7 +21,7 @@ from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import Outcome, train
 from trainer_service.training.report import Report
-from trainer_service.training.trainer import Trainer, saved_config
+from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
 from trainer_service.versions import changed_text, publish
 
@@ -36,15 +35,12 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     """
     registry = Registry(attempt.directories.registry)
     state = _own_state(spec, registry)
-    tokenizer = _tokenizer_so_far(spec, state, registry)
-    config = spec.config
-    if state is not None:
-        config = replace(config, vocabulary_size=saved_config(state).vocabulary_size)
-
+    continued = state
+    if state is None and spec.resume is not None:
+        continued = registry.version_directory(registry.version(spec.resume).version)
+    tokenizer = read_tokenizer(continued) if continued else None
     report = preparation_report(attempt)
-    data = prepare(
-        spec.data, config, attempt.directories.data, lambda each: report(each.stage, each.fraction), tokenizer
-    )
+    data = prepare(spec.data, spec.config, attempt.directories.data, report, tokenizer)
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.emit(Notice(text))
     return data
@@ -81,14 +77,6 @@ def _revision(state: Path) -> str | None:
         return None
 
 
-def _tokenizer_so_far(spec: RunSpec, state: Path | None, registry: Registry) -> Tokenizer | None:
-    if state is not None:
-        return read_tokenizer(state)
-    if spec.resume is None:
-        return None
-    return read_tokenizer(registry.version_directory(registry.version(spec.resume).version))
-
-
 class TrainingRun:
     """Trains a run to its end: from the start, from the version that it continues, or from its own last state.
 
@@ -115,32 +103,29 @@ class TrainingRun:
 
     def train(self) -> bool:
         """Trains; returns True at the end of the schedule, and False if the attempt had to end before."""
-        with Workers(self._attempt.device.threads) as workers:
-            return self._train(workers)
-
-    def _train(self, workers: Workers) -> bool:
-        config = self._spec.config
-        self._emit(Preparation("building the model"))
-        trainer = Trainer(config, self._data.train, workers)
-        self._restore(trainer)
-        parameters = count_parameters(config.gpt)
-        self._emit(
-            RunStarted(
-                parameters=parameters.total,
-                embedding_parameters=parameters.embedding,
-                train_tokens=self._data.train.size,
-                validation_tokens=self._data.validation.size,
-                tokenizer=self._data.tokenizer.name,
-                first_step=trainer.step + 1,
-                first_tokens=trainer.tokens,
-                max_steps=config.max_steps,
-                device=self._attempt.device.device,
-                preparation_s=time.monotonic() - self._attempt.began_s,
+        config, attempt = self._spec.config, self._attempt
+        with Workers(attempt.device.threads) as workers:
+            self._emit(Preparation("building the model"))
+            trainer = Trainer(config, self._data.train, workers)
+            self._restore(trainer)
+            parameters = count_parameters(config.gpt)
+            self._emit(
+                RunStarted(
+                    parameters=parameters.total,
+                    embedding_parameters=parameters.embedding,
+                    train_tokens=self._data.train.size,
+                    validation_tokens=self._data.validation.size,
+                    tokenizer=self._data.tokenizer.name,
+                    first_step=trainer.step + 1,
+                    first_tokens=trainer.tokens,
+                    max_steps=config.max_steps,
+                    device=attempt.device.device,
+                    preparation_s=time.monotonic() - attempt.began_s,
+                )
             )
-        )
-        completed = train(trainer, self._evaluation_set, self, self._attempt.stop_requested) is Outcome.COMPLETED
-        if completed:
-            self._end()
+            completed = train(trainer, self._evaluation_set, self, attempt.stop_requested) is Outcome.COMPLETED
+            if completed:
+                self._end()
         return completed
 
     def _restore(self, trainer: Trainer) -> None:
@@ -216,29 +201,19 @@ class TrainingRun:
         # The state is first, so that every version has one. A run that dies between the two evaluates this step again,
         # because its state does not contain the evaluation yet.
         self._keep_state(trainer)
-        if not any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
-            self._publish(trainer, held_out)
+        if any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
+            return
+        version = publish(self._registry, self._fence, self._spec, self._data, trainer, self._evaluation_set, held_out)
+        best = self._registry.labels().get("best") == version.version
+        self._emit(
+            VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
+        )
 
     def _prune(self) -> None:
         try:
             prune(self._registry, self._attempt.retention)
         except GptloopError as error:
             self.notice(f"Nothing old was removed: {error}")
-
-    def _publish(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
-        version = publish(
-            self._registry,
-            self._fence,
-            self._spec,
-            self._data,
-            trainer,
-            self._evaluation_set,
-            held_out,
-        )
-        best = self._registry.labels().get("best") == version.version
-        self._emit(
-            VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
-        )
 
     def save(self, trainer: Trainer) -> None:
         """Keeps the state; if the registry cannot be written, the run later resumes from an older one."""

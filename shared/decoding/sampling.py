@@ -4,7 +4,6 @@ A draw depends only on the logits, the parameters and the number `uniform(seed, 
 Shapes: V vocabulary.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,7 @@ class SamplingParameters:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
+        if not 0.0 <= self.temperature <= 100.0:
             raise InvalidArgument(f"temperature is {self.temperature:g}, but must be from 0 to 100.")
         if self.top_k < 0:
             raise InvalidArgument(f"top_k is {self.top_k}, but must be 0 (all tokens) or more.")
@@ -52,7 +51,7 @@ class SamplingParameters:
             raise InvalidArgument(f"top_p is {self.top_p:g}, but must be above 0 and at most 1.")
         if not 0.0 <= self.min_p <= 1.0:
             raise InvalidArgument(f"min_p is {self.min_p:g}, but must be from 0 to 1.")
-        if not (math.isfinite(self.repetition_penalty) and 0.0 < self.repetition_penalty <= 100.0):
+        if not 0.0 < self.repetition_penalty <= 100.0:
             raise InvalidArgument(
                 f"repetition_penalty is {self.repetition_penalty:g}, but must be above 0 and at most 100."
             )

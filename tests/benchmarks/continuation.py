@@ -41,7 +41,7 @@ def measure(
     changed = replace(begun, max_steps=end)
     rows: list[list[str]] = []
     with TemporaryDirectory() as folder, Workers(device.threads) as workers:
-        data = prepare(DatasetSpec((dataset,), ()), changed, Path(folder), lambda _: None)
+        data = prepare(DatasetSpec((dataset,), ()), changed, Path(folder), lambda *_: None)
         held_out = EvaluationSet.from_tokens(
             data.validation,
             data.tokenizer,

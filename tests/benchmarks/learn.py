@@ -36,7 +36,7 @@ def prepare(
     from trainer_service.text.tokens import prepare
 
     config = replace(RECIPE, max_train_tokens=10**9, max_validation_tokens=10**9)
-    data = prepare(DatasetSpec(tuple(dataset), tuple(validation)), config, folder, lambda _: None)
+    data = prepare(DatasetSpec(tuple(dataset), tuple(validation)), config, folder, lambda *_: None)
     np.save(folder / "train.npy", data.train)
     np.save(folder / "validation.npy", data.validation)
     print(f"{data.train.size:,} training and {data.validation.size:,} held-out tokens")

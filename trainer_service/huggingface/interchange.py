@@ -72,7 +72,7 @@ def import_folder(
 
     # Only one batch of the training text is needed.
     one_batch = replace(config, max_train_tokens=config.tokens_per_step + 1)
-    prepared = prepare(data, one_batch, directories.data, lambda each: report(each.stage, each.fraction), tokenizer)
+    prepared = prepare(data, one_batch, directories.data, report, tokenizer)
     trainer = Trainer(config, prepared.train, workers)
     trainer.model.load_weights(list(parameters_of(model).items()))
     report("measuring the loss", None)

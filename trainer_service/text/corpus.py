@@ -15,7 +15,7 @@ from trainer_service.text import stories
 from trainer_service.text.documents import Passage
 from trainer_service.text.hold_out import hold_out
 from trainer_service.text.hub import HUB, HubCorpus, HubDataset
-from trainer_service.text.local_files import ENDINGS, TextFile, check_file, kind_of, open_file, passes
+from trainer_service.text.local_files import ENDINGS, TextFile, check_file, open_file, passes
 
 BUILTIN = "builtin"
 # Part of every revision: raise it when the same content gives different documents or a different split.
@@ -49,6 +49,11 @@ class Corpus:
     validation: Callable[[], Iterator[Passage]]
 
 
+def is_named(name: str) -> bool:
+    """Returns whether a name is that of a data set, not of a file."""
+    return name == BUILTIN or name in HUB
+
+
 def check_spec(spec: DatasetSpec) -> None:
     """Checks names and files without reading text or using the network.
 
@@ -60,13 +65,14 @@ def check_spec(spec: DatasetSpec) -> None:
 
 
 def _check_files(spec: DatasetSpec) -> None:
-    named = [name for name in spec.dataset if name == BUILTIN or name in HUB]
+    named = [name for name in spec.dataset if is_named(name)]
     if named and len(spec.dataset) > 1:
         raise InvalidArgument(f"{named[0]} cannot be combined with other data: only local files can be combined.")
-    files = [*(() if named else spec.dataset), *spec.validation]
-    for name in () if named else spec.dataset:
+    files = () if named else spec.dataset
+    for name in files:
         if not Path(name).suffix and not os.path.exists(name):  # noqa: PTH110 - Path's raises on odd names
             raise InvalidArgument(f"Unknown data set {shown(name)}. {_accepted()}")
+    files += spec.validation
     identities = [check_file(Path(name)) for name in files]
     # Compared by inode: a file can have several names.
     inodes = [(identity.device, identity.inode) for identity in identities]
@@ -81,18 +87,13 @@ def check_size(spec: DatasetSpec, context_length: int) -> None:
     Every token takes at least one byte, except the end tokens.
     """
     window = context_length + 1
+    files = () if is_named(spec.dataset[0]) else spec.dataset
     for which, names, windows in (
-        (
-            "text",
-            () if spec.dataset[0] == BUILTIN or spec.dataset[0] in HUB else spec.dataset,
-            1 if spec.validation else 2,
-        ),
+        ("text", files, 1 if spec.validation else 2),
         ("held-out text", spec.validation, 1),
     ):
-        # The size of a compressed file does not bound its text.
-        if not names or any(Path(name).suffix.lower() != kind_of(Path(name)) for name in names):
-            continue
-        if any(kind_of(Path(name)) == ".parquet" for name in names):
+        # The size of a compressed file, as Parquet is too, does not bound its text.
+        if not names or any(Path(name).suffix.lower() not in (".txt", ".jsonl") for name in names):
             continue
         size_bytes = sum(check_file(Path(name)).size_bytes for name in names)
         if size_bytes + windows * len(names) < windows * window:
@@ -108,7 +109,7 @@ def absolute(spec: DatasetSpec) -> DatasetSpec:
     """Returns the same data with absolute paths, so that another process finds the files."""
 
     def resolve(name: str) -> str:
-        return name if name == BUILTIN or name in HUB else str(Path(name).absolute())
+        return name if is_named(name) else str(Path(name).absolute())
 
     return DatasetSpec(tuple(map(resolve, spec.dataset)), tuple(map(resolve, spec.validation)))
 
@@ -126,7 +127,7 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
     else:
         check_spec(spec)
     name = spec.dataset[0] if spec.dataset else ""
-    is_local = name != BUILTIN and name not in HUB
+    is_local = not is_named(name)
     paths = [Path(name) for name in (*(spec.dataset if is_local else ()), *spec.validation)]
     total_bytes = sum(check_file(path).size_bytes * passes(path) for path in paths)
 

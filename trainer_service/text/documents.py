@@ -160,9 +160,8 @@ def parquet(file: BinaryIO, path: Path, counts: Counts) -> Iterator[Part]:
 def _holds_text(kind: Any, types: Any) -> bool:
     if types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)) or bool(
-        types.is_null(kind)
-    )
+    checks = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(check(kind) for check in checks)
 
 
 def _batch_size(metadata: Any) -> int:

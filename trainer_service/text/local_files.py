@@ -89,37 +89,37 @@ def open_file(path: Path, on_read: OnRead = lambda _: None) -> TextFile:
     if kind == ".txt" and not counts.markers:
         notices.append(f"{name} has no <|endoftext|> marker, so the whole file is one document.")
     if counts.empty_rows:
-        rows = "row" if counts.empty_rows == 1 else "rows"
-        notices.append(f"{name}: skipped {counts.empty_rows:,} {rows} without text.")
+        notices.append(f"{name}: skipped {_rows(counts.empty_rows)} without text.")
     if counts.mended_rows:
-        rows = "row" if counts.mended_rows == 1 else "rows"
-        notices.append(
-            f"{name}: replaced lone surrogates (half characters) with U+FFFD in {counts.mended_rows:,} {rows}."
-        )
+        rows = _rows(counts.mended_rows)
+        notices.append(f"{name}: replaced lone surrogates (half characters) with U+FFFD in {rows}.")
     return TextFile(path, kind, identity, digest.hexdigest(), np.array(lengths), tuple(notices), on_read)
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def _passages(
     path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
 ) -> Iterator[Passage]:
-    for passage in documents.passages(_parts(path, kind, identity, counts, on_read, on_content)):
-        on_read(0)  # one read can give many passages
-        yield passage
-
-
-def _parts(
-    path: Path, kind: str, identity: Identity, counts: Counts, on_read: OnRead, on_content: Callable[[bytes], None]
-) -> Iterator[documents.Part]:
-    """Yields what the reader of the kind yields; passes the content of text files to `on_content`."""
-    if kind == ".parquet":
-        with file_bytes.open_bytes(path, identity, on_read) as file:
-            yield from documents.parquet(file, path, counts)
-        return
+    """Yields the documents of a file; passes the content of text files to `on_content`."""
 
     def observed() -> Iterator[bytes]:
         for chunk in file_bytes.content(path, identity, on_read):
             on_content(chunk)
             yield chunk
 
-    chunks = file_bytes.text(path, observed())
-    yield from documents.marked(chunks, counts) if kind == ".txt" else documents.json_lines(chunks, path, counts)
+    def parts() -> Iterator[documents.Part]:
+        match kind:
+            case ".parquet":
+                with file_bytes.open_bytes(path, identity, on_read) as file:
+                    yield from documents.parquet(file, path, counts)
+            case ".jsonl":
+                yield from documents.json_lines(file_bytes.text(path, observed()), path, counts)
+            case _:
+                yield from documents.marked(file_bytes.text(path, observed()), counts)
+
+    for passage in documents.passages(parts()):
+        on_read(0)  # one read can give many passages
+        yield passage

@@ -3,8 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +17,6 @@ HEADER_BYTES = 4096
 DTYPE = np.dtype("<u2")
 # A partial file that has not changed for this long belongs to a process that was killed.
 ABANDONED_S = 3600.0
-
-
-@dataclass(frozen=True)
-class ShardHeader:
-    """Describes a shard: `count` tokens of a split, which has no more if `complete` is true."""
-
-    tokenizer: str
-    source: str
-    revision: str
-    split: str
-    count: int = 0
-    complete: bool = False
 
 
 def read_shard(path: Path, limit: int) -> Tokens | None:
@@ -53,10 +40,11 @@ def read_shard(path: Path, limit: int) -> Tokens | None:
         return None
 
 
-def write_shard(path: Path, header: ShardHeader, arrays: Iterable[Tokens], limit: int) -> None:
-    """Writes the first `limit` tokens atomically, with a header whose `count` and `complete` match them.
+def write_shard(path: Path, origin: Mapping[str, str], arrays: Iterable[Tokens], limit: int) -> None:
+    """Writes the first `limit` tokens of a split atomically.
 
-    Raises `OSError` if the disk cannot be written, and leaves no partial file then.
+    The header holds their `origin`, their `count`, and whether they are the `complete` split. Raises `OSError` if the
+    disk cannot be written, and leaves no partial file then.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for partial in path.parent.glob(f"*{PARTIAL_SUFFIX}"):
@@ -71,8 +59,8 @@ def write_shard(path: Path, header: ShardHeader, arrays: Iterable[Tokens], limit
             count += part.size
             if count == limit:
                 break
-        values = asdict(header) | {"count": count, "complete": count < limit}
-        content = json.dumps({"magic": MAGIC, "version": VERSION} | values).encode()
+        header = {"magic": MAGIC, "version": VERSION, **origin, "split": path.stem}
+        content = json.dumps(header | {"count": count, "complete": count < limit}).encode()
         assert len(content) <= HEADER_BYTES
         file.seek(0)
         file.write(content.ljust(HEADER_BYTES))

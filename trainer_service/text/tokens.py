@@ -18,7 +18,7 @@ from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
 from trainer_service.text import background, bpe_process, token_cache
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
 from trainer_service.text.documents import Passage
-from trainer_service.text.shards import ShardHeader, read_shard, write_shard
+from trainer_service.text.shards import read_shard, write_shard
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 
@@ -38,20 +38,6 @@ class Stage(StrEnum):
 
 
 @dataclass(frozen=True)
-class PrepareProgress:
-    """The progress of a stage: `done` of `total` bytes, characters or tokens; `total` is 0 if it is unknown."""
-
-    stage: Stage
-    done: int = 0
-    total: int = 0
-
-    @property
-    def fraction(self) -> float | None:
-        """The share that is done, from 0 to 1; None if it is unknown."""
-        return min(self.done / self.total, 1.0) if self.total else None
-
-
-@dataclass(frozen=True)
 class PreparedData:
     """The data of a run: both splits as memory-mapped tokens, (N,) each, with an end token after every document.
 
@@ -68,44 +54,44 @@ class PreparedData:
     notices: tuple[str, ...]
 
 
-Report = Callable[[PrepareProgress], None]
+# Receives the stage and the share of it that is done, from 0 to 1; None if the share is unknown.
+Report = Callable[[Stage, float | None], object]
 
 
 class _Progress:
     """Reports the start of each stage at once, and its progress every `REPORT_INTERVAL_S`.
 
-    `tick` must be called more often than that, always from the same thread.
+    `tick` must be called more often than that, always from the same thread. Counts are bytes, characters or tokens; a
+    total of 0 is unknown.
     """
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._now = PrepareProgress(Stage.OPEN)
+        self._stage, self._done, self._total = Stage.OPEN, 0, 0
         self._reported_s = 0.0
 
     def begin(self, stage: Stage, total: int = 0) -> None:
-        self._set(PrepareProgress(stage, 0, total))
+        self._stage = stage
+        self.reach(0, total)
 
-    def reach(self, done: int, total: int = 0) -> None:
+    def reach(self, done: int, total: int) -> None:
         """Reports the progress of the stage, however recent the last report is."""
-        self._set(replace(self._now, done=done, total=total))
+        self._done, self._total = done, total
+        self._reported_s = time.monotonic()
+        self._report(self._stage, min(done / total, 1.0) if total else None)
 
     def read(self, size_bytes: int, total_bytes: int) -> None:
         """Counts the bytes that were read in the first stage."""
-        if self._now.stage is Stage.OPEN:
-            self._now = replace(self._now, done=self._now.done + size_bytes, total=total_bytes)
+        if self._stage is Stage.OPEN:
+            self._done, self._total = self._done + size_bytes, total_bytes
         self.tick()
 
     def tick(self, done: int = 0, total: int = 0) -> None:
         """Reports the progress if the last report is old. The receiver of the report ends the work by raising."""
         if total:
-            self._now = replace(self._now, done=done, total=total)
+            self._done, self._total = done, total
         if time.monotonic() - self._reported_s >= REPORT_INTERVAL_S:
-            self._set(self._now)
-
-    def _set(self, now: PrepareProgress) -> None:
-        self._now = now
-        self._reported_s = time.monotonic()
-        self._report(now)
+            self.reach(self._done, self._total)
 
 
 def prepare(
@@ -134,7 +120,7 @@ def prepare(
                 f"The text is enough for a vocabulary of only {tokenizer.vocabulary_size:,} tokens, not "
                 f"{config.vocabulary_size:,}; the model uses this size."
             )
-            config = replace(config, vocabulary_size=tokenizer.vocabulary_size)
+    config = replace(config, vocabulary_size=tokenizer.vocabulary_size)
     folder = directory / "shards" / _key(corpus.revision, tokenizer.digest)
     token_cache.mark_used(folder)
     token_cache.remove_unused(directory / "shards")
@@ -204,10 +190,10 @@ def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limi
     tokens = read_shard(path, limit)
     if tokens is None:
         split = corpus.train if stage is Stage.TRAIN else corpus.validation
-        header = ShardHeader(tokenizer.digest, corpus.source, corpus.revision, path.stem)
+        origin = {"tokenizer": tokenizer.digest, "source": corpus.source, "revision": corpus.revision}
         progress.begin(stage, limit)
         with _writing(path.parent):
-            write_shard(path, header, _encode(split(), tokenizer, limit, progress), limit)
+            write_shard(path, origin, _encode(split(), tokenizer, limit, progress), limit)
         tokens = read_shard(path, limit)
         assert tokens is not None
     return tokens

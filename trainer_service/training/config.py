@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import get_type_hints
 
@@ -137,16 +137,7 @@ class TrainingConfig:
     @property
     def gpt(self) -> GPTConfig:
         """The shape of the model."""
-        return GPTConfig(
-            layers=self.layers,
-            width=self.width,
-            heads=self.heads,
-            hidden_width=self.hidden_width,
-            context_length=self.context_length,
-            vocabulary_size=self.vocabulary_size,
-            tied_head=self.tied_head,
-            dropout=self.dropout,
-        )
+        return GPTConfig(**{field.name: getattr(self, field.name) for field in fields(GPTConfig)})
 
     @property
     def tokens_per_step(self) -> int:

@@ -153,9 +153,9 @@ class Trainer:
             step, tokens = position["step"], position["tokens"]
             training_loss, evaluated_step = position["training_loss"], position["evaluated_step"]
             best_validation_loss = position["best_validation_loss"]
+            saved = TrainingConfig.from_dict(position["config"])
         except (OSError, ValueError, KeyError) as error:
             raise CorruptCheckpoint(f"{directory / POSITION_FILE} cannot be read: {error}.") from error
-        saved = saved_config(directory)
         if saved.gpt.to_dict() | {"dropout": 0} != self.config.gpt.to_dict() | {"dropout": 0}:
             raise InvalidArgument("The saved model has another shape: a run must keep the shape of its model.")
         weights = load_arrays(directory / MODEL_FILE)
@@ -167,15 +167,6 @@ class Trainer:
         self.training_loss, self.evaluated_step = training_loss, evaluated_step
         self.best_validation_loss = best_validation_loss
         self._start()
-
-
-def saved_config(directory: Path) -> TrainingConfig:
-    """Returns the configuration of a saved state; raises `CorruptCheckpoint` if it cannot be read."""
-    try:
-        position = json.loads((directory / POSITION_FILE).read_text(encoding="utf-8"))
-        return TrainingConfig.from_dict(position["config"])
-    except (OSError, ValueError, KeyError) as error:
-        raise CorruptCheckpoint(f"{directory / POSITION_FILE} cannot be read: {error}.") from error
 
 
 def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:

@@ -20,7 +20,7 @@ from trainer_service.text import bpe_process, file_bytes, tokens
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.shards import HEADER_BYTES
 from trainer_service.text.stories import generate_stories
-from trainer_service.text.tokens import PreparedData, PrepareProgress, Stage, prepare
+from trainer_service.text.tokens import PreparedData, Stage, prepare
 from trainer_service.training.config import TrainingConfig
 
 pytestmark = pytest.mark.slow
@@ -32,6 +32,8 @@ CONFIG = replace(
 )
 TRAIN_LIMIT = 10 * 8 * 33
 
+Reported = tuple[Stage, float | None]
+
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
@@ -41,10 +43,14 @@ def text(tmp_path: Path) -> Path:
 
 
 def run(
-    text: Path, config: TrainingConfig = CONFIG, seen: list[PrepareProgress] | None = None, validation: str = ""
+    text: Path, config: TrainingConfig = CONFIG, seen: list[Reported] | None = None, validation: str = ""
 ) -> PreparedData:
+    def report(stage: Stage, fraction: float | None) -> None:
+        if seen is not None:
+            seen.append((stage, fraction))
+
     spec = DatasetSpec((str(text),), (validation,) if validation else ())
-    return prepare(spec, config, text.parent / "data", ([] if seen is None else seen).append)
+    return prepare(spec, config, text.parent / "data", report)
 
 
 def files(text: Path, pattern: str) -> list[Path]:
@@ -79,10 +85,10 @@ def test_only_the_text_that_the_run_reads_is_tokenised(text: Path) -> None:
 def test_existing_shards_are_used_and_cut_to_the_limit(text: Path) -> None:
     first = run(text)
     before = {path: path.stat().st_mtime_ns for path in files(text, "*.*")}
-    seen: list[PrepareProgress] = []
+    seen: list[Reported] = []
     again = run(text, seen=seen)
     less = run(text, replace(CONFIG, max_steps=3), seen)
-    assert {progress.stage for progress in seen} == {Stage.OPEN}
+    assert {stage for stage, _ in seen} == {Stage.OPEN}
     assert {path: path.stat().st_mtime_ns for path in files(text, "*.*")} == before
     assert np.array_equal(again.train, first.train)
     assert np.array_equal(less.train, first.train[: 3 * 8 * 33])
@@ -97,9 +103,9 @@ def test_a_longer_run_extends_the_same_tokens(text: Path) -> None:
 
 def test_a_shard_with_the_whole_split_serves_any_limit(text: Path) -> None:
     whole = run(text, replace(CONFIG, max_steps=10**6))
-    seen: list[PrepareProgress] = []
+    seen: list[Reported] = []
     assert run(text, replace(CONFIG, max_steps=10**7), seen).train.size == whole.train.size
-    assert {progress.stage for progress in seen} == {Stage.OPEN}
+    assert {stage for stage, _ in seen} == {Stage.OPEN}
 
 
 def test_changed_text_is_prepared_again(text: Path) -> None:
@@ -153,7 +159,7 @@ def test_the_header_describes_the_shard(text: Path) -> None:
 
 def test_a_given_tokenizer_is_used(text: Path) -> None:
     other = train_bpe(["some other text"] * 9, 260)
-    data = prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", lambda _: None, other)
+    data = prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", lambda *_: None, other)
     assert data.tokenizer is other
     assert data.train[:100].tolist() == other.encode(STORIES[0])[:100]
 
@@ -168,15 +174,14 @@ def test_gpt2_tokens_fit(text: Path) -> None:
 
 def test_progress_counts_up_to_the_limit(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "BATCH_CHARACTERS", 2000)
-    seen: list[PrepareProgress] = []
+    seen: list[Reported] = []
     data = run(text, seen=seen)
-    assert [stage for stage in Stage if any(progress.stage is stage for progress in seen)] == list(Stage)
-    train = [progress for progress in seen if progress.stage is Stage.TRAIN]
-    counts = [progress.done for progress in train]
+    assert list(dict(seen)) == list(Stage)
+    assert seen[0] == (Stage.OPEN, None)
+    counts = [data.train.size * (fraction or 0.0) for stage, fraction in seen if stage is Stage.TRAIN]
     assert len(counts) > 2
     assert counts == sorted(counts)
-    assert counts[-1] == train[-1].total == data.train.size
-    assert (train[-1].fraction, seen[0].fraction) == (1, None)
+    assert counts[-1] == TRAIN_LIMIT
 
 
 def test_the_passages_of_a_long_document_get_one_end_token(text: Path) -> None:
@@ -237,8 +242,8 @@ def test_training_the_tokenizer_can_be_stopped(text: Path, monkeypatch: pytest.M
             super().__init__(*given, **named)
             started.append(self)
 
-    def report(progress: PrepareProgress) -> None:
-        assert progress.stage in (Stage.OPEN, Stage.TOKENIZER)
+    def report(stage: Stage, _: float | None) -> None:
+        assert stage in (Stage.OPEN, Stage.TOKENIZER)
         if started:
             raise KeyboardInterrupt
 
@@ -259,10 +264,11 @@ def test_a_tokenizer_trained_in_another_process_is_the_same_and_reports_progress
         path.unlink()
     monkeypatch.setattr(bpe_process, "SHORT_CHARACTERS", 0)
     monkeypatch.setattr(tokens, "REPORT_INTERVAL_S", 0.0)
-    seen: list[PrepareProgress] = []
+    seen: list[Reported] = []
     assert run(text, seen=seen).tokenizer.digest == digest
-    done = [(each.done, each.total) for each in seen if each.stage is Stage.TOKENIZER]
-    assert done == sorted(done) and all(at <= total for at, total in done) and done[-1][1] > 0
+    fractions = [fraction for stage, fraction in seen if stage is Stage.TOKENIZER]
+    known = [fraction for fraction in fractions if fraction is not None]
+    assert fractions[-len(known) :] == known == sorted(known) and len(known) > 0 and known[-1] <= 1.0
 
 
 def test_a_disk_that_is_full_for_the_tokenizer_is_reported(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +284,9 @@ def test_a_disk_that_is_full_for_the_tokenizer_is_reported(text: Path, monkeypat
 def test_reading_reports_its_progress(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "REPORT_INTERVAL_S", 0.0)
     monkeypatch.setattr(file_bytes, "CHUNK_BYTES", 4096)
-    seen: list[PrepareProgress] = []
+    seen: list[Reported] = []
     run(text, seen=seen)
-    fractions = [each.fraction or 0.0 for each in seen if each.stage is Stage.OPEN]
+    fractions = [fraction or 0.0 for stage, fraction in seen if stage is Stage.OPEN]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0 and len(set(fractions)) > 10
 
 
@@ -303,8 +309,8 @@ def test_a_folder_that_cannot_be_made_is_reported(text: Path) -> None:
 
 
 def test_interrupted_work_leaves_no_partial_file(text: Path) -> None:
-    def end(progress: PrepareProgress) -> None:
-        if progress.stage is Stage.TRAIN:
+    def end(stage: Stage, _: float | None) -> None:
+        if stage is Stage.TRAIN:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -330,8 +336,8 @@ def test_two_threads_can_prepare_the_same_data_at_once(text: Path) -> None:
     results: list[PreparedData] = []
 
     def work() -> None:
-        def meet(progress: PrepareProgress) -> None:
-            if progress.stage is Stage.TRAIN:
+        def meet(stage: Stage, _: float | None) -> None:
+            if stage is Stage.TRAIN:
                 both.wait()
 
         results.append(prepare(DatasetSpec((str(text),)), CONFIG, text.parent / "data", meet))
