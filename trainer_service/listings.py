@@ -17,27 +17,27 @@ _LISTED_FILES = 3
 
 def print_jobs(records: Sequence[JobRecord], as_json: bool) -> None:
     """Prints jobs in the given order."""
-    columns = (
-        Column[JobRecord]("job", lambda job: job.id),
-        Column[JobRecord]("kind", lambda job: job.kind and job.kind.value, rank=1),
-        Column[JobRecord]("state", lambda job: job.state.value),
-        Column[JobRecord]("run", lambda job: job.spec and job.spec.run, rank=2),
-        Column[JobRecord](
+    columns: tuple[Column[JobRecord], ...] = (
+        Column("job", lambda job: job.id),
+        Column("kind", lambda job: job.kind and job.kind.value, rank=1),
+        Column("state", lambda job: job.state.value),
+        Column("run", lambda job: job.spec and job.spec.run, rank=2),
+        Column(
             "data",
             lambda job: job.spec.data.dataset if job.spec else [],
             lambda job: _files(job.spec.data.dataset) if job.spec else "",
             key="dataset",
             rank=4,
         ),
-        Column[JobRecord](
+        Column(
             "enqueued",
             lambda job: job.enqueued_at,
             lambda job: f"{format_duration(time.time() - job.enqueued_at)} ago" if job.enqueued_at else "",
             key="enqueued_at",
             rank=3,
         ),
-        Column[JobRecord]("last progress", describe_job, wraps=True),
-        Column[JobRecord]("", lambda job: job.ahead, key="jobs_ahead"),
+        Column("last progress", describe_job, wraps=True),
+        Column("", lambda job: job.ahead, key="jobs_ahead"),
     )
     print_list(records, columns, as_json=as_json, empty="No job yet: queue one with `gptloop train`.")
 
@@ -49,20 +49,18 @@ def print_runs(runs: Sequence[Run], as_json: bool) -> None:
         return Column(name, lambda run: run.values.get(name), lambda run: _value(run.values.get(name)), rank=rank)
 
     different = [] if as_json else differing(runs)
-    columns = (
-        Column[Run]("run", lambda run: run.name),
-        Column[Run]("state", lambda run: run.state, rank=2),
-        Column[Run]("steps", lambda run: run.steps, lambda run: f"{run.steps:,}", rank=1, right=True),
-        Column[Run](
-            "held-out loss", lambda run: run.validation_loss, lambda run: _loss(run.validation_loss), right=True
-        ),
-        Column[Run]("bits per byte", lambda run: run.bits_per_byte, lambda run: _loss(run.bits_per_byte), right=True),
+    columns: tuple[Column[Run], ...] = (
+        Column("run", lambda run: run.name),
+        Column("state", lambda run: run.state, rank=2),
+        Column("steps", lambda run: run.steps, lambda run: f"{run.steps:,}", rank=1, right=True),
+        Column("held-out loss", lambda run: run.validation_loss, lambda run: _loss(run.validation_loss), right=True),
+        Column("bits per byte", lambda run: run.bits_per_byte, lambda run: _loss(run.bits_per_byte), right=True),
         # On a narrow terminal the last values are left out first.
         *(value_column(name, rank) for rank, name in enumerate(different, start=3)),
-        Column[Run]("notes", lambda run: run.notes, rank=len(different) + 3, wraps=True),
-        Column[Run]("", lambda run: run.values, key="values"),
-        Column[Run]("", lambda run: run.job, key="job"),
-        Column[Run]("", lambda run: run.began_at, key="began_at"),
+        Column("notes", lambda run: run.notes, rank=len(different) + 3, wraps=True),
+        Column("", lambda run: run.values, key="values"),
+        Column("", lambda run: run.job, key="job"),
+        Column("", lambda run: run.began_at, key="began_at"),
     )
     print_list(runs, columns, as_json=as_json, empty="No run yet: queue one with `gptloop train`.")
 
@@ -70,26 +68,17 @@ def print_runs(runs: Sequence[Run], as_json: bool) -> None:
 def print_checkpoints(registry: Registry, as_json: bool) -> None:
     """Prints every version in the registry, the oldest first."""
     versions, labels = registry.versions(), registry.labels()
-    columns = (
-        Column[VersionManifest]("version", lambda each: each.version, right=True),
-        Column[VersionManifest]("step", lambda each: each.step, lambda each: f"{each.step:,}", rank=1, right=True),
-        Column[VersionManifest](
-            "training loss",
-            lambda each: each.training_loss,
-            lambda each: f"{each.training_loss:.4f}",
-            rank=5,
-            right=True,
+    columns: tuple[Column[VersionManifest], ...] = (
+        Column("version", lambda each: each.version, right=True),
+        Column("step", lambda each: each.step, lambda each: f"{each.step:,}", rank=1, right=True),
+        Column(
+            "training loss", lambda each: each.training_loss, lambda each: _loss(each.training_loss), rank=5, right=True
         ),
-        Column[VersionManifest](
-            "held-out loss",
-            lambda each: each.validation_loss,
-            lambda each: f"{each.validation_loss:.4f}",
-            right=True,
+        Column(
+            "held-out loss", lambda each: each.validation_loss, lambda each: _loss(each.validation_loss), right=True
         ),
-        Column[VersionManifest](
-            "bits per byte", lambda each: each.bits_per_byte, lambda each: f"{each.bits_per_byte:.4f}", right=True
-        ),
-        Column[VersionManifest](
+        Column("bits per byte", lambda each: each.bits_per_byte, lambda each: _loss(each.bits_per_byte), right=True),
+        Column(
             "size",
             lambda each: each.size_bytes,
             lambda each: format_size(each.size_bytes),
@@ -97,7 +86,7 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
             rank=4,
             right=True,
         ),
-        Column[VersionManifest](
+        Column(
             "age",
             lambda each: each.created_at,
             lambda each: format_duration(time.time() - each.created_at),
@@ -105,8 +94,8 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
             rank=3,
             right=True,
         ),
-        Column[VersionManifest]("labels", lambda each: labels_of(each.version, labels), wraps=True),
-        Column[VersionManifest]("run", lambda each: each.run, rank=2),
+        Column("labels", lambda each: labels_of(each.version, labels), wraps=True),
+        Column("run", lambda each: each.run, rank=2),
     )
     print_list(
         versions,
