@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,15 +18,17 @@ from deploy.launch import holder
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
 from inference_service.client import InferenceClient
+from shared.errors import GptloopError
 from shared.gpt.weights import load_arrays
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.waiting import HANG_S, wait_until
+from trainer_service.client import TrainerClient
 from trainer_service.jobs.events import TimedEvent
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.requests import TrainRequest
 from trainer_service.redis_server import connect, redis_url
 
 PROJECT = Path(__file__).parents[2]
@@ -66,14 +67,12 @@ class System:
     ports: Ports
     directories: Directories
     environment: dict[str, str]
-    trainer: training_pb2_grpc.TrainingServiceStub = field(init=False)
-    channel: grpc.Channel = field(init=False)
+    trainer: TrainerClient = field(init=False)
     redis: Redis = field(init=False)
     queue: JobQueue = field(init=False)
 
     def __post_init__(self) -> None:
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.ports.trainer}")
-        self.trainer = training_pb2_grpc.TrainingServiceStub(self.channel)
+        self.trainer = TrainerClient(f"127.0.0.1:{self.ports.trainer}")
         self.redis = connect(redis_url(self.environment, self.directories))
         self.queue = JobQueue(self.redis, registry_id(self.directories.registry))
 
@@ -86,15 +85,14 @@ class System:
 
     def enqueue(self, resume: int | None = None, **values: str) -> str:
         overrides = (TINY if resume is None else {}) | values
-        response = self.trainer.EnqueueJob(pb.EnqueueJobRequest(overrides=overrides, resume=resume))
+        response = self.trainer.submit(TrainRequest(overrides=overrides, resume=resume))
         assert response.live_workers >= 1
-        job: str = response.job.id
-        return job
+        return response.job.id
 
     def watch(self, job: str, until: Callable[[pb.WatchJobResponse], bool]) -> list[pb.WatchJobResponse]:
         """Returns the events of a job up to the first that matches; fails if the job ends before."""
         events = []
-        for event in self.trainer.WatchJob(pb.WatchJobRequest(job_id=job), timeout=HANG_S):
+        for event in self.trainer.watch(job, timeout_s=HANG_S):
             events.append(event)
             if until(event):
                 return events
@@ -105,15 +103,15 @@ class System:
 
     def end(self, job: str, hang_s: float = HANG_S) -> pb.Job:
         """Returns the job after it has ended in any way, even if processes were down meanwhile."""
-        answer = pb.GetJobResponse()
+        found = pb.Job()
 
         def ended() -> bool:
-            with suppress(grpc.RpcError):  # the supervisor is starting Redis or the API again
-                answer.CopyFrom(self.trainer.GetJob(pb.GetJobRequest(job_id=job)))
-            return answer.job.state in _FINAL
+            with suppress(GptloopError):  # the supervisor is starting Redis or the API again
+                found.CopyFrom(self.trainer.job(job))
+            return found.state in _FINAL
 
         wait_until(ended, hang_s=hang_s)
-        return answer.job
+        return found
 
     def events(self, job: str) -> list[TimedEvent]:
         """Returns all events of a job in Redis, also after its end."""
@@ -203,7 +201,7 @@ def running(directories: Directories) -> Iterator[System]:
     try:
         yield everything
     finally:
-        everything.channel.close()
+        everything.trainer.close()
         everything.redis.close()
         stack.down()
 

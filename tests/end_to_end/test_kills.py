@@ -22,6 +22,7 @@ from shared.registry.commit import is_locked
 from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress
 from tests.waiting import wait_until
 from trainer_service.jobs.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
+from trainer_service.jobs.requests import EvaluateRequest, PrepareRequest, TrainRequest
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION
 
 pytestmark = pytest.mark.slow
@@ -73,13 +74,10 @@ def run(system: System, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(probe.text, max(probe.interval, round(RUN_S * steps_per_s / 4)))
 
 
-def put(system: System, run: Run, kind: pb.JobKind = pb.JOB_KIND_TRAIN, after: str = "", **values: str) -> str:
-    """Enqueues the run, or a job of another kind, optionally after another job."""
-    request = pb.EnqueueJobRequest(kind=kind, after=[after] if after else [])
-    if kind != pb.JOB_KIND_EVALUATE:
-        request.MergeFrom(pb.EnqueueJobRequest(dataset=[run.text], overrides=run.values | values))
-    job: str = system.trainer.EnqueueJob(request).job.id
-    return job
+def put(system: System, run: Run, *after: str, **values: str) -> str:
+    """Enqueues the run, optionally after other jobs."""
+    request = TrainRequest(dataset=(run.text,), overrides=run.values | values, after=after)
+    return system.trainer.submit(request).job.id
 
 
 @pytest.fixture(scope="module")
@@ -336,12 +334,12 @@ class PulledPlug:
 def pulled_plug(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -> PulledPlug:
     text = Path(shutil.copy(run.text, tmp_path_factory.mktemp("gone") / "text.txt"))
     job = begin(system, run)
-    prepare = put(system, run, pb.JOB_KIND_PREPARE)
-    train = put(system, run, pb.JOB_KIND_TRAIN, prepare, max_steps="10")
-    evaluate = put(system, run, pb.JOB_KIND_EVALUATE, train)
+    prepare = system.trainer.submit(PrepareRequest(dataset=(run.text,), overrides=run.values)).job.id
+    train = put(system, run, prepare, max_steps="10")
+    evaluate = system.trainer.submit(EvaluateRequest(after=(train,))).job.id
     fail = put(system, replace(run, text=str(text)))
     text.unlink()
-    measure = put(system, run, pb.JOB_KIND_EVALUATE, fail)
+    measure = system.trainer.submit(EvaluateRequest(after=(fail,))).job.id
     pids = [system.training_process()]
     pids += [system.pid(name) for name in ("supervisord", "redis", "trainer", "inference", "worker")]
     for pid in pids:

@@ -12,13 +12,16 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from prometheus_client.parser import text_string_to_metric_families
 
 from inference_service.client import AdminClient
-from shared.errors import NotFound, Unavailable
+from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
+from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.store import Registry
 from tests.end_to_end.conftest import System, is_progress
 from tests.fakes import publish_overflowing_version
 from tests.waiting import wait_until
+from trainer_service.jobs.events import JobState
+from trainer_service.jobs.requests import TrainRequest
 
 pytestmark = pytest.mark.slow
 
@@ -144,7 +147,8 @@ def test_both_metrics_pages_tell_what_happened(system: System) -> None:
 
 
 def test_reflection_names_the_services(system: System) -> None:
-    names = ProtoReflectionDescriptorDatabase(system.channel).get_services()
+    with grpc.insecure_channel(f"127.0.0.1:{system.ports.trainer}") as channel:
+        names = ProtoReflectionDescriptorDatabase(channel).get_services()
     assert "training.v1.TrainingService" in names and "grpc.health.v1.Health" in names
 
 
@@ -158,21 +162,16 @@ def test_a_finished_run_can_be_extended_and_its_token_count_goes_on(system: Syst
 
 
 def test_what_cannot_be_trained_is_refused_with_a_sentence(system: System) -> None:
-    def refused(**request: object) -> tuple[grpc.StatusCode, str]:
-        with pytest.raises(grpc.RpcError) as caught:
-            system.trainer.EnqueueJob(pb.EnqueueJobRequest(**request))  # type: ignore[arg-type]
-        return caught.value.code(), caught.value.details() or ""
-
-    invalid, missing = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
-    assert refused(preset="huge") == (
-        invalid,
-        "Unknown preset 'huge'. The presets are demo, small, tinystories-53m, gpt2-124m.",
-    )
-    assert refused(overrides={"steps": "5"})[0] == invalid
-    assert refused(dataset=["/nowhere/text.txt"])[0] == missing
-    assert refused(resume=77)[0] == missing
-    code, sentence = refused(resume=4)
-    assert code == invalid and "nothing is left to do" in sentence and "max_steps=480" in sentence
+    presets = "demo, small, tinystories-53m, gpt2-124m"
+    for request, kind, sentence in (
+        (TrainRequest(preset="huge"), InvalidArgument, f"^Unknown preset 'huge'. The presets are {presets}.$"),
+        (TrainRequest(overrides={"steps": "5"}), InvalidArgument, "steps"),
+        (TrainRequest(dataset=("/nowhere/text.txt",)), NotFound, "/nowhere/text.txt"),
+        (TrainRequest(resume=77), NotFound, "no version 77"),
+        (TrainRequest(resume=4), InvalidArgument, "nothing is left to do.*max_steps=480"),
+    ):
+        with pytest.raises(kind, match=sentence):
+            system.trainer.submit(request)
 
 
 def test_a_text_shorter_than_one_context_is_refused_before_a_job_is_queued(system: System, tmp_path: Path) -> None:
@@ -195,14 +194,13 @@ def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> N
         assert isinstance(list(stream)[-1], inference_pb2.Finished)
     # Training goes on beside a stream and after it.
     system.watch(job, is_progress(trained + 5))
-    assert system.trainer.CancelJob(pb.CancelJobRequest(job_id=job)).job.state == pb.JOB_STATE_CANCELLING
+    assert system.trainer.cancel(job).state == pb.JOB_STATE_CANCELLING
     events = system.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_CANCELLED)
     last = [event.progress.step for event in events if event.HasField("progress")][-1]
-    run = system.trainer.GetJob(pb.GetJobRequest(job_id=job)).job.run
+    run = system.trainer.job(job).run
     assert Registry(system.directories.registry).states(run) == [last]
-    with pytest.raises(grpc.RpcError) as caught:
-        system.trainer.CancelJob(pb.CancelJobRequest(job_id=job))
-    assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    with pytest.raises(FailedPrecondition):
+        system.trainer.cancel(job)
 
 
 def test_a_loss_that_is_not_finite_fails_the_job_and_keeps_what_was_good(system: System) -> None:
@@ -216,12 +214,15 @@ def test_a_loss_that_is_not_finite_fails_the_job_and_keeps_what_was_good(system:
 
 
 def test_jobs_can_be_listed_in_pages(system: System) -> None:
-    first = system.trainer.ListJobs(pb.ListJobsRequest(page_size=2))
-    rest = system.trainer.ListJobs(pb.ListJobsRequest(page_token=first.next_page_token))
+    with grpc.insecure_channel(f"127.0.0.1:{system.ports.trainer}") as channel:
+        stub = training_pb2_grpc.TrainingServiceStub(channel)
+        first = stub.ListJobs(pb.ListJobsRequest(page_size=2))
+        rest = stub.ListJobs(pb.ListJobsRequest(page_token=first.next_page_token))
     ids = [job.id for page in (first, rest) for job in page.jobs]
     assert len(first.jobs) == 2 and len(ids) == len(set(ids)) >= 4 and not rest.next_page_token
-    failed = system.trainer.ListJobs(pb.ListJobsRequest(states=[pb.JOB_STATE_FAILED])).jobs
-    assert len(failed) == 1 and all(job.reason for job in failed)
+    assert [job.id for job in system.trainer.jobs()] == ids
+    (failed,) = system.trainer.jobs(states=[JobState.FAILED])
+    assert failed.reason
 
 
 def test_without_a_worker_a_job_waits_and_the_command_says_so(system: System) -> None:
