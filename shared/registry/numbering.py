@@ -1,4 +1,4 @@
-"""Numbers as names of folders and in files, and the highest number that was ever given to a version."""
+"""Numbers as names of folders and in files, and the next number for a version."""
 
 import re
 from pathlib import Path
@@ -41,24 +41,17 @@ def read_number(path: Path, right: str) -> int:
     return int(text)
 
 
-class HighestVersion:
-    """The file `last_version`: the highest number that was ever given to a version.
+def next_version(root: Path) -> int:
+    """Returns the next number for a version of the registry at `root`; call it under the lock of the versions.
 
-    A number is written there before its version is visible. So no number is given twice, even if versions are removed.
+    Writes the number into the file `last_version` before its version is visible. So no number is given twice, even if
+    versions are removed. Raises `FailedPrecondition` if the file is invalid or no number is left, and `OSError` if the
+    disk fails.
     """
-
-    def __init__(self, root: Path) -> None:
-        self._path = root / "last_version"
-        self._versions = root / "versions"
-
-    def next(self) -> int:
-        """Returns the next number; call it under the lock of the versions.
-
-        Raises `FailedPrecondition` if the file is invalid or no number is left, and `OSError` if the disk fails.
-        """
-        last = read_number(self._path, "the highest number that any version ever had; write it there")
-        number = 1 + max(last, *numbers(self._versions), 0)
-        if len(str(number)) > _MAX_DIGITS:
-            raise FailedPrecondition(f"{self._versions} contains version {number - 1}, so no higher number is left.")
-        replace_text(self._path, str(number))
-        return number
+    highest, versions = root / "last_version", root / "versions"
+    last = read_number(highest, "the highest number that any version ever had; write it there")
+    number = 1 + max(last, *numbers(versions), 0)
+    if len(str(number)) > _MAX_DIGITS:
+        raise FailedPrecondition(f"{versions} contains version {number - 1}, so no higher number is left.")
+    replace_text(highest, str(number))
+    return number

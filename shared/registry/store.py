@@ -35,7 +35,7 @@ from shared.registry.decisions import Decided, Decisions, check_label
 from shared.registry.fence import Fence
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
-from shared.registry.numbering import HighestVersion, children, number_of, numbers
+from shared.registry.numbering import children, next_version, number_of, numbers
 from shared.registry.staging import Staging
 from shared.text import excerpt
 
@@ -71,7 +71,6 @@ class Registry:
         self.decisions = Decisions(root)
         self.holds = Holds(root)
         self._staging = Staging(root)
-        self._highest = HighestVersion(root)
         # A version never changes, so its manifest is read once; the inode shows if the whole registry was replaced.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}
         # The versions whose manifest could not be read at the last attempt, with the reason.
@@ -189,7 +188,7 @@ class Registry:
             write(staging)
             files = record_files(staging)
             with locked(self.root / "versions.lock"), fence.held():
-                number = self._highest.next()
+                number = next_version(self.root)
                 version = manifest(number, files)
                 seal(staging, version.to_json())
                 reveal(staging, self.version_directory(number))
@@ -279,10 +278,6 @@ class Registry:
                     reveal(staging, final)
         return final
 
-    def remove_state(self, run: str, step: int) -> None:
-        """Removes a state atomically."""
-        self._staging.remove(self.state_directory(run, step))
-
     # Both kinds
 
     def checkpoints(self) -> list[Checkpoint]:
@@ -330,7 +325,7 @@ class Registry:
         if checkpoint.run is None:
             self.remove_version(checkpoint.number)
         else:
-            self.remove_state(checkpoint.run, checkpoint.number)
+            self._staging.remove(self.directory(checkpoint))
 
     def sweep(self) -> None:
         """Removes what dead processes left half-written or half-removed."""

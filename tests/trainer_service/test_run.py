@@ -336,7 +336,7 @@ def test_a_run_that_has_begun_does_not_need_the_version_that_it_continues(site: 
     site.train(spec, stop_requested=lambda: next(asked, True) and bool(site.registry.states(spec.run)))
     parent = site.registry.version(3)
     site.registry.remove_version(3)
-    site.registry.remove_state(parent.run, parent.step)
+    site.registry.remove(Checkpoint(parent.step, parent.run))
     assert site.train(spec)
     assert site.registry.version(4).step == 12
 

@@ -8,7 +8,7 @@ import pytest
 from shared.errors import AlreadyExists, FailedPrecondition, NotFound
 from shared.registry.fence import Fence
 from shared.registry.retention import Retention, prune
-from shared.registry.store import Registry
+from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, write_model
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
@@ -69,7 +69,7 @@ def test_the_version_that_a_queued_evaluation_names_by_number_stays(registry: Re
 def test_a_job_that_is_not_put_on_the_queue_holds_nothing(registry: Registry, queue: JobQueue) -> None:
     with pytest.raises(NotFound, match="There is no version 9"):
         enqueue(resuming(9), queue, registry)
-    registry.remove_state("run-1", 20)
+    registry.remove(Checkpoint(20, "run-1"))
     with pytest.raises(NotFound, match="The state of version 2 was removed just now"):
         enqueue(resuming(2), queue, registry)
     enqueue(resuming(None, "taken"), queue, registry)
