@@ -203,9 +203,8 @@ def _generate_request(prompt: str | Sequence[int], parameters: Parameters) -> pb
     with sendable():
         model = _selector(given.pop("version", None), given.pop("label", None))
         sampling = pb.Sampling(**{name: given.pop(name) for name in _SAMPLING if name in given})
-        if isinstance(prompt, str):
-            return pb.GenerateRequest(prompt=prompt, model=model, sampling=sampling, **given)
-        return pb.GenerateRequest(prompt_tokens=pb.TokenIds(ids=prompt), model=model, sampling=sampling, **given)
+        text, tokens = (prompt, None) if isinstance(prompt, str) else (None, pb.TokenIds(ids=prompt))
+        return pb.GenerateRequest(prompt=text, prompt_tokens=tokens, model=model, sampling=sampling, **given)
 
 
 def _selector(version: int | None, label: str | None) -> pb.ModelSelector | None:
@@ -213,4 +212,4 @@ def _selector(version: int | None, label: str | None) -> pb.ModelSelector | None
         raise InvalidArgument(f"version {version} and label {label!r} exclude each other; give only one.")
     if version is None and label is None:
         return None
-    return pb.ModelSelector(version=version) if label is None else pb.ModelSelector(label=label)
+    return pb.ModelSelector(version=version, label=label)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shared.registry.decisions import Decided, pinned_number, run_label, run_of
+from shared.registry.decisions import LABELS, Decided, pinned_number, run_label, run_of
 from shared.registry.manifest import IMPORTED, VersionManifest
 
 # A version with another evaluation set takes the lead once it has trained on this share of the best one's tokens.
@@ -87,7 +87,7 @@ def number_of(label: str, versions: Sequence[VersionManifest], decided: Decided)
 
 def labels(versions: Sequence[VersionManifest], decided: Decided) -> dict[str, int]:
     """Returns every label that names a version; of `run:` and `pinned:` labels only the policy."""
-    named = {label: number_of(label, versions, decided) for label in ("best", "latest", "stable", decided.policy)}
+    named = {label: number_of(label, versions, decided) for label in (*LABELS, decided.policy)}
     return {label: number for label, number in named.items() if number is not None}
 
 

@@ -70,16 +70,17 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
     """
     versions = _versions(registry)
     decided = registry.decided(versions)
-    labels, held = policy.labels(versions, decided), registry.holds.jobs()
-    # These may still be copied here, or become readable again, so only a person removes them.
-    lacking = {each.version for each in versions if registry.lacking(each)}
-    firm = _firm_reasons(versions, decided, labels, held, lacking)
-    continued = {*labels.values(), *held, *lacking}
     deserving = [each for each in versions if each.version not in decided.refused]
+    needed = _needed(registry, versions, decided)
+    firm, lead = dict(needed), policy.leading(deserving)
+    if lead is not None and lead.since.version != deserving[0].version:
+        # Without it the previous evaluation set could lead again.
+        since = lead.since.version
+        firm[since] = [*needed.get(since, ()), "its evaluation set leads since this version"]
     runs = _kept_runs(registry, retention)
     best = _best(versions, deserving, runs, retention.best)
     verdicts = _judge_versions(versions, firm, best, retention) + _judge_states(
-        registry, runs, {(each.run, each.step): each.version for each in versions if each.version in continued}
+        registry, runs, {(each.run, each.step): each.version for each in versions if each.version in needed}
     )
     if not retention.size_bytes:
         return verdicts
@@ -94,12 +95,11 @@ def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
 
 
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
-    """Removes a checkpoint, unless a label names it, or a job waits for it, since it was judged."""
+    """Removes a checkpoint, unless it became needed since it was judged."""
     with registry.decisions.held():
         versions = registry.versions()
-        labelled = policy.labels(versions, registry.decided(versions)).values()
-        firm = {*labelled, *registry.holds.jobs(), *(each.version for each in versions if registry.lacking(each))}
-        kept = [each for each in versions if each.version in firm]
+        needed = _needed(registry, versions, registry.decided(versions))
+        kept = [each for each in versions if each.version in needed]
         if any(checkpoint in (Checkpoint(each.version), Checkpoint(each.step, each.run)) for each in kept):
             return False
         registry.remove(checkpoint)
@@ -121,28 +121,21 @@ def _versions(registry: Registry) -> list[VersionManifest]:
     return versions
 
 
-def _firm_reasons(
-    versions: Sequence[VersionManifest],
-    decided: Decided,
-    labels: Mapping[str, int],
-    held: Mapping[int, str],
-    lacking: Collection[int],
-) -> dict[int, tuple[str, ...]]:
-    """Returns the reasons why versions are kept despite the limit on the size."""
-    deserving = [each for each in versions if each.version not in decided.refused]
-    lead = policy.leading(deserving)
-    firm = {}
-    for number in (each.version for each in versions):
+def _needed(registry: Registry, versions: Sequence[VersionManifest], decided: Decided) -> dict[int, list[str]]:
+    """Returns the versions that stay with their states whatever the rules are, each with the reasons."""
+    labels, held = policy.labels(versions, decided), registry.holds.jobs()
+    needed = {}
+    for version in versions:
+        number = version.version
         reasons = [f"label {label}" for label in policy.labels_of(number, labels)]
         if number in held:
             reasons.append(f"job {held[number]} waits for it")
-        if number in lacking:
+        if registry.lacking(version):
+            # They may still be copied here, or become readable again, so only a person removes it.
             reasons.append("some of its files are missing or cannot be read")
-        if lead is not None and number == lead.since.version != deserving[0].version:
-            # Without it the previous evaluation set could lead again.
-            reasons.append("its evaluation set leads since this version")
-        firm[number] = tuple(reasons)
-    return firm
+        if reasons:
+            needed[number] = reasons
+    return needed
 
 
 def _kept_runs(registry: Registry, retention: Retention) -> dict[str, int]:
@@ -170,21 +163,21 @@ def _best(
 
 def _judge_versions(
     versions: Sequence[VersionManifest],
-    firm: Mapping[int, tuple[str, ...]],
+    firm: Mapping[int, Sequence[str]],
     best: Collection[int],
     retention: Retention,
 ) -> list[Verdict]:
     newest = {each.version for each in versions[max(0, len(versions) - retention.newest) :]}
     verdicts = []
     for number in (each.version for each in versions):
-        reasons = list(firm[number])
+        reasons = list(firm.get(number, ()))
         if number in newest:
             reasons.append(f"newest {retention.newest}")
         if number in best:
             reasons.append(f"best {retention.best} of its evaluation set")
         if retention.every and number % retention.every == 0:
             reasons.append(f"multiple of {retention.every}")
-        verdicts.append(Verdict(Checkpoint(number), tuple(reasons), is_firm=bool(firm[number])))
+        verdicts.append(Verdict(Checkpoint(number), tuple(reasons), is_firm=number in firm))
     return verdicts
 
 
