@@ -102,7 +102,7 @@ class System:
         return self.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FINISHED)
 
     def end(self, job: str, hang_s: float = HANG_S) -> pb.Job:
-        """Returns the job after it has ended in any way, even if processes were down meanwhile."""
+        """Returns the job after it has ended in any way, even if processes were down before."""
         found = pb.Job()
 
         def ended() -> bool:

@@ -303,13 +303,13 @@ def fence(system: System, job: str) -> int:
     return int((system.registry.run_directory(system.run(job)) / "fence").read_text())
 
 
-def test_what_is_no_job_of_this_project_is_dropped_unseen(system: System, run: Run, tmp_path: Path) -> None:
+def test_jobs_of_other_programs_are_dropped_and_never_imported(system: System, run: Run, tmp_path: Path) -> None:
     worker, ran = system.pid("worker"), tmp_path / "ran"
     finished = next(system.queue.store.jobs([JobState.FINISHED])).id
     queue = Queue(system.queue.store.keys.queue_name, connection=system.redis, serializer=JSONSerializer)
     strangers = [
         queue.enqueue("os.system", f"touch '{ran}'"),
-        # Whose import prints.
+        # Its import prints a text.
         queue.enqueue("this.s"),
         queue.enqueue(JOB_FUNCTION, args=(finished, 1), on_success=Callback("this.s")),
     ]
@@ -321,9 +321,9 @@ def test_what_is_no_job_of_this_project_is_dropped_unseen(system: System, run: R
 
 
 @dataclass(frozen=True)
-class PulledPlug:
-    """A run in whose middle everything was killed, and jobs that waited meanwhile: two chains, the first job of one of
-    which fails."""
+class AllKilled:
+    """A run during which every process was killed, and two chains of jobs that waited; the first job of `failing`
+    fails."""
 
     run: str
     chain: list[str]
@@ -331,7 +331,7 @@ class PulledPlug:
 
 
 @pytest.fixture(scope="module")
-def pulled_plug(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -> PulledPlug:
+def all_killed(system: System, run: Run, tmp_path_factory: pytest.TempPathFactory) -> AllKilled:
     text = Path(shutil.copy(run.text, tmp_path_factory.mktemp("gone") / "text.txt"))
     job = begin(system, run)
     prepare = system.trainer.submit(PrepareRequest(dataset=(run.text,), overrides=run.values)).job.id
@@ -346,25 +346,25 @@ def pulled_plug(system: System, run: Run, tmp_path_factory: pytest.TempPathFacto
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: all(map(is_gone, pids)))
     system.stack.up(lambda _: None)
-    return PulledPlug(job, [prepare, train, evaluate], [fail, measure])
+    return AllKilled(job, [prepare, train, evaluate], [fail, measure])
 
 
-def test_jobs_that_come_after_others_run_in_their_order(system: System, pulled_plug: PulledPlug) -> None:
-    jobs = [system.end(job) for job in pulled_plug.chain]
+def test_jobs_that_come_after_others_run_in_their_order(system: System, all_killed: AllKilled) -> None:
+    jobs = [system.end(job) for job in all_killed.chain]
     assert [(job.state, job.reason) for job in jobs] == 3 * [(pb.JOB_STATE_FINISHED, "")]
     times = [time for job in jobs for time in (job.started_at.ToNanoseconds(), job.ended_at.ToNanoseconds())]
     assert times == sorted(times)
     assert jobs[-1].evaluation.validation_loss > 0
 
 
-def test_what_comes_after_a_job_that_fails_is_cancelled_with_a_reason(system: System, pulled_plug: PulledPlug) -> None:
-    failed, cancelled = (system.end(job) for job in pulled_plug.failing)
+def test_jobs_after_a_failed_job_are_cancelled_with_a_reason(system: System, all_killed: AllKilled) -> None:
+    failed, cancelled = (system.end(job) for job in all_killed.failing)
     assert (failed.state, cancelled.state) == (pb.JOB_STATE_FAILED, pb.JOB_STATE_CANCELLED)
     assert cancelled.reason == f"The job {failed.id}, which comes before it, has not finished."
     assert not cancelled.HasField("started_at")
 
 
-def test_a_run_goes_on_by_itself_after_the_plug_was_pulled(
-    system: System, reference: Result, pulled_plug: PulledPlug
+def test_a_run_continues_by_itself_after_every_process_was_killed(
+    system: System, reference: Result, all_killed: AllKilled
 ) -> None:
-    check_end(system, pulled_plug.run, reference, attempts=2)
+    check_end(system, all_killed.run, reference, attempts=2)

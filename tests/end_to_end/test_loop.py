@@ -35,14 +35,14 @@ def test_with_an_empty_registry_it_starts_and_says_that_nothing_serves(system: S
 
 def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
     events = system.finish(system.enqueue(max_steps="60", evaluation_interval="60"))
-    # Of each: the version that answered, the one that served when the last of the text was there, and the ends.
+    # Of each: the version that answered, the version that served when the text was complete, and the ends.
     streams: list[tuple[int, int, list[inference_pb2.Finished]]] = []
     failures: list[BaseException] = []
     truths = 0
     done = threading.Event()
 
     def compare() -> None:
-        """What the listing and the page say of versions at one instant: what stood before and after it."""
+        """Compares the page with the list of versions if the list was the same before and after it."""
         nonlocal truths
         with AdminClient(f"127.0.0.1:{system.ports.inference}") as admin:
             while not done.is_set():
@@ -84,7 +84,7 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
     for reader in readers:
         reader.start()
     try:
-        # Streams of the first version are under way when training goes on.
+        # Streams of the first version are under way when training resumes.
         wait_until(lambda: bool(streams))
         events += system.finish(system.enqueue(resume=1, max_steps="240"))
         last = Registry(system.directories.registry).labels()["best"]
@@ -129,7 +129,7 @@ def test_a_version_and_a_seed_give_the_same_text_again(system: System) -> None:
             list(client.generate("Once", version=99))
 
 
-def test_both_metrics_pages_tell_what_happened(system: System) -> None:
+def test_both_metrics_pages_count_the_work(system: System) -> None:
     trainer_text, trainer = system.scrape(system.ports.trainer_metrics)
     inference_text, inference = system.scrape(system.ports.inference_metrics)
     assert trainer["gptloop_training_tokens_total"] == 240 * 2 * 256
@@ -152,7 +152,7 @@ def test_reflection_names_the_services(system: System) -> None:
     assert "training.v1.TrainingService" in names and "grpc.health.v1.Health" in names
 
 
-def test_a_finished_run_can_be_extended_and_its_token_count_goes_on(system: System) -> None:
+def test_a_finished_run_can_be_extended_and_its_tokens_are_added(system: System) -> None:
     before = system.scrape(system.ports.trainer_metrics)[1]["gptloop_training_tokens_total"]
     job = system.enqueue(resume=4, max_steps="270", evaluation_interval="30")
     events = system.finish(job)
@@ -161,7 +161,7 @@ def test_a_finished_run_can_be_extended_and_its_token_count_goes_on(system: Syst
     assert Registry(system.directories.registry).version(5).parent == 4
 
 
-def test_what_cannot_be_trained_is_refused_with_a_sentence(system: System) -> None:
+def test_an_impossible_request_is_rejected_with_a_sentence(system: System) -> None:
     presets = "demo, small, tinystories-53m, gpt2-124m"
     for request, kind, sentence in (
         (TrainRequest(preset="huge"), InvalidArgument, f"^Unknown preset 'huge'. The presets are {presets}.$"),
@@ -174,7 +174,7 @@ def test_what_cannot_be_trained_is_refused_with_a_sentence(system: System) -> No
             system.trainer.submit(request)
 
 
-def test_a_text_shorter_than_one_context_is_refused_before_a_job_is_queued(system: System, tmp_path: Path) -> None:
+def test_a_text_shorter_than_one_context_is_rejected_before_a_job_is_queued(system: System, tmp_path: Path) -> None:
     text = tmp_path / "short.txt"
     text.write_text("Once upon a time there was very little text.")
     ended = system.command(
@@ -192,7 +192,7 @@ def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> N
         assert isinstance(next(stream), inference_pb2.Started)
         trained = system.step(job)
         assert isinstance(list(stream)[-1], inference_pb2.Finished)
-    # Training goes on beside a stream and after it.
+    # Training continues during a stream and after it.
     system.watch(job, is_progress(trained + 5))
     assert system.trainer.cancel(job).state == pb.JOB_STATE_CANCELLING
     events = system.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_CANCELLED)
@@ -203,7 +203,7 @@ def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> N
         system.trainer.cancel(job)
 
 
-def test_a_loss_that_is_not_finite_fails_the_job_and_keeps_what_was_good(system: System) -> None:
+def test_a_loss_that_is_not_finite_fails_the_job_and_keeps_the_versions_before_it(system: System) -> None:
     registry = Registry(system.directories.registry)
     overflowing = publish_overflowing_version(registry, 5)
     versions = len(registry.versions())
@@ -226,7 +226,7 @@ def test_jobs_can_be_listed_in_pages(system: System) -> None:
 
 
 def test_without_a_worker_a_job_waits_and_the_command_says_so(system: System) -> None:
-    """Last, as it stops everything."""
+    """Runs last, because it stops everything."""
     system.stack.down()
     ended = system.command("trainer_service", "train")
     assert ended.returncode == 1 and "gptloop up" in ended.stderr and "Traceback" not in ended.stderr
