@@ -1,6 +1,5 @@
 """Lists every command of `gptloop` by topic; the module behind a command loads when the command runs."""
 
-from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Annotated, Any
 
@@ -14,16 +13,10 @@ _INFERENCE = "inference_service.__main__"
 
 
 class Command(TyperCommand):
-    """A command that loads when it runs.
-
-    summary: the first line of its own help.
-    module: the module whose app has the command.
-    original: its name in that app, if it differs.
-    """
+    """A command that loads when it runs, from the app of a module; `original` is its name there, if it differs."""
 
     def __init__(self, name: str, summary: str, module: str, original: str = "") -> None:
         super().__init__(name, short_help=summary)
-        self.summary = summary
         self._module = module
         self._original = original or name
 
@@ -36,72 +29,62 @@ class Command(TyperCommand):
         return self.load().make_context(*arguments, **options)
 
 
-@dataclass(frozen=True)
 class Topic:
     """Commands that belong together, with an example of one of them."""
 
-    title: str
-    example: str
-    commands: tuple[Command, ...]
+    def __init__(self, title: str, example: str, *commands: Command) -> None:
+        self.title = title
+        self.example = example
+        self.commands = commands
 
 
 TOPICS = (
     Topic(
         "Start and stop",
         "gptloop up",
-        (
-            Command("demo", "Show the whole loop: train, serve each better version, measure.", "deploy.demo"),
-            Command("up", "Start every process and return when all of them are healthy.", _STACK),
-            Command("status", "Show every process and its health.", _STACK),
-            Command("down", "Stop every process and return when all of them are gone.", _STACK),
-            Command("info", "Show the device, its memory and its speed.", _INFERENCE),
-        ),
+        Command("demo", "Show the whole loop: train, serve each better version, measure.", "deploy.demo"),
+        Command("up", "Start every process and return when all of them are healthy.", _STACK),
+        Command("status", "Show every process and its health.", _STACK),
+        Command("down", "Stop every process and return when all of them are gone.", _STACK),
+        Command("info", "Show the device, its memory and its speed.", _INFERENCE),
     ),
     Topic(
         "Train",
         'gptloop train --preset small --dataset stories.txt --set "max_steps=500"',
-        (
-            Command("train", "Queue a training job and follow it.", _TRAINER),
-            Command("prepare", "Prepare a data set and show a sample of it.", _TRAINER, "data"),
-            Command("eval", "Queue a job that measures the held-out loss of a version.", _TRAINER, "evaluate"),
-            Command("jobs", "List the jobs, the newest first.", _TRAINER),
-            Command("watch", "Follow a job from its first event until it ends.", _TRAINER),
-            Command("cancel", "Ask a job to end.", _TRAINER),
-            Command("runs", "List the runs and the values in which they differ.", _TRAINER),
-        ),
+        Command("train", "Queue a training job and follow it.", _TRAINER),
+        Command("prepare", "Prepare a data set and show a sample of it.", _TRAINER, "data"),
+        Command("eval", "Queue a job that measures the held-out loss of a version.", _TRAINER, "evaluate"),
+        Command("jobs", "List the jobs, the newest first.", _TRAINER),
+        Command("watch", "Follow a job from its first event until it ends.", _TRAINER),
+        Command("cancel", "Ask a job to end.", _TRAINER),
+        Command("runs", "List the runs and the values in which they differ.", _TRAINER),
     ),
     Topic(
         "Generate text",
         'gptloop generate --prompt "Once upon a time" --temperature 0.7',
-        (
-            Command("generate", "Continue a prompt, or every line of a file.", _INFERENCE),
-            Command("chat", "Continue what you type, line by line.", _INFERENCE),
-        ),
+        Command("generate", "Continue a prompt, or every line of a file.", _INFERENCE),
+        Command("chat", "Continue what you type, line by line.", _INFERENCE),
     ),
     Topic(
         "Choose the version that serves",
         "gptloop pin 7",
-        (
-            Command("versions", "List the versions as the server sees them.", _INFERENCE),
-            Command("follow", "Serve the version of a label, now and when it changes.", _INFERENCE),
-            Command("pin", "Serve one version, whatever training publishes.", _INFERENCE),
-            Command("promote", "Make a version the stable one.", _INFERENCE),
-            Command("rollback", "Refuse the serving version, so that another one serves.", _INFERENCE),
-            Command("load", "Load a version into memory, so that it answers at once.", _INFERENCE),
-            Command("unload", "Remove a version from memory.", _INFERENCE),
-        ),
+        Command("versions", "List the versions as the server sees them.", _INFERENCE),
+        Command("follow", "Serve the version of a label, now and when it changes.", _INFERENCE),
+        Command("pin", "Serve one version, whatever training publishes.", _INFERENCE),
+        Command("promote", "Make a version the stable one.", _INFERENCE),
+        Command("rollback", "Refuse the serving version, so that another one serves.", _INFERENCE),
+        Command("load", "Load a version into memory, so that it answers at once.", _INFERENCE),
+        Command("unload", "Remove a version from memory.", _INFERENCE),
     ),
     Topic(
         "Keep the registry",
         "gptloop prune --dry-run",
-        (
-            Command("checkpoints", "List the versions in the registry, the oldest first.", _TRAINER),
-            Command("verify", "Compare every file of every version and state with its hash.", _REGISTRY),
-            Command("prune", "Remove the versions and states that no rule keeps.", _REGISTRY),
-            Command("disk", "Show how much disk space each kind of file takes.", _REGISTRY),
-            Command("import", "Make a version of a GPT-2 folder in Hugging Face's layout.", _TRAINER),
-            Command("export", "Write a version as a GPT-2 folder in Hugging Face's layout.", _TRAINER),
-        ),
+        Command("checkpoints", "List the versions in the registry, the oldest first.", _TRAINER),
+        Command("verify", "Compare every file of every version and state with its hash.", _REGISTRY),
+        Command("prune", "Remove the versions and states that no rule keeps.", _REGISTRY),
+        Command("disk", "Show how much disk space each kind of file takes.", _REGISTRY),
+        Command("import", "Make a version of a GPT-2 folder in Hugging Face's layout.", _TRAINER),
+        Command("export", "Write a version as a GPT-2 folder in Hugging Face's layout.", _TRAINER),
     ),
 )
 
@@ -138,7 +121,7 @@ class CommandGroup(TyperGroup):
         width = max(map(len, COMMANDS))
         for topic in TOPICS:
             with formatter.section(topic.title):
-                formatter.write_dl([(str(command.name).ljust(width), command.summary) for command in topic.commands])
+                formatter.write_dl([(str(each.name).ljust(width), str(each.short_help)) for each in topic.commands])
                 formatter.write(f"\n{'':{formatter.current_indent}}Example: {topic.example}\n")
 
 

@@ -1,33 +1,29 @@
 """Shows the whole loop from the start: trains on the built-in stories, serves each better version, and measures."""
 
-if __name__ == "__main__":
-    # Before the modules that take long to load.
-    from shared.service import interrupts
-
-    interrupts.end_quietly()
-
 import os
 import shutil
 import signal
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import typer
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
+from deploy.supervisor import wait_until
 from inference_service.client.client import InferenceClient
 from shared.errors import GptloopError, Unavailable
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.service import cli
 from shared.service.lists import print_rows
-from shared.service.settings import read_directories
+from shared.service.settings import Directories, read_directories
 from shared.text import format_duration, format_size
 from trainer_service.client import TrainerClient
 from trainer_service.jobs.requests import TrainRequest
@@ -38,11 +34,10 @@ _STORY_TOKENS = 220
 _TEMPERATURE = 0.6
 # Limit on the time from the publication of a version until it serves.
 _SWAP_LIMIT_S = 60.0
-_POLL_S = 0.2
+_INDENT = " " * 4
 _PROGRESS_INTERVAL_S = 8.0
 # The run of a demo is not continued, so a long step need not end.
 _WORKER_STOP_S = 3
-
 
 app = cli.new_app(None)
 
@@ -84,7 +79,7 @@ class Demo:
     def say(self, text: str) -> None:
         """Prints a line with the time since the start."""
         seconds = time.monotonic() - self.began_s
-        self.console.print(f"[{seconds:5.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(f"[{seconds:5.1f} s] {text}", soft_wrap=True)
 
     def _show(self, response: pb.WatchJobResponse, client: InferenceClient) -> None:
         match response.WhichOneof("event"):
@@ -123,36 +118,39 @@ class Demo:
         if not version.best:
             return
         self._wait_until_served(version.version, client)
-        prompt = _PROMPTS[len(self.versions) % len(_PROMPTS)]
+        prompt, story = _PROMPTS[len(self.versions) % len(_PROMPTS)], ""
         self.console.print()
-        self.console.print(f"    {prompt}", end="", style="bold", markup=False, highlight=False)
-        for event in client.generate(prompt, temperature=_TEMPERATURE, max_tokens=_STORY_TOKENS, seed=version.version):
-            match event:
-                case inference_pb2.Started():
-                    if self.first_story_s is None:
-                        self.first_story_s = time.monotonic() - self.began_s
-                case inference_pb2.Delta():
-                    text = event.text.replace("\n", "\n    ")
-                    self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-                case inference_pb2.Finished():
-                    rate = event.generated_tokens / event.total_seconds
-                    self.console.print(f"\n    ({event.generated_tokens} tokens, {rate:.0f} tokens/s)\n", style="dim")
-        self.tokens_per_second = max(
-            self.tokens_per_second, self._scrape(self.ports.inference_metrics)["gptloop_inference_tokens_per_second"]
-        )
+        # Drawn again while it grows, because a terminal would break its lines inside words.
+        with Live(console=self.console, transient=True) as live:
+            for event in client.generate(
+                prompt, temperature=_TEMPERATURE, max_tokens=_STORY_TOKENS, seed=version.version
+            ):
+                match event:
+                    case inference_pb2.Started():
+                        self.first_story_s = self.first_story_s or time.monotonic() - self.began_s
+                    case inference_pb2.Delta():
+                        story += event.text
+                    case inference_pb2.Finished():
+                        rate = event.generated_tokens / event.total_seconds
+                        end = f"({event.generated_tokens} tokens, {rate:.0f} tokens/s)"
+                live.update(self._wrapped(prompt, story))
+        self.console.print(self._wrapped(prompt, story))
+        self.console.print(f"{_INDENT}{end}\n", style="dim")
+        rate = self._scrape(self.ports.inference_metrics)["gptloop_inference_tokens_per_second"]
+        self.tokens_per_second = max(self.tokens_per_second, rate)
+
+    def _wrapped(self, prompt: str, story: str) -> Text:
+        lines = Text.assemble((prompt, "bold"), story).wrap(self.console, self.console.width - len(_INDENT))
+        return Text("\n").join(Text(_INDENT).append_text(line) for line in lines)
 
     def _wait_until_served(self, version: int, client: InferenceClient) -> None:
-        deadline_s = time.monotonic() + _SWAP_LIMIT_S
-        while True:
-            try:
-                if client.model().version >= version:
-                    return
-            except Unavailable:
-                # No version serves yet.
-                pass
-            if time.monotonic() > deadline_s:
-                raise GptloopError(f"Version {version} does not serve {_SWAP_LIMIT_S:.0f} s after it was published.")
-            time.sleep(_POLL_S)
+        def serves() -> bool:
+            with suppress(Unavailable):  # no version serves yet
+                return client.model().version >= version
+            return False
+
+        if not wait_until(serves, _SWAP_LIMIT_S):
+            raise GptloopError(f"Version {version} does not serve {_SWAP_LIMIT_S:.0f} s after it was published.")
 
     def _check(self) -> None:
         if self.first_story_s is None:
@@ -167,41 +165,33 @@ class Demo:
         print_rows(
             ("version", "step", "held-out loss", "bits per byte"),
             [
-                (
-                    str(version.version),
-                    str(version.step),
-                    f"{version.validation_loss:.3f}",
-                    f"{version.bits_per_byte:.3f}",
-                )
-                for version in self.versions
+                (str(each.version), str(each.step), f"{each.validation_loss:.3f}", f"{each.bits_per_byte:.3f}")
+                for each in self.versions
             ],
         )
         self.console.print()
+        trained = self._scrape(self.ports.trainer_metrics)["gptloop_training_tokens_total"]
         inference = self._scrape(self.ports.inference_metrics)
-        measured = [
+        generated = inference["gptloop_inference_generated_tokens_total"]
+        rate = self.training["gptloop_training_tokens_per_second"]
+        memory = [
             (
-                "tokens per second",
-                f"{self.training['gptloop_training_tokens_per_second']:,.0f}",
-                f"{self.tokens_per_second:,.0f}",
-            ),
-            (
-                "tokens",
-                f"{self._scrape(self.ports.trainer_metrics)['gptloop_training_tokens_total']:,.0f}",
-                f"{inference['gptloop_inference_generated_tokens_total']:,.0f}",
-            ),
-        ]
-        for kind in ("active", "peak", "resident"):
-            sample = f"memory_bytes {kind}"
-            measured.append(
-                (
-                    f"{kind} memory",
-                    format_size(self.training[f"gptloop_training_{sample}"]),
-                    format_size(inference[f"gptloop_inference_{sample}"]),
-                )
+                f"{kind} memory",
+                format_size(self.training[f"gptloop_training_memory_bytes {kind}"]),
+                format_size(inference[f"gptloop_inference_memory_bytes {kind}"]),
             )
-        measured.append(("versions published", str(len(self.versions)), ""))
-        measured.append(("swaps", "", f"{inference['gptloop_inference_swaps_total']:.0f}"))
-        print_rows(("from /metrics", "training", "inference"), measured)
+            for kind in ("active", "peak", "resident")
+        ]
+        print_rows(
+            ("from /metrics", "training", "inference"),
+            [
+                ("tokens per second", f"{rate:,.0f}", f"{self.tokens_per_second:,.0f}"),
+                ("tokens", f"{trained:,.0f}", f"{generated:,.0f}"),
+                *memory,
+                ("versions published", str(len(self.versions)), ""),
+                ("swaps", "", f"{inference['gptloop_inference_swaps_total']:.0f}"),
+            ],
+        )
         self.console.print()
         self.say(f"Done. The first story came after {self.first_story_s:.0f} s.")
 
@@ -215,20 +205,6 @@ class Demo:
         )
 
 
-@contextmanager
-def _running(stack: Stack, console: Console) -> Iterator[None]:
-    try:
-        with console.status("") as line:
-            stack.up(line.update)
-        yield
-    finally:
-        # A second Ctrl-C would leave processes behind.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        with console.status("Stopping everything"):
-            stack.down()
-
-
 @app.command()
 def demo() -> None:
     """Show the whole loop: train, serve each better version, measure.
@@ -240,10 +216,9 @@ def demo() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    console = Console()
-    var = read_directories(os.environ).var / "demo"
+    console = Console(markup=False, highlight=False)
+    directories = Directories(read_directories(os.environ).var / "demo")
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    directories = read_directories({"GPTLOOP_VAR": str(var)})
     ports = free_ports()
     stack = Stack(directories, ports, environment, worker_stop_s=_WORKER_STOP_S)
     try:
@@ -253,17 +228,20 @@ def demo() -> None:
             shutil.rmtree(folder, ignore_errors=True)
         shown = Demo(console, ports)
         shown.say("Starting Redis, the trainer, its worker and the inference server.")
-        with _running(stack, console):
-            shown.say("Everything is up.")
+        try:
+            with console.status("") as line:
+                outcome = stack.up(line.update)
+            shown.say(outcome)
             shown.run()
+        finally:
+            # A second Ctrl-C would leave processes behind.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            with console.status("Stopping everything"):
+                stack.down()
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started is stopped.")
         raise typer.Exit(130) from None
     except (GptloopError, OSError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"The logs are in {directories.log}.", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}\nThe logs are in {directories.log}.", soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-if __name__ == "__main__":
-    cli.run(app)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.ports import Ports, listening_host
-from shared.errors import GptloopError
+from shared.errors import GptloopError, Unavailable
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.service.settings import Directories, Environment, to_address
@@ -28,68 +29,60 @@ class Health:
 def health_checks(environment: Environment, directories: Directories, ports: Ports) -> dict[str, Callable[[], Health]]:
     """Returns a check for each process, in the order in which they start; a check never raises."""
     url = redis_url(environment, directories)
+    registry = Registry(directories.registry)
     trainer = _address(listening_host(environment, "TRAINER"), ports.trainer)
     inference = _address(listening_host(environment, "INFERENCE"), ports.inference)
-    return {
+    checks = {
         "redis": lambda: _check_redis(url),
         "trainer": lambda: _check_trainer(trainer),
-        "inference": lambda: _check_inference(inference, Registry(directories.registry)),
-        "worker": lambda: _check_worker(url, directories),
+        "inference": lambda: _check_inference(inference, registry),
+        "worker": lambda: _check_worker(url, registry),
     }
+    return {name: partial(_health, check) for name, check in checks.items()}
+
+
+def _health(check: Callable[[], Health]) -> Health:
+    try:
+        return check()
+    except GptloopError as error:
+        return Health(False, str(error))
 
 
 def _check_redis(url: str) -> Health:
     with connect(url) as connection:
-        try:
-            check_server(connection)
-        except GptloopError as error:
-            return Health(False, str(error))
+        check_server(connection)
     return Health(True, "answers")
 
 
-def _check_worker(url: str, directories: Directories) -> Health:
+def _check_worker(url: str, registry: Registry) -> Health:
     with connect(url) as connection:
-        try:
-            workers = JobQueue(connection, registry_id(directories.registry)).leases.live_workers()
-        except GptloopError as error:
-            return Health(False, str(error))
+        workers = JobQueue(connection, registry_id(registry.root)).leases.live_workers()
     return Health(workers > 0, f"{workers} ready for jobs")
 
 
 def _check_trainer(address: str) -> Health:
-    serves = _serves(address)
-    return (
-        _no_answer(address) if serves is None else Health(serves, f"{'serves' if serves else 'not ready'} on {address}")
-    )
+    return Health(True, f"serves on {address}") if _serves(address) else Health(False, f"not ready on {address}")
 
 
 def _check_inference(address: str, registry: Registry) -> Health:
     # A server without a version serves nothing but is healthy.
-    match _serves(address):
-        case None:
-            return _no_answer(address)
-        case True:
-            return Health(True, f"serves on {address}")
-        case False if not registry.versions():
-            return Health(True, f"no version yet, on {address}")
-        case False:
-            return Health(True, f"no version serves, on {address}: `gptloop versions` says why")
+    if _serves(address):
+        return Health(True, f"serves on {address}")
+    if not registry.versions():
+        return Health(True, f"no version yet, on {address}")
+    return Health(True, f"no version serves, on {address}: `gptloop versions` says why")
 
 
-def _serves(address: str) -> bool | None:
-    """Returns whether a server reports that it serves, or `None` if it does not answer."""
+def _serves(address: str) -> bool:
+    """Returns whether a server reports that it serves; raises `Unavailable` if it does not answer."""
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
                 health_pb2.HealthCheckRequest(), timeout=_LIMIT_S, wait_for_ready=True
             )
         except grpc.RpcError:
-            return None
+            raise Unavailable(f"no answer on {address}") from None
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def _no_answer(address: str) -> Health:
-    return Health(False, f"no answer on {address}")
 
 
 def _address(host: str, port: int) -> str:

@@ -22,7 +22,8 @@ from shared.errors import InvalidArgument
 from shared.service import cli
 from shared.text import excerpt
 
-_NO_SETTING = "; the README of each service lists its settings."
+# Read by the libraries below the services.
+_OF_LIBRARIES = ("OPENBLAS_NUM_THREADS", "TIKTOKEN_CACHE_DIR")
 
 
 def variables(command: str) -> dict[str, Any]:
@@ -53,20 +54,39 @@ def parameters(target: str, takes: Mapping[str, Any], given: Mapping[str, str]) 
 
 
 def _check_setting(name: str, target: str, takes: Collection[str]) -> None:
-    # Loading it takes a moment, and few people type settings after make.
-    from deploy.known_settings import known_settings
-
-    if name in (known := known_settings()):
+    settings = known_settings()
+    if name in settings:
         return
     if name.startswith("GPTLOOP_"):
-        raise InvalidArgument(f"{excerpt(name)} is not a setting{_advice(name, known, _NO_SETTING, 0.8)}")
-    otherwise = f", which takes {', '.join(takes)}." if takes else ", which takes none."
-    raise InvalidArgument(f"{excerpt(name)} is not a variable of `make {target}`{_advice(name, takes, otherwise)}")
+        what, otherwise = "a setting", "; the README of each service lists its settings."
+        near = get_close_matches(name.upper(), settings, n=1, cutoff=0.8)
+    else:
+        what, otherwise = f"a variable of `make {target}`", f", which takes {', '.join(takes) or 'none'}."
+        near = get_close_matches(name.upper(), takes, n=1)
+    raise InvalidArgument(f"{excerpt(name)} is not {what}{f'; did you mean {near[0]}?' if near else otherwise}")
 
 
-def _advice(name: str, names: Collection[str], otherwise: str, cutoff: float = 0.6) -> str:
-    near = get_close_matches(name.upper(), names, n=1, cutoff=cutoff)
-    return f"; did you mean {near[0]}?" if near else otherwise
+class _Recorder(dict[str, str]):
+    """An empty environment that records the names that it is asked for."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return default
+
+
+def known_settings() -> set[str]:
+    """Returns the name of every environment variable that configures a process."""
+    # Loading these takes a moment, and few people type settings after make.
+    import inference_service.settings
+    import trainer_service.settings
+
+    environment = _Recorder()
+    inference_service.settings.read_settings(environment)
+    trainer_service.settings.read_settings(environment)
+    return environment.names.union(_OF_LIBRARIES)
 
 
 def _run(target: str, command: str) -> int:

@@ -1,7 +1,6 @@
 """The four TCP ports of the services."""
 
 import socket
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -23,12 +22,7 @@ class Ports:
 
     def to_environment(self) -> dict[str, str]:
         """Returns the variables from which the services read these ports."""
-        return {
-            "GPTLOOP_INFERENCE_PORT": str(self.inference),
-            "GPTLOOP_INFERENCE_METRICS_PORT": str(self.inference_metrics),
-            "GPTLOOP_TRAINER_PORT": str(self.trainer),
-            "GPTLOOP_TRAINER_METRICS_PORT": str(self.trainer_metrics),
-        }
+        return {f"GPTLOOP_{name.upper()}_PORT": str(port) for name, port in vars(self).items()}
 
     def check_free(self, environment: Environment) -> None:
         """Raises `AlreadyExists` if another program listens on one of them, and `InvalidArgument` if the host or a port
@@ -51,10 +45,9 @@ def read_ports(environment: Environment) -> Ports:
     for name, text in chosen.items():
         if text == "0":
             raise InvalidArgument(f"{name} is 0, but must be from 1 to 65535.")
-    text, uses = Counter(chosen.values()).most_common(1)[0]
-    if uses > 1:
-        names = " and ".join(name for name, value in chosen.items() if value == text)
-        raise InvalidArgument(f"{names} are the same port, {text}, but must be different.")
+        same = [other for other, port in chosen.items() if port == text]
+        if len(same) > 1:
+            raise InvalidArgument(f"{' and '.join(same)} are the same port, {text}, but must be different.")
     return ports
 
 

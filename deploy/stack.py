@@ -1,11 +1,5 @@
 """Starts, shows and stops Redis, the trainer, its worker and the inference server: `gptloop up`."""
 
-from shared.service import interrupts
-
-if __name__ == "__main__":
-    # Before the modules that take long to load.
-    interrupts.end_quietly()
-
 import fcntl
 import os
 import signal
@@ -15,17 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from deploy.health import Health, health_checks
 from deploy.ports import Ports, read_ports
 from deploy.supervisor import ProcessState, Supervisor
 from shared.errors import FailedPrecondition, Unavailable
-from shared.service import cli
+from shared.service import cli, interrupts
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.settings import Directories, read_directories
 from shared.text import format_duration
@@ -40,34 +32,30 @@ app = cli.new_app(__doc__)
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """A process as supervisord and its health check see it; `process` is `None` for an external Redis."""
+    """A process as supervisord and its health check see it; supervisord does not know an external Redis."""
 
-    name: str
-    process: ProcessState | None
+    process: ProcessState
     health: Health
 
     @property
     def is_healthy(self) -> bool:
         """Whether it runs and passes its health check."""
-        return self.health.is_healthy and (self.process is None or self.process.state == "RUNNING")
+        return self.health.is_healthy and self.process.state in ("RUNNING", "external")
 
     @property
     def reason(self) -> str:
         """Says why it is not healthy."""
-        if self.process is not None and self.process.state != "RUNNING":
-            return self.process.state.lower()
-        return self.health.text
+        return self.health.text if self.process.state in ("RUNNING", "external") else self.process.state.lower()
 
 
-# An external Redis has no process here.
 _COLUMNS = (
-    Column[ProcessStatus]("process", lambda each: each.name),
-    Column[ProcessStatus]("state", lambda each: each.process.state if each.process else "external"),
-    Column[ProcessStatus]("pid", lambda each: each.process.pid if each.process else None, rank=1, right=True),
+    Column[ProcessStatus]("process", lambda each: each.process.name),
+    Column[ProcessStatus]("state", lambda each: each.process.state),
+    Column[ProcessStatus]("pid", lambda each: each.process.pid, rank=1, right=True),
     Column[ProcessStatus](
         "uptime",
-        lambda each: each.process.uptime_s if each.process else None,
-        lambda each: format_duration(each.process.uptime_s) if each.process else "",
+        lambda each: each.process.uptime_s,
+        lambda each: "" if each.process.uptime_s is None else format_duration(each.process.uptime_s),
         key="uptime_s",
         rank=2,
         right=True,
@@ -112,22 +100,21 @@ class Stack:
             },
         )
 
-    def up(self, report: Callable[[str], None]) -> None:
-        """Starts everything and returns when all of it is healthy; calls `report` with each process that it starts.
+    def up(self, report: Callable[[str], None]) -> str:
+        """Starts everything, reports each process once, and returns a sentence when all of them are healthy.
 
         If anything ends it early, Ctrl-C too, nothing is left running. Raises `Unavailable` with the end of a log if a
         process fails or does not become healthy, and `AlreadyExists` if a port is in use.
         """
         with self._alone():
             if self._supervisor.is_running():
-                waiting = self._first_unhealthy()
-                if waiting is not None:
-                    raise FailedPrecondition(
-                        f"Everything is up already, but {waiting.name} is not healthy ({waiting.reason}). "
-                        "`gptloop status` shows more; `gptloop down` stops everything."
-                    )
-                report("Everything is up already. New settings apply after `gptloop down` and `gptloop up`.")
-                return
+                for status in self._statuses():
+                    if not status.is_healthy:
+                        raise FailedPrecondition(
+                            f"Everything is up already, but {status.process.name} is not healthy ({status.reason}). "
+                            "`gptloop status` shows more; `gptloop down` stops everything."
+                        )
+                return "Everything is up already. New settings apply after `gptloop down` and `gptloop up`."
             # A killed supervisord may have left programs behind.
             self._supervisor.stop()
             self._ports.check_free(self._environment)
@@ -137,11 +124,11 @@ class Stack:
                 with _signals_deferred():
                     self._supervisor.start()
                 self._wait_until_healthy(report)
-                report("Everything is up.")
             except BaseException:
                 with _signals_deferred():
                     self._supervisor.stop()
                 raise
+            return "Everything is up."
 
     def down(self) -> bool:
         """Stops everything and returns when it is gone; false if nothing ran."""
@@ -165,33 +152,30 @@ class Stack:
     def _statuses(self) -> Iterator[ProcessStatus]:
         processes = {process.name: process for process in self._supervisor.processes()}
         if not self._has_redis:
-            del processes["redis"]
+            processes["redis"] = ProcessState("redis", "external")
         for name, check in self._checks.items():
-            yield ProcessStatus(name, processes.get(name), check())
-
-    def _first_unhealthy(self) -> ProcessStatus | None:
-        return next((status for status in self._statuses() if not status.is_healthy), None)
+            yield ProcessStatus(processes[name], check())
 
     def _wait_until_healthy(self, report: Callable[[str], None]) -> None:
         deadline_s = time.monotonic() + _START_LIMIT_S
         self._supervisor.wait_for_answer()
         started = set[str]()
         while True:
-            failed = next((process for process in self._supervisor.processes() if process.state == "FATAL"), None)
-            if failed is not None:
-                raise self._failure(failed.name, "ends again and again")
+            for process in self._supervisor.processes():
+                if process.state == "FATAL":
+                    raise self._failure(process.name, "ends again and again")
             for status in self._statuses():
-                if status.is_healthy and (status.name in started or status.process is None):
-                    continue
-                # The reason that it is not ready yet would alarm people; the failure names it.
-                report(f"Starting {status.name}.")
-                started.add(status.name)
+                name = status.process.name
+                if status.process.state != "external" and name not in started:
+                    # The reason that it is not ready yet would alarm people; the failure names it.
+                    report(f"Starting {name}.")
+                    started.add(name)
                 if not status.is_healthy:
                     break
             else:
                 return
             if time.monotonic() > deadline_s:
-                raise self._failure(status.name, f"is not healthy after {_START_LIMIT_S:.0f} s ({status.reason})")
+                raise self._failure(name, f"is not healthy after {_START_LIMIT_S:.0f} s ({status.reason})")
             time.sleep(_POLL_S)
 
     def _failure(self, name: str, what: str) -> Unavailable:
@@ -216,11 +200,10 @@ class Stack:
 @contextmanager
 def _signals_deferred() -> Iterator[None]:
     received: list[int] = []
-
-    def defer(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:
@@ -245,24 +228,20 @@ def up() -> None:
         signal.signal(number, signal.default_int_handler)
     stack = _read_stack()
     console = Console()
-    shown = ""
 
     def report(text: str) -> None:
-        nonlocal shown
         if console.is_terminal:
-            line.update(escape(text))
-        elif text != shown:
+            line.update(text)
+        else:
             print(text, flush=True)
-        shown = text
 
     try:
         with console.status("") as line:
-            stack.up(report)
+            outcome = stack.up(report)
     except KeyboardInterrupt:
         print("Interrupted: what was started has been stopped.", file=sys.stderr)
         raise typer.Exit(interrupts.EXIT_CODE) from None
-    if console.is_terminal:
-        print(shown)
+    print(outcome)
 
 
 @app.command()
@@ -294,7 +273,3 @@ def status(as_json: JsonOption = False) -> None:
 
 def _read_stack() -> Stack:
     return Stack(read_directories(os.environ), read_ports(os.environ), os.environ)
-
-
-if __name__ == "__main__":
-    cli.run(app)

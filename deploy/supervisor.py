@@ -34,12 +34,12 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True)
 class ProcessState:
-    """One program: its state as supervisord names it (`RUNNING`, `STARTING`, `FATAL`, …) and how long it has run."""
+    """A program: its state as supervisord names it (`RUNNING`, `STARTING`, `FATAL`, …) and how long it has run."""
 
     name: str
     state: str
-    pid: int
-    uptime_s: int
+    pid: int | None = None
+    uptime_s: int | None = None
 
 
 class Supervisor:
@@ -89,16 +89,15 @@ class Supervisor:
 
     def wait_for_answer(self) -> None:
         """Returns when supervisord answers; raises `Unavailable` with its output if it does not."""
-
-        def answers() -> bool:
+        assert self._process is not None
+        deadline_s = time.monotonic() + _START_LIMIT_S
+        while True:
             with suppress(Unavailable):
                 self.processes()
-                return True
-            return False
-
-        _wait_until(lambda: answers() or self._has_ended(), _START_LIMIT_S)
-        if not answers():
-            raise Unavailable("supervisord does not start: " + " ".join(self.last_lines("supervisord", 5)))
+                return
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                raise Unavailable("supervisord does not start: " + " ".join(self.last_lines("supervisord", 5)))
+            time.sleep(_POLL_S)
 
     def processes(self) -> list[ProcessState]:
         """Returns every program; raises `Unavailable` if supervisord does not answer."""
@@ -126,7 +125,7 @@ class Supervisor:
 
         Raises `Unavailable` if supervisord does not end.
         """
-        if self._process is not None and not self._has_ended():
+        if self._process is not None:
             # It may not hold its lock yet.
             self._process.terminate()
         pid = self._pid()
@@ -135,15 +134,15 @@ class Supervisor:
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_LIMIT_S)
-        if not _wait_until(lambda: self._pid() is None, _STOP_LIMIT_S):
+        if not wait_until(lambda: self._pid() is None, _STOP_LIMIT_S):
             raise Unavailable(f"supervisord (pid {pid}) does not end; {self._log}/supervisord.log may say why.")
         # In this order the worker ends before Redis, which still receives its last events.
         for name, orphan in sorted(self.orphans().items(), reverse=True):
             lock = self._run / f"{name}.lock"
-            _signal(orphan, signal.SIGTERM)
-            if not _wait_until(lambda lock=lock: holder(lock) is None, _ORPHAN_LIMIT_S):  # type: ignore[misc]
-                _signal(orphan, signal.SIGKILL)
-                _wait_until(lambda lock=lock: holder(lock) is None, _ORPHAN_LIMIT_S)  # type: ignore[misc]
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                _signal(orphan, number)
+                if wait_until(lambda lock=lock: holder(lock) is None, _ORPHAN_LIMIT_S):  # type: ignore[misc]
+                    break
 
     def last_lines(self, name: str, count: int) -> list[str]:
         """Returns the last lines of a program's log."""
@@ -153,9 +152,6 @@ class Supervisor:
 
     def _socket(self) -> Path:
         return socket_folder(self._run) / "supervisor.sock"
-
-    def _has_ended(self) -> bool:
-        return self._process is not None and self._process.poll() is not None
 
     def _pid(self) -> int | None:
         return holder(self._run / "supervisord.lock")
@@ -168,7 +164,8 @@ def _signal(pid: int, number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def _wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
+def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
+    """Returns true as soon as the condition holds, and false if it does not within the limit."""
     deadline_s = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline_s:

@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 import inference_service.__main__
 import trainer_service.__main__
 from deploy.commands import COMMANDS
-from deploy.known_settings import known_settings
-from deploy.make import variables
+from deploy.make import known_settings, variables
 from inference_service.metrics import InferenceMetrics
 from shared.device.accelerator import Memory
 from shared.gpt.config import count_parameters

@@ -42,7 +42,7 @@ def help_of(name: str) -> str:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_every_command_begins_with_its_summary_and_has_an_example(name: str) -> None:
     command = COMMANDS[name].load()
-    assert inspect.cleandoc(command.help).splitlines()[0] == COMMANDS[name].summary
+    assert inspect.cleandoc(command.help).splitlines()[0] == COMMANDS[name].short_help
     assert f"gptloop {name}" in help_of(name).partition("Example")[2]
 
 

@@ -1,7 +1,7 @@
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 from deploy.health import Health
 from deploy.launch import holder
 from deploy.ports import Ports, free_ports
-from deploy.stack import ProcessStatus, Stack
+from deploy.stack import Stack
 from deploy.supervisor import ProcessState
 from shared.errors import AlreadyExists, FailedPrecondition, Unavailable
 from shared.service.settings import Directories
@@ -59,8 +59,8 @@ class Fixture:
 
         self.stack = self.new_stack(self.ports)
 
-    def new_stack(self, ports: Ports) -> Stack:
-        checks = {name: partial(self._check, name) for name in self.names}
+    def new_stack(self, ports: Ports, check: Callable[[str], Health] | None = None) -> Stack:
+        checks = {name: partial(check or self._check, name) for name in self.names}
         return Stack(Directories(self.folder / "var"), ports, os.environ, self.configuration, checks)
 
     def _check(self, name: str) -> Health:
@@ -87,12 +87,7 @@ def _ignore(_: str) -> None:
 
 
 def _pids(stack: Stack) -> dict[str, int]:
-    return {status.name: _process(status).pid for status in stack.status() or []}
-
-
-def _process(status: ProcessStatus) -> ProcessState:
-    assert status.process is not None
-    return status.process
+    return {status.process.name: status.process.pid or 0 for status in stack.status() or []}
 
 
 def test_up_returns_when_all_is_healthy_and_down_ends_all(fixture: Fixture) -> None:
@@ -110,31 +105,33 @@ def test_up_returns_when_all_is_healthy_and_down_ends_all(fixture: Fixture) -> N
 
 def test_up_names_every_process_that_it_starts(fixture: Fixture) -> None:
     reports: list[str] = []
-    fixture.stack.up(reports.append)
-    assert list(dict.fromkeys(reports)) == ["Starting redis.", "Starting worker.", "Everything is up."]
+    assert fixture.stack.up(reports.append) == "Everything is up."
+    assert reports == ["Starting redis.", "Starting worker."]
 
 
 def test_up_waits_for_health_without_alarm(fixture: Fixture) -> None:
-    fixture.health = Health(False, "no answer: Error 2")
-    reports = []
+    asked: list[str] = []
+    reports: list[str] = []
 
-    def report(text: str) -> None:
-        reports.append(text)
-        if _pids(fixture.stack).get("redis") and len(reports) > 3:
-            fixture.health = Health(True, "now")
+    def check(name: str) -> Health:
+        asked.append(name)
+        return Health(len(asked) > 3, "no answer: Error 2")
 
-    fixture.stack.up(report)
-    assert reports[0] == "Starting redis."
-    assert reports[-1] == "Everything is up."
-    assert not any("Error" in text for text in reports)
+    stack = fixture.new_stack(fixture.ports, check)
+    outcome = stack.up(reports.append)
+    stack.down()
+    assert outcome == "Everything is up."
+    assert asked == ["redis"] * 4 + ["worker"]
+    assert reports == ["Starting redis.", "Starting worker."]
 
 
 def test_up_again_starts_nothing(fixture: Fixture) -> None:
     fixture.stack.up(_ignore)
     before = _pids(fixture.stack)
     reports: list[str] = []
-    fixture.stack.up(reports.append)
-    assert reports == ["Everything is up already. New settings apply after `gptloop down` and `gptloop up`."]
+    outcome = fixture.stack.up(reports.append)
+    assert outcome == "Everything is up already. New settings apply after `gptloop down` and `gptloop up`."
+    assert not reports
     assert _pids(fixture.stack) == before
 
 
@@ -235,11 +232,10 @@ def test_an_external_redis_is_checked_but_not_started(fixture: Fixture, monkeypa
         "[program:redis]", "[program:redis]\nautostart=%(ENV_GPTLOOP_EMBEDDED_REDIS)s"
     )
     fixture.configuration.write_text(text)
-    checks = dict.fromkeys(fixture.names, lambda: Health(True, "fine"))
-    stack = Stack(Directories(fixture.folder / "var"), fixture.ports, os.environ, fixture.configuration, checks)
+    stack = fixture.new_stack(fixture.ports, lambda name: Health(True, "fine"))
     stack.up(_ignore)
     redis, worker = stack.status() or []
     stack.down()
-    assert redis.process is None
+    assert redis.process == ProcessState("redis", "external")
     assert redis.is_healthy
-    assert _process(worker).state == "RUNNING"
+    assert worker.process.state == "RUNNING"

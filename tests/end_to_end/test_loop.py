@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 def test_with_an_empty_registry_it_starts_and_says_that_nothing_serves(system: System) -> None:
     with system.client() as client, pytest.raises(Unavailable, match="No version serves yet"):
         list(client.generate("Once"))
-    assert "no version yet" in system.command("deploy.stack", "status").stdout
+    assert "no version yet" in system.command("deploy.cli", "status").stdout
     assert "No version yet" in system.command("trainer_service", "checkpoints").stdout
 
 

@@ -53,18 +53,18 @@ def command(tmp_path: Path, ports: Ports) -> Iterator[Command]:
         return ended.stdout
 
     yield run
-    run("deploy.stack", "down")
+    run("deploy.cli", "down")
 
 
 def test_everything_runs_in_a_folder_with_any_name(command: Command, ports: Ports) -> None:
-    assert "Everything is up." in command("deploy.stack", "up")
+    assert "Everything is up." in command("deploy.cli", "up")
     values = TINY | {"max_steps": "2", "evaluation_interval": "2", "max_train_tokens": "4000"}
     trained = command("trainer_service", "train", "--set", " ".join("=".join(value) for value in values.items()))
     assert "version 1" in trained
     with InferenceClient(f"127.0.0.1:{ports.inference}") as client:
         wait_until(lambda: _serves(client))
     assert command("inference_service", "generate", "--prompt", "Once", "--max-tokens", "5").strip()
-    assert command("deploy.stack", "down") == "Everything is stopped.\n"
+    assert command("deploy.cli", "down") == "Everything is stopped.\n"
 
 
 def _serves(client: InferenceClient) -> bool:

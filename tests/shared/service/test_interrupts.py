@@ -9,11 +9,11 @@ import pytest
 from tests.waiting import HANG_S
 
 PROJECT = Path(__file__).parents[3]
-# Runs a module, and interrupts the process when it imports a given module.
+# Runs a module with arguments, and interrupts the process when it imports a given module.
 RUN_AND_INTERRUPT = """
 import os, runpy, signal, sys
 
-module, interrupted = sys.argv[1:3]
+(module, *words), interrupted = sys.argv[1].split(), sys.argv[2]
 
 
 class Interruption:
@@ -24,26 +24,25 @@ class Interruption:
 
 
 sys.meta_path.insert(0, Interruption())
-sys.argv = [module, "--help"]
+sys.argv = [module, *words, "--help"]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.mark.parametrize(
-    ("module", "imported"),
+    ("command", "imported"),
     [
         *((module, imported) for module in ("trainer_service", "inference_service") for imported in ("typer", "rich")),
         ("trainer_service", "redis"),
-        ("deploy.stack", "grpc"),
-        ("deploy.demo", "grpc"),
         ("deploy.cli", "typer"),
+        ("deploy.cli up", "grpc"),
+        ("deploy.cli demo", "grpc"),
         ("deploy.make", "typer"),
-        ("deploy.launch", "argparse"),
     ],
 )
-def test_ctrl_c_while_modules_load_ends_the_command_quietly(module: str, imported: str) -> None:
+def test_ctrl_c_while_modules_load_ends_the_command_quietly(command: str, imported: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", RUN_AND_INTERRUPT, module, imported],
+        [sys.executable, "-c", RUN_AND_INTERRUPT, command, imported],
         cwd=PROJECT,
         capture_output=True,
         text=True,
