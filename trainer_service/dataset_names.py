@@ -41,17 +41,17 @@ def _expand_word(word: str) -> Iterator[str]:
         yield word
         return
     path = _home(word)
-    if _exists(path) and path.is_dir():
-        yield from _files_in(path)
-    elif _exists(path) or not glob.has_magic(word):
-        if not _exists(path) and not path.suffix:
-            _refuse_unknown(word)
-        yield str(path)
-    else:
+    if _exists(path):
+        yield from _files_in(path) if path.is_dir() else [str(path)]
+    elif glob.has_magic(word):
         matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
         if not matches:
             raise NotFound(f"No file matches {shown(word)}.")
         yield from matches
+    elif not path.suffix and (near := get_close_matches(word[:40], [BUILTIN, *HUB], n=1)):
+        raise InvalidArgument(f"Unknown data set {shown(word)}. Did you mean {near[0]}?")
+    else:
+        yield str(path)  # checked as a file later
 
 
 def _files_in(folder: Path) -> Iterator[str]:
@@ -59,12 +59,6 @@ def _files_in(folder: Path) -> Iterator[str]:
     if not files:
         raise NotFound(f"The folder {shown(str(folder))} holds no file whose name ends in {', '.join(ENDINGS)}.")
     yield from map(str, files)
-
-
-def _refuse_unknown(word: str) -> None:
-    """Raises `InvalidArgument` if a word is almost the name of a data set; other words are checked as files later."""
-    if near := get_close_matches(word[:40], [BUILTIN, *HUB], n=1):
-        raise InvalidArgument(f"Unknown data set {shown(word)}. Did you mean {near[0]}?")
 
 
 def _home(name: str) -> Path:

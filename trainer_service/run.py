@@ -19,7 +19,7 @@ from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progres
 from trainer_service.jobs.specs import RunSpec, TrainSpec
 from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
-from trainer_service.training.loop import Outcome, train
+from trainer_service.training.loop import train
 from trainer_service.training.report import Report
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
@@ -49,8 +49,8 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
 def _other_text(spec: RunSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
     """Yields a sentence if the version that is continued saw other text under the same names; raises if the run did."""
     if state is not None:
-        revision = _revision(state)
-        if revision not in (None, data.revision):
+        text = state / TEXT_FILE
+        if text.exists() and json.loads(text.read_text(encoding="utf-8"))["revision"] != data.revision:
             raise FailedPrecondition(
                 f"The text of run {spec.run} is not the text that it began with: {data.source} has changed. Put the "
                 "old text back, or start another run on the new text with --resume."
@@ -67,14 +67,6 @@ def _own_state(spec: RunSpec, registry: Registry) -> Path | None:
         with suppress(CorruptCheckpoint, NotFound):
             return registry.verified_state(spec.run, step)
     return None
-
-
-def _revision(state: Path) -> str | None:
-    """Returns the revision of the text that a state was trained on; None if the state does not have it."""
-    try:
-        return str(json.loads((state / TEXT_FILE).read_text(encoding="utf-8"))["revision"])
-    except FileNotFoundError:
-        return None
 
 
 class TrainingRun:
@@ -123,7 +115,7 @@ class TrainingRun:
                     preparation_s=time.monotonic() - attempt.began_s,
                 )
             )
-            completed = train(trainer, self._evaluation_set, self, attempt.stop_requested) is Outcome.COMPLETED
+            completed = train(trainer, self._evaluation_set, self, attempt.stop_requested)
             if completed:
                 self._end()
         return completed

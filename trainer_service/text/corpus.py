@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,17 +146,11 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
     held_out = [open_file(Path(path), read) for path in spec.validation]
     return replace(
         corpus,
-        held_out_source=names_of([file.path for file in held_out]),
+        held_out_source=_names(held_out),
         revision=_digest(corpus.revision, [[file.kind, file.digest] for file in held_out]),
         notices=(*corpus.notices, *_notices(held_out)),
         validation=lambda: _passages(held_out),
     )
-
-
-def names_of(paths: Sequence[Path]) -> str:
-    """Returns the names of files for display; of more than three, the first three and a count."""
-    names = [excerpt(path.name, 36) for path in paths]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
 
 
 def _accepted() -> str:
@@ -179,7 +173,7 @@ def _open_builtin() -> Corpus:
 
 
 def _open_files(files: list[TextFile], share: float | None) -> Corpus:
-    source = names_of([file.path for file in files])
+    source = _names(files)
     content = [[file.kind, file.digest] for file in files]
     notices = _notices(files)
     if share is None:
@@ -193,6 +187,12 @@ def _open_files(files: list[TextFile], share: float | None) -> Corpus:
         train=lambda: split(False),
         validation=lambda: split(True),
     )
+
+
+def _names(files: list[TextFile]) -> str:
+    """Returns the names of files for display; of more than three, the first three and a count."""
+    names = [excerpt(file.path.name, 36) for file in files]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more files" if len(names) > 3 else "")
 
 
 def _notices(files: list[TextFile]) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from enum import Enum
 from typing import Protocol
 
 from shared.errors import TrainingDiverged
@@ -14,13 +13,6 @@ from trainer_service.training.trainer import StepResult, Trainer, scalar
 
 # The longest time between two reports, unless a single step takes longer.
 _REPORT_AT_LATEST_S = 5.0
-
-
-class Outcome(Enum):
-    """Why the loop ended."""
-
-    COMPLETED = "completed"
-    STOPPED = "stopped"
 
 
 class Observer(Protocol):
@@ -42,8 +34,9 @@ class Observer(Protocol):
 
 def train(
     trainer: Trainer, evaluation_set: EvaluationSet, observer: Observer, stop_requested: Callable[[], bool]
-) -> Outcome:
-    """Runs to the end of the schedule, or to the end of the step after which `stop_requested` returns true.
+) -> bool:
+    """Runs to the end of the schedule and returns True, or to the end of the step after which `stop_requested` returns
+    True, and returns False.
 
     An interrupted evaluation is repeated when the run continues. Raises `TrainingDiverged` if a loss is not finite;
     nothing is written then, so the last checkpoint stays valid.
@@ -62,7 +55,7 @@ def train(
                 held_out = evaluate(trainer.model, evaluation_set, config.batch_size, trainer.workers, check_stop)
             except _Interrupted:
                 observer.save(trainer)
-                return Outcome.STOPPED
+                return False
             _require_finite("held-out loss", held_out.nats_per_token, trainer.step)
             observer.checkpoint(trainer, held_out)
             trainer.record_evaluation(held_out.nats_per_token)
@@ -70,14 +63,14 @@ def train(
                 observer.notice(warning)
             meter.restart()
         if trainer.step >= config.max_steps:
-            return Outcome.COMPLETED
+            return True
         meter.add(trainer.take_step())
         stopping = stop_requested()
         if stopping or _is_due(trainer) or meter.due:
             observer.report(meter.report())
         if stopping:
             observer.save(trainer)
-            return Outcome.STOPPED
+            return False
 
 
 class _Interrupted(Exception):

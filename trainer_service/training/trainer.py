@@ -26,6 +26,9 @@ from trainer_service.training.loss import mean_loss
 from trainer_service.training.optimizer import AdamW
 from trainer_service.training.workers import Workers
 
+# What a saved state holds beside arrays and the configuration: attributes of a trainer.
+_POSITION = ("step", "tokens", "training_loss", "evaluated_step", "best_validation_loss")
+
 # A loss and its gradients, a tree of the parameters' shape.
 Gradients = tuple[mx.array, dict[str, Any]]
 
@@ -135,14 +138,7 @@ class Trainer:
         """Writes everything that a step depends on into an empty folder; raises `OSError` if that fails."""
         save_model(self.model, directory / MODEL_FILE)
         save_arrays(dict(tree_flatten(self.optimizer.state)), directory / OPTIMIZER_FILE)
-        position = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "training_loss": self.training_loss,
-            "evaluated_step": self.evaluated_step,
-            "best_validation_loss": self.best_validation_loss,
-            "config": self.config.to_dict(),
-        }
+        position = {name: getattr(self, name) for name in _POSITION} | {"config": self.config.to_dict()}
         (directory / POSITION_FILE).write_text(json.dumps(position, indent=2), encoding="utf-8")
 
     def restore(self, directory: Path) -> None:
@@ -150,9 +146,7 @@ class Trainer:
         it cannot be read."""
         try:
             position = json.loads((directory / POSITION_FILE).read_text(encoding="utf-8"))
-            step, tokens = position["step"], position["tokens"]
-            training_loss, evaluated_step = position["training_loss"], position["evaluated_step"]
-            best_validation_loss = position["best_validation_loss"]
+            restored = {name: position[name] for name in _POSITION}
             saved = TrainingConfig.from_dict(position["config"])
         except (OSError, ValueError, KeyError) as error:
             raise CorruptCheckpoint(f"{directory / POSITION_FILE} cannot be read: {error}.") from error
@@ -163,9 +157,7 @@ class Trainer:
         self.model.load_weights(list(weights.items()))
         self.optimizer.state = tree_unflatten(list(moments.items()))
         mx.eval(self.model.parameters(), self.optimizer.state)
-        self.step, self.tokens = step, tokens
-        self.training_loss, self.evaluated_step = training_loss, evaluated_step
-        self.best_validation_loss = best_validation_loss
+        vars(self).update(restored)
         self._start()
 
 

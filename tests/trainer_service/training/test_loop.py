@@ -15,7 +15,7 @@ from trainer_service.training import loop
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
-from trainer_service.training.loop import Outcome, train
+from trainer_service.training.loop import train
 from trainer_service.training.overfitting import OverfittingWatch
 from trainer_service.training.report import Report
 from trainer_service.training.trainer import StepResult, Trainer
@@ -75,15 +75,15 @@ def evaluation_set(windows: int = 20, tokens: Tokens = TEXT) -> EvaluationSet:
     return EvaluationSet.from_tokens(tokens, cast(Tokenizer, TwoBytesEach()), windows=windows, context_length=8)
 
 
-def run(trainer: Trainer, stop_requested: Callable[[], bool] = lambda: False) -> tuple[Outcome, Recorder]:
+def run(trainer: Trainer, stop_requested: Callable[[], bool] = lambda: False) -> tuple[bool, Recorder]:
     recorder = Recorder()
     return train(trainer, evaluation_set(), recorder, stop_requested), recorder
 
 
 def test_reports_and_checkpoints_happen_at_their_intervals() -> None:
     trainer = Trainer(CONFIG, TEXT)
-    outcome, recorder = run(trainer)
-    assert outcome is Outcome.COMPLETED
+    completed, recorder = run(trainer)
+    assert completed
     assert [report.step for report in recorder.reports] == [1, 4, 5, 8, 10, 12]
     assert [step for step, _, _ in recorder.checkpoints] == [5, 10, 12]
     assert recorder.saved == []
@@ -96,8 +96,8 @@ def test_reports_and_checkpoints_happen_at_their_intervals() -> None:
 
 def test_a_stop_finishes_the_step_and_saves_the_state() -> None:
     trainer = Trainer(CONFIG, TEXT)
-    outcome, recorder = run(trainer, lambda: trainer.step >= 7)
-    assert outcome is Outcome.STOPPED
+    completed, recorder = run(trainer, lambda: trainer.step >= 7)
+    assert not completed
     assert recorder.saved == [7] and recorder.reports[-1].step == 7
 
 
@@ -111,14 +111,14 @@ def test_a_resumed_run_makes_the_evaluation_that_a_stop_prevented(calls: range, 
         calls_at_end += trainer.step == 12
         return trainer.step == 12 and calls_at_end in calls
 
-    outcome, recorder = run(trainer, stop_requested)
-    assert outcome is Outcome.STOPPED and recorder.saved == [12]
+    completed, recorder = run(trainer, stop_requested)
+    assert not completed and recorder.saved == [12]
     assert [step for step, _, _ in recorder.checkpoints] == [5, 10]
     trainer.save(tmp_path)
     resumed = Trainer(CONFIG, TEXT)
     resumed.restore(tmp_path)
-    outcome, recorder = run(resumed)
-    assert outcome is Outcome.COMPLETED
+    completed, recorder = run(resumed)
+    assert completed
     assert [(step, loss) for step, loss, _ in recorder.checkpoints] == [(12, trainer.training_loss)]
 
 
