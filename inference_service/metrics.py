@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import grpc
 from prometheus_client import (
@@ -44,6 +45,7 @@ _ENDS = tuple(
 _REFUSALS = ("corrupt", "unfit", "not_finite", "loss_mismatch", "worse", "failing", "rolled_back")
 # The window over which tokens per second are averaged.
 _RATE_WINDOW_S = 3.0
+_NAMESPACE = "gptloop_inference"
 
 
 class InferenceMetrics:
@@ -56,108 +58,68 @@ class InferenceMetrics:
         compiled_shapes: Callable[[], int],
         active_streams: Callable[[], int],
     ) -> None:
-        def name(suffix: str) -> str:
-            return f"gptloop_inference_{suffix}"
-
+        counter = partial(Counter, namespace=_NAMESPACE, registry=registry)
+        gauge = partial(Gauge, namespace=_NAMESPACE, registry=registry)
+        histogram = partial(Histogram, namespace=_NAMESPACE, registry=registry)
+        summary = partial(Summary, namespace=_NAMESPACE, registry=registry)
         # Versions committed before this server started say nothing about the time from commit to serving.
         self._since = time.time()
         self._rate = TokenRate()
-        self._generated = Counter(name("generated_tokens_total"), "Generated tokens.", registry=registry)
-        self._prompt = Counter(name("prompt_tokens_total"), "Prompt tokens of accepted requests.", registry=registry)
-        self._cached = Counter(
-            name("cached_prompt_tokens_total"),
-            "Prompt tokens copied from the prefix cache.",
-            registry=registry,
+        self._generated = counter("generated_tokens_total", "Generated tokens.")
+        self._prompt = counter("prompt_tokens_total", "Prompt tokens of accepted requests.")
+        self._cached = counter("cached_prompt_tokens_total", "Prompt tokens copied from the prefix cache.")
+        gauge("tokens_per_second", f"Generated tokens per second over the last {_RATE_WINDOW_S:g} s.").set_function(
+            self._rate.read
         )
-        Gauge(
-            name("tokens_per_second"),
-            f"Generated tokens per second over the last {_RATE_WINDOW_S:g} s.",
-            registry=registry,
-        ).set_function(self._rate.read)
-        self._first_token = Histogram(
-            name("time_to_first_token_seconds"),
+        self._first_token = histogram(
+            "time_to_first_token_seconds",
             "From the arrival of a request to its first token.",
             buckets=_FIRST_TOKEN_BUCKETS,
-            registry=registry,
         )
-        self._inter_token = Histogram(
-            name("inter_token_latency_seconds"),
-            "From one token of a stream to the next.",
-            buckets=_STEP_BUCKETS,
-            registry=registry,
+        self._inter_token = histogram(
+            "inter_token_latency_seconds", "From one token of a stream to the next.", buckets=_STEP_BUCKETS
         )
-        self._requests = Counter(
-            name("requests_total"), "Generate requests by finish reason or status code.", ["reason"], registry=registry
-        )
-        self._calls = Counter(
-            name("calls_total"), "Calls by method and status code.", ["method", "code"], registry=registry
-        )
+        self._requests = counter("requests_total", "Generate requests by finish reason or status code.", ["reason"])
+        self._calls = counter("calls_total", "Calls by method and status code.", ["method", "code"])
         for service in inference_pb2.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 self._calls.labels(method.name, "ok")
-        Gauge(name("active_streams"), "Streams that have a slot.", registry=registry).set_function(active_streams)
-        self.waiting_requests = Gauge(name("waiting_requests"), "Samples that wait for a slot.", registry=registry)
-        memory_bytes = Gauge(
-            name("memory_bytes"),
-            "Memory by kind: active, cache and peak of MLX, and resident of this process.",
-            ["kind"],
-            registry=registry,
+        gauge("active_streams", "Streams that have a slot.").set_function(active_streams)
+        self.waiting_requests = gauge("waiting_requests", "Samples that wait for a slot.")
+        memory_bytes = gauge(
+            "memory_bytes", "Memory by kind: active, cache and peak of MLX, and resident of this process.", ["kind"]
         )
         for kind in ("active", "cache", "peak", "resident"):
             memory_bytes.labels(kind).set_function(lambda kind=kind: getattr(memory(), f"{kind}_bytes"))  # type: ignore[misc]
-        Gauge(
-            name("compiled_shapes"),
-            "Compiled programs; no request adds one.",
-            registry=registry,
-        ).set_function(compiled_shapes)
-        self._models = _Models(name("model_info"))
+        gauge("compiled_shapes", "Compiled programs; no request adds one.").set_function(compiled_shapes)
+        self._models = _Models(f"{_NAMESPACE}_model_info")
         registry.register(self._models)
-        self._swaps = Counter(name("swaps_total"), "Swaps of the serving version.", registry=registry)
-        self._swap_seconds = Histogram(
-            name("swap_duration_seconds"),
-            "From the choice of a version to the moment when it serves.",
-            buckets=_SWAP_BUCKETS,
-            registry=registry,
+        self._swaps = counter("swaps_total", "Swaps of the serving version.")
+        self._swap_seconds = histogram(
+            "swap_duration_seconds", "From the choice of a version to the moment when it serves.", buckets=_SWAP_BUCKETS
         )
-        self._commit_to_serving = Histogram(
-            name("commit_to_serving_seconds"),
+        self._commit_to_serving = histogram(
+            "commit_to_serving_seconds",
             "From the commit of a version to the moment when it serves.",
             buckets=_SWAP_BUCKETS,
-            registry=registry,
         )
-        self._refused = Counter(
-            name("refused_versions_total"), "Refused versions by reason.", ["reason"], registry=registry
-        )
+        self._refused = counter("refused_versions_total", "Refused versions by reason.", ["reason"])
         for metric, known in ((self._requests, _ENDS), (self._refused, _REFUSALS)):
             for reason in known:
                 metric.labels(reason)
         # Series of versions that leave memory are removed.
-        self._version_streams = Gauge(
-            name("version_streams"), "Requests that a version is answering.", ["version"], registry=registry
+        self._version_streams = gauge("version_streams", "Requests that a version is answering.", ["version"])
+        self._version_requests = counter(
+            "version_requests_total", "Requests to a version by finish reason or status code.", ["version", "reason"]
         )
-        self._version_requests = Counter(
-            name("version_requests_total"),
-            "Requests to a version by finish reason or status code.",
-            ["version", "reason"],
-            registry=registry,
-        )
-        self._version_tokens = Counter(
-            name("version_generated_tokens_total"),
-            "Tokens generated by a version.",
-            ["version"],
-            registry=registry,
-        )
-        self._version_first_token = Summary(
-            name("version_time_to_first_token_seconds"),
+        self._version_tokens = counter("version_generated_tokens_total", "Tokens generated by a version.", ["version"])
+        self._version_first_token = summary(
+            "version_time_to_first_token_seconds",
             "From the arrival of a request to its first token, by version.",
             ["version"],
-            registry=registry,
         )
-        self._version_inter_token = Summary(
-            name("version_inter_token_latency_seconds"),
-            "From one token of a stream to the next, by version.",
-            ["version"],
-            registry=registry,
+        self._version_inter_token = summary(
+            "version_inter_token_latency_seconds", "From one token of a stream to the next, by version.", ["version"]
         )
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -213,29 +175,21 @@ class InferenceMetrics:
         """Replaces the versions in memory; the series of all others are removed."""
         before = {manifest.version for manifest in self._models.versions}
         self._models.show(tuple(versions), serving)
+        by_version = (
+            self._version_streams,
+            self._version_tokens,
+            self._version_first_token,
+            self._version_inter_token,
+        )
         for manifest in versions:
             # A series starts at 0 instead of being absent.
-            for metric in (
-                self._version_streams,
-                self._version_tokens,
-                self._version_first_token,
-                self._version_inter_token,
-            ):
+            for metric in by_version:
                 metric.labels(manifest.version)
             for reason in _ENDS:
                 self._version_requests.labels(manifest.version, reason)
         for number in before - {manifest.version for manifest in versions}:
-            self._forget(number)
-
-    def _forget(self, version: int) -> None:
-        for metric in (
-            self._version_streams,
-            self._version_requests,
-            self._version_tokens,
-            self._version_first_token,
-            self._version_inter_token,
-        ):
-            metric.remove_by_labels({"version": str(version)})
+            for metric in (*by_version, self._version_requests):
+                metric.remove_by_labels({"version": str(number)})
 
 
 class _Models(Collector):
