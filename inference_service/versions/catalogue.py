@@ -35,14 +35,10 @@ class _Look:
     kept: Mapping[int, Sequence[Finding]] = field(default_factory=dict)
     # The files that versions lack, in a few words.
     lacking: Mapping[int, str] = field(default_factory=dict)
-    # Why the manifests of versions cannot be read, and the versions among these that have no manifest yet.
-    unreadable: Mapping[int, str] = field(default_factory=dict)
+    # Why the manifests of versions cannot be read.
+    damaged: Mapping[int, str] = field(default_factory=dict)
+    # The versions that have no manifest yet, as while they are copied.
     unsealed: frozenset[int] = frozenset()
-
-    @property
-    def damaged(self) -> frozenset[int]:
-        """The versions with a damaged manifest."""
-        return frozenset(self.unreadable) - self.unsealed
 
 
 class Catalogue:
@@ -83,7 +79,7 @@ class Catalogue:
             for sentence in now.damage:
                 if sentence not in self._last.damage:
                     logger.warning("%s", sentence)
-            for _ in now.damaged - self._last.damaged:
+            for _ in now.damaged.keys() - self._last.damaged.keys():
                 self._metrics.refused(CORRUPT)
             self._unreachable = ""
             self._last = now
@@ -105,13 +101,13 @@ class Catalogue:
         except CorruptCheckpoint as error:
             stable = last.stable
             damage.append(f"The stable version stays as it was: {error}")
-        unreadable = self._registry.unreadable
-        unsealed = frozenset(
-            number
-            for number in unreadable
-            if not os.path.lexists(self._registry.version_directory(number) / MANIFEST_NAME)
-        )
-        return _Look(versions, label, stable, tuple(damage), found, kept, lacking, unreadable, unsealed)
+        damaged, unsealed = {}, set()
+        for number, why in self._registry.unreadable.items():
+            if os.path.lexists(self._registry.version_directory(number) / MANIFEST_NAME):
+                damaged[number] = why
+            else:
+                unsealed.add(number)
+        return _Look(versions, label, stable, tuple(damage), found, kept, lacking, damaged, frozenset(unsealed))
 
     # Versions and labels.
 
@@ -121,13 +117,13 @@ class Catalogue:
         return self._last.versions
 
     @property
-    def unreadable(self) -> Mapping[int, str]:
+    def damaged(self) -> Mapping[int, str]:
         """The versions whose manifest cannot be read, and why."""
-        return self._last.unreadable
+        return self._last.damaged
 
     @property
     def unsealed(self) -> frozenset[int]:
-        """The unreadable versions that have no manifest yet, as while they are copied."""
+        """The versions that have no manifest yet, as while they are copied."""
         return self._last.unsealed
 
     @property
@@ -169,12 +165,8 @@ class Catalogue:
     def seen(self, in_memory: Iterable[VersionManifest] = (), without: int | None = None) -> Seen:
         """Returns what the planner knows of the registry, and of the versions in memory, which may be gone from it; as
         if a version were refused if `without` names it."""
-        found = {each.version: self.finding(each, without) for each in self.versions}
-        deserving = [
-            each
-            for each in self.versions
-            if each.version != without and not _refuses(found[each.version]) and not self.lacking(each)
-        ]
+        undeserving = self._decided(without).refused
+        deserving = [each for each in self.versions if each.version not in undeserving]
         match self.policy:
             case "best":
                 preferred = [each.version for each in policy.ranking(deserving)]
@@ -185,27 +177,27 @@ class Catalogue:
             case label:
                 preferred = [number] if (number := pinned_number(label) or self._last.stable) else []
         return Seen(
-            eligible={each.version: self._judged(each, found[each.version]) for each in deserving},
+            eligible={each.version: self._judged(each, without) for each in deserving},
             preferred=tuple(preferred),
             fallback=tuple(each.version for each in [*policy.ranking(deserving), *reversed(deserving)]),
             digests={each.version: each.digest for each in self.versions},
-            refused=frozenset(
-                each.digest
-                for each in [*self.versions, *in_memory]
-                if each.version == without or self.refusal(each, without) is not None
-            ),
+            refused=frozenset(each.digest for each in [*self.versions, *in_memory] if self._is_refused(each, without)),
             run=run_of(self.policy),
             compares=self.policy in ("best", "latest") or run_of(self.policy) is not None,
         )
 
-    def _judged(self, manifest: VersionManifest, finding: Finding | None) -> Version:
+    def _judged(self, manifest: VersionManifest, without: int | None) -> Version:
+        finding = self.finding(manifest, without)
         # A version that lacks files sets no standard for others.
         loss = None if finding is None or manifest.version in self._last.lacking else finding.loss
         return as_version(manifest, loss)
 
-    def _decided(self) -> Decided:
-        refused = {each.version for each in self.versions if self.refusal(each) is not None or self.lacking(each)}
+    def _decided(self, without: int | None = None) -> Decided:
+        refused = {each.version for each in self.versions if self._is_refused(each, without) or self.lacking(each)}
         return Decided(frozenset(refused), self._last.stable, self.policy)
+
+    def _is_refused(self, manifest: VersionManifest, without: int | None) -> bool:
+        return manifest.version == without or self.refusal(manifest, without) is not None
 
     async def make_stable(self, number: int) -> None:
         """Makes a version the stable one; raises `NotFound`, and `FailedPrecondition` if it was refused."""
@@ -255,7 +247,7 @@ class Catalogue:
     def refusal(self, manifest: VersionManifest, without: int | None = None) -> Finding | None:
         """Returns why a version must not serve, None if it may; `without` as in `finding`."""
         finding = self.finding(manifest, without)
-        return finding if _refuses(finding) else None
+        return None if finding is None or finding.refusal is None else finding
 
     def check_may_serve(self, manifest: VersionManifest, without: int | None = None) -> None:
         """Raises `FailedPrecondition` if a version must not serve, and `Unavailable` if it lacks files."""
@@ -273,7 +265,6 @@ class Catalogue:
     ) -> None:
         """Notes that a version must not serve, likewise."""
         self._note(manifest, Finding(manifest.digest, self._device, loss, reason, sentence, time.time(), stands_on))
-        self._count(manifest.version, reason, sentence)
 
     async def roll_back(self, manifest: VersionManifest, loss: float, sentence: str, label: str | None) -> None:
         """Refuses a version, and sets the policy to a label if there is one; returns when both are in the registry.
@@ -283,21 +274,19 @@ class Catalogue:
         finding = Finding(manifest.digest, self._device, loss, ROLLED_BACK, sentence, time.time())
         loop, decisions = asyncio.get_running_loop(), self._registry.decisions
         await loop.run_in_executor(self._writer, decisions.roll_back, manifest.version, finding, label)
-        self._remember(manifest, finding)
-        self._count(manifest.version, ROLLED_BACK, sentence)
+        self._remember(manifest.version, finding)
         await self.look()
 
     def _note(self, manifest: VersionManifest, finding: Finding) -> None:
-        self._remember(manifest, finding)
+        self._remember(manifest.version, finding)
         self._writer.submit(self._save, manifest.version, finding)
 
-    def _remember(self, manifest: VersionManifest, finding: Finding) -> None:
-        self._unsaved[manifest.version] = finding
+    def _remember(self, number: int, finding: Finding) -> None:
+        self._unsaved[number] = finding
         self._findings = self._last.findings.adding(self._unsaved)
-
-    def _count(self, number: int, reason: str, sentence: str) -> None:
-        self._metrics.refused(reason)
-        logger.error("version %d is refused, as %s: %s", number, reason, sentence)
+        if finding.refusal is not None:
+            self._metrics.refused(finding.refusal)
+            logger.error("version %d is refused, as %s: %s", number, finding.refusal, finding.sentence)
 
     def _save(self, number: int, finding: Finding) -> None:
         try:
@@ -315,7 +304,3 @@ def as_version(manifest: VersionManifest, loss: float | None = None) -> Version:
 def refused(number: int, clause: str) -> FailedPrecondition:
     """Returns the error for calls that ask for a version that must not serve."""
     return FailedPrecondition(f"Version {number} cannot serve: {clause}.")
-
-
-def _refuses(finding: Finding | None) -> bool:
-    return finding is not None and finding.refusal is not None

@@ -126,11 +126,11 @@ class VersionManager:
             )
             for number, manifest in manifests.items()
         ]
-        for number, why in catalogue.unreadable.items():
-            if number in catalogue.unsealed:
-                reason = "it waits for its files: the manifest is missing"
-                statuses.append(VersionStatus(number, None, State.WAITING, reason))
-            elif number not in manifests:
+        for number in catalogue.unsealed:
+            reason = "it waits for its files: the manifest is missing"
+            statuses.append(VersionStatus(number, None, State.WAITING, reason))
+        for number, why in catalogue.damaged.items():
+            if number not in manifests:
                 statuses.append(VersionStatus(number, None, State.REFUSED, f"corrupt: {why}"))
         return sorted(statuses, key=lambda status: status.number)
 

@@ -9,7 +9,8 @@
   new streams, so it is loaded, at the latest, once the streams of the versions that are in memory, or are being loaded,
   have ended.
 - Calls for other versions are served in their order.
-- Plans that are carried out come to rest: after a few, nothing is left to do until something else happens.
+- Once a plan that drops no held version is carried out, nothing is left to do until something else happens. After one
+  that drops some, other plans may have to follow.
 - A rollback never waits for room: the version that is to serve next is loaded at once, even beyond the limit. So is the
   successor of a serving version that is refused.
 """
@@ -125,8 +126,7 @@ class Refusal:
     """Why a version in memory must not serve: the reason in a word, and a sentence. `stands_on` is the digest of the
     version that it was compared with."""
 
-    number: int
-    digest: str
+    version: Version
     reason: str
     sentence: str
     stands_on: str
@@ -147,7 +147,7 @@ class Plan:
     load: tuple[Version, ...] = ()
     admit: tuple[int, ...] = ()
     reject: tuple[int, ...] = ()
-    wait: tuple[Version, ...] = ()
+    wait: tuple[int, ...] = ()
 
 
 def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margin: float) -> Plan:
@@ -157,14 +157,14 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
     nats a token.
     """
     serving, awaited, refusals = _choose(seen, memory, now, margin)
-    worse = {refusal.digest for refusal in refusals}
+    worse = {refusal.version.digest for refusal in refusals}
     refused = seen.refused | worse
     ready = {each.version.digest for each in memory.residencies if each.in_memory}
     room = _Room(memory, serving, seen.digests, refused)
     load: list[Version] = []
     admit: list[int] = []
     reject: list[int] = []
-    wait: dict[int, Version] = {}
+    left: list[Version] = []
     if awaited is not None:
         succeeds = serving is not None and serving.version.digest in refused
         asked = any(call.at_once and call.version.digest == awaited.digest for call in wanted)
@@ -172,17 +172,16 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
     for call in wanted:
         version = call.version
         # Calls are answered in their order, so none goes on while an earlier one has no room.
-        in_turn = call.at_once or not wait
+        in_turn = call.at_once or all(map(room.contains, left))
         if not call.hold and (call.refused or version.digest in worse):
             reject.append(version.number)
-        elif not room.contains(version):
-            if in_turn and room.take(version, call.at_once):
-                load.append(version)
-            else:
-                wait.setdefault(version.number, version)
-        elif in_turn and version.digest in ready:
+        elif in_turn and version.digest in ready and room.contains(version):
             room.keep(version.number)
             admit.append(version.number)
+        elif in_turn and not room.contains(version) and room.take(version, call.at_once):
+            load.append(version)
+        else:
+            left.append(version)
     room.tidy()
     return Plan(
         serve=None if serving is None else serving.version.number,
@@ -192,7 +191,7 @@ def plan(seen: Seen, memory: Memory, wanted: Sequence[Wanted], now: float, margi
         load=tuple(load),
         admit=tuple(admit),
         reject=tuple(reject),
-        wait=tuple(wait.values()),
+        wait=tuple(dict.fromkeys(version.number for version in left if not room.contains(version))),
     )
 
 
@@ -246,7 +245,7 @@ def _choose(
             return serving, awaited, refusals
         # A version that the policy prefers to this one may be good enough compared with it.
         serving = successor
-        seen = replace(seen, refused=seen.refused | {refusal.digest for refusal in refusals})
+        seen = replace(seen, refused=seen.refused | {refusal.version.digest for refusal in refusals})
 
 
 def _standards(seen: Seen, memory: Memory, serving: Residency | None, now: float) -> list[Version]:
@@ -272,13 +271,13 @@ def _compare(version: Version, standards: Sequence[Version], margin: float) -> R
     best = min(others, key=_loss_of)
     if version.windows != best.windows:
         sentence = f"it names the evaluation set of version {best.number}, but has other held-out windows"
-        return Refusal(version.number, version.digest, LOSS_MISMATCH, sentence, best.digest)
+        return Refusal(version, LOSS_MISMATCH, sentence, best.digest)
     if _loss_of(version) > _loss_of(best) + margin:
         sentence = (
             f"its held-out loss is {_loss_of(version):.4f} nats a token, but that of version {best.number} is "
             f"{_loss_of(best):.4f}"
         )
-        return Refusal(version.number, version.digest, WORSE, sentence, best.digest)
+        return Refusal(version, WORSE, sentence, best.digest)
     return None
 
 

@@ -257,9 +257,8 @@ class Residents:
     def carry_out(self, plan: Plan) -> None:
         """Does what a plan says."""
         for refusal in plan.refuse:
-            entry = self._entries[refusal.number]
-            loss = None if entry.resident is None else entry.resident.loss
-            self._catalogue.refuse(entry.manifest, loss, refusal.reason, refusal.sentence, refusal.stands_on)
+            manifest, loss = self._entries[refusal.version.number].manifest, refusal.version.loss
+            self._catalogue.refuse(manifest, loss, refusal.reason, refusal.sentence, refusal.stands_on)
         self._serve(plan.serve)
         for number in plan.drop:
             self._free(number)
@@ -273,7 +272,7 @@ class Residents:
             waiter = self._entries[number].waiting[0]
             finding = self._catalogue.refusal(waiter.manifest, self._entries[number].instead_of)
             self._fail(number, refused(number, "" if finding is None else finding.sentence))
-        self._without_room = frozenset(version.number for version in plan.wait)
+        self._without_room = frozenset(plan.wait)
         self._note_awaited(plan.awaited)
         self._forget()
 

@@ -42,7 +42,7 @@ class World:
 
     def carried_out(self, plan: Plan) -> "World":
         """The world in which a plan was carried out."""
-        worse = {refusal.digest for refusal in plan.refuse}
+        worse = {refusal.version.digest for refusal in plan.refuse}
         eligible = {number: each for number, each in self.seen.eligible.items() if each.digest not in worse}
         world = replace(self, seen=replace(self.seen, eligible=eligible, refused=self.seen.refused | worse))
         order = 1 + max((each.used for each in self.memory.residencies), default=0)
