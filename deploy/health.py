@@ -56,7 +56,7 @@ def _check_redis(url: str) -> Health:
 
 def _check_worker(url: str, registry: Registry) -> Health:
     with connect(url) as connection:
-        workers = JobQueue(connection, registry_id(registry.root)).leases.live_workers()
+        workers = JobQueue(connection, registry_id(registry.root)).store.live_workers()
     return Health(workers > 0, f"{workers} ready for jobs")
 
 

@@ -55,8 +55,9 @@ def empty_queue() -> JobQueue:
         waiting=lambda: 0,
         counts=lambda: dict.fromkeys(JobState, 0),
         tokens=lambda: 0,
+        live_workers=lambda: 0,
     )
-    return cast(JobQueue, SimpleNamespace(store=store, leases=SimpleNamespace(live_workers=lambda: 0)))
+    return cast(JobQueue, SimpleNamespace(store=store))
 
 
 def require_same(documented: Collection[str], existing: Collection[str]) -> None:

@@ -159,13 +159,13 @@ def _submit(request: JobRequest, wait: bool) -> None:
     settings = _settings()
     queue = _queue(settings)
     registry = Registry(settings.directories.registry)
-    record = submit(request, queue, registry)
-    assert record.spec is not None
-    print(f"job {record.id} queued: {request.kind.value} {record.spec.run}", flush=True)
-    if isinstance(record.spec, TrainSpec):
-        earlier = islice(queue.store.jobs(before=record.ticket), _JOBS_TO_LEARN_FROM)
-        print(*Plan.of(record.spec, registry, earlier, Machine.here()).lines(), sep="\n", flush=True)
-    if not queue.leases.live_workers():
+    spec, plan = request.resolve(registry), []
+    if isinstance(spec, TrainSpec):
+        earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)
+        plan = Plan.of(spec, registry, earlier, Machine.here()).lines()
+    record = submit(spec, queue, registry, request.after)
+    print(f"job {record.id} queued: {spec.kind.value} {spec.run}", *plan, sep="\n", flush=True)
+    if not queue.store.live_workers():
         raise Unavailable(
             f"No worker is running. Start one with `gptloop up`; the job {record.id} stays queued until then."
         )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 from rich.console import Console
 
@@ -12,8 +12,8 @@ from shared.text import format_duration, printable
 from trainer_service.jobs import events
 from trainer_service.jobs.events import Event, JobState
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.reachable import Outage
 from trainer_service.jobs.records import JobRecord
+from trainer_service.redis_server import Outage
 
 _WAIT_S = 1.0
 # How long a job may have neither a process nor a live worker.
@@ -21,17 +21,7 @@ _PATIENCE_S = 20.0
 # How long Redis may not answer: training continues meanwhile, and its events arrive afterwards.
 _OUTAGE_S = 600.0
 
-
-@dataclass(frozen=True)
-class Waiting:
-    """The job waits for a worker; `ahead` other jobs come before it."""
-
-    ahead: int
-
-    def __str__(self) -> str:
-        if not self.ahead:
-            return "waiting for a worker"
-        return f"waiting for a worker: {describe_ahead(self.ahead)}"
+_WAITING = "waiting for a worker"
 
 
 def follow(queue: JobQueue, job_id: str, console: Console) -> None:
@@ -39,23 +29,21 @@ def follow(queue: JobQueue, job_id: str, console: Console) -> None:
 
     Raises `GptloopError` with the reason if the job fails, and `Unavailable` if no worker is left to continue it.
     """
-    view = _LiveView(console) if console.is_terminal else _PlainView(console)
-    with view:
+    with LiveBar(console, (_WAITING,)) if console.is_terminal else nullcontext() as bar:
+        view = _View(console, bar)
         for event in _until_end(queue, job_id):
-            if isinstance(event, Waiting):
-                view.wait(event)
-                continue
             view.show(event)
             if isinstance(event, events.StateChanged) and event.state is JobState.FAILED:
                 raise GptloopError(f"The job {job_id} failed: {event.reason}")
 
 
-def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
-    last, abandoned_since_s, outage, waiting = "0", None, Outage(_OUTAGE_S), None
+def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
+    """Yields the events of a job, and a preparation whenever it waits for a worker behind another number of jobs."""
+    last, abandoned_since_s, outage, ahead = "0", None, Outage(_OUTAGE_S), None
     while True:
         try:
             batch = queue.store.read_events(job_id, last, _WAIT_S)
-            record, workers = queue.store.get(job_id), queue.leases.live_workers()
+            record, workers = queue.store.get(job_id), queue.store.live_workers()
         except Unavailable as error:
             abandoned_since_s = None
             if not outage.has_begun:
@@ -72,9 +60,9 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event | Waiting]:
             yield timed.event
             if isinstance(timed.event, events.StateChanged) and timed.event.state.is_final:
                 return
-        if record.ahead is not None and waiting != Waiting(record.ahead):
-            waiting = Waiting(record.ahead)
-            yield waiting
+        if record.ahead is not None and ahead != record.ahead:
+            ahead = record.ahead
+            yield events.Preparation(f"{_WAITING}: {describe_ahead(ahead)}" if ahead else _WAITING)
         if record.is_held or workers:
             abandoned_since_s = None
         elif abandoned_since_s is None:
@@ -139,60 +127,27 @@ def describe_ahead(ahead: int) -> str:
     return "1 job comes first" if ahead == 1 else f"{ahead:,} jobs come first"
 
 
-class _PlainView:
-    """Prints a line for each event."""
+class _View:
+    """Prints a line for each event; on a terminal, a bar shows the preparation and the progress instead."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, bar: LiveBar | None) -> None:
         self._console = console
-        self._stage = ""
-
-    def __enter__(self) -> "_PlainView":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def wait(self, waiting: Waiting) -> None:
-        if waiting.ahead:
-            self._print(str(waiting))
+        self._bar = bar
+        self._stage = _WAITING
 
     def show(self, event: Event) -> None:
         line = describe(event)
-        if isinstance(event, events.Preparation) and event.stage != self._stage:
-            self._stage = line = event.stage
-        if line:
-            self._print(line)
-
-    def _print(self, line: str) -> None:
-        self._console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
-
-
-class _LiveView:
-    """Shows a bar with the last progress, and prints a line above it for each other event."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = LiveBar(console, ("waiting for a worker",))
-
-    def __enter__(self) -> "_LiveView":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.__exit__()
-
-    def wait(self, waiting: Waiting) -> None:
-        self._bar.show(None, str(waiting))
-
-    def show(self, event: Event) -> None:
         match event:
             case events.Preparation(stage, fraction):
-                self._bar.show(fraction, stage)
-            case events.Progress() as progress:
+                if self._bar:
+                    self._bar.show(fraction, stage)
+                elif stage not in (_WAITING, self._stage):
+                    self._stage = line = stage
+            case events.Progress() as progress if self._bar:
                 self._bar.show(progress.step / progress.max_steps, *_facts(progress))
-            case _:
-                if line := describe(event):
-                    self._console.print(printable(line), markup=False, highlight=False)
+                return
+        if line:
+            self._console.print(printable(line), markup=False, highlight=False, soft_wrap=self._bar is None)
 
 
 def _facts(progress: events.Progress) -> list[str]:

@@ -4,18 +4,18 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 
 from shared.device import accelerator
 from shared.errors import FailedPrecondition, GptloopError, RunOwnershipLost, Unavailable, shown
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.service import logs
-from shared.service.settings import Directories
 from trainer_service.jobs.attempt import Attempt, Stopped
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
-from trainer_service.jobs.queue import STOPPED, JobQueue
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.reporter import End, Reporter
+from trainer_service.jobs.reporter import Reporter
 from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec
 from trainer_service.jobs.submit import release_ended
 from trainer_service.redis_server import connect
@@ -42,7 +42,11 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     logs.configure("trainer")
     settings = read_settings(os.environ)
     queue = JobQueue(connect(settings.redis_url), registry_id(settings.directories.registry))
-    if not queue.store.report(job_id, attempt, [TimedEvent(StateChanged(JobState.RUNNING))]):
+
+    def report(state: JobState, reason: str = "") -> bool:
+        return queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))])
+
+    if not report(JobState.RUNNING):
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
         return
     reporter = Reporter(queue, job_id, attempt, worker, settings.stuck_s)
@@ -50,10 +54,7 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     def stop_requested() -> bool:
         return reporter.stop_requested() or terminated
 
-    def ends(state: JobState, reason: str = "") -> End:
-        return lambda queue: queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))])
-
-    end: End | None = None
+    end: partial[bool] | None = None
     try:
         device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
         given = Attempt(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested)
@@ -65,31 +66,27 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
         # The next attempt may find the missing service again.
         logger.warning("job %s: %s", job_id, error)
         reason = shown(error, _REASON_LENGTH).rstrip(".")
-        end = lambda queue: queue.lose(job_id, attempt, reason)  # noqa: E731
+        end = partial(queue.lose, job_id, attempt, reason)
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
-        end = ends(JobState.FAILED, shown(error, _REASON_LENGTH))
+        end = partial(report, JobState.FAILED, shown(error, _REASON_LENGTH))
     except Exception as error:
         logger.exception("job %s failed", job_id)
         reason = f"{type(error).__name__}: {shown(error, _REASON_LENGTH)} (the worker's log has more)"
-        end = ends(JobState.FAILED, reason)
+        end = partial(report, JobState.FAILED, reason)
     else:
         if completed:
-            end = ends(JobState.FINISHED)
+            end = partial(report, JobState.FINISHED)
         elif reporter.cancelled:
-            end = ends(JobState.CANCELLED)
+            end = partial(report, JobState.CANCELLED)
         else:
-            end = lambda queue: queue.give_back(job_id, attempt, STOPPED)  # noqa: E731
+            end = partial(queue.give_back, job_id, attempt)
     finally:
         reporter.close(end)
-        _release(queue, settings.directories)
-
-
-def _release(queue: JobQueue, directories: Directories) -> None:
-    try:
-        release_ended(queue, Registry(directories.registry))
-    except GptloopError as error:
-        logger.warning("the holds of ended jobs stay until another job ends: %s", error)
+        try:
+            release_ended(queue, Registry(settings.directories.registry))
+        except GptloopError as error:
+            logger.warning("the holds of ended jobs stay until another job ends: %s", error)
 
 
 def _work(record: JobRecord, attempt: Attempt) -> bool:

@@ -31,7 +31,7 @@ class TrainingCollector(Collector):
         try:
             store = self._queue.store
             counts, shown, tokens, waiting = store.counts(), _shown(store), store.tokens(), store.waiting()
-            workers = self._queue.leases.live_workers()
+            workers = self._queue.store.live_workers()
         except Unavailable:
             yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
             return

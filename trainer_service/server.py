@@ -18,10 +18,9 @@ from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.reachable import Outage
 from trainer_service.jobs.submit import submit
 from trainer_service.metrics import CallMetrics, make_metrics
-from trainer_service.redis_server import connect
+from trainer_service.redis_server import Outage, connect
 from trainer_service.settings import TrainerSettings
 from trainer_service.translate import STATES, event_to_pb, job_to_pb, kinds_from_pb, request_from_pb
 
@@ -49,8 +48,11 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
     async def EnqueueJob(self, request: pb.EnqueueJobRequest, context: Any) -> pb.EnqueueJobResponse:  # noqa: N802
         """Submits a job."""
-        record = await asyncio.to_thread(submit, request_from_pb(request), self._queue, self._registry)
-        live_workers = await asyncio.to_thread(self._queue.leases.live_workers)
+        wanted = request_from_pb(request)
+        record = await asyncio.to_thread(
+            lambda: submit(wanted.resolve(self._registry), self._queue, self._registry, wanted.after)
+        )
+        live_workers = await asyncio.to_thread(self._queue.store.live_workers)
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
 
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:  # noqa: N802
@@ -133,7 +135,7 @@ async def serve(settings: TrainerSettings) -> None:
 async def _follow_redis(server: GrpcServer, queue: JobQueue, root: Path, signals: Signals) -> None:
     while True:
         try:
-            await asyncio.to_thread(queue.leases.live_workers)
+            await asyncio.to_thread(queue.store.live_workers)
             await server.set_serving(True)
             if await asyncio.to_thread(registry_id, root) != queue.registry:
                 logger.error(

@@ -15,27 +15,26 @@ from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, TrainRequest
 from trainer_service.jobs.specs import EvaluateSpec, Kind
 
-STATES = {
-    JobState.QUEUED: pb.JOB_STATE_QUEUED,
-    JobState.RUNNING: pb.JOB_STATE_RUNNING,
-    JobState.CANCELLING: pb.JOB_STATE_CANCELLING,
-    JobState.FINISHED: pb.JOB_STATE_FINISHED,
-    JobState.FAILED: pb.JOB_STATE_FAILED,
-    JobState.CANCELLED: pb.JOB_STATE_CANCELLED,
+STATES: dict[JobState, pb.JobState] = {state: getattr(pb, f"JOB_STATE_{state.name}") for state in JobState}
+KINDS: dict[Kind, pb.JobKind] = {kind: getattr(pb, f"JOB_KIND_{kind.name}") for kind in Kind}
+
+# The fields of a message that hold each event, and the fields with other names than the values.
+_EVENTS: dict[type[events.Event], str] = {
+    events.StateChanged: "state_changed",
+    events.Preparation: "preparation",
+    events.RunStarted: "run_started",
+    events.Progress: "progress",
+    events.Evaluation: "evaluation",
+    events.VersionPublished: "version_published",
+    events.Notice: "notice",
 }
+_RENAMED = {"eta_s": "eta_seconds", "preparation_s": "preparation_seconds"}
 
 # Limits on the names of a job's files together, and on any text.
 _FILES_LENGTH = 16_384
 _TEXT_LENGTH = 4096
 # The years 1 and 9999, which a timestamp cannot leave, in seconds since the epoch.
 _EARLIEST_S, _LATEST_S = -62135596800, 253402300799
-
-KINDS = {
-    Kind.PREPARE: pb.JOB_KIND_PREPARE,
-    Kind.TRAIN: pb.JOB_KIND_TRAIN,
-    Kind.EVALUATE: pb.JOB_KIND_EVALUATE,
-}
-
 
 _REQUESTS: dict[Kind, type[JobRequest]] = {
     request.kind: request for request in (PrepareRequest, TrainRequest, EvaluateRequest)
@@ -97,46 +96,29 @@ def job_to_pb(record: JobRecord) -> pb.Job:
         enqueued_at=_time_to_pb(record.enqueued_at) if record.enqueued_at else None,
         started_at=_time_to_pb(record.started_at) if record.started_at else None,
         ended_at=_time_to_pb(record.ended_at) if record.ended_at else None,
-        progress=_progress_to_pb(record.progress) if record.progress else None,
-        evaluation=pb.Evaluation(**_values(record.evaluation)) if record.evaluation else None,
+        progress=_values(record.progress) if record.progress else None,
+        evaluation=_values(record.evaluation) if record.evaluation else None,
         reason=_text(record.reason),
         jobs_ahead=record.ahead,
-        best_evaluation=pb.Evaluation(**_values(record.best)) if record.best else None,
+        best_evaluation=_values(record.best) if record.best else None,
     )
 
 
 def event_to_pb(timed: TimedEvent) -> pb.WatchJobResponse:
     """Writes an event of a job."""
-    response = pb.WatchJobResponse(time=_time_to_pb(timed.time))
-    match timed.event:
-        case events.StateChanged(state, reason):
-            response.state_changed.CopyFrom(pb.StateChanged(state=STATES[state], reason=_text(reason)))
-        case events.Preparation() as preparation:
-            response.preparation.CopyFrom(pb.Preparation(**_values(preparation)))
-        case events.RunStarted() as started:
-            values = _values(started)
-            values["preparation_seconds"] = values.pop("preparation_s")
-            response.run_started.CopyFrom(pb.RunStarted(**values))
-        case events.Progress() as progress:
-            response.progress.CopyFrom(_progress_to_pb(progress))
-        case events.Evaluation() as evaluation:
-            response.evaluation.CopyFrom(pb.Evaluation(**_values(evaluation)))
-        case events.VersionPublished() as published:
-            response.version_published.CopyFrom(pb.VersionPublished(**_values(published)))
-        case events.Notice(text):
-            response.notice.CopyFrom(pb.Notice(text=_text(text)))
-    return response
-
-
-def _progress_to_pb(progress: events.Progress) -> pb.Progress:
-    values = _values(progress)
-    values["eta_seconds"] = values.pop("eta_s")
-    return pb.Progress(**values)
+    values: dict[str, Any] = {_EVENTS[type(timed.event)]: _values(timed.event)}
+    return pb.WatchJobResponse(time=_time_to_pb(timed.time), **values)
 
 
 def _values(event: events.Event) -> dict[str, Any]:
-    values: Mapping[str, Any] = vars(event)
-    return {name: _text(value) if isinstance(value, str) else value for name, value in values.items()}
+    """Returns the fields of the message of an event."""
+    return {_RENAMED.get(name, name): _value(value) for name, value in vars(event).items()}
+
+
+def _value(value: object) -> object:
+    if isinstance(value, JobState):
+        return STATES[value]
+    return _text(value) if isinstance(value, str) else value
 
 
 def _files(names: Sequence[str]) -> list[str]:

@@ -105,7 +105,7 @@ def test_following_waits_for_redis_only_for_a_limited_time(
 def test_a_waiting_job_shows_how_many_jobs_come_first(queue: JobQueue, job: str, tmp_path: Path) -> None:
     last = queue.enqueue(EVALUATION, after=[job]).id
     output = io.StringIO()
-    queue.leases.renew_worker("a")
+    queue.store.renew_worker("a")
     followed = threading.Thread(target=follow, args=(queue, last, Console(file=output)))
     followed.start()
     wait_until(lambda: "waiting for a worker: 1 job comes first" in output.getvalue())
@@ -145,7 +145,7 @@ def test_metrics_show_the_run_while_it_runs_and_its_last_numbers_afterwards(
     assert metrics.get_sample_value("gptloop_training_jobs", {"state": "queued"}) == 1
     assert metrics.get_sample_value("gptloop_training_queue_depth") == 1
     assert metrics.get_sample_value("gptloop_training_loss", run) is None
-    queue.leases.renew_attempt(job, 1)
+    queue.store.renew_attempt(job, 1)
     report(queue, job, StateChanged(JobState.RUNNING), PROGRESS, Evaluation(1, 10.8, 10.7, 3.5))
     assert metrics.get_sample_value("gptloop_training_tokens_per_second", run) == 1234.5
     assert metrics.get_sample_value("gptloop_training_validation_loss", run) == 10.7

@@ -29,10 +29,8 @@ class Idle:
     def __init__(self) -> None:
         self.taken: list[str] = []
 
-    def take(self, job_id: str, attempt: int) -> None:
-        self.taken.append(job_id)
-
     def start(self, job_id: str, attempt: int) -> int:
+        self.taken.append(job_id)
         return os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ, setpgroup=0)
 
     def request_stop(self) -> None:
@@ -66,11 +64,11 @@ def test_lists_figures_and_leases_are_of_one_folder(queues: tuple[JobQueue, JobQ
             call(job)
     # The same name is free in the other registry.
     assert yours.enqueue(training(tmp_path, name="wide")).ahead == 0
-    mine.leases.renew_worker("a")
+    mine.store.renew_worker("a")
     start(mine, job)
     mine.store.report(job, 1, [], new_tokens=7)
-    assert (mine.leases.live_workers(), mine.store.tokens(), mine.store.waiting()) == (1, 7, 0)
-    assert (yours.leases.live_workers(), yours.store.tokens(), yours.store.waiting()) == (0, 0, 1)
+    assert (mine.store.live_workers(), mine.store.tokens(), mine.store.waiting()) == (1, 7, 0)
+    assert (yours.store.live_workers(), yours.store.tokens(), yours.store.waiting()) == (0, 0, 1)
     assert Watch(yours, lambda: 0.0).look() == set()
     states = [make_metrics(queue).get_sample_value("gptloop_training_jobs", {"state": "running"}) for queue in queues]
     assert states == [1, 0]
@@ -83,8 +81,8 @@ def test_every_name_in_redis_carries_its_registry(
 ) -> None:
     mine, _ = queues
     job = mine.enqueue(training(tmp_path)).id
-    mine.leases.renew_worker("a")
-    mine.leases.renew_attempt(job, 1)
+    mine.store.renew_worker("a")
+    mine.store.renew_attempt(job, 1)
     mine.store.report(job, 1, [], new_tokens=7)
     # RQ's list of all queues names them.
     names = {key.decode() for key in redis.scan_iter()} - {"rq:queues"}

@@ -14,8 +14,8 @@ from trainer_service.jobs.events import Event, Preparation
 class Attempt:
     """An attempt at a job: its number, its folders, what stays in the registry, its device, and where it sends events.
 
-    The work calls `stop_requested` between any two pieces of work, and ends if it returns True. `began_s` is a time of
-    the monotonic clock.
+    The work calls `stop_requested` at short intervals, and ends if it returns True. `began_s` is a time of the
+    monotonic clock.
     """
 
     number: int

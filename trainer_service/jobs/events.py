@@ -110,10 +110,7 @@ class Notice:
 
 Event = StateChanged | Preparation | RunStarted | Progress | Evaluation | VersionPublished | Notice
 
-_KINDS: dict[str, type[Event]] = {
-    kind.__name__: kind
-    for kind in (StateChanged, Preparation, RunStarted, Progress, Evaluation, VersionPublished, Notice)
-}
+_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""The records and events of jobs in Redis: reads them, and changes them in transactions."""
+"""Jobs and workers in Redis: reads their records, events and leases, and changes jobs in transactions."""
 
+import secrets
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any, cast
 
 from redis import Redis
@@ -12,21 +14,16 @@ from redis.exceptions import ResponseError
 from shared.errors import NotFound, shown
 from trainer_service.jobs.events import Evaluation, JobState, Notice, Progress, RunStarted, StateChanged, TimedEvent
 from trainer_service.jobs.keys import Keys
-from trainer_service.jobs.reachable import reachable
-from trainer_service.jobs.records import (
-    BEST,
-    Fields,
-    JobRecord,
-    Lease,
-    OpenJob,
-    attempt_of,
-    last_event,
-    read_record,
-    state_of,
-)
+from trainer_service.jobs.records import BEST, Fields, JobRecord, Lease, attempt_of, last_event, read_record, state_of
 from trainer_service.jobs.specs import Kind
+from trainer_service.redis_server import reachable
 
 WORKING = (JobState.RUNNING, JobState.CANCELLING)
+
+# Owners renew their lease about every second; an owner that has not renewed it for this long is gone.
+LEASE_S = 8
+# A starting process has longer until its first renewal.
+START_LEASE_S = 30
 
 _MAX_EVENTS = 100_000
 # How long jobs that have ended are kept.
@@ -44,6 +41,8 @@ class JobStore:
     def __init__(self, connection: Redis, registry: str) -> None:
         self.redis = connection
         self.keys = Keys(registry)
+        self._beats = count()
+        self._sender = secrets.token_hex(4)
 
     # Reading.
 
@@ -56,13 +55,22 @@ class JobStore:
 
     def read(self, ids: Sequence[str]) -> list[JobRecord | None]:
         """Returns the records of jobs; None for those that no longer exist."""
+        with reachable():
+            pipeline = self.redis.pipeline(transaction=False)
+            for job_id in ids:
+                pipeline.hgetall(self.keys.job(job_id))
+                pipeline.get(self.keys.lease(job_id))
+                pipeline.zscore(self.keys.jobs, job_id)
+            answers = pipeline.execute(raise_on_error=False)
+            # A key of another type hides its own job only.
+            for answer in answers:
+                if isinstance(answer, Exception) and not _is_wrong_type(answer):
+                    raise answer
         records: list[JobRecord | None] = []
-        for job_id, (fields, lease, ticket) in zip(ids, self._read_each(ids), strict=True):
-            if not fields:
-                records.append(None)
-                continue
-            held = lease is not None and lease.attempt == attempt_of(fields)
-            records.append(read_record(job_id, fields, ticket, held))
+        for job_id, held, lease, ticket in zip(ids, answers[::3], answers[1::3], answers[2::3], strict=True):
+            fields = {"odd": str(held)} if isinstance(held, Exception) else _decoded(held)
+            valid_lease = None if isinstance(lease, Exception) else Lease.from_text(lease)
+            records.append(read_record(job_id, fields, int(ticket or 0), valid_lease) if fields else None)
         if any(record and record.state is JobState.QUEUED for record in records):
             return self._with_ahead(records)
         return records
@@ -92,18 +100,9 @@ class JobStore:
                 if record and (not states or record.state in states) and (not kinds or record.kind in kinds):
                     yield record
 
-    def open_jobs(self) -> dict[str, OpenJob]:
+    def open_jobs(self) -> list[JobRecord]:
         """Returns the valid jobs that have not ended, ordered by their tickets."""
-        with reachable():
-            ids: Any = self.redis.zrange(self.keys.open, 0, -1)
-        names = [job_id.decode(errors="replace") for job_id in ids]
-        found = {}
-        for job_id, (fields, lease, _) in zip(names, self._read_each(names), strict=True):
-            state, attempt = state_of(fields), attempt_of(fields)
-            if state is not None and attempt is not None and "after" in fields:
-                held = lease if lease is not None and lease.attempt == attempt else None
-                found[job_id] = OpenJob(fields, state, attempt, held)
-        return found
+        return list(self.jobs([state for state in JobState if not state.is_final]))[::-1]
 
     def read_events(self, job_id: str, after: str = "0", wait_s: float = 0.0) -> list[tuple[str, TimedEvent]]:
         """Returns the events of a job that follow the event with the id `after`, each with its id.
@@ -118,19 +117,10 @@ class JobStore:
         entries = next(iter(answer.values()))[0] if isinstance(answer, dict) else answer[0][1]
         return [(entry_id.decode(), _read_event(entry_id, values)) for entry_id, values in entries]
 
-    def ticket(self, job_id: str) -> float:
-        """Returns the ticket of a job."""
-        with reachable():
-            ticket: Any = self.redis.zscore(self.keys.jobs, job_id)
-        return float(ticket or 0)
-
     def is_current(self, job_id: str, attempt: int) -> bool:
         """Whether an attempt is the latest one of its job, and the job has not ended."""
-        with reachable():
-            held = cast(list[bytes | None], self.redis.hmget(self.keys.job(job_id), ["state", "attempt"]))
-        fields = {name: (value or b"").decode() for name, value in zip(("state", "attempt"), held, strict=True)}
-        state = state_of(fields)
-        return state is not None and not state.is_final and attempt_of(fields) == attempt
+        (record,) = self.read([job_id])
+        return record is not None and not record.state.is_final and record.attempt == attempt
 
     def cancel_requested(self, job_id: str) -> bool:
         """Whether the job was cancelled."""
@@ -141,7 +131,7 @@ class JobStore:
 
     def waiting(self) -> int:
         """Counts the jobs that wait for a worker, for other jobs or for their next attempt."""
-        return sum(job.state is JobState.QUEUED for job in self.open_jobs().values())
+        return len(list(self.jobs([JobState.QUEUED])))
 
     def counts(self) -> dict[JobState, int]:
         """Counts the jobs in each state."""
@@ -188,10 +178,10 @@ class JobStore:
             if not fields:
                 raise _not_found(job_id)
             state, latest = state_of(fields), attempt_of(fields)
-            if state is None or state.is_final or latest is None or attempt not in (None, latest):
+            if state is None or state.is_final or attempt not in (None, latest):
                 return False
             pipeline.multi()
-            change(pipeline, {**fields, "id": job_id})
+            change(pipeline, fields)
             return True
 
         with reachable():
@@ -221,27 +211,39 @@ class JobStore:
                     for each in (key, self.keys.events(job_id)):
                         pipeline.expire(each, _KEPT_S)
 
-    # Details.
+    # Leases: keys that expire unless their owner renews them.
 
-    def _read_each(self, ids: Sequence[str]) -> list[tuple[Fields, Lease | None, int]]:
-        """Returns the fields, the lease and the ticket of each job."""
+    def renew_attempt(self, job_id: str, attempt: int, seconds: int = LEASE_S) -> None:
+        """Renews the lease of an attempt that makes progress; does nothing if there is a later attempt."""
+        lease = Lease(attempt, seconds, f"{self._sender}-{next(self._beats)}")
+
+        def change(pipeline: Pipeline, _: Fields) -> None:
+            pipeline.set(self.keys.lease(job_id), lease.to_text(), ex=seconds)
+
+        self.change(job_id, attempt, change)
+
+    def renew_worker(self, name: str) -> None:
+        """Renews the lease of a worker."""
         with reachable():
-            pipeline = self.redis.pipeline(transaction=False)
-            for job_id in ids:
-                pipeline.hgetall(self.keys.job(job_id))
-                pipeline.get(self.keys.lease(job_id))
-                pipeline.zscore(self.keys.jobs, job_id)
-            answers = pipeline.execute(raise_on_error=False)
-            # A key of another type hides its own job only.
-            for answer in answers:
-                if isinstance(answer, Exception) and not _is_wrong_type(answer):
-                    raise answer
-        found = []
-        for held, lease, ticket in zip(answers[::3], answers[1::3], answers[2::3], strict=True):
-            fields = {"odd": str(held)} if isinstance(held, Exception) else _decoded(held)
-            valid_lease = None if isinstance(lease, Exception) else Lease.from_text(lease)
-            found.append((fields, valid_lease, int(ticket or 0)))
-        return found
+            self.redis.sadd(self.keys.workers, name)
+            self.redis.set(self.keys.worker(name), 1, ex=LEASE_S)
+
+    def end_worker(self, name: str) -> None:
+        """Ends the lease of a worker."""
+        with reachable():
+            self.redis.delete(self.keys.worker(name))
+            self.redis.srem(self.keys.workers, name)
+
+    def live_workers(self) -> int:
+        """Counts the live workers."""
+        with reachable():
+            names = cast(set[bytes], self.redis.smembers(self.keys.workers))
+            gone = [name for name in names if not self.redis.exists(self.keys.worker(name.decode()))]
+            if gone:
+                self.redis.srem(self.keys.workers, *gone)
+        return len(names) - len(gone)
+
+    # Details.
 
     def _states(self, ids: Sequence[bytes]) -> list[object]:
         with reachable():

@@ -14,33 +14,27 @@ from redis.client import Pipeline
 from shared.errors import AlreadyExists, FailedPrecondition, shown
 from trainer_service.jobs.events import JobState, RunStarted, StateChanged, TimedEvent
 from trainer_service.jobs.job_store import JobStore
-from trainer_service.jobs.leases import Leases
-from trainer_service.jobs.reachable import reachable
 from trainer_service.jobs.records import Fields, JobRecord, attempt_of, last_event, number_of
 from trainer_service.jobs.rq_adapter import AttemptQueue
 from trainer_service.jobs.specs import Kind, Spec
+from trainer_service.redis_server import reachable
 
 # Delays before the next attempt after a crash; after one crash more, the job fails. The count starts again if the run
 # has made progress since its last crash.
 BACKOFF_S = (0.0, 10.0, 60.0)
 
-# Why a worker that ends returns its job.
-STOPPED = "The worker was stopped; the job resumes when a worker is back."
-
 
 class JobQueue:
     """Puts jobs on the queue and ends their attempts. Loads no model framework.
 
-    `store` has the records of the jobs, `leases` those of attempts and workers, and `attempts` the attempts that wait
-    for a worker. Every method raises `Unavailable` if Redis does not answer.
+    `store` has the jobs and the workers, and `attempts` the attempts that wait for a worker. Every method raises
+    `Unavailable` if Redis does not answer.
     """
 
     def __init__(self, connection: Redis, registry: str) -> None:
         self.registry = registry
         self.store = JobStore(connection, registry)
-        self.leases = Leases(self.store)
         self.attempts = AttemptQueue(connection, self.store.keys)
-        self._redis, self._keys = connection, self.store.keys
 
     def enqueue(self, spec: Spec, after: Sequence[str] = ()) -> JobRecord:
         """Puts a job at the end of the queue; it can run when the jobs in `after` have finished.
@@ -51,38 +45,40 @@ class JobQueue:
         for other in after:
             if self.store.get(other).state in (JobState.FAILED, JobState.CANCELLED):
                 raise FailedPrecondition(f"The job {other} has not finished, so nothing can come after it.")
-        job_id, now = secrets.token_hex(4), str(time.time())
-        texts: dict[Any, Any] = {
+        job_id = secrets.token_hex(4)
+        fields: dict[Any, Any] = {
             "kind": spec.kind.value,
             "spec": spec.to_json(),
             "run": spec.run,
             "after": " ".join(after),
+            "enqueued_at": time.time(),
+            "attempt": 1,
         }
 
         def add(pipeline: Pipeline) -> None:
             if spec.kind is Kind.TRAIN:
                 self._refuse_taken(spec.run)
-            last: Any = pipeline.zrevrange(self._keys.jobs, 0, 0, withscores=True)
+            last: Any = pipeline.zrevrange(self.store.keys.jobs, 0, 0, withscores=True)
             ticket = last[0][1] + 1 if last else 1
             pipeline.multi()
-            pipeline.hset(self._keys.job(job_id), mapping={**texts, "enqueued_at": now, "attempt": 1})
-            pipeline.zadd(self._keys.jobs, {job_id: ticket})
-            pipeline.zadd(self._keys.open, {job_id: ticket})
+            pipeline.hset(self.store.keys.job(job_id), mapping=fields)
+            pipeline.zadd(self.store.keys.jobs, {job_id: ticket})
+            pipeline.zadd(self.store.keys.open, {job_id: ticket})
             self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED))], {})
             if not after:
-                self._send(pipeline, job_id, 1, ticket)
+                self.attempts.insert(pipeline, job_id, 1, ticket)
 
         with reachable():
-            while self._redis.exists(self._keys.job(job_id)):
+            while self.store.redis.exists(self.store.keys.job(job_id)):
                 job_id = secrets.token_hex(4)
-            self._redis.transaction(add, self._keys.jobs, self.attempts.key)
+            self.store.redis.transaction(add, self.store.keys.jobs, self.attempts.key)
         return self.store.get(job_id)
 
     def _refuse_taken(self, run: str) -> None:
-        ids = [job_id.decode() for job_id in cast(list[bytes], self._redis.zrange(self._keys.jobs, 0, -1))]
-        pipeline = self._redis.pipeline(transaction=False)
+        ids = [job_id.decode() for job_id in cast(list[bytes], self.store.redis.zrange(self.store.keys.jobs, 0, -1))]
+        pipeline = self.store.redis.pipeline(transaction=False)
         for job_id in ids:
-            pipeline.hmget(self._keys.job(job_id), ["run", "state", RunStarted.__name__])
+            pipeline.hmget(self.store.keys.job(job_id), ["run", "state", RunStarted.__name__])
         answers = pipeline.execute(raise_on_error=False)
         for job_id, answer in zip(ids, answers, strict=True):
             if isinstance(answer, Exception):
@@ -102,7 +98,7 @@ class JobQueue:
         def change(pipeline: Pipeline, fields: Fields) -> None:
             waiting = fields["state"] == JobState.QUEUED.value
             state = JobState.CANCELLED if waiting else JobState.CANCELLING
-            pipeline.hset(self._keys.job(job_id), "cancel", "1")
+            pipeline.hset(self.store.keys.job(job_id), "cancel", "1")
             self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(state))], fields)
 
         if not self.store.change(job_id, None, change):
@@ -111,22 +107,22 @@ class JobQueue:
         self.attempts.remove(job_id, record.attempt)
         return record
 
-    def send_ready(self, job_id: str, attempt: int) -> None:
-        """Hands an attempt to the workers, unless that has been done."""
-        ticket = self.store.ticket(job_id)
+    def send_ready(self, job: JobRecord) -> None:
+        """Hands the latest attempt of a job to the workers, unless that has been done."""
 
         def change(pipeline: Pipeline, fields: Fields) -> None:
-            if attempt_of(fields, "sent") != attempt:
-                self._send(pipeline, job_id, attempt, ticket)
+            if attempt_of(fields, "sent") != job.attempt:
+                self.attempts.insert(pipeline, job.id, job.attempt, job.ticket)
 
-        self.store.change(job_id, attempt, change, also_watch=[self.attempts.key])
+        self.store.change(job.id, job.attempt, change, also_watch=[self.attempts.key])
 
-    def give_back(self, job_id: str, attempt: int, reason: str) -> bool:
-        """Ends an attempt that was interrupted; any worker can take the next attempt at once."""
+    def give_back(self, job_id: str, attempt: int) -> bool:
+        """Ends an attempt whose worker was stopped; any worker can take the next attempt at once."""
 
         def change(pipeline: Pipeline, fields: Fields) -> None:
             if not self._end_cancelled(pipeline, job_id, fields):
-                self._next_attempt(pipeline, job_id, attempt, StateChanged(JobState.QUEUED, reason), 0.0, fields)
+                reason = "The worker was stopped; the job resumes when a worker is back."
+                self._next_attempt(pipeline, job_id, attempt, reason, 0.0, fields)
 
         return self.store.change(job_id, attempt, change, also_watch=[self.attempts.key])
 
@@ -142,33 +138,29 @@ class JobQueue:
             before = number_of(fields.get("crash_step", ""))
             has_progressed = before is None or step > before
             crashes = 1 if has_progressed else 1 + (number_of(fields.get("crashes", "")) or 0)
-            pipeline.hset(self._keys.job(job_id), mapping={"crashes": crashes, "crash_step": step})
+            pipeline.hset(self.store.keys.job(job_id), mapping={"crashes": crashes, "crash_step": step})
             if crashes > len(BACKOFF_S):
                 event = StateChanged(JobState.FAILED, f"{reason}. The job crashed {crashes} times without progress.")
                 self.store.add_events(pipeline, job_id, [TimedEvent(event)], fields)
             else:
                 delay_s = BACKOFF_S[crashes - 1]
                 when = f"in {delay_s:.0f} s" if delay_s else "now"
-                event = StateChanged(JobState.QUEUED, f"{reason}. The job resumes from its last state {when}.")
-                self._next_attempt(pipeline, job_id, attempt, event, delay_s, fields)
+                text = f"{reason}. The job resumes from its last state {when}."
+                self._next_attempt(pipeline, job_id, attempt, text, delay_s, fields)
 
         return self.store.change(job_id, attempt, change, also_watch=[self.attempts.key])
 
     def _next_attempt(
-        self, pipeline: Pipeline, job_id: str, attempt: int, event: StateChanged, delay_s: float, fields: Fields
+        self, pipeline: Pipeline, job_id: str, attempt: int, reason: str, delay_s: float, fields: Fields
     ) -> None:
-        pipeline.hset(self._keys.job(job_id), mapping={"attempt": attempt + 1, "delay_s": delay_s})
-        pipeline.delete(self._keys.lease(job_id))
-        self.store.add_events(pipeline, job_id, [TimedEvent(event)], fields)
+        pipeline.hset(self.store.keys.job(job_id), mapping={"attempt": attempt + 1, "delay_s": delay_s})
+        pipeline.delete(self.store.keys.lease(job_id))
+        self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED, reason))], fields)
         if not delay_s:
-            self._send(pipeline, job_id, attempt + 1, self.store.ticket(job_id))
+            self.attempts.insert(pipeline, job_id, attempt + 1, self.store.get(job_id).ticket)
 
     def _end_cancelled(self, pipeline: Pipeline, job_id: str, fields: Fields) -> bool:
         """Ends a cancelled job whose process is gone; returns whether the job was cancelled."""
         if "cancel" in fields:
             self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(JobState.CANCELLED))], fields)
         return "cancel" in fields
-
-    def _send(self, pipeline: Pipeline, job_id: str, attempt: int, ticket: float) -> None:
-        self.attempts.insert(pipeline, job_id, attempt, ticket)
-        pipeline.hset(self._keys.job(job_id), "sent", attempt)

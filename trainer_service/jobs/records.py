@@ -26,8 +26,9 @@ class JobRecord:
 
     `kind` and `spec` are None if Redis holds an invalid job; then `reason` says so, and an unknown state counts as
     failed. `ticket` numbers all jobs in the order in which they were enqueued, from 1, and `ahead` is the number of
-    jobs that come before a queued one. `attempt` counts from 1. `after` names the jobs that must finish first.
-    `is_held` says whether a process works on the job now. `best` is the evaluation with the lowest loss.
+    jobs that come before a queued one. `attempt` counts from 1; `sent` is the last attempt that was handed to the
+    workers, and the next one follows after `delay_s`. `after` names the jobs that must finish first. `lease` is the
+    lease of the latest attempt. `best` is the evaluation with the lowest loss.
     """
 
     id: str
@@ -38,6 +39,9 @@ class JobRecord:
     ticket: int
     ahead: int | None
     attempt: int
+    sent: int | None
+    delay_s: float
+    lease: "Lease | None"
     enqueued_at: float | None
     started_at: float | None
     ended_at: float | None
@@ -46,7 +50,11 @@ class JobRecord:
     evaluation: Evaluation | None
     best: Evaluation | None
     reason: str
-    is_held: bool
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process works on the job now."""
+        return self.lease is not None
 
 
 @dataclass(frozen=True)
@@ -70,24 +78,10 @@ class Lease:
         return cls(int(parts[0]), int(parts[1]), parts[2])
 
 
-@dataclass(frozen=True)
-class OpenJob:
-    """A job that has not ended. `lease` is the lease of its latest attempt, None if that attempt has none."""
-
-    fields: Fields
-    state: JobState
-    attempt: int
-    lease: Lease | None
-
-    @property
-    def is_sent(self) -> bool:
-        """Whether the latest attempt has been handed to the workers."""
-        return attempt_of(self.fields, "sent") == self.attempt
-
-
-def read_record(job_id: str, fields: Fields, ticket: int = 0, is_held: bool = False) -> JobRecord:
+def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | None = None) -> JobRecord:
     """Reads the record of a job from its fields, except `ahead`; invalid fields are left out."""
     kind, spec, reason = None, None, fields.get("reason", "")
+    attempt = attempt_of(fields)
     try:
         kind = Kind(fields["kind"])
         spec = spec_from_json(kind, fields["spec"])
@@ -101,23 +95,25 @@ def read_record(job_id: str, fields: Fields, ticket: int = 0, is_held: bool = Fa
         state=state_of(fields) or JobState.FAILED,
         ticket=ticket,
         ahead=None,
-        attempt=attempt_of(fields) or 1,
-        enqueued_at=_moment(fields, "enqueued_at"),
-        started_at=_moment(fields, "started_at"),
-        ended_at=_moment(fields, "ended_at"),
+        attempt=attempt or 1,
+        sent=attempt_of(fields, "sent"),
+        delay_s=_seconds(fields, "delay_s") or 0.0,
+        lease=lease if lease and lease.attempt == attempt else None,
+        enqueued_at=_seconds(fields, "enqueued_at"),
+        started_at=_seconds(fields, "started_at"),
+        ended_at=_seconds(fields, "ended_at"),
         started=last_event(RunStarted, fields),
         progress=last_event(Progress, fields),
         evaluation=last_event(Evaluation, fields),
         best=last_event(Evaluation, fields, BEST),
         reason=reason,
-        is_held=is_held,
     )
 
 
 def state_of(fields: Fields) -> JobState | None:
-    """Returns the state of a job; None if it is invalid."""
+    """Returns the state of a job; None if the state or the number of the attempt is invalid."""
     try:
-        return JobState(fields.get("state"))
+        return None if attempt_of(fields) is None else JobState(fields.get("state"))
     except ValueError:
         return None
 
@@ -141,7 +137,7 @@ def last_event(kind: type[Kept], fields: Fields, name: str = "") -> Kept | None:
     return event if isinstance(event, kind) else None
 
 
-def _moment(fields: Fields, name: str) -> float | None:
+def _seconds(fields: Fields, name: str) -> float | None:
     try:
         seconds = float(fields.get(name, "nan"))
     except ValueError:

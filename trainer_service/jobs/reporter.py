@@ -23,12 +23,11 @@ _ORPHAN_LIMIT_S = 8.0
 _MAX_EVENTS = 50_000
 _SENT_AT_ONCE = 1000
 
-# Ends the attempt in the queue; returns False if another attempt has the job.
-End = Callable[[JobQueue], bool]
-
 
 class Reporter:
     """Sends events to the queue, renews the attempt's lease while there is progress, and asks whether to stop.
+
+    `cancelled` says whether the job was cancelled, and `superseded` whether it has ended or another attempt has it.
 
     The thread owns the connection. Every other method can be called from any thread, and all return at once except
     `close`. While Redis does not answer, events wait. The lease ends after `stuck_s` without progress. `worker` is the
@@ -45,10 +44,10 @@ class Reporter:
         self._new_tokens = 0
         self._counted_tokens = 0
         self._progressed_s = time.monotonic()
-        self._cancelled = threading.Event()
-        self._superseded = threading.Event()
+        self.cancelled = False
+        self.superseded = False
         self._closing = threading.Event()
-        self._end: End | None = None
+        self._end: Callable[[], object] | None = None
         self._worker = worker
         self._reachable = True
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
@@ -65,27 +64,20 @@ class Reporter:
                 self._counted_tokens = event.tokens
 
     def stop_requested(self) -> bool:
-        """Whether the attempt has to end. A call between any two pieces of work also counts as progress."""
+        """Whether the attempt has to end. A call also counts as progress."""
         self._progressed_s = time.monotonic()
         return self.cancelled or self.superseded or self.orphaned
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the job was cancelled."""
-        return self._cancelled.is_set()
-
-    @property
-    def superseded(self) -> bool:
-        """Whether the job has ended, or another attempt has it."""
-        return self._superseded.is_set()
 
     @property
     def orphaned(self) -> bool:
         """Whether the worker that started this process is gone; then the process ends within some seconds."""
         return os.getppid() != self._worker
 
-    def close(self, end: End | None) -> None:
-        """Sends the remaining events and the end of the attempt; gives up if Redis does not answer for some seconds."""
+    def close(self, end: Callable[[], object] | None) -> None:
+        """Sends the remaining events, and calls `end` unless another attempt has the job.
+
+        Gives up if Redis does not answer for some seconds.
+        """
         self._end = end
         self._closing.set()
         self._thread.join()
@@ -120,7 +112,7 @@ class Reporter:
             return False
         except NotFound as error:
             logger.warning("job %s: %s", self._job_id, error)
-            self._superseded.set()
+            self.superseded = True
         self._reachable = True
         return True
 
@@ -131,7 +123,7 @@ class Reporter:
         while self._send_some() and self._events:
             pass
         if not self.superseded and self._queue.store.cancel_requested(self._job_id):
-            self._cancelled.set()
+            self.cancelled = True
 
     def _send_some(self) -> bool:
         """Sends the oldest events and renews the lease; returns False if another attempt has the job."""
@@ -139,20 +131,20 @@ class Reporter:
             events, new_tokens = list(islice(self._events, _SENT_AT_ONCE)), self._new_tokens
         if not self._queue.store.report(self._job_id, self._attempt, events, new_tokens):
             logger.warning("job %s: it has ended, or another attempt has taken over", self._job_id)
-            self._superseded.set()
+            self.superseded = True
             return False
         with self._lock:
             self._new_tokens -= new_tokens
             for _ in events:
                 self._events.popleft()
         if time.monotonic() - self._progressed_s < self._stuck_s:
-            self._queue.leases.renew_attempt(self._job_id, self._attempt)
+            self._queue.store.renew_attempt(self._job_id, self._attempt)
         return True
 
     def _finish(self) -> None:
         self._exchange()
         if self._end and not self.superseded:
-            self._end(self._queue)
+            self._end()
 
     def _lose(self) -> None:
         self._queue.lose(self._job_id, self._attempt, "The worker was killed")

@@ -1,4 +1,4 @@
-"""Requests for jobs, one type for each kind: the commands and the API build them, and `submit` takes them.
+"""Requests for jobs, one type for each kind: the commands and the API build them.
 
 An empty or absent value stands for the default.
 """
@@ -6,15 +6,17 @@ An empty or absent value stands for the default.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.store import Registry
-from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, TrainSpec, check_name, new_run
+from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, RunSpec, TrainSpec, check_name, new_run
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
 from trainer_service.training.config import TrainingConfig
+
+AnyRunSpec = TypeVar("AnyRunSpec", bound=RunSpec)
 
 DEFAULT_PRESET = "demo"
 DEFAULT_DATASET = "builtin"
@@ -64,8 +66,7 @@ class _RunRequest(_DataRequest):
     resume: int | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
 
-    def _resolve_run(self, name: str, registry: Registry) -> tuple[str, str, TrainingConfig, DatasetSpec, int | None]:
-        """Returns the name of the run, its preset, its values, its text, and the version that it continues."""
+    def _resolve_run(self, spec: type[AnyRunSpec], registry: Registry, name: str = "", notes: str = "") -> AnyRunSpec:
         self._check_data()
         if len(self.overrides) > _MAX_OVERRIDES:
             raise InvalidArgument(
@@ -79,7 +80,7 @@ class _RunRequest(_DataRequest):
             preset, config, data = self._continue_version(self.resume, registry)
         check_spec(data)
         check_size(data, config.context_length)
-        return name or new_run(preset), preset, config, absolute(data), self.resume
+        return spec(name or new_run(preset), preset, config, absolute(data), self.resume, notes)
 
     def _continue_version(self, resume: int, registry: Registry) -> tuple[str, TrainingConfig, DatasetSpec]:
         if not 0 < resume <= _MAX_NUMBER:
@@ -117,7 +118,7 @@ class PrepareRequest(_RunRequest):
 
     def resolve(self, registry: Registry) -> PrepareSpec:
         """Completes the request and checks it; raises as `TrainRequest.resolve` does."""
-        return PrepareSpec(*self._resolve_run("", registry))
+        return self._resolve_run(PrepareSpec, registry)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +142,11 @@ class TrainRequest(_RunRequest):
             )
         if self.name:
             check_name(self.name)
-            _refuse_taken(self.name, registry)
-        return TrainSpec(*self._resolve_run(self.name, registry), self.notes)
+            if registry.run_directory(self.name).exists() or any(
+                version.run == self.name for version in registry.versions()
+            ):
+                raise AlreadyExists(f"The registry has a run named {shown(self.name)} already; choose another name.")
+        return self._resolve_run(TrainSpec, registry, self.name, self.notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +160,7 @@ class EvaluateRequest(_DataRequest):
     def resolve(self, registry: Registry) -> EvaluateSpec:
         """Checks the request; raises `InvalidArgument`, `NotFound` or `DataError` with what would be right."""
         self._check_data()
-        if len(self.version) > len(str(_MAX_NUMBER)):
-            raise InvalidArgument(f"version is {shown(self.version)}, but must be a number, best or latest.")
-        if self.version.isdecimal():
+        if self.version.isdecimal() and len(self.version) <= len(str(_MAX_NUMBER)):
             registry.version(int(self.version))
         elif self.version not in ("best", "latest"):
             raise InvalidArgument(f"version is {shown(self.version)}, but must be a number, best or latest.")
@@ -173,11 +175,6 @@ class EvaluateRequest(_DataRequest):
 
 
 JobRequest = PrepareRequest | TrainRequest | EvaluateRequest
-
-
-def _refuse_taken(name: str, registry: Registry) -> None:
-    if registry.run_directory(name).exists() or any(version.run == name for version in registry.versions()):
-        raise AlreadyExists(f"The registry has a run named {shown(name)} already; choose another name.")
 
 
 def parse_overrides(text: str) -> dict[str, str]:

@@ -19,8 +19,8 @@ from rq.serializers import JSONSerializer
 from rq.worker import Worker, WorkerStatus
 
 from trainer_service.jobs.keys import Keys
-from trainer_service.jobs.reachable import reachable
 from trainer_service.jobs.records import number_of
+from trainer_service.redis_server import reachable
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class AttemptQueue:
                 found.append((job_id, number))
         return found
 
-    def insert(self, pipeline: Pipeline, job_id: str, attempt: int, ticket: float) -> None:
+    def insert(self, pipeline: Pipeline, job_id: str, attempt: int, ticket: int) -> None:
         """Inserts an attempt at the position of its job's ticket, as part of a transaction that watches `key`."""
         job = self.rq.create_job(
             JOB_FUNCTION,
@@ -104,6 +104,7 @@ class AttemptQueue:
         # RQ's own `enqueue` would begin another transaction.
         job.save(pipeline=pipeline)
         pipeline.sadd(self.rq.redis_queues_keys, self.key)
+        pipeline.hset(self._keys.job(job_id), "sent", attempt)
         following = self._first_after(ticket)
         if following is None:
             self.rq.push_job_id(job.id, pipeline=pipeline)
@@ -117,7 +118,7 @@ class AttemptQueue:
             if self.rq.remove(rq_id):
                 self._redis.delete(AttemptJob.key_for(rq_id))
 
-    def _first_after(self, ticket: float) -> str | None:
+    def _first_after(self, ticket: int) -> str | None:
         """Returns RQ's id of the first waiting attempt whose job has a higher ticket."""
         waiting = self.waiting()
         if not waiting:
@@ -134,9 +135,6 @@ class AttemptQueue:
 
 class Runner(Protocol):
     """Runs attempts, one at a time, each in a process of its own."""
-
-    def take(self, job_id: str, attempt: int) -> None:
-        """Is called when an attempt has been taken from the queue."""
 
     def start(self, job_id: str, attempt: int) -> int:
         """Starts the process of the attempt and returns its pid."""
@@ -185,7 +183,6 @@ class AttemptWorker(Worker):
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Runs an attempt to its end."""
-        self._runner.take(*job.args)
         execution = self.prepare_execution(job)
         self.prepare_job_execution(job, remove_from_intermediate_queue=True)
         self._horse_pid = self._runner.start(*job.args)

@@ -4,10 +4,9 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 from shared.errors import InvalidArgument, shown
 from trainer_service.text.corpus import DatasetSpec
@@ -38,17 +37,6 @@ class RunSpec:
     def to_json(self) -> str:
         """Returns the JSON text that the queue stores."""
         return json.dumps(asdict(self))
-
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the values of the JSON text."""
-        run, preset, resume, notes = values["run"], values["preset"], values["resume"], values.get("notes", "")
-        # The name is also the name of a folder.
-        check_name(run)
-        if not isinstance(preset, str) or not isinstance(notes, str) or type(resume) not in (int, type(None)):
-            raise TypeError("preset, notes or resume has another type")
-        config = TrainingConfig.from_dict(values["config"])
-        return cls(run, preset, config, _read_dataset(values["data"]), resume, notes)
 
 
 @dataclass(frozen=True)
@@ -86,32 +74,34 @@ class EvaluateSpec:
         """Returns the JSON text that the queue stores."""
         return json.dumps(asdict(self))
 
-    @classmethod
-    def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the values of the JSON text."""
-        if not isinstance(values["version"], str):
-            raise TypeError("version has another type")
-        return cls(values["version"], _read_dataset(values["data"]))
-
 
 Spec = PrepareSpec | TrainSpec | EvaluateSpec
-
-_SPECS: dict[Kind, type[Spec]] = {spec.kind: spec for spec in (PrepareSpec, TrainSpec, EvaluateSpec)}
 
 
 def spec_from_json(kind: Kind, text: str) -> Spec:
     """Reads the specification of a job; raises `InvalidArgument` if the text is not one of this kind."""
     try:
-        return _SPECS[kind].from_values(json.loads(text))
+        values = json.loads(text)
+        data = DatasetSpec(
+            tuple(map(_text, values["data"]["dataset"])), tuple(map(_text, values["data"]["validation"]))
+        )
+        if kind is Kind.EVALUATE:
+            return EvaluateSpec(_text(values["version"]), data)
+        run, preset, resume, notes = values["run"], _text(values["preset"]), values["resume"], values.get("notes", "")
+        # The name is also the name of a folder.
+        check_name(run)
+        if type(resume) not in (int, type(None)):
+            raise TypeError("resume has another type")
+        spec = TrainSpec if kind is Kind.TRAIN else PrepareSpec
+        return spec(run, preset, TrainingConfig.from_dict(values["config"]), data, resume, _text(notes))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArgument(f"Its specification is invalid: {error!r}.") from error
 
 
-def _read_dataset(values: Mapping[str, list[str]]) -> DatasetSpec:
-    dataset, validation = tuple(values["dataset"]), tuple(values["validation"])
-    if not all(isinstance(name, str) for name in (*dataset, *validation)):
-        raise TypeError("a name of a data set is not text")
-    return DatasetSpec(dataset, validation)
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a value is not text")
+    return value
 
 
 def check_name(name: str) -> None:

@@ -9,7 +9,6 @@ from shared.errors import FailedPrecondition, NotFound
 from shared.registry.store import Registry
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.requests import JobRequest
 from trainer_service.jobs.specs import EvaluateSpec, Spec
 
 logger = logging.getLogger(__name__)
@@ -18,19 +17,11 @@ logger = logging.getLogger(__name__)
 _TEMPORARY_HOLD_S = 60.0
 
 
-def submit(request: JobRequest, queue: JobQueue, registry: Registry) -> JobRecord:
-    """Completes and checks a request, puts the job on the queue, and holds the version that it names.
-
-    Raises `InvalidArgument`, `NotFound`, `AlreadyExists` or `DataError` if the request is wrong, `FailedPrecondition`
-    if the registry cannot be written or a job in `after` cannot finish, and `Unavailable` if Redis does not answer.
-    """
-    return enqueue(request.resolve(registry), queue, registry, request.after)
-
-
-def enqueue(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str] = ()) -> JobRecord:
+def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str] = ()) -> JobRecord:
     """Puts a job on the queue as `JobQueue.enqueue` does, and holds the version that it names.
 
-    Raises `NotFound` if that version, or the state that continues it, has been removed.
+    Raises the errors of `JobQueue.enqueue`, `NotFound` if that version, or the state that continues it, has been
+    removed, and `FailedPrecondition` if the registry cannot be written.
     """
     number = _named_version(spec)
     if number is None:

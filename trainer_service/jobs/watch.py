@@ -2,12 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 
 from shared.errors import Unavailable
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.records import Fields, JobRecord, OpenJob
+from trainer_service.jobs.records import JobRecord
 
 logger = logging.getLogger(__name__)
 
@@ -54,33 +54,32 @@ class Watch:
             self._unchanged_since_s.clear()
             raise
 
-    def _send_due(self, jobs: Mapping[str, OpenJob]) -> None:
+    def _send_due(self, jobs: Sequence[JobRecord]) -> None:
         now_s = self._clock()
-        waiting = {(job_id, job.attempt): job for job_id, job in jobs.items() if not job.is_sent}
+        waiting = {(job.id, job.attempt): job for job in jobs if job.sent != job.attempt}
         self._waiting_since_s = {name: self._waiting_since_s.get(name, now_s) for name in waiting}
         for name, job in waiting.items():
-            if now_s - self._waiting_since_s[name] >= _delay_s(job.fields):
-                self._send_if_ready(name, job)
+            if now_s - self._waiting_since_s[name] >= job.delay_s:
+                self._send_if_ready(job)
 
-    def _send_if_ready(self, name: AttemptName, job: OpenJob) -> None:
+    def _send_if_ready(self, job: JobRecord) -> None:
         """Hands a job over if the jobs before it have finished, and cancels it if one of them cannot finish."""
-        job_id, attempt = name
         # A job that has begun waits for no other.
-        after = [] if "sent" in job.fields else job.fields.get("after", "").split()
+        after = job.after if job.sent is None else ()
         others = dict(zip(after, self._queue.store.read(after), strict=True))
         if failed := [other_id for other_id, other in others.items() if _cannot_finish(other)]:
             reason = f"The job {failed[0]}, which comes before it, has not finished."
-            self._queue.store.report(job_id, attempt, [TimedEvent(StateChanged(JobState.CANCELLED, reason))])
+            self._queue.store.report(job.id, job.attempt, [TimedEvent(StateChanged(JobState.CANCELLED, reason))])
         elif all(other and other.state is JobState.FINISHED for other in others.values()):
-            self._queue.send_ready(job_id, attempt)
+            self._queue.send_ready(job)
 
-    def _find_lost(self, jobs: Mapping[str, OpenJob]) -> set[AttemptName]:
+    def _find_lost(self, jobs: Sequence[JobRecord]) -> set[AttemptName]:
         """Returns the attempts that were handed over, but neither wait for a worker nor renew their lease."""
         waiting: Collection[AttemptName] = set(self._queue.attempts.waiting())
         now_s, unchanged, lost = self._clock(), {}, set()
-        for job_id, job in jobs.items():
-            name = (job_id, job.attempt)
-            if not job.is_sent or name in waiting:
+        for job in jobs:
+            name = (job.id, job.attempt)
+            if job.sent != job.attempt or name in waiting:
                 continue
             seen = (name, job.lease.beat if job.lease else "")
             unchanged[seen] = self._unchanged_since_s.get(seen, now_s)
@@ -88,13 +87,6 @@ class Watch:
                 lost.add(name)
         self._unchanged_since_s = unchanged
         return lost
-
-
-def _delay_s(fields: Fields) -> float:
-    try:
-        return float(fields.get("delay_s", 0))
-    except ValueError:
-        return 0.0
 
 
 def _cannot_finish(record: JobRecord | None) -> bool:

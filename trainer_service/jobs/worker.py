@@ -11,15 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from redis import Redis
-from redis.exceptions import RedisError
 
 from shared.errors import NotFound, Unavailable
 from shared.registry.identity import registry_id
-from trainer_service.jobs.leases import START_LEASE_S
-from trainer_service.jobs.queue import STOPPED, JobQueue
+from trainer_service.jobs.job_store import START_LEASE_S
+from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
 from trainer_service.jobs.watch import AttemptName, Watch
-from trainer_service.redis_server import check_server, connect, redis_failure
+from trainer_service.redis_server import check_server, connect, reachable
 from trainer_service.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
@@ -45,14 +44,11 @@ class AttemptRunner:
         self._lost_since_s: float | None = None
         self._stop_requested = False
 
-    def take(self, job_id: str, attempt: int) -> None:
-        """Gives the attempt its lease."""
-        with suppress(Unavailable, NotFound):
-            self._queue.leases.renew_attempt(job_id, attempt, START_LEASE_S)
-        self._attempt = (job_id, attempt)
-
     def start(self, job_id: str, attempt: int) -> int:
-        """Starts the process of the attempt, in a process group of its own, and returns its pid."""
+        """Gives the attempt its lease, starts its process in a process group of its own, and returns the pid."""
+        with suppress(Unavailable, NotFound):
+            self._queue.store.renew_attempt(job_id, attempt, START_LEASE_S)
+        self._attempt = (job_id, attempt)
         # The environment passes the address of Redis on.
         command = [sys.executable, "-m", "trainer_service.job_process", job_id, str(attempt), str(os.getpid())]
         self._pid = os.posix_spawn(sys.executable, command, os.environ, setpgroup=0)
@@ -79,7 +75,7 @@ class AttemptRunner:
             reason += " (is the machine out of memory? a smaller batch_size needs less)"
         try:
             if exit_code == -signal.SIGTERM and self._stop_requested:  # before the process handled the signal
-                self._queue.give_back(job_id, attempt, STOPPED)
+                self._queue.give_back(job_id, attempt)
             else:
                 self._queue.lose(job_id, attempt, f"The training process {reason}")
         except (Unavailable, NotFound) as error:
@@ -119,9 +115,8 @@ def work(settings: TrainerSettings) -> None:
         )
         watch.start()
         try:
-            worker.work(logging_level="WARNING")
-        except RedisError as error:
-            raise redis_failure(error) from error
+            with reachable():
+                worker.work(logging_level="WARNING")
         finally:
             ended.set()
             watch.join()
@@ -144,7 +139,7 @@ def _watch(queue: JobQueue, runner: AttemptRunner, name: str, root: Path, ended:
     watch, is_ending = Watch(queue), False
     while not ended.is_set():
         try:
-            queue.leases.renew_worker(name)
+            queue.store.renew_worker(name)
             runner.end_lost(watch.look())
             if registry_id(root) != queue.registry and not is_ending:
                 logger.error(
@@ -158,4 +153,4 @@ def _watch(queue: JobQueue, runner: AttemptRunner, name: str, root: Path, ended:
             logger.exception("The watch over the jobs failed; it continues.")
         ended.wait(_WATCH_INTERVAL_S)
     with suppress(Unavailable):
-        queue.leases.end_worker(name)
+        queue.store.end_worker(name)

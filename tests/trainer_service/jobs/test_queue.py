@@ -21,7 +21,7 @@ from trainer_service.jobs.events import (
     TimedEvent,
     VersionPublished,
 )
-from trainer_service.jobs.leases import LEASE_S
+from trainer_service.jobs.job_store import LEASE_S
 from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
@@ -109,9 +109,13 @@ def test_a_cancelled_job_whose_process_is_gone_has_ended(queue: JobQueue, job: s
 
 def test_an_interrupted_attempt_is_followed_by_another(queue: JobQueue, job: str) -> None:
     start(queue, job)
-    assert queue.give_back(job, 1, "stopped")
+    assert queue.give_back(job, 1)
     record = queue.store.get(job)
-    assert (record.state, record.attempt, record.reason) == (JobState.QUEUED, 2, "stopped")
+    assert (record.state, record.attempt, record.reason) == (
+        JobState.QUEUED,
+        2,
+        "The worker was stopped; the job resumes when a worker is back.",
+    )
     assert queue.attempts.waiting() == [(job, 2)]
 
 
@@ -121,7 +125,7 @@ def test_an_earlier_attempt_changes_nothing(queue: JobQueue, job: str) -> None:
     start(queue, job, 2)
     before = queue.store.get(job), events_of(queue, job)
     assert not queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))], new_tokens=5)
-    assert not queue.give_back(job, 1, "late") and not queue.lose(job, 1, "late")
+    assert not queue.give_back(job, 1) and not queue.lose(job, 1, "late")
     assert not queue.store.is_current(job, 1) and queue.store.is_current(job, 2)
     assert (queue.store.get(job), events_of(queue, job)) == before and queue.store.tokens() == 0
 
@@ -156,13 +160,13 @@ def test_an_unknown_job_is_not_found(queue: JobQueue) -> None:
 
 
 def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQueue, redis: Redis, job: str) -> None:
-    queue.leases.renew_worker("a")
-    queue.leases.renew_attempt(job, 1)
-    assert queue.leases.live_workers() == 1 and queue.store.get(job).is_held
+    queue.store.renew_worker("a")
+    queue.store.renew_attempt(job, 1)
+    assert queue.store.live_workers() == 1 and queue.store.get(job).is_held
     assert 0 < int(str(redis.ttl(queue.store.keys.worker("a")))) <= LEASE_S
-    queue.leases.end_worker("a")
+    queue.store.end_worker("a")
     queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
-    assert queue.leases.live_workers() == 0 and not queue.store.get(job).is_held
+    assert queue.store.live_workers() == 0 and not queue.store.get(job).is_held
 
 
 def test_without_redis_a_sentence_says_what_to_do(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_the_reporter_sends_every_event_counts_new_tokens_and_renews_the_lease(q
     queue.cancel(job)
     wait_until(lambda: reporter.cancelled)
     assert reporter.stop_requested()
-    reporter.close(lambda queue: queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.CANCELLED))]))
+    reporter.close(lambda: queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.CANCELLED))]))
     assert queue.store.tokens() == PROGRESS.tokens - STARTED.first_tokens == 200
     states = [StateChanged(JobState.CANCELLING), StateChanged(JobState.CANCELLED)]
     assert events_of(queue, job)[-3:] == [PROGRESS, *states]
@@ -66,7 +66,7 @@ def test_a_reporter_whose_job_has_another_attempt_sends_nothing_and_requests_a_s
     reporter.emit(PROGRESS)
     wait_until(reporter.stop_requested)
     assert reporter.superseded and not reporter.cancelled
-    reporter.close(lambda queue: queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))]))
+    reporter.close(lambda: queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))]))
     assert events_of(queue, job) == before
 
 

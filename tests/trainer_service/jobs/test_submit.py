@@ -13,7 +13,7 @@ from tests.shared.registry.scenarios import make_manifest, write_model
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
-from trainer_service.jobs.submit import enqueue, release_ended
+from trainer_service.jobs.submit import release_ended, submit
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec
 
@@ -46,7 +46,7 @@ def left(registry: Registry) -> tuple[list[int], list[int]]:
 def test_the_version_that_a_queued_run_continues_stays_until_the_job_has_ended(
     registry: Registry, queue: JobQueue
 ) -> None:
-    job = enqueue(resuming(1), queue, registry).id
+    job = submit(resuming(1), queue, registry).id
     assert left(registry) == ([1, 3], [10, 30])
     queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
     release_ended(queue, registry)
@@ -57,8 +57,8 @@ def test_the_version_that_a_queued_run_continues_stays_until_the_job_has_ended(
 
 
 def test_the_version_that_a_queued_evaluation_names_by_number_stays(registry: Registry, queue: JobQueue) -> None:
-    job = enqueue(EvaluateSpec("2", TEXT), queue, registry).id
-    enqueue(EvaluateSpec("best", TEXT), queue, registry)
+    job = submit(EvaluateSpec("2", TEXT), queue, registry).id
+    submit(EvaluateSpec("best", TEXT), queue, registry)
     assert registry.holds.jobs() == {2: job}
     assert left(registry)[0] == [2, 3]
     queue.cancel(job)
@@ -68,13 +68,13 @@ def test_the_version_that_a_queued_evaluation_names_by_number_stays(registry: Re
 
 def test_a_job_that_is_not_put_on_the_queue_holds_nothing(registry: Registry, queue: JobQueue) -> None:
     with pytest.raises(NotFound, match="There is no version 9"):
-        enqueue(resuming(9), queue, registry)
+        submit(resuming(9), queue, registry)
     registry.remove(Checkpoint(20, "run-1"))
     with pytest.raises(NotFound, match="The state of version 2 was removed just now"):
-        enqueue(resuming(2), queue, registry)
-    enqueue(resuming(None, "taken"), queue, registry)
+        submit(resuming(2), queue, registry)
+    submit(resuming(None, "taken"), queue, registry)
     with pytest.raises(AlreadyExists):
-        enqueue(resuming(1, "taken"), queue, registry)
+        submit(resuming(1, "taken"), queue, registry)
     assert list(registry.holds.ages_s()) == []
 
 
@@ -85,7 +85,7 @@ def test_a_disk_that_fills_after_a_job_was_queued_does_not_fail_the_call(
         raise FailedPrecondition("The disk is full.")
 
     monkeypatch.setattr(registry.holds, "hand_over", fail)
-    job = enqueue(resuming(1), queue, registry)
+    job = submit(resuming(1), queue, registry)
     assert queue.store.get(job.id).state is JobState.QUEUED
     assert f"job {job.id} holds nothing" in caplog.text
 

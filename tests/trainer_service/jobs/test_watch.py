@@ -7,7 +7,7 @@ from redis import Redis
 from shared.errors import FailedPrecondition, NotFound, Unavailable
 from tests.jobs import EVALUATION, finish, report, start, training
 from trainer_service.jobs.events import JobState, StateChanged
-from trainer_service.jobs.leases import LEASE_S
+from trainer_service.jobs.job_store import LEASE_S
 from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.watch import GRACE_S, Watch
 from trainer_service.redis_server import connect
@@ -91,14 +91,14 @@ def test_an_attempt_is_given_up_when_it_neither_waits_nor_has_a_lease(
 
     assert not is_given_up()
     queue.attempts.remove(job, 1)  # a worker took it, and died before its process said anything
-    queue.leases.renew_attempt(job, 1)
+    queue.store.renew_attempt(job, 1)
     assert not is_given_up()
     start(queue, job)
     assert not is_given_up()
     redis.delete(queue.store.keys.lease(job))
-    queue.leases.renew_attempt(job, 2)  # not of this attempt
+    queue.store.renew_attempt(job, 2)  # not of this attempt
     watch.look()
-    queue.leases.renew_attempt(job, 1)
+    queue.store.renew_attempt(job, 1)
     assert not is_given_up()
     redis.delete(queue.store.keys.lease(job))
     assert is_given_up()
@@ -109,12 +109,12 @@ def test_a_lease_that_is_not_renewed_counts_as_none_although_redis_still_has_it(
     queue: JobQueue, redis: Redis, watch: Watch, clock: Clock, job: str
 ) -> None:
     start(queue, job)
-    queue.leases.renew_attempt(job, 1)
+    queue.store.renew_attempt(job, 1)
     # As if the clock of Redis had been set back.
     redis.persist(queue.store.keys.lease(job))
     assert watch.look() == set()
     assert not looked_for(watch, clock, LEASE_S)
-    queue.leases.renew_attempt(job, 1)
+    queue.store.renew_attempt(job, 1)
     redis.persist(queue.store.keys.lease(job))
     assert not looked_for(watch, clock, LEASE_S)
     assert looked_for(watch, clock, GRACE_S + 1) == {(job, 1)}
@@ -124,7 +124,7 @@ def test_a_watch_that_was_frozen_gives_up_no_attempt_for_that_time(
     queue: JobQueue, watch: Watch, clock: Clock, job: str
 ) -> None:
     start(queue, job)
-    queue.leases.renew_attempt(job, 1)
+    queue.store.renew_attempt(job, 1)
     assert watch.look() == set()
     clock.now_s += 1000
     assert watch.look() == set() and not looked_for(watch, clock, LEASE_S)
@@ -173,7 +173,7 @@ def test_jobs_run_in_the_order_in_which_they_were_enqueued(
     assert queue.attempts.waiting() == [(measured, 1), (second, 1), (third, 1), (last, 1)]
     # An interrupted one goes on before those that came later.
     start(queue, second)
-    assert queue.give_back(second, 1, "stopped")
+    assert queue.give_back(second, 1)
     assert queue.attempts.waiting() == [(measured, 1), (second, 2), (third, 1), (last, 1)]
 
 

@@ -85,12 +85,12 @@ def test_a_worker_ends_if_another_registry_replaces_its_own(mortal_redis: RedisS
     environment = os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": mortal_redis.url}
     worker = subprocess.Popen([sys.executable, "-m", "trainer_service", "work"], env=environment, cwd=PROJECT)
     try:
-        wait_until(lambda: queue.leases.live_workers() == 1)
+        wait_until(lambda: queue.store.live_workers() == 1)
         # At once, as the worker may be writing there.
         root.rename(tmp_path / "before")
         assert registry_id(root) != queue.registry
         assert worker.wait(60) == 0
-        assert queue.leases.live_workers() == 0
+        assert queue.store.live_workers() == 0
     finally:
         worker.kill()
         worker.wait()
