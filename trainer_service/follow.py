@@ -77,12 +77,10 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
 def describe(event: Event) -> str | None:
     """Describes an event in one line; returns None for an event that only a live view shows."""
     match event:
-        case events.StateChanged(JobState.FAILED, _):
+        case events.StateChanged(JobState.FAILED) | events.Preparation():
             return None
         case events.StateChanged(state, reason):
             return f"{state.value}. {reason}".strip()
-        case events.Preparation():
-            return None
         case events.RunStarted() as started:
             position = f"step {started.first_step} to {started.max_steps}"
             return (

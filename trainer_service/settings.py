@@ -23,8 +23,8 @@ class TrainerSettings:
     host: `GPTLOOP_TRAINER_HOST`, the address that gRPC and metrics listen on.
     port: `GPTLOOP_TRAINER_PORT`, the gRPC port; 0 chooses a free one.
     metrics_port: `GPTLOOP_TRAINER_METRICS_PORT`, the port of `/metrics`; 0 chooses a free one.
-    stuck_s: `GPTLOOP_TRAINER_STUCK_S`, how long a job may show no progress before it is started anew.
-    retention: `GPTLOOP_KEEP_*`, what of the registry is kept.
+    stuck_s: `GPTLOOP_TRAINER_STUCK_S`, how long a job may show no progress before another attempt replaces it.
+    retention: `GPTLOOP_KEEP_*`, which versions and states the registry keeps.
     redis_url: `REDIS_URL`, the Redis server; without it the embedded one below `GPTLOOP_VAR`.
     directories: `GPTLOOP_VAR`, the folder of all state.
     """
@@ -39,7 +39,7 @@ class TrainerSettings:
 
 
 def read_settings(environment: Environment) -> TrainerSettings:
-    """The settings; raises `InvalidArgument` and names the variable that is wrong."""
+    """Reads all settings; raises `InvalidArgument`, which names the invalid variable."""
     directories = read_directories(environment)
     return TrainerSettings(
         host=read_str(environment, "GPTLOOP_TRAINER_HOST", "127.0.0.1"),

@@ -94,7 +94,7 @@ class Reporter:
             # The loop may end its step and write its state, but a longer step is not waited for.
             if self.orphaned and not self._closing.wait(_ORPHAN_LIMIT_S):
                 logger.error("job %s: the worker is gone, so this process ends in the middle of its step", self._job_id)
-                self._try(self._lose)
+                self._try(lambda: self._queue.lose(self._job_id, self._attempt, "The worker was killed"))
                 os._exit(1)
         for _ in range(round(_LAST_TRY_S / _INTERVAL_S)):
             if self._try(self._finish):
@@ -102,7 +102,7 @@ class Reporter:
             time.sleep(_INTERVAL_S)
         logger.error("job %s: Redis does not answer; %d events are lost", self._job_id, len(self._events))
 
-    def _try(self, action: Callable[[], None]) -> bool:
+    def _try(self, action: Callable[[], object]) -> bool:
         try:
             action()
         except Unavailable as error:
@@ -145,6 +145,3 @@ class Reporter:
         self._exchange()
         if self._end and not self.superseded:
             self._end()
-
-    def _lose(self) -> None:
-        self._queue.lose(self._job_id, self._attempt, "The worker was killed")

@@ -48,15 +48,9 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
 def release_ended(queue: JobQueue, registry: Registry) -> None:
     """Removes the holds of jobs that have ended or no longer exist; raises `Unavailable` if Redis does not answer."""
     for job, age_s in registry.holds.ages_s().items():
-        if _has_ended(queue, job, age_s):
+        (record,) = queue.store.read([job])
+        if record.state.is_final if record else age_s > _TEMPORARY_HOLD_S:
             registry.holds.remove(job)
-
-
-def _has_ended(queue: JobQueue, job: str, age_s: float) -> bool:
-    try:
-        return queue.store.get(job).state.is_final
-    except NotFound:
-        return age_s > _TEMPORARY_HOLD_S
 
 
 def _named_version(spec: Spec) -> int | None:
