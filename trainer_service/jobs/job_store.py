@@ -102,7 +102,10 @@ class JobStore:
 
     def open_jobs(self) -> list[JobRecord]:
         """Returns the valid jobs that have not ended, ordered by their tickets."""
-        return list(self.jobs([state for state in JobState if not state.is_final]))[::-1]
+        with reachable():
+            ids = cast(list[bytes], self.redis.zrange(self.keys.open, 0, -1))
+        records = self.read([job_id.decode(errors="replace") for job_id in ids])
+        return [record for record in records if record and not record.state.is_final]
 
     def read_events(self, job_id: str, after: str = "0", wait_s: float = 0.0) -> list[tuple[str, TimedEvent]]:
         """Returns the events of a job that follow the event with the id `after`, each with its id.
@@ -131,7 +134,7 @@ class JobStore:
 
     def waiting(self) -> int:
         """Counts the jobs that wait for a worker, for other jobs or for their next attempt."""
-        return len(list(self.jobs([JobState.QUEUED])))
+        return sum(job.state is JobState.QUEUED for job in self.open_jobs())
 
     def counts(self) -> dict[JobState, int]:
         """Counts the jobs in each state."""
