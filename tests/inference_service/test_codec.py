@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 from hypothesis import given
@@ -35,30 +35,35 @@ def resident(tokenizer: Tokenizer) -> Resident:
     return Resident(make_manifest(3, model={"context_length": 8}), tokenizer, 1.0, 0)
 
 
-def tokenize(text: str, tokenizer: Tokenizer) -> pb.TokenizeResponse:
-    return asyncio.run(Codec().tokenize(pb.TokenizeRequest(text=text), resident(tokenizer)))
+async def tokenize(text: str, tokenizer: Tokenizer) -> pb.TokenizeResponse:
+    return await Codec().tokenize(pb.TokenizeRequest(text=text), resident(tokenizer))
 
 
-def detokenize(tokens: list[int], tokenizer: Tokenizer) -> pb.DetokenizeResponse:
-    return asyncio.run(Codec().detokenize(pb.DetokenizeRequest(token_ids=tokens), resident(tokenizer)))
+async def detokenize(tokens: list[int], tokenizer: Tokenizer) -> pb.DetokenizeResponse:
+    return await Codec().detokenize(pb.DetokenizeRequest(token_ids=tokens), resident(tokenizer))
 
 
 @given(st.text(max_size=50))
-def test_decoding_reverses_encoding(text: str) -> None:
-    answer = tokenize(text, byte_tokenizer())
+@async_test
+async def test_decoding_reverses_encoding(text: str) -> None:
+    answer = await tokenize(text, byte_tokenizer())
     assert answer.model_version == 3
-    assert detokenize(list(answer.token_ids), byte_tokenizer()) == pb.DetokenizeResponse(text=text, model_version=3)
+    text_again = await detokenize(list(answer.token_ids), byte_tokenizer())
+    assert text_again == pb.DetokenizeResponse(text=text, model_version=3)
 
 
-def test_invalid_bytes_are_replaced_and_the_end_token_is_empty() -> None:
-    assert detokenize([0xE9, 256, ord("a")], byte_tokenizer()).text == "\N{REPLACEMENT CHARACTER}a"
+@async_test
+async def test_invalid_bytes_are_replaced_and_the_end_token_is_empty() -> None:
+    answer = await detokenize([0xE9, 256, ord("a")], byte_tokenizer())
+    assert answer.text == "\N{REPLACEMENT CHARACTER}a"
 
 
-def test_clients_accept_the_longest_answers() -> None:
+@async_test
+async def test_clients_accept_the_longest_answers() -> None:
     # Each byte is a token, and most of these tokens take two bytes in a message.
-    longest = tokenize("\N{LATIN SMALL LETTER E WITH ACUTE}" * (MAX_TEXT_BYTES // 2), byte_tokenizer())
+    longest = await tokenize("\N{LATIN SMALL LETTER E WITH ACUTE}" * (MAX_TEXT_BYTES // 2), byte_tokenizer())
     assert len(longest.token_ids) == MAX_TEXT_BYTES
-    replaced = detokenize([0xFF] * MAX_TOKENS, byte_tokenizer())
+    replaced = await detokenize([0xFF] * MAX_TOKENS, byte_tokenizer())
     assert len(replaced.text) == MAX_TOKENS
     for answer in (longest, replaced):
         assert answer.ByteSize() <= CLIENT_LIMIT_BYTES
@@ -80,9 +85,12 @@ def test_clients_accept_the_longest_answers() -> None:
         (lambda: detokenize([256] * 500_000, LONG), "token_ids stands for 2000000 bytes of text, but"),
     ],
 )
-def test_invalid_requests_are_rejected_with_one_sentence(call: Callable[[], object], sentence: str) -> None:
+@async_test
+async def test_invalid_requests_are_rejected_with_one_sentence(
+    call: Callable[[], Awaitable[object]], sentence: str
+) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
-        call()
+        await call()
 
 
 class HeldTokenizer(Tokenizer):

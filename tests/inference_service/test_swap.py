@@ -1,22 +1,23 @@
 """Versions that replace one another while streams run, as a hundred of them do in `make soak-swap`."""
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.asynchronous import async_test
 from tests.fakes import TINY
 from tests.soak.swap import start, swap
 
 pytestmark = pytest.mark.slow
 
 
-def test_streams_do_not_notice_swaps(tmp_path: Path) -> None:
+@async_test
+async def test_streams_do_not_notice_swaps(tmp_path: Path) -> None:
     """Each stream runs on one version, and is the same, bit for bit, as without swaps."""
     server = start(tmp_path / "var", slots=8)
     try:
-        run = asyncio.run(swap(server, replace(TINY, context_length=256), streams=8, swaps=4, tokens=80, steady_s=0.5))
+        run = await swap(server, replace(TINY, context_length=256), streams=8, swaps=4, tokens=80, steady_s=0.5)
         page = server.metrics()
     finally:
         assert server.end() == 0, server.lines

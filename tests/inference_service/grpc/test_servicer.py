@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from inference_service.engine.request import Admitted, Delta, Draw, Finished, FinishReason, Output
 from inference_service.grpc.servicer import _take
+from tests.asynchronous import async_test
 
 SAMPLES = 3
 
@@ -15,23 +16,21 @@ def finished(tokens: int) -> Finished:
     return Finished(FinishReason.LENGTH, None, 1, 0, tokens, 0.0, 0.0, 0.0)
 
 
-def take(outputs: list[Output]) -> list[Output]:
-    async def body() -> list[Output]:
-        queue: asyncio.Queue[Output] = asyncio.Queue()
-        for output in outputs:
-            queue.put_nowait(output)
-        return await _take(queue)
-
-    return asyncio.run(body())
+async def take(outputs: list[Output]) -> list[Output]:
+    queue: asyncio.Queue[Output] = asyncio.Queue()
+    for output in outputs:
+        queue.put_nowait(output)
+    return await _take(queue)
 
 
 @given(st.lists(st.integers(0, SAMPLES - 1), max_size=30))
-def test_waiting_deltas_are_merged_into_one_per_sample(indices: list[int]) -> None:
+@async_test
+async def test_waiting_deltas_are_merged_into_one_per_sample(indices: list[int]) -> None:
     outputs = [Output("r", 0, Admitted(0.0))]
     for number, index in enumerate(indices):
         outputs.append(Output("r", index, Delta((float(number),), f"{number} ", (Draw(number),))))
     outputs += [Output("r", index, finished(indices.count(index))) for index in set(indices)]
-    taken = take(outputs)
+    taken = await take(outputs)
     assert taken[0] == outputs[0]
     assert len(taken) == 1 + 2 * len(set(indices))
     for index in set(indices):
@@ -43,6 +42,7 @@ def test_waiting_deltas_are_merged_into_one_per_sample(indices: list[int]) -> No
         assert end == finished(len(numbers))
 
 
-def test_a_single_event_is_passed_on_unchanged() -> None:
+@async_test
+async def test_a_single_event_is_passed_on_unchanged() -> None:
     output = Output("r", 0, Delta((1.0,), "a", (Draw(1),)))
-    assert take([output]) == [output]
+    assert await take([output]) == [output]
