@@ -1,7 +1,6 @@
 """Versions that must not serve, published while a server has streams all the time."""
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from inference_service.client import AdminClient
 from shared.errors import FailedPrecondition
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import Server, text_of
 from tests.inference_service.spoiling import (
@@ -22,6 +20,7 @@ from tests.inference_service.spoiling import (
     other_shape,
     spoil_weights,
 )
+from tests.inference_service.world import drop
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -34,7 +33,6 @@ CHANGED, INCOMPLETE = [flip_a_bit], [cut_off, lose_a_file]
 
 def test_bad_versions_never_serve_and_the_old_one_never_stops(tmp_path: Path) -> None:
     server = Server(tmp_path / "var", GPTLOOP_INFERENCE_GATE_MARGIN="0.05")
-    staged = Registry(tmp_path / "staged")
     texts: list[str] = []
     versions: set[int] = set()
     failures: list[Exception] = []
@@ -52,14 +50,6 @@ def test_bad_versions_never_serve_and_the_old_one_never_stops(tmp_path: Path) ->
                 versions.add(events[0].model_version)
                 texts.append(text_of(iter(events)))
 
-    def drop(change: Callable[[Path], None]) -> None:
-        """Publishes a version that was changed after its commit, in one move."""
-        version = 0
-        while version <= len(server.registry.versions()):
-            version = publish_tiny_version(staged, 0.1).version
-        change(staged.version_directory(version))
-        staged.version_directory(version).rename(server.registry.version_directory(version))
-
     readers = [threading.Thread(target=stream) for _ in range(STREAMS)]
     try:
         publish_tiny_version(server.registry, 2.0, seed=GOOD_SEED)
@@ -72,7 +62,7 @@ def test_bad_versions_never_serve_and_the_old_one_never_stops(tmp_path: Path) ->
         publish_tiny_version(server.registry, 0.4, seed=GOOD_SEED, better_by=0.1)
         publish_tiny_version(server.registry, 0.3, seed=BAD_SEED)
         for change in CHANGED + INCOMPLETE:
-            drop(change)
+            drop(server.registry, change)
         with AdminClient(server.address) as admin:
             wait_until(lambda: sum(one.state == pb.VERSION_STATE_REFUSED for one in admin.versions().versions) == 6)
             listing = admin.versions().versions

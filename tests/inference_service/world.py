@@ -126,12 +126,13 @@ async def polls(world: World, count: int = 3) -> None:
     world.registry.versions = versions  # type: ignore[method-assign]
 
 
-def drop(world: World, change: Callable[[Path], None], name: str) -> VersionManifest:
-    """Puts a version into the registry that was changed after its commit."""
-    staged = Registry(world.registry.root.parent / name)
-    while len(staged.versions()) < len(world.registry.versions()) + 1:
-        manifest = publish_tiny_version(staged, 0.5)
+def drop(registry: Registry, change: Callable[[Path], None]) -> VersionManifest:
+    """Puts a version into a registry in one move, which was changed after its commit; it is the best one."""
+    staged = Registry(registry.root.with_name("staged"))
+    manifest = publish_tiny_version(staged, 0.1)
+    while manifest.version <= len(registry.versions()):
+        manifest = publish_tiny_version(staged, 0.1)
     directory = staged.version_directory(manifest.version)
     change(directory)
-    directory.rename(world.registry.version_directory(manifest.version))
+    directory.rename(registry.version_directory(manifest.version))
     return manifest

@@ -30,7 +30,7 @@ async def test_a_version_with_missing_or_short_files_waits(fresh: World, change:
     async with fresh.running():
         publish_tiny_version(fresh.registry, 2.0)
         await eventually(lambda: fresh.serving == 1)
-        manifest = drop(fresh, change, "staged")
+        manifest = drop(fresh.registry, change)
         await polls(fresh)
         two = (await fresh.manager.statuses())[1]
         assert (two.state, two.labels) == (State.WAITING, ())
@@ -181,7 +181,7 @@ async def test_a_version_with_a_damaged_manifest_is_listed_as_refused(
 
     async with fresh.running():
         await eventually(lambda: fresh.serving == 1)
-        drop(fresh, damage, "staged")
+        drop(fresh.registry, damage)
         await eventually(lambda: fresh.value("refused_versions_total", reason="corrupt") == 1)
         one, two = await fresh.manager.statuses()
         assert (one.number, one.state) == (1, State.SERVING)

@@ -70,7 +70,7 @@ async def test_a_version_changed_after_its_commit_never_serves(fresh: World) -> 
     async with fresh.running():
         publish_tiny_version(fresh.registry, 2.0)
         await eventually(lambda: fresh.serving == 1)
-        drop(fresh, flip_a_bit, "staged")
+        drop(fresh.registry, flip_a_bit)
         await eventually(lambda: fresh.value("refused_versions_total", reason="corrupt") == 1)
         await polls(fresh)
         assert fresh.serving == 1

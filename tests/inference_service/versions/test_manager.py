@@ -8,11 +8,10 @@ import pytest
 
 from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
-from shared.registry.store import Registry
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
-from tests.inference_service.world import World, hold_read, polls, served, status
+from tests.inference_service.world import World, drop, hold_read, polls, served, status
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -143,12 +142,7 @@ async def test_a_version_with_a_changed_file_is_refused_once_and_the_one_before_
     async with fresh.running():
         publish_tiny_version(fresh.registry, 2.0)
         await eventually(lambda: fresh.serving == 1)
-        # Before the manager can see it.
-        staged = Registry(fresh.registry.root.parent / "staged")
-        publish_tiny_version(staged, 9.0)
-        bad = publish_tiny_version(staged, 1.0)
-        flip_a_bit(staged.version_directory(2))
-        staged.version_directory(2).rename(fresh.registry.version_directory(2))
+        bad = drop(fresh.registry, flip_a_bit)
         await eventually(lambda: fresh.value("refused_versions_total", reason="corrupt") == 1)
         await polls(fresh)
         assert fresh.serving == 1
@@ -225,7 +219,7 @@ async def test_another_registry_in_the_same_place_takes_over(world: World) -> No
 @async_test
 async def test_the_server_can_end_in_the_middle_of_an_examination(tmp_path: Path) -> None:
     world = World(tmp_path / "registry")
-    publish_tiny_version(world.registry, 1.0, windows=(2000, 90))
+    publish_tiny_version(world.registry, 1.0, windows=(400, 90))
 
     async with world.running():
         await eventually(lambda: bool(world.engine._arriving))

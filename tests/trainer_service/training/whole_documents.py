@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from trainer_service.training.documents import Passage
 
 
-def documents(passages: Iterable[Passage]) -> list[str]:
+def whole_documents(passages: Iterable[Passage]) -> list[str]:
     found, text = [], ""
     for passage in passages:
         text += passage.text
