@@ -1,6 +1,6 @@
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow  # type: ignore[import-untyped]
@@ -8,22 +8,11 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
 
 from shared.errors import DataError, GptloopError, InvalidArgument, NotFound
+from tests.trainer_service.text.whole_documents import whole_documents
 from trainer_service.text import file_bytes, local_files
 from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec, open_corpus
-from trainer_service.text.documents import Passage
 
 MARKER = "<|endoftext|>"
-
-
-def documents(passages: Iterator[Passage]) -> list[str]:
-    found, text = [], ""
-    for passage in passages:
-        text += passage.text
-        if passage.ends_document:
-            found.append(text)
-            text = ""
-    assert not text
-    return found
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -36,7 +25,7 @@ def spec(*names: str, validation: tuple[str, ...] = ()) -> DatasetSpec:
 
 
 def read(path: Path) -> list[str]:
-    return documents(local_files.open_file(path).passages())
+    return whole_documents(local_files.open_file(path).passages())
 
 
 def test_each_call_reads_a_builtin_split_from_its_start() -> None:
@@ -65,9 +54,9 @@ def test_a_marker_across_chunks_is_found(tmp_path: Path, monkeypatch: pytest.Mon
 def test_validation_files_are_held_out_whole(tmp_path: Path) -> None:
     train, validation = write(tmp_path / "a.txt", f"a{MARKER}b"), write(tmp_path / "v.jsonl", '{"text": "c"}\n')
     corpus = open_corpus(spec(train, validation=(validation,)), 0.5)
-    assert (documents(corpus.train()), documents(corpus.validation())) == (["a", "b"], ["c"])
+    assert (whole_documents(corpus.train()), whole_documents(corpus.validation())) == (["a", "b"], ["c"])
     builtin = open_corpus(spec("builtin", validation=(validation,)), 0.5)
-    assert documents(builtin.validation()) == ["c"]
+    assert whole_documents(builtin.validation()) == ["c"]
 
 
 def test_files_of_several_kinds_are_read_in_order(tmp_path: Path) -> None:
@@ -77,7 +66,7 @@ def test_files_of_several_kinds_are_read_in_order(tmp_path: Path) -> None:
     corpus = open_corpus(
         spec(jsonl, str(tmp_path / "b.parquet"), txt, validation=(write(tmp_path / "v.txt", "v"),)), 0.5
     )
-    assert documents(corpus.train()) == ["one", "two\nlines", "three", "four", "five"]
+    assert whole_documents(corpus.train()) == ["one", "two\nlines", "three", "four", "five"]
     assert corpus.source == "a.jsonl, b.parquet, c.txt"
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.trainer_service.text.whole_documents import whole_documents
 from trainer_service.text import file_bytes
 from trainer_service.text.corpus import DatasetSpec, open_corpus
 from trainer_service.text.documents import Passage
@@ -25,18 +26,7 @@ def split(texts: list[str], share: float, size: int = 1000) -> tuple[list[str], 
                 yield Passage(text[start : start + size], start + size >= len(text))
 
     rule, part = hold_out(read, np.array([len(text) for text in texts]), share)
-    return documents(part(False)), documents(part(True)), rule
-
-
-def documents(passages: Iterator[Passage]) -> list[str]:
-    found, text = [], ""
-    for passage in passages:
-        text += passage.text
-        if passage.ends_document:
-            found.append(text)
-            text = ""
-    assert not text
-    return found
+    return whole_documents(part(False)), whole_documents(part(True)), rule
 
 
 def total(texts: list[str]) -> int:
@@ -122,5 +112,5 @@ def test_a_document_is_cut_at_the_best_boundary_near_the_share(
 def test_the_share_of_a_real_text_is_held_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_bytes, "CHUNK_BYTES", 4096)
     corpus = open_corpus(DatasetSpec((str(Path(os.environ["GPTLOOP_TEST_DATA"]) / name),)), 0.05)
-    train, held = total(documents(corpus.train())), total(documents(corpus.validation()))
+    train, held = total(whole_documents(corpus.train())), total(whole_documents(corpus.validation()))
     assert held / (train + held) == pytest.approx(0.05, rel=0.1)

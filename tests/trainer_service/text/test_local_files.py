@@ -15,14 +15,9 @@ import pytest
 
 from shared.errors import DataError, GptloopError, InvalidArgument, NotFound
 from shared.gpt.tokenizer import train_bpe
-<<<<<<< HEAD:tests/trainer_service/text/test_local_files.py
+from tests.trainer_service.text.whole_documents import whole_documents
 from trainer_service.text import documents, file_bytes
 from trainer_service.text.local_files import TextFile, check_file, open_file
-=======
-from tests.trainer_service.training.whole_documents import whole_documents
-from trainer_service.training import documents, file_bytes
-from trainer_service.training.local_files import TextFile, check_file, open_file
->>>>>>> a9f898e (Change versions after their commit in one way in tests; examine a shorter text where the examination is only interrupted):tests/trainer_service/training/test_local_files.py
 
 MARKER = "<|endoftext|>"
 TEXTS = ["one", "two\nlines", "字 three"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from trainer_service.training.documents import Passage
+from trainer_service.text.documents import Passage
 
 
 def whole_documents(passages: Iterable[Passage]) -> list[str]:
