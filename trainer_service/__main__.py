@@ -81,7 +81,9 @@ def train(
     preset: PresetOption = "",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
-    resume: Annotated[str, typer.Option(help="The version to continue from: a number, or a label such as best.")] = "",
+    resume: Annotated[
+        str, typer.Option(help="The version to continue, with its text and values: a number, or a label such as best.")
+    ] = "",
     overrides: OverridesOption = "",
     only_prepare: Annotated[
         bool, typer.Option("--only-prepare", help="Prepare the tokens of the run and do not train.")

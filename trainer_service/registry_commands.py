@@ -74,7 +74,7 @@ def prune(
 
     Training does the same after each version. A version stays if a label names it or a job needs it, together with the
     state that continues it. The last states of an unfinished run stay if one of them was written within a week. A
-    serving version goes on serving from memory. An option that you leave out takes the value of its variable.
+    serving version continues to serve from memory. An option that you leave out takes the value of its variable.
 
     \b
     Examples:
@@ -151,7 +151,7 @@ def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Chec
             try:
                 registry.check(checkpoint)
             except NotFound:
-                # It was removed meanwhile.
+                # It has just been removed.
                 pass
             except CorruptCheckpoint as error:
                 broken.append((checkpoint, str(error)))

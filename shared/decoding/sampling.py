@@ -16,6 +16,8 @@ from shared.errors import InvalidArgument
 Logits = NDArray[np.float32]
 
 MAX_BIASES = 300
+_RANGES = {"temperature": (0, 100), "min_p": (0, 1), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2)}
+_MOST_ABOVE_0 = {"top_p": 1, "repetition_penalty": 100}
 
 _MASK = (1 << 64) - 1
 # This many of the likeliest tokens nearly always hold the top-p mass, and finding them needs no full sort.
@@ -43,21 +45,14 @@ class SamplingParameters:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:
-            raise InvalidArgument(f"temperature is {self.temperature:g}, but must be from 0 to 100.")
+        for name, (least, most) in _RANGES.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise InvalidArgument(f"{name} is {value:g}, but must be from {least} to {most}.")
+        for name, most in _MOST_ABOVE_0.items():
+            if not 0 < (value := getattr(self, name)) <= most:
+                raise InvalidArgument(f"{name} is {value:g}, but must be above 0 and at most {most}.")
         if self.top_k < 0:
             raise InvalidArgument(f"top_k is {self.top_k}, but must be 0 (all tokens) or more.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InvalidArgument(f"top_p is {self.top_p:g}, but must be above 0 and at most 1.")
-        if not 0.0 <= self.min_p <= 1.0:
-            raise InvalidArgument(f"min_p is {self.min_p:g}, but must be from 0 to 1.")
-        if not 0.0 < self.repetition_penalty <= 100.0:
-            raise InvalidArgument(
-                f"repetition_penalty is {self.repetition_penalty:g}, but must be above 0 and at most 100."
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -2.0 <= getattr(self, name) <= 2.0:
-                raise InvalidArgument(f"{name} is {getattr(self, name):g}, but must be from -2 to 2.")
         check_biases(len(self.logit_bias))
         for token, bias in self.logit_bias:
             if not -100.0 <= bias <= 100.0:

@@ -69,6 +69,6 @@ def iterate(items: Iterable[T], tick: Callable[[], None], silence_s: float = flo
 
 
 def call(work: Callable[[], T], tick: Callable[[], None]) -> T:
-    """Runs a function on a thread of its own and returns its result or raises its error; calls `tick` meanwhile."""
+    """Runs a function on a thread of its own and returns its result or raises its error; calls `tick` while it runs."""
     (result,) = iterate((work() for _ in range(1)), tick)
     return result
