@@ -28,7 +28,7 @@ def _escaped(text: str) -> list[str]:
 
 
 def _fitting(text: str, limit: int) -> list[str]:
-    """The first characters of a text, escaped, that fit into `limit` characters; never cuts an escape."""
+    """Returns the first characters of a text, escaped, that fit into `limit` characters; never cuts an escape."""
     characters = _escaped(text)
     while sum(map(len, characters)) > limit:
         characters.pop()

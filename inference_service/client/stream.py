@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import grpc
 
@@ -20,20 +20,16 @@ class _BaseStream:
     `started` is None until that event has been read. `finished` holds the last event of each ended sample, by index.
     """
 
-    def __init__(
-        self,
-        generate: Callable[..., Any],
-        request: pb.GenerateRequest,
-        attempts: Attempts,
-        end: threading.Event | asyncio.Event,
-    ) -> None:
+    _Event: ClassVar[type[threading.Event | asyncio.Event]]
+
+    def __init__(self, generate: Callable[..., Any], request: pb.GenerateRequest, attempts: Attempts) -> None:
         self.started: pb.Started | None = None
         self.finished: dict[int, pb.Finished] = {}
         self._generate = generate
         self._request = request
         self._attempts = attempts
         # Set when no more events will come: the stream was cancelled, has failed or has ended.
-        self._end = end
+        self._end = self._Event()
         self._call: Any = None
         self._open()
 
@@ -99,10 +95,8 @@ class Stream(_BaseStream):
     call exceeds its deadline.
     """
 
+    _Event = threading.Event
     _end: threading.Event
-
-    def __init__(self, generate: Callable[..., Any], request: pb.GenerateRequest, attempts: Attempts) -> None:
-        super().__init__(generate, request, attempts, threading.Event())
 
     def __enter__(self) -> Self:
         return self
@@ -133,10 +127,8 @@ class Stream(_BaseStream):
 class AsyncStream(_BaseStream):
     """`Stream` for asyncio, with `async for` and `async with`. It belongs to the event loop of its client."""
 
+    _Event = asyncio.Event
     _end: asyncio.Event
-
-    def __init__(self, generate: Callable[..., Any], request: pb.GenerateRequest, attempts: Attempts) -> None:
-        super().__init__(generate, request, attempts, asyncio.Event())
 
     async def __aenter__(self) -> Self:
         return self

@@ -4,11 +4,11 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from inference_service.engine.request import Delta, Finished, FinishReason, GenerationOptions, GenerationRequest
+from inference_service.engine.request import Delta, Finished, GenerationOptions, GenerationRequest
 from inference_service.versions.status import VersionStatus
 from shared.decoding.sampling import SamplingParameters, check_biases
 from shared.errors import InvalidArgument
@@ -145,7 +145,7 @@ def delta_to_pb(delta: Delta, index: int) -> pb.GenerateResponse:
 def finished_to_pb(finished: Finished, index: int) -> pb.GenerateResponse:
     """Returns the last message of a sample."""
     message = pb.Finished(
-        reason=_REASONS[finished.reason],
+        reason=f"FINISH_REASON_{finished.reason.name}",
         matched_stop=finished.matched_stop or "",
         prompt_tokens=finished.prompt_tokens,
         generated_tokens=finished.generated_tokens,
@@ -212,9 +212,6 @@ def status_to_pb(status: VersionStatus) -> pb.VersionStatus:
     return message
 
 
-_REASONS = {reason: f"FINISH_REASON_{reason.name}" for reason in FinishReason}
-
-
 def _time_to_pb(seconds: float) -> Timestamp:
     """Converts a time of `time.time`."""
     written = Timestamp()
@@ -263,14 +260,8 @@ def _prompt_from_pb(message: pb.GenerateRequest) -> str | Sequence[int]:
 
 def _sampling_from_pb(message: pb.Sampling) -> SamplingParameters:
     check_biases(len(message.logit_bias))
-    given = {
-        name: getattr(message, name)
-        for name in (
-            *("temperature", "top_k", "top_p", "min_p"),
-            *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-        )
-        if message.HasField(name)
-    }
+    names = {field.name for field in fields(SamplingParameters)} - {"logit_bias"}
+    given = {name: getattr(message, name) for name in names if message.HasField(name)}
     return SamplingParameters(**given, logit_bias=tuple(sorted(message.logit_bias.items())))
 
 
