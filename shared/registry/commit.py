@@ -80,13 +80,21 @@ def reveal(staging: Path, final: Path) -> None:
     """Moves a sealed folder to its final name in one rename; raises `AlreadyExists` if that name is taken."""
     if final.exists():
         raise AlreadyExists(f"{final} exists already, and a checkpoint is never replaced.")
-    staging.rename(final)
+    move(staging, final, final.parent)
+
+
+def move(folder: Path, target: Path, visible: Path) -> None:
+    """Renames a folder, and syncs the folder `visible`, in which readers see it appear or disappear.
+
+    Without the sync, a power failure could hide a new checkpoint again, or bring a removed one back with some of its
+    files missing. So the rename is undone if the sync fails.
+    """
+    folder.rename(target)
     try:
-        sync(final.parent)
+        sync(visible)
     except OSError:
-        # A power failure could undo the rename, so no reader may see the folder.
         with suppress(OSError):
-            final.rename(staging)
+            target.rename(folder)
         raise
 
 

@@ -7,10 +7,10 @@ is being removed.
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from shared.registry.commit import is_locked, locked, make_folder, sync, writing
+from shared.registry.commit import is_locked, locked, make_folder, move, sync, writing
 
 
 class Staging:
@@ -42,16 +42,9 @@ class Staging:
         with writing(self._root):
             grave.parent.mkdir(exist_ok=True)
             try:
-                directory.rename(grave)
+                move(directory, grave, directory.parent)
             except FileNotFoundError:
                 return
-            try:
-                # Without a sync, a power failure could bring the folder back with some of its files missing.
-                sync(directory.parent)
-            except OSError:
-                with suppress(OSError):
-                    grave.rename(directory)
-                raise
         _discard(grave)
 
     def sweep(self, folders: Iterable[Path]) -> None:
