@@ -26,5 +26,5 @@ def mlx_decoder(model: GPT, slots: int, spans_together: int = 1) -> MlxDecoder:
 
 
 def make_decoder(model: GPT, slots: int) -> Decoder:
-    """The one that suits the device, on one thread."""
+    """Returns the decoder that suits the device, on one thread."""
     return DecoderFactory(slots, 1, COMPILED).make(model)

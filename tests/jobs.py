@@ -13,7 +13,7 @@ EVALUATION = EvaluateSpec("best", DatasetSpec(()))
 
 
 def training(tmp_path: Path, name: str = "", notes: str = "", **overrides: str) -> TrainSpec:
-    """A run on the built-in stories."""
+    """Returns a run on the built-in stories."""
     request = TrainRequest(overrides={"max_steps": "7"} | overrides, name=name, notes=notes)
     return request.resolve(Registry(tmp_path / "registry"))
 

@@ -20,7 +20,7 @@ CODE = "\n".join(
 
 
 def sections(title: str) -> dict[str, str]:
-    """The text below a heading up to the next heading of any level, of each page that has one."""
+    """Returns the text below a heading up to the next heading of any level, of each page that has one."""
     found = {
         page: re.findall(rf"^#+ {re.escape(title)}\n(.*?)(?=^#+ |\Z)", text, re.DOTALL | re.MULTILINE)
         for page, text in PAGES.items()
@@ -29,7 +29,7 @@ def sections(title: str) -> dict[str, str]:
 
 
 def tables(title: str) -> list[list[list[str]]]:
-    """The cells of the tables in all sections of this title, headings first, without the marks of code."""
+    """Returns the cells of the tables in all sections of this title, headings first, without the marks of code."""
     return [
         [
             [cell.strip().replace("`", "") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -42,5 +42,5 @@ def tables(title: str) -> list[list[list[str]]]:
 
 
 def rows(title: str) -> list[list[str]]:
-    """The rows of these tables, without their headings."""
+    """Returns the rows of these tables, without their headings."""
     return [row for _, *others in tables(title) for row in others]

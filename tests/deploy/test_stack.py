@@ -70,7 +70,7 @@ class Fixture:
         return self.folder / "var" / "run" / f"{name}.lock"
 
     def running(self) -> list[str]:
-        """The names of the programs that run, with a supervisor or without one."""
+        """Returns the names of the programs that run, with a supervisor or without one."""
         return [name for name in ("supervisord", *self.names) if holder(self.lock(name)) is not None]
 
 

@@ -148,7 +148,7 @@ class System:
         )
 
     def pid(self, name: str) -> int:
-        """The pid of the supervisor or of one of its programs."""
+        """Returns the pid of the supervisor or of one of its programs."""
         pid = holder(self.directories.var / "run" / f"{name}.lock")
         assert pid is not None
         return pid
@@ -189,7 +189,7 @@ def share_kernels(directories: Directories) -> None:
 
 @contextmanager
 def running(directories: Directories) -> Iterator[System]:
-    """The system, all of it healthy; it is stopped at the end."""
+    """Starts the system, yields it once all of it is healthy, and stops it at the end."""
     share_kernels(directories)
     ports = free_ports()
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
@@ -222,7 +222,7 @@ def children(pid: int) -> list[int]:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended, even if its exit code has not been read yet."""
+    """Returns whether a process has ended, even if its exit code has not been read yet."""
     found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
     return found.stdout.strip()[:1] in ("", "Z")
 

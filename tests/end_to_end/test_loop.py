@@ -108,7 +108,7 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
 
 
 def serving_on(page: str) -> dict[int, bool]:
-    """The versions in memory, and whether each serves."""
+    """Returns the versions in memory, and whether each serves."""
     return {
         int(sample.labels["version"]): sample.labels["serving"] == "true"
         for family in text_string_to_metric_families(page)

@@ -24,12 +24,12 @@ class Operated:
         self.client = self.server.client()
 
     def publish(self, config: GPTConfig = TINY, better_by: float = 0.0) -> VersionManifest:
-        """A version with fewer bits per byte than all before."""
+        """Publishes a version with fewer bits per byte than all before."""
         count = len(self.server.registry.versions())
         return publish_tiny_version(self.server.registry, 8.0 / (count + 1), config=config, better_by=better_by)
 
     def publish_serving(self, config: GPTConfig = TINY) -> int:
-        """The number of a new version, which serves now as the best one."""
+        """Publishes a version, waits until it serves as the best one, and returns its number."""
         number = self.publish(config).version
         self.admin.set_policy("best")
         self.await_serving(number)
@@ -46,7 +46,7 @@ class Operated:
         wait_until(lambda: self.state(number) == "SERVING")
 
     def answering(self, version: int | None = None, label: str | None = None) -> int:
-        """The version that answers a request, which names it with its digest."""
+        """Returns the version that answers a request; the answer names its digest."""
         started = next(iter(self.client.generate("x", version=version, label=label, max_tokens=1)))
         assert isinstance(started, pb.Started)
         assert started.model_digest == self.server.registry.version(started.model_version).digest
@@ -54,7 +54,7 @@ class Operated:
 
     @contextmanager
     def stream(self, version: int | None = None) -> Iterator[None]:
-        """A stream that runs meanwhile."""
+        """Runs a stream inside the block."""
         with self.client.generate("x", version=version, max_tokens=16000, ignore_eos=True) as stream:
             assert isinstance(next(iter(stream)), pb.Started)
             yield

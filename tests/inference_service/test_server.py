@@ -62,7 +62,7 @@ def test_reflection_lists_the_service(server: Server) -> None:
     assert "inference.v1.InferenceService" in names
 
 
-def test_a_stream_starts_tells_and_finishes(server: Server) -> None:
+def test_a_stream_is_a_start_then_tokens_then_an_end(server: Server) -> None:
     with server.client() as client:
         first, *deltas, last = client.generate("Once", seed=2**64 - 1, max_tokens=12, ignore_eos=True, logprobs=2)
         model = client.model()

@@ -37,7 +37,7 @@ LATIN = "caf\udce9.txt"
 
 
 async def listed(servicer: TrainingServicer, **values: int) -> list[pb.Job]:
-    """All jobs, as a client gets them: over the wire, page by page."""
+    """Returns all jobs, as a client gets them: over the wire, page by page."""
     found: list[pb.Job] = []
     token = ""
     while True:

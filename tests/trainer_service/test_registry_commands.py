@@ -34,7 +34,7 @@ def run(registry: Registry, *arguments: str, **environment: str) -> Result:
 
 
 def rows(result: Result) -> dict[str, str]:
-    """The rows of a table, by their first two words."""
+    """Returns the rows of a table, by their first two words."""
     return {" ".join(line.split()[:2]): " ".join(line.split()) for line in result.output.splitlines() if line.strip()}
 
 

@@ -228,7 +228,7 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_that_of_the_run_for_good(si
     assert not any("vocabulary" in notice.text for notice in site.all_told(Notice))
 
 
-def test_a_run_does_not_go_on_with_other_text(site: Site) -> None:
+def test_a_run_does_not_continue_with_other_text(site: Site) -> None:
     spec = site.spec()
     assert not site.train(spec, stop_requested=lambda: bool(site.registry.states(spec.run)))
     content = Path(site.text).read_text()

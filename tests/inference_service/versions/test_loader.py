@@ -14,7 +14,7 @@ from tests.waiting import eventually
 async def test_the_thread_that_reads_versions_clears_its_streams_before_it_ends(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Otherwise a process that ends meanwhile aborts, most of the time.
+    # Otherwise a process that ends at the same time may abort.
     clear_streams = mx.clear_streams
     cleared: list[str] = []
 

@@ -54,7 +54,7 @@ def assert_agrees(model: GPT, tokens: Sequence[int], logits: np.ndarray, toleran
 
 
 def assert_same_bits_in_any_company(model: GPT, threads: int, library: ctypes.CDLL | None = None) -> None:
-    """1 to 40 slots in a step, each at another position, after prompts that were read in one step."""
+    """Compares 1 to 40 slots in a step, each at another position, after prompts that were read in one step."""
     library = library or cpu_library()
     text = random_text(model.config, 3, model.config.context_length)
     expected = decode_alone(model, text, library)

@@ -24,7 +24,7 @@ Function = Callable[..., mx.array | tuple[mx.array, ...]]
 
 
 def assert_same_function(fast: Function, plain: Function, inputs: list[mx.array], cotangents: list[mx.array]) -> None:
-    """Values and gradients."""
+    """Compares values and gradients."""
     wide = [array.astype(mx.float32) for array in inputs]
     actual = mx.vjp(fast, inputs, cotangents)
     expected = mx.vjp(plain, wide, [array.astype(mx.float32) for array in cotangents])

@@ -28,7 +28,7 @@ def test_best_has_the_lowest_bits_per_byte_on_the_leading_evaluation_set(registr
 
 
 def trained(number: int, step: int, text: str = "set-a", **values: object) -> VersionManifest:
-    """A version that has trained on 100 tokens per step."""
+    """Returns a version that has trained on 100 tokens per step."""
     training = {"batch_size": 10, "context_length": 10, "max_steps": 1000}
     return replace(make_manifest(number, step=step, evaluation_set=text, training=training), **values)  # type: ignore[arg-type]
 

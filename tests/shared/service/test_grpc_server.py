@@ -113,7 +113,7 @@ def is_open(host: str, port: int) -> bool:
 async def serving(
     servicer: health_pb2_grpc.HealthServicer | None = None,
 ) -> AsyncIterator[tuple[GrpcServer, grpc.aio.Channel]]:
-    """A server and a channel to it; `servicer` answers calls of health if it is given."""
+    """Yields a server and a channel to it; `servicer` answers calls of health if it is given."""
     server = GrpcServer([SERVICE], lambda *_: None)
     if servicer is not None:
         # The last registered servicer answers.

@@ -17,8 +17,13 @@ def test_a_story_depends_only_on_the_seed_and_the_index() -> None:
     assert next(generate_stories(8, range(1))) != STORIES[0]
 
 
-def test_no_story_occurs_twice_in_both_splits() -> None:
-    train, validation = list(train_stories()), list(validation_stories())
+@pytest.fixture(scope="module")
+def train() -> list[str]:
+    return list(train_stories())
+
+
+def test_no_story_occurs_twice_in_both_splits(train: list[str]) -> None:
+    validation = list(validation_stories())
     assert (len(train), len(validation)) == (12_000, 600)
     assert len({*train, *validation}) == 12_600
 
@@ -31,9 +36,9 @@ def test_stories_are_short_and_simple() -> None:
     assert 600 <= sum(count > 10 for count in words.values()) <= 1200
 
 
-def test_the_stories_fill_the_vocabulary_of_every_preset() -> None:
+def test_the_stories_fill_the_vocabulary_of_every_preset(train: list[str]) -> None:
     sizes = [preset.vocabulary_size for preset in PRESETS.values() if preset.tokenizer == "bpe"]
-    assert train_bpe(train_stories(), max(sizes)).vocabulary_size == max(sizes)
+    assert train_bpe(train, max(sizes)).vocabulary_size == max(sizes)
 
 
 def test_every_choice_and_field_is_filled() -> None:

@@ -14,7 +14,7 @@ from trainer_service.training.config import TrainingConfig
 
 @st.composite
 def schedules(draw: st.DrawFn) -> TrainingConfig:
-    """Any schedule, which starts at step 0 or later."""
+    """Draws any schedule, which starts at step 0 or later."""
     max_steps = draw(st.integers(1, 300))
     start = draw(st.integers(0, max_steps - 1))
     return replace(
@@ -31,12 +31,12 @@ def schedules(draw: st.DrawFn) -> TrainingConfig:
 
 
 def rates(config: TrainingConfig) -> list[float]:
-    """The rates of every step of a schedule and of its end, which has no step."""
+    """Returns the rates of every step of a schedule and of its end, which has no step."""
     return [config.learning_rate_at(step) for step in range(config.schedule_start, config.max_steps + 1)]
 
 
 def largest_change(config: TrainingConfig) -> float:
-    """The largest change of the rate in one step: the slope of the warm-up or of the decay, where half a cosine is at
+    """Returns the largest change of the rate in one step: the slope of the warm-up or of the decay. Half a cosine is at
     most pi / 2 times as steep as a line."""
     warmup_steps, decay_steps = config.warmup_end - config.schedule_start, config.max_steps - config.decay_start
     return config.learning_rate * max(1 / max(warmup_steps, 1), 1.5708 / decay_steps) + 1e-12
@@ -242,7 +242,7 @@ def test_a_rate_that_is_chosen_is_warmed_up_to() -> None:
     assert [config.learning_rate_at(step) for step in (400, 449, 450, 625, 800)] == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_linear_decay_that_goes_on_is_stable_at_the_rate_it_reached() -> None:
+def test_a_linear_decay_that_continues_is_stable_at_the_rate_it_reached() -> None:
     begun = replace(find_preset("demo"), schedule="wsd", max_steps=400, warmup_steps=50, learning_rate=1e-3)
     assert begun.decay_start == 320
     config = replace(begun, max_steps=1000).continuing(begun, 361)
