@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import ResponseError
 
 from shared.errors import NotFound, shown
 from trainer_service.jobs.events import Evaluation, JobState, Notice, Progress, RunStarted, StateChanged, TimedEvent
@@ -32,7 +31,7 @@ _READ_AT_ONCE = 200
 
 
 class JobStore:
-    """The jobs of one registry. Every method raises `Unavailable` if Redis does not answer.
+    """The jobs and workers of one registry. Every method raises `Unavailable` if Redis does not answer.
 
     A change names the attempt that makes it, and is rejected if there is a later attempt: a process that lost its job
     but still runs changes nothing.
@@ -64,7 +63,7 @@ class JobStore:
             answers = pipeline.execute(raise_on_error=False)
             # A key of another type hides its own job only.
             for answer in answers:
-                if isinstance(answer, Exception) and not _is_wrong_type(answer):
+                if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
                     raise answer
         records: list[JobRecord | None] = []
         for job_id, held, lease, ticket in zip(ids, answers[::3], answers[1::3], answers[2::3], strict=True):
@@ -276,10 +275,6 @@ class JobStore:
 
 def _not_found(job_id: str) -> NotFound:
     return NotFound(f"There is no job {shown(job_id)}; `gptloop jobs` lists those that exist.")
-
-
-def _is_wrong_type(error: Exception) -> bool:
-    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
 
 
 def _decoded(fields: dict[bytes, bytes]) -> Fields:

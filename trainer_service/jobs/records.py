@@ -24,11 +24,11 @@ BEST = "best"
 class JobRecord:
     """The current state of a job; times in seconds since the epoch, None for what has not happened.
 
-    `kind` and `spec` are None if Redis holds an invalid job; then `reason` says so, and an unknown state counts as
-    failed. `ticket` numbers all jobs in the order in which they were enqueued, from 1, and `ahead` is the number of
-    jobs that come before a queued one. `attempt` counts from 1; `sent` is the last attempt that was handed to the
-    workers, and the next one follows after `delay_s`. `after` names the jobs that must finish first. `lease` is the
-    lease of the latest attempt. `best` is the evaluation with the lowest loss.
+    `kind` and `spec` are None if Redis holds an invalid job; then `reason` says so. A job with an invalid state or
+    attempt counts as failed. `ticket` numbers all jobs in the order in which they were enqueued, from 1, and `ahead` is
+    the number of jobs that come before a queued one. `attempt` counts from 1; `sent` is the last attempt that was
+    handed to the workers, and the next one follows after `delay_s`. `after` names the jobs that must finish first.
+    `lease` is the lease of the latest attempt. `best` is the evaluation with the lowest loss.
     """
 
     id: str

@@ -72,11 +72,8 @@ class AttemptQueue:
         self.rq = Queue(
             keys.queue_name, connection=connection, serializer=JSONSerializer, job_class=AttemptJob, default_timeout=-1
         )
-
-    @property
-    def key(self) -> str:
-        """The key of the list in Redis; a transaction that inserts an attempt has to watch it."""
-        return str(self.rq.key)
+        # The key of the list in Redis.
+        self.key = str(self.rq.key)
 
     def waiting(self) -> list[tuple[str, int]]:
         """Returns the waiting jobs and the numbers of their attempts, in the order in which workers take them."""

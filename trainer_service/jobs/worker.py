@@ -126,8 +126,7 @@ def _wait_for_redis(connection: Redis) -> None:
     deadline_s = time.monotonic() + _REDIS_LIMIT_S
     while True:
         try:
-            check_server(connection)
-            return
+            return check_server(connection)
         except Unavailable:
             if time.monotonic() > deadline_s:
                 raise
