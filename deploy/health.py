@@ -29,48 +29,40 @@ class Health:
 def health_checks(environment: Environment, directories: Directories, ports: Ports) -> dict[str, Callable[[], Health]]:
     """Returns a check for each process, in the order in which they start; a check never raises."""
     url = redis_url(environment, directories)
-    registry = Registry(directories.registry)
-    trainer = _address(listening_host(environment, "TRAINER"), ports.trainer)
-    inference = _address(listening_host(environment, "INFERENCE"), ports.inference)
-    checks = {
-        "redis": lambda: _check_redis(url),
-        "trainer": lambda: _check_trainer(trainer),
-        "inference": lambda: _check_inference(inference, registry),
-        "worker": lambda: _check_worker(url, registry),
-    }
-    return {name: partial(_health, check) for name, check in checks.items()}
+    store = Registry(directories.registry)
+    trainer_address = _address(listening_host(environment, "TRAINER"), ports.trainer)
+    inference_address = _address(listening_host(environment, "INFERENCE"), ports.inference)
+
+    def redis() -> Health:
+        with connect(url) as connection:
+            check_server(connection)
+        return Health(True, "answers")
+
+    def trainer() -> Health:
+        serves = _serves(trainer_address)
+        return Health(serves, f"{'serves' if serves else 'not ready'} on {trainer_address}")
+
+    def inference() -> Health:
+        # A server without a version serves nothing but is healthy.
+        if _serves(inference_address):
+            return Health(True, f"serves on {inference_address}")
+        if not store.versions():
+            return Health(True, f"no version yet, on {inference_address}")
+        return Health(True, f"no version serves, on {inference_address}: `gptloop versions` says why")
+
+    def worker() -> Health:
+        with connect(url) as connection:
+            workers = JobQueue(connection, registry_id(store.root)).store.live_workers()
+        return Health(workers > 0, f"{workers} ready for jobs")
+
+    return {check.__name__: partial(_checked, check) for check in (redis, trainer, inference, worker)}
 
 
-def _health(check: Callable[[], Health]) -> Health:
+def _checked(check: Callable[[], Health]) -> Health:
     try:
         return check()
     except GptloopError as error:
         return Health(False, str(error))
-
-
-def _check_redis(url: str) -> Health:
-    with connect(url) as connection:
-        check_server(connection)
-    return Health(True, "answers")
-
-
-def _check_worker(url: str, registry: Registry) -> Health:
-    with connect(url) as connection:
-        workers = JobQueue(connection, registry_id(registry.root)).store.live_workers()
-    return Health(workers > 0, f"{workers} ready for jobs")
-
-
-def _check_trainer(address: str) -> Health:
-    return Health(True, f"serves on {address}") if _serves(address) else Health(False, f"not ready on {address}")
-
-
-def _check_inference(address: str, registry: Registry) -> Health:
-    # A server without a version serves nothing but is healthy.
-    if _serves(address):
-        return Health(True, f"serves on {address}")
-    if not registry.versions():
-        return Health(True, f"no version yet, on {address}")
-    return Health(True, f"no version serves, on {address}: `gptloop versions` says why")
 
 
 def _serves(address: str) -> bool:

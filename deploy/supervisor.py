@@ -53,6 +53,7 @@ class Supervisor:
     def __init__(self, configuration: Path, directories: Directories, environment: Mapping[str, str]) -> None:
         self._configuration = configuration
         self._run = directories.var / "run"
+        self._lock = self._run / "supervisord.lock"
         self._log = directories.log
         self._environment = {
             **environment,
@@ -70,11 +71,10 @@ class Supervisor:
         self._log.mkdir(parents=True, exist_ok=True)
         # If the socket needs a link, its folder must exist first.
         self._socket()
-        lock = str(self._run / "supervisord.lock")
         supervisord = ["/bin/sh", "-c", _COMMAND, "sh", str(self._configuration)]
         with (self._log / "supervisord.out").open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.launch", lock, *supervisord],
+                [sys.executable, "-m", "deploy.launch", str(self._lock), *supervisord],
                 cwd=_ROOT,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
@@ -85,7 +85,7 @@ class Supervisor:
 
     def is_running(self) -> bool:
         """Whether supervisord runs, whichever process started it."""
-        return self._pid() is not None
+        return holder(self._lock) is not None
 
     def wait_for_answer(self) -> None:
         """Returns when supervisord answers; raises `Unavailable` with its output if it does not."""
@@ -128,21 +128,17 @@ class Supervisor:
         if self._process is not None:
             # It may not hold its lock yet.
             self._process.terminate()
-        pid = self._pid()
-        if pid is not None:
-            _signal(pid, signal.SIGTERM)
-        if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_LIMIT_S)
-        if not wait_until(lambda: self._pid() is None, _STOP_LIMIT_S):
-            raise Unavailable(f"supervisord (pid {pid}) does not end; {self._log}/supervisord.log may say why.")
+        if not _ends(self._lock, signal.SIGTERM, _STOP_LIMIT_S):
+            raise Unavailable(
+                f"supervisord (pid {holder(self._lock)}) does not end; {self._log}/supervisord.log may say why."
+            )
         # In this order the worker ends before Redis, which still receives its last events.
-        for name, orphan in sorted(self.orphans().items(), reverse=True):
+        for name in sorted(self.orphans(), reverse=True):
             lock = self._run / f"{name}.lock"
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                _signal(orphan, number)
-                if wait_until(lambda lock=lock: holder(lock) is None, _ORPHAN_LIMIT_S):  # type: ignore[misc]
-                    break
+            if not _ends(lock, signal.SIGTERM, _ORPHAN_LIMIT_S):
+                _ends(lock, signal.SIGKILL, _ORPHAN_LIMIT_S)
 
     def last_lines(self, name: str, count: int) -> list[str]:
         """Returns the last lines of a program's log."""
@@ -153,15 +149,14 @@ class Supervisor:
     def _socket(self) -> Path:
         return socket_folder(self._run) / "supervisor.sock"
 
-    def _pid(self) -> int | None:
-        return holder(self._run / "supervisord.lock")
 
-
-def _signal(pid: int, number: signal.Signals) -> None:
+def _ends(lock: Path, number: signal.Signals, limit_s: float) -> bool:
+    """Sends a signal to the program that holds a lock, and returns whether it ends within the limit."""
     # The pid is 0 while the program has not written it yet. A signal to 0 would reach this process's own group.
-    with suppress(ProcessLookupError):
-        if pid:
+    if pid := holder(lock):
+        with suppress(ProcessLookupError):
             os.kill(pid, number)
+    return wait_until(lambda: holder(lock) is None, limit_s)
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float) -> bool:
