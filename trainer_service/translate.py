@@ -18,16 +18,9 @@ from trainer_service.jobs.specs import EvaluateSpec, Kind
 STATES: dict[JobState, pb.JobState] = {state: getattr(pb, f"JOB_STATE_{state.name}") for state in JobState}
 KINDS: dict[Kind, pb.JobKind] = {kind: getattr(pb, f"JOB_KIND_{kind.name}") for kind in Kind}
 
-# The fields of a message that hold each event, and the fields with other names than the values.
-_EVENTS: dict[type[events.Event], str] = {
-    events.StateChanged: "state_changed",
-    events.Preparation: "preparation",
-    events.RunStarted: "run_started",
-    events.Progress: "progress",
-    events.Evaluation: "evaluation",
-    events.VersionPublished: "version_published",
-    events.Notice: "notice",
-}
+# The field of the response for each event, by the name of the message, which is also the name of the event.
+_EVENTS = {each.message_type.name: each.name for each in pb.WatchJobResponse.DESCRIPTOR.fields if each.message_type}
+# Values whose fields have another name.
 _RENAMED = {"eta_s": "eta_seconds", "preparation_s": "preparation_seconds"}
 
 # Limits on the names of a job's files together, and on any text.
@@ -106,7 +99,7 @@ def job_to_pb(record: JobRecord) -> pb.Job:
 
 def event_to_pb(timed: TimedEvent) -> pb.WatchJobResponse:
     """Writes an event of a job."""
-    values: dict[str, Any] = {_EVENTS[type(timed.event)]: _values(timed.event)}
+    values: dict[str, Any] = {_EVENTS[type(timed.event).__name__]: _values(timed.event)}
     return pb.WatchJobResponse(time=_time_to_pb(timed.time), **values)
 
 
