@@ -1,4 +1,4 @@
-"""Commands on the content of the registry: check it, remove what is not needed, show what takes how much space."""
+"""Commands that check the registry, prune it, and show the use of disk space."""
 
 import os
 import sys
