@@ -164,6 +164,9 @@ def test_the_version_that_should_serve_and_a_rollback_needs_does_not_wait() -> N
     there = (serving(1), resident(2, State.LOADING))
     done = World(registry([6]), Memory(2, there), (Wanted(version(6), at_once=True), Wanted(version(2)))).plan()
     assert (done.load, done.wait) == ((version(6),), ())
+    there = (serving(1), resident(2, streams=1))
+    done = World(registry([6]), Memory(2, there), (Wanted(version(2)), Wanted(version(6), at_once=True))).plan()
+    assert (done.load, done.admit, done.wait) == ((version(6),), (2,), ())
 
 
 def test_a_version_that_no_call_can_use_makes_room_before_any_other() -> None:
@@ -211,6 +214,12 @@ def test_a_worse_version_that_is_held_is_neither_refused_nor_served_until_it_is_
     done = World(registry([2, 1]), Memory(2, there)).plan()
     assert (done.serve, done.refuse, done.drop) == (1, (), ())
     assert World(registry([2], compares=False), Memory(2, there)).plan().serve == 2
+
+
+def test_a_version_that_is_too_bad_does_not_serve_after_one_that_is_only_a_little_worse() -> None:
+    there = (serving(1), replace(resident(2), version=version(2, 3.08)), replace(resident(3), version=version(3, 3.04)))
+    done = World(registry([2, 3, 1]), Memory(3, there)).plan()
+    assert (done.serve, [refusal.version.number for refusal in done.refuse]) == (3, [2])
 
 
 def test_a_run_that_is_followed_takes_over_without_a_comparison() -> None:
