@@ -81,10 +81,10 @@ class World:
         return world
 
     def drained(self) -> "World":
-        """The world in which the streams of all versions have ended that do not serve."""
-        world = self
+        """The world in which the streams of all versions have ended that the next plan does not let serve."""
+        world, serve = self, self.plan().serve
         for each in self.memory.residencies:
-            if each.state is not State.SERVING:
+            if each.version.number != serve:
                 world = world.changed(each.version.number, streams=0)
         return world
 
