@@ -3,7 +3,7 @@
 versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
 runs/<run>/ended           marks a finished run
-evaluations/<n>/           results of later evaluations of a version
+evaluations/<n>/           records of evaluations of a version: see `evaluations.py`
 serving/                   decisions and findings: see `decisions.py`
 staging/<id>/              checkpoints that are being written or removed: see `staging.py`
 holds/                     versions that jobs wait for: see `holds.py`
@@ -23,7 +23,6 @@ from shared.registry.commit import (
     IGNORED_NAMES,
     lacking,
     locked,
-    make_folder,
     record_files,
     replace_text,
     reveal,
@@ -32,6 +31,7 @@ from shared.registry.commit import (
     writing,
 )
 from shared.registry.decisions import Decided, Decisions, check_label
+from shared.registry.evaluations import Evaluations
 from shared.registry.fence import Fence
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
@@ -70,6 +70,7 @@ class Registry:
         self.root = root
         self.decisions = Decisions(root)
         self.holds = Holds(root)
+        self.evaluations = Evaluations(root)
         self._staging = Staging(root)
         # A version never changes, so its manifest is read once; the inode shows if the whole registry was replaced.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}
@@ -194,23 +195,11 @@ class Registry:
                 reveal(staging, self.version_directory(number))
         return version
 
-    def keep_evaluation(self, number: int, evaluation_set: str, text: str) -> None:
-        """Writes the result of an evaluation of a version beside the version, which itself never changes."""
-        folder = self._evaluations(number)
-        if not self.version_directory(number).is_dir():
-            return  # It was removed in the meantime.
-        with writing(self.root):
-            make_folder(folder, self.root)
-            replace_text(folder / f"{evaluation_set}.json", text)
-
-    def _evaluations(self, number: int) -> Path:
-        return self.root / "evaluations" / str(number)
-
     def remove_version(self, number: int) -> None:
         """Removes a version atomically, and its evaluations; processes that have its files open can still read them."""
         self.decisions.forget(number)
         self._staging.remove(self.version_directory(number))
-        self._staging.remove(self._evaluations(number))
+        self._staging.remove(self.evaluations.folder(number))
         self._manifests.pop(number, None)
 
     # States

@@ -1,0 +1,1 @@
+"""The judge: measures a version and keeps what it measured as a record, from which every report is made."""

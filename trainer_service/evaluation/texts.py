@@ -1,0 +1,73 @@
+"""The texts on which a version is judged: a whole held-out split, and the text that it was trained on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shared.errors import GptloopError
+from shared.gpt.tokenizer import Tokenizer
+from shared.registry.manifest import IMPORTED, VersionManifest
+from trainer_service.training.batches import Tokens
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.corpus import DatasetSpec
+from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
+from trainer_service.versions import changed_text
+
+# Held-out text is judged as a whole, however short it is.
+_SHORTEST = 2
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The held-out tokens (N,) with their name and the revision of their data set, and the training tokens (M,).
+
+    `training` is None if that text is unknown or cannot be read; `notes` then say why.
+    """
+
+    held_out: Tokens
+    name: str
+    revision: str
+    training: Tokens | None
+    notes: tuple[str, ...]
+
+
+def read_texts(
+    version: VersionManifest,
+    data: DatasetSpec,
+    tokenizer: Tokenizer,
+    directory: Path,
+    report: Callable[[PrepareProgress], None],
+) -> Texts:
+    """Returns the texts for a version, in tokens of its tokenizer.
+
+    The held-out text is that of `data`, or of the version's own data if `data` is empty. Raises the errors of `prepare`
+    for it; a problem with the training text is a note.
+    """
+    config = TrainingConfig.from_dict(version.training)
+    own = DatasetSpec(version.dataset_files, version.validation_files)
+
+    def read(spec: DatasetSpec, config: TrainingConfig) -> PreparedData:
+        config = replace(
+            config,
+            max_train_tokens=config.max_train_tokens
+            or config.max_steps * config.batch_size * (config.context_length + 1),
+            context_length=_SHORTEST,
+        )
+        return prepare(spec, config, directory, report, tokenizer, whole_validation=True)
+
+    named = data if data.dataset or data.validation else own
+    if named.validation and not data.dataset and data.validation:
+        named = DatasetSpec((), data.validation)
+    held_out = read(named, config)
+    notes = [*held_out.notices, *changed_text(version, named, held_out)]
+    training: Tokens | None = None
+    if version.preset == IMPORTED:
+        notes.append("The text that an imported version was trained on is unknown.")
+    elif named == own:
+        training = held_out.train
+    else:
+        try:
+            training = read(own, config).train
+        except GptloopError as error:
+            notes.append(f"The training text cannot be read: {error}")
+    return Texts(held_out.validation, held_out.held_out_source, held_out.revision, training, tuple(notes))
