@@ -23,9 +23,7 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
     version = registry.version(int(spec.version)) if spec.version.isdecimal() else registry.resolve(spec.version)
     tokenizer = read_tokenizer(registry.version_directory(version.version))
     report = preparation_report(attempt)
-    texts = read_texts(
-        version, spec.data, tokenizer, attempt.directories.data, lambda each: report(each.stage, each.fraction)
-    )
+    texts = read_texts(version, spec.data, tokenizer, attempt.directories.data, report)
     for text in texts.notes:
         attempt.emit(Notice(text))
     with Workers(attempt.device.threads) as workers:

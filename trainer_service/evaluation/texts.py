@@ -1,20 +1,16 @@
 """The texts on which a version is judged: a whole held-out split, and the text that it was trained on."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shared.errors import GptloopError
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import IMPORTED, VersionManifest
+from trainer_service.text.corpus import DatasetSpec
+from trainer_service.text.tokens import PreparedData, Report, prepare
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.corpus import DatasetSpec
-from trainer_service.training.tokens import PreparedData, PrepareProgress, prepare
 from trainer_service.versions import changed_text
-
-# Held-out text is judged as a whole, however short it is.
-_SHORTEST = 2
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,7 @@ class Texts:
 
 
 def read_texts(
-    version: VersionManifest,
-    data: DatasetSpec,
-    tokenizer: Tokenizer,
-    directory: Path,
-    report: Callable[[PrepareProgress], None],
+    version: VersionManifest, data: DatasetSpec, tokenizer: Tokenizer, directory: Path, report: Report
 ) -> Texts:
     """Returns the texts for a version, in tokens of its tokenizer.
 
@@ -47,18 +39,11 @@ def read_texts(
     own = DatasetSpec(version.dataset_files, version.validation_files)
 
     def read(spec: DatasetSpec, config: TrainingConfig) -> PreparedData:
-        config = replace(
-            config,
-            max_train_tokens=config.max_train_tokens
-            or config.max_steps * config.batch_size * (config.context_length + 1),
-            context_length=_SHORTEST,
-        )
         return prepare(spec, config, directory, report, tokenizer, whole_validation=True)
 
     named = data if data.dataset or data.validation else own
-    if named.validation and not data.dataset and data.validation:
-        named = DatasetSpec((), data.validation)
-    held_out = read(named, config)
+    # Of other data, only the held-out part is read.
+    held_out = read(named, config if named == own else replace(config, max_train_tokens=config.context_length + 1))
     notes = [*held_out.notices, *changed_text(version, named, held_out)]
     training: Tokens | None = None
     if version.preset == IMPORTED:

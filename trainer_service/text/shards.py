@@ -19,8 +19,10 @@ DTYPE = np.dtype("<u2")
 ABANDONED_S = 3600.0
 
 
-def read_shard(path: Path, limit: int) -> Tokens | None:
+def read_shard(path: Path, limit: int | None) -> Tokens | None:
     """Returns the first `limit` tokens of a shard, memory-mapped, (N,); fewer only if the whole split has fewer.
+
+    Without a limit it returns the whole split.
 
     Returns None if the shard does not exist, holds too few tokens, or has another size than its header says.
     """
@@ -31,7 +33,8 @@ def read_shard(path: Path, limit: int) -> Tokens | None:
             count, complete = values["count"], values["complete"]
             if values["magic"] != MAGIC or values["version"] != VERSION:
                 return None
-            if size_bytes != HEADER_BYTES + count * DTYPE.itemsize or (count < limit and not complete):
+            enough = complete or (limit is not None and count >= limit)
+            if size_bytes != HEADER_BYTES + count * DTYPE.itemsize or not enough:
                 return None
             if count == 0:
                 return np.zeros(0, dtype=DTYPE)  # an empty range cannot be mapped
@@ -40,8 +43,8 @@ def read_shard(path: Path, limit: int) -> Tokens | None:
         return None
 
 
-def write_shard(path: Path, origin: Mapping[str, str], arrays: Iterable[Tokens], limit: int) -> None:
-    """Writes the first `limit` tokens of a split atomically.
+def write_shard(path: Path, origin: Mapping[str, str], arrays: Iterable[Tokens], limit: int | None) -> None:
+    """Writes the first `limit` tokens of a split, or all of them, atomically.
 
     The header holds their `origin`, their `count`, and whether they are the `complete` split. Raises `OSError` if the
     disk cannot be written, and leaves no partial file then.
@@ -54,13 +57,13 @@ def write_shard(path: Path, origin: Mapping[str, str], arrays: Iterable[Tokens],
     with replacing(path) as file:
         file.seek(HEADER_BYTES)
         for array in arrays:
-            part = array[: limit - count]
+            part = array if limit is None else array[: limit - count]
             file.write(part.astype(DTYPE, copy=False).tobytes())
             count += part.size
             if count == limit:
                 break
         header = {"magic": MAGIC, "version": VERSION, **origin, "split": path.stem}
-        content = json.dumps(header | {"count": count, "complete": count < limit}).encode()
+        content = json.dumps(header | {"count": count, "complete": limit is None or count < limit}).encode()
         assert len(content) <= HEADER_BYTES
         file.seek(0)
         file.write(content.ljust(HEADER_BYTES))

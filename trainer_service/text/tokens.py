@@ -95,20 +95,28 @@ class _Progress:
 
 
 def prepare(
-    spec: DatasetSpec, config: TrainingConfig, directory: Path, report: Report, tokenizer: Tokenizer | None = None
+    spec: DatasetSpec,
+    config: TrainingConfig,
+    directory: Path,
+    report: Report,
+    tokenizer: Tokenizer | None = None,
+    *,
+    whole_validation: bool = False,
 ) -> PreparedData:
     """Returns the tokens of a data set, from the shards below `directory`; tokenises the text if they are missing.
 
     `tokenizer` is that of the version which a run continues. Without one, the configuration decides; a tokenizer that
-    is trained on little text may get fewer tokens than configured. Only the text that the run will read is tokenised.
-    `report` is called several times a second; an exception from it ends the work and leaves no partial file. Several
-    processes may prepare the same data at once. Without a data set, `train` is empty. Raises the errors of
-    `open_corpus`, `DataError` if a split is shorter than one window, and `ResourceExhausted` or `FailedPrecondition` if
-    `directory` cannot be written.
+    is trained on little text may get fewer tokens than configured. Only the text that the run will read is tokenised,
+    or with `whole_validation` all held-out text, which may then be shorter than a window. `report` is called several
+    times a second; an exception from it ends the work and leaves no partial file. Several processes may prepare the
+    same data at once. Without a data set, `train` is empty. Raises the errors of `open_corpus`, `DataError` if a split
+    is shorter than one window, and `ResourceExhausted` or `FailedPrecondition` if `directory` cannot be written.
     """
     window = config.context_length + 1
     train_limit = config.max_train_tokens or config.max_steps * config.batch_size * window
-    validation_limit = config.max_validation_tokens or config.evaluation_windows * config.context_length + 1
+    validation_limit: int | None = None
+    if not whole_validation:
+        validation_limit = config.max_validation_tokens or config.evaluation_windows * config.context_length + 1
     progress = _Progress(report)
     progress.begin(Stage.OPEN)
     corpus = open_corpus(spec, config.validation_share, progress.read)
@@ -130,9 +138,12 @@ def prepare(
         _check_size("training", train.size, window, corpus.source, "add text")
     validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
     remedy = "add text" if spec.validation else "raise validation_share or name a longer file"
-    _check_size("held-out", validation.size, window, corpus.held_out_source, remedy)
+    if not whole_validation:
+        _check_size("held-out", validation.size, window, corpus.held_out_source, remedy)
+    elif not validation.size:
+        raise DataError(f"The held-out text of {corpus.held_out_source} is empty: {remedy}.")
     windows = (validation.size - 1) // config.context_length
-    if windows < config.evaluation_windows:
+    if windows < config.evaluation_windows and not whole_validation:
         notices.append(f"The held-out text fills only {windows} of the {config.evaluation_windows} evaluation windows.")
     return PreparedData(
         config=config,
@@ -185,13 +196,15 @@ def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _
     return tokenizer
 
 
-def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limit: int, progress: _Progress) -> Tokens:
-    """Returns a split from its shard; writes the shard first if it is missing or too short."""
+def _tokens(
+    corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limit: int | None, progress: _Progress
+) -> Tokens:
+    """Returns a split, or its first `limit` tokens, from its shard; writes the shard first if it has too few."""
     tokens = read_shard(path, limit)
     if tokens is None:
         split = corpus.train if stage is Stage.TRAIN else corpus.validation
         origin = {"tokenizer": tokenizer.digest, "source": corpus.source, "revision": corpus.revision}
-        progress.begin(stage, limit)
+        progress.begin(stage, limit or 0)
         with _writing(path.parent):
             write_shard(path, origin, _encode(split(), tokenizer, limit, progress), limit)
         tokens = read_shard(path, limit)
@@ -199,7 +212,9 @@ def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limi
     return tokens
 
 
-def _encode(passages: Iterable[Passage], tokenizer: Tokenizer, limit: int, progress: _Progress) -> Iterator[Tokens]:
+def _encode(
+    passages: Iterable[Passage], tokenizer: Tokenizer, limit: int | None, progress: _Progress
+) -> Iterator[Tokens]:
     """Yields the tokens of passages, a batch of passages at a time, (N,) each."""
     count = 0
     for batch in _batches(passages, progress.tick):
@@ -209,7 +224,7 @@ def _encode(passages: Iterable[Passage], tokenizer: Tokenizer, limit: int, progr
                 tokens.append(tokenizer.end_token)
         array = np.fromiter(chain.from_iterable(encoded), dtype=np.uint16)  # (N,)
         count += array.size
-        progress.reach(min(count, limit), limit)
+        progress.reach(count, limit or 0)
         yield array
 
 
