@@ -94,7 +94,7 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
     if attempt.device.backend == "cpu" and attempt.device.blas is None:
         attempt.emit(Notice(accelerator.NO_BLAS))
     # Imported here, because MLX must load after its fast BLAS.
-    from trainer_service.evaluation import evaluate_version
+    from trainer_service.evaluation.job import evaluate_version
     from trainer_service.run import TrainingRun, prepare_data
 
     if record.spec is None:

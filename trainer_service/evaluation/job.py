@@ -51,7 +51,7 @@ def evaluation_event(record: Record) -> Evaluation:
         text.nats_per_token,
         text.bits_per_byte,
         version=record.version.number,
+        windows=record.method.windows,
         text=record.method.text.name,
-        tokens=record.method.text.tokens,
         method_digest=record.method.digest,
     )

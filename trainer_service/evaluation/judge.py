@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.device.accelerator import Accelerator
-from shared.errors import CorruptCheckpoint, NotFound
+from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
@@ -59,6 +59,10 @@ def judge(
     config = TrainingConfig.from_dict(version.training)
     tokenizer = read_tokenizer(folder)
     method = _method(texts, tokenizer, device, window or config.context_length)
+    if method.window > config.context_length:
+        raise InvalidArgument(
+            f"window is {window}, but version {version.version} sees at most {config.context_length} tokens at once."
+        )
     record = _so_far(version, method, registry, since)
 
     def keep(section: str, **measured: object) -> None:

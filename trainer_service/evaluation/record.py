@@ -59,6 +59,11 @@ class Method:
     code: int = CODE
 
     @property
+    def windows(self) -> int:
+        """The number of windows that cover the text."""
+        return 1 + -(-max(self.text.tokens - self.window, 0) // self.stride)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of all values, in hexadecimal."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()

@@ -78,7 +78,8 @@ class Evaluation:
     """Held-out loss was measured, in nats per token and bits per byte.
 
     In training, `training_loss` is the loss of the last steps. A job that evaluates has no such loss, but has the
-    `version` that it measured, and the number of `windows` and the name of the `text`.
+    `version` that it measured, the number of `windows`, the name of the `text`, and the `method_digest` of the
+    record in the registry.
     """
 
     step: int
@@ -88,6 +89,7 @@ class Evaluation:
     version: int | None = None
     windows: int | None = None
     text: str = ""
+    method_digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 An empty or absent value stands for the default.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ _MAX_OVERRIDES = 100
 _MAX_AFTER = 100
 _MAX_NOTES_LENGTH = 2000
 _MAX_NUMBER = 2**63 - 1
+_LONGEST_WINDOW = 1 << 17
 
 # What a continued run inherits unchanged from its version.
 _MODEL = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
@@ -151,11 +153,19 @@ class TrainRequest(_RunRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(_DataRequest):
-    """Measure the loss of a version: its number, or `best` or `latest` as it stands when the job begins."""
+    """Evaluate a version: its number, or `best` or `latest` as it stands when the job begins.
+
+    window: the tokens of a window, which versions that are compared have in common; 0 stands for the version's context.
+    pairs: files of minimal pairs, in BLiMP's format.
+    again: whether to measure again what an earlier evaluation by the same method has measured.
+    """
 
     kind: ClassVar[Kind] = Kind.EVALUATE
 
     version: str = "best"
+    window: int = 0
+    pairs: tuple[str, ...] = ()
+    again: bool = False
 
     def resolve(self, registry: Registry) -> EvaluateSpec:
         """Checks the request; raises `InvalidArgument`, `NotFound` or `DataError` with what would be right."""
@@ -166,12 +176,17 @@ class EvaluateRequest(_DataRequest):
             raise InvalidArgument(f"version is {shown(self.version)}, but must be a number, best or latest.")
         elif not self.after:
             registry.resolve(self.version)
-        for name in self.validation:
+        if not 0 <= self.window <= _LONGEST_WINDOW:
+            raise InvalidArgument(
+                f"window is {shown(self.window)}, but must be from 1 to the context of the version, or 0 for all of it."
+            )
+        for name in (*self.validation, *self.pairs):
             check_file(Path(name))
         data = DatasetSpec(self.dataset, self.validation)
         if self.dataset:
             check_spec(data)
-        return EvaluateSpec(self.version, absolute(data))
+        pairs = tuple(str(Path(name).absolute()) for name in self.pairs)
+        return EvaluateSpec(self.version, absolute(data), self.window, pairs, time.time() if self.again else 0.0)
 
 
 JobRequest = PrepareRequest | TrainRequest | EvaluateRequest

@@ -58,12 +58,18 @@ class EvaluateSpec:
     """A version, given by its number or by a label that is resolved when the job begins, and the text to measure it on.
 
     Without a data set and held-out files, the text is the held-out text of the version's own training.
+    window: the tokens of a window; 0 stands for the version's context.
+    pairs: files of minimal pairs.
+    since: what was measured before this time, in seconds since the epoch, is measured again.
     """
 
     kind: ClassVar[Kind] = Kind.EVALUATE
 
     version: str
     data: DatasetSpec
+    window: int = 0
+    pairs: tuple[str, ...] = ()
+    since: float = 0.0
 
     @property
     def run(self) -> str:
@@ -86,7 +92,11 @@ def spec_from_json(kind: Kind, text: str) -> Spec:
             tuple(map(_text, values["data"]["dataset"])), tuple(map(_text, values["data"]["validation"]))
         )
         if kind is Kind.EVALUATE:
-            return EvaluateSpec(_text(values["version"]), data)
+            window, since = values.get("window", 0), values.get("since", 0.0)
+            if type(window) is not int or type(since) not in (int, float):
+                raise TypeError("window or since has another type")
+            pairs = tuple(map(_text, values.get("pairs", ())))
+            return EvaluateSpec(_text(values["version"]), data, window, pairs, since)
         run, preset, resume, notes = values["run"], _text(values["preset"]), values["resume"], values.get("notes", "")
         # The name is also the name of a folder.
         check_name(run)

@@ -39,7 +39,7 @@ JOB_KIND_TRAIN: JobKind
 JOB_KIND_EVALUATE: JobKind
 
 class EnqueueJobRequest(_message.Message):
-    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes")
+    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes", "window", "pairs", "again")
     class OverridesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,9 @@ class EnqueueJobRequest(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     preset: str
     dataset: _containers.RepeatedScalarFieldContainer[str]
     validation: _containers.RepeatedScalarFieldContainer[str]
@@ -67,7 +70,10 @@ class EnqueueJobRequest(_message.Message):
     version: str
     name: str
     notes: str
-    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ...) -> None: ...
+    window: int
+    pairs: _containers.RepeatedScalarFieldContainer[str]
+    again: bool
+    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ..., window: _Optional[int] = ..., pairs: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ...) -> None: ...
 
 class EnqueueJobResponse(_message.Message):
     __slots__ = ("job", "live_workers")
@@ -250,7 +256,7 @@ class Progress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., max_steps: _Optional[int] = ..., loss: _Optional[float] = ..., learning_rate: _Optional[float] = ..., gradient_norm: _Optional[float] = ..., tokens_per_second: _Optional[float] = ..., tokens: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., best_validation_loss: _Optional[float] = ..., active_memory_bytes: _Optional[int] = ..., cache_memory_bytes: _Optional[int] = ..., peak_memory_bytes: _Optional[int] = ..., resident_memory_bytes: _Optional[int] = ...) -> None: ...
 
 class Evaluation(_message.Message):
-    __slots__ = ("step", "training_loss", "validation_loss", "bits_per_byte", "version", "windows", "text")
+    __slots__ = ("step", "training_loss", "validation_loss", "bits_per_byte", "version", "windows", "text", "method_digest")
     STEP_FIELD_NUMBER: _ClassVar[int]
     TRAINING_LOSS_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +264,7 @@ class Evaluation(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WINDOWS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    METHOD_DIGEST_FIELD_NUMBER: _ClassVar[int]
     step: int
     training_loss: float
     validation_loss: float
@@ -265,7 +272,8 @@ class Evaluation(_message.Message):
     version: int
     windows: int
     text: str
-    def __init__(self, step: _Optional[int] = ..., training_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., version: _Optional[int] = ..., windows: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+    method_digest: str
+    def __init__(self, step: _Optional[int] = ..., training_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., version: _Optional[int] = ..., windows: _Optional[int] = ..., text: _Optional[str] = ..., method_digest: _Optional[str] = ...) -> None: ...
 
 class VersionPublished(_message.Message):
     __slots__ = ("version", "step", "validation_loss", "bits_per_byte", "best")
