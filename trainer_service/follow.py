@@ -97,7 +97,9 @@ def describe(event: Event) -> str | None:
                 f"{evaluation.bits_per_byte:.4f} bits per byte"
             )
             if evaluation.version is not None:
-                return f"version {evaluation.version}: {held_out}, on {evaluation.windows:,} windows of {evaluation.text}"
+                return (
+                    f"version {evaluation.version}: {held_out}, on {evaluation.windows:,} windows of {evaluation.text}"
+                )
             return f"step {evaluation.step}: {held_out} (training loss {evaluation.training_loss:.4f})"
         case events.VersionPublished() as published:
             return f"version {published.version} published" + (", the best so far" if published.best else "")

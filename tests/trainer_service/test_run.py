@@ -17,7 +17,7 @@ from shared.registry.retention import Retention
 from shared.registry.store import Checkpoint, Registry
 from shared.service.settings import Directories
 from tests.fakes import publish_overflowing_version
-from trainer_service.evaluation import evaluate_version
+from trainer_service.evaluation.job import evaluate_version
 from trainer_service.jobs.attempt import Attempt, Stopped
 from trainer_service.jobs.events import Evaluation, Event, Notice, Progress, VersionPublished
 from trainer_service.jobs.requests import TrainRequest
