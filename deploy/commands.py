@@ -7,8 +7,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 _STACK = "deploy.stack"
-_TRAINER = "trainer_service.__main__"
-_REGISTRY = "trainer_service.registry_commands"
+_JOBS = "trainer_service.commands.jobs"
+_EVALUATION = "trainer_service.commands.evaluation"
+_REGISTRY = "trainer_service.commands.registry"
 _INFERENCE = "inference_service.__main__"
 
 
@@ -51,13 +52,13 @@ TOPICS = (
     Topic(
         "Train",
         'gptloop train --preset small --dataset stories.txt --set "max_steps=500"',
-        Command("train", "Queue a training job and follow it.", _TRAINER),
-        Command("prepare", "Prepare a data set and show a sample of it.", _TRAINER, "data"),
-        Command("eval", "Queue a job that measures the held-out loss of a version.", _TRAINER, "evaluate"),
-        Command("jobs", "List the jobs, the newest first.", _TRAINER),
-        Command("watch", "Follow a job from its first event until it ends.", _TRAINER),
-        Command("cancel", "Ask a job to end.", _TRAINER),
-        Command("runs", "List the runs and the values in which they differ.", _TRAINER),
+        Command("train", "Queue a training job and follow it.", _JOBS),
+        Command("prepare", "Prepare a data set and show a sample of it.", _JOBS, "data"),
+        Command("eval", "Queue a job that measures the held-out loss of a version.", _EVALUATION, "evaluate"),
+        Command("jobs", "List the jobs, the newest first.", _JOBS),
+        Command("watch", "Follow a job from its first event until it ends.", _JOBS),
+        Command("cancel", "Ask a job to end.", _JOBS),
+        Command("runs", "List the runs and the values in which they differ.", _JOBS),
     ),
     Topic(
         "Generate text",
@@ -79,12 +80,12 @@ TOPICS = (
     Topic(
         "Keep the registry",
         "gptloop prune --dry-run",
-        Command("checkpoints", "List the versions in the registry, the oldest first.", _TRAINER),
+        Command("checkpoints", "List the versions in the registry, the oldest first.", _REGISTRY),
         Command("verify", "Compare every file of every version and state with its hash.", _REGISTRY),
         Command("prune", "Remove the versions and states that no rule keeps.", _REGISTRY),
         Command("disk", "Show how much disk space each kind of file takes.", _REGISTRY),
-        Command("import", "Make a version of a GPT-2 folder in Hugging Face's layout.", _TRAINER),
-        Command("export", "Write a version as a GPT-2 folder in Hugging Face's layout.", _TRAINER),
+        Command("import", "Make a version of a GPT-2 folder in Hugging Face's layout.", _REGISTRY),
+        Command("export", "Write a version as a GPT-2 folder in Hugging Face's layout.", _REGISTRY),
     ),
 )
 

@@ -11,7 +11,7 @@ from shared.registry.fence import Fence
 from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.shared.registry.scenarios import make_manifest, write_model
-from trainer_service.registry_commands import app
+from trainer_service.commands.registry import app
 
 
 @pytest.fixture

@@ -1,17 +1,20 @@
-"""Commands that check the registry, prune it, and show the use of disk space."""
+"""Commands that list the registry, bring versions in and out, check and prune it, and show the use of disk space."""
 
 import os
 import sys
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, NotFound, Unavailable
 from shared.registry import retention as retention_module
 from shared.registry.identity import registry_id
+from shared.registry.policy import labels_of
 from shared.registry.retention import Verdict, judge
 from shared.registry.store import Checkpoint, Registry
 from shared.service import cli
@@ -19,13 +22,84 @@ from shared.service.lists import Column, JsonOption, print_list
 from shared.service.live_bar import LiveBar
 from shared.service.settings import read_directories
 from shared.text import format_size, printable
+from trainer_service import dataset_names, listings
+from trainer_service.commands.options import DatasetOption, ValidationOption, settings, version_number
 from trainer_service.disk import Usage, usage
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.requests import DEFAULT_DATASET
 from trainer_service.jobs.submit import release_ended
 from trainer_service.redis_server import connect, redis_url
 from trainer_service.settings import read_retention
+from trainer_service.text.corpus import DatasetSpec, check_spec
 
 app = cli.new_app(None)
+
+
+@app.command()
+def checkpoints(as_json: JsonOption = False) -> None:
+    """List the versions in the registry, the oldest first.
+
+    Example: gptloop checkpoints
+    """
+    listings.print_checkpoints(Registry(settings().directories.registry), as_json)
+
+
+@app.command("import")
+def import_(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The folder.")],
+    dataset: DatasetOption = None,
+    validation: ValidationOption = None,
+) -> None:
+    """Make a version of a GPT-2 folder in Hugging Face's layout.
+
+    The folder holds config.json, model.safetensors, vocab.json and merges.txt. The held-out loss is measured on a data
+    set, as for every version, so that versions can be compared.
+
+    \b
+    Examples:
+      gptloop import gpt2
+      gptloop import my-gpt2 --dataset stories.txt --validation held-out.txt
+    """
+    given = settings()
+    spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))
+    check_spec(spec)
+    device = accelerator.prepare(given.directories.cache / "trainer", own_threads=True)
+    # Only now, as MLX must load after its fast BLAS.
+    from trainer_service.huggingface.interchange import import_folder
+    from trainer_service.training.workers import Workers
+
+    with Workers(device.threads) as workers, cli.Stages() as stages:
+        imported = import_folder(directory, spec, given.directories, given.retention, workers, stages.show)
+    for notice in imported.notices:
+        print(f"note: {notice}")
+    version = imported.version
+    labels = Registry(given.directories.registry).labels()
+    print(f"version     {version.version}")
+    print(f"parameters  {version.parameters:,}")
+    print(f"training    {version.training_loss:.4f} nats per token, on one batch")
+    print(f"held out    {version.validation_loss:.4f} nats per token, {version.bits_per_byte:.4f} bits per byte")
+    print("labels      " + (", ".join(labels_of(version.version, labels)) or "none"))
+    print(f'Continue it with `gptloop train --resume {version.version} --set "max_steps=500"`.')
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(help="A number, as `gptloop checkpoints` lists it, best or latest.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty folder.")],
+) -> None:
+    """Write a version as a GPT-2 folder in Hugging Face's layout.
+
+    transformers and other libraries load such a folder.
+
+    Example: gptloop export 3 my-gpt2
+    """
+    given = settings()
+    accelerator.prepare(given.directories.cache / "trainer")
+    # Only now, as MLX must load after its fast BLAS.
+    from trainer_service.huggingface.interchange import export_version
+
+    for path in export_version(version_number(version), directory, Registry(given.directories.registry)):
+        print(f"{path.stat().st_size:>13,} bytes  {path}")
 
 
 @app.command()
