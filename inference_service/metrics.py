@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import grpc
@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from inference_service.engine.request import FinishReason
 from shared.device.accelerator import Memory
 from shared.pb.inference.v1 import inference_pb2
+from shared.registry.evaluations import Figures
 from shared.registry.manifest import VersionManifest
 
 # Half a millisecond apart up to 10 ms, the usual range of a decode step, and wider above.
@@ -46,6 +47,8 @@ _REFUSALS = ("corrupt", "unfit", "not_finite", "loss_mismatch", "worse", "failin
 # The window over which tokens per second are averaged.
 _RATE_WINDOW_S = 3.0
 _NAMESPACE = "gptloop_inference"
+# The digits that the label `method` shows of a digest.
+_DIGITS = 12
 
 
 class InferenceMetrics:
@@ -92,7 +95,7 @@ class InferenceMetrics:
         for kind in ("active", "cache", "peak", "resident"):
             memory_bytes.labels(kind).set_function(lambda kind=kind: getattr(memory(), f"{kind}_bytes"))  # type: ignore[misc]
         gauge("compiled_shapes", "Compiled programs; no request adds one.").set_function(compiled_shapes)
-        self._models = _Models(f"{_NAMESPACE}_model_info")
+        self._models = _Models()
         registry.register(self._models)
         self._swaps = counter("swaps_total", "Swaps of the serving version.")
         self._swap_seconds = histogram(
@@ -171,6 +174,10 @@ class InferenceMetrics:
         """Counts a refused version."""
         self._refused.labels(reason).inc()
 
+    def evaluated(self, figures: Mapping[int, Figures]) -> None:
+        """Replaces the figures of the evaluations, by version."""
+        self._models.rate(figures)
+
     def resident(self, versions: list[VersionManifest], serving: int | None) -> None:
         """Replaces the versions in memory; the series of all others are removed."""
         before = {manifest.version for manifest in self._models.versions}
@@ -193,11 +200,12 @@ class InferenceMetrics:
 
 
 class _Models(Collector):
-    """The versions in memory, replaced at once, so that no page shows two serving ones."""
+    """The versions in memory, replaced at once, so that no page shows two serving ones; and how the serving one was
+    evaluated."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self) -> None:
         self._shown: tuple[tuple[VersionManifest, ...], int | None] = ((), None)
+        self._figures: Mapping[int, Figures] = {}
 
     @property
     def versions(self) -> tuple[VersionManifest, ...]:
@@ -208,11 +216,24 @@ class _Models(Collector):
         """Replaces what the page shows."""
         self._shown = (versions, serving)
 
+    def rate(self, figures: Mapping[int, Figures]) -> None:
+        """Replaces the figures of the evaluations."""
+        self._figures = figures
+
     def collect(self) -> Iterator[Metric]:
-        """Yields one sample for each version."""
+        """Yields one sample for each version, and the figures of the serving one if it was evaluated."""
         versions, serving = self._shown
+        figures = None if serving is None else self._figures.get(serving)
+        for name, what in (
+            ("bits_per_byte", "Bits per byte of the serving version on a whole held-out text."),
+            ("perplexity", "Perplexity per token of the serving version on a whole held-out text."),
+        ):
+            figure = GaugeMetricFamily(f"{_NAMESPACE}_evaluated_{name}", what, labels=["version", "method"])
+            if figures is not None:
+                figure.add_metric([str(serving), figures.method_digest[:_DIGITS]], getattr(figures, name))
+            yield figure
         family = GaugeMetricFamily(
-            self._name,
+            f"{_NAMESPACE}_model_info",
             "1 for each version in memory; serving is true for the one that answers new requests.",
             labels=["version", "run", "step", "preset", "tokenizer", "parameters", "serving"],
         )

@@ -1,7 +1,7 @@
 """Shows versions to operators."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.service.lists import Column, print_list
@@ -12,7 +12,7 @@ def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> No
     """Prints the versions, the reasons of those that do not serve, and the policy; JSON has the reasons in the list."""
     print_list(
         answer.versions,
-        _COLUMNS,
+        _columns(answer.versions),
         as_json=as_json,
         empty="No version yet: the first one comes with the first evaluation of a training job.",
     )
@@ -23,6 +23,8 @@ def print_versions(answer: pb.ListVersionsResponse, as_json: bool = False) -> No
             print(printable(f"version {status.version}: {status.reason}"))
     for notice in answer.notices:
         print(printable(notice))
+    if answer.best_by:  # a server of an older release does not say
+        print(f"best by: {pb.BestBy.Name(answer.best_by).removeprefix('BEST_BY_').lower()}")
     print(f"policy: {answer.policy}")
 
 
@@ -89,36 +91,65 @@ def _if_known(text: Callable[[pb.VersionStatus], str]) -> Callable[[pb.VersionSt
     return lambda status: text(status) if status.digest else ""
 
 
-# Losses and bits per byte are the values that the trainer lists under the same names.
-_COLUMNS: tuple[Column[pb.VersionStatus], ...] = (
-    Column("version", lambda status: status.version, right=True),
-    Column("step", lambda status: status.step, _if_known(lambda status: f"{status.step:,}"), right=True, rank=3),
-    Column("state", _state),
-    Column(
-        "held-out loss",
-        lambda status: status.validation_loss,
-        _if_known(lambda status: f"{status.validation_loss:.4f}"),
-        right=True,
-    ),
-    Column(
-        "bits per byte",
-        lambda status: status.bits_per_byte,
-        _if_known(lambda status: f"{status.bits_per_byte:.4f}"),
-        right=True,
-    ),
-    Column("as served", _measured, _served, right=True, rank=1, key="measured_loss"),
-    Column("streams", lambda status: status.streams, _use, right=True, rank=4),
-    Column("memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=5),
-    Column(
-        "age",
-        lambda status: status.created_at.ToSeconds(),
-        _if_known(lambda status: format_duration(time.time() - status.created_at.ToSeconds())),
-        key="created_at",
-        right=True,
-        rank=2,
-    ),
-    Column("labels", lambda status: list(status.labels), wraps=True),
-    Column("", lambda status: status.claimed_loss, key="claimed_loss"),
-    Column("", lambda status: status.held, key="held"),
-    Column("", lambda status: status.reason, key="reason"),
-)
+def _evaluation(status: pb.VersionStatus) -> dict[str, object] | None:
+    if not status.HasField("evaluation"):
+        return None
+    figures = {field.name: value for field, value in status.evaluation.ListFields()}
+    return figures | {"measured_at": status.evaluation.measured_at.ToSeconds()}
+
+
+def _evaluated(status: pb.VersionStatus, method: str) -> str:
+    """Returns the bits per byte of an evaluation, in parentheses if it used another method than this one."""
+    if not status.HasField("evaluation"):
+        return ""
+    bits_per_byte = f"{status.evaluation.bits_per_byte:.4f}"
+    return bits_per_byte if status.evaluation.method_digest == method else f"({bits_per_byte})"
+
+
+def _columns(statuses: Sequence[pb.VersionStatus]) -> Sequence[Column[pb.VersionStatus]]:
+    """Returns the columns of a list; losses and bits per byte are the values that the trainer lists under the same
+    names."""
+    evaluations = [status.evaluation for status in statuses if status.HasField("evaluation")]
+    newest = max(
+        evaluations, key=lambda each: each.measured_at.ToMilliseconds(), default=pb.TextQuality()
+    ).method_digest
+    return (
+        Column("version", lambda status: status.version, right=True),
+        Column("step", lambda status: status.step, _if_known(lambda status: f"{status.step:,}"), right=True, rank=3),
+        Column("state", _state),
+        Column(
+            "held-out loss",
+            lambda status: status.validation_loss,
+            _if_known(lambda status: f"{status.validation_loss:.4f}"),
+            right=True,
+        ),
+        Column(
+            "bits per byte",
+            lambda status: status.bits_per_byte,
+            _if_known(lambda status: f"{status.bits_per_byte:.4f}"),
+            right=True,
+        ),
+        Column(
+            "evaluated" if any(status.HasField("evaluation") for status in statuses) else "",
+            _evaluation,
+            lambda status: _evaluated(status, newest),
+            key="evaluation",
+            right=True,
+            rank=2,
+        ),
+        Column("as served", _measured, _served, right=True, rank=1, key="measured_loss"),
+        Column("streams", lambda status: status.streams, _use, right=True, rank=4),
+        Column("memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=5),
+        Column(
+            "age",
+            lambda status: status.created_at.ToSeconds(),
+            _if_known(lambda status: format_duration(time.time() - status.created_at.ToSeconds())),
+            key="created_at",
+            right=True,
+            rank=2,
+        ),
+        Column("labels", lambda status: list(status.labels), wraps=True),
+        Column("", lambda status: status.claimed_loss, key="claimed_loss"),
+        Column("", lambda status: status.held, key="held"),
+        Column("", lambda status: status.reason, key="reason"),
+    )

@@ -69,7 +69,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         signals.forced.set()
 
     collectors = CollectorRegistry()
-    registry = Registry(settings.directories.registry)
+    registry = Registry(settings.directories.registry, settings.best_by)
     protected = [BearerTokenInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
     decoders = DecoderFactory(settings.slots, settings.threads, device.cache)

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from shared.registry.decisions import BestBy
 from shared.service.bearer_token import check_bearer_token
 from shared.service.settings import (
     Directories,
     Environment,
+    read_best_by,
     read_directories,
     read_float,
     read_int,
@@ -56,6 +58,8 @@ class Settings:
     admin_token: str = field(default="", repr=False)
     # How long running streams may continue after the first signal to stop.
     drain_s: float = 30.0
+    # What the label `best` compares.
+    best_by: BestBy = BestBy.TRAINING
 
 
 def prefill_tokens_on(backend: str) -> int:
@@ -96,4 +100,5 @@ def read_settings(environment: Environment) -> Settings:
         admin_token=check_bearer_token(ADMIN_TOKEN_VARIABLE, read_str(environment, ADMIN_TOKEN_VARIABLE, "")),
         # `deploy/supervisord.conf` waits a little longer.
         drain_s=read_seconds("DRAIN_S", default.drain_s, 0.0, 60.0),
+        best_by=read_best_by(environment),
     )

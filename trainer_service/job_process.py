@@ -9,7 +9,6 @@ from functools import partial
 from shared.device import accelerator
 from shared.errors import FailedPrecondition, GptloopError, RunOwnershipLost, Unavailable, shown
 from shared.registry.identity import registry_id
-from shared.registry.store import Registry
 from shared.service import logs
 from trainer_service.jobs.attempt import Attempt, Stopped
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
@@ -57,7 +56,10 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     end: partial[bool] | None = None
     try:
         device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
-        given = Attempt(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested)
+        given = Attempt(
+            *(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested),
+            best_by=settings.best_by,
+        )
         completed = _work(queue.store.get(job_id), given)
     except RunOwnershipLost as error:
         # The process that owns the run now reports how it continues.
@@ -84,7 +86,7 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     finally:
         reporter.close(end)
         try:
-            release_ended(queue, Registry(settings.directories.registry))
+            release_ended(queue, settings.open_registry())
         except GptloopError as error:
             logger.warning("the holds of ended jobs stay until another job ends: %s", error)
 

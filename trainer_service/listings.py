@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
+from shared.registry.evaluations import comparable, one_of_each
 from shared.registry.manifest import VersionManifest
-from shared.registry.policy import describe_other_text, labels_of
+from shared.registry.policy import describe_unranked, labels_of
 from shared.registry.store import Registry
 from shared.service.lists import Column, print_list
 from shared.text import format_duration, format_size
@@ -68,6 +70,15 @@ def print_runs(runs: Sequence[Run], as_json: bool) -> None:
 def print_checkpoints(registry: Registry, as_json: bool) -> None:
     """Prints every version in the registry, the oldest first."""
     versions, labels = registry.versions(), registry.labels()
+    evaluations = registry.evaluations.of(versions)
+    evaluated, compared = one_of_each(evaluations), comparable(evaluations)
+
+    def evaluation(version: VersionManifest) -> str:
+        """Returns the bits per byte, in parentheses if they were measured by another method than the newest ones."""
+        if (figures := evaluated.get(version.version)) is None:
+            return ""
+        return _loss(figures.bits_per_byte) if version.version in compared else f"({_loss(figures.bits_per_byte)})"
+
     columns: tuple[Column[VersionManifest], ...] = (
         Column("version", lambda each: each.version, right=True),
         Column("step", lambda each: each.step, lambda each: f"{each.step:,}", rank=1, right=True),
@@ -78,6 +89,14 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
             "held-out loss", lambda each: each.validation_loss, lambda each: _loss(each.validation_loss), right=True
         ),
         Column("bits per byte", lambda each: each.bits_per_byte, lambda each: _loss(each.bits_per_byte), right=True),
+        Column(
+            "evaluated" if evaluated else "",
+            lambda each: asdict(evaluated[each.version]) if each.version in evaluated else None,
+            evaluation,
+            key="evaluation",
+            rank=2,
+            right=True,
+        ),
         Column(
             "size",
             lambda each: each.size_bytes,
@@ -103,7 +122,7 @@ def print_checkpoints(registry: Registry, as_json: bool) -> None:
         as_json=as_json,
         empty="No version yet: the first one comes with the first evaluation of a training job.",
     )
-    if not as_json and (sentence := describe_other_text(versions, registry.known(versions).refused)):
+    if not as_json and (sentence := describe_unranked(versions, registry.known(versions))):
         print(sentence)
 
 

@@ -33,7 +33,7 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     the run continues, or else the configured one. Raises the errors of `prepare`, `FailedPrecondition` if the run began
     with other text, and `Stopped` if the attempt has to end.
     """
-    registry = Registry(attempt.directories.registry)
+    registry = attempt.open_registry()
     state = _own_state(spec, registry)
     continued = state
     if state is None and spec.resume is not None:
@@ -80,7 +80,7 @@ class TrainingRun:
         # Preparing the data raises `Stopped` if the attempt has to end.
         self._attempt = attempt
         self._emit = attempt.emit
-        self._registry = Registry(attempt.directories.registry)
+        self._registry = attempt.open_registry()
         self._registry.sweep()
         self._data = prepare_data(spec, attempt)
         config = self._data.config

@@ -115,18 +115,18 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
 async def serve(settings: TrainerSettings) -> None:
     """Serves until SIGTERM or SIGINT. The health is SERVING while Redis answers."""
-    root = settings.directories.registry
-    queue = JobQueue(connect(settings.redis_url), registry_id(root))
+    registry = settings.open_registry()
+    queue = JobQueue(connect(settings.redis_url), registry_id(registry.root))
     signals = Signals()
     metrics = make_metrics(queue)
     server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
-    training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(queue, Registry(root)), server.server)
+    training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(queue, registry), server.server)
     host = settings.host
     page = Address(host, settings.metrics_port, "GPTLOOP_TRAINER_HOST", "GPTLOOP_TRAINER_METRICS_PORT")
     with metrics_page(metrics, page) as metrics_port:
         port = await server.start(Address(host, settings.port, "GPTLOOP_TRAINER_HOST", "GPTLOOP_TRAINER_PORT"))
         logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, metrics_port)
-        health = asyncio.create_task(_follow_redis(server, queue, root, signals))
+        health = asyncio.create_task(_follow_redis(server, queue, registry.root, signals))
         await signals.asked.wait()
         health.cancel()
         await server.stop(_DRAIN_S, signals.forced)

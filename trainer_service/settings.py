@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+from shared.registry.decisions import BestBy
 from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
+from shared.registry.store import Registry
 from shared.service.settings import (
     Directories,
     Environment,
+    read_best_by,
     read_bytes,
     read_directories,
     read_float,
@@ -27,6 +30,7 @@ class TrainerSettings:
     retention: `GPTLOOP_KEEP_*`, which versions and states the registry keeps.
     redis_url: `REDIS_URL`, the Redis server; without it the embedded one below `GPTLOOP_VAR`.
     directories: `GPTLOOP_VAR`, the folder of all state.
+    best_by: `GPTLOOP_BEST_BY`, what the label `best` compares.
     """
 
     host: str
@@ -36,6 +40,11 @@ class TrainerSettings:
     retention: Retention
     redis_url: str
     directories: Directories
+    best_by: BestBy
+
+    def open_registry(self) -> Registry:
+        """Returns the registry in its folder."""
+        return Registry(self.directories.registry, self.best_by)
 
 
 def read_settings(environment: Environment) -> TrainerSettings:
@@ -49,6 +58,7 @@ def read_settings(environment: Environment) -> TrainerSettings:
         retention=read_retention(environment),
         redis_url=redis_url(environment, directories),
         directories=directories,
+        best_by=read_best_by(environment),
     )
 
 

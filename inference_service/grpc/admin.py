@@ -25,6 +25,7 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
             versions=[status_to_pb(status) for status in statuses],
             policy=self._catalogue.policy,
             notices=map(readable, self._catalogue.notices),
+            best_by=f"BEST_BY_{self._catalogue.best_by.name}",
         )
 
     async def LoadVersion(self, message: pb.LoadVersionRequest, context: Any) -> pb.LoadVersionResponse:  # noqa: N802

@@ -96,7 +96,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         chosen = await self._choose(selection_from_pb(message.model))
         manifest = chosen or (await self._residents.await_serving()).manifest
         await self._catalogue.look()
-        return translate.model_to_pb(manifest, labels_of(manifest.version, self._catalogue.labels()))
+        number, catalogue = manifest.version, self._catalogue
+        return translate.model_to_pb(manifest, labels_of(number, catalogue.labels()), catalogue.evaluation(number))
 
     async def _generate(self, draft: Draft, context: Context) -> str:
         """Answers a checked request; returns the finish reason of its last sample."""

@@ -14,6 +14,7 @@ from shared.decoding.sampling import SamplingParameters, check_biases
 from shared.errors import InvalidArgument
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.registry.evaluations import Figures
 from shared.registry.manifest import VersionManifest
 from shared.text import shorten, valid_unicode
 
@@ -163,8 +164,8 @@ def readable(text: str) -> str:
     return valid_unicode(shorten(text, _MOST_CHARACTERS))
 
 
-def model_to_pb(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModelResponse:
-    """Describes a version by its manifest."""
+def model_to_pb(manifest: VersionManifest, labels: Sequence[str], evaluation: Figures | None) -> pb.GetModelResponse:
+    """Describes a version by its manifest, and by its evaluation if there is one."""
     config = {
         name: value
         for name, value in manifest.model.items()
@@ -184,6 +185,7 @@ def model_to_pb(manifest: VersionManifest, labels: Sequence[str]) -> pb.GetModel
         validation_loss=manifest.validation_loss,
         bits_per_byte=manifest.bits_per_byte,
         labels=labels,
+        evaluation=_quality_to_pb(evaluation),
     )
 
 
@@ -198,6 +200,7 @@ def status_to_pb(status: VersionStatus) -> pb.VersionStatus:
         held=status.held,
         memory_bytes=status.memory_bytes,
         measured_loss=status.loss,
+        evaluation=_quality_to_pb(status.evaluation),
     )
     if (manifest := status.manifest) is not None:
         described = pb.VersionStatus(
@@ -210,6 +213,21 @@ def status_to_pb(status: VersionStatus) -> pb.VersionStatus:
         )
         message.MergeFrom(described)
     return message
+
+
+def _quality_to_pb(figures: Figures | None) -> pb.TextQuality | None:
+    if figures is None:
+        return None
+    return pb.TextQuality(
+        method_digest=figures.method_digest,
+        measured_at=_time_to_pb(figures.measured_at),
+        tokens=figures.tokens,
+        nats_per_token=figures.nats_per_token,
+        nats_per_token_low=figures.low,
+        nats_per_token_high=figures.high,
+        perplexity=figures.perplexity,
+        bits_per_byte=figures.bits_per_byte,
+    )
 
 
 def _time_to_pb(seconds: float) -> Timestamp:

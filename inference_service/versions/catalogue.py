@@ -12,7 +12,8 @@ from inference_service.metrics import InferenceMetrics
 from inference_service.versions.planner import Seen, Version
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, Unavailable, shown
 from shared.registry import policy
-from shared.registry.decisions import Decided, check_label, pinned_number, run_of
+from shared.registry.decisions import BestBy, Decided, check_label, pinned_number, run_of
+from shared.registry.evaluations import Figures, one_of_each
 from shared.registry.findings import CORRUPT, ROLLED_BACK, Finding, Findings
 from shared.registry.manifest import MANIFEST_NAME, VersionManifest
 from shared.registry.store import Registry
@@ -39,6 +40,8 @@ class _Look:
     damaged: Mapping[int, str] = field(default_factory=dict)
     # The versions that have no manifest yet, as while they are copied.
     unsealed: frozenset[int] = frozenset()
+    # The figures of the evaluations of each version.
+    figures: Mapping[int, Sequence[Figures]] = field(default_factory=dict)
 
 
 class Catalogue:
@@ -54,6 +57,7 @@ class Catalogue:
         self._metrics = metrics
         self._last = _Look()
         self._findings = self._last.findings
+        self._evaluated: Mapping[int, Figures] = {}
         self._looking = asyncio.Lock()
         # Why the last look failed; empty if it did not.
         self._unreachable = ""
@@ -83,6 +87,8 @@ class Catalogue:
                 self._metrics.refused(CORRUPT)
             self._unreachable = ""
             self._last = now
+            self._evaluated = one_of_each(now.figures)
+            self._metrics.evaluated(self._evaluated)
             self._findings = now.findings.adding(self._unsaved)
 
     def _read(self, unsaved: Mapping[int, Finding]) -> _Look:
@@ -107,7 +113,10 @@ class Catalogue:
                 damaged[number] = why
             else:
                 unsealed.add(number)
-        return _Look(versions, label, stable, tuple(damage), found, kept, lacking, damaged, frozenset(unsealed))
+        figures = self._registry.evaluations.of(versions)
+        return _Look(
+            versions, label, stable, tuple(damage), found, kept, lacking, damaged, frozenset(unsealed), figures
+        )
 
     # Versions and labels.
 
@@ -129,13 +138,22 @@ class Catalogue:
     @property
     def notices(self) -> list[str]:
         """Sentences for an operator: decisions that cannot be read, and versions that do not compare with the best."""
-        sentence = policy.describe_other_text(self.versions, self._decided().refused)
+        sentence = policy.describe_unranked(self.versions, self._decided())
         return [*self._last.damage, sentence] if sentence else list(self._last.damage)
 
     @property
     def policy(self) -> str:
         """The label whose version answers calls that name none."""
         return self._last.policy
+
+    @property
+    def best_by(self) -> BestBy:
+        """What the label `best` compares."""
+        return self._registry.best_by
+
+    def evaluation(self, number: int) -> Figures | None:
+        """Returns the figures of a version by the method of the newest evaluation of any version, else its newest."""
+        return self._evaluated.get(number)
 
     async def manifest(self, number: int) -> VersionManifest:
         """Returns the manifest of a version; raises `NotFound`, or `CorruptCheckpoint` if it cannot be read."""
@@ -165,11 +183,12 @@ class Catalogue:
     def seen(self, in_memory: Iterable[VersionManifest] = (), without: int | None = None) -> Seen:
         """Returns what the planner knows of the registry, and of the versions in memory, which may be gone from it; as
         if a version were refused if `without` names it."""
-        undeserving = self._decided(without).refused
-        deserving = [each for each in self.versions if each.version not in undeserving]
+        decided = self._decided(without)
+        deserving = [each for each in self.versions if each.version not in decided.refused]
+        best = policy.ranking(deserving, decided)
         match self.policy:
             case "best":
-                preferred = [each.version for each in policy.ranking(deserving)]
+                preferred = [each.version for each in best]
             case "latest":
                 preferred = [each.version for each in reversed(deserving)]
             case label if (run := run_of(label)) is not None:
@@ -179,11 +198,14 @@ class Catalogue:
         return Seen(
             eligible={each.version: self._judged(each, without) for each in deserving},
             preferred=tuple(preferred),
-            fallback=tuple(each.version for each in [*policy.ranking(deserving), *reversed(deserving)]),
+            fallback=tuple(each.version for each in [*best, *policy.ranking(deserving), *reversed(deserving)]),
             digests={each.version: each.digest for each in self.versions},
             refused=frozenset(each.digest for each in [*self.versions, *in_memory] if self._is_refused(each, without)),
             run=run_of(self.policy),
-            compares=self.policy in ("best", "latest") or run_of(self.policy) is not None,
+            # Evaluations have compared the versions already, on more text than a few windows.
+            compares=self.policy == "latest"
+            or run_of(self.policy) is not None
+            or (self.policy == "best" and not policy.rated(deserving, decided)),
         )
 
     def _judged(self, manifest: VersionManifest, without: int | None) -> Version:
@@ -194,7 +216,7 @@ class Catalogue:
 
     def _decided(self, without: int | None = None) -> Decided:
         refused = {each.version for each in self.versions if self._is_refused(each, without) or self.lacking(each)}
-        return Decided(frozenset(refused), self._last.stable, self.policy)
+        return Decided(frozenset(refused), self._last.stable, self.policy, self.best_by, self._last.figures)
 
     def _is_refused(self, manifest: VersionManifest, without: int | None) -> bool:
         return manifest.version == without or self.refusal(manifest, without) is not None

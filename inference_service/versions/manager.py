@@ -122,6 +122,7 @@ class VersionManager:
                 catalogue.finding(manifest),
                 catalogue.lacking(manifest),
                 labels,
+                catalogue.evaluation(number),
                 now,
             )
             for number, manifest in manifests.items()

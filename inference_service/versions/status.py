@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from inference_service.versions.entry import Entry
 from inference_service.versions.planner import State
 from shared.errors import shown
+from shared.registry.evaluations import Figures
 from shared.registry.findings import Finding
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import labels_of
@@ -19,7 +20,8 @@ _REASON_CHARACTERS = 160
 class VersionStatus:
     """The status of a version. `reason` says why it is refused or could not be loaded, and is empty otherwise.
 
-    `manifest` is None if it cannot be read. `loss` is that of its held-out windows in nats a token, as it was served.
+    `manifest` is None if it cannot be read. `loss` is that of its held-out windows in nats a token, as it was served,
+    `evaluation` the figures of its evaluation.
     """
 
     number: int
@@ -31,6 +33,7 @@ class VersionStatus:
     memory_bytes: int = 0
     loss: float | None = None
     labels: tuple[str, ...] = ()
+    evaluation: Figures | None = None
 
 
 def status_of(
@@ -39,6 +42,7 @@ def status_of(
     finding: Finding | None,
     lacking: str,
     labels: Mapping[str, int],
+    evaluation: Figures | None,
     now: float,
 ) -> VersionStatus:
     """Returns the status of a version: what this server does with it, unless it waits for room, or the registry says
@@ -59,6 +63,7 @@ def status_of(
         memory_bytes=0 if resident is None else resident.memory_bytes,
         loss=resident.loss if resident is not None else finding.loss if finding is not None else None,
         labels=labels_of(manifest.version, labels),
+        evaluation=evaluation,
     )
 
 

@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 from shared.errors import CorruptCheckpoint, InvalidArgument, shown
 from shared.registry.commit import files_state, locked, make_folder, replace_texts, writing
+from shared.registry.evaluations import Figures
 from shared.registry.findings import CORRUPT, Finding, Findings
 from shared.registry.manifest import RUN_NAME, VersionManifest, typed
 from shared.registry.numbering import NUMBER, children
@@ -24,13 +26,25 @@ _RUN = "run:"
 _FINDING = re.compile(rf"({NUMBER.pattern})\.[a-z0-9_]+\.json")
 
 
+class BestBy(StrEnum):
+    """What `best` compares: the bits per byte on the held-out windows of training, or those of evaluations."""
+
+    TRAINING = "training"
+    EVALUATION = "evaluation"
+
+
 @dataclass(frozen=True)
 class Decided:
-    """The versions that are known to be refused, the stable version, and the label of the version that serves."""
+    """The versions that are known to be refused, the stable version, and the label of the version that serves.
+
+    `best_by` is what `best` compares; `figures` are those of the evaluations of each version, the newest last.
+    """
 
     refused: frozenset[int] = frozenset()
     stable: int | None = None
     policy: str = LABELS[0]
+    best_by: BestBy = BestBy.TRAINING
+    figures: Mapping[int, Sequence[Figures]] = field(default_factory=dict)
 
 
 def check_label(label: str) -> str:

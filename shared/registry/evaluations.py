@@ -5,28 +5,32 @@ module reads only its figures on held-out text.
 """
 
 import json
-import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from shared.errors import NotFound
 from shared.registry.commit import make_folder, replace_text, writing
+from shared.registry.manifest import LATEST_S, VersionManifest
 from shared.registry.numbering import children
 
-logger = logging.getLogger(__name__)
+_RECORD = re.compile(r"([0-9a-f]{1,128})\.json")
+# More tokens are not believed.
+_MOST_TOKENS = 2**53
 
 
 @dataclass(frozen=True)
 class Figures:
     """The figures of a record on a whole held-out text of `tokens` tokens.
 
-    `low` and `high` are the ends of the confidence interval of `nats_per_token`; None if there is no interval.
-    `measured_at` is in seconds since the epoch.
+    `version_digest` is that of the manifest of the version that was measured. `low` and `high` are the ends of the
+    confidence interval of `nats_per_token`; None if there is no interval. `measured_at` is in seconds since the epoch.
     """
 
     method_digest: str
+    version_digest: str
     tokens: int
     nats_per_token: float
     low: float | None
@@ -36,12 +40,29 @@ class Figures:
     measured_at: float
 
 
+def comparable(found: Mapping[int, Sequence[Figures]]) -> dict[int, Figures]:
+    """Returns the figures by the method of the newest record, of each version that has some."""
+    records = [each for some in found.values() for each in some]
+    newest = max(records, key=lambda each: (each.measured_at, each.method_digest), default=None)
+    return {
+        number: each
+        for number, some in found.items()
+        for each in some
+        if newest is not None and each.method_digest == newest.method_digest
+    }
+
+
+def one_of_each(found: Mapping[int, Sequence[Figures]]) -> dict[int, Figures]:
+    """Returns the comparable figures of each version that has some, and the newest ones of every other version."""
+    return {number: some[-1] for number, some in found.items()} | comparable(found)
+
+
 class Evaluations:
     """The records of one registry. Methods that write raise `FailedPrecondition` if the disk fails."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        # What each file holds, as long as its inode and its time stay the same.
+        # The figures in each file, as long as its inode and its time stay the same.
         self._known: dict[Path, tuple[tuple[int, int], Figures | None]] = {}
 
     def folder(self, number: int) -> Path:
@@ -69,18 +90,36 @@ class Evaluations:
 
     def figures(self, number: int) -> Sequence[Figures]:
         """Returns the figures of each record of a version that has some, the newest last; ignores other files."""
-        found = [self._figures(path) for path in children(self.folder(number)) if path.suffix == ".json"]
+        found = [self._figures(path) for path in children(self.folder(number)) if _RECORD.fullmatch(path.name)]
         return sorted((each for each in found if each is not None), key=lambda each: each.measured_at)
 
+    def of(self, versions: Sequence[VersionManifest]) -> dict[int, Sequence[Figures]]:
+        """Returns the figures of each version that has some, the newest last.
+
+        Those of another version that had the same number before do not count.
+        """
+        found: dict[int, Sequence[Figures]] = {}
+        for version in versions:
+            figures = [each for each in self.figures(version.version) if each.version_digest == version.digest]
+            if figures:
+                found[version.version] = figures
+        # Another process may have removed versions.
+        present = {str(version.version) for version in versions}
+        self._known = {path: known for path, known in self._known.copy().items() if path.parent.name in present}
+        return found
+
     def _figures(self, path: Path) -> Figures | None:
+        before = self._known.get(path)
         try:
             status = path.stat()
             state = (status.st_ino, status.st_mtime_ns)
-            if self._known.get(path, (None, None))[0] != state:
-                self._known[path] = (state, _figures_of(path))
-            return self._known[path][1]
-        except OSError:
+            if before is None or before[0] != state:
+                before = self._known[path] = (state, _figures_of(path))
+        except FileNotFoundError:
             return None
+        except OSError:
+            pass  # the figures that were read before stay
+        return None if before is None else before[1]
 
 
 def _figures_of(path: Path) -> Figures | None:
@@ -90,6 +129,7 @@ def _figures_of(path: Path) -> Figures | None:
         interval = text["interval"]
         figures = Figures(
             method_digest=path.stem,
+            version_digest=record["version"]["digest"],
             tokens=int(method["tokens"]),
             nats_per_token=float(text["nats_per_token"]),
             low=None if interval is None else float(interval["low"]),
@@ -98,6 +138,8 @@ def _figures_of(path: Path) -> Figures | None:
             bits_per_byte=float(text["bits_per_byte"]),
             measured_at=float(record["measured_at"]["text"]),
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # of an older program, or not complete yet
-    return figures if math.isfinite(figures.bits_per_byte) else None
+    numbers = [each for each in astuple(figures) if isinstance(each, int | float)]
+    is_plausible = all(map(math.isfinite, numbers)) and min(numbers) >= 0
+    return figures if is_plausible and figures.tokens <= _MOST_TOKENS and figures.measured_at < LATEST_S else None

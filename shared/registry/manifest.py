@@ -26,7 +26,7 @@ _MAX_NUMBER = 2**63 - 1
 # The most characters of the reason in an error about an invalid manifest.
 _REASON = 120
 # The end of the year 9999, in seconds since the epoch.
-_LATEST_S = 253402300800
+LATEST_S = 253402300800
 # The SHA-256 of all other values of a manifest.
 _DIGEST_NAME = "sha256"
 
@@ -97,7 +97,7 @@ class _Manifest:
         values = json.loads(text)
         if values.pop(_DIGEST_NAME) != _digest(values):
             raise ValueError("it was changed after it was written")
-        if not 0 <= values["created_at"] < _LATEST_S:
+        if not 0 <= values["created_at"] < LATEST_S:
             raise ValueError(f"created_at is {shown(values['created_at'], 40)}")
         for name, value in values.items():
             _require_bounded(name, value)

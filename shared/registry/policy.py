@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shared.registry.decisions import LABELS, Decided, pinned_number, run_label, run_of
+from shared.registry.decisions import LABELS, BestBy, Decided, pinned_number, run_label, run_of
+from shared.registry.evaluations import Figures, comparable
 from shared.registry.manifest import IMPORTED, VersionManifest
 
 # A version with another evaluation set takes the lead once it has trained on this share of the best one's tokens.
@@ -54,8 +55,25 @@ def leading(versions: Sequence[VersionManifest]) -> Lead | None:
     return lead
 
 
-def ranking(versions: Sequence[VersionManifest]) -> list[VersionManifest]:
-    """Returns the versions with the leading evaluation set: lowest bits per byte first, then the newest."""
+def rated(versions: Sequence[VersionManifest], decided: Decided) -> dict[int, Figures]:
+    """Returns the figures of the versions that `best` compares by their evaluations; none if it compares by training.
+
+    These are the versions that were evaluated by the method of the newest evaluation of any of them.
+    """
+    if decided.best_by is BestBy.TRAINING:
+        return {}
+    numbers = {each.version for each in versions}
+    return comparable({number: figures for number, figures in decided.figures.items() if number in numbers})
+
+
+def ranking(versions: Sequence[VersionManifest], decided: Decided | None = None) -> list[VersionManifest]:
+    """Returns the versions that `best` compares: lowest bits per byte first, then the newest.
+
+    Without evaluations to compare, these are the versions with the leading evaluation set.
+    """
+    if decided is not None and (figures := rated(versions, decided)):
+        compared = [each for each in versions if each.version in figures]
+        return sorted(compared, key=lambda each: (figures[each.version].bits_per_byte, -each.version))
     lead = leading(versions)
     return sorted((each for each in versions if lead and each.evaluation_set == lead.evaluation_set), key=_rank)
 
@@ -68,13 +86,13 @@ def ranking_of_run(versions: Sequence[VersionManifest], run: str) -> list[Versio
 def number_of(label: str, versions: Sequence[VersionManifest], decided: Decided) -> int | None:
     """Returns the number of the version that a label names, if there is one.
 
-    `best`, `latest` and `run:<name>` follow from the manifests, and never name a refused version. `stable` and
-    `pinned:<version>` are decisions of a person.
+    `best`, `latest` and `run:<name>` follow from the manifests and the evaluations, and never name a refused version.
+    `stable` and `pinned:<version>` are decisions of a person.
     """
     deserving = [version for version in versions if version.version not in decided.refused]
     named: VersionManifest | None
     if label == "best":
-        named = next(iter(ranking(deserving)), None)
+        named = next(iter(ranking(deserving, decided)), None)
     elif label == "latest":
         named = latest(deserving)
     elif (run := run_of(label)) is not None:
@@ -103,12 +121,26 @@ def describe_labels(labels: Mapping[str, int]) -> str:
     return "the labels are " + ", ".join(f"{label} (version {number})" for label, number in labels.items())
 
 
-def describe_other_text(versions: Sequence[VersionManifest], refused: frozenset[int] = frozenset()) -> str:
-    """Returns a sentence about newest versions that do not compare with the best one, or an empty text.
+def describe_unranked(versions: Sequence[VersionManifest], decided: Decided) -> str:
+    """Returns a sentence about newest versions that do not compare with the best one, or an empty text."""
+    deserving = [version for version in versions if version.version not in decided.refused]
+    figures = rated(deserving, decided)
+    if not figures:
+        unrated = "No version has an evaluation yet, so `best` compares the held-out loss of training."
+        sentences = (unrated if deserving and decided.best_by is BestBy.EVALUATION else "", _other_text(deserving))
+        return " ".join(filter(None, sentences))
+    newer = sorted(each.version for each in deserving if each.version > max(figures))
+    if not newer:
+        return ""
+    have = f"Versions {newer[0]} to {newer[-1]} have" if len(newer) > 1 else f"Version {newer[0]} has"
+    return f"{have} no evaluation by the newest method, and `best` compares evaluations: `gptloop eval {newer[-1]}`."
+
+
+def _other_text(deserving: Sequence[VersionManifest]) -> str:
+    """Returns a sentence about newest versions with another evaluation set than the leading one, or an empty text.
 
     It says when the newest versions take the lead, and how to serve them before.
     """
-    deserving = [version for version in versions if version.version not in refused]
     newest, ranked = latest(deserving), ranking(deserving)
     if newest is None or newest.evaluation_set == ranked[0].evaluation_set:
         return ""

@@ -12,7 +12,7 @@ last_version               the highest number that any version ever had: see `nu
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -30,8 +30,8 @@ from shared.registry.commit import (
     verify_files,
     writing,
 )
-from shared.registry.decisions import Decided, Decisions, check_label
-from shared.registry.evaluations import Evaluations
+from shared.registry.decisions import BestBy, Decided, Decisions, check_label
+from shared.registry.evaluations import Evaluations, Figures
 from shared.registry.fence import Fence
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
@@ -62,12 +62,15 @@ class Checkpoint:
 class Registry:
     """One registry on disk. Readers need no lock, because every visible checkpoint is whole and never changes.
 
+    `best_by` is what the label `best` compares.
+
     Methods that write raise `FailedPrecondition` if the disk is full or the folder cannot be written; no part of the
     checkpoint is visible then.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, best_by: BestBy = BestBy.TRAINING) -> None:
         self.root = root
+        self.best_by = best_by
         self.decisions = Decisions(root)
         self.holds = Holds(root)
         self.evaluations = Evaluations(root)
@@ -156,11 +159,15 @@ class Registry:
             return self.decided(versions)
         except CorruptCheckpoint as error:
             logger.warning("only labels that follow from the manifests are known: %s", error)
-            return Decided(self._refused(versions))
+            return Decided(self._refused(versions), best_by=self.best_by, figures=self._figures(versions))
 
     def decided(self, versions: Sequence[VersionManifest]) -> Decided:
         """Returns the decisions and refusals; raises `CorruptCheckpoint` if a decision cannot be read."""
-        return Decided(self._refused(versions), self.decisions.stable(), self.decisions.policy())
+        stable, label = self.decisions.stable(), self.decisions.policy()
+        return Decided(self._refused(versions), stable, label, self.best_by, self._figures(versions))
+
+    def _figures(self, versions: Sequence[VersionManifest]) -> Mapping[int, Sequence[Figures]]:
+        return self.evaluations.of(versions) if self.best_by is BestBy.EVALUATION else {}
 
     def _refused(self, versions: Sequence[VersionManifest]) -> frozenset[int]:
         found = self.decisions.found(versions, self.decisions.findings())

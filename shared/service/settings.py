@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from shared.errors import InvalidArgument, shown
+from shared.registry.decisions import BestBy
 from shared.text import excerpt
 
 Environment = Mapping[str, str]
@@ -62,6 +63,17 @@ def read_str(environment: Environment, name: str, default: str) -> str:
 def read_port(environment: Environment, name: str, default: int) -> int:
     """Reads a TCP port; 0 lets the system choose a free one."""
     return read_int(environment, name, default, minimum=0, maximum=65535)
+
+
+def read_best_by(environment: Environment) -> BestBy:
+    """Reads what the label `best` compares; raises `InvalidArgument` if it is neither of the two."""
+    text = read_str(environment, "GPTLOOP_BEST_BY", BestBy.TRAINING)
+    try:
+        return BestBy(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"GPTLOOP_BEST_BY is {shown(text)}, but must be {BestBy.TRAINING} or {BestBy.EVALUATION}."
+        ) from None
 
 
 def to_address(host: str, port: int) -> str:

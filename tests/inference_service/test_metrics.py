@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from inference_service.metrics import InferenceMetrics, TokenRate
 from shared.device.accelerator import Memory
+from shared.registry.evaluations import Figures
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 
@@ -103,6 +104,32 @@ def test_the_series_of_a_removed_version_disappear(
     assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 2
     assert page(registry)["gptloop_inference_swap_duration_seconds_sum",] == 2.0
     assert page(registry)["gptloop_inference_swaps_total",] == 1
+
+
+def test_the_page_shows_how_the_serving_version_was_evaluated(
+    metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
+) -> None:
+    one, two = (publish_tiny_version(Registry(tmp_path), 1.0) for _ in range(2))
+    digest = "0123456789abcdef"
+    figures = {
+        number: Figures(digest, "d", 1000, 2.0 + number, None, None, 7.0 + number, 1.0 + number, 1.0)
+        for number in (1, 2)
+    }
+
+    def shown() -> dict[tuple[str, ...], float]:
+        return {name: value for name, value in page(registry).items() if "_evaluated_" in name[0]}
+
+    metrics.evaluated(figures)
+    assert shown() == {}
+    metrics.resident([one, two], 2)
+    assert shown() == {
+        ("gptloop_inference_evaluated_bits_per_byte", digest[:12], "2"): 3.0,
+        ("gptloop_inference_evaluated_perplexity", digest[:12], "2"): 9.0,
+    }
+    metrics.resident([one, two], 1)
+    assert set(shown().values()) == {2.0, 8.0}
+    metrics.evaluated({2: figures[2]})
+    assert shown() == {}
 
 
 def test_a_clock_that_is_set_back_adds_no_negative_time(

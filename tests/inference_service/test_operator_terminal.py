@@ -127,6 +127,32 @@ def test_json_includes_the_reasons(capsys: pytest.CaptureFixture[str]) -> None:
     assert (rows[0]["held_out_loss"], rows[0]["measured_loss"], rows[1]["measured_loss"]) == (3.3, 3.0, None)
 
 
+def test_evaluations_by_the_newest_method_compare_and_others_stand_in_parentheses(
+    show: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluated(bits_per_byte: float, method: str, measured_at: int) -> pb.TextQuality:
+        at = Timestamp(seconds=measured_at)
+        return pb.TextQuality(method_digest=method, bits_per_byte=bits_per_byte, measured_at=at, tokens=1000)
+
+    answer = pb.ListVersionsResponse(
+        versions=[
+            status(1, pb.VERSION_STATE_AVAILABLE, evaluation=evaluated(1.6, "aa", 100)),
+            status(2, pb.VERSION_STATE_AVAILABLE),
+            status(3, pb.VERSION_STATE_SERVING, evaluation=evaluated(1.5, "bb", 200), labels=["best"]),
+        ],
+        policy="best",
+        best_by=pb.BEST_BY_EVALUATION,
+    )
+    heading, *rows, rule, policy = show(answer)
+    place = slice(heading.index("evaluated") - 2, heading.index("evaluated") + len("evaluated"))
+    assert [row[place].strip() for row in rows] == ["(1.6000)", "", "1.5000"]
+    assert (rule, policy) == ("best by: evaluation", "policy: best")
+    print_versions(answer, as_json=True)
+    first, second, _ = (row["evaluation"] for row in json.loads(capsys.readouterr().out))
+    assert first == {"method_digest": "aa", "bits_per_byte": 1.6, "measured_at": 100, "tokens": 1000}
+    assert second is None
+
+
 def test_an_empty_list_says_when_the_first_version_comes(show: Callable[..., list[str]]) -> None:
     assert show(pb.ListVersionsResponse(policy="latest")) == [
         "No version yet: the first one comes with the first evaluation of a training job.",
@@ -361,7 +387,8 @@ def test_an_empty_registry_has_no_versions(
     try:
         operator = Operator(server, capsys, monkeypatch)
         assert operator.see("versions") == (
-            "No version yet: the first one comes with the first evaluation of a training job.\npolicy: best\n"
+            "No version yet: the first one comes with the first evaluation of a training job.\n"
+            "best by: training\npolicy: best\n"
         )
         assert operator.see("follow", "latest") == "The policy is latest. No version serves yet.\n"
         assert operator.type("pin", "1") == (1, "", "error: There is no version 1; the registry is still empty.\n")

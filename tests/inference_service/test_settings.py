@@ -2,13 +2,14 @@ import pytest
 
 from inference_service.settings import read_settings
 from shared.errors import InvalidArgument
+from shared.registry.decisions import BestBy
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
     settings = read_settings({})
     assert (settings.host, settings.port, settings.metrics_port, settings.slots) == ("127.0.0.1", 50051, 9101, 8)
     assert settings.directories.var.name == "var"
-    assert (settings.gate_margin, settings.admin_token) == (0.05, "")
+    assert (settings.gate_margin, settings.admin_token, settings.best_by) == (0.05, "", BestBy.TRAINING)
 
 
 def test_every_setting_has_its_variable() -> None:
@@ -31,6 +32,7 @@ def test_every_setting_has_its_variable() -> None:
             "GPTLOOP_INFERENCE_STUCK_AFTER_S": "2.5",
             "GPTLOOP_INFERENCE_DRAIN_S": "0",
             "GPTLOOP_ADMIN_TOKEN": " open sesame\n",
+            "GPTLOOP_BEST_BY": "evaluation",
         }
     )
     assert str(settings.directories.var) == "/elsewhere"
@@ -40,6 +42,7 @@ def test_every_setting_has_its_variable() -> None:
     assert (settings.threads, settings.prefill_tokens, settings.prefix_cache_mib) == (7, 128, 0)
     assert (settings.slow_reader_s, settings.stuck_after_s, settings.drain_s) == (1.5, 2.5, 0.0)
     assert (settings.gate_margin, settings.admin_token) == (0.25, "open sesame")
+    assert settings.best_by is BestBy.EVALUATION
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from inference_service.versions.manager import VersionManager
 from inference_service.versions.residents import Residents
 from inference_service.versions.status import VersionStatus
 from shared.device.accelerator import Memory
+from shared.registry.decisions import BestBy
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from tests.decoders import make_decoder
@@ -31,8 +32,8 @@ from tests.waiting import HANG_S, eventually
 class World:
     """A registry, an engine and a version manager that polls often."""
 
-    def __init__(self, root: Path) -> None:
-        self.registry = Registry(root)
+    def __init__(self, root: Path, best_by: BestBy = BestBy.TRAINING) -> None:
+        self.registry = Registry(root, best_by)
         self.collectors = CollectorRegistry()
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0)
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)

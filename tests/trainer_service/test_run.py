@@ -13,10 +13,12 @@ import pytest
 from shared.device.accelerator import Accelerator
 from shared.errors import DataError, FailedPrecondition, NotFound, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
+from shared.registry.decisions import BestBy
 from shared.registry.retention import Retention
 from shared.registry.store import Checkpoint, Registry
 from shared.service.settings import Directories
 from tests.fakes import publish_overflowing_version
+from tests.records import write_record
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.jobs.attempt import Attempt, Stopped
 from trainer_service.jobs.events import Evaluation, Event, Notice, Progress, VersionPublished
@@ -279,6 +281,20 @@ def test_a_run_that_has_come_to_its_end_does_nothing_more(site: Site) -> None:
     site.told.clear()
     assert site.train(spec)
     assert site.all_told(Progress) == [] and site.all_told(VersionPublished) == []
+
+
+def test_a_run_keeps_the_version_with_the_best_evaluation_if_best_follows_evaluations(site: Site) -> None:
+    site.train(site.spec())
+    first = site.registry.versions()[0]
+    assert site.registry.labels()["best"] != first.version
+    write_record(site.registry, first, 1.5)
+    sparing = Retention(states=1, best=0, newest=1, runs=0)
+    site.told.clear()
+    TrainingRun(site.spec(), replace(site.attempt(retention=sparing), best_by=BestBy.EVALUATION)).train()
+    assert not any(published.best for published in site.all_told(VersionPublished))
+    assert site.registry.versions()[0] == first
+    site.train(site.spec(), retention=sparing)
+    assert site.registry.versions()[0] != first
 
 
 def evaluations(site: Site, version: int) -> list[dict[str, object]]:

@@ -3,8 +3,9 @@
 import pytest
 
 from shared.errors import InvalidArgument
+from shared.registry.decisions import BestBy
 from shared.registry.retention import Retention
-from trainer_service.settings import read_retention
+from trainer_service.settings import read_retention, read_settings
 
 
 def test_the_environment_sets_each_value_of_retention() -> None:
@@ -20,3 +21,10 @@ def test_the_environment_sets_each_value_of_retention() -> None:
             InvalidArgument, match=r"GPTLOOP_KEEP_BYTES is .*, but must be a number of bytes, such as 500M"
         ):
             read_retention({"GPTLOOP_KEEP_BYTES": text})
+
+
+def test_the_environment_says_what_best_compares() -> None:
+    assert read_settings({}).open_registry().best_by is BestBy.TRAINING
+    assert read_settings({"GPTLOOP_BEST_BY": "evaluation"}).open_registry().best_by is BestBy.EVALUATION
+    with pytest.raises(InvalidArgument, match="GPTLOOP_BEST_BY is 'loss', but must be training or evaluation"):
+        read_settings({"GPTLOOP_BEST_BY": "loss"})

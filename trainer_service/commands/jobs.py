@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from shared.errors import InvalidArgument
-from shared.registry.store import Registry
 from shared.service import cli
 from shared.service.lists import JsonOption
 from trainer_service import dataset_names, listings
@@ -166,5 +165,5 @@ def runs(
       gptloop runs wide narrow --json
     """
     given = settings()
-    found = all_runs(queue_of(given).store.jobs(kinds=[Kind.TRAIN]), Registry(given.directories.registry))
+    found = all_runs(queue_of(given).store.jobs(kinds=[Kind.TRAIN]), given.open_registry())
     listings.print_runs(chosen(found, " ".join(names or ()).split()), as_json)

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from shared.errors import InvalidArgument, Unavailable, shown
 from shared.registry.identity import registry_id
-from shared.registry.store import Registry
 from trainer_service.follow import follow
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
@@ -63,7 +62,7 @@ def queue_of(given: TrainerSettings) -> JobQueue:
 
 def version_number(text: str) -> int:
     """Returns the number of a version that a number or a label names; raises `NotFound` if it does not exist."""
-    registry = Registry(settings().directories.registry)
+    registry = settings().open_registry()
     if text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER:
         return registry.version(int(text)).version
     try:
@@ -83,7 +82,7 @@ def submit_job(request: JobRequest) -> tuple[JobQueue, JobRecord]:
     """Queues a job and prints its id and its plan; raises `Unavailable` if no worker is running."""
     given = settings()
     queue = queue_of(given)
-    registry = Registry(given.directories.registry)
+    registry = given.open_registry()
     spec, plan = request.resolve(registry), []
     if isinstance(spec, TrainSpec):
         earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)

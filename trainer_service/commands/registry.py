@@ -20,7 +20,7 @@ from shared.registry.store import Checkpoint, Registry
 from shared.service import cli
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.live_bar import LiveBar
-from shared.service.settings import read_directories
+from shared.service.settings import read_best_by, read_directories
 from shared.text import format_size, printable
 from trainer_service import dataset_names, listings
 from trainer_service.commands.options import DatasetOption, ValidationOption, settings, version_number
@@ -41,7 +41,7 @@ def checkpoints(as_json: JsonOption = False) -> None:
 
     Example: gptloop checkpoints
     """
-    listings.print_checkpoints(Registry(settings().directories.registry), as_json)
+    listings.print_checkpoints(settings().open_registry(), as_json)
 
 
 @app.command("import")
@@ -69,11 +69,11 @@ def import_(
     from trainer_service.training.workers import Workers
 
     with Workers(device.threads) as workers, cli.Stages() as stages:
-        imported = import_folder(directory, spec, given.directories, given.retention, workers, stages.show)
+        imported = import_folder(directory, spec, given, workers, stages.show)
     for notice in imported.notices:
         print(f"note: {notice}")
     version = imported.version
-    labels = Registry(given.directories.registry).labels()
+    labels = given.open_registry().labels()
     print(f"version     {version.version}")
     print(f"parameters  {version.parameters:,}")
     print(f"training    {version.training_loss:.4f} nats per token, on one batch")
@@ -98,7 +98,7 @@ def export(
     # Only now, as MLX must load after its fast BLAS.
     from trainer_service.huggingface.interchange import export_version
 
-    for path in export_version(version_number(version), directory, Registry(given.directories.registry)):
+    for path in export_version(version_number(version), directory, given.open_registry()):
         print(f"{path.stat().st_size:>13,} bytes  {path}")
 
 
@@ -156,7 +156,7 @@ def prune(
       gptloop prune --newest 3 --best 1
     """
     directories = read_directories(os.environ)
-    registry = Registry(directories.registry)
+    registry = Registry(directories.registry, read_best_by(os.environ))
     if registry.holds.ages_s():
         with suppress(Unavailable):  # then held versions stay
             queue = JobQueue(connect(redis_url(os.environ, directories)), registry_id(directories.registry))

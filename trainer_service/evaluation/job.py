@@ -4,7 +4,6 @@ import json
 import time
 from dataclasses import replace
 
-from shared.registry.store import Registry
 from shared.version_format import read_model, read_tokenizer
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
@@ -26,7 +25,7 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
     If validation files are given, no other text is read. Raises `NotFound` or `CorruptCheckpoint` if the version does
     not exist or is damaged, the errors of `prepare`, and `Stopped` if the attempt has to end.
     """
-    registry = Registry(attempt.directories.registry)
+    registry = attempt.open_registry()
     version = registry.version(int(spec.version)) if spec.version.isdecimal() else registry.resolve(spec.version)
     registry.verify(version)
     directory = registry.version_directory(version.version)

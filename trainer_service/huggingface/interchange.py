@@ -17,13 +17,13 @@ from shared.gpt.tokenizer import Tokenizer
 from shared.registry.commit import sync
 from shared.registry.fence import Fence
 from shared.registry.manifest import IMPORTED, VersionManifest
-from shared.registry.retention import Retention, prune
+from shared.registry.retention import prune
 from shared.registry.store import Registry
-from shared.service.settings import Directories
 from shared.text import excerpt
 from trainer_service.huggingface.gpt2 import CONFIG_FILE, read_config, read_model, write_model
 from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tokenizer
 from trainer_service.jobs.specs import TrainSpec, new_run
+from trainer_service.settings import TrainerSettings
 from trainer_service.text.corpus import DatasetSpec, absolute
 from trainer_service.text.tokens import prepare
 from trainer_service.training.config import TrainingConfig
@@ -48,12 +48,7 @@ class Imported:
 
 
 def import_folder(
-    directory: Path,
-    data: DatasetSpec,
-    directories: Directories,
-    retention: Retention,
-    workers: Workers,
-    report: Report,
+    directory: Path, data: DatasetSpec, settings: TrainerSettings, workers: Workers, report: Report
 ) -> Imported:
     """Publishes the model of a folder as a version, and writes a state from which training continues it: at step 0,
     with the optimizer's moments at zero.
@@ -72,7 +67,7 @@ def import_folder(
 
     # Only one batch of the training text is needed.
     one_batch = replace(config, max_train_tokens=config.tokens_per_step + 1)
-    prepared = prepare(data, one_batch, directories.data, report, tokenizer)
+    prepared = prepare(data, one_batch, settings.directories.data, report, tokenizer)
     trainer = Trainer(config, prepared.train, workers)
     trainer.model.load_weights(list(parameters_of(model).items()))
     report("measuring the loss", None)
@@ -93,13 +88,13 @@ def import_folder(
 
     report("writing the version", None)
     spec = TrainSpec(new_run(IMPORTED), IMPORTED, config, data, resume=None)
-    registry = Registry(directories.registry)
+    registry = settings.open_registry()
     registry.sweep()
     fence = Fence.raise_for(registry.run_directory(spec.run))
     # The state comes first, so that training can continue every version.
     registry.write_state(fence, spec.run, trainer.step, trainer.save)
     version = publish(registry, fence, spec, prepared, trainer, evaluation_set, held_out)
-    prune(registry, retention)
+    prune(registry, settings.retention)
     notices = prepared.notices + published.notices
     if cut:
         notices += (

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.device.accelerator import Accelerator
+from shared.registry.decisions import BestBy
 from shared.registry.retention import Retention
+from shared.registry.store import Registry
 from shared.service.settings import Directories
 from trainer_service.jobs.events import Event, Preparation
 
@@ -15,7 +17,7 @@ class Attempt:
     """An attempt at a job: its number, its folders, what stays in the registry, its device, and where it sends events.
 
     The work calls `stop_requested` at short intervals, and ends if it returns True. `began_s` is a time of the
-    monotonic clock.
+    monotonic clock, `best_by` what the label `best` compares.
     """
 
     number: int
@@ -25,6 +27,11 @@ class Attempt:
     emit: Callable[[Event], None]
     stop_requested: Callable[[], bool]
     began_s: float = field(default_factory=time.monotonic)
+    best_by: BestBy = BestBy.TRAINING
+
+    def open_registry(self) -> Registry:
+        """Returns the registry in its folder."""
+        return Registry(self.directories.registry, self.best_by)
 
 
 class Stopped(Exception):

@@ -12,6 +12,7 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import TINY, publish_tiny_version
 from tests.inference_service.operated import TOKEN, Operated
 from tests.inference_service.process import Server
+from tests.records import write_record
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -40,6 +41,24 @@ def test_the_list_describes_every_version(operated: Operated) -> None:
     assert (old.state, list(old.labels), old.streams) == (pb.VERSION_STATE_RESIDENT, [], 0)
     assert old.HasField("measured_loss")
     wait_until(lambda: operated.status(number).streams == 0)
+
+
+def test_the_list_and_the_model_have_the_figures_of_the_evaluation(operated: Operated) -> None:
+    version = operated.server.registry.version(operated.publish_serving())
+    assert operated.admin.versions().best_by == pb.BEST_BY_TRAINING
+    assert not operated.status(version.version).HasField("evaluation")
+    with operated.server.client() as client:
+        assert not client.model().HasField("evaluation")
+        write_record(operated.server.registry, version, 1.5, "a1", 100.5, interval={"low": 1.9, "high": 2.1})
+        figures = client.model().evaluation
+        assert client.model(version=1).HasField("evaluation") is False
+    assert (figures.method_digest, figures.measured_at.ToMilliseconds(), figures.tokens) == ("a1", 100_500, 1000)
+    assert (figures.nats_per_token, figures.nats_per_token_low, figures.nats_per_token_high) == (2.0, 1.9, 2.1)
+    assert (figures.perplexity, figures.bits_per_byte) == (7.4, 1.5)
+    assert operated.status(version.version).evaluation == figures
+    write_record(operated.server.registry, version, 1.5, "a1", 101.0)
+    figures = operated.status(version.version).evaluation
+    assert not figures.HasField("nats_per_token_low") and not figures.HasField("nats_per_token_high")
 
 
 def test_an_unexamined_version_has_no_measured_loss(operated: Operated) -> None:

@@ -13,12 +13,14 @@ from inference_service.grpc.translate import status_to_pb
 from inference_service.versions.planner import State
 from shared.decoding.cpu_decoder import CpuDecoder
 from shared.errors import FailedPrecondition, Unavailable
+from shared.registry.decisions import BestBy
 from shared.registry.findings import Finding
 from shared.registry.store import Registry
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
-from tests.inference_service.spoiling import cut_off, lose_a_file
+from tests.inference_service.spoiling import BAD_SEED, GOOD_SEED, cut_off, lose_a_file
 from tests.inference_service.world import World, drop, polls
+from tests.records import write_record
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -190,3 +192,59 @@ async def test_a_version_with_a_damaged_manifest_is_listed_as_refused(
         assert len(status_to_pb(two).reason) < 1000
         await polls(fresh)
         assert fresh.value("refused_versions_total", reason="corrupt") == 1
+
+
+@async_test
+async def test_a_record_is_shown_as_soon_as_it_appears(world: World) -> None:
+    async with world.running(serving=2):
+        assert [each.evaluation for each in await world.manager.statuses()] == [None, None, None]
+        assert evaluated(world) == {}
+        write_record(world.registry, world.registry.version(2), 1.5)
+        await eventually(lambda: evaluated(world) == {("2", "aa"): 1.5})
+        write_record(world.registry, world.registry.version(2), 1.4)
+        await eventually(lambda: evaluated(world) == {("2", "aa"): 1.4})
+        write_record(world.registry, world.registry.version(3), 1.2, "bb", 200.0)
+        await eventually(lambda: world.catalogue.evaluation(3) is not None)
+        # It is of another version than the serving one.
+        assert evaluated(world) == {("2", "aa"): 1.4}
+        statuses = await world.manager.statuses()
+        assert [each.evaluation and each.evaluation.bits_per_byte for each in statuses] == [None, 1.4, 1.2]
+        assert world.serving == 2
+        world.registry.evaluations.path(2, "aa").unlink()
+        await eventually(lambda: evaluated(world) == {})
+
+
+def evaluated(world: World) -> dict[tuple[str, str], float]:
+    """Returns the bits per byte on the metrics page, by the version and the method."""
+    return {
+        (sample.labels["version"], sample.labels["method"]): sample.value
+        for family in world.collectors.collect()
+        if family.name == "gptloop_inference_evaluated_bits_per_byte"
+        for sample in family.samples
+    }
+
+
+@async_test
+async def test_the_version_with_the_best_evaluation_serves_whatever_its_windows_say(tmp_path: Path) -> None:
+    world = World(tmp_path / "registry", BestBy.EVALUATION)
+    first = publish_tiny_version(world.registry, 1.0, seed=GOOD_SEED)
+    second = publish_tiny_version(world.registry, 2.0, seed=BAD_SEED)
+    async with world.running(serving=1):
+        assert "No version has an evaluation yet" in world.catalogue.notices[0]
+        write_record(world.registry, second, 1.5)
+        await world.serves(2)
+        assert world.catalogue.labels()["best"] == 2
+        write_record(world.registry, first, 1.4)
+        await world.serves(1)
+        write_record(world.registry, first, 1.6)
+        await world.serves(2)
+        # A version without an evaluation by that method does not take over.
+        publish_tiny_version(world.registry, 0.5)
+        await eventually(lambda: "Version 3 has no evaluation" in "".join(world.catalogue.notices))
+        await polls(world)
+        assert world.serving == 2
+        assert world.value("refused_versions_total", reason="worse") == 0
+        # Without the only version that was evaluated, the best one of training serves.
+        world.registry.evaluations.path(1, "aa").unlink()
+        assert await world.manager.roll_back() in (1, 3)
+        await world.serves(3)

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument, NotFound
 from shared.registry import policy
-from shared.registry.decisions import Decided
+from shared.registry.decisions import BestBy, Decided
+from shared.registry.evaluations import Figures
 from shared.registry.findings import Finding
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
+from tests.records import write_record
 from tests.shared.registry.scenarios import make_manifest, publish
 
 
@@ -135,11 +137,12 @@ def test_only_a_version_that_has_trained_enough_takes_the_lead(
 def test_a_sentence_says_when_newer_versions_on_other_text_take_the_lead(
     best: VersionManifest, others: list[VersionManifest], sentence: str
 ) -> None:
-    assert policy.describe_other_text([best, *others]) == sentence
+    assert policy.describe_unranked([best, *others], Decided()) == sentence
 
 
 def test_without_versions_there_is_no_sentence() -> None:
-    assert policy.describe_other_text([]) == ""
+    assert policy.describe_unranked([], Decided()) == ""
+    assert policy.describe_unranked([], Decided(best_by=BestBy.EVALUATION)) == ""
 
 
 def test_the_label_of_a_run_names_its_best_version_that_may_serve() -> None:
@@ -260,3 +263,110 @@ def test_removing_a_version_removes_its_labels_and_its_finding(registry: Registr
     assert registry.decisions.findings() == {2: [judged(second, "lying")]}
     with pytest.raises(NotFound, match="No version has the label 'stable'"):
         registry.resolve("stable")
+
+
+def evaluated(bits_per_byte: float, method: str = "aa", measured_at: float = 1.0) -> Figures:
+    return Figures(method, "d", 1000, 2.0, None, None, 7.4, bits_per_byte, measured_at)
+
+
+def by_evaluation(figures: dict[int, list[Figures]], refused: tuple[int, ...] = ()) -> Decided:
+    return Decided(frozenset(refused), best_by=BestBy.EVALUATION, figures=figures)
+
+
+def test_best_follows_evaluations_by_the_newest_method_if_it_should() -> None:
+    versions = [trained(number, 10 * number, bits_per_byte=1 - number / 10) for number in range(1, 6)]
+    figures = {
+        1: [evaluated(0.5), evaluated(0.9, "bb", 2.0)],
+        2: [evaluated(0.8, "bb", 3.0)],
+        3: [evaluated(0.8, "bb", 4.0)],
+        4: [evaluated(0.1)],
+    }
+    assert policy.labels(versions, Decided(figures=figures)) == {"best": 5, "latest": 5}
+    assert policy.labels(versions, by_evaluation(figures)) == {"best": 3, "latest": 5}
+    assert [each.version for each in policy.ranking(versions, by_evaluation(figures))] == [3, 2, 1]
+    # The evaluations of refused versions do not say which method is the newest.
+    assert policy.labels(versions, by_evaluation(figures, refused=(2, 3)))["best"] == 1
+    assert policy.labels(versions, by_evaluation(figures, refused=(1, 2, 3)))["best"] == 4
+    assert policy.labels(versions, by_evaluation(figures, refused=(1, 2, 3, 4)))["best"] == 5
+    # Nor do those of versions that are gone.
+    assert policy.labels(versions[3:], by_evaluation(figures))["best"] == 4
+
+
+def test_without_evaluations_best_compares_training() -> None:
+    versions = [trained(1, 400, bits_per_byte=0.5), trained(2, 10, "other", bits_per_byte=0.1)]
+    assert policy.labels(versions, by_evaluation({}))["best"] == 1
+    # An evaluation compares versions with other evaluation sets of training.
+    assert policy.labels(versions, by_evaluation({1: [evaluated(0.9)], 2: [evaluated(0.8)]}))["best"] == 2
+
+
+@given(
+    st.dictionaries(
+        st.integers(1, 6),
+        st.lists(
+            st.builds(evaluated, st.sampled_from([0.5, 0.7]), st.sampled_from("abc"), st.sampled_from([1.0, 2.0])),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda figures: figures.method_digest,
+        ),
+    ),
+    st.sets(st.integers(1, 6)),
+)
+def test_best_was_evaluated_as_well_as_any_version_by_its_method(
+    figures: dict[int, list[Figures]], refused: set[int]
+) -> None:
+    versions = [trained(number, number) for number in range(1, 7)]
+    best = policy.labels(versions, by_evaluation(figures, tuple(refused))).get("best")
+    deserving = {number: some for number, some in figures.items() if number not in refused}
+    if not deserving:
+        assert best == max(set(range(1, 7)) - refused, default=None)
+        return
+    assert best in deserving
+    found = [(number, each) for number, some in deserving.items() for each in some]
+    newest = max(each.measured_at for _, each in found)
+    methods = {each.method_digest for _, each in found if each.measured_at == newest}
+    own = [each for each in deserving[best] if each.method_digest in methods]
+    assert any(
+        (each.bits_per_byte, -best)
+        == min((other.bits_per_byte, -number) for number, other in found if other.method_digest == each.method_digest)
+        for each in own
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "sentence"),
+    [
+        ({}, "No version has an evaluation yet, so `best` compares the held-out loss of training."),
+        ({3: [evaluated(0.5)]}, ""),
+        (
+            {1: [evaluated(0.5)], 3: [evaluated(0.5, measured_at=0.0, method="bb")]},
+            "Versions 2 to 3 have no evaluation by the newest method, and `best` compares evaluations: "
+            "`gptloop eval 3`.",
+        ),
+        (
+            {2: [evaluated(0.5)]},
+            "Version 3 has no evaluation by the newest method, and `best` compares evaluations: `gptloop eval 3`.",
+        ),
+    ],
+)
+def test_a_sentence_names_newer_versions_without_an_evaluation(
+    figures: dict[int, list[Figures]], sentence: str
+) -> None:
+    versions = [trained(number, number) for number in range(1, 4)]
+    assert policy.describe_unranked(versions, by_evaluation(figures)) == sentence
+    assert policy.describe_unranked(versions, Decided(figures=figures)) == ""
+
+
+def test_a_registry_with_that_rule_follows_the_records_at_once(registry: Registry) -> None:
+    versions = [publish(registry, bits_per_byte=bits) for bits in (0.9, 0.7, 0.8)]
+    following = Registry(registry.root, BestBy.EVALUATION)
+    assert following.labels()["best"] == registry.labels()["best"] == 2
+    write_record(registry, versions[2], 1.5)
+    assert (following.resolve("best").version, registry.resolve("best").version) == (3, 2)
+    write_record(registry, versions[0], 1.4)
+    assert following.labels()["best"] == 1
+    write_record(registry, versions[0], 1.6)
+    assert following.labels()["best"] == 3
+    # A damaged decision changes nothing.
+    (registry.root / "serving").mkdir(exist_ok=True)
+    (registry.root / "serving" / "policy").write_text("newest")
+    assert following.labels()["best"] == 3

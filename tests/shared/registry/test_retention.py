@@ -7,10 +7,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shared.errors import CorruptCheckpoint, InvalidArgument
+from shared.registry.decisions import BestBy
 from shared.registry.fence import Fence
 from shared.registry.findings import Finding
 from shared.registry.retention import Retention, judge, prune
 from shared.registry.store import Checkpoint, Registry
+from tests.records import write_record
 from tests.shared.registry.scenarios import make_manifest, write_model
 
 DAY_S = 24 * 3600.0
@@ -47,6 +49,22 @@ def test_the_newest_the_best_and_labelled_checkpoints_are_kept(registry: Registr
     assert numbers(registry) == [1, 2, 3, 4, 5, *range(11, 21)]
     assert registry.labels() == {"best": 2, "latest": 20}
     assert registry.states("run-1") == [20, 190, 200]
+
+
+def test_the_version_with_the_best_evaluation_is_kept_with_its_state_if_best_follows_evaluations(
+    registry: Registry,
+) -> None:
+    sparing = Retention(states=1, best=1, newest=1)
+    following = Registry(registry.root, BestBy.EVALUATION)
+    for version in range(1, 6):
+        evaluate(registry, "run-1", version, bits=2.0 - version / 100)
+    write_record(registry, registry.version(2), 1.4)
+    write_record(registry, registry.version(5), 1.5)
+    prune(following, sparing)
+    assert (numbers(registry), registry.states("run-1")) == ([2, 5], [2, 5])
+    assert reasons(following, sparing)[Checkpoint(2)] == ("label best",)
+    prune(registry, sparing)
+    assert (numbers(registry), registry.states("run-1")) == ([5], [5])
 
 
 def test_an_incomplete_version_is_kept_with_its_state(registry: Registry) -> None:

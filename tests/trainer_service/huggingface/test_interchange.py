@@ -35,6 +35,7 @@ from trainer_service.jobs.attempt import Attempt
 from trainer_service.jobs.events import Event, RunStarted, VersionPublished
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.run import TrainingRun
+from trainer_service.settings import read_settings
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.loss import window_losses
@@ -83,7 +84,8 @@ def data(tmp_path: Path) -> DatasetSpec:
 
 
 def imported(folder: Path, data: DatasetSpec, directories: Directories) -> Imported:
-    return import_folder(folder, data, directories, Retention(), Workers(), lambda stage, fraction: None)
+    settings = read_settings({"GPTLOOP_VAR": str(directories.var)})
+    return import_folder(folder, data, settings, Workers(), lambda stage, fraction: None)
 
 
 def same_weights(one: GPT, other: GPT) -> bool:

@@ -29,6 +29,12 @@ class VersionState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     VERSION_STATE_RESIDENT: _ClassVar[VersionState]
     VERSION_STATE_SERVING: _ClassVar[VersionState]
     VERSION_STATE_REFUSED: _ClassVar[VersionState]
+
+class BestBy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BEST_BY_UNSPECIFIED: _ClassVar[BestBy]
+    BEST_BY_TRAINING: _ClassVar[BestBy]
+    BEST_BY_EVALUATION: _ClassVar[BestBy]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_EOS: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -43,6 +49,9 @@ VERSION_STATE_LOADING: VersionState
 VERSION_STATE_RESIDENT: VersionState
 VERSION_STATE_SERVING: VersionState
 VERSION_STATE_REFUSED: VersionState
+BEST_BY_UNSPECIFIED: BestBy
+BEST_BY_TRAINING: BestBy
+BEST_BY_EVALUATION: BestBy
 
 class ModelSelector(_message.Message):
     __slots__ = ("version", "label")
@@ -226,7 +235,7 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[ModelSelector, _Mapping]] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("version", "run", "step", "created_at", "config", "tokenizer", "parameters", "training_loss", "validation_loss", "bits_per_byte", "labels")
+    __slots__ = ("version", "run", "step", "created_at", "config", "tokenizer", "parameters", "training_loss", "validation_loss", "bits_per_byte", "labels", "evaluation")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +247,7 @@ class GetModelResponse(_message.Message):
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     version: int
     run: str
     step: int
@@ -249,7 +259,28 @@ class GetModelResponse(_message.Message):
     validation_loss: float
     bits_per_byte: float
     labels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., tokenizer: _Optional[str] = ..., parameters: _Optional[int] = ..., training_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
+    evaluation: TextQuality
+    def __init__(self, version: _Optional[int] = ..., run: _Optional[str] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., config: _Optional[_Union[ModelConfig, _Mapping]] = ..., tokenizer: _Optional[str] = ..., parameters: _Optional[int] = ..., training_loss: _Optional[float] = ..., validation_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., labels: _Optional[_Iterable[str]] = ..., evaluation: _Optional[_Union[TextQuality, _Mapping]] = ...) -> None: ...
+
+class TextQuality(_message.Message):
+    __slots__ = ("method_digest", "measured_at", "tokens", "nats_per_token", "nats_per_token_low", "nats_per_token_high", "perplexity", "bits_per_byte")
+    METHOD_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_AT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NATS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NATS_PER_TOKEN_LOW_FIELD_NUMBER: _ClassVar[int]
+    NATS_PER_TOKEN_HIGH_FIELD_NUMBER: _ClassVar[int]
+    PERPLEXITY_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
+    method_digest: str
+    measured_at: _timestamp_pb2.Timestamp
+    tokens: int
+    nats_per_token: float
+    nats_per_token_low: float
+    nats_per_token_high: float
+    perplexity: float
+    bits_per_byte: float
+    def __init__(self, method_digest: _Optional[str] = ..., measured_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tokens: _Optional[int] = ..., nats_per_token: _Optional[float] = ..., nats_per_token_low: _Optional[float] = ..., nats_per_token_high: _Optional[float] = ..., perplexity: _Optional[float] = ..., bits_per_byte: _Optional[float] = ...) -> None: ...
 
 class ModelConfig(_message.Message):
     __slots__ = ("layers", "width", "heads", "hidden_width", "context_length", "vocabulary_size", "tied_head")
@@ -270,7 +301,7 @@ class ModelConfig(_message.Message):
     def __init__(self, layers: _Optional[int] = ..., width: _Optional[int] = ..., heads: _Optional[int] = ..., hidden_width: _Optional[int] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., tied_head: _Optional[bool] = ...) -> None: ...
 
 class VersionStatus(_message.Message):
-    __slots__ = ("version", "state", "reason", "labels", "streams", "held", "memory_bytes", "claimed_loss", "measured_loss", "bits_per_byte", "step", "created_at", "digest", "validation_loss")
+    __slots__ = ("version", "state", "reason", "labels", "streams", "held", "memory_bytes", "claimed_loss", "measured_loss", "bits_per_byte", "step", "created_at", "digest", "validation_loss", "evaluation")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -285,6 +316,7 @@ class VersionStatus(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATION_FIELD_NUMBER: _ClassVar[int]
     version: int
     state: VersionState
     reason: str
@@ -299,21 +331,24 @@ class VersionStatus(_message.Message):
     created_at: _timestamp_pb2.Timestamp
     digest: str
     validation_loss: float
-    def __init__(self, version: _Optional[int] = ..., state: _Optional[_Union[VersionState, str]] = ..., reason: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., streams: _Optional[int] = ..., held: _Optional[bool] = ..., memory_bytes: _Optional[int] = ..., claimed_loss: _Optional[float] = ..., measured_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ..., validation_loss: _Optional[float] = ...) -> None: ...
+    evaluation: TextQuality
+    def __init__(self, version: _Optional[int] = ..., state: _Optional[_Union[VersionState, str]] = ..., reason: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., streams: _Optional[int] = ..., held: _Optional[bool] = ..., memory_bytes: _Optional[int] = ..., claimed_loss: _Optional[float] = ..., measured_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ..., validation_loss: _Optional[float] = ..., evaluation: _Optional[_Union[TextQuality, _Mapping]] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ListVersionsResponse(_message.Message):
-    __slots__ = ("versions", "policy", "notices")
+    __slots__ = ("versions", "policy", "notices", "best_by")
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     NOTICES_FIELD_NUMBER: _ClassVar[int]
+    BEST_BY_FIELD_NUMBER: _ClassVar[int]
     versions: _containers.RepeatedCompositeFieldContainer[VersionStatus]
     policy: str
     notices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, versions: _Optional[_Iterable[_Union[VersionStatus, _Mapping]]] = ..., policy: _Optional[str] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
+    best_by: BestBy
+    def __init__(self, versions: _Optional[_Iterable[_Union[VersionStatus, _Mapping]]] = ..., policy: _Optional[str] = ..., notices: _Optional[_Iterable[str]] = ..., best_by: _Optional[_Union[BestBy, str]] = ...) -> None: ...
 
 class LoadVersionRequest(_message.Message):
     __slots__ = ("version",)
