@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inference_service.settings import prefill_tokens_on, read_settings
+from inference_service.settings import Settings, prefill_tokens_on, read_settings
 from shared.errors import InvalidArgument, shown
 from shared.service import cli, logs
 from shared.service.lists import JsonOption
@@ -21,6 +21,7 @@ from shared.service.settings import to_address
 if TYPE_CHECKING:
     from inference_service.client.admin_client import AdminClient
     from inference_service.client.client import Parameters
+    from shared.device.accelerator import Accelerator
 
 app = cli.new_app("Serve the best version of the registry over gRPC, and talk to such a server.")
 
@@ -58,6 +59,8 @@ MinTokens = Annotated[int | None, typer.Option(min=0, help="The end token is not
 Samples = Annotated[
     int | None, typer.Option("--n", min=1, max=1024, help="How many texts continue each prompt. Default 1.")
 ]
+# The numbers of requests at once that `measure` measures by default.
+_MEASURED_ROWS = (1, 8, 32)
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable up to 16 times.")]
 
 
@@ -71,21 +74,45 @@ def serve() -> None:
     """
     import asyncio
 
-    from shared.device import accelerator
-
     settings = read_settings(os.environ)
     logs.configure("inference")
-    # Training runs on the same cores. BLAS threads that wait for one another make a step ten times slower.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # The threads of a step wait for one another only briefly, but between steps they would keep cores busy.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    device = accelerator.prepare(settings.directories.cache / "inference")
+    device = _prepare(settings)
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service import server
 
     prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
     if not asyncio.run(server.serve(settings, device, prefill_tokens)):
         raise typer.Exit(1)
+
+
+@app.command()
+def measure(
+    folder: Annotated[Path, typer.Argument(help="The folder of a version in the registry.")],
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, max=1024, help="Requests at once. Repeatable. Default: 1, 8 and 32.")
+    ] = None,
+) -> None:
+    """Measure how fast this machine serves a version, and the memory that it takes.
+
+    The engine is the server's, with the same settings, and has a slot for each request. The last line of the output is
+    JSON. If the output is a pipe, the process ends when nobody reads it any more.
+
+    Example: python -m inference_service measure var/registry/versions/7 --rows 1 --rows 8
+    """
+    import json
+    from dataclasses import asdict
+
+    from shared.service.reader import end_without_reader
+
+    end_without_reader()
+    settings = read_settings(os.environ)
+    device = _prepare(settings)
+    # Brings MLX in, so not before the accelerator is prepared.
+    from inference_service.measure import measure as measure_version
+
+    prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
+    measured = measure_version(folder, rows or _MEASURED_ROWS, settings, device, prefill_tokens, typer.echo)
+    typer.echo(json.dumps(asdict(measured)))
 
 
 @app.command()
@@ -310,6 +337,17 @@ def unload(version: Number, address: Address = None) -> None:
 
     with _admin(address) as client:
         typer.echo(describe_unloaded(client.unload(version)))
+
+
+def _prepare(settings: Settings) -> "Accelerator":
+    """Prepares the accelerator for the engine."""
+    from shared.device import accelerator
+
+    # Training runs on the same cores. BLAS threads that wait for one another make a step ten times slower.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # The threads of a step wait for one another only briefly, but between steps they would keep cores busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return accelerator.prepare(settings.directories.cache / "inference")
 
 
 def _set_policy(label: str, address: str | None) -> None:

@@ -191,7 +191,7 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class DecodingSpeed:
-    """How fast the engine answers this many requests at once."""
+    """How fast the engine answers this many requests at once: tokens of all of them, short prompts included."""
 
     rows: int
     tokens_per_s: float
@@ -201,7 +201,8 @@ class DecodingSpeed:
 
 @dataclass(frozen=True)
 class Speed:
-    """Speeds on one machine; `training_rows` windows are a step, `threads` is None on a GPU."""
+    """Speeds on one machine; `training_rows` windows are a step. `threads` train and `serving_threads` serve; both are
+    None on a GPU."""
 
     device: str
     threads: int | None
@@ -209,12 +210,13 @@ class Speed:
     training_tokens_per_s: float
     prefill_tokens_per_s: float
     decoding: tuple[DecodingSpeed, ...]
+    serving_threads: int | None = None
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """The memory of training with a batch size: what a step holds besides weights and moments, the peak of the process,
-    and the estimate that `gptloop train` prints, which is None on a GPU."""
+    """The memory of training with a batch size: what a step holds besides weights and moments, the peak of the process
+    with an evaluation, and the estimate that `gptloop train` prints, which is None on a GPU."""
 
     batch_size: int
     activations_bytes: int
@@ -224,7 +226,11 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a version in training and in serving."""
+    """The memory of a version in training and in serving.
+
+    `serving_bytes` is that of the weights, as they are laid out for decoding, and of as many slots as the last of
+    `Speed.decoding` has rows.
+    """
 
     weights_bytes: int
     optimizer_bytes: int

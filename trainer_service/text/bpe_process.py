@@ -7,7 +7,6 @@ process reads its text from a temporary file, whose position shows the progress,
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from shared.errors import ResourceExhausted, shown
+from shared.errors import ResourceExhausted
 from shared.gpt.tokenizer import PATTERN, Tokenizer, train_bpe
+from trainer_service.child_process import describe_end
 from trainer_service.text.background import INTERVAL_S
 
 # Training on at most this much text takes less time than starting a process.
@@ -59,21 +59,11 @@ def train_apart(
         if process.returncode == DISK_FULL_EXIT_CODE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if process.returncode:
-            raise ResourceExhausted(_failure(process.returncode, stderr))
+            raise ResourceExhausted(
+                f"The tokenizer cannot be trained, because its process {describe_end(process.returncode, stderr)}"
+            )
         tokens.seek(0)
         return Tokenizer("bpe", PATTERN, [bytes.fromhex(token) for token in json.load(tokens)])
-
-
-def _failure(returncode: int, stderr: str) -> str:
-    """Returns a sentence about a process that failed, with the last line that it wrote to standard error."""
-    if returncode == -signal.SIGKILL:
-        how = "was killed by SIGKILL, perhaps because memory is short"
-    elif returncode < 0:
-        how = f"was killed by signal {-returncode}"
-    else:
-        how = f"ended with exit code {returncode}"
-    last = f": {shown(stderr.strip().splitlines()[-1], 160)}" if stderr.strip() else ""
-    return f"The tokenizer cannot be trained, because its process {how}{last}."
 
 
 def main() -> None:
