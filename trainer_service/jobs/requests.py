@@ -15,6 +15,7 @@ from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, RunSpec,
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
+from trainer_service.text.sentence_pairs import check_pairs
 from trainer_service.training.config import TrainingConfig
 
 AnyRunSpec = TypeVar("AnyRunSpec", bound=RunSpec)
@@ -180,8 +181,10 @@ class EvaluateRequest(_DataRequest):
             raise InvalidArgument(
                 f"window is {shown(self.window)}, but must be from 1 to the context of the version, or 0 for all of it."
             )
-        for name in (*self.validation, *self.pairs):
+        for name in self.validation:
             check_file(Path(name))
+        for name in self.pairs:
+            check_pairs(Path(name))
         data = DatasetSpec(self.dataset, self.validation)
         if self.dataset:
             check_spec(data)

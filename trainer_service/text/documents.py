@@ -84,6 +84,23 @@ def marked(chunks: Iterable[str], counts: Counts) -> Iterator[Part]:
 
 def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Part]:
     """Yields the field `text` of JSON objects, one object a line."""
+    for number, row in json_objects(chunks, path, 'its text in the field "text"'):
+        text = row.get("text")
+        if text is not None and not isinstance(text, str):
+            raise DataError(
+                f'Line {number:,} of {shown(path.name)} has {_kind(text)} in the field "text", but must have a string '
+                "there."
+            )
+        if text is None and not counts.fields:
+            counts.fields = list(row)
+        yield from _row(text, counts)
+
+
+def json_objects(chunks: Iterable[str], path: Path, expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the JSON objects of a text, one a line, with the numbers of their lines. Numbers in them are floats.
+
+    Raises `DataError` for a line that is no object; its sentence says that an object needs what is `expected`.
+    """
     # No number is used, and Python refuses to parse an int of thousands of digits.
     decode = json.JSONDecoder(parse_int=float).decode
     for number, line in _lines(chunks, path):
@@ -96,17 +113,10 @@ def json_lines(chunks: Iterable[str], path: Path, counts: Counts) -> Iterator[Pa
             raise DataError(f"{where} is nested too deeply.") from None
         except ValueError as error:
             reason = shown(getattr(error, "msg", str(error)), 60)
-            raise DataError(
-                f'{where} is not JSON: {reason}. Each line must be an object with its text in the field "text".'
-            ) from None
+            raise DataError(f"{where} is not JSON: {reason}. Each line must be an object with {expected}.") from None
         if not isinstance(row, dict):
-            raise DataError(f'{where} is {_kind(row)}, but must be a JSON object with its text in the field "text".')
-        text = row.get("text")
-        if text is not None and not isinstance(text, str):
-            raise DataError(f'{where} has {_kind(text)} in the field "text", but must have a string there.')
-        if text is None and not counts.fields:
-            counts.fields = list(row)
-        yield from _row(text, counts)
+            raise DataError(f"{where} is {_kind(row)}, but must be a JSON object with {expected}.")
+        yield number, row
 
 
 def _lines(chunks: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:

@@ -30,6 +30,11 @@ def mean_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
 
 def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     """Returns the mean cross-entropy (B,) of each row, in nats per token."""
+    return token_losses(model, inputs, targets).mean(axis=1)  # (B,)
+
+
+def token_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
+    """Returns the cross-entropy, in nats, of each of (B, T) targets given (B, T) inputs."""
     hidden = model.hidden(inputs)
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
     weight = model.head_weight
@@ -38,7 +43,7 @@ def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
         losses = [_losses(chunk, weight, wanted)[0] for chunk, wanted in chunks]
     else:
         losses = [nn.losses.cross_entropy(chunk @ weight.T, wanted) for chunk, wanted in chunks]
-    return mx.concatenate(losses).reshape(targets.shape).mean(axis=1)  # (B,)
+    return mx.concatenate(losses).reshape(targets.shape)  # (B, T)
 
 
 @differentiable

@@ -4,7 +4,7 @@ from typing import cast
 
 import pytest
 
-from shared.errors import InvalidArgument, NotFound
+from shared.errors import DataError, InvalidArgument, NotFound
 from shared.registry.store import Registry
 from trainer_service.jobs.requests import EvaluateRequest, TrainRequest, parse_overrides
 from trainer_service.jobs.specs import EvaluateSpec, Kind, TrainSpec, spec_from_json
@@ -110,6 +110,16 @@ def test_an_evaluation_is_completed_and_checked(tmp_path: Path) -> None:
         EvaluateRequest(after=("a",), validation=(str(tmp_path / "absent.txt"),)).resolve(registry)
     with pytest.raises(InvalidArgument, match="must be a number, best or latest"):
         EvaluateRequest(version="newest").resolve(registry)
+
+
+def test_a_bad_file_of_minimal_pairs_is_rejected_before_the_job_waits(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
+    spec = EvaluateRequest(after=("a",), pairs=(str(path),)).resolve(Registry(tmp_path))
+    assert spec.pairs == (str(path),)
+    path.write_text('{"sentence_good": "a"}\n')
+    with pytest.raises(DataError, match=r"Line 1 of 'pairs\.jsonl' has no \"sentence_bad\""):
+        EvaluateRequest(after=("a",), pairs=(str(path),)).resolve(Registry(tmp_path))
 
 
 def test_a_run_that_cannot_start_is_rejected(tmp_path: Path) -> None:

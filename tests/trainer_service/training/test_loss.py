@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
 from trainer_service.training import loss
-from trainer_service.training.loss import mean_loss, window_losses
+from trainer_service.training.loss import mean_loss, token_losses, window_losses
 
 VOCABULARY = 50
 Loss = Callable[[GPT, mx.array, mx.array], mx.array]
@@ -217,6 +217,7 @@ def test_window_losses_agree_with_the_formula_in_64_bits(
     model, inputs, targets = random_model(tied_head), random_tokens(1, 3, 16), random_tokens(2, 3, 16)
     weights = {name: np.array(value, np.float64) for name, value in parameters_of(model).items()}
     expected = exact_losses(model, weights, np.array(inputs), np.array(targets))
+    np.testing.assert_allclose(token_losses(model, inputs, targets), expected, rtol=1e-5, atol=1e-5)
     assert window_losses(model, inputs, targets).tolist() == pytest.approx(expected.mean(axis=1).tolist(), rel=1e-5)
     assert mean_loss(model, inputs, targets).item() == pytest.approx(expected.mean(), rel=1e-5)
 
