@@ -11,6 +11,8 @@ from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
 from shared.gpt.config import count_parameters
 from shared.registry.fence import Fence
+from shared.registry.history import EvaluationLine, HistoryWriter, Line, ReportLine
+from shared.registry.manifest import VersionManifest
 from shared.registry.retention import prune
 from shared.registry.store import Registry
 from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_tokenizer
@@ -100,6 +102,9 @@ class TrainingRun:
             self._emit(Preparation("building the model"))
             trainer = Trainer(config, self._data.train, workers)
             self._restore(trainer)
+            self._history = HistoryWriter(self._fence, trainer.step, self._published(trainer))
+            self._history_fails = False
+            self._record()
             parameters = count_parameters(config.gpt)
             self._emit(
                 RunStarted(
@@ -130,10 +135,9 @@ class TrainingRun:
                 self.notice(f"{error} An older state is used.")
                 continue
             trainer.restore(state)
-            for version in self._registry.versions():
-                if (version.run, version.step) == (run, step):
-                    # The state may be older than the evaluation.
-                    trainer.record_evaluation(version.validation_loss)
+            if version := self._version_of(step):
+                # The state may be older than the evaluation.
+                trainer.record_evaluation(version.validation_loss)
             return
         if self._spec.resume is None:
             return
@@ -148,11 +152,34 @@ class TrainingRun:
         # With a state of its own, the run no longer needs the version, which may be removed.
         self._keep_state(trainer)
 
+    def _published(self, trainer: Trainer) -> EvaluationLine | None:
+        """Returns the evaluation of the trainer's step, if the run has published its version."""
+        version = self._version_of(trainer.step)
+        if version is None:
+            return None
+        loss, bits, at = version.validation_loss, version.bits_per_byte, version.created_at
+        return EvaluationLine(trainer.step, trainer.tokens, loss, bits, version.version, at, self._attempt.number)
+
     # The methods of the loop's observer.
 
     def report(self, report: Report) -> None:
-        """Emits progress."""
+        """Emits progress, and adds it to the history of the run."""
         memory = accelerator.memory()
+        self._record(
+            ReportLine(
+                step=report.step,
+                tokens=report.tokens,
+                loss=report.loss,
+                learning_rate=report.learning_rate,
+                gradient_norm=report.gradient_norm,
+                tokens_per_second=report.tokens_per_second,
+                active_memory_bytes=memory.active_bytes,
+                peak_memory_bytes=memory.peak_bytes,
+                resident_memory_bytes=memory.resident_bytes,
+                time=time.time(),
+                attempt=self._attempt.number,
+            )
+        )
         self._emit(
             Progress(
                 **vars(report),
@@ -170,35 +197,61 @@ class TrainingRun:
         If the registry cannot be written, the next evaluation tries again. After the last step no evaluation follows,
         so pruning makes room for a second try.
         """
-        self._emit(Evaluation(trainer.step, trainer.training_loss, held_out.nats_per_token, held_out.bits_per_byte))
+        loss, bits = held_out.nats_per_token, held_out.bits_per_byte
+        self._emit(Evaluation(trainer.step, trainer.training_loss, loss, bits))
+        # A state is never on the disk without the lines before it.
+        self._record(synced=True)
         is_last = trainer.step == self._spec.config.max_steps
+        version = None
         try:
-            self._keep(trainer, held_out)
+            version = self._keep(trainer, held_out)
         except FailedPrecondition as error:
             if not is_last:
                 self.notice(f"{error} Training continues without this checkpoint.")
             else:
                 self._prune()
-                self._keep(trainer, held_out)
+                version = self._keep(trainer, held_out)
+        at, attempt = time.time(), self._attempt.number
+        self._record(EvaluationLine(trainer.step, trainer.tokens, loss, bits, version, at, attempt))
         self._prune()
 
+    def _record(self, *lines: Line, synced: bool = False) -> None:
+        """Adds lines to the history of the run; a disk that fails costs lines, and not the run."""
+        try:
+            self._history.append(*lines, synced=synced)
+        except FailedPrecondition as error:
+            if not self._history_fails:
+                self.notice(f"{error} The history of the run lacks lines until then.")
+            self._history_fails = True
+        else:
+            self._history_fails = False
+
     def _end(self) -> None:
+        self._record(synced=True)
         try:
             self._registry.end_run(self._spec.run)
         except FailedPrecondition as error:
             self.notice(f"{error} The run is kept as unfinished.")
         self._prune()
 
-    def _keep(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
+    def _keep(self, trainer: Trainer, held_out: HeldOutLoss) -> int:
+        """Keeps the state, and returns the number of its version, which it publishes if it is not there yet."""
         # The state is first, so that every version has one. A run that dies between the two evaluates this step again,
         # because its state does not contain the evaluation yet.
         self._keep_state(trainer)
-        if any((each.run, each.step) == (self._spec.run, trainer.step) for each in self._registry.versions()):
-            return
+        if present := self._version_of(trainer.step):
+            return present.version
         version = publish(self._registry, self._fence, self._spec, self._data, trainer, self._evaluation_set, held_out)
         best = self._registry.labels().get("best") == version.version
         self._emit(
             VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
+        )
+        return version.version
+
+    def _version_of(self, step: int) -> VersionManifest | None:
+        """Returns the version that the run has published at a step."""
+        return next(
+            (each for each in self._registry.versions() if (each.run, each.step) == (self._spec.run, step)), None
         )
 
     def _prune(self) -> None:
@@ -209,6 +262,7 @@ class TrainingRun:
 
     def save(self, trainer: Trainer) -> None:
         """Keeps the state; if the registry cannot be written, the run later resumes from an older one."""
+        self._record(synced=True)
         try:
             self._keep_state(trainer)
         except FailedPrecondition as error:

@@ -88,10 +88,15 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
 
 
 def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
-    """Removes every checkpoint that is not kept, and returns them; raises `FailedPrecondition` if that fails."""
+    """Removes every checkpoint that is not kept, and returns them; raises `FailedPrecondition` if that fails.
+
+    The history of a run goes once the run has neither a state nor a version.
+    """
     with writing(registry.root):
         going = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
-        return [checkpoint for checkpoint in going if _remove(registry, checkpoint)]
+        gone = [checkpoint for checkpoint in going if _remove(registry, checkpoint)]
+        _remove_histories(registry)
+        return gone
 
 
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
@@ -104,6 +109,17 @@ def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
             return False
         registry.remove(checkpoint)
         return True
+
+
+def _remove_histories(registry: Registry) -> None:
+    versions = registry.versions()
+    if registry.unreadable:
+        return  # one of them may be of any run
+    remaining = {each.run for each in versions} | {run for run in registry.runs() if registry.states(run)}
+    for run in registry.histories.runs():
+        # A run that has just begun has no state yet.
+        if run not in remaining and registry.histories.age_s(run) > _ACTIVE_S:
+            registry.histories.remove(run)
 
 
 def _versions(registry: Registry) -> list[VersionManifest]:

@@ -3,6 +3,7 @@
 versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
 runs/<run>/ended           marks a finished run
+runs/<run>/history.jsonl   what it has reported: see `history.py`
 evaluations/<n>/           records of evaluations of a version: see `evaluations.py`
 serving/                   decisions and findings: see `decisions.py`
 staging/<id>/              checkpoints that are being written or removed: see `staging.py`
@@ -33,6 +34,7 @@ from shared.registry.commit import (
 from shared.registry.decisions import BestBy, Decided, Decisions, check_label
 from shared.registry.evaluations import Evaluations, Figures
 from shared.registry.fence import Fence
+from shared.registry.history import Histories
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
 from shared.registry.numbering import children, next_version, number_of, numbers
@@ -74,6 +76,7 @@ class Registry:
         self.decisions = Decisions(root)
         self.holds = Holds(root)
         self.evaluations = Evaluations(root)
+        self.histories = Histories(root)
         self._staging = Staging(root)
         # A version never changes, so its manifest is read once; the inode shows if the whole registry was replaced.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}

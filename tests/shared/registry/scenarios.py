@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shared.registry.fence import Fence
 from shared.registry.findings import Finding
+from shared.registry.history import EvaluationLine, HistoryWriter
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Registry
@@ -79,6 +80,8 @@ def observe(root: Path) -> View:
     assert set(labels.values()) <= set(numbers)
     for path in (root / "runs").glob("*/fence"):
         view.add(f"fence of {path.parent.name}: {int(path.read_text())}")
+    for run in registry.histories.runs():
+        view |= {f"line of {run}: {line}" for line in registry.histories.read(run).evaluations}
     findings = registry.decisions.findings()
     view |= {f"finding of {number}: {each}" for number, each in findings.items()}
     assert sum(map(len, findings.values())) == len([*(root / "serving" / "findings").glob("*.json")])
@@ -86,7 +89,7 @@ def observe(root: Path) -> View:
 
 
 def things(view: View, kind: str) -> View:
-    """Returns the items of a view that are a `version`, a `state`, a `fence` or a `finding`."""
+    """Returns the items of a view that are a `version`, a `state`, a `fence`, a `finding` or a `line`."""
     return frozenset(word for word in view if word.startswith(kind))
 
 
@@ -152,6 +155,30 @@ def _prepare_finding(registry: Registry) -> Fence:
     return fence
 
 
+_HISTORIES = ((1, 2, 3), (1, 2, 4), (1, 2), (1,), ())
+
+
+def make_line(step: int, version: int | None = None) -> EvaluationLine:
+    return EvaluationLine(step, 100 * step, 2.0, 1.0, version, time=1.0, attempt=1)
+
+
+def _prepare_history(registry: Registry) -> Fence:
+    fence = _prepare(registry)
+    HistoryWriter(fence, 0).append(*map(make_line, (1, 2, 3)), synced=True)
+    return fence
+
+
+def _continue_history(registry: Registry, fence: Fence) -> None:
+    # As a run that has a state of step 2.
+    HistoryWriter(fence, 2, make_line(2)).append(make_line(4), synced=True)
+
+
+def _replaces_the_last_line(old: View, new: View) -> bool:
+    # A power failure may cost any of the last lines, and no line that follows a lost one remains.
+    possible = [frozenset(f"line of {RUN}: {make_line(step)}" for step in steps) for steps in _HISTORIES]
+    return old - things(old, "line") == new - things(new, "line") and things(new, "line") in possible
+
+
 def _prepare_nothing(registry: Registry) -> Fence:
     return Fence(registry.root, 0)
 
@@ -193,6 +220,7 @@ SCENARIOS = {
     "fence": Scenario(_prepare, lambda registry, _: Fence.raise_for(registry.run_directory(RUN)), _raises_one),
     "finding": Scenario(_prepare_finding, lambda registry, fence: _find_out(registry, fence.token), _replaces_one),
     "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, SPARING), _only_removes),
+    "history": Scenario(_prepare_history, _continue_history, _replaces_the_last_line),
 }
 
 # Actions on an empty registry, and after a process that was killed before its syncs.
