@@ -142,7 +142,8 @@ class TrainingLoss:
 class WritingFigures:
     """Figures about several texts, written by the model or by people.
 
-    distinct: the share of different ones among all 1-, 2- and 3-grams of tokens (Li et al. 2016).
+    distinct: the share of different ones among all 1-, 2- and 3-grams of tokens (Li et al. 2016), of one text for each
+      prompt; the model's is the mean over its seeds.
     repeated: the share of 4-grams that occurred before in the same text.
     ended: the share of texts that end before the limit.
     copied: the longest run of tokens that also stands in the training text, of each text the longest: their median and
