@@ -20,6 +20,7 @@ from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import ROOT, Server, text_of
+from tests.records import write_record
 from tests.waiting import HANG_S, wait_until
 
 pytestmark = pytest.mark.slow
@@ -263,3 +264,18 @@ def test_chat_continues_each_line_and_takes_commands(server: Server) -> None:
 def test_clients_load_no_model_framework() -> None:
     check = "import sys, inference_service.__main__, inference_service.terminal; sys.exit('mlx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=HANG_S).returncode == 0
+
+
+def test_the_environment_lets_best_follow_evaluations(tmp_path: Path) -> None:
+    server = Server(tmp_path / "var", GPTLOOP_BEST_BY="evaluation")
+    try:
+        worse, best = (publish_tiny_version(server.registry, bits_per_byte) for bits_per_byte in (2.0, 1.0))
+        with server.client() as client, AdminClient(server.address) as admin:
+            wait_until(lambda: server.serves() and client.model().version == best.version)
+            write_record(server.registry, worse, 1.5)
+            wait_until(lambda: client.model().version == worse.version)
+            assert client.model(label="best").evaluation.bits_per_byte == 1.5
+            assert admin.versions().best_by == pb.BEST_BY_EVALUATION
+        assert server.metrics()["gptloop_inference_evaluated_bits_per_byte", "aa", str(worse.version)] == 1.5
+    finally:
+        assert server.end() == 0, server.lines
