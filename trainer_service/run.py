@@ -16,9 +16,13 @@ from shared.registry.manifest import VersionManifest
 from shared.registry.retention import prune
 from shared.registry.store import Registry
 from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_tokenizer
+from trainer_service.evaluation.due import DueEvaluations
+from trainer_service.evaluation.judge import Judge
+from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
+from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import train
@@ -94,6 +98,7 @@ class TrainingRun:
             context_length=config.context_length,
         )
         self._fence = Fence.raise_for(self._registry.run_directory(spec.run), attempt.number)
+        self._due: DueEvaluations | None = None
 
     def train(self) -> bool:
         """Trains; returns True at the end of the schedule, and False if the attempt had to end before."""
@@ -120,6 +125,12 @@ class TrainingRun:
                     preparation_s=time.monotonic() - attempt.began_s,
                 )
             )
+            if config.evaluate_every:
+                judge = Judge(self._registry, attempt.device, workers, preparation_report(attempt))
+                self._due = DueEvaluations(
+                    self._spec.run, config, self._registry, judge, self._whole_texts, self.notice
+                )
+                self._due.measure()
             completed = train(trainer, self._evaluation_set, self, attempt.stop_requested)
             if completed:
                 self._end()
@@ -214,6 +225,12 @@ class TrainingRun:
         at, attempt = time.time(), self._attempt.number
         self._record(EvaluationLine(trainer.step, trainer.tokens, loss, bits, version, at, attempt))
         self._prune()
+        if self._due:
+            self._due.measure()
+
+    def _whole_texts(self, version: VersionManifest) -> Texts:
+        report = preparation_report(self._attempt)
+        return read_texts(version, DatasetSpec(()), self._data.tokenizer, self._attempt.directories.data, report)
 
     def _record(self, *lines: Line, synced: bool = False) -> None:
         """Adds lines to the history of the run; a disk that fails costs lines, and not the run."""

@@ -108,6 +108,11 @@ class Directories:
         return self.var / "log"
 
     @property
+    def reports(self) -> Path:
+        """Reports of evaluations."""
+        return self.var / "reports"
+
+    @property
     def cache(self) -> Path:
         """Files that can be built again: compiled kernels, the BLAS forwarder."""
         return self.var / "cache"

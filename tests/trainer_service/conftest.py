@@ -7,6 +7,7 @@ from redis import Redis
 from shared.registry.store import Registry
 from tests.jobs import training
 from tests.redis_process import RedisServer
+from tests.trainer_service.site import Site
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import connect
 from trainer_service.server import TrainingServicer
@@ -21,6 +22,11 @@ def settings(tmp_path: Path) -> TrainerSettings:
     return read_settings(
         {"GPTLOOP_VAR": str(tmp_path), "GPTLOOP_TRAINER_PORT": "0", "GPTLOOP_TRAINER_METRICS_PORT": "0"}
     )
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
     files = {
         "registry/versions/1/model": "versions",
         "registry/runs/run/states/5/model": "states",
+        "registry/evaluations/1/x.json": "evaluations",
+        "reports/evaluation-1.html": "reports",
         "registry/serving/policy": "other",
         "registry/staging/x/files/model": "other",
         "registry/last_version": "other",
@@ -36,7 +38,7 @@ def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
 
 
 def test_nothing_takes_no_room(tmp_path: Path) -> None:
-    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 7
+    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 9
     assert not (tmp_path / "var").exists()
 
 

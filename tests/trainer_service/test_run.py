@@ -1,88 +1,30 @@
-"""Runs and evaluations from their jobs on, without queue or worker: a tiny model on a text file."""
+"""Runs from their jobs on, without queue or worker: a tiny model on a text file."""
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 import pytest
 
-from shared.device.accelerator import Accelerator
-from shared.errors import DataError, FailedPrecondition, NotFound, RunOwnershipLost, TrainingDiverged
+from shared.errors import FailedPrecondition, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.decisions import BestBy
 from shared.registry.retention import Retention
 from shared.registry.store import Checkpoint, Registry
-from shared.service.settings import Directories
 from tests.fakes import publish_overflowing_version
 from tests.records import write_record
+from tests.trainer_service.site import Site
 from trainer_service.evaluation.job import evaluate_version
-from trainer_service.jobs.attempt import Attempt, Stopped
-from trainer_service.jobs.events import Evaluation, Event, Notice, Progress, VersionPublished
+from trainer_service.jobs.attempt import Stopped
+from trainer_service.jobs.events import Notice, Progress, VersionPublished
 from trainer_service.jobs.requests import TrainRequest
-from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
+from trainer_service.jobs.specs import EvaluateSpec
 from trainer_service.run import TrainingRun
 from trainer_service.text.corpus import DatasetSpec
 
 pytestmark = pytest.mark.slow
-
-Told = TypeVar("Told", bound=Event)
-
-DEVICE = Accelerator("cpu", "cpu", "", blas=None, memory_bytes=0, cache=Path())
-TINY = {
-    "vocabulary_size": "300",
-    "layers": "1",
-    "width": "16",
-    "heads": "2",
-    "hidden_width": "32",
-    "context_length": "16",
-    "batch_size": "2",
-    "max_steps": "9",
-    "warmup_steps": "1",
-    "evaluation_interval": "3",
-    "evaluation_windows": "4",
-}
-
-
-class Site:
-    """A folder with a registry and text, the events that were emitted, and jobs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.directories = Directories(folder / "var")
-        self.registry = Registry(self.directories.registry)
-        self.text = self.write(folder / "text.txt", 0)
-        self.other_text = self.write(folder / "other.txt", 1000)
-        self.told: list[Event] = []
-
-    @staticmethod
-    def write(path: Path, first: int) -> str:
-        path.write_text("<|endoftext|>".join(f"Tale {n} of the {n * n} foxes." for n in range(first, first + 400)))
-        return str(path)
-
-    def spec(self, resume: int | None = None, dataset: str = "", **values: str) -> TrainSpec:
-        text = dataset or (self.text if resume is None else "")
-        overrides = values if resume is not None else TINY | values
-        request = TrainRequest(dataset=(text,) if text else (), resume=resume, overrides=overrides)
-        return request.resolve(self.registry)
-
-    def attempt(
-        self, stop_requested: Callable[[], bool] = lambda: False, retention: Retention | None = None
-    ) -> Attempt:
-        return Attempt(1, self.directories, retention or Retention(), DEVICE, self.told.append, stop_requested)
-
-    def train(self, spec: TrainSpec, **given: object) -> bool:
-        return TrainingRun(spec, self.attempt(**given)).train()  # type: ignore[arg-type]
-
-    def all_told(self, kind: type[Told]) -> list[Told]:
-        return [event for event in self.told if isinstance(event, kind)]
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
 
 
 @contextmanager
@@ -295,54 +237,6 @@ def test_a_run_keeps_the_version_with_the_best_evaluation_if_best_follows_evalua
     assert site.registry.versions()[0] == first
     site.train(site.spec(), retention=sparing)
     assert site.registry.versions()[0] != first
-
-
-def evaluations(site: Site, version: int) -> list[dict[str, object]]:
-    return [json.loads(path.read_text()) for path in site.registry.root.glob(f"evaluations/{version}/*.json")]
-
-
-def test_a_version_is_measured_on_more_of_its_text_and_on_other_text(site: Site) -> None:
-    site.train(site.spec())
-    best = site.registry.version(site.registry.labels()["best"])
-    site.told.clear()
-    evaluate_version(EvaluateSpec("best", DatasetSpec(())), site.attempt())
-    evaluate_version(EvaluateSpec(str(best.version), DatasetSpec((site.other_text,))), site.attempt())
-    own, other = site.all_told(Evaluation)
-    # Said once, by the event alone, and without a loss that was measured on something else.
-    assert not any("nats" in notice.text for notice in site.all_told(Notice))
-    assert (own.step, own.version, own.training_loss) == (best.step, best.version, None)
-    assert (own.text, other.text) == ("text.txt", Path(site.other_text).name)
-    assert abs(own.validation_loss - best.validation_loss) < 0.5 and own.validation_loss != other.validation_loss
-    kept = {found["validation_loss"]: found for found in evaluations(site, best.version)}
-    assert set(kept) == {own.validation_loss, other.validation_loss}
-    assert int(str(kept[own.validation_loss]["windows"])) > 4  # as many as training looks at
-    # Again, the same.
-    evaluate_version(EvaluateSpec("best", DatasetSpec(())), site.attempt())
-    assert site.all_told(Evaluation)[-1] == own and len(evaluations(site, best.version)) == 2
-    site.registry.remove_version(best.version)
-    assert evaluations(site, best.version) == []
-
-
-def test_an_evaluation_on_validation_files_reads_no_other_text(site: Site, tmp_path: Path) -> None:
-    site.train(site.spec())
-    Path(site.text).unlink()
-    evaluate_version(EvaluateSpec("best", DatasetSpec((), (site.other_text,))), site.attempt())
-    measured = site.all_told(Evaluation)[-1]
-    assert measured.text == "other.txt" and measured.windows
-    short = tmp_path / "short.txt"
-    short.write_text("Once")
-    with pytest.raises(DataError, match=r"The held-out text of short\.txt holds \d tokens, .*: add text, or set"):
-        evaluate_version(EvaluateSpec("best", DatasetSpec((), (str(short),))), site.attempt())
-
-
-def test_an_evaluation_can_be_stopped_and_needs_its_version(site: Site) -> None:
-    site.train(site.spec())
-    asked = iter([False] * 5)
-    with pytest.raises(Stopped):
-        evaluate_version(EvaluateSpec("best", DatasetSpec(())), site.attempt(lambda: next(asked, True)))
-    assert not list(site.registry.root.glob("evaluations/*/*"))
-    with pytest.raises(NotFound, match="no version 9"):
-        evaluate_version(EvaluateSpec("9", DatasetSpec(())), site.attempt())
 
 
 def test_a_run_that_has_begun_does_not_need_the_version_that_it_continues(site: Site) -> None:

@@ -7,7 +7,7 @@ whole or absent, and an evaluation that goes on measures the absent ones.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Self
 
@@ -277,6 +277,15 @@ class Record:
     notes: tuple[str, ...] = ()
     # When each section was measured, in seconds since the epoch.
     measured_at: dict[str, float] = field(default_factory=dict)
+
+    def since(self, time: float) -> "Record":
+        """Returns the record without the sections that were measured before a time, in seconds since the epoch."""
+        old = {section for section, at in self.measured_at.items() if at < time}
+        absent = {section: () if section == "pairs" else None for section in old}
+        if "speed" in old:
+            absent["memory"] = None
+        times = {section: at for section, at in self.measured_at.items() if section not in old}
+        return replace(self, measured_at=times, **absent)  # type: ignore[arg-type]
 
     def to_json(self) -> str:
         """Returns the text of the file; `method_digest` stands first, for other programs."""

@@ -40,6 +40,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "evaluation_interval": (1, 10**9),
     "evaluation_windows": (1, 10**6),
+    "evaluate_every": (0, 10**9),
     "report_interval": (1, 10**9),
     "max_train_tokens": (0, 10**12),
     "max_validation_tokens": (0, 10**12),
@@ -89,6 +90,8 @@ class TrainingConfig:
     # Each held-out evaluation also writes a state and a version.
     evaluation_interval: int = 250
     evaluation_windows: int = 64
+    # Each n-th version is evaluated on the whole held-out text while the run pauses; 0 means none.
+    evaluate_every: int = 0
     report_interval: int = 10
     # Data. 0 means as many tokens as training, or evaluation, will read.
     max_train_tokens: int = 0

@@ -1,0 +1,226 @@
+"""Evaluations from their jobs on, without queue or worker: a tiny model on a text file."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shared.errors import DataError, InvalidArgument, NotFound
+from shared.registry.manifest import VersionManifest
+from shared.version_format import read_tokenizer
+from tests.trainer_service.site import Site
+from trainer_service.evaluation.job import evaluate_version
+from trainer_service.evaluation.judge import Judge
+from trainer_service.evaluation.record import Record
+from trainer_service.evaluation.texts import Texts, read_texts
+from trainer_service.jobs.attempt import Stopped, preparation_report
+from trainer_service.jobs.events import Evaluation, Notice
+from trainer_service.jobs.specs import EvaluateSpec
+from trainer_service.text.corpus import DatasetSpec
+from trainer_service.training.workers import Workers
+
+pytestmark = pytest.mark.slow
+
+OWN = DatasetSpec(())
+
+
+def texts_of(site: Site, version: VersionManifest, data: DatasetSpec = OWN) -> Texts:
+    tokenizer = read_tokenizer(site.registry.version_directory(version.version))
+    return read_texts(version, data, tokenizer, site.directories.data, lambda *_: None)
+
+
+def quality(
+    site: Site,
+    version: int,
+    data: DatasetSpec = OWN,
+    stop_requested: Callable[[], bool] = lambda: False,
+    since: float = 0.0,
+) -> Record:
+    """Measures a version as a job does, without speed and memory, which no two evaluations have in common."""
+    manifest = site.registry.version(version)
+    attempt = site.attempt(stop_requested)
+    with Workers(1) as workers:
+        judge = Judge(site.registry, attempt.device, workers, preparation_report(attempt))
+        return judge.quality(manifest, texts_of(site, manifest, data), since=since)
+
+
+def timeless(record: Record) -> Record:
+    return replace(record, measured_at={})
+
+
+def kept(site: Site, version: int) -> list[Record]:
+    folder = site.registry.evaluations.folder(version)
+    return [Record.from_json(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_an_evaluation_fills_every_section_and_reports_its_record(site: Site) -> None:
+    site.train(site.spec())
+    best = site.registry.resolve("best")
+    site.told.clear()
+    evaluate_version(EvaluateSpec("best", OWN), site.attempt())
+    (record,) = kept(site, best.version)
+    assert record.text and record.training and record.writing and record.speed and record.memory
+    assert set(record.measured_at) == {"text", "training", "writing", "speed"}
+    assert record.method.text.tokens == sum(record.text.unit_tokens) > 4 * 16  # more than training looks at
+    assert record.text.perplexity == pytest.approx(math.exp(record.text.nats_per_token))
+    assert abs(record.text.nats_per_token - best.validation_loss) < 0.5
+    assert len(record.writing.continuations) == record.writing.model.texts
+    (event,) = site.all_told(Evaluation)
+    assert (event.version, event.step, event.training_loss) == (best.version, best.step, None)
+    assert (event.text, event.method_digest) == ("text.txt", record.method.digest)
+    assert event.validation_loss == record.text.nats_per_token
+
+
+def test_a_second_evaluation_measures_nothing_unless_it_is_asked_to(site: Site) -> None:
+    site.train(site.spec())
+    evaluate_version(EvaluateSpec("1", OWN), site.attempt())
+    (first,) = kept(site, 1)
+    evaluate_version(EvaluateSpec("1", OWN), site.attempt())
+    assert kept(site, 1) == [first]
+    again = EvaluateSpec("1", OWN, since=max(first.measured_at.values()) + 1e-6)
+    evaluate_version(again, site.attempt())
+    (second,) = kept(site, 1)
+    assert min(second.measured_at.values()) > max(first.measured_at.values())
+    unlike: dict[str, object] = {"measured_at": {}, "speed": None, "memory": None}
+    assert replace(second, **unlike) == replace(first, **unlike)  # type: ignore[arg-type]
+
+
+def test_an_evaluation_that_is_stopped_anywhere_ends_with_the_same_record(site: Site) -> None:
+    site.train(site.spec())
+    whole = timeless(quality(site, 1))
+    written = site.registry.evaluations.folder(1)
+    calls = 0
+    sections_so_far = set[frozenset[str]]()
+
+    def count() -> bool:
+        nonlocal calls
+        calls += 1
+        return False
+
+    quality(site, 1, stop_requested=count, since=math.inf)
+    for stop_at in range(1, calls + 1, max(calls // 25, 1)):
+        for path in written.iterdir():
+            path.unlink()
+        left = stop_at
+
+        def stop() -> bool:
+            nonlocal left
+            left -= 1
+            return left == 0
+
+        with pytest.raises(Stopped):
+            quality(site, 1, stop_requested=stop)
+        sections_so_far.update(frozenset(record.measured_at) for record in kept(site, 1))
+        assert timeless(quality(site, 1)) == whole
+    assert frozenset({"text"}) in sections_so_far and frozenset({"text", "training"}) in sections_so_far
+
+
+def test_other_text_makes_another_record_and_the_training_text_stays_the_versions_own(site: Site) -> None:
+    site.train(site.spec())
+    own, other = quality(site, 1), quality(site, 1, DatasetSpec((site.other_text,)))
+    assert own.method.text.name == "text.txt" and other.method.text.name == "other.txt"
+    assert list(own.method.differences(other.method)) and len(kept(site, 1)) == 2
+    assert own.training is not None and other.training is not None and other.writing is not None
+    assert own.writing is not None and own.writing.training_tokens == other.writing.training_tokens > 0
+    site.registry.remove_version(1)
+    assert kept(site, 1) == []
+
+
+def test_validation_files_need_no_other_text(site: Site) -> None:
+    site.train(site.spec())
+    Path(site.text).unlink()
+    record = quality(site, 1, DatasetSpec((), (site.other_text,)))
+    assert record.text is not None and record.training is None
+    assert record.writing is not None and record.writing.model.copied_longest is None
+    (note,) = (note for note in record.notes if note.startswith("The training text cannot be read:"))
+    assert "text.txt" in note
+
+
+@pytest.mark.parametrize("text", ["O", "Once", "One story.<|endoftext|>", "a<|endoftext|>b"])
+def test_text_that_is_shorter_than_a_window_has_figures(site: Site, tmp_path: Path, text: str) -> None:
+    site.train(site.spec())
+    short = tmp_path / "short.txt"
+    short.write_text(text)
+    record = quality(site, 1, DatasetSpec((), (str(short),)))
+    assert record.text is not None and record.text.nats_per_token > 0
+    assert record.method.windows == 1 and record.text.positions[0].first == 0
+
+
+def test_text_without_a_token_is_an_error(site: Site, tmp_path: Path) -> None:
+    site.train(site.spec())
+    blank = tmp_path / "blank.txt"
+    blank.write_text("<|endoftext|>")
+    with pytest.raises(DataError, match=r"blank\.txt"):
+        quality(site, 1, DatasetSpec((), (str(blank),)))
+
+
+def test_a_window_is_at_most_the_context(site: Site) -> None:
+    site.train(site.spec())
+    evaluate_version(EvaluateSpec("1", OWN, window=8), site.attempt())
+    (record,) = kept(site, 1)
+    assert (record.method.window, record.method.stride) == (8, 4)
+    with pytest.raises(InvalidArgument, match="window is 17, but version 1 sees at most 16 tokens"):
+        evaluate_version(EvaluateSpec("1", OWN, window=17), site.attempt())
+
+
+def test_an_evaluation_needs_its_version(site: Site) -> None:
+    site.train(site.spec())
+    with pytest.raises(NotFound, match="no version 9"):
+        evaluate_version(EvaluateSpec("9", OWN), site.attempt())
+
+
+def test_a_damaged_record_is_measured_again(site: Site) -> None:
+    site.train(site.spec())
+    record = quality(site, 1)
+    path = site.registry.evaluations.path(1, record.method.digest)
+    path.write_text(path.read_text()[:-100])
+    assert timeless(quality(site, 1)) == timeless(record)
+    assert json.loads(path.read_text())["method_digest"] == record.method.digest
+
+
+def test_each_nth_version_of_a_run_is_evaluated_while_it_trains(site: Site) -> None:
+    site.train(site.spec(evaluate_every="2"))
+    assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+    first, second, third = (kept(site, number) for number in (1, 2, 3))
+    assert first == [] and len(second) == len(third) == 1  # the last one of a run is always evaluated
+    assert set(second[0].measured_at) == {"text", "training", "writing"}
+    # A job that evaluates the version adds what is absent.
+    evaluate_version(EvaluateSpec("2", OWN), site.attempt())
+    (whole,) = kept(site, 2)
+    assert whole.speed is not None and whole.text == second[0].text
+
+
+def test_a_run_that_is_stopped_while_it_is_evaluated_completes_the_record_when_it_resumes(site: Site) -> None:
+    spec = site.spec(evaluate_every="1")
+
+    def stop() -> bool:
+        return any(set(record.measured_at) == {"text"} for record in kept(site, 2))
+
+    assert not site.train(spec, stop_requested=stop)
+    assert [set(record.measured_at) for record in kept(site, 2)] == [{"text"}]
+    assert site.train(spec)
+    assert all(len(each.measured_at) == 3 for number in (1, 2, 3) for each in kept(site, number))
+
+
+def test_evaluations_change_nothing_in_a_run(tmp_path: Path) -> None:
+    weights = []
+    for name, every in (("with", "1"), ("without", "0")):
+        folder = tmp_path / name
+        folder.mkdir()
+        site = Site(folder)
+        site.train(site.spec(evaluate_every=every))
+        weights.append((site.registry.version_directory(3) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_an_evaluation_that_fails_does_not_fail_its_run(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise DataError("The text is gone.")
+
+    monkeypatch.setattr(Judge, "quality", fail)
+    assert site.train(site.spec(evaluate_every="1"))
+    notices = [event.text for event in site.all_told(Notice) if "The text is gone." in event.text]
+    assert notices and notices[0].endswith("Training continues without this evaluation.")

@@ -1,0 +1,54 @@
+"""Evaluates each n-th version of a run while the run trains."""
+
+from collections.abc import Callable
+
+from shared.errors import GptloopError
+from shared.registry.manifest import VersionManifest
+from shared.registry.store import Registry
+from trainer_service.evaluation.judge import Judge
+from trainer_service.evaluation.texts import Texts
+from trainer_service.jobs.attempt import Stopped
+from trainer_service.training.config import TrainingConfig
+
+
+class DueEvaluations:
+    """The versions of a run whose records `evaluate_every` asks for.
+
+    `read_texts` returns the texts of the run. `notice` receives sentences for the user: an evaluation that fails does
+    not fail the run.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        config: TrainingConfig,
+        registry: Registry,
+        judge: Judge,
+        read_texts: Callable[[VersionManifest], Texts],
+        notice: Callable[[str], object],
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._registry = registry
+        self._judge = judge
+        self._read_texts = read_texts
+        self._notice = notice
+        self._texts: Texts | None = None
+
+    def measure(self) -> None:
+        """Completes the records of the versions that are due; a stop leaves the rest to the next call."""
+        try:
+            for version in self._registry.versions():
+                if version.run == self._run and is_due(version.step, self._config):
+                    self._texts = self._texts or self._read_texts(version)
+                    self._judge.quality(version, self._texts)
+        except Stopped:
+            return
+        except GptloopError as error:
+            self._notice(f"{error} Training continues without this evaluation.")
+
+
+def is_due(step: int, config: TrainingConfig) -> bool:
+    """Returns whether the version of a step gets a record: each n-th one of the run and the last one."""
+    interval = config.evaluate_every * config.evaluation_interval
+    return interval > 0 and (step % interval == 0 or step == config.max_steps)

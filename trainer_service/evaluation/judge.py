@@ -1,0 +1,168 @@
+"""Carries out an evaluation: measures the absent sections of a record, and writes the record after each of them."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from shared.device.accelerator import Accelerator
+from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
+from shared.gpt.tokenizer import Tokenizer
+from shared.registry.manifest import VersionManifest
+from shared.registry.store import Registry
+from shared.version_format import read_model, read_tokenizer
+from trainer_service.evaluation.minimal_pairs import measure_pairs
+from trainer_service.evaluation.record import HeldOutText, Method, Record, Subject
+from trainer_service.evaluation.speed import measure_speed
+from trainer_service.evaluation.text_quality import measure_text
+from trainer_service.evaluation.texts import Texts
+from trainer_service.evaluation.training_loss import measure_training_loss
+from trainer_service.evaluation.writing import measure_writing
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.workers import Workers
+
+# The beginnings that a version continues, and how.
+_PROMPTS, _PROMPT_TOKENS, _SEEDS = 16, 16, (1, 2)
+_MAX_TOKENS, _TEMPERATURE = 128, 0.8
+
+# Receives the name of the work and the share of it that is done; an exception from it ends the evaluation.
+Report = Callable[[str, float], object]
+
+
+class Judge:
+    """Evaluates versions on given texts, in windows of `window` tokens; 0 stands for each version's context.
+
+    Figures on quality have the same bits on a CPU whenever they are measured.
+    """
+
+    def __init__(self, registry: Registry, device: Accelerator, workers: Workers, report: Report) -> None:
+        self._registry = registry
+        self._device = device
+        self._workers = workers
+        self._report = report
+
+    def quality(self, version: VersionManifest, texts: Texts, window: int = 0, since: float = 0.0) -> Record:
+        """Measures the version on text and by what it writes, as far as its record lacks these sections.
+
+        Sections that were measured before `since`, in seconds since the epoch, count as absent. Raises `NotFound` or
+        `CorruptCheckpoint` if the version is missing or damaged, `InvalidArgument` for a window that is too long, and
+        `FailedPrecondition` if the registry cannot be written. Sections that were written before an error stay.
+        """
+        folder = self._registry.version_directory(version.version)
+        config = TrainingConfig.from_dict(version.training)
+        tokenizer = read_tokenizer(folder)
+        method = _method(texts, tokenizer, self._device, window or config.context_length)
+        if method.window > config.context_length:
+            raise InvalidArgument(
+                f"window is {window}, but version {version.version} sees at most {config.context_length} tokens."
+            )
+        record = self._so_far(version, method, since)
+        training = texts.training if record.training is None else None
+        if record.text is not None and training is None and record.writing is not None:
+            return record
+        self._registry.verify(version)
+        model = read_model(folder, config.gpt)
+        if record.text is None:
+            text = measure_text(
+                model,
+                texts.held_out,
+                tokenizer,
+                window=method.window,
+                stride=method.stride,
+                workers=self._workers,
+                report=self._progress("measuring the held-out loss"),
+            )
+            record = self._keep(record, "text", text=text, notes=texts.notes)
+        assert record.text is not None
+        if training is not None:
+            loss = measure_training_loss(
+                model,
+                training,
+                record.text,
+                tokenizer,
+                window=method.window,
+                stride=method.stride,
+                workers=self._workers,
+                report=self._progress("measuring the training loss"),
+            )
+            record = self._keep(record, "training", training=loss)
+        if record.writing is None:
+            writing = measure_writing(
+                model,
+                tokenizer,
+                texts.held_out,
+                texts.training,
+                method,
+                threads=self._device.threads,
+                cache=self._device.cache,
+                report=self._progress("writing continuations"),
+            )
+            record = self._keep(record, "writing", writing=writing)
+        return record
+
+    def pairs(self, record: Record, paths: Sequence[Path]) -> Record:
+        """Measures minimal pairs, and adds them to the record; raises `DataError` for a file that cannot be read."""
+        if not paths:
+            return record
+        folder = self._registry.version_directory(record.version.number)
+        model = read_model(folder, TrainingConfig.from_dict(self._registry.version(record.version.number).training).gpt)
+        for path in paths:
+            progress = self._progress(f"comparing the pairs of {path.name}")
+            measured = measure_pairs(model, read_tokenizer(folder), path, self._workers, progress)
+            others = tuple(each for each in record.pairs if each.name != measured.name)
+            record = self._keep(record, "pairs", pairs=(*others, measured))
+        return record
+
+    def speed(self, record: Record, version: VersionManifest) -> Record:
+        """Measures speed and memory, unless the record has them; raises `FailedPrecondition` if that fails."""
+        if record.speed is not None:
+            return record
+        speed, memory = measure_speed(
+            self._registry.version_directory(version.version),
+            TrainingConfig.from_dict(version.training),
+            self._device.threads,
+            self._progress("measuring speed and memory"),
+        )
+        return self._keep(record, "speed", speed=speed, memory=memory)
+
+    def _progress(self, work: str) -> Callable[[float], object]:
+        return lambda share: self._report(work, share)
+
+    def _so_far(self, version: VersionManifest, method: Method, since: float) -> Record:
+        empty = Record(Subject(version.version, version.run, version.step, version.digest, version.parameters), method)
+        try:
+            record = Record.from_json(self._registry.evaluations.read(version.version, method.digest))
+        except (NotFound, CorruptCheckpoint):
+            return empty
+        return record.since(since) if record.version == empty.version else empty
+
+    def _keep(self, record: Record, section: str, **measured: object) -> Record:
+        record = replace(record, measured_at=record.measured_at | {section: time.time()}, **measured)  # type: ignore[arg-type]
+        self._registry.evaluations.write(record.version.number, record.method.digest, record.to_json())
+        return record
+
+
+def _method(texts: Texts, tokenizer: Tokenizer, device: Accelerator, window: int) -> Method:
+    held_out, end = texts.held_out, tokenizer.end_token
+    text = HeldOutText(
+        name=texts.name,
+        revision=texts.revision,
+        tokens=held_out.size,
+        text_bytes=int(tokenizer.byte_lengths[held_out].sum()),
+        documents=int((held_out == end).sum()) + int(held_out[-1] != end),
+        digest=hashlib.sha256(held_out.tobytes()).hexdigest(),
+    )
+    return Method(
+        text=text,
+        tokenizer=tokenizer.digest,
+        window=window,
+        stride=max(window // 2, 1),
+        precision="float32",
+        device=device.backend,
+        prompts=_PROMPTS,
+        prompt_tokens=_PROMPT_TOKENS,
+        seeds=_SEEDS,
+        max_tokens=_MAX_TOKENS,
+        temperature=_TEMPERATURE,
+    )
