@@ -21,6 +21,8 @@ _LANE_TOKENS = 4096
 # Progress is reported after this many steps of all lanes.
 _REPORTED_STEPS = 256
 _UNLIMITED = (1 << 16) - 1
+# Stands after each text; it is no token, so no run of the training text contains it.
+_SEPARATOR = -1
 
 
 def longest_copies(
@@ -57,7 +59,7 @@ def _groups(texts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
 
 @dataclass(frozen=True)
 class _Automaton:
-    """The suffix automaton of several texts, each followed by a separator that is no token.
+    """The suffix automaton of several texts, each followed by a separator.
 
     A state stands for runs of tokens with the same ends in the texts, each a suffix of the longest, which has `length`
     tokens. `link` is the state of the longest suffix with other ends, `following` the state after one more token.
@@ -73,9 +75,9 @@ class _Automaton:
     def of(cls, texts: Sequence[Sequence[int]]) -> "_Automaton":
         """Builds the automaton of texts."""
         automaton, last = cls(), 0
-        for number, text in enumerate(texts):
+        for text in texts:
             automaton.ends.append([last := automaton._extend(last, token) for token in text])
-            last = automaton._extend(last, -1 - number)
+            last = automaton._extend(last, _SEPARATOR)
         return automaton
 
     def _extend(self, last: int, token: int) -> int:
@@ -110,7 +112,7 @@ class _Automaton:
 
         A step holds in its high 16 bits the next state and in its low ones the most tokens that match then.
         """
-        tokens = sorted({token for token in self.following[0] if token >= 0})
+        tokens = sorted(self.following[0].keys() - {_SEPARATOR})
         columns = np.zeros(1 << 16, np.uint16)
         columns[tokens] = np.arange(1, len(tokens) + 1)
         steps = np.zeros((len(self.length), len(tokens) + 1), np.uint32)
@@ -122,7 +124,7 @@ class _Automaton:
                 limit = np.minimum(shorter & _UNLIMITED, self.length[self.link[state]] + 1)
                 steps[state] = shorter & ~np.uint32(_UNLIMITED) | limit
             for token, target in self.following[state].items():
-                if token >= 0:
+                if token != _SEPARATOR:
                     steps[state, columns[token]] = target << 16 | _UNLIMITED
         return columns, steps
 
@@ -132,15 +134,12 @@ class _Automaton:
         for state in sorted(range(1, len(best)), key=self.length.__getitem__, reverse=True):
             if best[state]:
                 best[self.link[state]] = self.length[self.link[state]]
-        return [
-            max((self._matched_suffix(state, best, read) for read, state in enumerate(states, start=1)), default=0)
-            for states in self.ends
-        ]
+        return [max((self._matched_suffix(state, best) for state in states), default=0) for states in self.ends]
 
-    def _matched_suffix(self, state: int, best: list[int], read: int) -> int:
+    def _matched_suffix(self, state: int, best: list[int]) -> int:
         while state and not best[state]:
             state = self.link[state]
-        return min(best[state], read)
+        return best[state]
 
 
 def _matches(automaton: _Automaton, training: Tokens) -> Iterator[tuple[float, NDArray[np.intp]]]:
