@@ -183,13 +183,14 @@ def _figures(by_seed: Sequence[Sequence[_Text]], copied: Sequence[int | None]) -
     """Returns the figures of texts, grouped by seed."""
     texts = [text for group in by_seed for text in group]
     known = [tokens for tokens in copied if tokens is not None]
-    repeated = [_distinct([text], _REPEATED_GRAM) for text in texts]
-    grams = sum(all_grams for _, all_grams in repeated)
+    counts = [_distinct([text], _REPEATED_GRAM) for text in texts]
+    grams = sum(count for _, count in counts)
+    repeated = grams - sum(different for different, _ in counts)
     return WritingFigures(
         texts=len(texts),
         tokens=sum(len(text.tokens) for text in texts),
         distinct=(_share_distinct(by_seed, 1), _share_distinct(by_seed, 2), _share_distinct(by_seed, 3)),
-        repeated=1 - sum(different for different, _ in repeated) / grams if grams else 0.0,
+        repeated=repeated / grams if grams else 0.0,
         ended=sum(text.ended for text in texts) / len(texts),
         copied_median=float(statistics.median(known)) if known else None,
         copied_longest=max(known, default=None),
