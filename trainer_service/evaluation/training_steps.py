@@ -1,4 +1,4 @@
-"""Measures the speed and the memory of training steps by batch size, in a process that does nothing else.
+"""Measures the speed and the memory of training steps, in a process that does nothing else.
 
 Shapes: N windows, T tokens of context.
 """
@@ -6,8 +6,7 @@ Shapes: N windows, T tokens of context.
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from shared.device.accelerator import Accelerator, release_memory
-from shared.errors import FailedPrecondition
-from shared.text import format_size
-from trainer_service.evaluation.record import TrainingMemory
-from trainer_service.plan import Machine, memory_bytes
+from shared.device.accelerator import Accelerator
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.evaluate import EvaluationSet, evaluate
@@ -34,56 +29,42 @@ _LEAST_S = 3.0
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What training steps take; `threads` is None on a GPU.
+    """What training steps take; `threads` is None on a GPU, and `tokens_per_s` if the steps were not timed.
 
-    `rows` is the number of windows of the steps that were timed: the batch size, or the largest one that fits into
-    memory. `memory` is that of several batch sizes.
+    `activations_bytes` is the peak of MLX's arrays in a step besides weights and moments. `peak_bytes` is that of the
+    process with an evaluation; on a GPU, of its memory there.
     """
 
     threads: int | None
-    rows: int
-    tokens_per_s: float
+    tokens_per_s: float | None
     optimizer_bytes: int
-    memory: tuple[TrainingMemory, ...]
+    activations_bytes: int
+    peak_bytes: int
 
 
-def measure_steps(
-    config: TrainingConfig, sizes: Sequence[int], device: Accelerator, show: Callable[[str], object]
-) -> StepCosts:
-    """Measures the memory of training with each batch size, in ascending order, and the speed with the last one.
-
-    Leaves out sizes that are expected to need more memory than there is. Raises `FailedPrecondition` if none is left.
-    """
+def measure_steps(config: TrainingConfig, device: Accelerator, *, timed: bool) -> StepCosts:
+    """Takes steps of a training run on random text, and evaluates it once; times more steps if asked to."""
     on_cpu = device.backend == "cpu"
-    machine = Machine(device.memory_bytes, device.threads if on_cpu else None)
-    estimates = {size: memory_bytes(replace(config, batch_size=size), machine) for size in sizes}
-    fitting = [size for size, estimate in estimates.items() if (estimate or 0) <= device.memory_bytes]
-    if not fitting:
-        raise FailedPrecondition(
-            f"Training is expected to need {format_size(estimates[sizes[0]] or 0)} with a batch size of {sizes[0]}, "
-            f"but this machine has {format_size(device.memory_bytes)} of memory."
-        )
     text = np.random.default_rng(0).integers(
         config.vocabulary_size, size=max(_TEXT_TOKENS, config.context_length + 1), dtype=np.uint16
     )
-    memory = []
     with Workers(device.threads) as workers:
-        for size in fitting:
-            release_memory()
-            trainer = Trainer(replace(config, batch_size=size), text, workers)
-            before_bytes = mx.get_active_memory()
-            mx.reset_peak_memory()
-            _take_steps(trainer, 2)
-            activations_bytes = mx.get_peak_memory() - before_bytes
-            _evaluate(trainer, text)
-            peak_bytes = _peak_resident_bytes() if on_cpu else mx.get_peak_memory()
-            memory.append(TrainingMemory(size, activations_bytes, peak_bytes, estimates[size]))
-            show(f"batch size {size}: {format_size(activations_bytes)} of activations")
-        tokens_per_s = _tokens_per_s(trainer)
-        show(f"training: {tokens_per_s:,.0f} tokens/s")
+        trainer = Trainer(config, text, workers)
         moments: Any = tree_flatten(trainer.optimizer.state)
         optimizer_bytes = sum(array.nbytes for _, array in moments)
-    return StepCosts(device.threads if on_cpu else None, fitting[-1], tokens_per_s, optimizer_bytes, tuple(memory))
+        del moments
+        before_bytes = mx.get_active_memory()
+        mx.reset_peak_memory()
+        _take_steps(trainer, 2)
+        activations_bytes = mx.get_peak_memory() - before_bytes
+        _evaluate(trainer, text)
+        return StepCosts(
+            threads=device.threads if on_cpu else None,
+            tokens_per_s=_tokens_per_s(trainer) if timed else None,
+            optimizer_bytes=optimizer_bytes,
+            activations_bytes=activations_bytes,
+            peak_bytes=_peak_resident_bytes() if on_cpu else mx.get_peak_memory(),
+        )
 
 
 def _take_steps(trainer: Trainer, count: int) -> None:

@@ -1,9 +1,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from shared.device.machine import physical_memory_bytes
 from shared.errors import FailedPrecondition
 from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
@@ -11,7 +13,9 @@ from tests.decoders import COMPILED
 from tests.fakes import TINY, publish_tiny_version
 from trainer_service.evaluation import speed
 from trainer_service.evaluation.speed import batch_sizes, measure_speed
+from trainer_service.plan import Machine, memory_bytes
 from trainer_service.presets import find_preset
+from trainer_service.training.config import TrainingConfig
 
 CONFIG = replace(find_preset("demo"), batch_size=3, **TINY.to_dict())  # type: ignore[arg-type]
 
@@ -49,6 +53,30 @@ def test_serving_and_training_are_measured_in_processes_of_their_own(
     assert (shares[0], shares[-1]) == (0.0, 1.0)
     # Each part of the work shows.
     assert len(set(shares)) >= 5
+    for each in memory.training:
+        machine = Machine(physical_memory_bytes(), 2)
+        assert each.estimated_bytes == memory_bytes(replace(CONFIG, batch_size=each.batch_size), machine)
+        assert each.peak_bytes > each.activations_bytes > 0
+
+
+def test_batch_sizes_that_do_not_fit_into_memory_are_left_out(version: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def trained(config: TrainingConfig, *_: object) -> dict[str, Any]:
+        sizes.append(config.batch_size)
+        return dict.fromkeys(("threads", "tokens_per_s", "optimizer_bytes", "activations_bytes", "peak_bytes"), 1)
+
+    served = dict.fromkeys(("device", "threads", "prefill_tokens_per_s", "weights_bytes", "cache_bytes_per_token"), 1)
+    monkeypatch.setattr(speed, "_serving", lambda *_: served | {"decoding": [], "memory_bytes": 1})
+    monkeypatch.setattr(speed, "_training", trained)
+    monkeypatch.setattr(speed, "memory_bytes", lambda config, _: 100 * config.batch_size)
+    monkeypatch.setattr(speed, "physical_memory_bytes", lambda: 200)
+    speeds, memory = measure_speed(version, CONFIG, 2, lambda _: None)
+    assert sizes == [each.batch_size for each in memory.training] == [1, 2]
+    assert speeds.training_rows == 2
+    monkeypatch.setattr(speed, "physical_memory_bytes", lambda: 99)
+    with pytest.raises(FailedPrecondition, match=r"^Training is expected to need .* with a batch size of 1, but this "):
+        measure_speed(version, CONFIG, 2, lambda _: None)
 
 
 @pytest.mark.slow
