@@ -10,6 +10,7 @@ import pytest
 from shared.errors import InvalidArgument
 from shared.gpt.model import GPT
 from tests.fakes import byte_tokenizer, tiny_model
+from trainer_service.evaluation import minimal_pairs
 from trainer_service.evaluation.minimal_pairs import measure_pairs
 from trainer_service.evaluation.record import MinimalPairs
 from trainer_service.evaluation.statistics import wilson_interval
@@ -57,6 +58,12 @@ def test_the_accuracy_is_that_of_the_plain_formula(tmp_path: Path) -> None:
     exchanged = measure(model, write(tmp_path / "other.jsonl", [(bad, good) for good, bad in pairs]))
     assert exchanged.accuracy == pytest.approx(1 - measured.accuracy)
     assert exchanged.sha256 != measured.sha256
+
+
+def test_sentences_of_different_lengths_do_not_change_each_other() -> None:
+    model, sentences = tiny_model(0), ["a", "The cat sleeps.", "Often the cats never sleep here."]
+    nats = minimal_pairs._sentence_nats(model, list(map(byte_tokenizer().encode, sentences)), 256)
+    assert (-nats).tolist() == pytest.approx([log_probability(model, each) for each in sentences], rel=1e-5)
 
 
 def test_more_workers_measure_the_same(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.fakes import TINY, byte_tokenizer, tiny_model
 from trainer_service.evaluation import text_quality
 from trainer_service.evaluation.record import TextQuality
 from trainer_service.evaluation.text_quality import measure_text
+from trainer_service.training.loss import token_losses
 from trainer_service.training.workers import Workers
 
 END = 256
@@ -156,6 +157,22 @@ def test_bits_depend_neither_on_the_number_of_workers_nor_on_the_call() -> None:
     assert measure(model, tokens, 96, 48) == alone
     assert measure(model, tokens, 96, 48, workers=2) == alone
     assert measure(model, tokens, 96, 48, workers=5) == alone
+
+
+def test_the_batches_do_not_depend_on_the_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of larger models depend on the size of a batch."""
+    shapes: list[tuple[int, ...]] = []
+
+    def observed(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
+        shapes.append(inputs.shape)
+        return token_losses(model, inputs, targets)
+
+    monkeypatch.setattr(text_quality, "token_losses", observed)
+    measure(tiny_model(0), text(9001), 96, 48)
+    alone = sorted(shapes)
+    shapes.clear()
+    measure(tiny_model(0), text(9001), 96, 48, workers=3)
+    assert sorted(shapes) == alone
 
 
 def test_dropout_is_off_and_the_model_keeps_its_mode() -> None:
