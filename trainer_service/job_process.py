@@ -55,6 +55,8 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
 
     end: partial[bool] | None = None
     try:
+        # An evaluation decodes beside busy processes, whose cores its threads must not take while they wait.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
         given = Attempt(
             *(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested),
