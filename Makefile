@@ -23,7 +23,7 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-TARGETS := help demo up down status train eval runs jobs watch cancel data checkpoints verify disk prune import export \
+TARGETS := help demo up down status train eval runs history jobs watch cancel data checkpoints verify disk prune import export \
   generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
 .PHONY: $(TARGETS)
 # Checks all targets before the first one runs.
@@ -59,6 +59,9 @@ eval: $(VENV) ## Measure a version's held-out loss: VERSION= DATASET= VALIDATION
 
 runs: $(VENV) ## List the runs with the values in which they differ: NAME=<runs> JSON=1
 	$(COMMAND) runs
+
+history: $(VENV) ## Show what a run has reported: RUN=<name> CSV=1 JSON=1 TENSORBOARD=<folder>
+	$(COMMAND) history
 
 jobs: $(VENV) ## List the jobs: JSON=1
 	$(COMMAND) jobs

@@ -9,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 _STACK = "deploy.stack"
 _JOBS = "trainer_service.commands.jobs"
 _EVALUATION = "trainer_service.commands.evaluation"
+_HISTORY = "trainer_service.commands.history"
 _REGISTRY = "trainer_service.commands.registry"
 _INFERENCE = "inference_service.__main__"
 
@@ -59,6 +60,7 @@ TOPICS = (
         Command("watch", "Follow a job from its first event until it ends.", _JOBS),
         Command("cancel", "Ask a job to end.", _JOBS),
         Command("runs", "List the runs and the values in which they differ.", _JOBS),
+        Command("history", "Show what a run has reported, or export it for plots.", _HISTORY),
     ),
     Topic(
         "Generate text",

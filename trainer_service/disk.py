@@ -29,7 +29,11 @@ def usage(directories: Directories) -> list[Usage]:
             registry / "versions",
             "`gptloop prune`, GPTLOOP_KEEP_NEWEST, GPTLOOP_KEEP_BEST, GPTLOOP_KEEP_BYTES",
         ),
-        ("states", registry / "runs", "`gptloop prune`, GPTLOOP_KEEP_STATES, GPTLOOP_KEEP_RUNS, GPTLOOP_KEEP_BYTES"),
+        (
+            "states and histories",
+            registry / "runs",
+            "`gptloop prune`, GPTLOOP_KEEP_STATES, GPTLOOP_KEEP_RUNS, GPTLOOP_KEEP_BYTES",
+        ),
         ("evaluations", registry / "evaluations", "removed with their versions"),
         ("reports", directories.reports, "you can remove them; `gptloop eval` writes them again"),
         ("prepared text", directories.data, "removed after 30 days without use; prepared again if it is missing"),

@@ -71,6 +71,11 @@ class History:
     reports: tuple[ReportLine, ...]
     evaluations: tuple[EvaluationLine, ...]
 
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """All lines: the reports, then the evaluations."""
+        return (*self.reports, *self.evaluations)
+
 
 class Histories:
     """The histories of one registry, for readers."""

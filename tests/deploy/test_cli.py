@@ -54,8 +54,8 @@ def test_every_command_of_the_services_and_the_stack_has_a_topic() -> None:
 
     apps = (deploy.demo.app, deploy.stack.app, inference_service.__main__.app, trainer_service.__main__.app)
     found = {name for each in apps for name in typer.main.get_group(each).commands}
-    process_managers = {"serve", "work", "redis"}
-    assert found - process_managers == set(COMMANDS) - {"eval", "prepare"} | {"evaluate", "data"}
+    of_processes = {"serve", "work", "redis", "measure"}
+    assert found - of_processes == set(COMMANDS) - {"eval", "prepare"} | {"evaluate", "data"}
 
 
 def test_the_examples_of_the_topics_name_commands_and_options_that_exist() -> None:

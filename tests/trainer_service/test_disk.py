@@ -9,7 +9,8 @@ def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
     directories = Directories(tmp_path / "var")
     files = {
         "registry/versions/1/model": "versions",
-        "registry/runs/run/states/5/model": "states",
+        "registry/runs/run/states/5/model": "states and histories",
+        "registry/runs/run/history.jsonl": "states and histories",
         "registry/evaluations/1/x.json": "evaluations",
         "reports/evaluation-1.html": "reports",
         "registry/serving/policy": "other",

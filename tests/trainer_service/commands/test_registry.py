@@ -102,7 +102,17 @@ def test_disk_says_what_takes_how_much_and_what_makes_it_less(registry: Registry
     assert sizes["versions"] == sum(
         path.stat().st_size for path in (registry.root / "versions").rglob("*") if path.is_file()
     )
-    assert list(sizes) == ["versions", "states", "prepared text", "jobs", "logs", "compiled", "other"]
+    assert list(sizes) == [
+        "versions",
+        "states and histories",
+        "evaluations",
+        "reports",
+        "prepared text",
+        "jobs",
+        "logs",
+        "compiled",
+        "other",
+    ]
 
 
 def test_prune_says_what_a_limit_on_size_takes_and_what_it_cannot_take(registry: Registry) -> None:
