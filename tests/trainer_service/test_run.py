@@ -1,5 +1,6 @@
 """Runs from their jobs on, without queue or worker: a tiny model on a text file."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from shared.errors import FailedPrecondition, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.decisions import BestBy
+from shared.registry.history import HistoryWriter, Line
 from shared.registry.retention import Retention
 from shared.registry.store import Checkpoint, Registry
 from tests.fakes import publish_overflowing_version
@@ -20,7 +22,7 @@ from trainer_service.evaluation.job import evaluate_version
 from trainer_service.jobs.attempt import Stopped
 from trainer_service.jobs.events import Notice, Progress, VersionPublished
 from trainer_service.jobs.requests import TrainRequest
-from trainer_service.jobs.specs import EvaluateSpec
+from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
 from trainer_service.run import TrainingRun
 from trainer_service.text.corpus import DatasetSpec
 
@@ -295,3 +297,73 @@ def test_a_state_that_is_damaged_costs_the_steps_since_the_one_before(site: Site
     assert site.train(spec)
     assert any("An older state is used." in notice.text for notice in site.all_told(Notice))
     assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+
+
+class Killed(BaseException):
+    """Ends an attempt as SIGKILL does: nothing catches it."""
+
+
+def test_a_run_killed_before_or_after_any_line_ends_with_the_history_of_one_that_was_not(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = HistoryWriter.append
+    calls = 0
+
+    def train(spec: TrainSpec, kill_at: float, after: bool) -> None:
+        nonlocal calls
+        calls = 0
+
+        def append_or_die(writer: HistoryWriter, *lines: Line, synced: bool = False) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == kill_at and not after:
+                raise Killed
+            append(writer, *lines, synced=synced)
+            if calls == kill_at:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(HistoryWriter, "append", append_or_die)
+            site.train(spec)
+
+    whole = site.spec()
+    train(whole, math.inf, after=True)
+    count, expected = calls, site.registry.histories.read(whole.run)
+    assert [line.step for line in expected.reports] == [1, 3, 6, 9]
+    for kill_at in range(1, count + 1):
+        for after in (False, True):
+            spec = site.spec()
+            with pytest.raises(Killed):
+                train(spec, kill_at, after)
+            train(spec, math.inf, after=True)
+            history = site.registry.histories.read(spec.run)
+            steps = [line.step for line in history.reports]
+            assert steps == sorted({*steps, 3, 6, 9}), (kill_at, after)
+            losses = {line.step: line.gradient_norm for line in history.reports}
+            assert all(losses.get(line.step, line.gradient_norm) == line.gradient_norm for line in expected.reports)
+            evaluated = [(line.step, line.validation_loss, line.bits_per_byte) for line in expected.evaluations]
+            assert [(line.step, line.validation_loss, line.bits_per_byte) for line in history.evaluations] == evaluated
+            versions = {line.version: line.step for line in history.evaluations}
+            present = {each.version: each.step for each in site.registry.versions() if each.run == spec.run}
+            assert present.items() <= versions.items() and None not in versions, (kill_at, after)
+
+
+def test_a_disk_that_refuses_the_history_costs_lines_and_not_the_run(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, refused = HistoryWriter.append, list[object]()
+
+    def refuse_at_first(writer: HistoryWriter, *lines: Line, synced: bool = False) -> None:
+        if len(refused) < 5:
+            refused.append(lines)
+            raise FailedPrecondition("The registry cannot be written.")
+        append(writer, *lines, synced=synced)
+
+    monkeypatch.setattr(HistoryWriter, "append", refuse_at_first)
+    spec = site.spec()
+    assert site.train(spec)
+    assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+    (notice,) = [each.text for each in site.all_told(Notice) if "history" in each.text]
+    assert notice == "The registry cannot be written. The history of the run lacks lines until then."
+    history = site.registry.histories.read(spec.run)
+    assert [line.step for line in history.evaluations] == [6, 9]
