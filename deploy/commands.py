@@ -55,7 +55,7 @@ TOPICS = (
         'gptloop train --preset small --dataset stories.txt --set "max_steps=500"',
         Command("train", "Queue a training job and follow it.", _JOBS),
         Command("prepare", "Prepare a data set and show a sample of it.", _JOBS, "data"),
-        Command("eval", "Queue a job that measures the held-out loss of a version.", _EVALUATION, "evaluate"),
+        Command("eval", "Evaluate versions on the whole held-out text and compare them.", _EVALUATION, "evaluate"),
         Command("jobs", "List the jobs, the newest first.", _JOBS),
         Command("watch", "Follow a job from its first event until it ends.", _JOBS),
         Command("cancel", "Ask a job to end.", _JOBS),

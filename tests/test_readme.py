@@ -101,7 +101,7 @@ def test_every_environment_variable_is_documented() -> None:
         if path.suffix in (".py", ".conf")
     )
     own = r"\bGPTLOOP_[A-Z_]*[A-Z](?![A-Z_{*])"
-    read = known_settings() | set(re.findall(rf'{own}|(?<=environ\.get\(")[A-Z_]+', sources)) - INTERNAL
+    read = known_settings() | set(re.findall(rf'{own}|(?<=environ\.get\(")[A-Z0-9_]+', sources)) - INTERNAL
     documented = [row[0] for row in rows("Settings")]
     require_same(documented, read)
     assert len(documented) == len(set(documented)), "A setting stands in two tables."

@@ -336,10 +336,10 @@ def all_killed(system: System, run: Run, tmp_path_factory: pytest.TempPathFactor
     job = begin(system, run)
     prepare = system.trainer.submit(PrepareRequest(dataset=(run.text,), overrides=run.values)).job.id
     train = put(system, run, prepare, max_steps="10")
-    evaluate = system.trainer.submit(EvaluateRequest(after=(train,))).job.id
+    evaluate = system.trainer.submit(EvaluateRequest(after=(train,), speed=False)).job.id
     fail = put(system, replace(run, text=str(text)))
     text.unlink()
-    measure = system.trainer.submit(EvaluateRequest(after=(fail,))).job.id
+    measure = system.trainer.submit(EvaluateRequest(after=(fail,), speed=False)).job.id
     pids = [system.training_process()]
     pids += [system.pid(name) for name in ("supervisord", "redis", "trainer", "inference", "worker")]
     for pid in pids:

@@ -6,6 +6,7 @@ The tests go through the pages from top to bottom, each on what those before it 
 import json
 import re
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from google.protobuf import json_format
@@ -89,8 +90,16 @@ def test_jobs_follow_each_other(workplace: Workplace) -> None:
     assert len(re.findall(r"held-out loss [0-9.]+ nats", said)) == 1
 
 
-def test_held_out_files_alone_are_enough_for_an_evaluation(workplace: Workplace) -> None:
-    assert "windows of held-out.txt" in shell(workplace, "make eval VERSION=2 VALIDATION=held-out.txt")
+def test_versions_are_evaluated_on_held_out_files_and_compared(workplace: Workplace) -> None:
+    said = shell(workplace, "make eval VERSIONS='1 2' VALIDATION=held-out.txt SPEED=0")
+    assert "windows of held-out.txt" in said and "Evaluation of versions 1 and 2" in said
+    *_, markdown, html, last = said.splitlines()
+    assert Path(markdown).read_text().startswith("# Evaluation of versions 1 and 2")
+    assert "<svg" in Path(html).read_text()
+    found = json.loads(last)
+    assert [each["version"]["number"] for each in found["versions"]] == [1, 2]
+    assert found["comparisons"][0]["verdict"] in ("better", "worse", "cannot be told")
+    assert found["reports"] == [markdown, html]
 
 
 def test_a_model_is_exported_and_imported(workplace: Workplace) -> None:

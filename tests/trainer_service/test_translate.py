@@ -17,7 +17,7 @@ RUN = {**DATA, "preset": "small", "resume": 3, "overrides": {"max_steps": "5"}}
         PrepareRequest(),
         PrepareRequest(**RUN),  # type: ignore[arg-type]
         EvaluateRequest(),
-        EvaluateRequest(**DATA, version="7", window=64, pairs=("pairs.jsonl",), again=True),
+        EvaluateRequest(**DATA, version="7", window=64, pairs=("pairs.jsonl",), speed=False, again=True),
     ],
 )
 def test_every_request_survives_its_message(request_: JobRequest) -> None:

@@ -1,9 +1,17 @@
 """Commands that evaluate versions."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from shared.atomic_file import replacing
+from shared.errors import InvalidArgument
+from shared.registry.manifest import VersionManifest
+from shared.registry.store import Registry
 from shared.service import cli
 from trainer_service import dataset_names
 from trainer_service.commands.options import (
@@ -13,8 +21,16 @@ from trainer_service.commands.options import (
     ValidationOption,
     follow_job,
     job_ids,
+    settings,
     submit_job,
+    version_number,
 )
+from trainer_service.evaluation.comparison import compare_all
+from trainer_service.evaluation.record import Record
+from trainer_service.evaluation.report import build_report, summary
+from trainer_service.evaluation.views.html import to_html
+from trainer_service.evaluation.views.markdown import to_markdown
+from trainer_service.evaluation.views.terminal import print_report
 from trainer_service.jobs.requests import EvaluateRequest
 
 app = cli.new_app(None)
@@ -22,32 +38,101 @@ app = cli.new_app(None)
 
 @app.command()
 def evaluate(
-    version: Annotated[
-        str, typer.Argument(help="A number, best or latest; a label is resolved when the job starts.")
-    ] = "best",
+    versions: Annotated[
+        list[str] | None,
+        typer.Argument(help="Numbers or labels. Default: the best version and the one before it in its run."),
+    ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", help=f"{DATASETS}the text that the version was trained with.")
+        list[str] | None, typer.Option("--dataset", help=f"{DATASETS}the text of the first version's training.")
     ] = None,
     validation: ValidationOption = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option("--pairs", help="Files of minimal pairs, in BLiMP's format, given in the same way. Repeatable."),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory too.")] = True,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured before.")] = False,
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
-    """Queue a job that measures the held-out loss of a version.
+    """Evaluate versions on the whole held-out text and compare them.
 
-    The job reads up to 1000 windows of the held-out part of the data set. With --validation it reads only those files.
+    A job for each version measures how well it predicts text, what it writes, how fast it is and what memory it takes.
+    It keeps this as a record in the registry, and measures nothing twice. A report of all versions follows, also as
+    Markdown and as HTML. With --no-follow the command returns at once; run it again for the report. The last line is
+    JSON. With --after a label is resolved when the job begins.
 
     \b
     Examples:
       gptloop eval
-      gptloop eval 3 --dataset stories.txt
-      gptloop eval 3 --validation letters.txt
+      gptloop eval 7
+      gptloop eval 3 7 best --dataset stories.txt
     """
-    request = EvaluateRequest(
-        version=version,
+    common = EvaluateRequest(
         dataset=dataset_names.expand(dataset or ()),
         validation=dataset_names.expand(validation or ()),
+        pairs=dataset_names.expand(pairs or ()),
+        speed=speed,
+        again=again,
         after=job_ids(after),
     )
-    queue, record = submit_job(request)
-    if wait:
-        follow_job(queue, record.id)
+    registry = settings().open_registry()
+    jobs = [submit_job(each) for each in requests(" ".join(versions or ()).split(), common, registry)]
+    if not wait:
+        return
+    records = []
+    for queue, job in jobs:
+        follow_job(queue, job.id)
+        measured = queue.store.get(job.id).evaluation
+        assert measured is not None and measured.version is not None
+        records.append(Record.from_json(registry.evaluations.read(measured.version, measured.method_digest)))
+    _print_report(records, registry)
+
+
+def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) -> list[EvaluateRequest]:
+    """Returns a request for each version that some numbers and labels name, so that their records compare.
+
+    Without words: the best version and the one before it in its run. Raises `NotFound` or `InvalidArgument` if a word
+    does not name a version.
+    """
+    if common.after:
+        if len(words) > 1:
+            raise InvalidArgument("--after takes one version: several are compared when all of them exist.")
+        return [replace(common, version=words[0] if words else "best")]
+    named = [registry.version(version_number(word, registry)) for word in words] or _best_and_the_one_before(registry)
+    versions = list({version.version: version for version in named}.values())
+    if len(versions) > 1:
+        # What all of them have in common.
+        common = replace(common, window=min(_context_length(version) for version in versions))
+        if not (common.dataset or common.validation):
+            first = versions[0]
+            common = replace(common, dataset=first.dataset_files, validation=first.validation_files)
+    return [replace(common, version=str(version.version)) for version in versions]
+
+
+def _print_report(records: Sequence[Record], registry: Registry) -> None:
+    """Prints the report, writes it as Markdown and HTML, and prints its JSON in the last line."""
+    comparisons = compare_all(records)
+    histories = registry.histories
+    runs = {record.version.run for record in records} & set(histories.runs())
+    report = build_report(records, comparisons, [histories.read(run) for run in sorted(runs)])
+    print_report(report, Console())
+    folder = settings().directories.reports
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join(["evaluation", *(str(record.version.number) for record in records)])
+    paths = [folder / f"{name}.md", folder / f"{name}.html"]
+    for path, text in zip(paths, (to_markdown(report), to_html(report)), strict=True):
+        with replacing(path) as file:
+            file.write(text.encode())
+    print(*paths, sep="\n")
+    print(json.dumps({**summary(records, comparisons), "reports": list(map(str, paths))}))
+
+
+def _best_and_the_one_before(registry: Registry) -> list[VersionManifest]:
+    best = registry.resolve("best")
+    before = [each for each in registry.versions() if each.run == best.run and each.version < best.version]
+    return [*before[-1:], best]
+
+
+def _context_length(version: VersionManifest) -> int:
+    return int(version.model["context_length"])

@@ -66,7 +66,7 @@ def train(
         preset=preset,
         dataset=dataset_names.expand(dataset or ()),
         validation=dataset_names.expand(validation or ()),
-        resume=version_number(resume) if resume else None,
+        resume=version_number(resume, settings().open_registry()) if resume else None,
         overrides=parse_overrides(overrides),
         name=name,
         notes=notes,

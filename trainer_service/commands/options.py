@@ -9,6 +9,7 @@ from rich.console import Console
 
 from shared.errors import InvalidArgument, Unavailable, shown
 from shared.registry.identity import registry_id
+from shared.registry.store import Registry
 from trainer_service.follow import follow
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
@@ -60,9 +61,8 @@ def queue_of(given: TrainerSettings) -> JobQueue:
     return JobQueue(connect(given.redis_url), registry_id(given.directories.registry))
 
 
-def version_number(text: str) -> int:
+def version_number(text: str, registry: Registry) -> int:
     """Returns the number of a version that a number or a label names; raises `NotFound` if it does not exist."""
-    registry = settings().open_registry()
     if text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER:
         return registry.version(int(text)).version
     try:

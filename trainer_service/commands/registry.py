@@ -98,7 +98,8 @@ def export(
     # Only now, as MLX must load after its fast BLAS.
     from trainer_service.huggingface.interchange import export_version
 
-    for path in export_version(version_number(version), directory, given.open_registry()):
+    registry = given.open_registry()
+    for path in export_version(version_number(version, registry), directory, registry):
         print(f"{path.stat().st_size:>13,} bytes  {path}")
 
 

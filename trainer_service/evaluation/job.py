@@ -29,7 +29,8 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
         judge = Judge(registry, attempt.device, workers, report)
         record = judge.quality(version, texts, spec.window, spec.since)
         record = judge.pairs(record, [Path(name) for name in spec.pairs])
-        record = judge.speed(record, version)
+        if spec.speed:
+            record = judge.speed(record, version)
     attempt.emit(evaluation_event(record))
 
 

@@ -1,6 +1,7 @@
 """Carries out an evaluation: measures the absent sections of a record, and writes the record after each of them."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -110,7 +111,7 @@ class Judge:
         for path in paths:
             progress = self._progress(f"comparing the pairs of {path.name}")
             measured = measure_pairs(model, read_tokenizer(folder), path, self._workers, progress)
-            others = tuple(each for each in record.pairs if each.name != measured.name)
+            others = tuple(each for each in record.pairs if each.sha256 != measured.sha256)
             record = self._keep(record, "pairs", pairs=(*others, measured))
         return record
 
@@ -158,7 +159,7 @@ def _method(texts: Texts, tokenizer: Tokenizer, device: Accelerator, window: int
         tokenizer=tokenizer.digest,
         window=window,
         stride=max(window // 2, 1),
-        precision="float32",
+        precision=_precision(device),
         device=device.backend,
         prompts=_PROMPTS,
         prompt_tokens=_PROMPT_TOKENS,
@@ -166,3 +167,9 @@ def _method(texts: Texts, tokenizer: Tokenizer, device: Accelerator, window: int
         max_tokens=_MAX_TOKENS,
         temperature=_TEMPERATURE,
     )
+
+
+def _precision(device: Accelerator) -> str:
+    """Returns the type of the products: unless MLX_ENABLE_TF32 is 0, MLX rounds their factors to TF32 on CUDA."""
+    rounds = device.backend == "cuda" and os.environ.get("MLX_ENABLE_TF32", "1") != "0"
+    return "tf32" if rounds else "float32"

@@ -39,7 +39,7 @@ class Method:
 
     window, stride: in tokens; see `text_quality.py`.
     device: the kind of device, as `accelerator.Backend` names it.
-    prompts, prompt_tokens: the beginnings of this many held-out documents, each with this many tokens, are continued.
+    prompts, prompt_tokens: at `prompts` places of the held-out text, `prompt_tokens` tokens are continued.
     seeds, max_tokens, temperature: how each of them is continued.
     code: `CODE`.
     """

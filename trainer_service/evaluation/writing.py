@@ -41,12 +41,12 @@ def measure_writing(
 ) -> Writing:
     """Continues beginnings of the held-out text (N,) with each seed, and measures the continuations.
 
-    The prompts are the first tokens of documents that are longer than a prompt, evenly spread over them; without such a
-    document, the beginning of the text. A prompt takes at most half of the context. A continuation ends with the end
-    token, after `max_tokens` draws, or with the context; so do the texts of people. With `training` (M,), the longest
-    copies from it are measured. On a CPU, the same arguments give the same bits, whatever `threads` is. `report`
-    receives the share that is done; an exception from it ends the work. Raises `FailedPrecondition` if the model
-    computes numbers that are not finite, or as `load_library` does.
+    The prompts are the first tokens of documents that are longer than a prompt, evenly spread over them; if they are
+    few, also tokens at places that are evenly spread over the text. A prompt takes at most half of the context. A
+    continuation ends with the end token, after `max_tokens` draws, or with the context; so do the texts of people. With
+    `training` (M,), the longest copies from it are measured. On a CPU, the same arguments give the same bits, whatever
+    `threads` is. `report` receives the share that is done; an exception from it ends the work. Raises
+    `FailedPrecondition` if the model computes numbers that are not finite, or as `load_library` does.
     """
     context = model.config.context_length
     prompt_tokens = max(min(method.prompt_tokens, context // 2), 1)
@@ -107,11 +107,17 @@ class _Beginning:
 
 
 def _beginnings(held_out: Tokens, end: int, count: int, prompt_tokens: int, limit: int) -> list[_Beginning]:
-    """Returns at most `count` beginnings of documents, and at least one beginning."""
+    """Returns at most `count` beginnings of documents, or of few documents places within them, and at least one."""
     ends = np.flatnonzero(held_out == end)
     starts = np.concatenate([[0], ends + 1])
     lengths = np.concatenate([ends, [held_out.size]]) - starts
     long = starts[lengths > prompt_tokens]
+    if long.size < count:
+        spread, needed = np.arange(count) * held_out.size // count, prompt_tokens + limit
+        within = [
+            at for at in spread.tolist() if at + needed <= held_out.size and end not in held_out[at : at + needed]
+        ]
+        long = np.union1d(long, within).astype(starts.dtype)
     if long.size:
         count = min(count, long.size)
         chosen = long[np.arange(count) * long.size // count]

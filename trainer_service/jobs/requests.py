@@ -158,6 +158,7 @@ class EvaluateRequest(_DataRequest):
 
     window: the tokens of a window, which versions that are compared have in common; 0 stands for the version's context.
     pairs: files of minimal pairs, in BLiMP's format.
+    speed: whether to measure speed and memory too.
     again: whether to measure again what an earlier evaluation by the same method has measured.
     """
 
@@ -166,6 +167,7 @@ class EvaluateRequest(_DataRequest):
     version: str = "best"
     window: int = 0
     pairs: tuple[str, ...] = ()
+    speed: bool = True
     again: bool = False
 
     def resolve(self, registry: Registry) -> EvaluateSpec:
@@ -189,7 +191,8 @@ class EvaluateRequest(_DataRequest):
         if self.dataset:
             check_spec(data)
         pairs = tuple(str(Path(name).absolute()) for name in self.pairs)
-        return EvaluateSpec(self.version, absolute(data), self.window, pairs, time.time() if self.again else 0.0)
+        since = time.time() if self.again else 0.0
+        return EvaluateSpec(self.version, absolute(data), self.window, pairs, self.speed, since)
 
 
 JobRequest = PrepareRequest | TrainRequest | EvaluateRequest

@@ -60,6 +60,7 @@ class EvaluateSpec:
     Without a data set and held-out files, the text is the held-out text of the version's own training.
     window: the tokens of a window; 0 stands for the version's context.
     pairs: files of minimal pairs.
+    speed: whether to measure speed and memory too.
     since: what was measured before this time, in seconds since the epoch, is measured again.
     """
 
@@ -69,6 +70,7 @@ class EvaluateSpec:
     data: DatasetSpec
     window: int = 0
     pairs: tuple[str, ...] = ()
+    speed: bool = True
     since: float = 0.0
 
     @property
@@ -92,11 +94,11 @@ def spec_from_json(kind: Kind, text: str) -> Spec:
             tuple(map(_text, values["data"]["dataset"])), tuple(map(_text, values["data"]["validation"]))
         )
         if kind is Kind.EVALUATE:
-            window, since = values.get("window", 0), values.get("since", 0.0)
-            if type(window) is not int or type(since) not in (int, float):
-                raise TypeError("window or since has another type")
+            window, speed, since = values.get("window", 0), values.get("speed", True), values.get("since", 0.0)
+            if type(window) is not int or type(speed) is not bool or type(since) not in (int, float):
+                raise TypeError("window, speed or since has another type")
             pairs = tuple(map(_text, values.get("pairs", ())))
-            return EvaluateSpec(_text(values["version"]), data, window, pairs, since)
+            return EvaluateSpec(_text(values["version"]), data, window, pairs, speed, since)
         run, preset, resume, notes = values["run"], _text(values["preset"]), values["resume"], values.get("notes", "")
         # The name is also the name of a folder.
         check_name(run)

@@ -38,13 +38,14 @@ def quality(
     data: DatasetSpec = OWN,
     stop_requested: Callable[[], bool] = lambda: False,
     since: float = 0.0,
+    window: int = 0,
 ) -> Record:
     """Measures a version as a job does, without speed and memory, which no two evaluations have in common."""
     manifest = site.registry.version(version)
     attempt = site.attempt(stop_requested)
     with Workers(1) as workers:
         judge = Judge(site.registry, attempt.device, workers, preparation_report(attempt))
-        return judge.quality(manifest, texts_of(site, manifest, data), since=since)
+        return judge.quality(manifest, texts_of(site, manifest, data), window, since)
 
 
 def timeless(record: Record) -> Record:
@@ -56,7 +57,8 @@ def kept(site: Site, version: int) -> list[Record]:
     return [Record.from_json(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def test_an_evaluation_fills_every_section_and_reports_its_record(site: Site) -> None:
+def test_a_job_fills_every_section_of_a_record_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTLOOP_VAR", str(site.directories.var))  # for the processes that measure speed
     site.train(site.spec())
     best = site.registry.resolve("best")
     site.told.clear()
@@ -72,20 +74,14 @@ def test_an_evaluation_fills_every_section_and_reports_its_record(site: Site) ->
     assert (event.version, event.step, event.training_loss) == (best.version, best.step, None)
     assert (event.text, event.method_digest) == ("text.txt", record.method.digest)
     assert event.validation_loss == record.text.nats_per_token
-
-
-def test_a_second_evaluation_measures_nothing_unless_it_is_asked_to(site: Site) -> None:
-    site.train(site.spec())
-    evaluate_version(EvaluateSpec("1", OWN), site.attempt())
-    (first,) = kept(site, 1)
-    evaluate_version(EvaluateSpec("1", OWN), site.attempt())
-    assert kept(site, 1) == [first]
-    again = EvaluateSpec("1", OWN, since=max(first.measured_at.values()) + 1e-6)
-    evaluate_version(again, site.attempt())
-    (second,) = kept(site, 1)
-    assert min(second.measured_at.values()) > max(first.measured_at.values())
-    unlike: dict[str, object] = {"measured_at": {}, "speed": None, "memory": None}
-    assert replace(second, **unlike) == replace(first, **unlike)  # type: ignore[arg-type]
+    # A second evaluation measures nothing, unless it is asked to.
+    evaluate_version(EvaluateSpec("best", OWN), site.attempt())
+    assert kept(site, best.version) == [record] and site.all_told(Evaluation) == [event, event]
+    evaluate_version(EvaluateSpec("best", OWN, since=max(record.measured_at.values()) + 1e-6), site.attempt())
+    (again,) = kept(site, best.version)
+    assert min(again.measured_at.values()) > max(record.measured_at.values())
+    apart: dict[str, object] = {"measured_at": {}, "speed": None, "memory": None}
+    assert replace(again, **apart) == replace(record, **apart)  # type: ignore[arg-type]
 
 
 def test_an_evaluation_that_is_stopped_anywhere_ends_with_the_same_record(site: Site) -> None:
@@ -159,11 +155,10 @@ def test_text_without_a_token_is_an_error(site: Site, tmp_path: Path) -> None:
 
 def test_a_window_is_at_most_the_context(site: Site) -> None:
     site.train(site.spec())
-    evaluate_version(EvaluateSpec("1", OWN, window=8), site.attempt())
-    (record,) = kept(site, 1)
+    record = quality(site, 1, window=8)
     assert (record.method.window, record.method.stride) == (8, 4)
     with pytest.raises(InvalidArgument, match="window is 17, but version 1 sees at most 16 tokens"):
-        evaluate_version(EvaluateSpec("1", OWN, window=17), site.attempt())
+        quality(site, 1, window=17)
 
 
 def test_an_evaluation_needs_its_version(site: Site) -> None:
@@ -187,10 +182,6 @@ def test_each_nth_version_of_a_run_is_evaluated_while_it_trains(site: Site) -> N
     first, second, third = (kept(site, number) for number in (1, 2, 3))
     assert first == [] and len(second) == len(third) == 1  # the last one of a run is always evaluated
     assert set(second[0].measured_at) == {"text", "training", "writing"}
-    # A job that evaluates the version adds what is absent.
-    evaluate_version(EvaluateSpec("2", OWN), site.attempt())
-    (whole,) = kept(site, 2)
-    assert whole.speed is not None and whole.text == second[0].text
 
 
 def test_a_run_that_is_stopped_while_it_is_evaluated_completes_the_record_when_it_resumes(site: Site) -> None:

@@ -131,6 +131,15 @@ def test_prompts_are_spread_over_the_documents_that_are_longer() -> None:
 
 
 @pytest.mark.usefixtures("alphabet")
+def test_few_documents_are_also_continued_within() -> None:
+    document = string.ascii_lowercase * 4
+    places = prompts(measured(tokens_of(document, last_ends=False), prompts=4, max_tokens=20))
+    assert places == [document[at : at + 4] for at in (0, 26, 52, 78)]
+    # What follows there must be part of the document.
+    assert prompts(measured(tokens_of(document, last_ends=False), prompts=4, max_tokens=30)) == [document[:4]] * 3
+
+
+@pytest.mark.usefixtures("alphabet")
 def test_a_text_of_short_documents_or_of_few_tokens_is_continued_from_its_beginning() -> None:
     assert prompts(measured(tokens_of("ab", "cd", "ef"))) == ["abc"]
     assert prompts(measured(tokens_of("a", last_ends=False))) == ["a"]

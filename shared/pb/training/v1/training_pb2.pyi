@@ -39,7 +39,7 @@ JOB_KIND_TRAIN: JobKind
 JOB_KIND_EVALUATE: JobKind
 
 class EnqueueJobRequest(_message.Message):
-    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes", "window", "pairs", "again")
+    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes", "window", "pairs", "again", "speed")
     class OverridesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class EnqueueJobRequest(_message.Message):
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    SPEED_FIELD_NUMBER: _ClassVar[int]
     preset: str
     dataset: _containers.RepeatedScalarFieldContainer[str]
     validation: _containers.RepeatedScalarFieldContainer[str]
@@ -73,7 +74,8 @@ class EnqueueJobRequest(_message.Message):
     window: int
     pairs: _containers.RepeatedScalarFieldContainer[str]
     again: bool
-    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ..., window: _Optional[int] = ..., pairs: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ...) -> None: ...
+    speed: bool
+    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ..., window: _Optional[int] = ..., pairs: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ..., speed: _Optional[bool] = ...) -> None: ...
 
 class EnqueueJobResponse(_message.Message):
     __slots__ = ("job", "live_workers")

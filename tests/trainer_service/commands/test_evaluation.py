@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from shared.errors import InvalidArgument, NotFound
+from shared.registry.store import Registry
+from tests.fakes import publish_tiny_version
+from tests.trainer_service.site import Site
+from trainer_service.commands.evaluation import requests
+from trainer_service.jobs.requests import EvaluateRequest
+
+COMMON = EvaluateRequest(pairs=("pairs.jsonl",), again=True)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path)
+
+
+def named(found: list[EvaluateRequest]) -> list[str]:
+    return [request.version for request in found]
+
+
+def test_without_words_the_best_version_is_compared_with_the_one_before_it(registry: Registry) -> None:
+    with pytest.raises(NotFound):
+        requests([], COMMON, registry)
+    publish_tiny_version(registry, 3.0)
+    assert named(requests([], COMMON, registry)) == ["1"]
+    publish_tiny_version(registry, 2.0)
+    publish_tiny_version(registry, 1.0)
+    assert named(requests([], COMMON, registry)) == ["2", "3"]
+
+
+def test_each_version_is_evaluated_once_in_the_given_order(registry: Registry) -> None:
+    for bits_per_byte in (3.0, 1.0, 2.0):
+        publish_tiny_version(registry, bits_per_byte)
+    found = requests(["3", "best", "2", "1"], COMMON, registry)
+    assert named(found) == ["3", "2", "1"]
+    assert all((each.pairs, each.again) == (COMMON.pairs, True) for each in found)
+    with pytest.raises(NotFound, match="There is no version 9"):
+        requests(["1", "9"], COMMON, registry)
+    with pytest.raises(InvalidArgument, match="The version is 'newest', but must be a number or a label"):
+        requests(["newest"], COMMON, registry)
+
+
+@pytest.mark.slow
+def test_compared_versions_have_a_window_and_a_text_in_common(site: Site) -> None:
+    site.train(site.spec(max_steps="3"))
+    site.train(site.spec(max_steps="3", dataset=site.other_text, context_length="8"))
+    found = requests(["1", "2"], COMMON, site.registry)
+    assert [(each.window, each.dataset) for each in found] == [(8, (site.text,))] * 2
+    (alone,) = requests(["2"], COMMON, site.registry)
+    assert (alone.window, alone.dataset) == (0, ())
+    given = EvaluateRequest(validation=("held-out.txt",))
+    assert [each.dataset for each in requests(["1", "2"], given, site.registry)] == [(), ()]
+
+
+def test_a_version_that_another_job_makes_is_evaluated_alone(registry: Registry) -> None:
+    after = EvaluateRequest(after=("3f2a91c4",))
+    assert named(requests([], after, registry)) == ["best"]
+    assert named(requests(["latest"], after, registry)) == ["latest"]
+    with pytest.raises(InvalidArgument, match="--after takes one version"):
+        requests(["1", "2"], after, registry)
