@@ -7,6 +7,7 @@ module reads only its figures on held-out text.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -41,14 +42,17 @@ class Figures:
 
 
 def comparable(found: Mapping[int, Sequence[Figures]]) -> dict[int, Figures]:
-    """Returns the figures by the method of the newest record, of each version that has some."""
+    """Returns the figures by the method that most versions have, of equal ones the newest, of each version with it."""
     records = [each for some in found.values() for each in some]
-    newest = max(records, key=lambda each: (each.measured_at, each.method_digest), default=None)
+    versions = Counter(each.method_digest for each in records)
+    chosen = max(
+        records, key=lambda each: (versions[each.method_digest], each.measured_at, each.method_digest), default=None
+    )
     return {
         number: each
         for number, some in found.items()
         for each in some
-        if newest is not None and each.method_digest == newest.method_digest
+        if chosen is not None and each.method_digest == chosen.method_digest
     }
 
 
@@ -84,7 +88,7 @@ class Evaluations:
     def read(self, number: int, method_digest: str) -> str:
         """Returns the text of a record; raises `NotFound` if there is none."""
         try:
-            return self.path(number, method_digest).read_text(encoding="utf-8")
+            return self.path(number, method_digest).read_text(encoding="utf-8", errors="replace")
         except OSError:
             raise NotFound(f"Version {number} has no evaluation {method_digest[:12]}.") from None
 

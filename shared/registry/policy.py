@@ -58,7 +58,7 @@ def leading(versions: Sequence[VersionManifest]) -> Lead | None:
 def rated(versions: Sequence[VersionManifest], decided: Decided) -> dict[int, Figures]:
     """Returns the figures of the versions that `best` compares by their evaluations; none if it compares by training.
 
-    These are the versions that were evaluated by the method of the newest evaluation of any of them.
+    These are the versions that were evaluated by the method that most of them have.
     """
     if decided.best_by is BestBy.TRAINING:
         return {}
@@ -133,7 +133,7 @@ def describe_unranked(versions: Sequence[VersionManifest], decided: Decided) -> 
     if not newer:
         return ""
     have = f"Versions {newer[0]} to {newer[-1]} have" if len(newer) > 1 else f"Version {newer[0]} has"
-    return f"{have} no evaluation by the newest method, and `best` compares evaluations: `gptloop eval {newer[-1]}`."
+    return f"{have} no evaluation by the usual method, and `best` compares evaluations: `gptloop eval {newer[-1]}`."
 
 
 def _other_text(deserving: Sequence[VersionManifest]) -> str:

@@ -118,7 +118,7 @@ def test_a_waiting_job_shows_how_many_jobs_come_first(queue: JobQueue, job: str,
 def test_the_result_of_an_evaluation_is_one_line_with_version_and_text() -> None:
     measured = Evaluation(1200, None, 1.234, 0.456, version=7, windows=1000, text="letters.txt")
     assert follow_module.describe(measured) == (
-        "version 7: held-out loss 1.2340 nats per token, 0.4560 bits per byte, on 1000 windows of letters.txt"
+        "version 7: held-out loss 1.2340 nats per token, 0.4560 bits per byte, on 1,000 windows of letters.txt"
     )
 
 

@@ -52,6 +52,6 @@ def test_a_sentence_says_that_the_newest_version_has_no_evaluation(
     registry = Registry(tmp_path, BestBy.EVALUATION)
     versions = [publish(registry), publish(registry)]
     write_record(registry, versions[0], 1.6)
-    assert lines(registry, capsys)[-1].startswith("Version 2 has no evaluation by the newest method")
+    assert lines(registry, capsys)[-1].startswith("Version 2 has no evaluation by the usual method")
     write_record(registry, versions[1], 1.7)
     assert not lines(registry, capsys)[-1].startswith("Version 2")

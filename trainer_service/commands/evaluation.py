@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from shared.atomic_file import replacing
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, NotFound
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from shared.service import cli
@@ -84,7 +84,8 @@ def evaluate(
     for queue, job in jobs:
         follow_job(queue, job.id)
         measured = queue.store.get(job.id).evaluation
-        assert measured is not None and measured.version is not None
+        if measured is None or measured.version is None:
+            raise NotFound(f"The job {job.id} has reported no evaluation; run the same command again.")
         records.append(Record.from_json(registry.evaluations.read(measured.version, measured.method_digest)))
     _print_report(records, registry)
 

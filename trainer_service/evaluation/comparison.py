@@ -24,7 +24,7 @@ class Comparison:
     """How `after` differs from `before` on one text.
 
     difference: in nats per token; below 0 if `after` is better.
-    interval: of `difference`, from paired units; None if the text has a single unit.
+    interval: of `difference`, from paired units; None if the text has few units.
     won, lost: the shares of units (`unit`: documents or passages) that `after` predicts better and worse.
     """
 

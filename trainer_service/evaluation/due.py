@@ -34,18 +34,22 @@ class DueEvaluations:
         self._read_texts = read_texts
         self._notice = notice
         self._texts: Texts | None = None
+        self._failed = set[int]()
 
     def measure(self) -> None:
         """Completes the records of the versions that are due; a stop leaves the rest to the next call."""
-        try:
-            for version in self._registry.versions():
-                if version.run == self._run and is_due(version.step, self._config):
-                    self._texts = self._texts or self._read_texts(version)
-                    self._judge.quality(version, self._texts)
-        except Stopped:
-            return
-        except GptloopError as error:
-            self._notice(f"{error} Training continues without this evaluation.")
+        for version in self._registry.versions():
+            if version.run != self._run or not is_due(version.step, self._config):
+                continue
+            try:
+                self._texts = self._texts or self._read_texts(version)
+                self._judge.quality(version, self._texts)
+            except Stopped:
+                return
+            except GptloopError as error:
+                if version.version not in self._failed:
+                    self._notice(f"{error} Training continues without the evaluation of version {version.version}.")
+                self._failed.add(version.version)
 
 
 def is_due(step: int, config: TrainingConfig) -> bool:

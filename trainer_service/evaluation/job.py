@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from shared.errors import FailedPrecondition
 from shared.version_format import read_tokenizer
 from trainer_service.evaluation.judge import Judge
 from trainer_service.evaluation.record import Record
@@ -30,7 +31,10 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
         record = judge.quality(version, texts, spec.window, spec.since)
         record = judge.pairs(record, [Path(name) for name in spec.pairs])
         if spec.speed:
-            record = judge.speed(record, version)
+            try:
+                record = judge.speed(record, version)
+            except FailedPrecondition as error:
+                attempt.emit(Notice(f"{error} The evaluation has no speed and memory."))
     attempt.emit(evaluation_event(record))
 
 

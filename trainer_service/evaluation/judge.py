@@ -20,6 +20,7 @@ from trainer_service.evaluation.text_quality import measure_text
 from trainer_service.evaluation.texts import Texts
 from trainer_service.evaluation.training_loss import measure_training_loss
 from trainer_service.evaluation.writing import measure_writing
+from trainer_service.text.sentence_pairs import read_pairs
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.workers import Workers
 
@@ -58,8 +59,10 @@ class Judge:
             raise InvalidArgument(
                 f"window is {window}, but version {version.version} sees at most {config.context_length} tokens."
             )
-        record = self._so_far(version, method, since)
-        training = texts.training if record.training is None else None
+        record = self._stored(version, method).since(since)
+        training = texts.training if texts.is_own and record.training is None else None
+        if record.writing is not None and texts.training is not None and not record.writing.training_tokens:
+            record = replace(record, writing=None)  # copies could not be measured before
         if record.text is not None and training is None and record.writing is not None:
             return record
         self._registry.verify(version)
@@ -87,7 +90,7 @@ class Judge:
                 workers=self._workers,
                 report=self._progress("measuring the training loss"),
             )
-            record = self._keep(record, "training", training=loss)
+            record = self._keep(record, "training", training=loss, notes=texts.notes)
         if record.writing is None:
             writing = measure_writing(
                 model,
@@ -99,20 +102,23 @@ class Judge:
                 cache=self._device.cache,
                 report=self._progress("writing continuations"),
             )
-            record = self._keep(record, "writing", writing=writing)
+            record = self._keep(record, "writing", writing=writing, notes=texts.notes)
         return record
 
     def pairs(self, record: Record, paths: Sequence[Path]) -> Record:
-        """Measures minimal pairs, and adds them to the record; raises `DataError` for a file that cannot be read."""
-        if not paths:
+        """Measures the minimal pairs of files, unless the record has them; raises the errors of `measure_pairs`."""
+        known = {each.sha256 for each in record.pairs}
+        absent = [path for path in paths if read_pairs(path).sha256 not in known]
+        if not absent:
             return record
-        folder = self._registry.version_directory(record.version.number)
-        model = read_model(folder, TrainingConfig.from_dict(self._registry.version(record.version.number).training).gpt)
-        for path in paths:
+        version = self._registry.version(record.version.number)
+        self._registry.verify(version)
+        folder = self._registry.version_directory(version.version)
+        model = read_model(folder, TrainingConfig.from_dict(version.training).gpt)
+        for path in absent:
             progress = self._progress(f"comparing the pairs of {path.name}")
             measured = measure_pairs(model, read_tokenizer(folder), path, self._workers, progress)
-            others = tuple(each for each in record.pairs if each.sha256 != measured.sha256)
-            record = self._keep(record, "pairs", pairs=(*others, measured))
+            record = self._keep(record, "pairs", pairs=(*record.pairs, measured))
         return record
 
     def speed(self, record: Record, version: VersionManifest) -> Record:
@@ -130,18 +136,24 @@ class Judge:
     def _progress(self, work: str) -> Callable[[float], object]:
         return lambda share: self._report(work, share)
 
-    def _so_far(self, version: VersionManifest, method: Method, since: float) -> Record:
+    def _stored(self, version: VersionManifest, method: Method) -> Record:
         empty = Record(Subject(version.version, version.run, version.step, version.digest, version.parameters), method)
         try:
             record = Record.from_json(self._registry.evaluations.read(version.version, method.digest))
         except (NotFound, CorruptCheckpoint):
             return empty
-        return record.since(since) if record.version == empty.version else empty
+        return replace(record, method=method) if record.version == empty.version else empty
 
     def _keep(self, record: Record, section: str, **measured: object) -> Record:
-        record = replace(record, measured_at=record.measured_at | {section: time.time()}, **measured)  # type: ignore[arg-type]
-        self._registry.evaluations.write(record.version.number, record.method.digest, record.to_json())
-        return record
+        """Adds a section to a record, and to the file, whose other sections stay."""
+        now = time.time()
+
+        def added(to: Record) -> Record:
+            return replace(to, measured_at=to.measured_at | {section: now}, **measured)  # type: ignore[arg-type]
+
+        stored = self._stored(self._registry.version(record.version.number), record.method)
+        self._registry.evaluations.write(record.version.number, record.method.digest, added(stored).to_json())
+        return added(record)
 
 
 def _method(texts: Texts, tokenizer: Tokenizer, device: Accelerator, window: int) -> Method:

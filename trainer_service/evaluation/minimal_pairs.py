@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import InvalidArgument, shown
+from shared.errors import FailedPrecondition, InvalidArgument, shown
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
 from trainer_service.evaluation.record import MinimalPairs
@@ -46,6 +46,8 @@ def measure_pairs(
     def measure(start: int) -> NDArray[np.bool_]:
         report(start / len(sentences))
         nats = _sentence_nats(model, sentences[start : start + 2 * _PAIRS_TOGETHER], tokenizer.end_token)
+        if not np.isfinite(nats).all():
+            raise FailedPrecondition("The version computes no finite numbers for the minimal pairs; it is damaged.")
         return nats[::2] < nats[1::2]
 
     was_training = model.training

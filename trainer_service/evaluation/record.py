@@ -65,14 +65,15 @@ class Method:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all values, in hexadecimal."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of all values, in hexadecimal; of the text, only its tokens count."""
+        values = asdict(self) | {"text": self.text.digest}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Self) -> Iterator[str]:
         """Yields a phrase for each value in which two methods differ, such as `window 128 and 256`."""
         for each in fields(self):
             mine, others = getattr(self, each.name), getattr(other, each.name)
-            if mine == others:
+            if mine == others or (each.name == "text" and mine.digest == others.digest):
                 continue
             if each.name == "text":
                 mine, others = (f"{text.name} ({text.tokens:,} tokens, {text.digest[:12]})" for text in (mine, others))
@@ -103,7 +104,7 @@ class PositionLoss:
 class TextQuality:
     """The loss on the whole held-out text, weighted by tokens.
 
-    interval: of `nats_per_token`; None if the text has a single unit.
+    interval: of `nats_per_token`; None if the text has few units.
     unit: what is resampled, `document` or `passage`; the units have `unit_nats` in all and `unit_tokens` each, (N,).
     """
 

@@ -12,6 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from trainer_service.evaluation.record import LEVEL, Interval
 
+# Of fewer units, all may lie on one side by chance.
+FEWEST_UNITS = 10
 _RESAMPLES = 2000
 _SEED = 20_240_229
 # Adjacent units are added up until there are at most this many, so that the time is limited.
@@ -24,7 +26,7 @@ Values = NDArray[np.float64]
 
 
 def ratio_interval(nats: ArrayLike, tokens: ArrayLike) -> Interval | None:
-    """Returns the interval of sum(nats) / sum(tokens), or None for a single unit."""
+    """Returns the interval of sum(nats) / sum(tokens), or None for fewer than `FEWEST_UNITS` units."""
     return _percentiles(_ratios(nats, tokens))
 
 
@@ -59,7 +61,7 @@ def _ratios(nats: ArrayLike, tokens: ArrayLike, stream: int = 0) -> Values | Non
     over, under = _grouped(_values(nats)), _grouped(_values(tokens))
     units = over.size
     assert under.size == units > 0
-    if units == 1:
+    if units < FEWEST_UNITS:
         return None
     generator = np.random.Generator(np.random.Philox(key=[_SEED, stream]))
     rows = max(_DRAWN // units, 1)

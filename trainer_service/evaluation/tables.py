@@ -78,7 +78,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
         )
         for each in comparisons
     )
-    headings = ("version", "than", "nats/token", "95 % interval", "predicts better", "verdict")
+    headings = ("version", "compared with", "nats/token", "95 % interval", "predicts better", "verdict")
     return Table(headings, tuple(rows), left=(0, 1, 4, 5))
 
 

@@ -17,7 +17,8 @@ from trainer_service.versions import changed_text
 class Texts:
     """The held-out tokens (N,) with their name and the revision of their data set, and the training tokens (M,).
 
-    `training` is None if that text is unknown or cannot be read; `notes` then say why.
+    `training` is None if that text is unknown or cannot be read; `notes` then say why. `is_own` says whether the
+    held-out text is that of the version's training: only then does the difference of their losses mean overfitting.
     """
 
     held_out: Tokens
@@ -25,6 +26,7 @@ class Texts:
     revision: str
     training: Tokens | None
     notes: tuple[str, ...]
+    is_own: bool
 
 
 def read_texts(
@@ -42,11 +44,15 @@ def read_texts(
         return prepare(spec, config, directory, report, tokenizer, whole_validation=True)
 
     named = data if data.dataset or data.validation else own
+    if named != own and named.validation:
+        named = DatasetSpec((), named.validation)
     # Of other data, only the held-out part is read.
     held_out = read(named, config if named == own else replace(config, max_train_tokens=config.context_length + 1))
     notes = [*held_out.notices, *changed_text(version, named, held_out)]
     training: Tokens | None = None
-    if version.preset == IMPORTED:
+    if named != own:
+        notes.append("The held-out text is not that of the version's training, so overfitting is not judged.")
+    if version.preset == IMPORTED and version.step == 0:
         notes.append("The text that an imported version was trained on is unknown.")
     elif named == own:
         training = held_out.train
@@ -55,4 +61,4 @@ def read_texts(
             training = read(own, config).train
         except GptloopError as error:
             notes.append(f"The training text cannot be read: {error}")
-    return Texts(held_out.validation, held_out.held_out_source, held_out.revision, training, tuple(notes))
+    return Texts(held_out.validation, held_out.held_out_source, held_out.revision, training, tuple(notes), named == own)

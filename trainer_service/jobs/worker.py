@@ -113,8 +113,10 @@ def work(settings: TrainerSettings) -> None:
         watch = threading.Thread(
             target=_watch, args=(JobQueue(own, registry), runner, worker.name, root, ended), name="watch", daemon=True
         )
-        watch.start()
+        # Until RQ's own handler replaces this one: the watch, too, ends the worker by this signal.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
+            watch.start()
             with reachable():
                 worker.work(logging_level="WARNING")
         finally:

@@ -135,7 +135,8 @@ def prepare(
     train = np.empty(0, dtype=np.uint16)
     if spec.dataset:
         train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
-        _check_size("training", train.size, window, corpus.source, "add text")
+        if not whole_validation:
+            _check_size("training", train.size, window, corpus.source, "add text")
     validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
     remedy = "add text" if spec.validation else "raise validation_share or name a longer file"
     if not whole_validation:

@@ -130,9 +130,13 @@ def figures(method: str, measured_at: float) -> Figures:
     return Figures(method, "d", 1000, 2.0, None, None, 7.4, 1.5, measured_at)
 
 
-def test_only_figures_by_the_newest_method_compare() -> None:
+def test_only_figures_by_the_method_of_most_versions_compare() -> None:
     old, new, newest, other = figures("aa", 1.0), figures("bb", 2.0), figures("bb", 4.0), figures("cc", 3.0)
     found = {1: [old], 2: [old, new], 3: [newest], 4: [old, other]}
+    assert comparable(found) == {1: old, 2: old, 4: old}
+    assert one_of_each(found) == {1: old, 2: old, 3: newest, 4: old}
+    # Of two methods that two versions have, the newer one.
+    found = {1: [old], 2: [old, new], 3: [newest], 4: [other]}
     assert comparable(found) == {2: new, 3: newest}
     assert one_of_each(found) == {1: old, 2: new, 3: newest, 4: other}
     assert one_of_each({2: [new, other], 3: [newest]}) == {2: new, 3: newest}

@@ -1,5 +1,6 @@
 """The version that each label names."""
 
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -273,7 +274,7 @@ def by_evaluation(figures: dict[int, list[Figures]], refused: tuple[int, ...] = 
     return Decided(frozenset(refused), best_by=BestBy.EVALUATION, figures=figures)
 
 
-def test_best_follows_evaluations_by_the_newest_method_if_it_should() -> None:
+def test_best_follows_evaluations_by_the_method_of_most_versions_if_it_should() -> None:
     versions = [trained(number, 10 * number, bits_per_byte=1 - number / 10) for number in range(1, 6)]
     figures = {
         1: [evaluated(0.5), evaluated(0.9, "bb", 2.0)],
@@ -284,8 +285,9 @@ def test_best_follows_evaluations_by_the_newest_method_if_it_should() -> None:
     assert policy.labels(versions, Decided(figures=figures)) == {"best": 5, "latest": 5}
     assert policy.labels(versions, by_evaluation(figures)) == {"best": 3, "latest": 5}
     assert [each.version for each in policy.ranking(versions, by_evaluation(figures))] == [3, 2, 1]
-    # The evaluations of refused versions do not say which method is the newest.
-    assert policy.labels(versions, by_evaluation(figures, refused=(2, 3)))["best"] == 1
+    # The evaluations of refused versions do not count.
+    assert policy.labels(versions, by_evaluation(figures, refused=(2,)))["best"] == 3
+    assert policy.labels(versions, by_evaluation(figures, refused=(2, 3)))["best"] == 4
     assert policy.labels(versions, by_evaluation(figures, refused=(1, 2, 3)))["best"] == 4
     assert policy.labels(versions, by_evaluation(figures, refused=(1, 2, 3, 4)))["best"] == 5
     # Nor do those of versions that are gone.
@@ -322,8 +324,9 @@ def test_best_was_evaluated_as_well_as_any_version_by_its_method(
         return
     assert best in deserving
     found = [(number, each) for number, some in deserving.items() for each in some]
-    newest = max(each.measured_at for _, each in found)
-    methods = {each.method_digest for _, each in found if each.measured_at == newest}
+    versions_of = Counter(each.method_digest for _, each in found)
+    usual = max((versions_of[each.method_digest], each.measured_at) for _, each in found)
+    methods = {each.method_digest for _, each in found if (versions_of[each.method_digest], each.measured_at) == usual}
     own = [each for each in deserving[best] if each.method_digest in methods]
     assert any(
         (each.bits_per_byte, -best)
@@ -339,12 +342,12 @@ def test_best_was_evaluated_as_well_as_any_version_by_its_method(
         ({3: [evaluated(0.5)]}, ""),
         (
             {1: [evaluated(0.5)], 3: [evaluated(0.5, measured_at=0.0, method="bb")]},
-            "Versions 2 to 3 have no evaluation by the newest method, and `best` compares evaluations: "
+            "Versions 2 to 3 have no evaluation by the usual method, and `best` compares evaluations: "
             "`gptloop eval 3`.",
         ),
         (
             {2: [evaluated(0.5)]},
-            "Version 3 has no evaluation by the newest method, and `best` compares evaluations: `gptloop eval 3`.",
+            "Version 3 has no evaluation by the usual method, and `best` compares evaluations: `gptloop eval 3`.",
         ),
     ],
 )

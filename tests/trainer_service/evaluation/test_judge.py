@@ -14,7 +14,7 @@ from shared.version_format import read_tokenizer
 from tests.trainer_service.site import Site
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.evaluation.judge import Judge
-from trainer_service.evaluation.record import Record
+from trainer_service.evaluation.record import Record, Speed
 from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.jobs.attempt import Stopped, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
@@ -119,7 +119,8 @@ def test_other_text_makes_another_record_and_the_training_text_stays_the_version
     own, other = quality(site, 1), quality(site, 1, DatasetSpec((site.other_text,)))
     assert own.method.text.name == "text.txt" and other.method.text.name == "other.txt"
     assert list(own.method.differences(other.method)) and len(kept(site, 1)) == 2
-    assert own.training is not None and other.training is not None and other.writing is not None
+    # The difference of the losses of unlike texts is not overfitting.
+    assert own.training is not None and other.training is None and other.writing is not None
     assert own.writing is not None and own.writing.training_tokens == other.writing.training_tokens > 0
     site.registry.remove_version(1)
     assert kept(site, 1) == []
@@ -214,4 +215,34 @@ def test_an_evaluation_that_fails_does_not_fail_its_run(site: Site, monkeypatch:
     monkeypatch.setattr(Judge, "quality", fail)
     assert site.train(site.spec(evaluate_every="1"))
     notices = [event.text for event in site.all_told(Notice) if "The text is gone." in event.text]
-    assert notices and notices[0].endswith("Training continues without this evaluation.")
+    assert notices and notices[0].endswith("Training continues without the evaluation of version 1.")
+
+
+def test_sections_that_are_not_measured_again_stay(site: Site) -> None:
+    site.train(site.spec())
+    record = quality(site, 1)
+    speed = Speed("cpu", 1, 2, 100.0, 1000.0, ())
+    timed = replace(record, speed=speed, measured_at=record.measured_at | {"speed": 1.0})
+    site.registry.evaluations.write(1, record.method.digest, timed.to_json())
+    quality(site, 1, since=math.inf)
+    (kept_now,) = kept(site, 1)
+    assert kept_now.speed == speed and kept_now.measured_at["speed"] == 1.0
+    assert timeless(replace(kept_now, speed=None)) == timeless(record)
+
+
+def test_a_record_that_is_not_text_is_measured_again(site: Site) -> None:
+    site.train(site.spec())
+    record = quality(site, 1)
+    site.registry.evaluations.path(1, record.method.digest).write_bytes(b"\xff\xfe")
+    assert timeless(quality(site, 1)) == timeless(record)
+
+
+def test_a_version_that_fails_keeps_no_other_from_its_evaluation(site: Site) -> None:
+    spec = site.spec(evaluate_every="1")
+    site.train(replace(spec, config=replace(spec.config, evaluate_every=0)))
+    (site.registry.version_directory(1) / "model.safetensors").write_bytes(b"damaged")
+    site.told.clear()
+    site.train(spec)
+    assert kept(site, 1) == [] and len(kept(site, 2)) == len(kept(site, 3)) == 1
+    (notice,) = [event.text for event in site.all_told(Notice) if "without the evaluation of version 1" in event.text]
+    assert "model.safetensors" in notice

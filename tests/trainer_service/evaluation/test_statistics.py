@@ -5,7 +5,13 @@ import pytest
 
 from trainer_service.evaluation import statistics
 from trainer_service.evaluation.record import Interval
-from trainer_service.evaluation.statistics import paired_interval, ratio_interval, unpaired_interval, wilson_interval
+from trainer_service.evaluation.statistics import (
+    FEWEST_UNITS,
+    paired_interval,
+    ratio_interval,
+    unpaired_interval,
+    wilson_interval,
+)
 
 SIMULATIONS = 400
 # Of nats per token; documents of a model differ more than the two models.
@@ -81,11 +87,15 @@ def test_memory_limits_only_how_many_are_drawn_at_a_time(monkeypatch: pytest.Mon
     assert ratio_interval(nats, tokens) == ratio_interval(nats.tolist(), tokens.tolist())
 
 
-def test_a_single_unit_has_no_interval() -> None:
-    assert ratio_interval([3.0], [2]) is None
-    assert paired_interval([3.0], [4.0], [2]) is None
-    assert unpaired_interval([3.0], [2], [3.0, 4.0], [2, 2]) is None
-    assert unpaired_interval([3.0, 4.0], [2, 2], [3.0], [2]) is None
+@pytest.mark.parametrize("units", [1, FEWEST_UNITS - 1])
+def test_few_units_have_no_interval(units: int) -> None:
+    few, enough = [float(number) for number in range(units)], [float(number) for number in range(FEWEST_UNITS)]
+    ones, all_ones = [1] * units, [1] * FEWEST_UNITS
+    assert ratio_interval(enough, all_ones) and paired_interval(enough, enough[::-1], all_ones)
+    assert ratio_interval(few, ones) is None
+    assert paired_interval(few, few, ones) is None
+    assert unpaired_interval(few, ones, enough, all_ones) is None
+    assert unpaired_interval(enough, all_ones, few, ones) is None
 
 
 def test_equal_versions_differ_by_exactly_nothing() -> None:
