@@ -15,7 +15,7 @@ from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEve
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import Reporter
-from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec
+from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, StoriesSpec, TrainSpec
 from trainer_service.jobs.submit import release_ended
 from trainer_service.redis_server import connect
 from trainer_service.settings import read_settings
@@ -109,7 +109,9 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
                 evaluate_version(record.spec, attempt)
             case PrepareSpec():
                 prepare_data(record.spec, attempt)
-            case _:
+            case StoriesSpec():
+                raise FailedPrecondition("Stories are not written yet.")
+            case TrainSpec():
                 return TrainingRun(record.spec, attempt).train()
     except Stopped:
         return False

@@ -12,8 +12,8 @@ from shared.text import shorten, valid_unicode
 from trainer_service.jobs import events
 from trainer_service.jobs.events import JobState, TimedEvent
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, TrainRequest
-from trainer_service.jobs.specs import EvaluateSpec, Kind
+from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, StoriesRequest, TrainRequest
+from trainer_service.jobs.specs import EvaluateSpec, Kind, RunSpec
 
 STATES: dict[JobState, pb.JobState] = {state: getattr(pb, f"JOB_STATE_{state.name}") for state in JobState}
 KINDS: dict[Kind, pb.JobKind] = {kind: getattr(pb, f"JOB_KIND_{kind.name}") for kind in Kind}
@@ -30,7 +30,7 @@ _TEXT_LENGTH = 4096
 _EARLIEST_S, _LATEST_S = -62135596800, 253402300799
 
 _REQUESTS: dict[Kind, type[JobRequest]] = {
-    request.kind: request for request in (PrepareRequest, TrainRequest, EvaluateRequest)
+    request.kind: request for request in (PrepareRequest, TrainRequest, EvaluateRequest, StoriesRequest)
 }
 
 
@@ -51,7 +51,7 @@ def request_from_pb(message: pb.EnqueueJobRequest) -> JobRequest:
             )
         if isinstance(value, Mapping):
             value = dict(value)
-        elif not isinstance(value, str | int):
+        elif not isinstance(value, str | int | float):
             value = tuple(value)
         values[field.name] = value
     return _REQUESTS[kind](**values)
@@ -76,7 +76,7 @@ def job_to_pb(record: JobRecord) -> pb.Job:
     named: dict[str, str] = {}
     if isinstance(spec, EvaluateSpec):
         named = {"version": _text(spec.version)}
-    elif spec is not None:
+    elif isinstance(spec, RunSpec):
         named = {"run": _text(spec.run), "preset": _text(spec.preset), "notes": _text(spec.notes)}
     return pb.Job(
         id=_text(record.id),

@@ -11,7 +11,16 @@ from typing import ClassVar, TypeVar
 
 from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.store import Registry
-from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, RunSpec, TrainSpec, check_name, new_run
+from trainer_service.jobs.specs import (
+    EvaluateSpec,
+    Kind,
+    PrepareSpec,
+    RunSpec,
+    StoriesSpec,
+    TrainSpec,
+    check_name,
+    new_run,
+)
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
@@ -68,6 +77,8 @@ class _RunRequest(_DataRequest):
     preset: str = ""
     resume: int | None = None
     overrides: Mapping[str, str] = field(default_factory=dict)
+    teachers: tuple[str, ...] = ()
+    force: bool = False
 
     def _resolve_run(self, spec: type[AnyRunSpec], registry: Registry, name: str = "", notes: str = "") -> AnyRunSpec:
         self._check_data()
@@ -160,6 +171,7 @@ class EvaluateRequest(_DataRequest):
     pairs: files of minimal pairs, in BLiMP's format.
     speed: whether to measure speed and memory too.
     again: whether to measure again what an earlier evaluation by the same method has measured.
+    rivals, promote, judge_usd: as in `EvaluateSpec`.
     """
 
     kind: ClassVar[Kind] = Kind.EVALUATE
@@ -169,6 +181,9 @@ class EvaluateRequest(_DataRequest):
     pairs: tuple[str, ...] = ()
     speed: bool = True
     again: bool = False
+    rivals: Mapping[str, str] = field(default_factory=dict)
+    promote: bool = False
+    judge_usd: float = 0.0
 
     def resolve(self, registry: Registry) -> EvaluateSpec:
         """Checks the request; raises `InvalidArgument`, `NotFound` or `DataError` with what would be right."""
@@ -192,10 +207,37 @@ class EvaluateRequest(_DataRequest):
             check_spec(data)
         pairs = tuple(str(Path(name).absolute()) for name in self.pairs)
         since = time.time() if self.again else 0.0
-        return EvaluateSpec(self.version, absolute(data), self.window, pairs, self.speed, since)
+        return EvaluateSpec(
+            self.version,
+            absolute(data),
+            self.window,
+            pairs,
+            self.speed,
+            since,
+            dict(self.rivals),
+            self.promote,
+            self.judge_usd,
+        )
 
 
-JobRequest = PrepareRequest | TrainRequest | EvaluateRequest
+@dataclass(frozen=True, kw_only=True)
+class StoriesRequest:
+    """Pay a large teacher for stories: the name of their set, and as in `StoriesSpec`."""
+
+    kind: ClassVar[Kind] = Kind.STORIES
+
+    name: str
+    count: int
+    max_cost_usd: float
+    after: tuple[str, ...] = ()
+
+    def resolve(self, _registry: Registry) -> StoriesSpec:
+        """Checks the request; raises `InvalidArgument` with what would be right."""
+        check_name(self.name)
+        return StoriesSpec(self.name, self.count, self.max_cost_usd)
+
+
+JobRequest = PrepareRequest | TrainRequest | EvaluateRequest | StoriesRequest
 
 
 def parse_overrides(text: str) -> dict[str, str]:

@@ -4,11 +4,15 @@ import json
 import re
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import ClassVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from shared.errors import InvalidArgument, shown
+from shared.text import excerpt
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
 
@@ -16,16 +20,37 @@ _NAME_LENGTH = 64
 
 
 class Kind(Enum):
-    """What a job does: prepare the tokens of a run, train the run, or measure the loss of a version."""
+    """What a job does: prepare the tokens of a run, train the run, evaluate a version, or pay for stories."""
 
     PREPARE = "prepare"
     TRAIN = "train"
     EVALUATE = "evaluate"
+    STORIES = "stories"
 
 
 @dataclass(frozen=True)
-class RunSpec:
-    """A run: its name, its values, its text, the version that it continues, and the user's notes."""
+class _Spec:
+    def to_json(self) -> str:
+        """Returns the JSON text that the queue stores."""
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A version whose predictions a run learns: its number, or a label that is resolved when the run begins, and then
+    the digest of its manifest."""
+
+    version: str
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class RunSpec(_Spec):
+    """A run: its name, its values, its text, the version that it continues, and the user's notes.
+
+    teachers: the mean of their predicted probabilities is learned.
+    force: whether teachers, and the version that is continued, may be badly trained.
+    """
 
     run: str
     preset: str
@@ -33,10 +58,8 @@ class RunSpec:
     data: DatasetSpec
     resume: int | None
     notes: str = ""
-
-    def to_json(self) -> str:
-        """Returns the JSON text that the queue stores."""
-        return json.dumps(asdict(self))
+    teachers: tuple[Teacher, ...] = ()
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +77,7 @@ class TrainSpec(RunSpec):
 
 
 @dataclass(frozen=True)
-class EvaluateSpec:
+class EvaluateSpec(_Spec):
     """A version, given by its number or by a label that is resolved when the job begins, and the text to measure it on.
 
     Without a data set and held-out files, the text is the held-out text of the version's own training.
@@ -62,6 +85,10 @@ class EvaluateSpec:
     pairs: files of minimal pairs.
     speed: whether to measure speed and memory too.
     since: what was measured before this time, in seconds since the epoch, is measured again.
+    rivals: versions, numbers or labels, that are evaluated on the same text and compared with the version, by the role
+      that the report names, such as `control`.
+    promote: whether the version becomes the stable one if it is better than every rival.
+    judge_usd: the most that judgements of the large teacher may cost, in US dollars; 0 asks for none.
     """
 
     kind: ClassVar[Kind] = Kind.EVALUATE
@@ -72,48 +99,59 @@ class EvaluateSpec:
     pairs: tuple[str, ...] = ()
     speed: bool = True
     since: float = 0.0
+    rivals: Mapping[str, str] = field(default_factory=dict)
+    promote: bool = False
+    judge_usd: float = 0.0
 
     @property
     def run(self) -> str:
         """What lists show instead of the name of a run."""
         return f"version {self.version}"
 
-    def to_json(self) -> str:
-        """Returns the JSON text that the queue stores."""
-        return json.dumps(asdict(self))
+
+@dataclass(frozen=True)
+class StoriesSpec(_Spec):
+    """Stories that a large teacher writes: the name of their set, how many it shall have, and the most that the set may
+    cost in all, in US dollars."""
+
+    kind: ClassVar[Kind] = Kind.STORIES
+
+    name: str
+    count: int
+    max_cost_usd: float
+
+    @property
+    def run(self) -> str:
+        """What lists show instead of the name of a run."""
+        return f"stories {self.name}"
+
+    @property
+    def data(self) -> DatasetSpec:
+        """The job reads no data."""
+        return DatasetSpec(())
 
 
-Spec = PrepareSpec | TrainSpec | EvaluateSpec
+Spec = PrepareSpec | TrainSpec | EvaluateSpec | StoriesSpec
+
+_SPECS: dict[Kind, TypeAdapter[Spec]] = {
+    kind.kind: TypeAdapter(kind) for kind in (PrepareSpec, TrainSpec, EvaluateSpec, StoriesSpec)
+}
 
 
 def spec_from_json(kind: Kind, text: str) -> Spec:
     """Reads the specification of a job; raises `InvalidArgument` if the text is not one of this kind."""
     try:
-        values = json.loads(text)
-        data = DatasetSpec(
-            tuple(map(_text, values["data"]["dataset"])), tuple(map(_text, values["data"]["validation"]))
-        )
-        if kind is Kind.EVALUATE:
-            window, speed, since = values.get("window", 0), values.get("speed", True), values.get("since", 0.0)
-            if type(window) is not int or type(speed) is not bool or type(since) not in (int, float):
-                raise TypeError("window, speed or since has another type")
-            pairs = tuple(map(_text, values.get("pairs", ())))
-            return EvaluateSpec(_text(values["version"]), data, window, pairs, speed, since)
-        run, preset, resume, notes = values["run"], _text(values["preset"]), values["resume"], values.get("notes", "")
+        spec = _SPECS[kind].validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InvalidArgument(f"Its specification is invalid: {place}: {excerpt(first['msg'])}.") from None
+    except InvalidArgument as error:
+        raise InvalidArgument(f"Its specification is invalid: {error}") from None
+    if isinstance(spec, RunSpec | StoriesSpec):
         # The name is also the name of a folder.
-        check_name(run)
-        if type(resume) not in (int, type(None)):
-            raise TypeError("resume has another type")
-        spec = TrainSpec if kind is Kind.TRAIN else PrepareSpec
-        return spec(run, preset, TrainingConfig.from_dict(values["config"]), data, resume, _text(notes))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidArgument(f"Its specification is invalid: {error!r}.") from error
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a value is not text")
-    return value
+        check_name(spec.name if isinstance(spec, StoriesSpec) else spec.run)
+    return spec
 
 
 def check_name(name: str) -> None:

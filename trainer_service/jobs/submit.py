@@ -9,7 +9,7 @@ from shared.errors import FailedPrecondition, NotFound
 from shared.registry.store import Registry
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.specs import EvaluateSpec, Spec
+from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
     registry.holds.add(temporary, number)
     try:
         version = registry.version(number)
-        if not isinstance(spec, EvaluateSpec) and version.step not in registry.states(version.run):
+        if isinstance(spec, RunSpec) and version.step not in registry.states(version.run):
             raise NotFound(f"The state of version {number} was removed just now; continue another version.")
         record = queue.enqueue(spec, after)
     except BaseException:
@@ -54,6 +54,6 @@ def release_ended(queue: JobQueue, registry: Registry) -> None:
 
 
 def _named_version(spec: Spec) -> int | None:
-    if not isinstance(spec, EvaluateSpec):
+    if isinstance(spec, RunSpec):
         return spec.resume
-    return int(spec.version) if spec.version.isdecimal() else None
+    return int(spec.version) if isinstance(spec, EvaluateSpec) and spec.version.isdecimal() else None

@@ -45,6 +45,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_train_tokens": (0, 10**12),
     "max_validation_tokens": (0, 10**12),
     "validation_share": (1e-6, 0.99),
+    "distillation_alpha": (0, 1),
+    "distillation_temperature": (0.05, 20),
+    "teacher_share": (0, 1),
 }
 # Gradients that are clipped below this range vanish beside AdamW's epsilon.
 _GRADIENT_NORMS = (1e-3, 1e9)
@@ -98,6 +101,13 @@ class TrainingConfig:
     max_validation_tokens: int = 0
     # The share held out of a data set that has no validation split.
     validation_share: float = 0.05
+    # With teachers: the weight of their predictions in the loss, and the temperature of both; see `loss.py`.
+    distillation_alpha: float = 0.5
+    distillation_temperature: float = 1.0
+    # With stories of a teacher: the share of a batch that comes from them, and whether each story follows its prompt,
+    # whose tokens do not count in the loss.
+    teacher_share: float = 0.5
+    teacher_prompts: bool = False
 
     def __post_init__(self) -> None:
         self.gpt  # noqa: B018 - raises if the shape is not that of a model

@@ -26,6 +26,7 @@ class JobKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_KIND_PREPARE: _ClassVar[JobKind]
     JOB_KIND_TRAIN: _ClassVar[JobKind]
     JOB_KIND_EVALUATE: _ClassVar[JobKind]
+    JOB_KIND_STORIES: _ClassVar[JobKind]
 JOB_STATE_UNSPECIFIED: JobState
 JOB_STATE_QUEUED: JobState
 JOB_STATE_RUNNING: JobState
@@ -37,10 +38,18 @@ JOB_KIND_UNSPECIFIED: JobKind
 JOB_KIND_PREPARE: JobKind
 JOB_KIND_TRAIN: JobKind
 JOB_KIND_EVALUATE: JobKind
+JOB_KIND_STORIES: JobKind
 
 class EnqueueJobRequest(_message.Message):
-    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes", "window", "pairs", "again", "speed")
+    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes", "window", "pairs", "again", "speed", "teachers", "force", "rivals", "promote", "judge_usd", "count", "max_cost_usd")
     class OverridesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class RivalsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +70,13 @@ class EnqueueJobRequest(_message.Message):
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
     SPEED_FIELD_NUMBER: _ClassVar[int]
+    TEACHERS_FIELD_NUMBER: _ClassVar[int]
+    FORCE_FIELD_NUMBER: _ClassVar[int]
+    RIVALS_FIELD_NUMBER: _ClassVar[int]
+    PROMOTE_FIELD_NUMBER: _ClassVar[int]
+    JUDGE_USD_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    MAX_COST_USD_FIELD_NUMBER: _ClassVar[int]
     preset: str
     dataset: _containers.RepeatedScalarFieldContainer[str]
     validation: _containers.RepeatedScalarFieldContainer[str]
@@ -75,7 +91,14 @@ class EnqueueJobRequest(_message.Message):
     pairs: _containers.RepeatedScalarFieldContainer[str]
     again: bool
     speed: bool
-    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ..., window: _Optional[int] = ..., pairs: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ..., speed: _Optional[bool] = ...) -> None: ...
+    teachers: _containers.RepeatedScalarFieldContainer[str]
+    force: bool
+    rivals: _containers.ScalarMap[str, str]
+    promote: bool
+    judge_usd: float
+    count: int
+    max_cost_usd: float
+    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ..., window: _Optional[int] = ..., pairs: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ..., speed: _Optional[bool] = ..., teachers: _Optional[_Iterable[str]] = ..., force: _Optional[bool] = ..., rivals: _Optional[_Mapping[str, str]] = ..., promote: _Optional[bool] = ..., judge_usd: _Optional[float] = ..., count: _Optional[int] = ..., max_cost_usd: _Optional[float] = ...) -> None: ...
 
 class EnqueueJobResponse(_message.Message):
     __slots__ = ("job", "live_workers")
