@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from inference_service.draft import Draft
 from inference_service.engine.request import GenerationRequest
-from inference_service.grpc.translate import Draft
 from inference_service.versions.resident import Resident
 from shared.errors import InvalidArgument, ResourceExhausted
 from shared.pb.inference.v1 import inference_pb2 as pb

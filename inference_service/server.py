@@ -12,6 +12,7 @@ from inference_service.admission import Admission
 from inference_service.codec import Codec
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Output
+from inference_service.generation import Generations
 from inference_service.grpc.admin import AdminServicer
 from inference_service.grpc.interceptors import BearerTokenInterceptor
 from inference_service.grpc.servicer import InferenceServicer
@@ -53,7 +54,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     engine_failed = asyncio.Event()
 
     def deliver(outputs: list[Output]) -> None:
-        loop.call_soon_threadsafe(servicer.deliver, outputs)
+        loop.call_soon_threadsafe(generations.deliver, outputs)
 
     def fail() -> None:
         loop.call_soon_threadsafe(engine_failed.set)
@@ -65,7 +66,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
             logger.error("watching the engine failed", exc_info=error)
         # The engine may never end a stream again, so there is nothing to wait for.
         engine.close(_STUCK)
-        servicer.fail_all(_STUCK)
+        generations.fail_all(_STUCK)
         signals.forced.set()
 
     collectors = CollectorRegistry()
@@ -89,11 +90,9 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     admission = Admission(settings.max_waiting_requests, settings.max_waiting_prompt_tokens, metrics.waiting_requests)
     pauses = Pauses()
     write_timeouts = WriteTimeouts(settings.slow_reader_s, pauses)
-    servicer = InferenceServicer(
-        *(catalogue, engine, residents, admission, Codec(), metrics, versions.failed),
-        slots=settings.slots,
-        write_timeouts=write_timeouts,
-    )
+    codec = Codec()
+    generations = Generations(catalogue, engine, residents, admission, codec, metrics, versions.failed)
+    servicer = InferenceServicer(generations, catalogue, residents, codec, write_timeouts, settings.slots)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(AdminServicer(catalogue, versions), server.server)
     watchdog = Watchdog(
@@ -121,7 +120,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
             logger.error("loading versions failed", exc_info=loading.exception())
         # An engine that failed has ended its streams already.
         await server.stop(
-            0.0 if failing.done() else settings.drain_s, signals.forced, partial(servicer.fail_all, ENDING)
+            0.0 if failing.done() else settings.drain_s, signals.forced, partial(generations.fail_all, ENDING)
         )
         ended_as_asked = not (loading.done() or watching.done() or failing.done())
         for part in parts:

@@ -18,12 +18,14 @@ from inference_service.engine.request import (
     FAILURES_WITHIN_S,
     MAX_FAILURES,
     Admitted,
+    Draw,
     Event,
     Failed,
     Finished,
     FinishReason,
     GenerationRequest,
     Output,
+    PromptRead,
     StepFailed,
 )
 from inference_service.engine.runner import Runner
@@ -302,15 +304,20 @@ class Engine:
 
     def _run(self, lane: _Lane, plan: Plan) -> None:
         try:
-            draws = lane.runner.run(plan)
+            results = lane.runner.run(plan)
         except Exception:
             self._recover(lane, plan.sequences)
             return
         lane.scheduler.record(plan)
         now = time.monotonic()
-        for sequence, draw in draws:
-            events: list[Event] = [Failed(draw)] if isinstance(draw, GptloopError) else sequence.accept(draw, now)
-            self._finish_step(sequence, events)
+        for sequence, result in results:
+            match result:
+                case PromptRead():
+                    self._emit(sequence, sequence.unreported(result))
+                case Draw():
+                    self._finish_step(sequence, sequence.accept(result, now))
+                case GptloopError():
+                    self._finish_step(sequence, [Failed(result)])
 
     def _recover(self, lane: _Lane, sequences: Many[Sequence]) -> None:
         """Handles a failed step: ends its streams, and discards the content of the slots for the others."""

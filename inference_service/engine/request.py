@@ -37,7 +37,7 @@ class GenerationOptions:
 
     `samples` is the number of streams that continue the prompt; it cannot exceed the number of slots. `arrived` and
     `deadline` are times of `time.monotonic`. `logprobs` is the number of alternatives that each token carries, None for
-    no log-probabilities.
+    no log-probabilities; `prompt_logprobs` is the same for the tokens of the prompt.
     """
 
     id: str
@@ -49,6 +49,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     deadline: float | None = None
 
 
@@ -74,7 +75,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Draw:
-    """A drawn token; `alternatives` are the likeliest tokens, likeliest first, and the likeliest has the `rank` 1."""
+    """A token that was drawn, or one of a prompt.
+
+    `alternatives` are the likeliest tokens, likeliest first, and the likeliest has the `rank` 1.
+    """
 
     token: int
     logprob: float | None = None
@@ -87,6 +91,14 @@ class Admitted:
     """The request has left the queue: all of its samples have slots."""
 
     at: float
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """Tokens of the prompt from position `start` on, with their log-probabilities; the first of all has none."""
+
+    start: int
+    tokens: tuple[Draw, ...]
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,7 @@ class Failed:
     error: GptloopError
 
 
-Event = Admitted | Delta | Finished | Failed
+Event = Admitted | PromptRead | Delta | Finished | Failed
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from inference_service.engine.prefix_cache import PrefixCache
-from inference_service.engine.request import Draw, NotFinite, StepFailed, TokenLogprob
+from inference_service.engine.request import Draw, NotFinite, PromptRead, StepFailed, TokenLogprob
 from inference_service.engine.scheduler import Chunk, Plan
 from inference_service.engine.sequence import Sequence
 from shared.decoding.decoder import Decoder
@@ -46,27 +46,37 @@ class Runner:
         self._prefixes = PrefixCache(prefix_blocks)
 
     def reuse(self, first: Sequence, slot: int) -> None:
-        """Copies cached prefix blocks into a slot."""
+        """Copies cached prefix blocks into a slot, unless the request wants the log-probabilities of its prompt."""
+        if first.request.prompt_logprobs is not None:
+            return
         for block in self._prefixes.find(first.request.prompt):
             self._decoder.write(slot, first.computed_tokens, block)
             first.computed_tokens += SPAN_TOKENS
         first.cached_tokens = first.computed_tokens
 
-    def run(self, plan: Plan) -> list[tuple[Sequence, Draw | GptloopError]]:
-        """Carries a plan out; returns the next token of each sequence that draws, or the error that ends it."""
-        drawings = self.forward(plan)
-        return list(zip((one.sequence for one in drawings), self.draw(drawings), strict=True))
+    def run(self, plan: Plan) -> list[tuple[Sequence, PromptRead | Draw | GptloopError]]:
+        """Carries a plan out; returns what was read of prompts, and the next token of each sequence that draws, or the
+        error that ends it."""
+        reads, drawings = self.forward(plan)
+        return reads + list(zip((one.sequence for one in drawings), self.draw(drawings), strict=True))
 
-    def forward(self, plan: Plan) -> list[Drawing]:
+    def forward(self, plan: Plan) -> tuple[list[tuple[Sequence, PromptRead]], list[Drawing]]:
         """Computes the logits, the first half of `run`."""
-        spans, drawings = [], []
+        spans, ends, reads, drawings = list[Span](), dict[Chunk, Any](), [], list[Drawing]()
         for chunk in plan.chunks:
-            spans.append(Span(chunk.slots[0], chunk.start, chunk.group[0].request.prompt[chunk.start : chunk.end]))
+            first = chunk.group[0]
+            span = Span(chunk.slots[0], chunk.start, first.request.prompt[chunk.start : chunk.end])
+            if first.request.prompt_logprobs is None:
+                spans.append(span)
+            else:
+                logits, ends[chunk] = self._decoder.logits(span)
+                reads.append((first, _read_prompt(chunk, logits)))
         for row in plan.rows:
             assert row.sequence.last_token is not None
             spans.append(Span(row.slot, row.sequence.computed_tokens, (row.sequence.last_token,)))
-        logits = self._decoder.forward(spans)
-        for chunk, end in zip(plan.chunks, logits, strict=False):
+        computed = iter(self._decoder.forward(spans) if spans else ())
+        for chunk in plan.chunks:
+            end = ends[chunk] if chunk in ends else next(computed)
             self._keep(chunk)
             if chunk.ends_prompt:
                 if len(chunk.group) > 1:
@@ -74,9 +84,9 @@ class Runner:
                 drawings += [
                     Drawing(sequence, slot, end) for sequence, slot in zip(chunk.group, chunk.slots, strict=True)
                 ]
-        for row, end in zip(plan.rows, logits[len(plan.chunks) :], strict=True):
+        for row, end in zip(plan.rows, computed, strict=True):
             drawings.append(Drawing(row.sequence, row.slot, end))
-        return drawings
+        return reads, drawings
 
     def draw(self, drawings: Many[Drawing]) -> list[Draw | GptloopError]:
         """Draws the tokens, the second half of `run`."""
@@ -133,14 +143,33 @@ def draw_token(sequence: Sequence, logits: Logits, token: int | None) -> Draw | 
             choice = choice.copy()
             choice[sequence.masked_token] = -np.inf
         token = sample(choice, request.sampling, sequence.seed, sequence.generated_tokens)
-    if request.logprobs is None:
-        return Draw(token)
+    return Draw(token) if request.logprobs is None else _with_logprobs(token, logits, request.logprobs)
+
+
+def _read_prompt(chunk: Chunk, logits: Logits) -> PromptRead:
+    """Returns the token after each of a chunk, whose logits are (T, V); the first chunk adds its own first token.
+
+    A token has no log-probabilities if the logits are not finite; then the stream ends with an error when it draws.
+    """
+    request = chunk.group[0].request
+    assert request.prompt_logprobs is not None
+    tokens = [
+        _with_logprobs(token, row, request.prompt_logprobs) if is_finite(row) else Draw(token)
+        for token, row in zip(request.prompt[chunk.start + 1 : chunk.end + 1], logits, strict=False)
+    ]
+    if chunk.start == 0:
+        return PromptRead(0, (Draw(request.prompt[0]), *tokens))
+    return PromptRead(chunk.start + 1, tuple(tokens))
+
+
+def _with_logprobs(token: int, logits: Logits, count: int) -> Draw:
+    """Returns a token with its log-probability and those of the `count` likeliest ones, by (V,) logits."""
     logprobs = log_probabilities(logits)
     return Draw(
         token,
         float(logprobs[token]),
         int(np.count_nonzero(logits > logits[token])) + 1,
-        tuple(TokenLogprob(other, float(logprobs[other])) for other in _likeliest(logprobs, request.logprobs)),
+        tuple(TokenLogprob(other, float(logprobs[other])) for other in _likeliest(logprobs, count)),
     )
 
 

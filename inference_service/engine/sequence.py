@@ -4,7 +4,15 @@ from collections import Counter
 from collections.abc import Callable
 
 from inference_service.engine.detokenizer import Detokenizer
-from inference_service.engine.request import Delta, Draw, Event, Finished, FinishReason, GenerationRequest
+from inference_service.engine.request import (
+    Delta,
+    Draw,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    PromptRead,
+)
 from shared.decoding.sampling import SamplingParameters
 
 
@@ -37,6 +45,8 @@ class Sequence:
         self._end_token = end_token
         self._detokenizer = Detokenizer(token_bytes, request.stop)
         self._first_token_at: float | None = None
+        # The tokens of the prompt that `unreported` has returned.
+        self._reported_prompt = 0
 
     @property
     def prefilled(self) -> bool:
@@ -66,6 +76,12 @@ class Sequence:
         if reason is None:
             return [Delta((now,), text, (draw,))]
         return [Delta((now,), text + self._detokenizer.finish(), (draw,)), self._finished(reason, now)]
+
+    def unreported(self, read: PromptRead) -> list[Event]:
+        """Returns what was read of the prompt, without the tokens of an earlier reading whose slot was lost."""
+        known = max(self._reported_prompt - read.start, 0)
+        self._reported_prompt += len(read.tokens[known:])
+        return [PromptRead(read.start + known, read.tokens[known:])] if read.tokens[known:] else []
 
     def end(self, reason: FinishReason, now: float) -> list[Event]:
         """Ends the stream from outside and returns its last events, with the text that was held back.

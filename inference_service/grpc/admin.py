@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from inference_service.grpc.translate import number_from_pb, readable, status_to_pb
+from inference_service.draft import check_number
+from inference_service.grpc.translate import readable, status_to_pb
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.manager import VersionManager
 from inference_service.versions.planner import State
@@ -30,19 +31,19 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
 
     async def LoadVersion(self, message: pb.LoadVersionRequest, context: Any) -> pb.LoadVersionResponse:  # noqa: N802
         """Returns when the version is in memory."""
-        await self._versions.load(number_from_pb(message.version))
+        await self._versions.load(check_number(message.version))
         return pb.LoadVersionResponse(version=await self._status(message.version))
 
     async def UnloadVersion(self, message: pb.UnloadVersionRequest, context: Any) -> pb.UnloadVersionResponse:  # noqa: N802
         """Returns at once, whether or not streams still run on the version."""
-        await self._versions.unload(number_from_pb(message.version))
+        await self._versions.unload(check_number(message.version))
         return pb.UnloadVersionResponse(version=await self._status(message.version))
 
     async def PromoteVersion(  # noqa: N802
         self, message: pb.PromoteVersionRequest, context: Any
     ) -> pb.PromoteVersionResponse:
         """Returns when the label is written."""
-        await self._versions.promote(number_from_pb(message.version))
+        await self._versions.promote(check_number(message.version))
         return pb.PromoteVersionResponse(version=await self._status(message.version))
 
     async def SetPolicy(self, message: pb.SetPolicyRequest, context: Any) -> pb.SetPolicyResponse:  # noqa: N802
@@ -54,7 +55,7 @@ class AdminServicer(inference_pb2_grpc.ModelAdminServiceServicer):
 
     async def RollBack(self, message: pb.RollBackRequest, context: Any) -> pb.RollBackResponse:  # noqa: N802
         """Returns when the other version serves."""
-        number = number_from_pb(message.version) if message.HasField("version") else None
+        number = check_number(message.version) if message.HasField("version") else None
         return pb.RollBackResponse(version=await self._status(await self._versions.roll_back(number)))
 
     async def _status(self, number: int) -> pb.VersionStatus:

@@ -1,100 +1,39 @@
 """Translates protobuf messages into frozen values and back. Nothing behind this module sees a message."""
 
-import math
-import time
-import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from inference_service.engine.request import Delta, Finished, GenerationOptions, GenerationRequest
+from inference_service.draft import Draft, Selection, check_number, new_draft
+from inference_service.engine.request import Delta, Draw, Finished, GenerationRequest, PromptRead
 from inference_service.versions.status import VersionStatus
 from shared.decoding.sampling import SamplingParameters, check_biases
 from shared.errors import InvalidArgument
-from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.evaluations import Figures
 from shared.registry.manifest import VersionManifest
 from shared.text import shorten, valid_unicode
 
-DEFAULT_MAX_TOKENS = 256
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_LOGPROBS = 20
 # The longest text of the registry that a message carries.
 _MOST_CHARACTERS = 1000
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The version that a call selects: a number, a label, or the serving one if both are None."""
-
-    version: int | None = None
-    label: str | None = None
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A checked `GenerateRequest` that still needs a version, whose tokenizer encodes the prompt, and perhaps a seed.
-
-    Prompt tokens stay as the message holds them: there may be millions of them until the version's context limits them.
-    """
-
-    selection: Selection
-    prompt: str | Sequence[int]
-    seed: int | None
-    options: GenerationOptions
-
-    def complete(self, version: int, tokenizer: Tokenizer, context_length: int, seed: int) -> GenerationRequest:
-        """Returns the request to a version; raises `InvalidArgument` if the prompt does not fit it.
-
-        An empty prompt becomes the end token, with which every document of the training text begins.
-        """
-        if isinstance(self.prompt, str):
-            _check_characters(self.prompt, tokenizer, context_length)
-            prompt = tuple(tokenizer.encode(self.prompt))
-        else:
-            _check_length(len(self.prompt), version, context_length)
-            prompt = tuple(self.prompt)
-            _check_tokens("prompt_tokens contains", prompt, version, tokenizer)
-        biased = [token for token, _ in self.options.sampling.logit_bias]
-        _check_tokens("logit_bias contains token", biased, version, tokenizer)
-        prompt = prompt or (tokenizer.end_token,)
-        _check_length(len(prompt), version, context_length)
-        return GenerationRequest(**vars(self.options), version=version, prompt=prompt, seed=seed)
-
-
 def draft_from_pb(message: pb.GenerateRequest, remaining_s: float | None, slots: int) -> Draft:
     """Checks all that does not depend on a version; raises `InvalidArgument` that names the field."""
-    arrived = time.monotonic()
-    max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
-    if max_tokens < 1:
-        raise InvalidArgument(f"max_tokens is {max_tokens}, but must be at least 1.")
-    if not 0 <= message.min_tokens <= max_tokens:
-        raise InvalidArgument(f"min_tokens is {message.min_tokens}, but must be from 0 to max_tokens ({max_tokens}).")
-    logprobs = message.logprobs if message.HasField("logprobs") else None
-    if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
-        raise InvalidArgument(f"logprobs is {logprobs}, but must be from 0 to {MAX_LOGPROBS}.")
-    samples = message.n if message.HasField("n") else 1
-    if not 1 <= samples <= slots:
-        raise InvalidArgument(f"n is {samples}, but must be from 1 to {slots}, the slots of this server.")
-    return Draft(
+    names = ("max_tokens", "logprobs", "prompt_logprobs", "n")
+    given = {name: getattr(message, name) for name in names if message.HasField(name)}
+    return new_draft(
         selection=selection_from_pb(message.model),
         prompt=_prompt_from_pb(message),
+        slots=slots,
+        sampling=_sampling_from_pb(message.sampling),
         seed=message.sampling.seed if message.sampling.HasField("seed") else None,
-        options=GenerationOptions(
-            id=uuid.uuid4().hex,
-            sampling=_sampling_from_pb(message.sampling),
-            max_tokens=max_tokens,
-            min_tokens=message.min_tokens,
-            stop=_stops_from_pb(message.stop),
-            ignore_eos=message.ignore_eos,
-            logprobs=logprobs,
-            samples=samples,
-            arrived=arrived,
-            deadline=None if remaining_s is None else arrived + remaining_s,
-        ),
+        min_tokens=message.min_tokens,
+        stop=message.stop,
+        ignore_eos=message.ignore_eos,
+        remaining_s=remaining_s,
+        **given,
     )
 
 
@@ -102,18 +41,11 @@ def selection_from_pb(message: pb.ModelSelector) -> Selection:
     """Reads a selector; raises `InvalidArgument` if its version number is not positive."""
     match message.WhichOneof("choice"):
         case "version":
-            return Selection(version=number_from_pb(message.version, "model.version"))
+            return Selection(version=check_number(message.version, "model.version"))
         case "label":
             return Selection(label=message.label)
         case _:
             return Selection()
-
-
-def number_from_pb(version: int, field: str = "version") -> int:
-    """Returns the version number; raises `InvalidArgument` if it is not positive."""
-    if version < 1:
-        raise InvalidArgument(f"{field} is {version}, but versions are numbered from 1.")
-    return version
 
 
 def started_to_pb(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
@@ -130,17 +62,28 @@ def started_to_pb(request: GenerationRequest, digest: str) -> pb.GenerateRespons
 
 def delta_to_pb(delta: Delta, index: int) -> pb.GenerateResponse:
     """Returns the message for a delta of a sample."""
-    logprobs = [
-        pb.TokenLogprobs(
-            logprob=draw.logprob,
-            rank=draw.rank or 0,
-            alternatives=[pb.TokenLogprob(token_id=other.token, logprob=other.logprob) for other in draw.alternatives],
-        )
-        for draw in delta.draws
-        if draw.logprob is not None
-    ]
+    logprobs = [_logprobs_to_pb(draw) for draw in delta.draws if draw.logprob is not None]
     token_ids = [draw.token for draw in delta.draws]
     return pb.GenerateResponse(delta=pb.Delta(text=delta.text, token_ids=token_ids, logprobs=logprobs, index=index))
+
+
+def prompt_to_pb(read: PromptRead) -> pb.GenerateResponse:
+    """Returns the message for a part of a prompt."""
+    return pb.GenerateResponse(
+        prompt=pb.PromptRead(
+            token_ids=[token.token for token in read.tokens],
+            logprobs=[pb.TokenLogprobs() if each.logprob is None else _logprobs_to_pb(each) for each in read.tokens],
+        )
+    )
+
+
+def _logprobs_to_pb(draw: Draw) -> pb.TokenLogprobs:
+    assert draw.logprob is not None
+    return pb.TokenLogprobs(
+        logprob=draw.logprob,
+        rank=draw.rank or 0,
+        alternatives=[pb.TokenLogprob(token_id=other.token, logprob=other.logprob) for other in draw.alternatives],
+    )
 
 
 def finished_to_pb(finished: Finished, index: int) -> pb.GenerateResponse:
@@ -237,33 +180,6 @@ def _time_to_pb(seconds: float) -> Timestamp:
     return written
 
 
-def _check_length(tokens: int, version: int, context_length: int) -> None:
-    if tokens >= context_length:
-        raise InvalidArgument(
-            f"The prompt has {tokens} tokens, but must have fewer than {context_length}, the context length of version "
-            f"{version}."
-        )
-
-
-def _check_tokens(what: str, tokens: Sequence[int], version: int, tokenizer: Tokenizer) -> None:
-    for token in tokens:
-        if not 0 <= token < tokenizer.vocabulary_size:
-            raise InvalidArgument(
-                f"{what} {token}, but version {version} has the tokens 0 to {tokenizer.vocabulary_size - 1}."
-            )
-
-
-def _check_characters(prompt: str, tokenizer: Tokenizer, context_length: int) -> None:
-    """Rejects a text that is too long for the context without encoding it."""
-    size_bytes, longest = len(prompt.encode()), int(tokenizer.byte_lengths.max())
-    fewest = math.ceil(size_bytes / longest)
-    if fewest >= context_length:
-        raise InvalidArgument(
-            f"The prompt of {size_bytes} bytes has at least {fewest} tokens, but must have fewer than "
-            f"{context_length}, the context length."
-        )
-
-
 def _prompt_from_pb(message: pb.GenerateRequest) -> str | Sequence[int]:
     match message.WhichOneof("input"):
         case "prompt":
@@ -281,16 +197,3 @@ def _sampling_from_pb(message: pb.Sampling) -> SamplingParameters:
     names = {field.name for field in fields(SamplingParameters)} - {"logit_bias"}
     given = {name: getattr(message, name) for name in names if message.HasField(name)}
     return SamplingParameters(**given, logit_bias=tuple(sorted(message.logit_bias.items())))
-
-
-def _stops_from_pb(stops: Sequence[str]) -> tuple[str, ...]:
-    if len(stops) > MAX_STOPS:
-        raise InvalidArgument(f"stop has {len(stops)} texts, but the limit is {MAX_STOPS}.")
-    for stop in stops:
-        if not stop:
-            raise InvalidArgument("stop contains an empty text, but every text must have at least one character.")
-        if len(stop) > MAX_STOP_CHARACTERS:
-            raise InvalidArgument(
-                f"stop contains a text of {len(stop)} characters, but the limit is {MAX_STOP_CHARACTERS}."
-            )
-    return tuple(stops)

@@ -147,6 +147,11 @@ class CpuDecoder:
         """Computes spans and returns the logits (V,) after the last token of each, valid until the next call."""
         return self._compute(spans, np.cumsum([len(span.tokens) for span in spans], dtype=np.intc) - np.intc(1))
 
+    def logits(self, span: Span) -> tuple[Array, Logits]:
+        """Returns the logits (T, V) after each token of a span, valid until the next call, and those after the last."""
+        rows = self._compute([span], np.arange(len(span.tokens), dtype=np.intc))
+        return np.asarray(rows), rows[-1].copy()
+
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
         """Returns the loss in nats of the token after each token of a span."""
         rows = self._compute([span], np.arange(len(span.tokens), dtype=np.intc))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
@@ -41,6 +43,13 @@ class Decoder(Protocol):
 
         The logits are valid until the next call. A span of several tokens begins at a multiple of `SPAN_TOKENS` and has
         at most that many. Spans of one slot are consecutive, and only the last of them may have one token.
+        """
+
+    def logits(self, span: Span) -> tuple[NDArray[np.float32], Any]:
+        """Computes a span, and returns the logits (T, V) after each of its tokens, which are valid until the next call,
+        and those after the last one, for `draw` or `np.asarray`, which stay valid.
+
+        The span is as in `forward`.
         """
 
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:

@@ -75,6 +75,8 @@ class MlxDecoder:
             count = min(length, self._context_length)
             self.score(Span(0, 0, (0,) * count), (0,) * count)
             yield
+            self.logits(Span(0, 0, (0,) * count))
+            yield
         self.reset()
 
     def forward(self, spans: Sequence[Span]) -> Sequence["_Row"]:
@@ -96,6 +98,15 @@ class MlxDecoder:
             block = self._decode(list(decoding.values()))  # (B, V)
             rows |= {index: _Row(block, span.slot) for index, span in decoding.items()}
         return [rows[index] for index in range(len(spans))]
+
+    def logits(self, span: Span) -> tuple[Logits, "_Row"]:
+        """Returns the logits (T, V) after each token of a span, and those after the last one, on the device."""
+        count = len(span.tokens)
+        logits = self._run(self._programs.logits, _padded_spans([span]))  # (T, V)
+        self._filled[span.slot] = span.start + count
+        # The shape that `_prefill` returns, for which the program that draws is compiled.
+        last = mx.broadcast_to(logits[count - 1], (self._spans_together, logits.shape[1]))
+        return np.asarray(logits)[:count], _Row(last, 0)
 
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
         """Returns the loss in nats of the token after each token of a span."""
@@ -254,6 +265,7 @@ class _Programs:
         self._last = config.context_length - 1
         self.prefill: Callable[..., Any] = mx.compile(self._prefill)
         self.score: Callable[..., Any] = mx.compile(self._score)
+        self.logits: Callable[..., Any] = mx.compile(self._logits)
         self.decode: Callable[..., Any] = mx.compile(self._decode)
         self.draw: Callable[..., mx.array] = mx.compile(self._draw)
 
@@ -275,6 +287,12 @@ class _Programs:
         chosen = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
         losses = mx.logsumexp(logits, axis=1) - chosen
         return mx.where(mx.isfinite(logits).all(axis=1), losses, mx.nan), caches
+
+    def _logits(self, parameters: dict[str, Any], caches: Caches, spans: _Spans) -> tuple[mx.array, Caches]:
+        """Computes one span and returns the logits (T, V) after each of its tokens."""
+        self.count += 1
+        hidden, caches = self._compute(parameters, caches, spans)
+        return self._model.logits(hidden[0]).astype(mx.float32), caches
 
     def _compute(self, parameters: dict[str, Any], caches: Caches, spans: _Spans) -> tuple[mx.array, Caches]:
         """Returns the hidden states (R, T, C) of spans, and the caches with their keys and values."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from inference_service import codec
 from inference_service.admission import Admission
 from inference_service.codec import MAX_TEXT_BYTES, MAX_TOKENS, MAX_WAITING, Codec
+from inference_service.generation import Generations
 from inference_service.grpc.servicer import InferenceServicer
 from inference_service.grpc.translate import draft_from_pb
 from inference_service.pauses import Pauses
@@ -148,12 +149,12 @@ async def test_a_prompt_does_not_wait_behind_a_text() -> None:
 
 
 def servicer(world: World) -> InferenceServicer:
-    admission = Admission(1, 1, world.metrics.waiting_requests)
-    return InferenceServicer(
-        *(world.catalogue, world.engine, world.residents, admission, Codec(), world.metrics, lambda *_: None),
-        slots=2,
-        write_timeouts=WriteTimeouts(1.0, Pauses()),
+    admission, codec = Admission(1, 1, world.metrics.waiting_requests), Codec()
+    generations = Generations(
+        world.catalogue, world.engine, world.residents, admission, codec, world.metrics, lambda *_: None
     )
+    timeouts = WriteTimeouts(1.0, Pauses())
+    return InferenceServicer(generations, world.catalogue, world.residents, codec, timeouts, slots=2)
 
 
 @async_test

@@ -84,7 +84,7 @@ class Decoding:
     def step(self) -> None:
         plan = self._scheduler.plan(SPAN_TOKENS)
         assert plan is not None
-        after = self._runner.forward(plan)
+        _, after = self._runner.forward(plan)
         draws = self._runner.draw(after) if self._draws else [Draw(0)] * len(after)
         self._scheduler.record(plan)
         for one, draw in zip(after, draws, strict=True):

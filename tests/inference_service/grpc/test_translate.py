@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from inference_service.draft import Selection
 from inference_service.engine.request import Delta, Draw, Finished, FinishReason, GenerationRequest, TokenLogprob
 from inference_service.grpc import translate
-from inference_service.grpc.translate import Selection
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import InvalidArgument
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -56,6 +56,7 @@ def test_every_field_is_translated() -> None:
         stop=["a", "b"],
         ignore_eos=True,
         logprobs=20,
+        prompt_logprobs=0,
         n=3,
     )
     draft = translate.draft_from_pb(message, 10.0, slots=4)
@@ -83,6 +84,7 @@ def test_every_field_is_translated() -> None:
         stop=("a", "b"),
         ignore_eos=True,
         logprobs=20,
+        prompt_logprobs=0,
         deadline=draft.options.arrived + 10.0,
     )
     assert draft.complete(3, byte_tokenizer(), CONTEXT, seed=5) == expected

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from shared.decoding.decoder import Decoder
+from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
@@ -276,6 +278,27 @@ def test_scores_agree_with_the_plain_loss_in_any_chunks(make: MakeDecoder, lengt
     np.testing.assert_allclose(losses, expected, rtol=0, atol=TOLERANCE)
     # The slot can decode further.
     assert_close(forward(decoder, [Span(2, 149, tokens[149:])])[0], full_forward(model, tokens)[149])
+
+
+@with_together
+@pytest.mark.parametrize("count", [1, 2, 64, 65, 149])
+def test_the_logits_after_every_token_are_those_of_single_spans(make: MakeDecoder, count: int) -> None:
+    model = random_model(CONFIG, 3)
+    tokens = random_text(CONFIG, 2, count)
+    decoder = make(model, SLOTS)
+    every: list[np.ndarray] = []
+    last: Any = None
+    for span in spans_of(1, 0, tokens):
+        rows, last = decoder.logits(span)
+        every.append(np.array(rows))
+    assert_close(np.concatenate(every), full_forward(model, tokens))
+    # The slot and the last logits go on as after `forward`.
+    (expected,) = [decoder.forward([span])[0] for span in spans_of(2, 0, tokens)][-1:]
+    np.testing.assert_allclose(np.asarray(last), np.asarray(expected), rtol=0, atol=TOLERANCE)
+    after = decoder.forward([Span(1, count, (5,)), Span(2, count, (5,))])
+    assert_close(np.asarray(after[0]), np.asarray(after[1]))
+    (drawn,) = decoder.draw([TemperatureSampling(last, 0.0, seed=0, position=0, masked=None)])
+    assert drawn == int(np.argmax(np.asarray(last)))
 
 
 @with_together

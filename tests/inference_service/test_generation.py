@@ -1,4 +1,4 @@
-"""How the service merges events for slow readers; other tests make its calls on a real server."""
+"""How events are merged for slow readers; other tests make its calls on a real server."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inference_service.engine.request import Admitted, Delta, Draw, Finished, FinishReason, Output
-from inference_service.grpc.servicer import _take
+from inference_service.generation import _take
 from tests.asynchronous import async_test
 
 SAMPLES = 3
