@@ -16,9 +16,11 @@ from inference_service.generation import Generations
 from inference_service.grpc.admin import AdminServicer
 from inference_service.grpc.interceptors import BearerTokenInterceptor
 from inference_service.grpc.servicer import InferenceServicer
+from inference_service.http.api import api_routes
+from inference_service.http.server import HttpServer
 from inference_service.metrics import InferenceMetrics
 from inference_service.pauses import Pauses
-from inference_service.settings import HOST_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
+from inference_service.settings import HOST_VARIABLE, HTTP_PORT_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.loader import Loader
 from inference_service.versions.manager import VersionManager
@@ -95,6 +97,9 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     servicer = InferenceServicer(generations, catalogue, residents, codec, write_timeouts, settings.slots)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(AdminServicer(catalogue, versions), server.server)
+    http = HttpServer(
+        api_routes(generations, catalogue, write_timeouts, settings.slots), settings.http_hosts, settings.http_origins
+    )
     watchdog = Watchdog(
         engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s, pauses, write_timeouts
     )
@@ -107,7 +112,11 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         gc.collect()
         gc.freeze()
         port = await server.start(Address(settings.host, settings.port, HOST_VARIABLE, PORT_VARIABLE))
-        logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", settings.host, port, settings.host, metrics_port)
+        http_port = http.start(Address(settings.host, settings.http_port, HOST_VARIABLE, HTTP_PORT_VARIABLE))
+        logger.info(
+            *("gRPC on %s:%d, HTTP on http://%s:%d", settings.host, port, settings.host, http_port),
+        )
+        logger.info("metrics on http://%s:%d/metrics", settings.host, metrics_port)
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))
         watching = asyncio.create_task(watchdog.run())
@@ -119,9 +128,13 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         if loading.done():
             logger.error("loading versions failed", exc_info=loading.exception())
         # An engine that failed has ended its streams already.
-        await server.stop(
-            0.0 if failing.done() else settings.drain_s, signals.forced, partial(generations.fail_all, ENDING)
+        drain_s = 0.0 if failing.done() else settings.drain_s
+        await asyncio.gather(
+            http.stop(drain_s, signals.forced),
+            server.stop(drain_s, signals.forced, partial(generations.fail_all, ENDING)),
         )
+        generations.fail_all(ENDING)
+        await http.close()
         ended_as_asked = not (loading.done() or watching.done() or failing.done())
         for part in parts:
             part.cancel()

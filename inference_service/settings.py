@@ -18,6 +18,7 @@ from shared.service.settings import (
 HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
 METRICS_PORT_VARIABLE = "GPTLOOP_INFERENCE_METRICS_PORT"
+HTTP_PORT_VARIABLE = "GPTLOOP_INFERENCE_HTTP_PORT"
 ADMIN_TOKEN_VARIABLE = "GPTLOOP_ADMIN_TOKEN"
 
 
@@ -32,6 +33,12 @@ class Settings:
     port: int = 50051
     # The port of the metrics page; 0 lets the system choose.
     metrics_port: int = 9101
+    # The port of OpenAI's API and of the page; 0 lets the system choose.
+    http_port: int = 8080
+    # Names, besides addresses and localhost, by which clients call the server over HTTP.
+    http_hosts: tuple[str, ...] = ()
+    # Other sites, such as https://example.org, whose pages may call the server.
+    http_origins: tuple[str, ...] = ()
     # Streams that a version decodes at the same time.
     slots: int = 8
     # Threads that compute a step on a CPU. One thread leaves the other cores to training.
@@ -82,6 +89,9 @@ def read_settings(environment: Environment) -> Settings:
         host=read_str(environment, HOST_VARIABLE, default.host),
         port=read_port(environment, PORT_VARIABLE, default.port),
         metrics_port=read_port(environment, METRICS_PORT_VARIABLE, default.metrics_port),
+        http_port=read_port(environment, HTTP_PORT_VARIABLE, default.http_port),
+        http_hosts=tuple(read_str(environment, "GPTLOOP_INFERENCE_HTTP_HOSTS", "").split()),
+        http_origins=tuple(read_str(environment, "GPTLOOP_INFERENCE_HTTP_ORIGINS", "").split()),
         slots=read_count("SLOTS", default.slots, 2, 1024),
         threads=read_count("THREADS", default.threads, 1, 1024),
         prefill_tokens=read_int(environment, "GPTLOOP_INFERENCE_PREFILL_TOKENS", None, minimum=64, maximum=1 << 20),

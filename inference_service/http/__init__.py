@@ -1,0 +1,1 @@
+"""The second face of the server: OpenAI's completions and the page, over HTTP."""

@@ -1,0 +1,344 @@
+"""OpenAI's completions: translates JSON into the requests of `draft.py`, and events into choices."""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from inference_service.draft import Draft, Selection, new_draft
+from inference_service.engine.request import Delta, Draw, Finished, FinishReason, GenerationRequest, PromptRead
+from inference_service.generation import Generations
+from inference_service.http.errors import HttpError
+from inference_service.versions.resident import Resident
+from shared.decoding.sampling import SamplingParameters
+from shared.errors import NotFound
+from shared.gpt.tokenizer import Tokenizer
+
+# Prompts of one request; each takes the slots of its samples.
+MAX_PROMPTS = 128
+# OpenAI's defaults.
+_MAX_TOKENS = 16
+
+_REASONS = {
+    FinishReason.EOS: "stop",
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CONTEXT_LENGTH: "length",
+    FinishReason.DEADLINE: "length",
+}
+
+
+class StreamOptions(BaseModel):
+    """Whether a last event of a stream has the counts of tokens."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class CompletionRequest(BaseModel):
+    """The body of `POST /v1/completions`: OpenAI's fields, then those that the engine has besides.
+
+    Absent fields have OpenAI's defaults. `user` is ignored, and `best_of` must equal `n`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    model: str = ""
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    echo: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[int, float] | None = Field(None, strict=False)
+    best_of: int | None = None
+    user: str | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+
+    def drafts(self, slots: int) -> list[Draft]:
+        """Returns a draft for each prompt; raises `InvalidArgument` or `HttpError` that names the field."""
+        samples = 1 if self.n is None else self.n
+        if self.best_of is not None and self.best_of != samples:
+            raise HttpError(400, f"best_of is {self.best_of}, but must equal n, {samples}.", "best_of")
+        prompts = self._prompts()
+        names = {each.name for each in fields(SamplingParameters)} - {"logit_bias"}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        biases = tuple(sorted((self.logit_bias or {}).items()))
+        sampling = SamplingParameters(**{"temperature": 1.0, **given}, logit_bias=biases)
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        # A number that JavaScript can hold.
+        seed = secrets.randbits(53) if self.seed is None else self.seed
+        # A step of the engine always draws a token; without room for one, it is left out of the answer.
+        max_tokens = _MAX_TOKENS if self.max_tokens is None else self.max_tokens or (1 if self.echo else 0)
+        return [
+            new_draft(
+                selection=selection_of(self.model),
+                prompt=prompt,
+                slots=slots,
+                sampling=sampling,
+                # As with one prompt, each sample draws with its own seed.
+                seed=(seed + number * samples) % 2**64,
+                max_tokens=max_tokens,
+                min_tokens=self.min_tokens or 0,
+                stop=stop,
+                ignore_eos=bool(self.ignore_eos),
+                logprobs=self.logprobs,
+                prompt_logprobs=self.logprobs if self.echo else None,
+                n=samples,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+
+    def _prompts(self) -> Sequence[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise HttpError(400, "prompt is an empty list, but must have a prompt or tokens.", "prompt")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        if len(self.prompt) > MAX_PROMPTS:
+            raise HttpError(400, f"prompt has {len(self.prompt)} prompts, but the limit is {MAX_PROMPTS}.", "prompt")
+        return self.prompt
+
+
+def selection_of(model: str) -> Selection:
+    """Returns the version that a model's name selects: a number or a label; without a name the one that serves.
+
+    Raises `NotFound` for the name of no version.
+    """
+    if not model:
+        return Selection()
+    if model.isascii() and model.isdecimal() and len(model) <= 18:
+        if int(model) < 1:
+            raise NotFound(f"There is no version {model}: versions are numbered from 1.")
+        return Selection(version=int(model))
+    return Selection(label=model)
+
+
+@dataclass
+class _Logprobs:
+    """Columns of OpenAI's `logprobs`; offsets count characters from the beginning of the choice's text."""
+
+    tokens: list[str] = field(default_factory=list)
+    token_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
+    text_offset: list[int] = field(default_factory=list)
+
+
+class Choice:
+    """One sample of one prompt: collects its events until they are taken as JSON."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, wants_logprobs: bool, drops_text: bool) -> None:
+        self.index = index
+        self._tokenizer = tokenizer
+        self._wants_logprobs = wants_logprobs
+        self._drops_text = drops_text
+        self._text = ""
+        self._logprobs = _Logprobs()
+        # Bytes of the text so far, which may end within a character.
+        self._bytes = b""
+        self._characters = 0
+        self._reason: str | None = None
+
+    def echo(self, text: str, tokens: Sequence[Draw]) -> None:
+        """Adds the prompt."""
+        self._text += text
+        self._add_logprobs(tokens)
+
+    def add(self, delta: Delta) -> None:
+        """Adds generated text."""
+        if not self._drops_text:
+            self._text += delta.text
+            self._add_logprobs(delta.draws)
+
+    def finish(self, finished: Finished) -> None:
+        """Notes why the sample has ended."""
+        self._reason = _REASONS[finished.reason]
+
+    def take(self) -> dict[str, Any]:
+        """Returns what was added since the last call, as a choice of a response."""
+        logprobs, self._logprobs = self._logprobs, _Logprobs()
+        text, self._text = self._text, ""
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": vars(logprobs) if self._wants_logprobs else None,
+            "finish_reason": self._reason,
+        }
+
+    def _add_logprobs(self, tokens: Sequence[Draw]) -> None:
+        if not self._wants_logprobs:
+            return
+        into = self._logprobs
+        for token in tokens:
+            into.tokens.append(self._name(token.token))
+            into.token_logprobs.append(token.logprob)
+            top = {self._name(other.token): other.logprob for other in token.alternatives}
+            into.top_logprobs.append(None if token.logprob is None else top)
+            into.text_offset.append(self._characters)
+            self._bytes += self._tokenizer.token_bytes(token.token)
+            whole = self._bytes.decode(errors="ignore")
+            self._characters += len(whole)
+            self._bytes = self._bytes[len(whole.encode()) :]
+
+    def _name(self, token: int) -> str:
+        """Returns the text of a token; of one that is no whole text its bytes, as OpenAI's API does."""
+        content = self._tokenizer.token_bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+@dataclass
+class Usage:
+    """Tokens that were read and generated."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns OpenAI's `usage`."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class Completion:
+    """The answer to one request: its choices, and what all of its events or its response have in common."""
+
+    def __init__(self, request: CompletionRequest) -> None:
+        self.usage = Usage()
+        self._request = request
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = request.model
+        self._fingerprint: str | None = None
+        self._seeds: dict[int, int] = {}
+
+    def begin(self, number: int, request: GenerationRequest, resident: Resident) -> list[Choice]:
+        """Returns the choices of a prompt, with its text if it is echoed."""
+        self._model, self._fingerprint = str(request.version), resident.manifest.digest
+        self._seeds[number] = request.seed
+        self.usage.prompt_tokens += len(request.prompt)
+        given = self._request
+        return [
+            Choice(
+                number * request.samples + sample, resident.tokenizer, given.logprobs is not None, given.max_tokens == 0
+            )
+            for sample in range(request.samples)
+        ]
+
+    def count(self, finished: Finished, is_first: bool) -> None:
+        """Counts the tokens of a sample."""
+        self.usage.completion_tokens += 0 if self._request.max_tokens == 0 else finished.generated_tokens
+        self.usage.cached_tokens += finished.cached_prompt_tokens if is_first else 0
+
+    def to_json(self, choices: Sequence[Choice], **more: Any) -> dict[str, Any]:
+        """Returns a response, or an event of a stream. `seed` is that of the first choice; the others follow it."""
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": self._fingerprint,
+            "seed": self._seeds.get(0),
+            "choices": [choice.take() for choice in choices],
+            **more,
+        }
+
+
+# Receives choices with news; may wait until the client has read.
+Send = Callable[[Sequence[Choice]], Awaitable[None]]
+
+
+class _Prompt:
+    """Receives the events of one prompt of a request."""
+
+    def __init__(self, number: int, completion: Completion, draft: Draft, echo: bool, send: Send) -> None:
+        self._number = number
+        self._completion = completion
+        self._draft = draft
+        self._echo = echo
+        self._send = send
+        self._read: list[Draw] = []
+        self.choices: list[Choice] = []
+
+    async def started(self, request: GenerationRequest, resident: Resident) -> None:
+        self.choices = self._completion.begin(self._number, request, resident)
+        self._request, self._tokenizer = request, resident.tokenizer
+        if self._echo and request.prompt_logprobs is None:
+            self._add_prompt()
+
+    async def prompt(self, read: PromptRead) -> None:
+        self._read += read.tokens
+        if len(self._read) == len(self._request.prompt):
+            self._add_prompt()
+
+    async def delta(self, delta: Delta, index: int) -> None:
+        self.choices[index].add(delta)
+        await self._send([self.choices[index]])
+
+    async def finished(self, finished: Finished, index: int) -> None:
+        self._completion.count(finished, index == 0)
+        self.choices[index].finish(finished)
+        await self._send([self.choices[index]])
+
+    def _add_prompt(self) -> None:
+        given = self._draft.prompt
+        text = given if isinstance(given, str) else self._tokenizer.decode(list(given))
+        for choice in self.choices:
+            choice.echo(text, self._read)
+
+
+async def complete(
+    request: CompletionRequest, generations: Generations, slots: int, send: Callable[[dict[str, Any]], Awaitable[None]]
+) -> dict[str, Any]:
+    """Answers a request, all prompts at once; returns the whole response, or if it streams the last event.
+
+    A request that streams calls `send` with each event. Raises the errors of `Generations.run`; then all of its prompts
+    have ended.
+    """
+    completion = Completion(request)
+    usage: dict[str, Any] = {}
+    if request.stream and request.stream_options is not None and request.stream_options.include_usage:
+        usage = {"usage": None}
+
+    async def pass_on(choices: Sequence[Choice]) -> None:
+        if request.stream:
+            await send(completion.to_json(choices, **usage))
+
+    drafts = request.drafts(slots)
+    prompts = [_Prompt(number, completion, draft, bool(request.echo), pass_on) for number, draft in enumerate(drafts)]
+    tasks = [asyncio.create_task(generations.run(draft, each)) for draft, each in zip(drafts, prompts, strict=True)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    if request.stream:
+        return completion.to_json([], usage=completion.usage.to_json()) if usage else {}
+    choices = [choice for prompt in prompts for choice in prompt.choices]
+    return completion.to_json(choices, usage=completion.usage.to_json())
