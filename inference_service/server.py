@@ -113,10 +113,11 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         gc.freeze()
         port = await server.start(Address(settings.host, settings.port, HOST_VARIABLE, PORT_VARIABLE))
         http_port = http.start(Address(settings.host, settings.http_port, HOST_VARIABLE, HTTP_PORT_VARIABLE))
+        host = settings.host
         logger.info(
-            *("gRPC on %s:%d, HTTP on http://%s:%d", settings.host, port, settings.host, http_port),
+            "page on http://%s:%d/, gRPC on %s:%d, metrics on http://%s:%d/metrics",
+            *(host, http_port, host, port, host, metrics_port),
         )
-        logger.info("metrics on http://%s:%d/metrics", settings.host, metrics_port)
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))
         watching = asyncio.create_task(watchdog.run())

@@ -84,6 +84,7 @@ class Server:
                 "GPTLOOP_VAR": str(var),
                 "GPTLOOP_INFERENCE_PORT": "0",
                 "GPTLOOP_INFERENCE_METRICS_PORT": "0",
+                "GPTLOOP_INFERENCE_HTTP_PORT": "0",
                 "GPTLOOP_INFERENCE_POLL_INTERVAL_S": "0.05",
                 # Random models claim to improve on each other, but do not.
                 "GPTLOOP_INFERENCE_GATE_MARGIN": "100",
@@ -98,10 +99,10 @@ class Server:
         wait_until(lambda: self._address() is not None or self.process.poll() is not None)
         found = self._address()
         assert found is not None, self.lines
-        self.address, self.metrics_url = found.group(1), found.group(2)
+        self.page_url, self.address, self.metrics_url = found.groups()
 
     def _address(self) -> re.Match[str] | None:
-        return re.search(r"gRPC on (\S+), metrics on (\S+)", "".join(self.lines.copy()))
+        return re.search(r"page on (\S+), gRPC on (\S+), metrics on (\S+)", "".join(self.lines.copy()))
 
     def client(self) -> InferenceClient:
         return InferenceClient(self.address)
