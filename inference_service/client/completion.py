@@ -6,7 +6,7 @@ from enum import Enum
 
 from shared.pb.inference.v1 import inference_pb2 as pb
 
-Event = pb.Started | pb.Delta | pb.Finished
+Event = pb.Started | pb.PromptRead | pb.Delta | pb.Finished
 
 
 class FinishReason(Enum):
@@ -44,12 +44,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Completion:
-    """The result of one request: its samples by index, and the version and seed that produced them."""
+    """The result of one request: its samples by index, and the version and seed that produced them.
+
+    `prompt_logprobs` has one entry per token of the prompt if the request asked for them, the first with the rank 0.
+    """
 
     request_id: str
     version: int
     seed: int
     prompt_tokens: int
+    prompt_logprobs: tuple[pb.TokenLogprobs, ...]
     samples: tuple[Sample, ...]
 
     @property
@@ -68,6 +72,7 @@ def complete(events: Sequence[Event]) -> Completion:
         version=started.model_version,
         seed=started.seed,
         prompt_tokens=started.prompt_tokens,
+        prompt_logprobs=tuple(each for event in events if isinstance(event, pb.PromptRead) for each in event.logprobs),
         samples=tuple(
             _sample(started, [delta for delta in deltas if delta.index == end.index], end)
             for end in sorted(ends, key=lambda end: end.index)
