@@ -60,6 +60,7 @@ class Parameters(TypedDict, total=False):
     stop: str | Sequence[str] | None
     ignore_eos: bool | None
     logprobs: int | None
+    prompt_logprobs: int | None
     timeout_s: float | None
 
 

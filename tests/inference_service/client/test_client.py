@@ -56,6 +56,7 @@ def test_every_parameter_reaches_its_field(serve: Serve, use: Use) -> None:
         "stop": ["x", "y"],
         "ignore_eos": True,
         "logprobs": 0,
+        "prompt_logprobs": 0,
         "n": 3,
     }
     use(server.address, "generate", "Once", version=4, timeout_s=50.0, **sampling, **rest)
