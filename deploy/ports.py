@@ -1,8 +1,8 @@
-"""The four TCP ports of the services."""
+"""The TCP ports of the services."""
 
 import socket
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import inference_service.settings
 import trainer_service.settings
@@ -13,9 +13,10 @@ from shared.service.settings import Environment
 
 @dataclass(frozen=True)
 class Ports:
-    """Where the services listen: gRPC and `/metrics` of each."""
+    """Where the services listen: gRPC and `/metrics` of each, and HTTP of the inference server."""
 
     inference: int
+    inference_http: int
     inference_metrics: int
     trainer: int
     trainer_metrics: int
@@ -40,7 +41,7 @@ def read_ports(environment: Environment) -> Ports:
     """
     inference = inference_service.settings.read_settings(environment)
     trainer = trainer_service.settings.read_settings(environment)
-    ports = Ports(inference.port, inference.metrics_port, trainer.port, trainer.metrics_port)
+    ports = Ports(inference.port, inference.http_port, inference.metrics_port, trainer.port, trainer.metrics_port)
     chosen = ports.to_environment()
     for name, text in chosen.items():
         if text == "0":
@@ -52,9 +53,9 @@ def read_ports(environment: Environment) -> Ports:
 
 
 def free_ports() -> Ports:
-    """Returns four ports that nothing listens on now."""
+    """Returns ports that nothing listens on now."""
     with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in fields(Ports)]
         return Ports(*(listener.getsockname()[1] for listener in listeners))
 
 

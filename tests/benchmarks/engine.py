@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -24,8 +25,9 @@ from trainer_service.presets import find_preset
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-MEASURABLE = ("gptloop-engine", "gptloop-grpc", "mlx-lm-batch", "ctranslate2")
-BARE, STREAMED = "gptloop-engine", "gptloop-grpc"
+MEASURABLE = ("gptloop-engine", "gptloop-grpc", "gptloop-http", "mlx-lm-batch", "ctranslate2")
+# Each is measured right after the one before it, so that both run in the same conditions.
+FACES = ("gptloop-engine", "gptloop-grpc", "gptloop-http")
 
 
 @app.command()
@@ -40,6 +42,7 @@ def main(
         "gptloop-engine greedy",
         "gptloop-engine",
         "gptloop-grpc",
+        "gptloop-http",
     ],
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 16,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens that each request generates.")] = 64,
@@ -50,12 +53,14 @@ def main(
 ) -> None:
     """Print tokens per second if all requests start together, and start again when all of them have ended.
 
-    gptloop-engine is the engine with its thread and its outbox; gptloop-grpc is the real server, called by a client in
-    another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 computes in fp32, a whole batch at once, and
-    does not stream. gptloop draws at its default temperature, 0.8; the others and "gptloop-engine greedy" take the
-    likeliest token. The time of a step is the whole time, with prompts, divided by the tokens of one request.
+    gptloop-engine is the engine with its thread and its outbox; gptloop-grpc and gptloop-http are the real server,
+    called by a client in another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 computes in fp32, a
+    whole batch at once, and does not stream. gptloop draws at its default temperature, 0.8; the others and
+    "gptloop-engine greedy" take the likeliest token. The time of a step is the whole time, with prompts, divided by the
+    tokens of one request.
 
-    In each round gptloop-grpc is measured right after gptloop-engine. These pairs show what gRPC adds.
+    In each round these three are measured one after the other. So they show what gRPC adds to the engine, and what HTTP
+    adds to gRPC.
 
     Example: python -m tests.benchmarks.engine --preset demo --rows 4 --peer gptloop-engine --peer gptloop-grpc
     """
@@ -78,8 +83,8 @@ def main(
             work = ClosedLoop(count, prompt_tokens, output_tokens, config.vocabulary_size)
             results.append((work, _measure(work, chosen, checkpoint, max(slots, count), threads, rounds, duration)))
     _print_speeds(preset, results, {each.name: each.draws for each in chosen})
-    if {BARE, STREAMED} <= {each.name for each in chosen}:
-        print(cost_of_grpc(results))
+    for bare, face in pairwise(each for each in FACES if each in {one.name for one in chosen}):
+        print(cost_of(face, bare, results))
 
 
 def _measure(
@@ -94,32 +99,31 @@ def _measure(
     """Measures each implementation in its own process, in turn; starts a server if one of them needs it."""
     names = [each.name for each in chosen]
     log = checkpoint.folder / "server.log"
-    needs_server = STREAMED in names
+    needs_server = bool({*FACES[1:]} & {*names})
     with Server(checkpoint, slots=slots, threads=threads, log=log) if needs_server else nullcontext() as server:
         setup = Setup(str(checkpoint.folder), slots, threads, None if server is None else server.endpoint)
         specification = {"setup": asdict(setup), "work": asdict(work)}
-        measured = measure("Generation", in_pairs(names), specification, rounds=rounds, steps=1, least_s=least_s)
+        measured = measure("Generation", in_turn(names), specification, rounds=rounds, steps=1, least_s=least_s)
     return {name: measured[name] for name in names}
 
 
-def in_pairs(names: Sequence[str]) -> list[str]:
-    """Returns the names with the streamed engine right after the bare one, so that both run in the same conditions."""
-    if not {BARE, STREAMED} <= set(names):
-        return list(names)
-    others = [name for name in names if name != STREAMED]
-    after = others.index(BARE) + 1
-    return [*others[:after], STREAMED, *others[after:]]
+def in_turn(names: Sequence[str]) -> list[str]:
+    """Returns the names with the faces of the engine one after the other, in the place of the first."""
+    faces = [name for name in FACES if name in names]
+    others = [name for name in names if name not in faces[1:]]
+    after = others.index(faces[0]) + 1 if faces else 0
+    return [*others[:after], *faces[1:], *others[after:]]
 
 
-def cost_of_grpc(results: Sequence[tuple[ClosedLoop, dict[str, Measured]]]) -> str:
-    """Returns a sentence about what streaming adds to a step of the bare engine in the same round, as the median of all
-    rounds with quartiles."""
+def cost_of(face: str, bare: str, results: Sequence[tuple[ClosedLoop, dict[str, Measured]]]) -> str:
+    """Returns a sentence about what a face adds to a step of a barer one in the same round, as the median of all rounds
+    with quartiles."""
     costs = []
     for work, measured in results:
-        bare_s, streamed_s = (np.array(measured[name].rounds_s) for name in (BARE, STREAMED))
+        bare_s, streamed_s = (np.array(measured[name].rounds_s) for name in (bare, face))
         lower, middle, upper = 100 * (np.percentile(streamed_s / bare_s, (25, 50, 75)) - 1)
         costs.append(f"{middle:.1f} % ({lower:.1f} to {upper:.1f}) at x{work.rows}")
-    return f"Streaming over gRPC adds, in the median round (quartiles): {', '.join(costs)}."
+    return f"{face} adds to {bare}, in the median round (quartiles): {', '.join(costs)}."
 
 
 def _print_speeds(preset: str, results: list[tuple[ClosedLoop, dict[str, Measured]]], draws: dict[str, str]) -> None:

@@ -22,6 +22,7 @@ IMPLEMENTATIONS = (
     Implementation("gptloop-engine", SAMPLED),
     Implementation("gptloop-engine greedy", ARGMAX),
     Implementation("gptloop-grpc", SAMPLED),
+    Implementation("gptloop-http", SAMPLED),
     Implementation("mlx-lm-batch", ARGMAX, ("mlx_lm",)),
     Implementation("ctranslate2", ARGMAX, ("ctranslate2", "torch", "transformers")),
 )

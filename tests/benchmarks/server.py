@@ -33,14 +33,15 @@ class Server:
 
     def __init__(self, checkpoint: Checkpoint, *, slots: int, threads: int, log: Path) -> None:
         ports = free_ports()
-        self.endpoint = Endpoint(f"{HOST}:{ports.inference}", ports.inference_metrics)
+        self.endpoint = Endpoint(
+            f"{HOST}:{ports.inference}", f"http://{HOST}:{ports.inference_http}", ports.inference_metrics
+        )
         self._log = log
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("GPTLOOP_")}
         self._environment = inherited | {
             "GPTLOOP_VAR": str(checkpoint.directories.var),
             "GPTLOOP_INFERENCE_HOST": HOST,
-            "GPTLOOP_INFERENCE_PORT": str(ports.inference),
-            "GPTLOOP_INFERENCE_METRICS_PORT": str(ports.inference_metrics),
+            **ports.to_environment(),
             "GPTLOOP_INFERENCE_SLOTS": str(slots),
             "GPTLOOP_INFERENCE_THREADS": str(threads),
         }

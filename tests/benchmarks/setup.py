@@ -10,9 +10,10 @@ from tests.benchmarks.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The address of a server, and the port of its metrics page."""
+    """The address of a server, the URL of its HTTP API, and the port of its metrics page."""
 
     address: str
+    url: str
     metrics_port: int
 
 

@@ -27,7 +27,7 @@ class Server:
 
     def check(self, name: str, status: int) -> Health:
         self._health.set("", status)
-        ports = Ports(inference=self.port, inference_metrics=1, trainer=self.port, trainer_metrics=2)
+        ports = Ports(inference=self.port, inference_http=3, inference_metrics=1, trainer=self.port, trainer_metrics=2)
         return health_checks({}, self.directories, ports)[name]()
 
 

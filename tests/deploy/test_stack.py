@@ -2,6 +2,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -218,7 +219,7 @@ def test_two_commands_at_once_are_refused(fixture: Fixture) -> None:
 def test_a_port_in_use_is_named_with_its_variable(fixture: Fixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        ports = Ports(fixture.ports.inference, port, fixture.ports.trainer, fixture.ports.trainer_metrics)
+        ports = replace(fixture.ports, inference_metrics=port)
         with pytest.raises(AlreadyExists) as caught:
             fixture.new_stack(ports).up(_ignore)
     assert f"Port {port} of 127.0.0.1 is in use" in str(caught.value)

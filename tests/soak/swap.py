@@ -1,9 +1,10 @@
-"""Swaps versions a hundred times while clients stream all the time.
+"""Swaps versions a hundred times while clients stream all the time, half of them over gRPC and half over HTTP.
 
 `python -m tests.soak.swap --streams 64 --swaps 100`
 """
 
 import asyncio
+import json
 import shutil
 import tempfile
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import numpy as np
 import typer
 
@@ -52,14 +54,26 @@ class Phase:
     memory: dict[str, float] = field(default_factory=dict)
 
 
+def _byte_of(name: str) -> int:
+    """Returns the token with this name: tokens are bytes."""
+    return int(name.removeprefix("bytes:\\x"), 16) if name.startswith("bytes:") else ord(name)
+
+
 class Swaps:
     """Streams on a server, and the versions that are published for it."""
 
     def __init__(
-        self, server: Server, client: AsyncInferenceClient, model: GPTConfig, streams: int, tokens: int
+        self,
+        server: Server,
+        client: AsyncInferenceClient,
+        http: httpx.AsyncClient,
+        model: GPTConfig,
+        streams: int,
+        tokens: int,
     ) -> None:
         self._server = server
         self._client = client
+        self._http = http
         self._model = model
         self._streams = streams
         self._tokens = tokens
@@ -101,9 +115,9 @@ class Swaps:
             async with asyncio.timeout(120):
                 while self._seen != self._published:
                     with suppress(Unavailable):  # the first version does not serve yet
-                        await self._answer(0)
+                        await self._answer_grpc(0)
             for seed in range(SEEDS):
-                _, self._expected[weights, seed] = await self._answer(seed)
+                _, self._expected[weights, seed] = await self._answer_grpc(seed)
 
     async def _swap(self) -> None:
         """Publishes a better version and waits until a stream has started on it."""
@@ -126,10 +140,11 @@ class Swaps:
         )
 
     async def _read(self, number: int) -> None:
-        seed = number % SEEDS
+        seed = number // 2 % SEEDS
+        ask = self._answer_http if number % 2 else self._answer_grpc
         while not self._stopping:
             try:
-                version, answer = await self._answer(seed)
+                version, answer = await ask(seed)
             except Exception as error:
                 self.violations.append(f"A call failed: {error!r}")
                 return
@@ -137,7 +152,7 @@ class Swaps:
             if answer != self._expected[WEIGHTS[(version - 1) % 2], seed]:
                 self.violations.append(f"A stream of version {version} differed from the same stream without swaps.")
 
-    async def _answer(self, seed: int) -> tuple[int, Answer]:
+    async def _answer_grpc(self, seed: int) -> tuple[int, Answer]:
         version, last = 0, None
         tokens: list[int] = []
         logprobs: list[float] = []
@@ -150,14 +165,49 @@ class Swaps:
                         version = event.model_version
                         self._seen = max(self._seen, version)
                     case pb.Delta():
-                        now = time.monotonic()
-                        if last is not None:
-                            self._phase.gaps.append(now - last)
-                        last = now
-                        self._phase.tokens += len(event.token_ids)
+                        last = self._measure(last, len(event.token_ids))
                         tokens += event.token_ids
                         logprobs += [each.logprob for each in event.logprobs]
         return version, (tuple(tokens), tuple(logprobs))
+
+    async def _answer_http(self, seed: int) -> tuple[int, Answer]:
+        version, last = 0, None
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        body = {
+            "prompt": PROMPT,
+            "seed": seed,
+            "max_tokens": self._tokens,
+            "temperature": 0.8,
+            "ignore_eos": True,
+            "logprobs": 0,
+            "stream": True,
+        }
+        async with self._http.stream("POST", "v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                content = line.removeprefix("data: ")
+                if not content or content == "[DONE]":
+                    continue
+                event = json.loads(content)
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                version = int(event["model"])
+                self._seen = max(self._seen, version)
+                columns = event["choices"][0]["logprobs"]
+                if columns["tokens"]:
+                    last = self._measure(last, len(columns["tokens"]))
+                tokens += map(_byte_of, columns["tokens"])
+                # gRPC carries them in fp32.
+                logprobs += [float(np.float32(logprob)) for logprob in columns["token_logprobs"]]
+        return version, (tuple(tokens), tuple(logprobs))
+
+    def _measure(self, last: float | None, tokens: int) -> float:
+        """Counts the tokens of a message; returns its time, `last` being that of the message before it."""
+        now = time.monotonic()
+        if last is not None:
+            self._phase.gaps.append(now - last)
+        self._phase.tokens += tokens
+        return now
 
     async def _pass(self, name: str, seconds: float) -> None:
         """Runs a phase without swaps. Versions are published at the same rate, but they are not better."""
@@ -218,8 +268,12 @@ async def swap(
     server: Server, model: GPTConfig, streams: int, swaps: int, tokens: int = 64, steady_s: float = STEADY_S
 ) -> Swaps:
     """Runs the soak on one event loop."""
-    async with AsyncInferenceClient(server.address, retries=0) as client:
-        run = Swaps(server, client, model, streams, tokens)
+    limits = httpx.Limits(max_connections=streams)
+    async with (
+        AsyncInferenceClient(server.address, retries=0) as client,
+        httpx.AsyncClient(base_url=server.page_url, trust_env=False, limits=limits, timeout=None) as http,
+    ):
+        run = Swaps(server, client, http, model, streams, tokens)
         await run.run(swaps, steady_s)
         return run
 
