@@ -88,6 +88,10 @@ class Histories:
         found = (path for path in children(self._root / "runs") if RUN_NAME.fullmatch(path.name))
         return sorted(path.name for path in found if (path / _NAME).is_file())
 
+    def reader(self, run: str) -> "HistoryReader":
+        """Returns a reader of the history of a run."""
+        return HistoryReader(self._root / "runs" / run / _NAME)
+
     def read(self, run: str) -> History:
         """Reads the history of a run; raises `NotFound`, which names the runs that have one."""
         runs = self.runs()
@@ -111,6 +115,40 @@ class Histories:
     def remove(self, run: str) -> None:
         """Removes the history of a run."""
         (self._root / "runs" / run / _NAME).unlink(missing_ok=True)
+
+
+class HistoryReader:
+    """Reads a history again and again, each time only the lines that are new."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # The end of the lines that were read, and the last of them.
+        self._end = 0
+        self._last = b""
+
+    def read(self) -> tuple[list[Line], bool]:
+        """Returns the lines since the last call, and whether they replace all earlier ones, as the run was cut back.
+
+        Raises `FileNotFoundError` if there is no history any more.
+        """
+        with self._path.open("rb") as file:
+            file.seek(self._end - len(self._last))
+            content = file.read()
+            # A line contains the time, so that one that is written again differs.
+            is_cut = not content.startswith(self._last)
+            if is_cut:
+                file.seek(0)
+                self._end, self._last = 0, b""
+                content = file.read()
+        content = content[len(self._last) :]
+        lines = []
+        begin = 0
+        for line, end in _lines(content):
+            self._last, begin = content[begin:end], end
+            if line is not None:
+                lines.append(line)
+        self._end += begin
+        return lines, is_cut
 
 
 class HistoryWriter:
@@ -201,4 +239,6 @@ def _typed(value: Any, kind: Any) -> Any:
         value = float(value)
     if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
         raise TypeError
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise OverflowError
     return value

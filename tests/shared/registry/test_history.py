@@ -2,6 +2,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,38 @@ def test_no_history_goes_while_a_version_cannot_be_read(registry: Registry) -> N
     (registry.version_directory(version.version) / "manifest.json").write_text("{}")
     prune(registry, Retention())
     assert registry.histories.runs() == [RUN]
+
+
+@given(appended=st.lists(st.tuples(STEPS, st.integers(0, len(LINES)), st.floats(0, 1))))
+def test_a_reader_knows_what_the_history_holds_after_each_read_whatever_was_cut_and_written_between(
+    tmp_path_factory: pytest.TempPathFactory, appended: list[tuple[int, int, float]]
+) -> None:
+    registry = Registry(tmp_path_factory.mktemp("history"))
+    begin(registry).append(*LINES)
+    path, reader = registry.run_directory(RUN) / "history.jsonl", registry.histories.reader(RUN)
+    known, is_cut = reader.read()
+    assert (tuple(known), is_cut) == (LINES, False)
+    for attempt, (step, count, torn) in enumerate(appended, start=2):
+        lines = [replace(line, attempt=attempt) for line in LINES if line.step > step][:count]
+        begin(registry, step).append(*lines)
+        # A killed process may have left the beginning of a line.
+        path.write_bytes(path.read_bytes() + b'{"kind": "report", "step": 7'[: round(28 * torn)])
+        new, is_cut = reader.read()
+        known = new if is_cut else known + new
+        assert tuple(known) == read(registry)
+        assert reader.read() == ([], False)
+
+
+def test_a_reader_reads_each_line_once(registry: Registry) -> None:
+    writer, reader = begin(registry), registry.histories.reader(RUN)
+    for lines in (LINES[:4], LINES[4:5], (), LINES[5:]):
+        writer.append(*lines)
+        assert reader.read() == (list(lines), False)
+    registry.histories.remove(RUN)
+    with pytest.raises(FileNotFoundError):
+        reader.read()
+
+
+def test_a_line_with_a_number_that_is_too_large_is_ignored(registry: Registry, path: Path) -> None:
+    path.write_text(path.read_text().replace('"tokens": 100,', f'"tokens": {2**63},'))
+    assert read(registry) == LINES[1:]
