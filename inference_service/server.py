@@ -17,6 +17,7 @@ from inference_service.grpc.admin import AdminServicer
 from inference_service.grpc.interceptors import BearerTokenInterceptor
 from inference_service.grpc.servicer import InferenceServicer
 from inference_service.http.api import api_routes
+from inference_service.http.page import page_routes
 from inference_service.http.server import HttpServer
 from inference_service.metrics import InferenceMetrics
 from inference_service.pauses import Pauses
@@ -96,10 +97,13 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     generations = Generations(catalogue, engine, residents, admission, codec, metrics, versions.failed)
     servicer = InferenceServicer(generations, catalogue, residents, codec, write_timeouts, settings.slots)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
-    inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(AdminServicer(catalogue, versions), server.server)
-    http = HttpServer(
-        api_routes(generations, catalogue, write_timeouts, settings.slots), settings.http_hosts, settings.http_origins
-    )
+    admin = AdminServicer(catalogue, versions)
+    inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(admin, server.server)
+    routes = [
+        *api_routes(generations, catalogue, write_timeouts, settings.slots),
+        *page_routes(admin, catalogue, registry, settings.admin_token),
+    ]
+    http = HttpServer(routes, settings.http_hosts, settings.http_origins)
     watchdog = Watchdog(
         engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s, pauses, write_timeouts
     )

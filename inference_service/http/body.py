@@ -17,7 +17,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
-    """Returns the body of a request.
+    """Returns the body of a request; one without a body has an empty object.
 
     Raises `HttpError` if it is too large, is not sent as JSON, or does not fit the model: with the first field that is
     wrong. A page of another site can send any type but JSON without asking the browser's permission.
@@ -34,7 +34,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     except ClientDisconnect as error:
         raise ClientLeft from error
     try:
-        return kind.model_validate_json(bytes(content))
+        return kind.model_validate_json(bytes(content) or b"{}")
     except ValidationError as error:
         raise _refusal(error, kind) from None
 
@@ -46,7 +46,7 @@ def _refusal(error: ValidationError, kind: type[BaseModel]) -> HttpError:
     if first["type"] == "json_invalid":
         return HttpError(400, f"The body is not JSON: {excerpt(first['ctx']['error'])}.")
     if first["type"] == "extra_forbidden":
-        known = ", ".join(kind.model_fields)
-        return HttpError(400, f"{excerpt(place)} is not supported; the fields are {known}.", place)
+        fields = f"the fields are {', '.join(kind.model_fields)}" if kind.model_fields else "this call has no fields"
+        return HttpError(400, f"{excerpt(place)} is not supported; {fields}.", place)
     value = excerpt(repr(first["input"]), 60)
     return HttpError(400, f"{place or 'The body'}: {excerpt(first['msg'])}, but there is {value}.", place or None)
