@@ -1,15 +1,12 @@
 """Commands that evaluate versions."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from shared.atomic_file import replacing
-from shared.errors import InvalidArgument, NotFound
+from shared.errors import InvalidArgument
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from shared.service import cli
@@ -25,12 +22,7 @@ from trainer_service.commands.options import (
     submit_job,
     version_number,
 )
-from trainer_service.evaluation.comparison import compare_all
-from trainer_service.evaluation.record import Record
-from trainer_service.evaluation.report import build_report, summary
-from trainer_service.evaluation.views.html import to_html
-from trainer_service.evaluation.views.markdown import to_markdown
-from trainer_service.evaluation.views.terminal import print_report
+from trainer_service.commands.reports import evaluation_of, print_evaluation
 from trainer_service.jobs.requests import EvaluateRequest
 
 app = cli.new_app(None)
@@ -83,11 +75,8 @@ def evaluate(
     records = []
     for queue, job in jobs:
         follow_job(queue, job.id)
-        measured = queue.store.get(job.id).evaluation
-        if measured is None or measured.version is None:
-            raise NotFound(f"The job {job.id} has reported no evaluation; run the same command again.")
-        records.append(Record.from_json(registry.evaluations.read(measured.version, measured.method_digest)))
-    _print_report(records, registry)
+        records.append(evaluation_of(job.id, queue, registry))
+    print_evaluation(records, registry)
 
 
 def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) -> list[EvaluateRequest]:
@@ -109,24 +98,6 @@ def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) 
             first = versions[0]
             common = replace(common, dataset=first.dataset_files, validation=first.validation_files)
     return [replace(common, version=str(version.version)) for version in versions]
-
-
-def _print_report(records: Sequence[Record], registry: Registry) -> None:
-    """Prints the report, writes it as Markdown and HTML, and prints its JSON in the last line."""
-    comparisons = compare_all(records)
-    histories = registry.histories
-    runs = {record.version.run for record in records} & set(histories.runs())
-    report = build_report(records, comparisons, [histories.read(run) for run in sorted(runs)])
-    print_report(report, Console())
-    folder = settings().directories.reports
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join(["evaluation", *(str(record.version.number) for record in records)])
-    paths = [folder / f"{name}.md", folder / f"{name}.html"]
-    for path, text in zip(paths, (to_markdown(report), to_html(report)), strict=True):
-        with replacing(path) as file:
-            file.write(text.encode())
-    print(*paths, sep="\n")
-    print(json.dumps({**summary(records, comparisons), "reports": list(map(str, paths))}))
 
 
 def _best_and_the_one_before(registry: Registry) -> list[VersionManifest]:

@@ -13,8 +13,11 @@ from trainer_service.commands.options import (
     DatasetOption,
     FollowOption,
     JobArgument,
+    NameOption,
+    NotesOption,
     OverridesOption,
     PresetOption,
+    ResumeOption,
     ValidationOption,
     follow_job,
     job_ids,
@@ -37,15 +40,13 @@ def train(
     preset: PresetOption = "",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
-    resume: Annotated[
-        str, typer.Option(help="The version to continue, with its text and values: a number, or a label such as best.")
-    ] = "",
+    resume: ResumeOption = "",
     overrides: OverridesOption = "",
     only_prepare: Annotated[
         bool, typer.Option("--only-prepare", help="Prepare the tokens of the run and do not train.")
     ] = False,
-    name: Annotated[str, typer.Option(help="The name of the run. Default: a new one.")] = "",
-    notes: Annotated[str, typer.Option(help="A note on the run, which `gptloop runs` shows.")] = "",
+    name: NameOption = "",
+    notes: NotesOption = "",
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:

@@ -77,7 +77,7 @@ class Judge:
                 workers=self._workers,
                 report=self._progress("measuring the held-out loss"),
             )
-            record = self._keep(record, "text", text=text, notes=texts.notes)
+            record = self.keep(record, "text", text=text, notes=texts.notes)
         assert record.text is not None
         if training is not None:
             loss = measure_training_loss(
@@ -90,7 +90,7 @@ class Judge:
                 workers=self._workers,
                 report=self._progress("measuring the training loss"),
             )
-            record = self._keep(record, "training", training=loss, notes=texts.notes)
+            record = self.keep(record, "training", training=loss, notes=texts.notes)
         if record.writing is None:
             writing = measure_writing(
                 model,
@@ -102,7 +102,7 @@ class Judge:
                 cache=self._device.cache,
                 report=self._progress("writing continuations"),
             )
-            record = self._keep(record, "writing", writing=writing, notes=texts.notes)
+            record = self.keep(record, "writing", writing=writing, notes=texts.notes)
         return record
 
     def pairs(self, record: Record, paths: Sequence[Path]) -> Record:
@@ -118,7 +118,7 @@ class Judge:
         for path in absent:
             progress = self._progress(f"comparing the pairs of {path.name}")
             measured = measure_pairs(model, read_tokenizer(folder), path, self._workers, progress)
-            record = self._keep(record, "pairs", pairs=(*record.pairs, measured))
+            record = self.keep(record, "pairs", pairs=(*record.pairs, measured))
         return record
 
     def speed(self, record: Record, version: VersionManifest) -> Record:
@@ -131,7 +131,7 @@ class Judge:
             self._device.threads,
             self._progress("measuring speed and memory"),
         )
-        return self._keep(record, "speed", speed=speed, memory=memory)
+        return self.keep(record, "speed", speed=speed, memory=memory)
 
     def _progress(self, work: str) -> Callable[[float], object]:
         return lambda share: self._report(work, share)
@@ -144,7 +144,7 @@ class Judge:
             return empty
         return replace(record, method=method) if record.version == empty.version else empty
 
-    def _keep(self, record: Record, section: str, **measured: object) -> Record:
+    def keep(self, record: Record, section: str, **measured: object) -> Record:
         """Adds a section to a record, and to the file, whose other sections stay."""
         now = time.time()
 

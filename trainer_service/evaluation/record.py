@@ -263,6 +263,48 @@ class Subject:
     parameters: int
 
 
+class Verdict(StrEnum):
+    """What a paired interval says about one version beside another one."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNKNOWN = "cannot be told"
+    NOT_COMPARED = "not compared"
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """How the version differs from a rival on the same text.
+
+    role: what the rival is, such as `control`; `method_digest` names the rival's record.
+    difference: in nats per token, below 0 if the version is better; None, with the `reason`, if it is not compared.
+    interval: of `difference`; None if the text has few units.
+    """
+
+    role: str
+    version: Subject
+    method_digest: str
+    difference: float | None
+    interval: Interval | None
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the version stands among its rivals.
+
+    better: whether it is better than each of them.
+    promoted: whether it became the stable version for that reason.
+    sentence: the same in words.
+    """
+
+    rivals: tuple[Opponent, ...]
+    better: bool
+    promoted: bool
+    sentence: str
+
+
 @dataclass(frozen=True)
 class Record:
     """One evaluation of one version by one method; `notes` are sentences about what could not be measured."""
@@ -275,6 +317,7 @@ class Record:
     speed: Speed | None = None
     memory: Memory | None = None
     pairs: tuple[MinimalPairs, ...] = ()
+    verdict: Standing | None = None
     notes: tuple[str, ...] = ()
     # When each section was measured, in seconds since the epoch.
     measured_at: dict[str, float] = field(default_factory=dict)

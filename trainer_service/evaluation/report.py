@@ -16,6 +16,7 @@ from trainer_service.evaluation.tables import (
     positions_table,
     quality_table,
     speed_table,
+    verdict_table,
     versions_table,
     writing_table,
 )
@@ -52,6 +53,8 @@ def _sections(records: Sequence[Record], comparisons: Comparisons, histories: Se
     yield Section(
         "Versions", (versions_table(records), *map(Note, notes), *_plots(loss_over_tokens(histories, records)))
     )
+    for record in (each for each in records if each.verdict):
+        yield Section(f"Verdict on version {record.version.number}", tuple(_verdict(record, records)))
     yield Section("Comparison", tuple(_comparison(comparisons)))
     yield from each_method("Quality on held-out text", _quality)
     yield from each_method("Quality of what they write", _writing)
@@ -59,6 +62,16 @@ def _sections(records: Sequence[Record], comparisons: Comparisons, histories: Se
     yield Section("Memory", tuple(_memory(_newest(records))))
     yield from each_method("Texts side by side", _texts)
     yield from each_method("Method", lambda group: iter((method_table(group[0]),)))
+
+
+def _verdict(record: Record, records: Sequence[Record]) -> Iterator[Block]:
+    assert record.verdict is not None
+    yield verdict_table(record, records)
+    yield Note(record.verdict.sentence)
+    yield Note(
+        "A difference is that of the version from its rival in nats per token: below 0, the version is better. The "
+        "control was trained for as many tokens without the teacher."
+    )
 
 
 def _comparison(comparisons: Comparisons) -> Iterator[Block]:

@@ -82,6 +82,33 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     return Table(headings, tuple(rows), left=(0, 1, 4, 5))
 
 
+def verdict_table(record: Record, records: Sequence[Record]) -> Table:
+    """Lists the rivals of a version, and then itself, with the figures that the records have."""
+    standing = record.verdict
+    assert standing is not None
+    qualities = {(each.version.number, each.method.digest): each.text for each in records}
+
+    def figures(number: int, method_digest: str) -> Row:
+        text = qualities.get((number, method_digest))
+        return (_ABSENT, _ABSENT) if text is None else (f"{text.nats_per_token:.4f}", f"{text.bits_per_byte:.4f}")
+
+    rows = [
+        (
+            each.role,
+            str(each.version.number),
+            *figures(each.version.number, each.method_digest),
+            _number(each.difference, "{:+.4f}"),
+            _signed(each.interval),
+            each.verdict.value,
+        )
+        for each in standing.rivals
+    ]
+    itself = ("this version", str(record.version.number), *figures(record.version.number, record.method.digest))
+    rows.append((*itself, _ABSENT, _ABSENT, "promoted" if standing.promoted else _ABSENT))
+    headings = ("role", "version", "nats/token", "bits/byte", "difference", "95 % interval", "verdict")
+    return Table(headings, tuple(rows), left=(0, 1, 6))
+
+
 def quality_table(records: Sequence[Record]) -> Table:
     """Puts the figures on text of the records of one method side by side."""
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from shared.errors import AlreadyExists, InvalidArgument, shown
+from shared.registry.decisions import run_of
+from shared.registry.manifest import RUN_NAME
 from shared.registry.store import Registry
 from trainer_service.jobs.specs import (
     EvaluateSpec,
@@ -40,6 +42,8 @@ _MAX_AFTER = 100
 _MAX_NOTES_LENGTH = 2000
 _MAX_NUMBER = 2**63 - 1
 _LONGEST_WINDOW = 1 << 17
+_MAX_RIVALS = 32
+_MAX_ROLE_LENGTH = 40
 
 # What a continued run inherits unchanged from its version.
 _MODEL = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
@@ -165,7 +169,7 @@ class TrainRequest(_RunRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(_DataRequest):
-    """Evaluate a version: its number, or `best` or `latest` as it stands when the job begins.
+    """Evaluate a version: its number, or `best`, `latest` or `run:<name>` as it stands when the job begins.
 
     window: the tokens of a window, which versions that are compared have in common; 0 stands for the version's context.
     pairs: files of minimal pairs, in BLiMP's format.
@@ -188,12 +192,8 @@ class EvaluateRequest(_DataRequest):
     def resolve(self, registry: Registry) -> EvaluateSpec:
         """Checks the request; raises `InvalidArgument`, `NotFound` or `DataError` with what would be right."""
         self._check_data()
-        if self.version.isdecimal() and len(self.version) <= len(str(_MAX_NUMBER)):
-            registry.version(int(self.version))
-        elif self.version not in ("best", "latest"):
-            raise InvalidArgument(f"version is {shown(self.version)}, but must be a number, best or latest.")
-        elif not self.after:
-            registry.resolve(self.version)
+        self._check_version("version", self.version, registry)
+        self._check_rivals(registry)
         if not 0 <= self.window <= _LONGEST_WINDOW:
             raise InvalidArgument(
                 f"window is {shown(self.window)}, but must be from 1 to the context of the version, or 0 for all of it."
@@ -219,6 +219,32 @@ class EvaluateRequest(_DataRequest):
             self.judge_usd,
         )
 
+    def _check_version(self, name: str, version: str, registry: Registry) -> None:
+        """Checks that a number exists, and a label too, unless a job before this one may publish its version."""
+        if version.isdecimal() and len(version) <= len(str(_MAX_NUMBER)):
+            registry.version(int(version))
+        elif not _is_label(version):
+            raise InvalidArgument(
+                f"{name} is {shown(version)}, but must be a number, best, latest or run:<name>, with the name of a run."
+            )
+        elif not self.after:
+            registry.resolve(version)
+
+    def _check_rivals(self, registry: Registry) -> None:
+        if len(self.rivals) > _MAX_RIVALS:
+            raise InvalidArgument(
+                f"The request names {len(self.rivals):,} rivals, but a version has at most {_MAX_RIVALS}."
+            )
+        if self.promote and not self.rivals:
+            raise InvalidArgument("The request promotes a version, but names no rival that it must be better than.")
+        for role, version in self.rivals.items():
+            if not (0 < len(role) <= _MAX_ROLE_LENGTH and role.isprintable()):
+                raise InvalidArgument(
+                    f"The role of a rival is {shown(role)}, but must have from 1 to {_MAX_ROLE_LENGTH} printable "
+                    "characters."
+                )
+            self._check_version(f"the rival {shown(role)}", version, registry)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoriesRequest:
@@ -235,6 +261,11 @@ class StoriesRequest:
         """Checks the request; raises `InvalidArgument` with what would be right."""
         check_name(self.name)
         return StoriesSpec(self.name, self.count, self.max_cost_usd)
+
+
+def _is_label(text: str) -> bool:
+    run = run_of(text)
+    return text in ("best", "latest") or (run is not None and RUN_NAME.fullmatch(run) is not None)
 
 
 JobRequest = PrepareRequest | TrainRequest | EvaluateRequest | StoriesRequest
