@@ -54,7 +54,7 @@ status: $(VENV) ## Show the state of each process.
 train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" NAME= NOTES= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) train
 
-eval: $(VENV) ## Evaluate and compare versions: VERSIONS="3 7" DATASET= VALIDATION= PAIRS= SPEED=0 AGAIN=1 AFTER=<jobs> FOLLOW=0
+eval: $(VENV) ## Evaluate and compare versions: VERSIONS="3 7" DATASET= VALIDATION= PAIRS= SPEED=0 AGAIN=1 JUDGE=<dollars> AFTER=<jobs> FOLLOW=0
 	$(COMMAND) eval
 
 runs: $(VENV) ## List the runs with the values in which they differ: NAME=<runs> JSON=1

@@ -44,6 +44,15 @@ def evaluate(
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory too.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured before.")] = False,
+    judge: Annotated[
+        float,
+        typer.Option(
+            "--judge",
+            help="Let the large teacher judge the texts of the last version beside those of the others, for at most "
+            "this many US dollars.",
+            min=0.0,
+        ),
+    ] = 0.0,
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -59,6 +68,7 @@ def evaluate(
       gptloop eval
       gptloop eval 7
       gptloop eval 3 7 best --dataset stories.txt
+      gptloop eval 3 7 --judge 0.50
     """
     common = EvaluateRequest(
         dataset=dataset_names.expand(dataset or ()),
@@ -66,6 +76,7 @@ def evaluate(
         pairs=dataset_names.expand(pairs or ()),
         speed=speed,
         again=again,
+        judge_usd=judge,
         after=job_ids(after),
     )
     registry = settings().open_registry()
@@ -82,9 +93,12 @@ def evaluate(
 def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) -> list[EvaluateRequest]:
     """Returns a request for each version that some numbers and labels name, so that their records compare.
 
-    Without words: the best version and the one before it in its run. Raises `NotFound` or `InvalidArgument` if a word
-    does not name a version.
+    Without words: the best version and the one before it in its run. The others are the rivals of the last one, if a
+    judge is asked for. Raises `NotFound` or `InvalidArgument` if a word does not name a version, or if the judge has
+    nothing to compare.
     """
+    if common.judge_usd and common.after:
+        raise InvalidArgument("--judge compares versions that exist, so it does not go with --after.")
     if common.after:
         if len(words) > 1:
             raise InvalidArgument("--after takes one version: several are compared when all of them exist.")
@@ -97,7 +111,14 @@ def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) 
         if not (common.dataset or common.validation):
             first = versions[0]
             common = replace(common, dataset=first.dataset_files, validation=first.validation_files)
-    return [replace(common, version=str(version.version)) for version in versions]
+    elif common.judge_usd:
+        raise InvalidArgument("--judge needs two versions or more: the last one is judged beside each of the others.")
+    *others, last = versions
+    rivals = {f"rival {other.version}": str(other.version) for other in others} if common.judge_usd else {}
+    return [
+        *(replace(common, version=str(other.version), judge_usd=0.0) for other in others),
+        replace(common, version=str(last.version), rivals=rivals),
+    ]
 
 
 def _best_and_the_one_before(registry: Registry) -> list[VersionManifest]:

@@ -13,8 +13,9 @@ from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from shared.version_format import read_model, read_tokenizer
+from trainer_service.evaluation.method import HeldOutText, Method
 from trainer_service.evaluation.minimal_pairs import measure_pairs
-from trainer_service.evaluation.record import HeldOutText, Method, Record, Subject
+from trainer_service.evaluation.record import Record, Subject
 from trainer_service.evaluation.speed import measure_speed
 from trainer_service.evaluation.text_quality import measure_text
 from trainer_service.evaluation.texts import Texts

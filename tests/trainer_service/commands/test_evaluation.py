@@ -61,3 +61,17 @@ def test_a_version_that_another_job_makes_is_evaluated_alone(registry: Registry)
     assert named(requests(["latest"], after, registry)) == ["latest"]
     with pytest.raises(InvalidArgument, match="--after takes one version"):
         requests(["1", "2"], after, registry)
+
+
+def test_the_last_version_is_judged_beside_the_others(registry: Registry) -> None:
+    for bits_per_byte in (3.0, 1.0, 2.0):
+        publish_tiny_version(registry, bits_per_byte)
+    judged = EvaluateRequest(judge_usd=0.5)
+    found = requests(["3", "1", "2"], judged, registry)
+    assert [each.judge_usd for each in found] == [0.0, 0.0, 0.5]
+    assert [dict(each.rivals) for each in found] == [{}, {}, {"rival 3": "3", "rival 1": "1"}]
+    assert all(not each.rivals for each in requests(["3", "1"], COMMON, registry))
+    with pytest.raises(InvalidArgument, match="--judge needs two versions or more"):
+        requests(["3", "3"], judged, registry)
+    with pytest.raises(InvalidArgument, match="--judge compares versions that exist"):
+        requests(["latest"], EvaluateRequest(judge_usd=0.5, after=("3f2a91c4",)), registry)

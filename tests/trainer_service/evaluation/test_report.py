@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tests.trainer_service.evaluation.records import METHOD, bare, full
+from tests.trainer_service.evaluation.records import METHOD, bare, full, judged
 from trainer_service.evaluation.comparison import compare_all
 from trainer_service.evaluation.record import Record
 from trainer_service.evaluation.report import build_report, summary
@@ -75,6 +75,19 @@ def test_continuations_of_one_beginning_stand_side_by_side() -> None:
     assert isinstance(block, SideBySide)
     assert [(each.author, each.text) for each in block.passages] == [("version 3", "A."), ("version 7", "B.")]
     assert "longest copy 14 tokens" in block.passages[0].remark
+
+
+def test_a_judgement_has_a_section_with_its_verdict_or_the_reason_for_none() -> None:
+    made = report(full(3), replace(full(7), judged=(judged(3), judged(5, "The judge guessed."))))
+    (section,) = (section for section in made.sections if section.title == "Judged by a large teacher")
+    notes = [block.text for block in section.blocks if isinstance(block, Note)]
+    assert "There is no verdict on version 7 beside version 5: The judge guessed." in notes
+    assert notes[-1] == (
+        "Judged by openai/gpt-oss-20b with the wording judge-1; configuration fp_1, fp_2; questions without an answer: "
+        "1 empty, 2 malformed."
+    )
+    for page in (to_html(made), to_markdown(made)):
+        assert "62.1%" in page and "53.1 to 70.1%" in page and "The judge guessed." in page
 
 
 def test_a_report_of_records_is_a_page() -> None:
