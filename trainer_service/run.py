@@ -24,6 +24,7 @@ from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progres
 from trainer_service.jobs.specs import RunSpec, TrainSpec
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import PreparedData, prepare
+from trainer_service.training.batches import TrainingText
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import train
 from trainer_service.training.report import Report
@@ -105,7 +106,7 @@ class TrainingRun:
         config, attempt = self._spec.config, self._attempt
         with Workers(attempt.device.threads) as workers:
             self._emit(Preparation("building the model"))
-            trainer = Trainer(config, self._data.train, workers)
+            trainer = Trainer(config, TrainingText(self._data.train), workers)
             self._restore(trainer)
             self._history = HistoryWriter(self._fence, trainer.step, self._published(trainer))
             self._history_fails = False

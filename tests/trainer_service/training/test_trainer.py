@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shared.errors import InvalidArgument
 from shared.gpt.model import parameters_of
 from trainer_service.presets import find_preset
-from trainer_service.training.batches import batch
+from trainer_service.training.batches import TrainingText, batch
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.optimizer import AdamW
 from trainer_service.training.trainer import Trainer, scalar
@@ -35,7 +35,8 @@ def tiny(**values: object) -> TrainingConfig:
     return replace(config, **values)  # type: ignore[arg-type]
 
 
-TEXT = (np.arange(5000) * 7 % 300).astype(np.uint16)
+TOKENS = (np.arange(5000) * 7 % 300).astype(np.uint16)
+TEXT = TrainingText(TOKENS)
 
 
 def weights(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -98,7 +99,7 @@ def test_another_seed_trains_another_model() -> None:
 
 
 def test_dropout_differs_from_step_to_step() -> None:
-    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-8, seed=3), np.full(9, 5, np.uint16))
+    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-8, seed=3), TrainingText(np.full(9, 5, np.uint16)))
     losses = {scalar(trainer.take_step().loss) for _ in range(4)}
     assert len(losses) == 4
 
@@ -167,8 +168,8 @@ def test_targets_are_the_inputs_one_token_later() -> None:
 
 
 def test_a_text_of_one_window_is_enough() -> None:
-    drawn = batch(TEXT[:9], seed=1, step=1, rows=2, context_length=8)
-    np.testing.assert_array_equal(drawn.inputs, np.stack([TEXT[:8]] * 2))
+    drawn = batch(TrainingText(TOKENS[:9]), seed=1, step=1, rows=2, context_length=8)
+    np.testing.assert_array_equal(drawn.inputs, np.stack([TOKENS[:8]] * 2))
 
 
 def test_several_workers_take_the_same_step_as_one() -> None:
@@ -199,7 +200,7 @@ def test_micro_batches_take_the_same_step_as_a_whole_batch(monkeypatch: pytest.M
 def test_workers_draw_different_dropout() -> None:
     # All rows hold the same tokens, so that only dropout can make their losses differ.
     config = tiny(dropout=0.5, batch_size=2)
-    text = np.full(9, 5, np.uint16)
+    text = TrainingText(np.full(9, 5, np.uint16))
     with Workers(2) as workers:
         both = Trainer(config, text, workers).take_step().loss
     one = Trainer(replace(config, batch_size=1), text).take_step().loss
