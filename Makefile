@@ -23,7 +23,7 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-TARGETS := help demo up down status train eval runs history jobs watch cancel data checkpoints verify disk prune import export \
+TARGETS := help demo up down status train eval stories runs history jobs watch cancel data checkpoints verify disk prune import export \
   generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
 .PHONY: $(TARGETS)
 # Checks all targets before the first one runs.
@@ -56,6 +56,9 @@ train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_
 
 eval: $(VENV) ## Evaluate and compare versions: VERSIONS="3 7" DATASET= VALIDATION= PAIRS= SPEED=0 AGAIN=1 JUDGE=<dollars> AFTER=<jobs> FOLLOW=0
 	$(COMMAND) eval
+
+stories: $(VENV) ## Pay a large teacher for stories: COUNT=2000 MAX_COST=<dollars> NAME= AFTER=<jobs> FOLLOW=0
+	$(COMMAND) stories
 
 runs: $(VENV) ## List the runs with the values in which they differ: NAME=<runs> JSON=1
 	$(COMMAND) runs

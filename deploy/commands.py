@@ -9,6 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 _STACK = "deploy.stack"
 _JOBS = "trainer_service.commands.jobs"
 _EVALUATION = "trainer_service.commands.evaluation"
+_STORIES = "trainer_service.commands.stories"
 _HISTORY = "trainer_service.commands.history"
 _REGISTRY = "trainer_service.commands.registry"
 _INFERENCE = "inference_service.__main__"
@@ -56,6 +57,7 @@ TOPICS = (
         Command("train", "Queue a training job and follow it.", _JOBS),
         Command("prepare", "Prepare a data set and show a sample of it.", _JOBS, "data"),
         Command("eval", "Evaluate versions on the whole held-out text and compare them.", _EVALUATION, "evaluate"),
+        Command("stories", "Pay a large teacher for stories to learn from.", _STORIES),
         Command("jobs", "List the jobs, the newest first.", _JOBS),
         Command("watch", "Follow a job from its first event until it ends.", _JOBS),
         Command("cancel", "Ask a job to end.", _JOBS),

@@ -1,10 +1,7 @@
 """What the trainer service reads from the environment, once, at its start."""
 
-import re
-from dataclasses import dataclass, field
-from decimal import Decimal
+from dataclasses import dataclass
 
-from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
 from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
 from shared.registry.store import Registry
@@ -19,29 +16,8 @@ from shared.service.settings import (
     read_port,
     read_str,
 )
+from trainer_service.distillation.groq_settings import GroqSettings, read_groq
 from trainer_service.redis_server import redis_url
-
-_PRICE = re.compile(r"[0-9]{1,4}(\.[0-9]{1,6})?", re.ASCII)
-
-
-@dataclass(frozen=True)
-class GroqSettings:
-    """The large teacher: how to reach it, and what it costs.
-
-    key: `GROQ_API_KEY`, the key of the account; empty if there is none.
-    key_file: `GPTLOOP_GROQ_KEY_FILE`, a file with the key.
-    url: `GPTLOOP_GROQ_URL`, the address of the service.
-    model: `GPTLOOP_GROQ_MODEL`, the model that answers.
-    input_usd, output_usd: `GPTLOOP_GROQ_INPUT_USD` and `GPTLOOP_GROQ_OUTPUT_USD`, the prices of a million tokens of
-      prompts and of answers in US dollars; None if they are not set.
-    """
-
-    key: str = field(default="", repr=False)
-    key_file: str = ""
-    url: str = "https://api.groq.com"
-    model: str = "openai/gpt-oss-20b"
-    input_usd: Decimal | None = None
-    output_usd: Decimal | None = None
 
 
 @dataclass(frozen=True)
@@ -105,28 +81,3 @@ def read_retention(environment: Environment) -> Retention:
         runs=read("GPTLOOP_KEEP_RUNS", default.runs),
         size_bytes=read_bytes(environment, "GPTLOOP_KEEP_BYTES", default.size_bytes, maximum=MAX_BYTES),
     )
-
-
-def read_groq(environment: Environment) -> GroqSettings:
-    """Reads what concerns the large teacher; raises `InvalidArgument`, which names the invalid variable."""
-    default = GroqSettings()
-    url = read_str(environment, "GPTLOOP_GROQ_URL", default.url)
-    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
-        raise InvalidArgument(f"GPTLOOP_GROQ_URL is {shown(url)}, but must be an address such as {default.url}.")
-    return GroqSettings(
-        key=read_str(environment, "GROQ_API_KEY", ""),
-        key_file=read_str(environment, "GPTLOOP_GROQ_KEY_FILE", ""),
-        url=url,
-        model=read_str(environment, "GPTLOOP_GROQ_MODEL", default.model),
-        input_usd=_read_price(environment, "GPTLOOP_GROQ_INPUT_USD"),
-        output_usd=_read_price(environment, "GPTLOOP_GROQ_OUTPUT_USD"),
-    )
-
-
-def _read_price(environment: Environment, name: str) -> Decimal | None:
-    text = read_str(environment, name, "")
-    if text and not _PRICE.fullmatch(text):
-        raise InvalidArgument(
-            f"{name} is {shown(text)}, but must be the price of a million tokens in US dollars, such as 0.30."
-        )
-    return Decimal(text) if text else None

@@ -148,6 +148,11 @@ class Ledger:
         return FailedPrecondition(f"The ledger {self.path} cannot be written: {error.strerror}; check its disk.")
 
 
+def stories_folder(data: Path, name: str) -> Path:
+    """Returns the folder of a set of stories, below the folder of prepared data."""
+    return data / "stories" / name
+
+
 def key_of(model: str, template: str, parameters: Mapping[str, object], sample: int) -> str:
     """Returns the key of a call: a hash of everything that decides its answer, and of the number of the sample."""
     values = json.dumps([model, template, parameters, sample], sort_keys=True)

@@ -27,8 +27,8 @@ class Prices:
         return (usage.prompt_tokens * self.input_usd + usage.completion_tokens * self.output_usd).scaleb(-6)
 
 
-def most_prompt_tokens(messages: Messages, schema: Schema | None = None) -> int:
-    """Returns a number of tokens that a prompt does not exceed.
+def most_usage(messages: Messages, max_tokens: int, schema: Schema | None = None) -> Usage:
+    """Returns a usage that a call does not exceed, if its answer has at most `max_tokens` tokens.
 
     Every token of a tokenizer on bytes, as large models have, stands for at least one byte. The service repeats a
     schema of the answer in the prompt.
@@ -37,10 +37,16 @@ def most_prompt_tokens(messages: Messages, schema: Schema | None = None) -> int:
     if schema is not None:
         texts.append(json.dumps(schema))
     size_bytes = sum(len(text.encode()) for text in texts)
-    return size_bytes + len(texts) * _MESSAGE_TOKENS + _FRAME_TOKENS
+    return Usage(size_bytes + len(texts) * _MESSAGE_TOKENS + _FRAME_TOKENS, max_tokens)
 
 
 def written(cost_usd: Decimal) -> str:
     """Returns the exact number as a ledger and a sentence write it, without an exponent, such as `0.000126`."""
     text = f"{cost_usd:f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def dollars(cost_usd: Decimal) -> str:
+    """Returns an amount as a sentence names it, such as `$0.50` or `$0.000126`: exact, and at least to the cent."""
+    whole, _, fraction = written(cost_usd).partition(".")
+    return f"${int(whole):,}.{fraction:<02}"

@@ -9,6 +9,8 @@ from typing import Any
 
 # Names the wording, the vocabulary and the draws: change it with any of them.
 TEMPLATE = "stories-1"
+# The longest answer in tokens: some reasoning, and a story of a few hundred words.
+MAX_TOKENS = 1024
 
 # A prompt has each feature with this probability, in 256ths: of eight features two on average.
 _FEATURE_SHARE = 64

@@ -44,6 +44,8 @@ _MAX_NUMBER = 2**63 - 1
 _LONGEST_WINDOW = 1 << 17
 _MAX_RIVALS = 32
 _MAX_ROLE_LENGTH = 40
+_MAX_STORIES = 1_000_000
+_MAX_COST_USD = 10_000
 
 # What a continued run inherits unchanged from its version.
 _MODEL = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
@@ -68,10 +70,7 @@ class _DataRequest:
                 raise InvalidArgument(
                     f"The path {shown(name)} is invalid: a path has at most {_MAX_PATH_BYTES} bytes and no null byte."
                 )
-        if len(self.after) > _MAX_AFTER:
-            raise InvalidArgument(
-                f"The request waits for {len(self.after):,} jobs, but a job waits for at most {_MAX_AFTER}."
-            )
+        _check_after(self.after)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +258,15 @@ class StoriesRequest:
 
     def resolve(self, _registry: Registry) -> StoriesSpec:
         """Checks the request; raises `InvalidArgument` with what would be right."""
-        check_name(self.name)
+        check_name(self.name, "a set of stories")
+        if not 1 <= self.count <= _MAX_STORIES:
+            raise InvalidArgument(f"count is {shown(self.count)}, but must be from 1 to {_MAX_STORIES:,} stories.")
+        if not 0 < self.max_cost_usd <= _MAX_COST_USD or self.max_cost_usd != round(self.max_cost_usd, 6):
+            raise InvalidArgument(
+                f"max_cost_usd is {shown(self.max_cost_usd)}, but must be an amount of up to {_MAX_COST_USD:,} US "
+                "dollars, with at most six decimal places."
+            )
+        _check_after(self.after)
         return StoriesSpec(self.name, self.count, self.max_cost_usd)
 
 
@@ -269,6 +276,11 @@ def _is_label(text: str) -> bool:
 
 
 JobRequest = PrepareRequest | TrainRequest | EvaluateRequest | StoriesRequest
+
+
+def _check_after(after: tuple[str, ...]) -> None:
+    if len(after) > _MAX_AFTER:
+        raise InvalidArgument(f"The request waits for {len(after):,} jobs, but a job waits for at most {_MAX_AFTER}.")
 
 
 def parse_overrides(text: str) -> dict[str, str]:
