@@ -21,7 +21,11 @@ class Usage:
 
 
 def usage(directories: Directories) -> list[Usage]:
-    """Returns the usage of each kind of file below `GPTLOOP_VAR`; counts every file once."""
+    """Returns the usage of each kind of file below `GPTLOOP_VAR`.
+
+    Counts every file once, whatever its names: a teacher of a run takes space of its own only once its version has been
+    removed.
+    """
     registry = directories.registry
     parts = [
         (
@@ -30,7 +34,7 @@ def usage(directories: Directories) -> list[Usage]:
             "`gptloop prune`, GPTLOOP_KEEP_NEWEST, GPTLOOP_KEEP_BEST, GPTLOOP_KEEP_BYTES",
         ),
         (
-            "states and histories",
+            "states, teachers, histories",
             registry / "runs",
             "`gptloop prune`, GPTLOOP_KEEP_STATES, GPTLOOP_KEEP_RUNS, GPTLOOP_KEEP_BYTES",
         ),
@@ -41,14 +45,18 @@ def usage(directories: Directories) -> list[Usage]:
         ("logs", directories.log, "you can remove them while no process runs"),
         ("compiled", directories.cache, "you can remove it while no process runs; compiled again if it is missing"),
     ]
-    found = [Usage(kind, path, _size_bytes([path]), advice) for kind, path, advice in parts]
+    counted: set[tuple[int, int]] = set()
+    found = [Usage(kind, path, _size_bytes([path], counted), advice) for kind, path, advice in parts]
     known = {path for _, path, _ in parts} | {registry}
     others = [path for folder in (directories.var, registry) for path in children(folder) if path not in known]
-    return [*found, Usage("other", directories.var, _size_bytes(others), "")]
+    return [*found, Usage("other", directories.var, _size_bytes(others, counted), "")]
 
 
-def _size_bytes(paths: Iterable[Path]) -> int:
-    """Returns the disk space of files and of the files in folders; links and unreadable files count as 0."""
+def _size_bytes(paths: Iterable[Path], counted: set[tuple[int, int]]) -> int:
+    """Returns the disk space of files and of the files in folders, except those that are counted already.
+
+    Links and unreadable files count as 0. Adds the device and the inode of each file that has several names.
+    """
     size_bytes, unvisited = 0, list(paths)
     while unvisited:
         path = unvisited.pop()
@@ -56,7 +64,9 @@ def _size_bytes(paths: Iterable[Path]) -> int:
             found = path.lstat()
             if stat.S_ISDIR(found.st_mode):
                 unvisited += path.iterdir()
-            elif stat.S_ISREG(found.st_mode):
+            elif stat.S_ISREG(found.st_mode) and (inode := (found.st_dev, found.st_ino)) not in counted:
                 # The holes of a sparse file take no space.
                 size_bytes += min(found.st_blocks * 512, found.st_size)
+                if found.st_nlink > 1:
+                    counted.add(inode)
     return size_bytes

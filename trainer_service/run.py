@@ -22,6 +22,7 @@ from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
+from trainer_service.teachers import keep_teachers, of_other_text, teachers_of, with_tokenizer
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.batches import TrainingText
@@ -37,17 +38,21 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     """Returns the tokens of a run, and prepares them if they are missing.
 
     The tokenizer, and with it the size of the vocabulary, is that of the run's last state, or else of the version that
-    the run continues, or else the configured one. Raises the errors of `prepare`, `FailedPrecondition` if the run began
-    with other text, and `Stopped` if the attempt has to end.
+    the run continues, or else of its teachers, or else the configured one. Raises the errors of `prepare` and of
+    `teachers_of`, `FailedPrecondition` if the run began with other text, and `Stopped` if the attempt has to end.
     """
     registry = attempt.open_registry()
     state = _own_state(spec, registry)
-    continued = state
+    config, source = spec.config, state
     if state is None and spec.resume is not None:
-        continued = registry.version_directory(registry.version(spec.resume).version)
-    tokenizer = read_tokenizer(continued) if continued else None
+        source = registry.version_directory(registry.version(spec.resume).version)
+    elif state is None and spec.teachers:
+        source = teachers_of(spec, registry)[0].folder
+    tokenizer = read_tokenizer(source) if source else None
+    if tokenizer and spec.teachers:
+        config = with_tokenizer(config, tokenizer.name, tokenizer.vocabulary_size)
     report = preparation_report(attempt)
-    data = prepare(spec.data, spec.config, attempt.directories.data, report, tokenizer)
+    data = prepare(spec.data, config, attempt.directories.data, report, tokenizer)
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.emit(Notice(text))
     return data
@@ -89,7 +94,10 @@ class TrainingRun:
         self._emit = attempt.emit
         self._registry = attempt.open_registry()
         self._registry.sweep()
+        self._teachers = keep_teachers(spec, self._registry, attempt.number)
         self._data = prepare_data(spec, attempt)
+        for text in of_other_text(self._teachers, self._data.revision):
+            self.notice(text)
         config = self._data.config
         self._spec = replace(spec, config=config)
         self._evaluation_set = EvaluationSet.from_tokens(
@@ -259,7 +267,10 @@ class TrainingRun:
         self._keep_state(trainer)
         if present := self._version_of(trainer.step):
             return present.version
-        version = publish(self._registry, self._fence, self._spec, self._data, trainer, self._evaluation_set, held_out)
+        teachers = [each.manifest for each in self._teachers]
+        version = publish(
+            *(self._registry, self._fence, self._spec, self._data, trainer, self._evaluation_set, held_out, teachers)
+        )
         best = self._registry.labels().get("best") == version.version
         self._emit(
             VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)

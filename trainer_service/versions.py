@@ -1,12 +1,12 @@
 """Publishes a version of a model in training: its files and its manifest."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shared.gpt.config import count_parameters
 from shared.registry.fence import Fence
-from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.manifest import FileRecord, TeacherRecord, VersionManifest
 from shared.registry.store import Registry
 from shared.version_format import write_version
 from trainer_service.jobs.specs import TrainSpec
@@ -24,8 +24,12 @@ def publish(
     trainer: Trainer,
     evaluation_set: EvaluationSet,
     held_out: HeldOutLoss,
+    teachers: Sequence[VersionManifest] = (),
 ) -> VersionManifest:
-    """Publishes the current model under the next number; raises `RunOwnershipLost` if another process owns the run."""
+    """Publishes the current model, which `teachers` have taught, under the next number.
+
+    Raises `RunOwnershipLost` if another process owns the run.
+    """
 
     def write(folder: Path) -> None:
         write_version(folder, trainer.model, data.tokenizer, evaluation_set.carried)
@@ -54,6 +58,7 @@ def publish(
             claimed_loss=held_out.claimed,
             files=files,
             notes=spec.notes,
+            teachers=tuple(TeacherRecord(each.version, each.digest) for each in teachers),
         )
 
     return registry.publish_version(fence, write, manifest)

@@ -1,4 +1,4 @@
-"""Versions that jobs wait for: the file `holds/<job>` contains the number of one, and protects it from removal."""
+"""Versions that jobs wait for: the file `holds/<job>` contains their numbers, and protects them from removal."""
 
 import re
 import time
@@ -20,12 +20,12 @@ class Holds:
         self._root = root
         self._folder = root / "holds"
 
-    def add(self, job: str, number: int) -> None:
-        """Holds a version for a job; from then on it cannot be removed, unless it was removed before."""
+    def add(self, job: str, *numbers: int) -> None:
+        """Holds versions for a job; from then on they cannot be removed, unless they were removed before."""
         with writing(self._root):
             make_folder(self._folder, self._root)
             with locked(self._root / "serving.lock"):
-                replace_text(self._folder / job, str(number))
+                replace_text(self._folder / job, " ".join(map(str, numbers)))
 
     def hand_over(self, job: str, other: str) -> None:
         """Moves the hold of a job to another job, which needs no space on the disk."""
@@ -48,10 +48,10 @@ class Holds:
 
     def jobs(self) -> dict[int, str]:
         """Returns the held versions, each with one job that waits for it."""
-        held = {}
+        held: dict[int, str] = {}
         for job, age_s in self.ages_s().items():
             with suppress(OSError, ValueError):
-                text = (self._folder / job).read_text(encoding="ascii")
-                if age_s < _LONGEST_S and NUMBER.fullmatch(text):
-                    held[int(text)] = job
+                numbers = (self._folder / job).read_text(encoding="ascii").split(" ")
+                if age_s < _LONGEST_S and all(map(NUMBER.fullmatch, numbers)):
+                    held |= dict.fromkeys(map(int, numbers), job)
         return held

@@ -90,11 +90,12 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
 def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
     """Removes every checkpoint that is not kept, and returns them; raises `FailedPrecondition` if that fails.
 
-    The history of a run goes once the run has neither a state nor a version.
+    The teachers of a run go once the run has no state, its history once it has no version either.
     """
     with writing(registry.root):
         going = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
         gone = [checkpoint for checkpoint in going if _remove(registry, checkpoint)]
+        _remove_teachers(registry)
         _remove_histories(registry)
         return gone
 
@@ -109,6 +110,13 @@ def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
             return False
         registry.remove(checkpoint)
         return True
+
+
+def _remove_teachers(registry: Registry) -> None:
+    for run in registry.teachers.runs():
+        # A run that has just begun has no state yet.
+        if not registry.states(run) and registry.teachers.age_s(run) > _ACTIVE_S:
+            registry.teachers.remove(run)
 
 
 def _remove_histories(registry: Registry) -> None:

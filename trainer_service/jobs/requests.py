@@ -11,19 +11,22 @@ from typing import ClassVar, TypeVar
 
 from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.decisions import run_of
-from shared.registry.manifest import RUN_NAME
+from shared.registry.manifest import RUN_NAME, VersionManifest
 from shared.registry.store import Registry
+from trainer_service.distillation.readiness import require_trained
 from trainer_service.jobs.specs import (
     EvaluateSpec,
     Kind,
     PrepareSpec,
     RunSpec,
     StoriesSpec,
+    Teacher,
     TrainSpec,
     check_name,
     new_run,
 )
 from trainer_service.presets import find_preset
+from trainer_service.teachers import is_number, misfit, named_teachers, student_config
 from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
 from trainer_service.text.sentence_pairs import check_pairs
@@ -75,7 +78,12 @@ class _DataRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class _RunRequest(_DataRequest):
-    """What defines a run: a preset or the version to continue, and values that override theirs."""
+    """What defines a run: a preset or the version to continue, and values that override theirs.
+
+    teachers: numbers and labels of the versions that teach the run. With `distillation_alpha` 0 they teach nothing, but
+      a new run still takes their tokenizer, values and text, as a control does.
+    force: as in `RunSpec`.
+    """
 
     preset: str = ""
     resume: int | None = None
@@ -89,15 +97,44 @@ class _RunRequest(_DataRequest):
             raise InvalidArgument(
                 f"The request sets {len(self.overrides):,} values, but a run has fewer than {_MAX_OVERRIDES}."
             )
-        if self.resume is None:
+        teachers = named_teachers(self.teachers, registry, waits=bool(self.after))
+        numbered = [registry.version(int(each.version)) for each in teachers if is_number(each.version)]
+        parent = None
+        if self.resume is not None:
+            preset, config, data = self._continue_version(self.resume, registry)
+            parent = registry.version(self.resume)
+        elif numbered:
+            preset = self.preset or numbered[0].preset
+            config, data = student_config(numbered[0], self.preset, self.overrides), self._data_like(numbered[0])
+        else:
             preset = self.preset or DEFAULT_PRESET
             config = find_preset(preset).override(self.overrides)
             data = DatasetSpec(self.dataset or (DEFAULT_DATASET,), self.validation)
-        else:
-            preset, config, data = self._continue_version(self.resume, registry)
+        if problem := misfit(numbered, config, parent):
+            raise InvalidArgument(problem)
+        teaches = config.distillation_alpha > 0
+        if teachers and teaches:
+            for version in (*numbered, *([parent] if parent else [])):
+                require_trained(version, self.force)
+        elif self.teachers and parent and "distillation_alpha" not in self.overrides:
+            raise InvalidArgument(
+                f"distillation_alpha is 0 in version {parent.version}, so teachers would teach nothing; set it too, as "
+                'in --set "distillation_alpha=0.5".'
+            )
+        if parent is not None:
+            inherited = tuple(Teacher(str(each.version), each.digest) for each in parent.teachers)
+            teachers = (teachers or inherited) if teaches else ()
         check_spec(data)
         check_size(data, config.context_length)
-        return spec(name or new_run(preset), preset, config, absolute(data), self.resume, notes)
+        run = name or new_run(preset)
+        return spec(run, preset, config, absolute(data), self.resume, notes, teachers, self.force)
+
+    def _data_like(self, version: VersionManifest) -> DatasetSpec:
+        """Returns the text that the request names, or else that of a version."""
+        return DatasetSpec(
+            self.dataset or version.dataset_files,
+            self.validation or (() if self.dataset else version.validation_files),
+        )
 
     def _continue_version(self, resume: int, registry: Registry) -> tuple[str, TrainingConfig, DatasetSpec]:
         if not 0 < resume <= _MAX_NUMBER:
@@ -120,11 +157,7 @@ class _RunRequest(_DataRequest):
                 f'Set more steps, as in --set "max_steps={2 * parent.step}".'
             )
         registry.verified_state(parent.run, parent.step)
-        data = DatasetSpec(
-            self.dataset or parent.dataset_files,
-            self.validation or (() if self.dataset else parent.validation_files),
-        )
-        return parent.preset, config.continuing(begun, parent.step, self.overrides), data
+        return parent.preset, config.continuing(begun, parent.step, self.overrides), self._data_like(parent)
 
 
 @dataclass(frozen=True, kw_only=True)

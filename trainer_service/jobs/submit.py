@@ -1,4 +1,4 @@
-"""Submits jobs, and holds in the registry the version that a job names until the job has ended."""
+"""Submits jobs, and holds in the registry the versions that a job names by number until the job has ended."""
 
 import logging
 import secrets
@@ -10,6 +10,7 @@ from shared.registry.store import Registry
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec
+from trainer_service.teachers import find, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -18,20 +19,18 @@ _TEMPORARY_HOLD_S = 60.0
 
 
 def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str] = ()) -> JobRecord:
-    """Puts a job on the queue as `JobQueue.enqueue` does, and holds the version that it names.
+    """Puts a job on the queue as `JobQueue.enqueue` does, and holds the versions that it names by number.
 
-    Raises the errors of `JobQueue.enqueue`, `NotFound` if that version, or the state that continues it, has been
+    Raises the errors of `JobQueue.enqueue`, `NotFound` if one of them, or the state that continues it, has been
     removed, and `FailedPrecondition` if the registry cannot be written.
     """
-    number = _named_version(spec)
-    if number is None:
+    numbers = _named_versions(spec)
+    if not numbers:
         return queue.enqueue(spec, after)
     temporary = f"new-{secrets.token_hex(8)}"
-    registry.holds.add(temporary, number)
+    registry.holds.add(temporary, *numbers)
     try:
-        version = registry.version(number)
-        if isinstance(spec, RunSpec) and version.step not in registry.states(version.run):
-            raise NotFound(f"The state of version {number} was removed just now; continue another version.")
+        _require_present(spec, registry)
         record = queue.enqueue(spec, after)
     except BaseException:
         with suppress(FailedPrecondition):  # the hold expires by itself
@@ -41,7 +40,7 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
         registry.holds.hand_over(temporary, record.id)
     except FailedPrecondition as error:
         # The job is queued: an error would make the caller submit it again.
-        logger.warning("job %s holds nothing, so version %d may be removed: %s", record.id, number, error)
+        logger.warning("job %s holds nothing, so the versions %s may be removed: %s", record.id, numbers, error)
     return record
 
 
@@ -53,7 +52,28 @@ def release_ended(queue: JobQueue, registry: Registry) -> None:
             registry.holds.remove(job)
 
 
-def _named_version(spec: Spec) -> int | None:
+def _named_versions(spec: Spec) -> list[int]:
+    """Returns the versions that a job names by number, in ascending order; what a label names is not held."""
+    names: set[str] = set()
     if isinstance(spec, RunSpec):
-        return spec.resume
-    return int(spec.version) if isinstance(spec, EvaluateSpec) and spec.version.isdecimal() else None
+        names = {each.version for each in spec.teachers}
+        if spec.resume is not None:
+            names.add(str(spec.resume))
+    elif isinstance(spec, EvaluateSpec):
+        names = {spec.version, *spec.rivals.values()}
+    return sorted(int(name) for name in names if is_number(name))
+
+
+def _require_present(spec: Spec, registry: Registry) -> None:
+    """Raises `NotFound` if something that a job names has been removed since the job was described."""
+    if isinstance(spec, RunSpec):
+        if spec.resume is not None:
+            version = registry.version(spec.resume)
+            if version.step not in registry.states(version.run):
+                raise NotFound(f"The state of version {spec.resume} was removed just now; continue another version.")
+        for teacher in spec.teachers:
+            if is_number(teacher.version):
+                find(teacher, registry, spec.resume)
+    else:
+        for number in _named_versions(spec):
+            registry.version(number)

@@ -16,7 +16,13 @@ from trainer_service.training.config import TrainingConfig
 def registry_with(config: TrainingConfig, step: int) -> Registry:
     """Returns a registry whose version 3 is that step of a run with these values."""
     version = SimpleNamespace(
-        run="r", step=step, preset="demo", training=config.to_dict(), dataset_files=("builtin",), validation_files=()
+        run="r",
+        step=step,
+        preset="demo",
+        training=config.to_dict(),
+        dataset_files=("builtin",),
+        validation_files=(),
+        teachers=(),
     )
     return cast(Registry, SimpleNamespace(version=lambda _: version, verified_state=lambda *_: None))
 
