@@ -9,13 +9,14 @@ from pathlib import Path
 
 from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
-from shared.gpt.config import count_parameters
+from shared.gpt.config import GPTConfig, count_parameters
+from shared.gpt.model import GPT
 from shared.registry.fence import Fence
 from shared.registry.history import EvaluationLine, HistoryWriter, Line, ReportLine
 from shared.registry.manifest import VersionManifest
 from shared.registry.retention import prune
 from shared.registry.store import Registry
-from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_tokenizer
+from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_model, read_tokenizer
 from trainer_service.evaluation.due import DueEvaluations
 from trainer_service.evaluation.judge import Judge
 from trainer_service.evaluation.texts import Texts, read_texts
@@ -114,7 +115,7 @@ class TrainingRun:
         config, attempt = self._spec.config, self._attempt
         with Workers(attempt.device.threads) as workers:
             self._emit(Preparation("building the model"))
-            trainer = Trainer(config, TrainingText(self._data.train), workers)
+            trainer = Trainer(config, TrainingText(self._data.train), workers, self._read_teachers())
             self._restore(trainer)
             self._history = HistoryWriter(self._fence, trainer.step, self._published(trainer))
             self._history_fails = False
@@ -144,6 +145,9 @@ class TrainingRun:
             if completed:
                 self._end()
         return completed
+
+    def _read_teachers(self) -> list[GPT]:
+        return [read_model(each.folder, GPTConfig.from_dict(each.manifest.model)) for each in self._teachers]
 
     def _restore(self, trainer: Trainer) -> None:
         """Restores the newest undamaged state of the run, or else the state of the version that it continues."""
