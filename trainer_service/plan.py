@@ -193,10 +193,11 @@ def _wanted_tokens(spec: TrainSpec) -> int:
 
 def _characters(spec: TrainSpec) -> float:
     """Returns about how many characters the training text has; infinity if that is unknown."""
-    if spec.data.dataset == (DEFAULT_DATASET,):
+    text = spec.data.without_mixed.dataset
+    if text == (DEFAULT_DATASET,):
         return _BUILTIN_CHARACTERS
     try:
-        return sum(estimate_characters(Path(name)) for name in spec.data.dataset)
+        return sum(estimate_characters(Path(name)) for name in text)
     except OSError:
         return math.inf
 

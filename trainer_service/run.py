@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
@@ -53,7 +54,9 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     if tokenizer and spec.teachers:
         config = with_tokenizer(config, tokenizer.name, tokenizer.vocabulary_size)
     report = preparation_report(attempt)
-    data = prepare(spec.data, config, attempt.directories.data, report, tokenizer)
+    # A set of stories may have grown since the run began.
+    stories = _begun_with(state).get("stories") if state else None
+    data = prepare(spec.data, config, attempt.directories.data, report, tokenizer, stories=stories)
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.emit(Notice(text))
     return data
@@ -62,8 +65,7 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
 def _other_text(spec: RunSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
     """Yields a sentence if the version that is continued saw other text under the same names; raises if the run did."""
     if state is not None:
-        text = state / TEXT_FILE
-        if text.exists() and json.loads(text.read_text(encoding="utf-8"))["revision"] != data.revision:
+        if _begun_with(state).get("revision", data.revision) != data.revision:
             raise FailedPrecondition(
                 f"The text of run {spec.run} is not the text that it began with: {data.source} has changed. Put the "
                 "old text back, or start another run on the new text with --resume."
@@ -72,6 +74,12 @@ def _other_text(spec: RunSpec, data: PreparedData, state: Path | None, registry:
         parent = registry.version(spec.resume)
         if parent.training["validation_share"] == spec.config.validation_share:
             yield from changed_text(parent, spec.data, data)
+
+
+def _begun_with(state: Path) -> dict[str, Any]:
+    """Returns what a state says about the text of its run."""
+    path = state / TEXT_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _own_state(spec: RunSpec, registry: Registry) -> Path | None:
@@ -115,7 +123,8 @@ class TrainingRun:
         config, attempt = self._spec.config, self._attempt
         with Workers(attempt.device.threads) as workers:
             self._emit(Preparation("building the model"))
-            trainer = Trainer(config, TrainingText(self._data.train), workers, self._read_teachers())
+            text = TrainingText(self._data.train, self._data.teacher)
+            trainer = Trainer(config, text, workers, self._read_teachers())
             self._restore(trainer)
             self._history = HistoryWriter(self._fence, trainer.step, self._published(trainer))
             self._history_fails = False
@@ -243,7 +252,8 @@ class TrainingRun:
 
     def _whole_texts(self, version: VersionManifest) -> Texts:
         report = preparation_report(self._attempt)
-        return read_texts(version, DatasetSpec(()), self._data.tokenizer, self._attempt.directories.data, report)
+        directory, data = self._attempt.directories.data, self._data
+        return read_texts(version, DatasetSpec(()), data.tokenizer, directory, report, stories=data.stories)
 
     def _record(self, *lines: Line, synced: bool = False) -> None:
         """Adds lines to the history of the run; a disk that fails costs lines, and not the run."""
@@ -305,7 +315,8 @@ class TrainingRun:
         def write(folder: Path) -> None:
             trainer.save(folder)
             self._data.tokenizer.save(folder / TOKENIZER_FILE)
-            (folder / TEXT_FILE).write_text(json.dumps({"revision": self._data.revision}), encoding="utf-8")
+            text = {"revision": self._data.revision, "stories": self._data.stories}
+            (folder / TEXT_FILE).write_text(json.dumps(text), encoding="utf-8")
 
         self._registry.write_state(self._fence, self._spec.run, trainer.step, write)
 

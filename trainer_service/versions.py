@@ -65,7 +65,10 @@ def publish(
 
 
 def changed_text(version: VersionManifest, named: DatasetSpec, data: PreparedData) -> Iterator[str]:
-    """Yields a sentence if the data set and files of a version, given again, now contain other text."""
-    same_names = (version.dataset_files, version.validation_files) == (named.dataset, named.validation)
-    if same_names and version.dataset_revision != data.revision:
+    """Yields a sentence if the data set and files of a version, given again, now contain other text.
+
+    The stories that are mixed with the other text may be left out: the revision begins with that of the other text.
+    """
+    own = DatasetSpec(version.dataset_files, version.validation_files)
+    if named in (own, own.without_mixed) and not version.dataset_revision.startswith(data.revision):
         yield f"{data.source} has changed, or is read in another way, since version {version.version} was made."

@@ -90,7 +90,7 @@ async def test_a_watch_continues_after_redis_was_killed_and_restarted(
     mortal_redis: RedisServer, tmp_path: Path
 ) -> None:
     queue = JobQueue(mortal_redis.connect(), "one")
-    servicer = TrainingServicer(queue, Registry(tmp_path / "registry"))
+    servicer = TrainingServicer(queue, Registry(tmp_path / "registry"), tmp_path / "data")
     job = queue.enqueue(training(tmp_path)).id
     start(queue, job)
 
@@ -119,7 +119,7 @@ async def test_a_watch_waits_for_redis_only_for_a_limited_time(
     monkeypatch.setattr(server_module, "_OUTAGE_S", 0.0)
     gone = JobQueue(connect(f"unix://{tmp_path}/none.sock"), queue.registry)
     with pytest.raises(Unavailable, match="Redis does not answer"):
-        await watched(TrainingServicer(gone, Registry(tmp_path / "registry")), "0")
+        await watched(TrainingServicer(gone, Registry(tmp_path / "registry"), tmp_path / "data"), "0")
 
 
 @pytest.mark.parametrize(

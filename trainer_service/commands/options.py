@@ -16,7 +16,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_PRESET, JobRequest
 from trainer_service.jobs.specs import TrainSpec
-from trainer_service.jobs.submit import submit
+from trainer_service.jobs.submit import require_stories, submit
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS
 from trainer_service.redis_server import connect
@@ -24,8 +24,8 @@ from trainer_service.settings import TrainerSettings, read_settings
 
 PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]
 DATASETS = (
-    "builtin, roneneldan/TinyStories, wikitext-103; or text files, folders and patterns. Put quotes around a name with "
-    "spaces. Repeatable. Default: "
+    "builtin, roneneldan/TinyStories, wikitext-103; or text files, folders and patterns; or teacher:NAME, stories of a "
+    "large teacher, alone or beside one of these. Put quotes around a name with spaces. Repeatable. Default: "
 )
 DatasetOption = Annotated[list[str] | None, typer.Option("--dataset", help=f"{DATASETS}builtin.")]
 ValidationOption = Annotated[
@@ -98,6 +98,7 @@ def submit_job(request: JobRequest) -> tuple[JobQueue, JobRecord]:
 def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry) -> JobRecord:
     """Queues a job and prints its id and its plan."""
     spec, plan = request.resolve(registry), []
+    require_stories(spec, request.after, settings().directories.data)
     if isinstance(spec, TrainSpec):
         earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)
         plan = Plan.of(spec, registry, earlier, Machine.here()).lines()

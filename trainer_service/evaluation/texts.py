@@ -36,19 +36,23 @@ def read_texts(
     directory: Path,
     report: Report,
     share: float | None = None,
+    stories: int | None = None,
 ) -> Texts:
     """Returns the texts for a version, in tokens of its tokenizer.
 
     The held-out text is that of `data`, or of the version's own data if `data` is empty; without a split of its own, it
-    is the `share` of the text, by default the share of the version's own training. Raises the errors of `prepare` for
-    it; a problem with the training text is a note.
+    is the `share` of the text, by default the share of the version's own training. Of a teacher's stories the first
+    `stories` are read, or all of them. Raises the errors of `prepare` for it; a problem with the training text is a
+    note.
     """
     config = TrainingConfig.from_dict(version.training)
-    own = DatasetSpec(version.dataset_files, version.validation_files)
     share = share or config.validation_share
+    own = DatasetSpec(version.dataset_files, version.validation_files).without_mixed
+    # Stories that are mixed with other text are never held out, so versions with and without them compare.
+    data = data.without_mixed
 
     def read(spec: DatasetSpec, config: TrainingConfig) -> PreparedData:
-        return prepare(spec, config, directory, report, tokenizer, whole_validation=True)
+        return prepare(spec, config, directory, report, tokenizer, whole_validation=True, stories=stories)
 
     named = data if data.dataset or data.validation else own
     if named != own and named.validation:

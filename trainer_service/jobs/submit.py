@@ -4,9 +4,11 @@ import logging
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from shared.errors import FailedPrecondition, NotFound
 from shared.registry.store import Registry
+from trainer_service.distillation.story_set import read_story_set
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec
@@ -42,6 +44,15 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
         # The job is queued: an error would make the caller submit it again.
         logger.warning("job %s holds nothing, so the versions %s may be removed: %s", record.id, numbers, error)
     return record
+
+
+def require_stories(spec: Spec, after: Sequence[str], directory: Path) -> None:
+    """Raises `NotFound` or `DataError` if a job names stories of a teacher and the folder of data has none of them.
+
+    A job that waits for others may read what they write.
+    """
+    if spec.data.story_set and not after:
+        read_story_set(directory, spec.data.story_set)
 
 
 def release_ended(queue: JobQueue, registry: Registry) -> None:
