@@ -79,6 +79,10 @@ def evaluate(
         judge_usd=judge,
         after=job_ids(after),
     )
+    if judge:
+        # The job would find out late that one is missing.
+        settings().groq.prices()
+        settings().groq.read_key()
     registry = settings().open_registry()
     jobs = [submit_job(each) for each in requests(" ".join(versions or ()).split(), common, registry)]
     if not wait:

@@ -173,6 +173,21 @@ def read_account(folder: Path) -> Account:
     return account
 
 
+def last_rows(folder: Path) -> dict[int, Row]:
+    """Returns the last row of each call, by the number of its sample; calls whose row `sent` is lost are left out.
+
+    Raises `FailedPrecondition` if the ledger cannot be read.
+    """
+    samples: dict[str, int] = {}
+    found: dict[int, Row] = {}
+    for row in filter(None, _rows(folder / LEDGER_NAME)):
+        if row["state"] == _SENT:
+            samples[row["key"]] = row["sample"]
+        if row["key"] in samples:
+            found[samples[row["key"]]] = row
+    return found
+
+
 def read_stories(folder: Path) -> list[Story]:
     """Returns the stories of a set in the order of their answers, also while a job writes more.
 

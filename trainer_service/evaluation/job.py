@@ -1,13 +1,15 @@
 """The work of an evaluation job."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import FailedPrecondition
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from shared.version_format import read_tokenizer
+from trainer_service.distillation.judgement import judge_version
 from trainer_service.evaluation.judge import Judge
-from trainer_service.evaluation.record import Record
+from trainer_service.evaluation.record import Judged, Record
 from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.evaluation.verdict import Contender, judge_rivals
 from trainer_service.jobs.attempt import Attempt, preparation_report
@@ -55,7 +57,16 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
                 registry.decisions.set_stable(version.version)
             record = judge.keep(record, "verdict", verdict=verdict)
             attempt.emit(Notice(verdict.sentence))
+            if spec.judge_usd:
+                beside = [each.record for each in contenders]
+                if judged := judge_version(record, beside, spec.judge_cap_usd, attempt):
+                    record = judge.keep(record, "judged", judged=_merged(record.judged, judged))
     attempt.emit(evaluation_event(record))
+
+
+def _merged(kept: Sequence[Judged], judged: Sequence[Judged]) -> tuple[Judged, ...]:
+    """Returns one judgement for each rival, the newer one if there are two."""
+    return tuple({each.rival.digest: each for each in (*kept, *judged)}.values())
 
 
 def _named(word: str, registry: Registry) -> VersionManifest:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from enum import Enum
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -21,7 +22,7 @@ from trainer_service.evaluation.statistics import FEWEST_UNITS, ratio_interval
 # Below these shares there is no verdict.
 LEAST_AGREEMENT = 0.6
 LEAST_CALIBRATION = 0.8
-LEAST_JUDGED = 0.9
+LEAST_JUDGED = 0.8
 
 # Stands where the evaluation, and not the model, ended a text.
 CUT_OFF = " […]"
@@ -88,15 +89,17 @@ Opinions = Mapping[Question, Opinion]
 def pairs_of(record: Record, rival: Record) -> list[Pair]:
     """Returns the pairs of continuations of two records, each once.
 
-    Raises `FailedPrecondition`, which says why, if the records have no continuations of the same beginnings.
+    Raises `FailedPrecondition`, which says why, if the records do not compare, or if there are too few for a verdict.
     """
+    why = f"Version {record.version.number} is not judged beside version {rival.version.number}, because"
     if differences := list(record.method.differences(rival.method)):
-        raise FailedPrecondition(
-            f"Version {record.version.number} is not judged beside version {rival.version.number}, because their "
-            f"evaluations differ: {'; '.join(differences)}."
-        )
+        raise FailedPrecondition(f"{why} their evaluations differ: {'; '.join(differences)}.")
     ours, theirs = _continuations(record), _continuations(rival)
-    return [Pair(place[0], text, theirs[place]) for place, text in ours.items() if place in theirs]
+    pairs = [Pair(place[0], text, theirs[place]) for place, text in ours.items() if place in theirs]
+    beginnings = len({pair.prompt for pair in pairs})
+    if beginnings < FEWEST_UNITS:
+        raise FailedPrecondition(f"{why} they continue {beginnings} beginnings, and a verdict needs {FEWEST_UNITS}.")
+    return pairs
 
 
 @cache
@@ -114,10 +117,17 @@ def frozen_pairs() -> tuple[FrozenPair, ...]:
 
 
 def questions(pairs: Sequence[Pair], frozen: Sequence[FrozenPair]) -> list[Question]:
-    """Returns everything that the judge is asked, each once: frozen pairs first, and no pair of equal texts."""
-    found = [each.question for each in frozen]
-    found += [question for pair in pairs if pair.ours != pair.theirs for question in pair.questions]
-    return list(dict.fromkeys(found))
+    """Returns everything that the judge is asked, each question once, but for pairs of equal texts.
+
+    The frozen pairs are evenly spread, so that they meet the same judge as the others.
+    """
+    asked = [question for pair in pairs if pair.ours != pair.theirs for question in pair.questions]
+    ranked = [
+        ((at + 0.5) / len(each), question)
+        for each in ([pair.question for pair in frozen], asked)
+        for at, question in enumerate(each)
+    ]
+    return list(dict.fromkeys(question for _, question in sorted(ranked, key=itemgetter(0))))
 
 
 def weigh(rival: Subject, pairs: Sequence[Pair], frozen: Sequence[FrozenPair], opinions: Opinions) -> Judged:
@@ -162,15 +172,15 @@ def weigh(rival: Subject, pairs: Sequence[Pair], frozen: Sequence[FrozenPair], o
 
 def _no_verdict(judged: Judged) -> str:
     """Returns a sentence on why the opinions support no verdict, or an empty text if they do."""
-    if judged.calibration < LEAST_CALIBRATION:
-        return (
-            f"The judge was right about {judged.calibration:.1%} of {judged.calibration_pairs} pairs whose better text "
-            f"is known; a verdict needs {LEAST_CALIBRATION:.0%}."
-        )
     if judged.judged < LEAST_JUDGED * judged.pairs:
         return (
             f"{judged.judged} of {judged.pairs} pairs have an opinion in both orders; a verdict needs "
             f"{LEAST_JUDGED:.0%} of them."
+        )
+    if judged.calibration < LEAST_CALIBRATION:
+        return (
+            f"The judge was right about {judged.calibration:.1%} of {judged.calibration_pairs} pairs whose better text "
+            f"is known; a verdict needs {LEAST_CALIBRATION:.0%}."
         )
     if judged.agreement is not None and judged.agreement < LEAST_AGREEMENT:
         return (
@@ -178,7 +188,7 @@ def _no_verdict(judged: Judged) -> str:
             f"{LEAST_AGREEMENT:.0%}."
         )
     if judged.interval is None:
-        return f"There are texts after {judged.prompts} beginnings; a verdict needs {FEWEST_UNITS}."
+        return f"The opinions are about {judged.prompts} beginnings; a verdict needs {FEWEST_UNITS}."
     return ""
 
 

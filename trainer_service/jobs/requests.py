@@ -267,6 +267,10 @@ class EvaluateRequest(_DataRequest):
             raise InvalidArgument(
                 f"The request names {len(self.rivals):,} rivals, but a version has at most {_MAX_RIVALS}."
             )
+        if self.judge_usd:
+            _check_cost("judge_usd", self.judge_usd)
+            if not self.rivals:
+                raise InvalidArgument("The request pays for a judge, but names no rival to judge the version beside.")
         if self.promote and not self.rivals:
             raise InvalidArgument("The request promotes a version, but names no rival that it must be better than.")
         for role, version in self.rivals.items():
@@ -294,13 +298,17 @@ class StoriesRequest:
         check_name(self.name, "a set of stories")
         if not 1 <= self.count <= _MAX_STORIES:
             raise InvalidArgument(f"count is {shown(self.count)}, but must be from 1 to {_MAX_STORIES:,} stories.")
-        if not 0 < self.max_cost_usd <= _MAX_COST_USD or self.max_cost_usd != round(self.max_cost_usd, 6):
-            raise InvalidArgument(
-                f"max_cost_usd is {shown(self.max_cost_usd)}, but must be an amount of up to {_MAX_COST_USD:,} US "
-                "dollars, with at most six decimal places."
-            )
+        _check_cost("max_cost_usd", self.max_cost_usd)
         _check_after(self.after)
         return StoriesSpec(self.name, self.count, self.max_cost_usd)
+
+
+def _check_cost(name: str, cost_usd: float) -> None:
+    if not 0 < cost_usd <= _MAX_COST_USD or cost_usd != round(cost_usd, 6):
+        raise InvalidArgument(
+            f"{name} is {shown(cost_usd)}, but must be an amount of up to {_MAX_COST_USD:,} US dollars, with at most "
+            "six decimal places."
+        )
 
 
 def _is_label(text: str) -> bool:

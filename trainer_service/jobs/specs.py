@@ -105,6 +105,11 @@ class EvaluateSpec(_Spec):
     judge_usd: float = 0.0
 
     @property
+    def judge_cap_usd(self) -> Decimal:
+        """The most that the judgements may cost, exactly as it was written."""
+        return Decimal(str(self.judge_usd))
+
+    @property
     def run(self) -> str:
         """What lists show instead of the name of a run."""
         return f"version {self.version}"

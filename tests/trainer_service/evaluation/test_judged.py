@@ -136,14 +136,15 @@ def test_calibration_decides_at_eight_tenths() -> None:
 def test_a_question_without_an_opinion_takes_its_pair_out_and_is_never_guessed() -> None:
     asked = pairs(10, 0, 10, seeds=1)
     found = opinions(right, asked)
-    del found[asked[0].questions[0]], found[asked[1].questions[1]]
+    for at in range(4):
+        del found[asked[at].questions[at % 2]]
     weighed = weigh(RIVAL, asked, frozen_pairs(), found)
-    assert (weighed.judged, weighed.pairs, weighed.prompts) == (18, 20, 18)
-    assert weighed.win_rate == pytest.approx(8 / 18) and weighed.verdict is Verdict.UNKNOWN
-    del found[asked[2].questions[0]]
+    assert (weighed.judged, weighed.pairs, weighed.prompts) == (16, 20, 16)
+    assert weighed.win_rate == pytest.approx(6 / 16) and weighed.verdict is Verdict.UNKNOWN
+    del found[asked[4].questions[0]]
     fewer = weigh(RIVAL, asked, frozen_pairs(), found)
     assert fewer.verdict is None
-    assert fewer.no_verdict == "17 of 20 pairs have an opinion in both orders; a verdict needs 90% of them."
+    assert fewer.no_verdict == "15 of 20 pairs have an opinion in both orders; a verdict needs 80% of them."
 
 
 def test_a_frozen_pair_without_an_opinion_counts_as_wrong() -> None:
@@ -156,7 +157,7 @@ def test_a_frozen_pair_without_an_opinion_counts_as_wrong() -> None:
 def test_few_beginnings_give_no_verdict() -> None:
     found = judged(right, pairs(9, 0, 0, seeds=3))
     assert (found.win_rate, found.interval, found.verdict) == (1.0, None, None)
-    assert found.no_verdict == "There are texts after 9 beginnings; a verdict needs 10."
+    assert found.no_verdict == "The opinions are about 9 beginnings; a verdict needs 10."
     nothing = judged(right, [])
     assert (nothing.win_rate, nothing.agreement, nothing.verdict) == (None, None, None)
 
@@ -199,6 +200,14 @@ def test_changing_sides_mirrors_every_figure(data: st.DataObject) -> None:
         assert 0 <= here.win_rate <= 1
 
 
+def test_frozen_pairs_are_spread_among_the_questions() -> None:
+    frozen = {each.question for each in frozen_pairs()}
+    asked = questions(pairs(16, 0, 0), frozen_pairs())
+    assert len(asked) == 64 + 21 and frozen < set(asked)
+    for first in range(0, 80, 8):
+        assert 1 <= len(frozen & set(asked[first : first + 8])) <= 3
+
+
 def test_the_frozen_pairs_are_a_story_and_the_same_story_damaged() -> None:
     assert len(frozen_pairs()) == 21
     assert Counter(each.right for each in frozen_pairs()) == {Winner.A: 11, Winner.B: 10}
@@ -222,9 +231,16 @@ def test_pairs_are_texts_of_the_same_beginning_and_seed() -> None:
     def text(prompt: str, seed: int, words: str, ended: bool = True) -> Continuation:
         return Continuation(prompt, seed, words, 5, ended, None)
 
-    one = written(full(7), text("A", 1, "x"), text("B", 1, "y", ended=False), text("A", 2, "z"), text("A", 1, "x"))
-    other = written(full(3), text("A", 2, "zz"), text("A", 1, "xx"), text("C", 1, "cc"), text("B", 1, "yy"))
-    assert pairs_of(one, other) == [Pair("A", "x", "xx"), Pair("B", f"y{CUT_OFF}", "yy"), Pair("A", "z", "zz")]
+    many = [text(f"{number}", 1, "w") for number in range(8)]
+    one = written(
+        full(7), text("A", 1, "x"), text("B", 1, "y", ended=False), text("A", 2, "z"), text("A", 1, "x"), *many
+    )
+    other = written(full(3), *many, text("A", 2, "zz"), text("A", 1, "xx"), text("C", 1, "cc"), text("B", 1, "yy"))
+    assert pairs_of(one, other)[:3] == [Pair("A", "x", "xx"), Pair("B", f"y{CUT_OFF}", "yy"), Pair("A", "z", "zz")]
+    assert len(pairs_of(one, other)) == 11
+    few = written(full(7), *many, text("A", 1, "x"))
+    with pytest.raises(FailedPrecondition, match="because they continue 9 beginnings, and a verdict needs 10"):
+        pairs_of(few, other)
 
 
 def test_records_that_do_not_compare_are_not_judged() -> None:

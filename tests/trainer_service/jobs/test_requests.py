@@ -159,6 +159,9 @@ def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_pa
         ({"rivals": {"x" * 41: "best"}}, "must have from 1 to 40 printable characters"),
         ({"rivals": {str(number): "best" for number in range(33)}}, "names 33 rivals, but a version has at most 32"),
         ({"promote": True}, "names no rival that it must be better than"),
+        ({"judge_usd": 0.5}, "names no rival to judge the version beside"),
+        ({"judge_usd": -1.0}, "judge_usd is -1.0, but must be an amount of up to 10,000 US dollars"),
+        ({"judge_usd": float("nan")}, "judge_usd is nan, but must be an amount"),
     ],
 )
 def test_wrong_rivals_are_refused_with_what_would_be_right(values: Any, sentence: str, tmp_path: Path) -> None:
