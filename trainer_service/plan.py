@@ -131,7 +131,8 @@ class Plan:
         config = self.spec.config
         text = f"{self.tokens:,} tokens"
         if self.text_tokens:
-            text += f", {self.tokens / self.text_tokens:.1f} epochs of {self.text_tokens:,}"
+            share = config.teacher_share if self.spec.data.mixes_stories else 0.0
+            text += f", {(1 - share) * self.tokens / self.text_tokens:.1f} epochs of {self.text_tokens:,}"
         lines = [
             f"steps       {self.first_step + 1:,} to {config.max_steps:,}: {text}",
             f"schedule    {self._schedule()}",

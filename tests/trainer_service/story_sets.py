@@ -6,7 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from trainer_service.distillation.answers import Answer, Usage
-from trainer_service.distillation.ledger import Ledger, key_of
+from trainer_service.distillation.ledger import Ledger, key_of, stories_folder
 from trainer_service.distillation.prompts import draw_prompt
 
 _THINGS = ["cloud", "spoon", "river", "drum", "lantern", "shell", "tower", "feather", "bucket", "pillow", "ladder"]
@@ -29,7 +29,7 @@ def tales(first: int, count: int) -> list[str]:
 
 def add_stories(directory: Path, texts: Sequence[str], name: str = "bedtime") -> None:
     """Adds stories to the set of a name below the folder of data."""
-    with Ledger(directory / "stories" / name) as ledger:
+    with Ledger(stories_folder(directory, name)) as ledger:
         first = ledger.account.answered
         for sample, text in enumerate(texts, first):
             key = key_of("m", "t", {}, sample)

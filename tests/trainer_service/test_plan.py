@@ -46,6 +46,13 @@ def test_steps_tokens_and_epochs() -> None:
     assert line(planned, "steps") == "steps       1,001 to 2,000: 2,048,000 tokens, 2.0 epochs of 1,024,000"
 
 
+def test_windows_of_stories_are_none_of_the_text() -> None:
+    planned = make(replace(DEMO, teacher_share=0.25), text_tokens=1_024_000)
+    for names, epochs in ((("builtin", "teacher:a"), "3.0"), (("teacher:a",), "4.0")):
+        mixed = replace(planned, spec=replace(planned.spec, data=DatasetSpec(names)))
+        assert line(mixed, "steps").endswith(f": 4,096,000 tokens, {epochs} epochs of 1,024,000")
+
+
 WSD = replace(DEMO, schedule="wsd")
 # The same model, and a version at its end, continued to another.
 AGAIN = replace(DEMO, max_steps=8000).continuing(DEMO, 2000)

@@ -11,6 +11,7 @@ from shared.gpt.weights import load_arrays
 from shared.version_format import MODEL_FILE, OPTIMIZER_FILE
 from tests.trainer_service.site import TINY_RUN, Site
 from tests.trainer_service.story_sets import add_stories, tales
+from trainer_service.distillation.readiness import MOST_BITS_PER_BYTE
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.jobs.events import Evaluation, Notice, Progress
 from trainer_service.jobs.requests import TrainRequest
@@ -126,8 +127,25 @@ def test_a_version_with_stories_is_evaluated_on_the_text_of_one_without_them(tau
     assert not any("has changed" in text or "not that of the version's training" in text for text in notices(taught))
 
 
+def test_a_version_that_is_hardly_trained_is_not_given_stories(taught: Site) -> None:
+    taught.train(spec(taught, taught.text))
+    assert taught.registry.version(3).bits_per_byte > MOST_BITS_PER_BYTE
+    request = TrainRequest(dataset=(taught.text, BEDTIME), resume=3, overrides={"max_steps": "12"})
+    with pytest.raises(FailedPrecondition, match=r"Version 3 has .* bits per byte"):
+        request.resolve(taught.registry)
+    assert replace(request, force=True).resolve(taught.registry).force
+
+
+def test_a_teacher_that_read_stories_among_the_same_text_has_not_seen_other_text(taught: Site) -> None:
+    taught.train(spec(taught, taught.text, BEDTIME))
+    taught.told.clear()
+    request = TrainRequest(teachers=("3",), dataset=(taught.text,), overrides={"max_steps": "3"}, force=True)
+    taught.train(request.resolve(taught.registry))
+    assert not any("other text" in text for text in notices(taught))
+
+
 def test_preparing_a_run_prepares_its_stories(taught: Site) -> None:
-    job = replace(spec(taught, taught.text, BEDTIME))
+    job = spec(taught, taught.text, BEDTIME)
     first = prepare_data(job, taught.attempt())
     files = {path: path.stat().st_mtime_ns for path in Path(taught.directories.data).rglob("*.bin")}
     assert first.teacher is not None and any(path.name == "teacher.bin" for path in files)

@@ -16,6 +16,7 @@ from tests.asynchronous import async_test
 from tests.jobs import report, start, training
 from tests.redis_process import RedisServer
 from tests.trainer_service.serving import listening, watched
+from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
@@ -37,6 +38,14 @@ async def test_a_watch_receives_every_event_of_a_job(servicer: TrainingServicer,
     events = await watched(servicer, job)
     assert [event.notice.text for event in events[1:-1]] == [str(number) for number in range(2500)]
     assert events[-1].state_changed.state == pb.JOB_STATE_FINISHED
+
+
+@async_test
+async def test_a_job_on_unknown_stories_is_refused(servicer: TrainingServicer, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no set of stories 'noon'"):
+        await enqueue(servicer, dataset=["builtin", "teacher:noon"])
+    add_stories(tmp_path / "data", tales(0, 1), "noon")
+    assert (await enqueue(servicer, dataset=["builtin", "teacher:noon"])).dataset == ["builtin", "teacher:noon"]
 
 
 @async_test

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import DataError
-from trainer_service.distillation.ledger import Story, read_stories
+from trainer_service.distillation.ledger import Story, read_stories, stories_folder
 from trainer_service.text.documents import whole
 
 
@@ -32,7 +32,7 @@ def read_story_set(directory: Path, name: str, count: int | None = None) -> Stor
     it has no story.
     """
     dataset = f"teacher:{name}"
-    stories = read_stories(directory / "stories" / name)
+    stories = read_stories(stories_folder(directory, name))
     if not stories:
         raise DataError(f"{dataset} holds no story yet: no call to the teacher has been answered.")
     first = tuple(Story(each.key, whole(each.prompt), whole(each.text).strip()) for each in stories[:count])

@@ -74,4 +74,6 @@ def read_texts(
             training = read(own, config).train
         except GptloopError as error:
             notes.append(f"The training text cannot be read: {error}")
+    if own.dataset != version.dataset_files:
+        notes.append("The longest copy is searched in the training text without the teacher's stories.")
     return Texts(held_out.validation, held_out.held_out_source, held_out.revision, training, tuple(notes), is_own)

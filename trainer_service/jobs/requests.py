@@ -121,6 +121,8 @@ class _RunRequest(_DataRequest):
                 f"distillation_alpha is 0 in version {parent.version}, so teachers would teach nothing; set it too, as "
                 'in --set "distillation_alpha=0.5".'
             )
+        if parent is not None and data.story_set and data.dataset != parent.dataset_files:
+            require_trained(parent, self.force)
         if parent is not None:
             inherited = tuple(Teacher(str(each.version), each.digest) for each in parent.teachers)
             teachers = (teachers or inherited) if teaches else ()

@@ -48,6 +48,11 @@ class DatasetSpec:
         return next((name.removeprefix(TEACHER) for name in self.dataset if name.startswith(TEACHER)), "")
 
     @property
+    def mixes_stories(self) -> bool:
+        """Whether stories of a teacher are mixed with other text."""
+        return self.without_mixed != self
+
+    @property
     def without_mixed(self) -> "DatasetSpec":
         """The data without the stories that are mixed with other text: what the held-out text depends on."""
         text = tuple(name for name in self.dataset if not name.startswith(TEACHER))

@@ -130,8 +130,7 @@ def prepare(
     progress = _Progress(report)
     progress.begin(Stage.OPEN)
     story_set = read_story_set(directory, spec.story_set, stories) if spec.story_set else None
-    is_mixed = spec.without_mixed != spec
-    if config.teacher_prompts and story_set and not is_mixed:
+    if config.teacher_prompts and story_set and not spec.mixes_stories:
         raise InvalidArgument(
             f"teacher_prompts needs other text beside {story_set.name}, as in --dataset 'builtin {story_set.name}': "
             "alone it is an ordinary data set, without prompts."
@@ -178,7 +177,7 @@ def prepare(
         notices=tuple(notices),
         stories=len(story_set.stories) if story_set else None,
     )
-    if story_set is None or not is_mixed:
+    if story_set is None or not spec.mixes_stories:
         return data
     progress.begin(Stage.STORIES)
     shards = directory / "shards"

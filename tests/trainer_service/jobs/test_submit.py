@@ -11,10 +11,11 @@ from shared.registry.fence import Fence
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, take_teachers, write_model
+from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.specs import EvaluateSpec, Teacher, TrainSpec
-from trainer_service.jobs.submit import release_ended, submit
+from trainer_service.jobs.submit import release_ended, require_stories, submit
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec
 
@@ -143,3 +144,13 @@ def test_a_hold_of_an_unknown_job_is_removed_after_some_time(registry: Registry,
     os.utime(path, (before_s, before_s))
     release_ended(queue, registry)
     assert registry.holds.jobs() == {}
+
+
+def test_a_job_on_stories_that_are_absent_is_refused_unless_it_waits_for_others(tmp_path: Path) -> None:
+    spec = replace(resuming(None), data=DatasetSpec(("builtin", "teacher:noon")))
+    with pytest.raises(NotFound, match="no set of stories 'noon'"):
+        require_stories(spec, (), tmp_path)
+    require_stories(spec, ("3f2a91c4",), tmp_path)
+    require_stories(resuming(None), (), tmp_path)
+    add_stories(tmp_path, tales(0, 1), "noon")
+    require_stories(spec, (), tmp_path)
