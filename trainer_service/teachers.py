@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, shown
+from shared.registry.commit import writing
 from shared.registry.decisions import check_label
 from shared.registry.fence import Fence
 from shared.registry.manifest import IMPORTED, VersionManifest
@@ -170,7 +171,7 @@ def keep_teachers(spec: RunSpec, registry: Registry, attempt: int) -> list[Teach
         kept.verify(spec.run)
         return kept.of(spec.run)
     fence = Fence.raise_for(registry.run_directory(spec.run), attempt)
-    with registry.decisions.held():  # nothing is pruned until the run has it
+    with writing(registry.root), registry.decisions.held():  # nothing is pruned until the run has it
         found = teachers_of(spec, registry)
         _check(spec, [each.manifest for each in found], registry)
         for each in found:

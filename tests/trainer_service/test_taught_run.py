@@ -15,6 +15,7 @@ from shared.registry.retention import Retention, prune
 from shared.registry.store import Checkpoint
 from shared.registry.teachers import Teachers
 from tests.trainer_service.site import TINY_RUN, Site
+from trainer_service.jobs.attempt import Stopped
 from trainer_service.jobs.events import Notice
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import PrepareSpec, Teacher, TrainSpec
@@ -122,6 +123,16 @@ def test_a_run_killed_while_it_takes_its_teachers_takes_all_of_them(
         taught.train(spec)
     assert taught.train(spec)
     assert [each.version for each in last(taught).teachers] == [3, 6]
+
+
+def test_a_run_that_was_stopped_before_its_first_step_needs_only_what_it_keeps(taught: Site) -> None:
+    spec = student(taught, "3")
+    with pytest.raises(Stopped):
+        taught.train(spec, stop_requested=lambda: True)
+    assert taught.registry.teachers.runs() == [spec.run]
+    lose(taught, 3)
+    assert taught.train(spec)
+    assert [each.version for each in last(taught).teachers] == [3]
 
 
 def test_a_label_is_resolved_once(taught: Site) -> None:
