@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
 from shared.registry import policy
 from shared.registry.commit import writing
-from shared.registry.decisions import Decided
+from shared.registry.decisions import Decided, run_label
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
 
@@ -148,6 +148,9 @@ def _versions(registry: Registry) -> list[VersionManifest]:
 def _needed(registry: Registry, versions: Sequence[VersionManifest], decided: Decided) -> dict[int, list[str]]:
     """Returns the versions that stay with their states whatever the rules are, each with the reasons."""
     labels, held = policy.labels(versions, decided), registry.holds.jobs()
+    for run, job in registry.holds.runs().items():
+        if (best := policy.number_of(run_label(run), versions, decided)) is not None:
+            held.setdefault(best, job)
     needed = {}
     for version in versions:
         number = version.version

@@ -1,4 +1,4 @@
-"""Submits jobs, and holds in the registry the versions that a job names by number until the job has ended."""
+"""Submits jobs, and holds in the registry the versions that a job names until the job has ended."""
 
 import logging
 import secrets
@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shared.errors import FailedPrecondition, NotFound
+from shared.registry.decisions import run_of
 from shared.registry.store import Registry
 from trainer_service.distillation.story_set import read_story_set
 from trainer_service.jobs.queue import JobQueue
@@ -21,16 +22,16 @@ _TEMPORARY_HOLD_S = 60.0
 
 
 def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str] = ()) -> JobRecord:
-    """Puts a job on the queue as `JobQueue.enqueue` does, and holds the versions that it names by number.
+    """Puts a job on the queue as `JobQueue.enqueue` does, and holds the versions that it names.
 
     Raises the errors of `JobQueue.enqueue`, `NotFound` if one of them, or the state that continues it, has been
     removed, and `FailedPrecondition` if the registry cannot be written.
     """
-    numbers = _named_versions(spec)
-    if not numbers:
+    names = _held_names(spec)
+    if not names:
         return queue.enqueue(spec, after)
     temporary = f"new-{secrets.token_hex(8)}"
-    registry.holds.add(temporary, *numbers)
+    registry.holds.add(temporary, *names)
     try:
         _require_present(spec, registry)
         record = queue.enqueue(spec, after)
@@ -42,7 +43,7 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
         registry.holds.hand_over(temporary, record.id)
     except FailedPrecondition as error:
         # The job is queued: an error would make the caller submit it again.
-        logger.warning("job %s holds nothing, so the versions %s may be removed: %s", record.id, numbers, error)
+        logger.warning("job %s holds nothing, so %s may be removed: %s", record.id, ", ".join(names), error)
     return record
 
 
@@ -63,8 +64,11 @@ def release_ended(queue: JobQueue, registry: Registry) -> None:
             registry.holds.remove(job)
 
 
-def _named_versions(spec: Spec) -> list[int]:
-    """Returns the versions that a job names by number, in ascending order; what a label names is not held."""
+def _held_names(spec: Spec) -> list[str]:
+    """Returns the numbers of versions and the labels of runs that a job names.
+
+    The other labels need no hold, because they protect their versions by themselves.
+    """
     names: set[str] = set()
     if isinstance(spec, RunSpec):
         names = {each.version for each in spec.teachers}
@@ -72,7 +76,7 @@ def _named_versions(spec: Spec) -> list[int]:
             names.add(str(spec.resume))
     elif isinstance(spec, EvaluateSpec):
         names = {spec.version, *spec.rivals.values()}
-    return sorted(int(name) for name in names if is_number(name))
+    return sorted(name for name in names if is_number(name) or run_of(name))
 
 
 def _require_present(spec: Spec, registry: Registry) -> None:
@@ -86,5 +90,5 @@ def _require_present(spec: Spec, registry: Registry) -> None:
             if is_number(teacher.version):
                 find(teacher, registry, spec.resume)
     else:
-        for number in _named_versions(spec):
-            registry.version(number)
+        for name in filter(is_number, _held_names(spec)):
+            registry.version(int(name))

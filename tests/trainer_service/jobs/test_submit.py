@@ -10,7 +10,7 @@ from shared.errors import AlreadyExists, FailedPrecondition, NotFound
 from shared.registry.fence import Fence
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Checkpoint, Registry
-from tests.shared.registry.scenarios import make_manifest, take_teachers, write_model
+from tests.shared.registry.scenarios import make_manifest, publish, take_teachers, write_model
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
@@ -154,3 +154,18 @@ def test_a_job_on_stories_that_are_absent_is_refused_unless_it_waits_for_others(
     require_stories(resuming(None), (), tmp_path)
     add_stories(tmp_path, tales(0, 1), "noon")
     require_stories(spec, (), tmp_path)
+
+
+def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_it(
+    registry: Registry, queue: JobQueue
+) -> None:
+    chain = EvaluateSpec("run:run-2", TEXT, rivals={"control": "run:run-1"})
+    job = submit(chain, queue, registry).id
+    assert registry.holds.runs() == {"run-1": job, "run-2": job}
+    other = Fence.raise_for(registry.run_directory("run-2"))
+    for bits_per_byte in (1.5, 1.4):
+        publish(registry, other, run="run-2", bits_per_byte=bits_per_byte)
+    assert left(registry)[0] == [3, 5]
+    queue.cancel(job)
+    release_ended(queue, registry)
+    assert left(registry)[0] == [5]
