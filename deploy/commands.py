@@ -87,7 +87,11 @@ TOPICS = (
         "Keep the registry",
         "gptloop prune --dry-run",
         Command("checkpoints", "List the versions in the registry, the oldest first.", _REGISTRY),
-        Command("verify", "Compare every file of every version and state with its hash.", _REGISTRY),
+        Command(
+            "verify",
+            "Compare every file of every version and state, and of the teachers of runs, with its hash.",
+            _REGISTRY,
+        ),
         Command("prune", "Remove the versions and states that no rule keeps.", _REGISTRY),
         Command("disk", "Show how much disk space each kind of file takes.", _REGISTRY),
         Command("import", "Make a version of a GPT-2 folder in Hugging Face's layout.", _REGISTRY),
