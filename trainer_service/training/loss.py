@@ -103,28 +103,34 @@ def _mean_cross_entropy(
     kept, pull = 1 - alpha, alpha * temperature
     scale = 1 / targets.size
     shares = scale if weights is None else weights[:, None] * scale  # (N, 1)
-    # What is added to the exponentials of the student at a temperature of 1.
+    # The exponentials that are added to those of the student at a temperature of 1.
     others = [(-pull / len(teachers), *teacher) for teacher in teachers]
     if teachers and temperature != 1:
         others.insert(0, (pull, hidden, weight))
-    losses, hidden_gradients, block_gradients = [], [], []
+    losses: list[mx.array] = []
+    hidden_gradients: list[mx.array] = []
+    block_gradients: list[mx.array] = []
     for chunk in _chunks(targets.size, weight.shape[0] * (1 + len(others))):
-        rows, wanted = hidden[chunk], targets[chunk]
-        share = shares[chunk] if isinstance(shares, mx.array) else shares
+        wanted, share = targets[chunk], shares[chunk] if isinstance(shares, mx.array) else shares
+        # Otherwise MLX would compute the logits of all chunks first.
+        rows, *states = mx.depends(
+            [hidden[chunk], *(each[chunk] for _, each, _ in others)], [*hidden_gradients[-1:], *block_gradients]
+        )
         loss, sums, slopes = _losses(rows, weight, wanted)  # (n,), (1, n), each (v, n)
         losses.append(loss)
         if teachers and temperature != 1:
             slopes = [kept * block for block in slopes]
-        for factor, states, head in others:
-            _, its_sums, exponentials = _exponentials(states[chunk] * (1 / temperature), head)
-            ratio = factor * sums / its_sums
+        for (factor, _, head), its_rows in zip(others, states, strict=True):
+            highest, its_sums, exponentials = _exponentials(its_rows * (1 / temperature), head)
+            ratio = factor * sums / (its_sums + 0 * highest)  # NaN stays NaN
             slopes = [slope + block * ratio for slope, block in zip(slopes, exponentials, strict=True)]
         column = sums.T  # (n, 1)
         products = (slope.T @ block for slope, block in zip(slopes, _blocks(weight), strict=True))
         hidden_gradients.append((reduce(mx.add, products) / column - kept * weight[wanted]) * share)  # (n, C)
         divided = rows * (share / column)
-        block_gradients.append([slope @ divided for slope in slopes])  # each (v, C)
-    weight_gradient = mx.concatenate([reduce(mx.add, parts) for parts in zip(*block_gradients, strict=True)])  # (V, C)
+        parts = [slope @ divided for slope in slopes]  # each (v, C)
+        block_gradients = list(map(mx.add, block_gradients, parts)) if block_gradients else parts
+    weight_gradient = mx.concatenate(block_gradients)  # (V, C)
     weight_gradient = weight_gradient.at[targets].add(hidden * (-kept * shares))
     every = mx.concatenate(losses)
     total = (every if weights is None else every * weights).sum()
