@@ -23,8 +23,8 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-TARGETS := help demo up down status train eval runs history jobs watch cancel data checkpoints verify disk prune import export \
-  generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
+TARGETS := help demo up down status train distill eval stories runs history jobs watch cancel data checkpoints verify disk \
+  prune import export generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
 .PHONY: $(TARGETS)
 # Checks all targets before the first one runs.
 $(foreach goal,$(filter-out $(TARGETS) .venv/% requirements/%,$(MAKECMDGOALS)),\
@@ -54,8 +54,14 @@ status: $(VENV) ## Show the state of each process.
 train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" NAME= NOTES= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) train
 
-eval: $(VENV) ## Evaluate and compare versions: VERSIONS="3 7" DATASET= VALIDATION= PAIRS= SPEED=0 AGAIN=1 AFTER=<jobs> FOLLOW=0
+distill: $(VENV) ## Teach and judge: TEACHER="3 7" or GENERATIONS= or STORIES=<name>; PRESET= RESUME=<version> PROMOTE=1 FORCE=1 SET= …
+	$(COMMAND) distill
+
+eval: $(VENV) ## Evaluate and compare versions: VERSIONS="3 7" DATASET= VALIDATION= PAIRS= SPEED=0 AGAIN=1 JUDGE=<dollars> AFTER=<jobs> FOLLOW=0
 	$(COMMAND) eval
+
+stories: $(VENV) ## Pay a large teacher for stories: COUNT=2000 MAX_COST=<dollars> NAME= AFTER=<jobs> FOLLOW=0
+	$(COMMAND) stories
 
 runs: $(VENV) ## List the runs with the values in which they differ: NAME=<runs> JSON=1
 	$(COMMAND) runs

@@ -8,7 +8,9 @@ from typer.core import TyperCommand, TyperGroup
 
 _STACK = "deploy.stack"
 _JOBS = "trainer_service.commands.jobs"
+_DISTILL = "trainer_service.commands.distill"
 _EVALUATION = "trainer_service.commands.evaluation"
+_STORIES = "trainer_service.commands.stories"
 _HISTORY = "trainer_service.commands.history"
 _REGISTRY = "trainer_service.commands.registry"
 _INFERENCE = "inference_service.__main__"
@@ -56,6 +58,8 @@ TOPICS = (
         Command("train", "Queue a training job and follow it.", _JOBS),
         Command("prepare", "Prepare a data set and show a sample of it.", _JOBS, "data"),
         Command("eval", "Evaluate versions on the whole held-out text and compare them.", _EVALUATION, "evaluate"),
+        Command("distill", "Teach a model, and judge it beside a control that had no teacher.", _DISTILL),
+        Command("stories", "Pay a large teacher for stories to learn from.", _STORIES),
         Command("jobs", "List the jobs, the newest first.", _JOBS),
         Command("watch", "Follow a job from its first event until it ends.", _JOBS),
         Command("cancel", "Ask a job to end.", _JOBS),
@@ -83,7 +87,11 @@ TOPICS = (
         "Keep the registry",
         "gptloop prune --dry-run",
         Command("checkpoints", "List the versions in the registry, the oldest first.", _REGISTRY),
-        Command("verify", "Compare every file of every version and state with its hash.", _REGISTRY),
+        Command(
+            "verify",
+            "Compare every file of every version and state, and of the teachers of runs, with its hash.",
+            _REGISTRY,
+        ),
         Command("prune", "Remove the versions and states that no rule keeps.", _REGISTRY),
         Command("disk", "Show how much disk space each kind of file takes.", _REGISTRY),
         Command("import", "Make a version of a GPT-2 folder in Hugging Face's layout.", _REGISTRY),

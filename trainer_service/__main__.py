@@ -9,12 +9,12 @@ if __name__ == "__main__":
 import asyncio
 
 from shared.service import cli, logs
-from trainer_service.commands import evaluation, history, jobs, registry
+from trainer_service.commands import distill, evaluation, history, jobs, registry, stories
 from trainer_service.commands.options import settings
 from trainer_service.redis_server import run
 
 app = cli.new_app(__doc__)
-for group in (jobs.app, evaluation.app, history.app, registry.app):
+for group in (jobs.app, distill.app, evaluation.app, stories.app, history.app, registry.app):
     app.add_typer(group)
 
 

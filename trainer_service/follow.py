@@ -119,7 +119,9 @@ def describe_job(record: JobRecord) -> str:
         return "; ".join(words)
     if progress := record.progress:
         return f"step {progress.step}/{progress.max_steps}, loss {progress.loss:.3f}"
-    return f"held-out loss {record.evaluation.validation_loss:.4f}" if record.evaluation else ""
+    if record.evaluation:
+        return f"held-out loss {record.evaluation.validation_loss:.4f}"
+    return record.preparation.stage if record.preparation and not record.state.is_final else ""
 
 
 def describe_ahead(ahead: int) -> str:

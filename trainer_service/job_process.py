@@ -10,7 +10,7 @@ from shared.device import accelerator
 from shared.errors import FailedPrecondition, GptloopError, RunOwnershipLost, Unavailable, shown
 from shared.registry.identity import registry_id
 from shared.service import logs
-from trainer_service.jobs.attempt import Attempt, Stopped
+from trainer_service.jobs.attempt import Attempt, Paused, Stopped
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -61,8 +61,11 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
         given = Attempt(
             *(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested),
             best_by=settings.best_by,
+            groq=settings.groq,
         )
         completed = _work(queue.store.get(job_id), given)
+    except Paused as paused:
+        end = partial(queue.pause, job_id, attempt, paused.until, str(paused))
     except RunOwnershipLost as error:
         # The process that owns the run now reports how it continues.
         logger.warning("job %s: %s", job_id, error)
@@ -98,6 +101,7 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
     if attempt.device.backend == "cpu" and attempt.device.blas is None:
         attempt.emit(Notice(accelerator.NO_BLAS))
     # Imported here, because MLX must load after its fast BLAS.
+    from trainer_service.distillation.stories import write_stories
     from trainer_service.evaluation.job import evaluate_version
     from trainer_service.run import TrainingRun, prepare_data
 
@@ -110,7 +114,7 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
             case PrepareSpec():
                 prepare_data(record.spec, attempt)
             case StoriesSpec():
-                raise FailedPrecondition("Stories are not written yet.")
+                write_stories(record.spec, attempt)
             case TrainSpec():
                 return TrainingRun(record.spec, attempt).train()
     except Stopped:

@@ -2,18 +2,21 @@
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from shared.device.machine import array_cache_bytes, cpu_threads, physical_memory_bytes
-from shared.gpt.config import count_parameters
+from shared.errors import NotFound
+from shared.gpt.config import GPTConfig, count_parameters
 from shared.registry.store import Registry
 from shared.text import format_duration, format_size
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_DATASET
-from trainer_service.jobs.specs import TrainSpec
+from trainer_service.jobs.specs import Teacher, TrainSpec
+from trainer_service.teachers import find, with_tokenizer
 from trainer_service.text.text_size import estimate_characters
 from trainer_service.training.config import CHUNK_ELEMENTS, TrainingConfig, micro_batches
 
@@ -60,7 +63,8 @@ class Plan:
     """What a job will do, with values of earlier jobs; None for a value that no earlier job has.
 
     `text_tokens` is the number of tokens of the prepared text, `preparation_s` the time that an earlier job on the same
-    text took before its first step, and `tokens_per_second` the speed of an earlier job with the same model and batch.
+    text took before its first step, and `tokens_per_second` the speed of an earlier job with the same model, batch and
+    teachers. `teachers` are the run's values with the shape of each teacher that is known before the run begins.
     """
 
     spec: TrainSpec
@@ -69,6 +73,7 @@ class Plan:
     preparation_s: float | None
     tokens_per_second: float | None
     machine: Machine
+    teachers: tuple[TrainingConfig, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -83,7 +88,7 @@ class Plan:
             return start_s + self.preparation_s
         config, characters = self.spec.config, _characters(self.spec)
         tokenised = min(_wanted_tokens(self.spec) * _CHARACTERS_PER_TOKEN, characters)
-        trains = config.tokenizer == "bpe" and self.spec.resume is None
+        trains = config.tokenizer == "bpe" and self.spec.resume is None and not self.spec.teachers
         learned = min(characters, _LEARNED_CHARACTERS) if trains else 0
         return start_s + learned / _LEARNED_CHARACTERS_PER_S + tokenised / _TOKENISED_CHARACTERS_PER_S
 
@@ -95,7 +100,9 @@ class Plan:
         if not speed:
             if self.machine.threads is None:
                 return None
-            speed = min(self.machine.threads, config.batch_size) * _GUESSED_FLOPS_PER_THREAD / flops_per_token(config)
+            # A teacher only predicts, as an evaluation does.
+            flops = flops_per_token(config) + sum(map(flops_per_token, self.teachers)) * _EVALUATION_SHARE
+            speed = min(self.machine.threads, config.batch_size) * _GUESSED_FLOPS_PER_THREAD / flops
         evaluations = config.max_steps // config.evaluation_interval - self.first_step // config.evaluation_interval
         evaluations += config.max_steps % config.evaluation_interval > 0
         evaluated = evaluations * config.evaluation_windows * config.context_length
@@ -116,19 +123,24 @@ class Plan:
                 if job.progress and not tokens_per_second and _work(job.spec) == _work(spec):
                     # The first step compiles, so it says nothing about the speed.
                     tokens_per_second = job.progress.tokens_per_second if job.progress.eta_s is not None else None
-        return cls(spec, first_step, text_tokens, preparation_s, tokens_per_second, machine)
+        teachers = tuple(_shapes(spec, registry))
+        return cls(spec, first_step, text_tokens, preparation_s, tokens_per_second, machine, teachers)
 
     def lines(self) -> list[str]:
         """Describes the plan, in one line for each subject."""
         config = self.spec.config
         text = f"{self.tokens:,} tokens"
         if self.text_tokens:
-            text += f", {self.tokens / self.text_tokens:.1f} epochs of {self.text_tokens:,}"
+            share = config.teacher_share if self.spec.data.mixes_stories else 0.0
+            text += f", {(1 - share) * self.tokens / self.text_tokens:.1f} epochs of {self.text_tokens:,}"
         lines = [
             f"steps       {self.first_step + 1:,} to {config.max_steps:,}: {text}",
             f"schedule    {self._schedule()}",
         ]
-        memory = memory_bytes(config, self.machine)
+        if _teaching(self.spec):
+            names = ", ".join(each.version for each in self.spec.teachers)
+            lines.append(f"teachers    {names}: {config.distillation_alpha:g} of the loss")
+        memory = memory_bytes(config, self.machine, self.teachers)
         if memory is not None:
             lines.append(f"memory      about {format_size(memory)}, on {self.machine.threads} CPU threads")
         lines.append(f"time        {self._time()}")
@@ -182,26 +194,43 @@ def _wanted_tokens(spec: TrainSpec) -> int:
 
 def _characters(spec: TrainSpec) -> float:
     """Returns about how many characters the training text has; infinity if that is unknown."""
-    if spec.data.dataset == (DEFAULT_DATASET,):
+    text = spec.data.without_mixed.dataset
+    if text == (DEFAULT_DATASET,):
         return _BUILTIN_CHARACTERS
     try:
-        return sum(estimate_characters(Path(name)) for name in spec.data.dataset)
+        return sum(estimate_characters(Path(name)) for name in text)
     except OSError:
         return math.inf
 
 
 def _work(spec: TrainSpec) -> tuple[object, ...]:
     """Returns the values on which the speed of a step depends."""
-    return spec.config.gpt, spec.config.batch_size
+    return spec.config.gpt, spec.config.batch_size, _teaching(spec)
 
 
-def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
+def _teaching(spec: TrainSpec) -> tuple[Teacher, ...]:
+    """Returns the teachers whose predictions the run learns."""
+    return spec.teachers if spec.config.distillation_alpha else ()
+
+
+def _shapes(spec: TrainSpec, registry: Registry) -> Iterator[TrainingConfig]:
+    for teacher in _teaching(spec):
+        # Another job may still have to publish what a label names.
+        with suppress(NotFound):
+            taught = find(teacher, registry, spec.resume).manifest
+            model = GPTConfig.from_dict(taught.model)
+            config = with_tokenizer(spec.config, taught.tokenizer, model.vocabulary_size)
+            shape = model.to_dict() | {"context_length": config.context_length, "dropout": 0.0}
+            yield replace(config, **shape)  # type: ignore[arg-type]
+
+
+def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[TrainingConfig] = ()) -> int | None:
     """Returns the peak memory of a training process on a CPU, within about 30 % of measurements; None for a GPU.
 
     In fp32, training holds the weights and two moments, and for each thread the activations or the gradients of a
     micro-batch, whichever are larger, and the sum of the gradients if the thread has several micro-batches. An
     evaluation takes all rows of a thread at once. Its arrays have other sizes than those of training, which stay in
-    MLX's cache.
+    MLX's cache. A teacher has weights, and for each thread the arrays of its predictions for a micro-batch.
     """
     if machine.threads is None:
         return None
@@ -213,11 +242,13 @@ def memory_bytes(config: TrainingConfig, machine: Machine) -> int | None:
     # The arrays that the layers keep for their gradients, and those of one more layer at work.
     activations = _activations(config, -(-rows // batches) * T, L + 1)
     training = 4 * threads * ((batches > 1) * parameters + max(activations, parameters))
+    predictions = (_activations(each, -(-rows // batches) * T, _EVALUATED_LAYERS) for each in teachers)
+    training += 4 * threads * max(predictions, default=0)
     evaluating = min(threads, -(-config.evaluation_windows // rows))
     evaluation = 4 * evaluating * _activations(config, rows * T, _EVALUATED_LAYERS)
     return (
         _PROCESS_BYTES
-        + 4 * 3 * parameters
+        + 4 * (3 * parameters + sum(count_parameters(each.gpt).total for each in teachers))
         + max(training, min(training, array_cache_bytes(machine.memory_bytes)) + evaluation)
     )
 

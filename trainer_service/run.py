@@ -6,24 +6,28 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
-from shared.gpt.config import count_parameters
+from shared.gpt.config import GPTConfig, count_parameters
+from shared.gpt.model import GPT
 from shared.registry.fence import Fence
 from shared.registry.history import EvaluationLine, HistoryWriter, Line, ReportLine
 from shared.registry.manifest import VersionManifest
 from shared.registry.retention import prune
 from shared.registry.store import Registry
-from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_tokenizer
+from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_model, read_tokenizer
 from trainer_service.evaluation.due import DueEvaluations
 from trainer_service.evaluation.judge import Judge
 from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
+from trainer_service.teachers import keep_teachers, of_other_text, teachers_of, with_tokenizer
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import PreparedData, prepare
+from trainer_service.training.batches import TrainingText
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import train
 from trainer_service.training.report import Report
@@ -36,17 +40,23 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     """Returns the tokens of a run, and prepares them if they are missing.
 
     The tokenizer, and with it the size of the vocabulary, is that of the run's last state, or else of the version that
-    the run continues, or else the configured one. Raises the errors of `prepare`, `FailedPrecondition` if the run began
-    with other text, and `Stopped` if the attempt has to end.
+    the run continues, or else of its teachers, or else the configured one. Raises the errors of `prepare` and of
+    `teachers_of`, `FailedPrecondition` if the run began with other text, and `Stopped` if the attempt has to end.
     """
     registry = attempt.open_registry()
     state = _own_state(spec, registry)
-    continued = state
+    config, source = spec.config, state
     if state is None and spec.resume is not None:
-        continued = registry.version_directory(registry.version(spec.resume).version)
-    tokenizer = read_tokenizer(continued) if continued else None
+        source = registry.version_directory(registry.version(spec.resume).version)
+    elif state is None and spec.teachers:
+        source = teachers_of(spec, registry)[0].folder
+    tokenizer = read_tokenizer(source) if source else None
+    if tokenizer and spec.teachers:
+        config = with_tokenizer(config, tokenizer.name, tokenizer.vocabulary_size)
     report = preparation_report(attempt)
-    data = prepare(spec.data, spec.config, attempt.directories.data, report, tokenizer)
+    # A set of stories may have grown since the run began.
+    stories = _begun_with(state).get("stories") if state else None
+    data = prepare(spec.data, config, attempt.directories.data, report, tokenizer, stories=stories)
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.emit(Notice(text))
     return data
@@ -55,8 +65,7 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
 def _other_text(spec: RunSpec, data: PreparedData, state: Path | None, registry: Registry) -> Iterator[str]:
     """Yields a sentence if the version that is continued saw other text under the same names; raises if the run did."""
     if state is not None:
-        text = state / TEXT_FILE
-        if text.exists() and json.loads(text.read_text(encoding="utf-8"))["revision"] != data.revision:
+        if _begun_with(state).get("revision", data.revision) != data.revision:
             raise FailedPrecondition(
                 f"The text of run {spec.run} is not the text that it began with: {data.source} has changed. Put the "
                 "old text back, or start another run on the new text with --resume."
@@ -65,6 +74,12 @@ def _other_text(spec: RunSpec, data: PreparedData, state: Path | None, registry:
         parent = registry.version(spec.resume)
         if parent.training["validation_share"] == spec.config.validation_share:
             yield from changed_text(parent, spec.data, data)
+
+
+def _begun_with(state: Path) -> dict[str, Any]:
+    """Returns what a state says about the text of its run."""
+    path = state / TEXT_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _own_state(spec: RunSpec, registry: Registry) -> Path | None:
@@ -88,7 +103,10 @@ class TrainingRun:
         self._emit = attempt.emit
         self._registry = attempt.open_registry()
         self._registry.sweep()
+        self._teachers = keep_teachers(spec, self._registry, attempt.number)
         self._data = prepare_data(spec, attempt)
+        for text in of_other_text(self._teachers, self._data.revision):
+            self.notice(text)
         config = self._data.config
         self._spec = replace(spec, config=config)
         self._evaluation_set = EvaluationSet.from_tokens(
@@ -105,7 +123,8 @@ class TrainingRun:
         config, attempt = self._spec.config, self._attempt
         with Workers(attempt.device.threads) as workers:
             self._emit(Preparation("building the model"))
-            trainer = Trainer(config, self._data.train, workers)
+            text = TrainingText(self._data.train, self._data.teacher)
+            trainer = Trainer(config, text, workers, self._read_teachers())
             self._restore(trainer)
             self._history = HistoryWriter(self._fence, trainer.step, self._published(trainer))
             self._history_fails = False
@@ -135,6 +154,9 @@ class TrainingRun:
             if completed:
                 self._end()
         return completed
+
+    def _read_teachers(self) -> list[GPT]:
+        return [read_model(each.folder, GPTConfig.from_dict(each.manifest.model)) for each in self._teachers]
 
     def _restore(self, trainer: Trainer) -> None:
         """Restores the newest undamaged state of the run, or else the state of the version that it continues."""
@@ -230,7 +252,8 @@ class TrainingRun:
 
     def _whole_texts(self, version: VersionManifest) -> Texts:
         report = preparation_report(self._attempt)
-        return read_texts(version, DatasetSpec(()), self._data.tokenizer, self._attempt.directories.data, report)
+        directory, data = self._attempt.directories.data, self._data
+        return read_texts(version, DatasetSpec(()), data.tokenizer, directory, report, stories=data.stories)
 
     def _record(self, *lines: Line, synced: bool = False) -> None:
         """Adds lines to the history of the run; a disk that fails costs lines, and not the run."""
@@ -258,7 +281,10 @@ class TrainingRun:
         self._keep_state(trainer)
         if present := self._version_of(trainer.step):
             return present.version
-        version = publish(self._registry, self._fence, self._spec, self._data, trainer, self._evaluation_set, held_out)
+        teachers = [each.manifest for each in self._teachers]
+        version = publish(
+            *(self._registry, self._fence, self._spec, self._data, trainer, self._evaluation_set, held_out, teachers)
+        )
         best = self._registry.labels().get("best") == version.version
         self._emit(
             VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
@@ -289,7 +315,8 @@ class TrainingRun:
         def write(folder: Path) -> None:
             trainer.save(folder)
             self._data.tokenizer.save(folder / TOKENIZER_FILE)
-            (folder / TEXT_FILE).write_text(json.dumps({"revision": self._data.revision}), encoding="utf-8")
+            text = {"revision": self._data.revision, "stories": self._data.stories}
+            (folder / TEXT_FILE).write_text(json.dumps(text), encoding="utf-8")
 
         self._registry.write_state(self._fence, self._spec.run, trainer.step, write)
 

@@ -18,7 +18,9 @@ from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.submit import submit
+from trainer_service.jobs.records import JobRecord
+from trainer_service.jobs.requests import JobRequest
+from trainer_service.jobs.submit import require_stories, submit
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.redis_server import Outage, connect
 from trainer_service.settings import TrainerSettings
@@ -42,18 +44,22 @@ _DRAIN_S = 2.0
 class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
     """Answers from the queue. Every call to Redis runs on a thread, so that a slow answer delays no other call."""
 
-    def __init__(self, queue: JobQueue, registry: Registry) -> None:
+    def __init__(self, queue: JobQueue, registry: Registry, data: Path) -> None:
         self._queue = queue
         self._registry = registry
+        self._data = data
 
     async def EnqueueJob(self, request: pb.EnqueueJobRequest, context: Any) -> pb.EnqueueJobResponse:  # noqa: N802
         """Submits a job."""
         wanted = request_from_pb(request)
-        record = await asyncio.to_thread(
-            lambda: submit(wanted.resolve(self._registry), self._queue, self._registry, wanted.after)
-        )
+        record = await asyncio.to_thread(self._submit, wanted)
         live_workers = await asyncio.to_thread(self._queue.store.live_workers)
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
+
+    def _submit(self, wanted: JobRequest) -> JobRecord:
+        spec = wanted.resolve(self._registry)
+        require_stories(spec, wanted.after, self._data)
+        return submit(spec, self._queue, self._registry, wanted.after)
 
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:  # noqa: N802
         """Returns the current state of a job."""
@@ -120,7 +126,9 @@ async def serve(settings: TrainerSettings) -> None:
     signals = Signals()
     metrics = make_metrics(queue)
     server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
-    training_pb2_grpc.add_TrainingServiceServicer_to_server(TrainingServicer(queue, registry), server.server)
+    training_pb2_grpc.add_TrainingServiceServicer_to_server(
+        TrainingServicer(queue, registry, settings.directories.data), server.server
+    )
     host = settings.host
     page = Address(host, settings.metrics_port, "GPTLOOP_TRAINER_HOST", "GPTLOOP_TRAINER_METRICS_PORT")
     with metrics_page(metrics, page) as metrics_port:

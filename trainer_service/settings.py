@@ -16,6 +16,7 @@ from shared.service.settings import (
     read_port,
     read_str,
 )
+from trainer_service.distillation.groq_settings import GroqSettings, read_groq
 from trainer_service.redis_server import redis_url
 
 
@@ -31,6 +32,7 @@ class TrainerSettings:
     redis_url: `REDIS_URL`, the Redis server; without it the embedded one below `GPTLOOP_VAR`.
     directories: `GPTLOOP_VAR`, the folder of all state.
     best_by: `GPTLOOP_BEST_BY`, what the label `best` compares.
+    groq: `GROQ_API_KEY` and `GPTLOOP_GROQ_*`, the large teacher.
     """
 
     host: str
@@ -41,6 +43,7 @@ class TrainerSettings:
     redis_url: str
     directories: Directories
     best_by: BestBy
+    groq: GroqSettings
 
     def open_registry(self) -> Registry:
         """Returns the registry in its folder."""
@@ -59,6 +62,7 @@ def read_settings(environment: Environment) -> TrainerSettings:
         redis_url=redis_url(environment, directories),
         directories=directories,
         best_by=read_best_by(environment),
+        groq=read_groq(environment),
     )
 
 

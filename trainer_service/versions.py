@@ -1,12 +1,12 @@
 """Publishes a version of a model in training: its files and its manifest."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shared.gpt.config import count_parameters
 from shared.registry.fence import Fence
-from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.manifest import FileRecord, TeacherRecord, VersionManifest
 from shared.registry.store import Registry
 from shared.version_format import write_version
 from trainer_service.jobs.specs import TrainSpec
@@ -24,8 +24,12 @@ def publish(
     trainer: Trainer,
     evaluation_set: EvaluationSet,
     held_out: HeldOutLoss,
+    teachers: Sequence[VersionManifest] = (),
 ) -> VersionManifest:
-    """Publishes the current model under the next number; raises `RunOwnershipLost` if another process owns the run."""
+    """Publishes the current model, which `teachers` have taught, under the next number.
+
+    Raises `RunOwnershipLost` if another process owns the run.
+    """
 
     def write(folder: Path) -> None:
         write_version(folder, trainer.model, data.tokenizer, evaluation_set.carried)
@@ -54,13 +58,17 @@ def publish(
             claimed_loss=held_out.claimed,
             files=files,
             notes=spec.notes,
+            teachers=tuple(TeacherRecord(each.version, each.digest) for each in teachers),
         )
 
     return registry.publish_version(fence, write, manifest)
 
 
 def changed_text(version: VersionManifest, named: DatasetSpec, data: PreparedData) -> Iterator[str]:
-    """Yields a sentence if the data set and files of a version, given again, now contain other text."""
-    same_names = (version.dataset_files, version.validation_files) == (named.dataset, named.validation)
-    if same_names and version.dataset_revision != data.revision:
+    """Yields a sentence if the data set and files of a version, given again, now contain other text.
+
+    The stories that are mixed with the other text may be left out: the revision begins with that of the other text.
+    """
+    own = DatasetSpec(version.dataset_files, version.validation_files)
+    if named in (own, own.without_mixed) and not version.dataset_revision.startswith(data.revision):
         yield f"{data.source} has changed, or is read in another way, since version {version.version} was made."

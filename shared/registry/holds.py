@@ -1,4 +1,7 @@
-"""Versions that jobs wait for: the file `holds/<job>` contains the number of one, and protects it from removal."""
+"""Versions that jobs wait for: the file `holds/<job>` names them, and protects them from removal.
+
+It contains numbers, and labels `run:<name>`, each of which stands for the best version that the run has at any time.
+"""
 
 import re
 import time
@@ -6,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from shared.registry.commit import locked, make_folder, replace_text, writing
+from shared.registry.decisions import run_of
+from shared.registry.manifest import RUN_NAME
 from shared.registry.numbering import NUMBER, children
 
 _JOB = re.compile(r"[0-9A-Za-z_-]{1,64}")
@@ -20,12 +25,12 @@ class Holds:
         self._root = root
         self._folder = root / "holds"
 
-    def add(self, job: str, number: int) -> None:
-        """Holds a version for a job; from then on it cannot be removed, unless it was removed before."""
+    def add(self, job: str, *names: int | str) -> None:
+        """Holds versions for a job; from then on they cannot be removed, unless they were removed before."""
         with writing(self._root):
             make_folder(self._folder, self._root)
             with locked(self._root / "serving.lock"):
-                replace_text(self._folder / job, str(number))
+                replace_text(self._folder / job, " ".join(map(str, names)))
 
     def hand_over(self, job: str, other: str) -> None:
         """Moves the hold of a job to another job, which needs no space on the disk."""
@@ -47,11 +52,23 @@ class Holds:
         return found
 
     def jobs(self) -> dict[int, str]:
-        """Returns the held versions, each with one job that waits for it."""
-        held = {}
+        """Returns the versions that are held by their numbers, each with one job that waits for it."""
+        return {int(name): job for name, job in self._names().items() if NUMBER.fullmatch(name)}
+
+    def runs(self) -> dict[str, str]:
+        """Returns the runs whose best versions are held, each with one job that waits for it."""
+        return {run: job for name, job in self._names().items() if (run := run_of(name)) is not None}
+
+    def _names(self) -> dict[str, str]:
+        held: dict[str, str] = {}
         for job, age_s in self.ages_s().items():
             with suppress(OSError, ValueError):
-                text = (self._folder / job).read_text(encoding="ascii")
-                if age_s < _LONGEST_S and NUMBER.fullmatch(text):
-                    held[int(text)] = job
+                names = (self._folder / job).read_text(encoding="utf-8").split(" ")
+                if age_s < _LONGEST_S and all(map(_is_name, names)):
+                    held |= dict.fromkeys(names, job)
         return held
+
+
+def _is_name(text: str) -> bool:
+    run = run_of(text)
+    return (RUN_NAME if run is not None else NUMBER).fullmatch(text if run is None else run) is not None

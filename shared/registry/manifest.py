@@ -40,6 +40,14 @@ class FileRecord:
     sha256: str
 
 
+@dataclass(frozen=True)
+class TeacherRecord:
+    """A version that taught a run: its number, and the digest of its manifest."""
+
+    version: int
+    digest: str
+
+
 class _Manifest:
     """What both kinds of manifests have in common."""
 
@@ -102,6 +110,8 @@ class _Manifest:
         for name, value in values.items():
             _require_bounded(name, value)
         values["files"] = [FileRecord(**typed(FileRecord, record)) for record in values["files"]]
+        if "teachers" in values:
+            values["teachers"] = [TeacherRecord(**typed(TeacherRecord, record)) for record in values["teachers"]]
         manifest = cls(**typed(cls, values))
         if not RUN_NAME.fullmatch(manifest.run):
             raise ValueError(f"run is {shown(manifest.run, 40)}")
@@ -189,3 +199,5 @@ class VersionManifest(_Manifest):
     files: tuple[FileRecord, ...]
     # Notes of a person about the run.
     notes: str = ""
+    # The versions whose predictions the run learned.
+    teachers: tuple[TeacherRecord, ...] = ()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
 from shared.registry import policy
 from shared.registry.commit import writing
-from shared.registry.decisions import Decided
+from shared.registry.decisions import Decided, run_label
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Checkpoint, Registry
 
@@ -90,11 +90,12 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
 def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
     """Removes every checkpoint that is not kept, and returns them; raises `FailedPrecondition` if that fails.
 
-    The history of a run goes once the run has neither a state nor a version.
+    The teachers of a run go once the run has no state, its history once it has no version either.
     """
     with writing(registry.root):
         going = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
         gone = [checkpoint for checkpoint in going if _remove(registry, checkpoint)]
+        _remove_teachers(registry)
         _remove_histories(registry)
         return gone
 
@@ -109,6 +110,13 @@ def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
             return False
         registry.remove(checkpoint)
         return True
+
+
+def _remove_teachers(registry: Registry) -> None:
+    for run in registry.teachers.runs():
+        # A run that has just begun has no state yet.
+        if not registry.states(run) and registry.teachers.age_s(run) > _ACTIVE_S:
+            registry.teachers.remove(run)
 
 
 def _remove_histories(registry: Registry) -> None:
@@ -140,6 +148,9 @@ def _versions(registry: Registry) -> list[VersionManifest]:
 def _needed(registry: Registry, versions: Sequence[VersionManifest], decided: Decided) -> dict[int, list[str]]:
     """Returns the versions that stay with their states whatever the rules are, each with the reasons."""
     labels, held = policy.labels(versions, decided), registry.holds.jobs()
+    for run, job in registry.holds.runs().items():
+        if (best := policy.number_of(run_label(run), versions, decided)) is not None:
+            held.setdefault(best, job)
     needed = {}
     for version in versions:
         number = version.version

@@ -4,6 +4,7 @@ versions/<n>/              model, configuration, tokenizer, held-out windows, ma
 runs/<run>/states/<step>/  weights, optimizer, position, manifest
 runs/<run>/ended           marks a finished run
 runs/<run>/history.jsonl   what it has reported: see `history.py`
+runs/<run>/teachers/<n>/   versions that teach it, which `teachers.json` names: see `teachers.py`
 evaluations/<n>/           records of evaluations of a version: see `evaluations.py`
 serving/                   decisions and findings: see `decisions.py`
 staging/<id>/              checkpoints that are being written or removed: see `staging.py`
@@ -39,6 +40,7 @@ from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
 from shared.registry.numbering import children, next_version, number_of, numbers
 from shared.registry.staging import Staging
+from shared.registry.teachers import Teachers
 from shared.text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,7 @@ class Registry:
         self.evaluations = Evaluations(root)
         self.histories = Histories(root)
         self._staging = Staging(root)
+        self.teachers = Teachers(root, self._staging)
         # A version never changes, so its manifest is read once; the inode shows if the whole registry was replaced.
         self._manifests: dict[int, tuple[int, VersionManifest]] = {}
         # The versions whose manifest could not be read at the last attempt, with the reason.
@@ -285,10 +288,11 @@ class Registry:
         return versions + [Checkpoint(step, run) for run in self.runs() for step in self.states(run)]
 
     def unknown_paths(self) -> list[Path]:
-        """Returns the paths among versions, runs and states with unknown names, which nothing reads."""
+        """Returns the paths among versions, runs, states and teachers with unknown names, which nothing reads."""
         folders = (self.root / "versions", *(self.run_directory(run) / "states" for run in self.runs()))
         paths = [path for folder in folders for path in children(folder) if number_of(path) is None]
         paths += [path for path in children(self.root / "runs") if not _is_run(path)]
+        paths += self.teachers.unknown_paths()
         return [path for path in paths if path.name not in IGNORED_NAMES]
 
     def directory(self, checkpoint: Checkpoint) -> Path:
@@ -328,7 +332,8 @@ class Registry:
 
     def sweep(self) -> None:
         """Removes what dead processes left half-written or half-removed."""
-        self._staging.sweep(chain([self.root / "versions"], self.root.glob("runs/*/states")))
+        parents = (self.root.glob(f"runs/*/{kind}") for kind in ("states", "teachers"))
+        self._staging.sweep(chain([self.root / "versions"], *parents))
 
 
 def _is_run(path: Path) -> bool:

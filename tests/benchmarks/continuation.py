@@ -32,6 +32,7 @@ def measure(
     """Train a preset to its end, then continue it to a later end, with the default peak rate and with others."""
     device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
     from trainer_service.text.tokens import prepare
+    from trainer_service.training.batches import TrainingText
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.trainer import Trainer
     from trainer_service.training.workers import Workers
@@ -59,13 +60,14 @@ def measure(
             print(" ".join(f"{step}:{loss:.4f}" for step, loss in found), flush=True)
             return found
 
-        first = Trainer(begun, data.train, workers)
+        text = TrainingText(data.train)
+        first = Trainer(begun, text, workers)
         before = losses(first)[-1][1]
         state = Path(folder) / "state"
         state.mkdir()
         first.save(state)
         for name, config in _continuations(begun, changed, peak or [1.0, 0.3, 0.1]):
-            trainer = Trainer(config, data.train, workers)
+            trainer = Trainer(config, text, workers)
             trainer.restore(state)
             found = losses(trainer)
             worst, last = max(loss for _, loss in found), found[-1][1]

@@ -15,7 +15,7 @@ import typer
 from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT, print_table
 from trainer_service.presets import PRESETS
-from trainer_service.training.batches import Tokens, batch
+from trainer_service.training.batches import Tokens, TrainingText, batch
 from trainer_service.training.config import TrainingConfig
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -78,6 +78,7 @@ def resume(folder: Folder, steps: int = 400) -> None:
     length = RECIPE.context_length
     windows = np.stack([held_out[start : start + length + 1] for start in range(0, 64 * length, length)])
     config = replace(RECIPE, max_steps=steps, warmup_steps=steps // 8)
+    text = TrainingText(train)
 
     def trained(trainer: Trainer, until: int) -> Trainer:
         while trainer.step < until:
@@ -87,9 +88,9 @@ def resume(folder: Folder, steps: int = 400) -> None:
     def weights(trainer: Trainer) -> dict[str, np.ndarray]:
         return {name: np.array(array) for name, array in parameters_of(trainer.model).items()}
 
-    first, second = (trained(Trainer(config, train), steps) for _ in range(2))
-    half = trained(Trainer(config, train), steps // 2)
-    resumed = Trainer(config, train)
+    first, second = (trained(Trainer(config, text), steps) for _ in range(2))
+    half = trained(Trainer(config, text), steps // 2)
+    resumed = Trainer(config, text)
     with TemporaryDirectory() as state:
         half.save(Path(state))
         resumed.restore(Path(state))
@@ -110,7 +111,7 @@ def with_gptloop(config: TrainingConfig, train: Tokens, windows: Tokens, interva
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.trainer import Trainer
 
-    trainer = Trainer(config, train)
+    trainer = Trainer(config, TrainingText(train))
     evaluation_set = EvaluationSet(windows, 1, "")
     losses = []
     while trainer.step < config.max_steps:
@@ -154,7 +155,8 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
     for step in range(config.max_steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        drawn = batch(train, seed=config.seed, step=step, rows=config.batch_size, context_length=config.context_length)
+        rows, length = config.batch_size, config.context_length
+        drawn = batch(TrainingText(train), seed=config.seed, step=step, rows=rows, context_length=length)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = compiled(tensor(drawn.inputs), tensor(drawn.targets))
         loss.backward()

@@ -149,6 +149,21 @@ def test_a_killed_training_process_is_replaced(system: System, run: Run, referen
     assert isinstance(lost, StateChanged) and "killed by signal 9" in lost.reason
 
 
+def test_a_taught_run_that_is_killed_once_its_teacher_is_gone_ends_with_the_same_bits(
+    system: System, run: Run, reference: Result
+) -> None:
+    teacher = system.registry.labels()["latest"]
+    request = TrainRequest(teachers=(str(teacher),), force=True)
+    whole, killed = (system.trainer.submit(request).job.id for _ in range(2))
+    system.finish(whole)
+    system.watch(killed, is_progress(run.under_way))
+    system.registry.remove_version(teacher)
+    os.kill(system.training_process(), signal.SIGKILL)
+    undisturbed = system.result(whole)
+    assert undisturbed.last_step == run.max_steps and undisturbed.state != reference.state
+    check_end(system, killed, undisturbed, attempts=2)
+
+
 def test_the_training_process_of_a_killed_worker_ends_and_another_continues(
     system: System, run: Run, reference: Result
 ) -> None:

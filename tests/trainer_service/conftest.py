@@ -61,7 +61,7 @@ def queue(redis: Redis) -> JobQueue:
 
 @pytest.fixture
 def servicer(queue: JobQueue, tmp_path: Path) -> TrainingServicer:
-    return TrainingServicer(queue, Registry(tmp_path / "registry"))
+    return TrainingServicer(queue, Registry(tmp_path / "registry"), tmp_path / "data")
 
 
 @pytest.fixture

@@ -9,14 +9,16 @@ def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
     directories = Directories(tmp_path / "var")
     files = {
         "registry/versions/1/model": "versions",
-        "registry/runs/run/states/5/model": "states and histories",
-        "registry/runs/run/history.jsonl": "states and histories",
+        "registry/runs/run/states/5/model": "states, teachers, histories",
+        "registry/runs/run/teachers/1/model": "states, teachers, histories",
+        "registry/runs/run/history.jsonl": "states, teachers, histories",
         "registry/evaluations/1/x.json": "evaluations",
         "reports/evaluation-1.html": "reports",
         "registry/serving/policy": "other",
         "registry/staging/x/files/model": "other",
         "registry/last_version": "other",
         "data/shards/x/train.bin": "prepared text",
+        "data/stories/animals/ledger.jsonl": "stories",
         "redis/appendonly.aof": "jobs",
         "log/worker.log": "logs",
         "cache/trainer/kernels-0/a.so": "compiled",
@@ -38,8 +40,24 @@ def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
     assert found == expected
 
 
+def test_a_teacher_takes_room_once_its_version_is_gone(tmp_path: Path) -> None:
+    directories = Directories(tmp_path)
+    model, teacher = (directories.registry / name / "model" for name in ("versions/1", "runs/run/teachers/1"))
+    for path in (model, teacher):
+        path.parent.mkdir(parents=True)
+    model.write_bytes(bytes(5000))
+    teacher.hardlink_to(model)
+
+    def sizes() -> list[int]:
+        return [each.size_bytes for each in usage(directories)][:2]
+
+    assert sizes() == [5000, 0]
+    model.unlink()
+    assert sizes() == [0, 5000]
+
+
 def test_nothing_takes_no_room(tmp_path: Path) -> None:
-    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 9
+    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 10
     assert not (tmp_path / "var").exists()
 
 

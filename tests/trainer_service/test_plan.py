@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
+from shared.text import format_size
 from tests.events import PROGRESS, STARTED
+from tests.shared.registry.scenarios import publish
 from trainer_service import plan
 from trainer_service.jobs.events import Progress, TimedEvent
 from trainer_service.jobs.records import JobRecord, read_record
-from trainer_service.jobs.specs import TrainSpec
+from trainer_service.jobs.specs import Teacher, TrainSpec
 from trainer_service.plan import Machine, Plan, flops_per_token, memory_bytes
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec
@@ -41,6 +44,13 @@ def test_steps_tokens_and_epochs() -> None:
     assert line(make(), "steps") == "steps       1 to 2,000: 4,096,000 tokens"
     planned = make(first_step=1000, text_tokens=1_024_000)
     assert line(planned, "steps") == "steps       1,001 to 2,000: 2,048,000 tokens, 2.0 epochs of 1,024,000"
+
+
+def test_windows_of_stories_are_none_of_the_text() -> None:
+    planned = make(replace(DEMO, teacher_share=0.25), text_tokens=1_024_000)
+    for names, epochs in ((("builtin", "teacher:a"), "3.0"), (("teacher:a",), "4.0")):
+        mixed = replace(planned, spec=replace(planned.spec, data=DatasetSpec(names)))
+        assert line(mixed, "steps").endswith(f": 4,096,000 tokens, {epochs} epochs of 1,024,000")
 
 
 WSD = replace(DEMO, schedule="wsd")
@@ -121,6 +131,43 @@ def test_a_plan_learns_from_jobs_that_got_further_than_their_first_step(tmp_path
     planned = Plan.of(spec, Registry(tmp_path), jobs, CPU)
     assert (planned.text_tokens, planned.preparation_s) == (STARTED.train_tokens, 3.0)
     assert planned.tokens_per_second == PROGRESS.tokens_per_second
+
+
+def test_teachers_are_named_and_count_in_time_and_memory(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    config = replace(DEMO, max_steps=100_000)
+    wide = replace(DEMO, width=320, hidden_width=1280, context_length=256, dropout=0.1)
+    publish(registry, model=wide.gpt.to_dict(), training=wide.to_dict())
+    teachers = (Teacher("1", registry.version(1).digest), Teacher("run:later"))
+    spec = TrainSpec("run", "demo", config, DatasetSpec(("builtin",)), None, teachers=teachers)
+    alone, taught = (Plan.of(each, registry, (), CPU) for each in (replace(spec, teachers=()), spec))
+    assert line(taught, "teachers") == "teachers    1, run:later: 0.5 of the loss"
+    # What a label will name is not known yet; the other one reads the student's windows, without dropout.
+    assert taught.teachers == (replace(wide, max_steps=100_000, context_length=128, dropout=0.0),)
+    assert alone.time_s is not None and taught.time_s is not None
+    work = flops_per_token(config)
+    expected = 1 + flops_per_token(taught.teachers[0]) / 3 / work
+    # The tokenizer is the teacher's.
+    assert (taught.time_s - taught.before_s) / (alone.time_s - alone.before_s) == pytest.approx(expected)
+    assert taught.before_s < alone.before_s
+    weights_bytes = count_parameters(wide.gpt).total * 4
+    needed, without = memory_bytes(config, CPU, taught.teachers), memory_bytes(config, CPU)
+    assert needed is not None and without is not None and needed > without + weights_bytes
+    assert format_size(needed) in line(taught, "memory")
+
+    control = Plan.of(replace(spec, config=replace(config, distillation_alpha=0.0)), registry, (), CPU)
+    assert control.time_s == pytest.approx(alone.time_s, rel=1e-3)
+    assert not any(each.startswith("teachers") for each in control.lines())
+
+
+def test_the_speed_of_a_job_with_other_teachers_says_nothing(tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    publish(registry, model=DEMO.gpt.to_dict(), training=DEMO.to_dict())
+    taught = replace(make().spec, teachers=(Teacher("1", registry.version(1).digest),))
+    fields = {"kind": "train", "spec": make().spec.to_json(), "state": "finished", "attempt": "1"}
+    job = read_record("a", fields | {"Progress": TimedEvent(PROGRESS).to_json()})
+    assert Plan.of(make().spec, registry, [job], CPU).tokens_per_second == PROGRESS.tokens_per_second
+    assert Plan.of(taught, registry, [job], CPU).tokens_per_second is None
 
 
 def test_training_takes_6_operations_for_a_weight_and_token_and_those_of_attention() -> None:

@@ -16,6 +16,7 @@ from tests.asynchronous import async_test
 from tests.jobs import report, start, training
 from tests.redis_process import RedisServer
 from tests.trainer_service.serving import listening, watched
+from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
@@ -37,6 +38,14 @@ async def test_a_watch_receives_every_event_of_a_job(servicer: TrainingServicer,
     events = await watched(servicer, job)
     assert [event.notice.text for event in events[1:-1]] == [str(number) for number in range(2500)]
     assert events[-1].state_changed.state == pb.JOB_STATE_FINISHED
+
+
+@async_test
+async def test_a_job_on_unknown_stories_is_refused(servicer: TrainingServicer, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no set of stories 'noon'"):
+        await enqueue(servicer, dataset=["builtin", "teacher:noon"])
+    add_stories(tmp_path / "data", tales(0, 1), "noon")
+    assert (await enqueue(servicer, dataset=["builtin", "teacher:noon"])).dataset == ["builtin", "teacher:noon"]
 
 
 @async_test
@@ -90,7 +99,7 @@ async def test_a_watch_continues_after_redis_was_killed_and_restarted(
     mortal_redis: RedisServer, tmp_path: Path
 ) -> None:
     queue = JobQueue(mortal_redis.connect(), "one")
-    servicer = TrainingServicer(queue, Registry(tmp_path / "registry"))
+    servicer = TrainingServicer(queue, Registry(tmp_path / "registry"), tmp_path / "data")
     job = queue.enqueue(training(tmp_path)).id
     start(queue, job)
 
@@ -119,7 +128,7 @@ async def test_a_watch_waits_for_redis_only_for_a_limited_time(
     monkeypatch.setattr(server_module, "_OUTAGE_S", 0.0)
     gone = JobQueue(connect(f"unix://{tmp_path}/none.sock"), queue.registry)
     with pytest.raises(Unavailable, match="Redis does not answer"):
-        await watched(TrainingServicer(gone, Registry(tmp_path / "registry")), "0")
+        await watched(TrainingServicer(gone, Registry(tmp_path / "registry"), tmp_path / "data"), "0")
 
 
 @pytest.mark.parametrize(

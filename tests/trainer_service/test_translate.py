@@ -2,7 +2,7 @@ import pytest
 
 from shared.errors import InvalidArgument
 from shared.pb.training.v1 import training_pb2 as pb
-from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, TrainRequest
+from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, StoriesRequest, TrainRequest
 from trainer_service.translate import request_from_pb, request_to_pb
 
 DATA = {"dataset": ("a.txt", "b.txt"), "validation": ("c.txt",), "after": ("1234abcd",)}
@@ -15,9 +15,12 @@ RUN = {**DATA, "preset": "small", "resume": 3, "overrides": {"max_steps": "5"}}
         TrainRequest(),
         TrainRequest(**RUN, name="wide", notes="twice the width"),  # type: ignore[arg-type]
         PrepareRequest(),
+        TrainRequest(teachers=("7", "run:wide"), force=True),
         PrepareRequest(**RUN),  # type: ignore[arg-type]
         EvaluateRequest(),
-        EvaluateRequest(**DATA, version="7", window=64, pairs=("pairs.jsonl",), speed=False, again=True),
+        EvaluateRequest(**DATA, version="7", window=64, pairs=("pairs.jsonl",), speed=False, again=True),  # type: ignore[arg-type]
+        EvaluateRequest(version="7", rivals={"control": "3"}, promote=True, judge_usd=0.5),
+        StoriesRequest(name="bedtime", count=20, max_cost_usd=0.05, after=("1234abcd",)),
     ],
 )
 def test_every_request_survives_its_message(request_: JobRequest) -> None:

@@ -1,15 +1,12 @@
 """Commands that evaluate versions."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from shared.atomic_file import replacing
-from shared.errors import InvalidArgument, NotFound
+from shared.errors import InvalidArgument
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from shared.service import cli
@@ -25,12 +22,7 @@ from trainer_service.commands.options import (
     submit_job,
     version_number,
 )
-from trainer_service.evaluation.comparison import compare_all
-from trainer_service.evaluation.record import Record
-from trainer_service.evaluation.report import build_report, summary
-from trainer_service.evaluation.views.html import to_html
-from trainer_service.evaluation.views.markdown import to_markdown
-from trainer_service.evaluation.views.terminal import print_report
+from trainer_service.commands.reports import evaluation_of, print_evaluation
 from trainer_service.jobs.requests import EvaluateRequest
 
 app = cli.new_app(None)
@@ -52,6 +44,15 @@ def evaluate(
     ] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Measure speed and memory too.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Measure again what has been measured before.")] = False,
+    judge: Annotated[
+        float,
+        typer.Option(
+            "--judge",
+            help="Let the large teacher judge the texts of the last version beside those of the others, for at most "
+            "this many US dollars.",
+            min=0.0,
+        ),
+    ] = 0.0,
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -67,6 +68,7 @@ def evaluate(
       gptloop eval
       gptloop eval 7
       gptloop eval 3 7 best --dataset stories.txt
+      gptloop eval 3 7 --judge 0.50
     """
     common = EvaluateRequest(
         dataset=dataset_names.expand(dataset or ()),
@@ -74,8 +76,13 @@ def evaluate(
         pairs=dataset_names.expand(pairs or ()),
         speed=speed,
         again=again,
+        judge_usd=judge,
         after=job_ids(after),
     )
+    if judge:
+        # The job would find out late that one is missing.
+        settings().groq.prices()
+        settings().groq.read_key()
     registry = settings().open_registry()
     jobs = [submit_job(each) for each in requests(" ".join(versions or ()).split(), common, registry)]
     if not wait:
@@ -83,19 +90,19 @@ def evaluate(
     records = []
     for queue, job in jobs:
         follow_job(queue, job.id)
-        measured = queue.store.get(job.id).evaluation
-        if measured is None or measured.version is None:
-            raise NotFound(f"The job {job.id} has reported no evaluation; run the same command again.")
-        records.append(Record.from_json(registry.evaluations.read(measured.version, measured.method_digest)))
-    _print_report(records, registry)
+        records.append(evaluation_of(job.id, queue, registry))
+    print_evaluation(records, registry)
 
 
 def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) -> list[EvaluateRequest]:
     """Returns a request for each version that some numbers and labels name, so that their records compare.
 
-    Without words: the best version and the one before it in its run. Raises `NotFound` or `InvalidArgument` if a word
-    does not name a version.
+    Without words: the best version and the one before it in its run. The others are the rivals of the last one, if a
+    judge is asked for. Raises `NotFound` or `InvalidArgument` if a word does not name a version, or if the judge has
+    nothing to compare.
     """
+    if common.judge_usd and common.after:
+        raise InvalidArgument("--judge compares versions that exist, so it does not go with --after.")
     if common.after:
         if len(words) > 1:
             raise InvalidArgument("--after takes one version: several are compared when all of them exist.")
@@ -108,25 +115,14 @@ def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) 
         if not (common.dataset or common.validation):
             first = versions[0]
             common = replace(common, dataset=first.dataset_files, validation=first.validation_files)
-    return [replace(common, version=str(version.version)) for version in versions]
-
-
-def _print_report(records: Sequence[Record], registry: Registry) -> None:
-    """Prints the report, writes it as Markdown and HTML, and prints its JSON in the last line."""
-    comparisons = compare_all(records)
-    histories = registry.histories
-    runs = {record.version.run for record in records} & set(histories.runs())
-    report = build_report(records, comparisons, [histories.read(run) for run in sorted(runs)])
-    print_report(report, Console())
-    folder = settings().directories.reports
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join(["evaluation", *(str(record.version.number) for record in records)])
-    paths = [folder / f"{name}.md", folder / f"{name}.html"]
-    for path, text in zip(paths, (to_markdown(report), to_html(report)), strict=True):
-        with replacing(path) as file:
-            file.write(text.encode())
-    print(*paths, sep="\n")
-    print(json.dumps({**summary(records, comparisons), "reports": list(map(str, paths))}))
+    elif common.judge_usd:
+        raise InvalidArgument("--judge needs two versions or more: the last one is judged beside each of the others.")
+    *others, last = versions
+    rivals = {f"rival {other.version}": str(other.version) for other in others} if common.judge_usd else {}
+    return [
+        *(replace(common, version=str(other.version), judge_usd=0.0) for other in others),
+        replace(common, version=str(last.version), rivals=rivals),
+    ]
 
 
 def _best_and_the_one_before(registry: Registry) -> list[VersionManifest]:

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from shared.errors import InvalidArgument
+from shared.gpt.tokenizer import Tokenizer
 from shared.service import cli
 from shared.service.lists import JsonOption
 from trainer_service import dataset_names, listings
@@ -13,8 +14,11 @@ from trainer_service.commands.options import (
     DatasetOption,
     FollowOption,
     JobArgument,
+    NameOption,
+    NotesOption,
     OverridesOption,
     PresetOption,
+    ResumeOption,
     ValidationOption,
     follow_job,
     job_ids,
@@ -28,6 +32,7 @@ from trainer_service.jobs.specs import Kind
 from trainer_service.presets import find_preset
 from trainer_service.runs import all_runs, chosen
 from trainer_service.text.corpus import DatasetSpec, check_spec
+from trainer_service.training.batches import Tokens
 
 app = cli.new_app(None)
 
@@ -37,15 +42,13 @@ def train(
     preset: PresetOption = "",
     dataset: DatasetOption = None,
     validation: ValidationOption = None,
-    resume: Annotated[
-        str, typer.Option(help="The version to continue, with its text and values: a number, or a label such as best.")
-    ] = "",
+    resume: ResumeOption = "",
     overrides: OverridesOption = "",
     only_prepare: Annotated[
         bool, typer.Option("--only-prepare", help="Prepare the tokens of the run and do not train.")
     ] = False,
-    name: Annotated[str, typer.Option(help="The name of the run. Default: a new one.")] = "",
-    notes: Annotated[str, typer.Option(help="A note on the run, which `gptloop runs` shows.")] = "",
+    name: NameOption = "",
+    notes: NotesOption = "",
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -99,6 +102,7 @@ def data(
     Examples:
       gptloop prepare
       gptloop prepare --preset small --dataset stories.txt
+      gptloop prepare --dataset "builtin teacher:bedtime"
     """
     from trainer_service.text import tokens
 
@@ -109,12 +113,23 @@ def data(
         prepared = tokens.prepare(spec, config, settings().directories.data, stages.show)
     for notice in prepared.notices:
         print(f"note: {notice}")
-    epochs = config.max_steps * config.tokens_per_step / prepared.train.size
+    teacher = prepared.teacher
+    share = config.teacher_share if teacher else 0.0
+    read = config.max_steps * config.tokens_per_step
+    epochs = (1 - share) * read / prepared.train.size
     print(f"source      {prepared.source} ({prepared.revision[:12]})")
     print(f"tokenizer   {prepared.tokenizer.name}, {prepared.tokenizer.vocabulary_size:,} tokens")
     print(f"training    {prepared.train.size:,} tokens, read {epochs:,.2f} times in {config.max_steps:,} steps")
     print(f"held out    {prepared.validation.size:,} tokens")
-    print("sample      " + prepared.tokenizer.decode(prepared.train[:80].tolist()).replace("\n", " ") + " …")
+    _print_sample(prepared.train, prepared.tokenizer)
+    if teacher:
+        epochs = share * read / teacher.tokens.size
+        print(f"teacher     {teacher.tokens.size:,} tokens, read {epochs:,.2f} times, in {share:.0%} of the windows")
+        _print_sample(teacher.tokens, prepared.tokenizer)
+
+
+def _print_sample(tokens: Tokens, tokenizer: Tokenizer) -> None:
+    print("sample      " + tokenizer.decode(tokens[:80].tolist()).replace("\n", " ") + " …")
 
 
 @app.command()

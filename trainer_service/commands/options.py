@@ -16,7 +16,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_PRESET, JobRequest
 from trainer_service.jobs.specs import TrainSpec
-from trainer_service.jobs.submit import submit
+from trainer_service.jobs.submit import require_stories, submit
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS
 from trainer_service.redis_server import connect
@@ -24,8 +24,8 @@ from trainer_service.settings import TrainerSettings, read_settings
 
 PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]
 DATASETS = (
-    "builtin, roneneldan/TinyStories, wikitext-103; or text files, folders and patterns. Put quotes around a name with "
-    "spaces. Repeatable. Default: "
+    "builtin, roneneldan/TinyStories, wikitext-103; or text files, folders and patterns; or teacher:NAME, stories of a "
+    "large teacher, alone or beside one of these. Put quotes around a name with spaces. Repeatable. Default: "
 )
 DatasetOption = Annotated[list[str] | None, typer.Option("--dataset", help=f"{DATASETS}builtin.")]
 ValidationOption = Annotated[
@@ -38,6 +38,14 @@ ValidationOption = Annotated[
 OverridesOption = Annotated[
     str, typer.Option("--set", help='Values that override the preset, as in "max_steps=500 batch_size=8".')
 ]
+ResumeOption = Annotated[
+    str,
+    typer.Option(
+        "--resume", help="The version to continue, with its text and values: a number, or a label such as best."
+    ),
+]
+NameOption = Annotated[str, typer.Option("--name", help="The name of the run. Default: a new one.")]
+NotesOption = Annotated[str, typer.Option("--notes", help="A note on the run, which `gptloop runs` shows.")]
 AfterOption = Annotated[
     list[str] | None, typer.Option("--after", help="Jobs that must finish first. Repeatable.", metavar="JOB")
 ]
@@ -82,18 +90,27 @@ def submit_job(request: JobRequest) -> tuple[JobQueue, JobRecord]:
     """Queues a job and prints its id and its plan; raises `Unavailable` if no worker is running."""
     given = settings()
     queue = queue_of(given)
-    registry = given.open_registry()
+    record = enqueue_job(request, queue, given.open_registry())
+    require_worker(queue, record.id)
+    return queue, record
+
+
+def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry) -> JobRecord:
+    """Queues a job and prints its id and its plan."""
     spec, plan = request.resolve(registry), []
+    require_stories(spec, request.after, settings().directories.data)
     if isinstance(spec, TrainSpec):
         earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)
         plan = Plan.of(spec, registry, earlier, Machine.here()).lines()
     record = submit(spec, queue, registry, request.after)
     print(f"job {record.id} queued: {spec.kind.value} {spec.run}", *plan, sep="\n", flush=True)
+    return record
+
+
+def require_worker(queue: JobQueue, job: str) -> None:
+    """Raises `Unavailable` if no worker is running that could take a job."""
     if not queue.store.live_workers():
-        raise Unavailable(
-            f"No worker is running. Start one with `gptloop up`; the job {record.id} stays queued until then."
-        )
-    return queue, record
+        raise Unavailable(f"No worker is running. Start one with `gptloop up`; the job {job} stays queued until then.")
 
 
 def follow_job(queue: JobQueue, job: str) -> None:

@@ -105,7 +105,7 @@ def export(
 
 @app.command()
 def verify() -> None:
-    """Compare every file of every version and state with its hash.
+    """Compare every file of every version and state, and of the teachers of runs, with its hash.
 
     Reads the whole registry and changes nothing. The exit code is 1 if something is broken.
 
@@ -119,6 +119,11 @@ def verify() -> None:
     ]
     for checkpoint, reason in _check(registry, checkpoints):
         broken.append((str(checkpoint), reason, str(registry.directory(checkpoint))))
+    for run in registry.teachers.runs():
+        try:
+            registry.teachers.verify(run)
+        except CorruptCheckpoint as error:
+            broken.append((f"teachers of {run}", str(error), str(registry.teachers.folder(run))))
     if not broken:
         print(f"Whole: {_count(checkpoints)}.")
         return

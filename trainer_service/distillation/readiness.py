@@ -3,8 +3,10 @@
 from shared.errors import FailedPrecondition
 from shared.registry.manifest import VersionManifest
 
-# The most bits per byte of such a version on its held-out text.
-MOST_BITS_PER_BYTE = 1.5
+# The most bits per byte of such a version on its held-out text. Measured on the built-in stories and on 1.4 MB of
+# TinyStories, with vocabularies of 2048 to 50257 tokens: token frequencies alone give 1.96 to 2.03 and 2.17 to 2.38,
+# pairs of tokens 0.85 and 1.45 to 1.52; the preset demo passes the limit at the steps 31 and 107 of its 400.
+MOST_BITS_PER_BYTE = 1.75
 
 
 def require_trained(version: VersionManifest, force: bool) -> None:

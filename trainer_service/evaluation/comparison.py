@@ -3,20 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import combinations
 
 from shared.errors import FailedPrecondition
-from trainer_service.evaluation.record import Interval, Record, Subject, TextQuality
+from trainer_service.evaluation.record import Interval, Record, Subject, TextQuality, Verdict
 from trainer_service.evaluation.statistics import paired_interval
-
-
-class Verdict(StrEnum):
-    """What a paired interval says about the later of two versions."""
-
-    BETTER = "better"
-    WORSE = "worse"
-    UNKNOWN = "cannot be told"
 
 
 @dataclass(frozen=True)
@@ -25,6 +16,7 @@ class Comparison:
 
     difference: in nats per token; below 0 if `after` is better.
     interval: of `difference`, from paired units; None if the text has few units.
+    verdict: on `after`.
     won, lost: the shares of units (`unit`: documents or passages) that `after` predicts better and worse.
     """
 

@@ -1,41 +1,94 @@
 """The work of an evaluation job."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import FailedPrecondition
+from shared.registry.manifest import VersionManifest
+from shared.registry.store import Registry
 from shared.version_format import read_tokenizer
+from trainer_service.distillation.judgement import judge_version
 from trainer_service.evaluation.judge import Judge
-from trainer_service.evaluation.record import Record
-from trainer_service.evaluation.texts import read_texts
+from trainer_service.evaluation.record import Judged, Record
+from trainer_service.evaluation.texts import Texts, read_texts
+from trainer_service.evaluation.verdict import Contender, judge_rivals
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
 from trainer_service.jobs.specs import EvaluateSpec
+from trainer_service.text.corpus import DatasetSpec
+from trainer_service.text.tokens import Report
+from trainer_service.training.config import TrainingConfig
 from trainer_service.training.workers import Workers
 
 
 def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
-    """Measures what is absent from the record of a version, and keeps it in the registry.
+    """Measures what is absent from the records of a version and its rivals, and keeps the verdict in the registry.
 
     An attempt that follows an interrupted one measures only what that one had not finished. Raises the errors of
     `read_texts` and `Judge`, and `Stopped` if the attempt has to end.
     """
     registry = attempt.open_registry()
-    version = registry.version(int(spec.version)) if spec.version.isdecimal() else registry.resolve(spec.version)
-    tokenizer = read_tokenizer(registry.version_directory(version.version))
+    version = _named(spec.version, registry)
+    rivals = {role: _named(word, registry) for role, word in spec.rivals.items()}
+    window = spec.window or min(int(each.model["context_length"]) for each in (version, *rivals.values()))
     report = preparation_report(attempt)
-    texts = read_texts(version, spec.data, tokenizer, attempt.directories.data, report)
-    for text in texts.notes:
-        attempt.emit(Notice(text))
     with Workers(attempt.device.threads) as workers:
         judge = Judge(registry, attempt.device, workers, report)
-        record = judge.quality(version, texts, spec.window, spec.since)
+
+        def quality(each: VersionManifest) -> Record:
+            texts = _texts(each, version, spec, attempt, report)
+            if each is version:
+                for text in texts.notes:
+                    attempt.emit(Notice(text))
+            return judge.quality(each, texts, window, spec.since)
+
+        record = quality(version)
+        contenders = [Contender(role, quality(each), _tokens(each)) for role, each in rivals.items()]
         record = judge.pairs(record, [Path(name) for name in spec.pairs])
         if spec.speed:
             try:
                 record = judge.speed(record, version)
             except FailedPrecondition as error:
                 attempt.emit(Notice(f"{error} The evaluation has no speed and memory."))
+        if contenders:
+            verdict = judge_rivals(Contender("", record, _tokens(version)), contenders, spec.promote)
+            # First, so that an attempt that dies between the two promotes the version again.
+            if verdict.promoted:
+                registry.decisions.set_stable(version.version)
+            record = judge.keep(record, "verdict", verdict=verdict)
+            attempt.emit(Notice(verdict.sentence))
+            if spec.judge_usd:
+                beside = [each.record for each in contenders]
+                if judged := judge_version(record, beside, spec.judge_cap_usd, attempt):
+                    record = judge.keep(record, "judged", judged=_merged(record.judged, judged))
     attempt.emit(evaluation_event(record))
+
+
+def _merged(kept: Sequence[Judged], judged: Sequence[Judged]) -> tuple[Judged, ...]:
+    """Returns one judgement for each rival, the newer one if there are two."""
+    return tuple({each.rival.digest: each for each in (*kept, *judged)}.values())
+
+
+def _named(word: str, registry: Registry) -> VersionManifest:
+    return registry.version(int(word)) if word.isdecimal() else registry.resolve(word)
+
+
+def _texts(
+    version: VersionManifest, judged: VersionManifest, spec: EvaluateSpec, attempt: Attempt, report: Report
+) -> Texts:
+    """Returns the texts for a version, with the held-out text of the version that is judged."""
+    data = spec.data
+    if not (data.dataset or data.validation):
+        data = DatasetSpec(judged.dataset_files, judged.validation_files)
+    tokenizer = read_tokenizer(attempt.open_registry().version_directory(version.version))
+    share = TrainingConfig.from_dict(judged.training).validation_share
+    return read_texts(version, data, tokenizer, attempt.directories.data, report, share)
+
+
+def _tokens(version: VersionManifest) -> int:
+    """Returns the number of target tokens in the whole schedule of a version's run."""
+    config = TrainingConfig.from_dict(version.training)
+    return config.max_steps * config.tokens_per_step
 
 
 def evaluation_event(record: Record) -> Evaluation:

@@ -13,8 +13,9 @@ from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from shared.version_format import read_model, read_tokenizer
+from trainer_service.evaluation.method import HeldOutText, Method
 from trainer_service.evaluation.minimal_pairs import measure_pairs
-from trainer_service.evaluation.record import HeldOutText, Method, Record, Subject
+from trainer_service.evaluation.record import Record, Subject
 from trainer_service.evaluation.speed import measure_speed
 from trainer_service.evaluation.text_quality import measure_text
 from trainer_service.evaluation.texts import Texts
@@ -77,7 +78,7 @@ class Judge:
                 workers=self._workers,
                 report=self._progress("measuring the held-out loss"),
             )
-            record = self._keep(record, "text", text=text, notes=texts.notes)
+            record = self.keep(record, "text", text=text, notes=texts.notes)
         assert record.text is not None
         if training is not None:
             loss = measure_training_loss(
@@ -90,7 +91,7 @@ class Judge:
                 workers=self._workers,
                 report=self._progress("measuring the training loss"),
             )
-            record = self._keep(record, "training", training=loss, notes=texts.notes)
+            record = self.keep(record, "training", training=loss, notes=texts.notes)
         if record.writing is None:
             writing = measure_writing(
                 model,
@@ -102,7 +103,7 @@ class Judge:
                 cache=self._device.cache,
                 report=self._progress("writing continuations"),
             )
-            record = self._keep(record, "writing", writing=writing, notes=texts.notes)
+            record = self.keep(record, "writing", writing=writing, notes=texts.notes)
         return record
 
     def pairs(self, record: Record, paths: Sequence[Path]) -> Record:
@@ -118,7 +119,7 @@ class Judge:
         for path in absent:
             progress = self._progress(f"comparing the pairs of {path.name}")
             measured = measure_pairs(model, read_tokenizer(folder), path, self._workers, progress)
-            record = self._keep(record, "pairs", pairs=(*record.pairs, measured))
+            record = self.keep(record, "pairs", pairs=(*record.pairs, measured))
         return record
 
     def speed(self, record: Record, version: VersionManifest) -> Record:
@@ -131,7 +132,7 @@ class Judge:
             self._device.threads,
             self._progress("measuring speed and memory"),
         )
-        return self._keep(record, "speed", speed=speed, memory=memory)
+        return self.keep(record, "speed", speed=speed, memory=memory)
 
     def _progress(self, work: str) -> Callable[[float], object]:
         return lambda share: self._report(work, share)
@@ -144,7 +145,7 @@ class Judge:
             return empty
         return replace(record, method=method) if record.version == empty.version else empty
 
-    def _keep(self, record: Record, section: str, **measured: object) -> Record:
+    def keep(self, record: Record, section: str, **measured: object) -> Record:
         """Adds a section to a record, and to the file, whose other sections stay."""
         now = time.time()
 

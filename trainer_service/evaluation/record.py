@@ -4,82 +4,20 @@ A record is one JSON file in the registry, named after the digest of its method.
 whole or absent, and an evaluation that goes on measures the absent ones.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Self
 
 from pydantic import TypeAdapter, ValidationError
 
 from shared.errors import CorruptCheckpoint
 from shared.text import excerpt
+from trainer_service.evaluation.method import Method
 
-# Raise it when the same method gives other figures.
-CODE = 1
 LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class HeldOutText:
-    """A whole held-out split: its name for people, the revision of its data set, and the digest of its tokens."""
-
-    name: str
-    revision: str
-    tokens: int
-    text_bytes: int
-    documents: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class Method:
-    """Everything that figures on quality depend on besides the version itself.
-
-    window, stride: in tokens; see `text_quality.py`.
-    device: the kind of device, as `accelerator.Backend` names it.
-    prompts, prompt_tokens: at `prompts` places of the held-out text, `prompt_tokens` tokens are continued.
-    seeds, max_tokens, temperature: how each of them is continued.
-    code: `CODE`.
-    """
-
-    text: HeldOutText
-    tokenizer: str
-    window: int
-    stride: int
-    precision: str
-    device: str
-    prompts: int
-    prompt_tokens: int
-    seeds: tuple[int, ...]
-    max_tokens: int
-    temperature: float
-    dropout: float = 0.0
-    code: int = CODE
-
-    @property
-    def windows(self) -> int:
-        """The number of windows that cover the text."""
-        return 1 + -(-max(self.text.tokens - self.window, 0) // self.stride)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all values, in hexadecimal; of the text, only its tokens count."""
-        values = asdict(self) | {"text": self.text.digest}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-    def differences(self, other: Self) -> Iterator[str]:
-        """Yields a phrase for each value in which two methods differ, such as `window 128 and 256`."""
-        for each in fields(self):
-            mine, others = getattr(self, each.name), getattr(other, each.name)
-            if mine == others or (each.name == "text" and mine.digest == others.digest):
-                continue
-            if each.name == "text":
-                mine, others = (f"{text.name} ({text.tokens:,} tokens, {text.digest[:12]})" for text in (mine, others))
-            elif each.name == "tokenizer":
-                mine, others = mine[:12], others[:12]
-            yield f"{each.name.replace('_', ' ')} {mine} and {others}"
+# The sections that hold any number of entries.
+_SEVERAL = ("pairs", "judged")
 
 
 @dataclass(frozen=True)
@@ -263,6 +201,95 @@ class Subject:
     parameters: int
 
 
+class Verdict(StrEnum):
+    """What a paired interval says about one version beside another one."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNKNOWN = "cannot be told"
+    NOT_COMPARED = "not compared"
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """How the version differs from a rival on the same text.
+
+    role: what the rival is, such as `control`; `method_digest` names the rival's record.
+    difference: in nats per token, below 0 if the version is better; None, with the `reason`, if it is not compared.
+    interval: of `difference`; None if the text has few units.
+    """
+
+    role: str
+    version: Subject
+    method_digest: str
+    difference: float | None
+    interval: Interval | None
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How the version stands among its rivals.
+
+    better: whether it is better than each of them.
+    promoted: whether it became the stable version for that reason.
+    sentence: the same in words.
+    """
+
+    rivals: tuple[Opponent, ...]
+    better: bool
+    promoted: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Grades:
+    """Grades of a text from 1 to 10, or the means of several."""
+
+    grammar: float
+    consistency: float
+    creativity: float
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a large teacher says about the version's texts beside those of a rival, without knowing whose they are.
+
+    pairs: how many pairs of continuations of the same beginning with the same seed there are; `judged` of them, after
+      `prompts` beginnings, have an opinion in both orders.
+    win_rate: the share of the judged pairs that the version wins; a tie counts half. None if no pair is judged.
+    interval: of `win_rate`, from resampling beginnings; None for few of them.
+    agreement: the share of pairs about which both orders say the same.
+    calibration: the share of `calibration_pairs` pairs whose better text is known that were judged right.
+    grades, rival_grades: the means of the version's and of the rival's.
+    verdict: about the version; None if the opinions support none, and `no_verdict` says why.
+    model, fingerprints: the judge, as the service names it and its configurations.
+    template: names the wording of the questions.
+    unanswered: the number of questions without a valid answer, by reason.
+    cost_usd: what the questions cost, in US dollars, those without an answer included.
+    """
+
+    rival: Subject
+    prompts: int
+    pairs: int
+    judged: int
+    win_rate: float | None
+    interval: Interval | None
+    agreement: float | None
+    calibration: float
+    calibration_pairs: int
+    grades: Grades | None
+    rival_grades: Grades | None
+    verdict: Verdict | None = None
+    no_verdict: str = ""
+    model: str = ""
+    fingerprints: tuple[str, ...] = ()
+    template: str = ""
+    unanswered: Mapping[str, int] = field(default_factory=dict)
+    cost_usd: float = 0.0
+
+
 @dataclass(frozen=True)
 class Record:
     """One evaluation of one version by one method; `notes` are sentences about what could not be measured."""
@@ -275,6 +302,8 @@ class Record:
     speed: Speed | None = None
     memory: Memory | None = None
     pairs: tuple[MinimalPairs, ...] = ()
+    verdict: Standing | None = None
+    judged: tuple[Judged, ...] = ()
     notes: tuple[str, ...] = ()
     # When each section was measured, in seconds since the epoch.
     measured_at: dict[str, float] = field(default_factory=dict)
@@ -282,7 +311,7 @@ class Record:
     def since(self, time: float) -> "Record":
         """Returns the record without the sections that were measured before a time, in seconds since the epoch."""
         old = {section for section, at in self.measured_at.items() if at < time}
-        absent = {section: () if section == "pairs" else None for section in old}
+        absent = {section: () if section in _SEVERAL else None for section in old}
         if "speed" in old:
             absent["memory"] = None
         times = {section: at for section, at in self.measured_at.items() if section not in old}

@@ -8,14 +8,17 @@ from typing import Any
 from shared.registry.history import History
 from trainer_service.evaluation.charts import decoding_speed, loss_by_position, loss_over_tokens, training_memory
 from trainer_service.evaluation.comparison import Comparisons, by_method
-from trainer_service.evaluation.record import Continuation, Record
+from trainer_service.evaluation.record import Continuation, Judged, Record
 from trainer_service.evaluation.tables import (
     comparison_table,
+    grades_table,
+    judged_table,
     memory_table,
     method_table,
     positions_table,
     quality_table,
     speed_table,
+    verdict_table,
     versions_table,
     writing_table,
 )
@@ -52,13 +55,26 @@ def _sections(records: Sequence[Record], comparisons: Comparisons, histories: Se
     yield Section(
         "Versions", (versions_table(records), *map(Note, notes), *_plots(loss_over_tokens(histories, records)))
     )
+    for record in (each for each in records if each.verdict):
+        yield Section(f"Verdict on version {record.version.number}", tuple(_verdict(record, records)))
     yield Section("Comparison", tuple(_comparison(comparisons)))
     yield from each_method("Quality on held-out text", _quality)
     yield from each_method("Quality of what they write", _writing)
+    yield from each_method("Judged by a large teacher", _judged)
     yield Section("Speed", tuple(_speed(_newest(records))))
     yield Section("Memory", tuple(_memory(_newest(records))))
     yield from each_method("Texts side by side", _texts)
     yield from each_method("Method", lambda group: iter((method_table(group[0]),)))
+
+
+def _verdict(record: Record, records: Sequence[Record]) -> Iterator[Block]:
+    assert record.verdict is not None
+    yield verdict_table(record, records)
+    yield Note(record.verdict.sentence)
+    yield Note(
+        "A difference is that of the version from its rival in nats per token: below 0, the version is better. The "
+        "control was trained for as many tokens without the teacher."
+    )
 
 
 def _comparison(comparisons: Comparisons) -> Iterator[Block]:
@@ -86,6 +102,36 @@ def _writing(records: Sequence[Record]) -> Iterator[Block]:
             "Different n-grams are shares of all n-grams of tokens; a 4-gram is repeated if it occurred before in the "
             "same text. The longest copy is the longest run of tokens that also stands in the training text."
         )
+
+
+def _judged(records: Sequence[Record]) -> Iterator[Block]:
+    found = [(record.version.number, each) for record in records for each in record.judged]
+    if not found:
+        return
+    yield judged_table(records)
+    yield from (
+        Note(f"There is no verdict on version {version} beside version {each.rival.number}: {each.no_verdict}")
+        for version, each in found
+        if each.no_verdict
+    )
+    yield Note(
+        "The teacher reads two continuations of the same beginning, without knowing who wrote them, once in each "
+        "order. A tie is half a win. The interval comes from resampling beginnings; if it contains 50 %, it cannot be "
+        "told which version writes better."
+    )
+    yield grades_table(records)
+    yield from map(Note, dict.fromkeys(_judge(each) for _, each in found))
+
+
+def _judge(judged: Judged) -> str:
+    """Says who judged, and what was not answered."""
+    parts = [f"Judged by {judged.model} with the wording {judged.template}"]
+    if judged.fingerprints:
+        parts.append(f"configuration {', '.join(judged.fingerprints)}")
+    if judged.unanswered:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in judged.unanswered.items())
+        parts.append(f"questions without an answer: {reasons}")
+    return f"{'; '.join(parts)}."
 
 
 def _speed(records: Sequence[Record]) -> Iterator[Block]:

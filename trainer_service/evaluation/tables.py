@@ -7,7 +7,9 @@ from typing import TypeVar
 from shared.text import format_size
 from trainer_service.evaluation.comparison import Comparison
 from trainer_service.evaluation.record import (
+    Grades,
     Interval,
+    Judged,
     Memory,
     MinimalPairs,
     Percentiles,
@@ -82,6 +84,33 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     return Table(headings, tuple(rows), left=(0, 1, 4, 5))
 
 
+def verdict_table(record: Record, records: Sequence[Record]) -> Table:
+    """Lists the rivals of a version, and then itself, with the figures that the records have."""
+    standing = record.verdict
+    assert standing is not None
+    qualities = {(each.version.number, each.method.digest): each.text for each in records}
+
+    def figures(number: int, method_digest: str) -> Row:
+        text = qualities.get((number, method_digest))
+        return (_ABSENT, _ABSENT) if text is None else (f"{text.nats_per_token:.4f}", f"{text.bits_per_byte:.4f}")
+
+    rows = [
+        (
+            each.role,
+            str(each.version.number),
+            *figures(each.version.number, each.method_digest),
+            _number(each.difference, "{:+.4f}"),
+            _signed(each.interval),
+            each.verdict.value,
+        )
+        for each in standing.rivals
+    ]
+    itself = ("this version", str(record.version.number), *figures(record.version.number, record.method.digest))
+    rows.append((*itself, _ABSENT, _ABSENT, "promoted" if standing.promoted else _ABSENT))
+    headings = ("role", "version", "nats/token", "bits/byte", "difference", "95 % interval", "verdict")
+    return Table(headings, tuple(rows), left=(0, 1, 6))
+
+
 def quality_table(records: Sequence[Record]) -> Table:
     """Puts the figures on text of the records of one method side by side."""
 
@@ -149,6 +178,47 @@ def writing_table(records: Sequence[Record]) -> Table:
     return Table(("", *columns), rows)
 
 
+def judged_table(records: Sequence[Record]) -> Table:
+    """Lists what a large teacher says about the texts of versions beside those of their rivals."""
+    rows = (
+        (
+            str(record.version.number),
+            str(each.rival.number),
+            _number(each.win_rate, "{:.1%}"),
+            _shares(each.interval),
+            f"{each.judged:,} of {each.pairs:,}",
+            _number(each.agreement, "{:.1%}"),
+            f"{each.calibration:.1%} of {each.calibration_pairs}",
+            each.verdict.value if each.verdict else "none",
+            f"${each.cost_usd:.4f}",
+        )
+        for record in records
+        for each in record.judged
+    )
+    headings = (
+        *("version", "judged beside", "wins", "95 % interval", "pairs judged", "same in both orders"),
+        *("known pairs right", "verdict", "cost"),
+    )
+    return Table(headings, tuple(rows), left=(0, 1, 7))
+
+
+def grades_table(records: Sequence[Record]) -> Table:
+    """Lists the mean grades of the texts of versions and of their rivals in these judgements."""
+
+    def row(number: int, beside: int, grades: Grades | None) -> Row:
+        found = (None,) * 3 if grades is None else (grades.grammar, grades.consistency, grades.creativity)
+        return (f"{number} beside {beside}", *(_number(each, "{:.2f}") for each in found))
+
+    def rows(record: Record, each: Judged) -> tuple[Row, Row]:
+        version, rival = record.version.number, each.rival.number
+        return row(version, rival, each.grades), row(rival, version, each.rival_grades)
+
+    return Table(
+        ("grades from 1 to 10", "grammar", "consistency", "creativity"),
+        tuple(line for record in records for each in record.judged for line in rows(record, each)),
+    )
+
+
 def speed_table(records: Sequence[Record]) -> Table:
     """Puts the speeds side by side."""
     speeds = [record.speed for record in records]
@@ -209,7 +279,7 @@ def _pairs_rows(records: Sequence[Record]) -> Iterator[Row]:
             next((each for each in record.pairs if each.sha256 == sha256), None) for record in records
         ]
         yield _row(f"pairs, {name}", pairs, lambda each: f"{each.accuracy:.1%}")
-        yield _row("  95 % interval", pairs, lambda each: f"{100 * each.interval.low:.1f} to {each.interval.high:.1%}")
+        yield _row("  95 % interval", pairs, lambda each: _shares(each.interval))
 
 
 def _side_by_side(records: Sequence[Record], rows: Sequence[Row]) -> Table:
@@ -222,6 +292,10 @@ def _row(name: str, parts: Sequence[Part | None], value: Callable[[Part], str]) 
 
 def _interval(interval: Interval | None) -> str:
     return _ABSENT if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
+
+
+def _shares(interval: Interval | None) -> str:
+    return _ABSENT if interval is None else f"{100 * interval.low:.1f} to {interval.high:.1%}"
 
 
 def _signed(interval: Interval | None) -> str:

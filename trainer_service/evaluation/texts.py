@@ -30,35 +30,50 @@ class Texts:
 
 
 def read_texts(
-    version: VersionManifest, data: DatasetSpec, tokenizer: Tokenizer, directory: Path, report: Report
+    version: VersionManifest,
+    data: DatasetSpec,
+    tokenizer: Tokenizer,
+    directory: Path,
+    report: Report,
+    share: float | None = None,
+    stories: int | None = None,
 ) -> Texts:
     """Returns the texts for a version, in tokens of its tokenizer.
 
-    The held-out text is that of `data`, or of the version's own data if `data` is empty. Raises the errors of `prepare`
-    for it; a problem with the training text is a note.
+    The held-out text is that of `data`, or of the version's own data if `data` is empty; without a split of its own, it
+    is the `share` of the text, by default the share of the version's own training. Of a teacher's stories the first
+    `stories` are read, or all of them. Raises the errors of `prepare` for it; a problem with the training text is a
+    note.
     """
     config = TrainingConfig.from_dict(version.training)
-    own = DatasetSpec(version.dataset_files, version.validation_files)
+    share = share or config.validation_share
+    own = DatasetSpec(version.dataset_files, version.validation_files).without_mixed
+    # Stories that are mixed with other text are never held out, so versions with and without them compare.
+    data = data.without_mixed
 
     def read(spec: DatasetSpec, config: TrainingConfig) -> PreparedData:
-        return prepare(spec, config, directory, report, tokenizer, whole_validation=True)
+        return prepare(spec, config, directory, report, tokenizer, whole_validation=True, stories=stories)
 
     named = data if data.dataset or data.validation else own
     if named != own and named.validation:
         named = DatasetSpec((), named.validation)
+    is_own = named == own and (bool(named.validation) or share == config.validation_share)
     # Of other data, only the held-out part is read.
-    held_out = read(named, config if named == own else replace(config, max_train_tokens=config.context_length + 1))
+    other = replace(config, max_train_tokens=config.context_length + 1, validation_share=share)
+    held_out = read(named, config if is_own else other)
     notes = [*held_out.notices, *changed_text(version, named, held_out)]
     training: Tokens | None = None
-    if named != own:
+    if not is_own:
         notes.append("The held-out text is not that of the version's training, so overfitting is not judged.")
     if version.preset == IMPORTED and version.step == 0:
         notes.append("The text that an imported version was trained on is unknown.")
-    elif named == own:
+    elif is_own:
         training = held_out.train
     else:
         try:
             training = read(own, config).train
         except GptloopError as error:
             notes.append(f"The training text cannot be read: {error}")
-    return Texts(held_out.validation, held_out.held_out_source, held_out.revision, training, tuple(notes), named == own)
+    if own.dataset != version.dataset_files:
+        notes.append("The longest copy is searched in the training text without the teacher's stories.")
+    return Texts(held_out.validation, held_out.held_out_source, held_out.revision, training, tuple(notes), is_own)

@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from shared.device.accelerator import Accelerator
-from trainer_service.training.batches import Tokens
+from trainer_service.training.batches import Tokens, TrainingText
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.evaluate import EvaluationSet, evaluate
 from trainer_service.training.trainer import Trainer
@@ -49,7 +49,7 @@ def measure_steps(config: TrainingConfig, device: Accelerator, *, timed: bool) -
         config.vocabulary_size, size=max(_TEXT_TOKENS, config.context_length + 1), dtype=np.uint16
     )
     with Workers(device.threads) as workers:
-        trainer = Trainer(config, text, workers)
+        trainer = Trainer(config, TrainingText(text), workers)
         moments: Any = tree_flatten(trainer.optimizer.state)
         optimizer_bytes = sum(array.nbytes for _, array in moments)
         del moments

@@ -18,7 +18,8 @@ from shared.errors import FailedPrecondition, shown
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
 from trainer_service.evaluation.copies import longest_copies
-from trainer_service.evaluation.record import Continuation, Method, Writing, WritingFigures
+from trainer_service.evaluation.method import Method
+from trainer_service.evaluation.record import Continuation, Writing, WritingFigures
 from trainer_service.training.batches import Tokens
 
 # Continuations that are written at the same time, at least 2.

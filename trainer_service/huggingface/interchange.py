@@ -26,6 +26,7 @@ from trainer_service.jobs.specs import TrainSpec, new_run
 from trainer_service.settings import TrainerSettings
 from trainer_service.text.corpus import DatasetSpec, absolute
 from trainer_service.text.tokens import prepare
+from trainer_service.training.batches import TrainingText
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.evaluate import EvaluationSet, evaluate
 from trainer_service.training.trainer import Trainer
@@ -68,7 +69,7 @@ def import_folder(
     # Only one batch of the training text is needed.
     one_batch = replace(config, max_train_tokens=config.tokens_per_step + 1)
     prepared = prepare(data, one_batch, settings.directories.data, report, tokenizer)
-    trainer = Trainer(config, prepared.train, workers)
+    trainer = Trainer(config, TrainingText(prepared.train), workers)
     trainer.model.load_weights(list(parameters_of(model).items()))
     report("measuring the loss", None)
     training_set, evaluation_set = (

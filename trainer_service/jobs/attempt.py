@@ -9,6 +9,7 @@ from shared.registry.decisions import BestBy
 from shared.registry.retention import Retention
 from shared.registry.store import Registry
 from shared.service.settings import Directories
+from trainer_service.distillation.groq_settings import GroqSettings
 from trainer_service.jobs.events import Event, Preparation
 
 
@@ -17,7 +18,7 @@ class Attempt:
     """An attempt at a job: its number, its folders, what stays in the registry, its device, and where it sends events.
 
     The work calls `stop_requested` at short intervals, and ends if it returns True. `began_s` is a time of the
-    monotonic clock, `best_by` what the label `best` compares.
+    monotonic clock, `best_by` what the label `best` compares, and `groq` the large teacher.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Attempt:
     stop_requested: Callable[[], bool]
     began_s: float = field(default_factory=time.monotonic)
     best_by: BestBy = BestBy.TRAINING
+    groq: GroqSettings = field(default_factory=GroqSettings)
 
     def open_registry(self) -> Registry:
         """Returns the registry in its folder."""
@@ -36,6 +38,14 @@ class Attempt:
 
 class Stopped(Exception):
     """The work was stopped before it had a result to keep."""
+
+
+class Paused(Exception):
+    """The work can go on only at a later time, in seconds since the epoch; its text is a sentence that says why."""
+
+    def __init__(self, until: float, reason: str) -> None:
+        super().__init__(reason)
+        self.until = until
 
 
 def preparation_report(attempt: Attempt) -> Callable[[str, float | None], None]:

@@ -11,7 +11,16 @@ from redis import Redis
 from redis.client import Pipeline
 
 from shared.errors import NotFound, shown
-from trainer_service.jobs.events import Evaluation, JobState, Notice, Progress, RunStarted, StateChanged, TimedEvent
+from trainer_service.jobs.events import (
+    Evaluation,
+    JobState,
+    Notice,
+    Preparation,
+    Progress,
+    RunStarted,
+    StateChanged,
+    TimedEvent,
+)
 from trainer_service.jobs.keys import Keys
 from trainer_service.jobs.records import BEST, Fields, JobRecord, Lease, attempt_of, last_event, read_record, state_of
 from trainer_service.jobs.specs import Kind
@@ -197,7 +206,7 @@ class JobStore:
         for timed in events:
             text, event = timed.to_json(), timed.event
             pipeline.xadd(self.keys.events(job_id), {"event": text}, maxlen=_MAX_EVENTS, approximate=True)
-            if isinstance(event, RunStarted | Progress | Evaluation):
+            if isinstance(event, Preparation | RunStarted | Progress | Evaluation):
                 pipeline.hset(key, type(event).__name__, text)
             if isinstance(event, Evaluation) and (best is None or event.validation_loss < best.validation_loss):
                 best = event

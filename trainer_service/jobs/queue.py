@@ -12,7 +12,7 @@ from redis import Redis
 from redis.client import Pipeline
 
 from shared.errors import AlreadyExists, FailedPrecondition, shown
-from trainer_service.jobs.events import JobState, RunStarted, StateChanged, TimedEvent
+from trainer_service.jobs.events import JobState, Preparation, RunStarted, StateChanged, TimedEvent
 from trainer_service.jobs.job_store import JobStore
 from trainer_service.jobs.records import Fields, JobRecord, attempt_of, last_event, number_of
 from trainer_service.jobs.rq_adapter import AttemptQueue
@@ -22,6 +22,8 @@ from trainer_service.redis_server import reachable
 # Delays before the next attempt after a crash; after one crash more, the job fails. The count starts again if the run
 # has made progress since its last crash.
 BACKOFF_S = (0.0, 10.0, 60.0)
+# The longest pause of a job; one that is due later means that the clock was set back.
+LONGEST_PAUSE_S = 24 * 3600.0
 
 
 class JobQueue:
@@ -126,15 +128,29 @@ class JobQueue:
 
         return self.store.change(job_id, attempt, change, also_watch=[self.attempts.key])
 
+    def pause(self, job_id: str, attempt: int, until: float, reason: str) -> bool:
+        """Ends an attempt that can go on only at a time, in seconds since the epoch; the next one follows then.
+
+        The worker can take other jobs meanwhile. No pause is longer than `LONGEST_PAUSE_S`.
+        """
+        now = time.time()
+        until = min(max(until, now), now + LONGEST_PAUSE_S)
+        at = time.strftime("%H:%M:%S on %A, %d %B (%Z)", time.localtime(until))
+
+        def change(pipeline: Pipeline, fields: Fields) -> None:
+            if not self._end_cancelled(pipeline, job_id, fields):
+                text = f"{reason} The job goes on at {at}."
+                self._next_attempt(pipeline, job_id, attempt, text, 0.0, fields, until)
+
+        return self.store.change(job_id, attempt, change, also_watch=[self.attempts.key])
+
     def lose(self, job_id: str, attempt: int, reason: str) -> bool:
         """Ends an attempt that crashed; the next one follows after a delay, unless the job has crashed too often."""
 
         def change(pipeline: Pipeline, fields: Fields) -> None:
             if self._end_cancelled(pipeline, job_id, fields):
                 return
-            # An attempt starts at the step that earlier attempts have saved.
-            started = last_event(RunStarted, fields)
-            step = started.first_step if started else 0
+            step = _saved(fields)
             before = number_of(fields.get("crash_step", ""))
             has_progressed = before is None or step > before
             crashes = 1 if has_progressed else 1 + (number_of(fields.get("crashes", "")) or 0)
@@ -151,12 +167,20 @@ class JobQueue:
         return self.store.change(job_id, attempt, change, also_watch=[self.attempts.key])
 
     def _next_attempt(
-        self, pipeline: Pipeline, job_id: str, attempt: int, reason: str, delay_s: float, fields: Fields
+        self,
+        pipeline: Pipeline,
+        job_id: str,
+        attempt: int,
+        reason: str,
+        delay_s: float,
+        fields: Fields,
+        until: float | None = None,
     ) -> None:
-        pipeline.hset(self.store.keys.job(job_id), mapping={"attempt": attempt + 1, "delay_s": delay_s})
+        due: dict[Any, Any] = {"attempt": attempt + 1, "delay_s": delay_s, "until": until or ""}
+        pipeline.hset(self.store.keys.job(job_id), mapping=due)
         pipeline.delete(self.store.keys.lease(job_id))
         self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED, reason))], fields)
-        if not delay_s:
+        if not delay_s and until is None:
             self.attempts.insert(pipeline, job_id, attempt + 1, self.store.get(job_id).ticket)
 
     def _end_cancelled(self, pipeline: Pipeline, job_id: str, fields: Fields) -> bool:
@@ -164,3 +188,13 @@ class JobQueue:
         if "cancel" in fields:
             self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(JobState.CANCELLED))], fields)
         return "cancel" in fields
+
+
+def _saved(fields: Fields) -> int:
+    """Returns how far the work of earlier attempts was saved when the last attempt began."""
+    if fields.get("kind") == Kind.STORIES.value:
+        # Every story is saved at once.
+        preparation = last_event(Preparation, fields)
+        return round(1e6 * (preparation.fraction or 0)) if preparation else 0
+    started = last_event(RunStarted, fields)
+    return started.first_step if started else 0

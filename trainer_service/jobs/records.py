@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from shared.errors import InvalidArgument, shown
-from trainer_service.jobs.events import Evaluation, JobState, Progress, RunStarted, TimedEvent
+from trainer_service.jobs.events import Evaluation, JobState, Preparation, Progress, RunStarted, TimedEvent
 from trainer_service.jobs.specs import Kind, Spec, spec_from_json
 
 # The fields of a job's hash.
 Fields = dict[str, str]
 
-Kept = TypeVar("Kept", RunStarted, Progress, Evaluation)
+Kept = TypeVar("Kept", Preparation, RunStarted, Progress, Evaluation)
 
 # The end of the year 9999, in seconds since the epoch.
 _LATEST_S = 253402300800
@@ -27,8 +27,9 @@ class JobRecord:
     `kind` and `spec` are None if Redis holds an invalid job; then `reason` says so. A job with an invalid state or
     attempt counts as failed. `ticket` numbers all jobs in the order in which they were enqueued, from 1, and `ahead` is
     the number of jobs that come before a queued one. `attempt` counts from 1; `sent` is the last attempt that was
-    handed to the workers, and the next one follows after `delay_s`. `after` names the jobs that must finish first.
-    `lease` is the lease of the latest attempt. `best` is the evaluation with the lowest loss.
+    handed to the workers; the next one follows after `delay_s`, and not before `until` if the job is paused. `after`
+    names the jobs that must finish first. `lease` is the lease of the latest attempt. `best` is the evaluation with the
+    lowest loss.
     """
 
     id: str
@@ -41,10 +42,12 @@ class JobRecord:
     attempt: int
     sent: int | None
     delay_s: float
+    until: float | None
     lease: "Lease | None"
     enqueued_at: float | None
     started_at: float | None
     ended_at: float | None
+    preparation: Preparation | None
     started: RunStarted | None
     progress: Progress | None
     evaluation: Evaluation | None
@@ -98,10 +101,12 @@ def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | Non
         attempt=attempt or 1,
         sent=attempt_of(fields, "sent"),
         delay_s=_seconds(fields, "delay_s") or 0.0,
+        until=_seconds(fields, "until"),
         lease=lease if lease and lease.attempt == attempt else None,
         enqueued_at=_seconds(fields, "enqueued_at"),
         started_at=_seconds(fields, "started_at"),
         ended_at=_seconds(fields, "ended_at"),
+        preparation=last_event(Preparation, fields),
         started=last_event(RunStarted, fields),
         progress=last_event(Progress, fields),
         evaluation=last_event(Evaluation, fields),

@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from shared.errors import AlreadyExists, InvalidArgument, shown
+from shared.registry.decisions import run_of
+from shared.registry.manifest import RUN_NAME, VersionManifest
 from shared.registry.store import Registry
+from trainer_service.distillation.readiness import require_trained
 from trainer_service.jobs.specs import (
     EvaluateSpec,
     Kind,
     PrepareSpec,
     RunSpec,
     StoriesSpec,
+    Teacher,
     TrainSpec,
     check_name,
     new_run,
 )
 from trainer_service.presets import find_preset
+from trainer_service.teachers import is_number, misfit, named_teachers, student_config
 from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
 from trainer_service.text.sentence_pairs import check_pairs
@@ -40,6 +45,10 @@ _MAX_AFTER = 100
 _MAX_NOTES_LENGTH = 2000
 _MAX_NUMBER = 2**63 - 1
 _LONGEST_WINDOW = 1 << 17
+_MAX_RIVALS = 32
+_MAX_ROLE_LENGTH = 40
+_MAX_STORIES = 1_000_000
+_MAX_COST_USD = 10_000
 
 # What a continued run inherits unchanged from its version.
 _MODEL = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
@@ -64,15 +73,17 @@ class _DataRequest:
                 raise InvalidArgument(
                     f"The path {shown(name)} is invalid: a path has at most {_MAX_PATH_BYTES} bytes and no null byte."
                 )
-        if len(self.after) > _MAX_AFTER:
-            raise InvalidArgument(
-                f"The request waits for {len(self.after):,} jobs, but a job waits for at most {_MAX_AFTER}."
-            )
+        _check_after(self.after)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _RunRequest(_DataRequest):
-    """What defines a run: a preset or the version to continue, and values that override theirs."""
+    """What defines a run: a preset or the version to continue, and values that override theirs.
+
+    teachers: numbers and labels of the versions that teach the run. With `distillation_alpha` 0 they teach nothing, but
+      a new run still takes their tokenizer, values and text, as a control does.
+    force: as in `RunSpec`.
+    """
 
     preset: str = ""
     resume: int | None = None
@@ -86,15 +97,46 @@ class _RunRequest(_DataRequest):
             raise InvalidArgument(
                 f"The request sets {len(self.overrides):,} values, but a run has fewer than {_MAX_OVERRIDES}."
             )
-        if self.resume is None:
+        teachers = named_teachers(self.teachers, registry, waits=bool(self.after))
+        numbered = [registry.version(int(each.version)) for each in teachers if is_number(each.version)]
+        parent = None
+        if self.resume is not None:
+            preset, config, data = self._continue_version(self.resume, registry)
+            parent = registry.version(self.resume)
+        elif numbered:
+            preset = self.preset or numbered[0].preset
+            config, data = student_config(numbered[0], self.preset, self.overrides), self._data_like(numbered[0])
+        else:
             preset = self.preset or DEFAULT_PRESET
             config = find_preset(preset).override(self.overrides)
             data = DatasetSpec(self.dataset or (DEFAULT_DATASET,), self.validation)
-        else:
-            preset, config, data = self._continue_version(self.resume, registry)
+        if problem := misfit(numbered, config, parent):
+            raise InvalidArgument(problem)
+        teaches = config.distillation_alpha > 0
+        if teachers and teaches:
+            for version in (*numbered, *([parent] if parent else [])):
+                require_trained(version, self.force)
+        elif self.teachers and parent and "distillation_alpha" not in self.overrides:
+            raise InvalidArgument(
+                f"distillation_alpha is 0 in version {parent.version}, so teachers would teach nothing; set it too, as "
+                'in --set "distillation_alpha=0.5".'
+            )
+        if parent is not None and data.story_set and data.dataset != parent.dataset_files:
+            require_trained(parent, self.force)
+        if parent is not None:
+            inherited = tuple(Teacher(str(each.version), each.digest) for each in parent.teachers)
+            teachers = (teachers or inherited) if teaches else ()
         check_spec(data)
         check_size(data, config.context_length)
-        return spec(name or new_run(preset), preset, config, absolute(data), self.resume, notes)
+        run = name or new_run(preset)
+        return spec(run, preset, config, absolute(data), self.resume, notes, teachers, self.force)
+
+    def _data_like(self, version: VersionManifest) -> DatasetSpec:
+        """Returns the text that the request names, or else that of a version."""
+        return DatasetSpec(
+            self.dataset or version.dataset_files,
+            self.validation or (() if self.dataset else version.validation_files),
+        )
 
     def _continue_version(self, resume: int, registry: Registry) -> tuple[str, TrainingConfig, DatasetSpec]:
         if not 0 < resume <= _MAX_NUMBER:
@@ -117,11 +159,7 @@ class _RunRequest(_DataRequest):
                 f'Set more steps, as in --set "max_steps={2 * parent.step}".'
             )
         registry.verified_state(parent.run, parent.step)
-        data = DatasetSpec(
-            self.dataset or parent.dataset_files,
-            self.validation or (() if self.dataset else parent.validation_files),
-        )
-        return parent.preset, config.continuing(begun, parent.step, self.overrides), data
+        return parent.preset, config.continuing(begun, parent.step, self.overrides), self._data_like(parent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +203,7 @@ class TrainRequest(_RunRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRequest(_DataRequest):
-    """Evaluate a version: its number, or `best` or `latest` as it stands when the job begins.
+    """Evaluate a version: its number, or `best`, `latest` or `run:<name>` as it stands when the job begins.
 
     window: the tokens of a window, which versions that are compared have in common; 0 stands for the version's context.
     pairs: files of minimal pairs, in BLiMP's format.
@@ -188,12 +226,8 @@ class EvaluateRequest(_DataRequest):
     def resolve(self, registry: Registry) -> EvaluateSpec:
         """Checks the request; raises `InvalidArgument`, `NotFound` or `DataError` with what would be right."""
         self._check_data()
-        if self.version.isdecimal() and len(self.version) <= len(str(_MAX_NUMBER)):
-            registry.version(int(self.version))
-        elif self.version not in ("best", "latest"):
-            raise InvalidArgument(f"version is {shown(self.version)}, but must be a number, best or latest.")
-        elif not self.after:
-            registry.resolve(self.version)
+        self._check_version("version", self.version, registry)
+        self._check_rivals(registry)
         if not 0 <= self.window <= _LONGEST_WINDOW:
             raise InvalidArgument(
                 f"window is {shown(self.window)}, but must be from 1 to the context of the version, or 0 for all of it."
@@ -219,6 +253,36 @@ class EvaluateRequest(_DataRequest):
             self.judge_usd,
         )
 
+    def _check_version(self, name: str, version: str, registry: Registry) -> None:
+        """Checks that a number exists, and a label too, unless a job before this one may publish its version."""
+        if version.isdecimal() and len(version) <= len(str(_MAX_NUMBER)):
+            registry.version(int(version))
+        elif not _is_label(version):
+            raise InvalidArgument(
+                f"{name} is {shown(version)}, but must be a number, best, latest or run:<name>, with the name of a run."
+            )
+        elif not self.after:
+            registry.resolve(version)
+
+    def _check_rivals(self, registry: Registry) -> None:
+        if len(self.rivals) > _MAX_RIVALS:
+            raise InvalidArgument(
+                f"The request names {len(self.rivals):,} rivals, but a version has at most {_MAX_RIVALS}."
+            )
+        if self.judge_usd:
+            _check_cost("judge_usd", self.judge_usd)
+            if not self.rivals:
+                raise InvalidArgument("The request pays for a judge, but names no rival to judge the version beside.")
+        if self.promote and not self.rivals:
+            raise InvalidArgument("The request promotes a version, but names no rival that it must be better than.")
+        for role, version in self.rivals.items():
+            if not (0 < len(role) <= _MAX_ROLE_LENGTH and role.isprintable()):
+                raise InvalidArgument(
+                    f"The role of a rival is {shown(role)}, but must have from 1 to {_MAX_ROLE_LENGTH} printable "
+                    "characters."
+                )
+            self._check_version(f"the rival {shown(role)}", version, registry)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoriesRequest:
@@ -233,11 +297,33 @@ class StoriesRequest:
 
     def resolve(self, _registry: Registry) -> StoriesSpec:
         """Checks the request; raises `InvalidArgument` with what would be right."""
-        check_name(self.name)
+        check_name(self.name, "a set of stories")
+        if not 1 <= self.count <= _MAX_STORIES:
+            raise InvalidArgument(f"count is {shown(self.count)}, but must be from 1 to {_MAX_STORIES:,} stories.")
+        _check_cost("max_cost_usd", self.max_cost_usd)
+        _check_after(self.after)
         return StoriesSpec(self.name, self.count, self.max_cost_usd)
 
 
+def _check_cost(name: str, cost_usd: float) -> None:
+    if not 0 < cost_usd <= _MAX_COST_USD or cost_usd != round(cost_usd, 6):
+        raise InvalidArgument(
+            f"{name} is {shown(cost_usd)}, but must be an amount of up to {_MAX_COST_USD:,} US dollars, with at most "
+            "six decimal places."
+        )
+
+
+def _is_label(text: str) -> bool:
+    run = run_of(text)
+    return text in ("best", "latest") or (run is not None and RUN_NAME.fullmatch(run) is not None)
+
+
 JobRequest = PrepareRequest | TrainRequest | EvaluateRequest | StoriesRequest
+
+
+def _check_after(after: tuple[str, ...]) -> None:
+    if len(after) > _MAX_AFTER:
+        raise InvalidArgument(f"The request waits for {len(after):,} jobs, but a job waits for at most {_MAX_AFTER}.")
 
 
 def parse_overrides(text: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from enum import Enum
 from typing import ClassVar
 
@@ -104,6 +105,11 @@ class EvaluateSpec(_Spec):
     judge_usd: float = 0.0
 
     @property
+    def judge_cap_usd(self) -> Decimal:
+        """The most that the judgements may cost, exactly as it was written."""
+        return Decimal(str(self.judge_usd))
+
+    @property
     def run(self) -> str:
         """What lists show instead of the name of a run."""
         return f"version {self.version}"
@@ -124,6 +130,11 @@ class StoriesSpec(_Spec):
     def run(self) -> str:
         """What lists show instead of the name of a run."""
         return f"stories {self.name}"
+
+    @property
+    def cap_usd(self) -> Decimal:
+        """The most that the set may cost, exactly as it was written."""
+        return Decimal(str(self.max_cost_usd))
 
     @property
     def data(self) -> DatasetSpec:
@@ -154,11 +165,11 @@ def spec_from_json(kind: Kind, text: str) -> Spec:
     return spec
 
 
-def check_name(name: str) -> None:
-    """Raises `InvalidArgument` if `name` cannot name a run and the folder of its states."""
+def check_name(name: str, what: str = "a run") -> None:
+    """Raises `InvalidArgument` if `name` cannot name a run, or `what` else it names, and the folder of its files."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, re.ASCII) or len(name) > _NAME_LENGTH:
         raise InvalidArgument(
-            f"The name of a run is {shown(name)}, but must have from 1 to {_NAME_LENGTH} letters, digits, dots, "
+            f"The name of {what} is {shown(name)}, but must have from 1 to {_NAME_LENGTH} letters, digits, dots, "
             "hyphens and underscores, and begin with a letter or digit."
         )
 

@@ -1,15 +1,19 @@
-"""Submits jobs, and holds in the registry the version that a job names until the job has ended."""
+"""Submits jobs, and holds in the registry the versions that a job names until the job has ended."""
 
 import logging
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from shared.errors import FailedPrecondition, NotFound
+from shared.registry.decisions import run_of
 from shared.registry.store import Registry
+from trainer_service.distillation.story_set import read_story_set
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec
+from trainer_service.teachers import find, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -18,20 +22,18 @@ _TEMPORARY_HOLD_S = 60.0
 
 
 def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str] = ()) -> JobRecord:
-    """Puts a job on the queue as `JobQueue.enqueue` does, and holds the version that it names.
+    """Puts a job on the queue as `JobQueue.enqueue` does, and holds the versions that it names.
 
-    Raises the errors of `JobQueue.enqueue`, `NotFound` if that version, or the state that continues it, has been
+    Raises the errors of `JobQueue.enqueue`, `NotFound` if one of them, or the state that continues it, has been
     removed, and `FailedPrecondition` if the registry cannot be written.
     """
-    number = _named_version(spec)
-    if number is None:
+    names = _held_names(spec)
+    if not names:
         return queue.enqueue(spec, after)
     temporary = f"new-{secrets.token_hex(8)}"
-    registry.holds.add(temporary, number)
+    registry.holds.add(temporary, *names)
     try:
-        version = registry.version(number)
-        if isinstance(spec, RunSpec) and version.step not in registry.states(version.run):
-            raise NotFound(f"The state of version {number} was removed just now; continue another version.")
+        _require_present(spec, registry)
         record = queue.enqueue(spec, after)
     except BaseException:
         with suppress(FailedPrecondition):  # the hold expires by itself
@@ -41,8 +43,17 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
         registry.holds.hand_over(temporary, record.id)
     except FailedPrecondition as error:
         # The job is queued: an error would make the caller submit it again.
-        logger.warning("job %s holds nothing, so version %d may be removed: %s", record.id, number, error)
+        logger.warning("job %s holds nothing, so %s may be removed: %s", record.id, ", ".join(names), error)
     return record
+
+
+def require_stories(spec: Spec, after: Sequence[str], directory: Path) -> None:
+    """Raises `NotFound` or `DataError` if a job names stories of a teacher and the folder of data has none of them.
+
+    A job that waits for others may read what they write.
+    """
+    if spec.data.story_set and not after:
+        read_story_set(directory, spec.data.story_set)
 
 
 def release_ended(queue: JobQueue, registry: Registry) -> None:
@@ -53,7 +64,31 @@ def release_ended(queue: JobQueue, registry: Registry) -> None:
             registry.holds.remove(job)
 
 
-def _named_version(spec: Spec) -> int | None:
+def _held_names(spec: Spec) -> list[str]:
+    """Returns the numbers of versions and the labels of runs that a job names.
+
+    The other labels need no hold, because they protect their versions by themselves.
+    """
+    names: set[str] = set()
     if isinstance(spec, RunSpec):
-        return spec.resume
-    return int(spec.version) if isinstance(spec, EvaluateSpec) and spec.version.isdecimal() else None
+        names = {each.version for each in spec.teachers}
+        if spec.resume is not None:
+            names.add(str(spec.resume))
+    elif isinstance(spec, EvaluateSpec):
+        names = {spec.version, *spec.rivals.values()}
+    return sorted(name for name in names if is_number(name) or run_of(name))
+
+
+def _require_present(spec: Spec, registry: Registry) -> None:
+    """Raises `NotFound` if something that a job names has been removed since the job was described."""
+    if isinstance(spec, RunSpec):
+        if spec.resume is not None:
+            version = registry.version(spec.resume)
+            if version.step not in registry.states(version.run):
+                raise NotFound(f"The state of version {spec.resume} was removed just now; continue another version.")
+        for teacher in spec.teachers:
+            if is_number(teacher.version):
+                find(teacher, registry, spec.resume)
+    else:
+        for name in filter(is_number, _held_names(spec)):
+            registry.version(int(name))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from shared.errors import Unavailable
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
-from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.queue import LONGEST_PAUSE_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,18 @@ class Watch:
 
     Measures time by the monotonic clock of this process, from the moment at which it first sees a state: setting the
     time of day, here or on the Redis server, neither delays a job nor gives one up. After a longer pause it gives no
-    job up for what it did not see.
+    job up for what it did not see. Only a job that is paused until a time of day waits for that time.
     """
 
-    def __init__(self, queue: JobQueue, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        queue: JobQueue,
+        clock: Callable[[], float] = time.monotonic,
+        time_of_day: Callable[[], float] = time.time,
+    ) -> None:
         self._queue = queue
         self._clock = clock
+        self._time_of_day = time_of_day
         self._looked_s = clock()
         # Since when an attempt has waited, and since when its lease has not changed.
         self._waiting_since_s: dict[AttemptName, float] = {}
@@ -59,8 +65,12 @@ class Watch:
         waiting = {(job.id, job.attempt): job for job in jobs if job.sent != job.attempt}
         self._waiting_since_s = {name: self._waiting_since_s.get(name, now_s) for name in waiting}
         for name, job in waiting.items():
-            if now_s - self._waiting_since_s[name] >= job.delay_s:
+            if now_s - self._waiting_since_s[name] >= job.delay_s and self._pause_is_over(job):
                 self._send_if_ready(job)
+
+    def _pause_is_over(self, job: JobRecord) -> bool:
+        """Whether a job is not paused, or its time has come, or the time of day was set back since."""
+        return job.until is None or not 0 < job.until - self._time_of_day() <= LONGEST_PAUSE_S
 
     def _send_if_ready(self, job: JobRecord) -> None:
         """Hands a job over if the jobs before it have finished, and cancels it if one of them cannot finish."""

@@ -1,8 +1,10 @@
-"""The text of a training run: the built-in stories, a data set of the Hugging Face hub, or local files."""
+"""The text of a training run: the built-in stories, a data set of the Hugging Face hub, local files, or stories of a
+large teacher."""
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from shared.errors import DataError, InvalidArgument, shown
+from shared.registry.manifest import RUN_NAME
 from shared.text import excerpt
+from trainer_service.distillation.filters import Reason, filter_texts, how_many
+from trainer_service.distillation.overlap import HeldOutRuns
+from trainer_service.distillation.story_set import StorySet
+from trainer_service.distillation.word_grams import WordGrams, words_of
 from trainer_service.text import stories
 from trainer_service.text.documents import Passage
 from trainer_service.text.hold_out import hold_out
@@ -18,6 +25,8 @@ from trainer_service.text.hub import HUB, HubCorpus, HubDataset
 from trainer_service.text.local_files import ENDINGS, TextFile, check_file, open_file, passes
 
 BUILTIN = "builtin"
+# The name of a set of a large teacher's stories follows it.
+TEACHER = "teacher:"
 # Part of every revision: raise it when the same content gives different documents or a different split.
 READER_VERSION = 3
 
@@ -27,10 +36,27 @@ OnRead = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """The data that a user named: one data set or several local files, and local files to hold out, if any."""
+    """The data that a user named: one data set or several local files, with or without stories of a large teacher, and
+    local files to hold out, if any."""
 
     dataset: tuple[str, ...]
     validation: tuple[str, ...] = ()
+
+    @property
+    def story_set(self) -> str:
+        """The name of the set of a teacher's stories, or nothing."""
+        return next((name.removeprefix(TEACHER) for name in self.dataset if name.startswith(TEACHER)), "")
+
+    @property
+    def mixes_stories(self) -> bool:
+        """Whether stories of a teacher are mixed with other text."""
+        return self.without_mixed != self
+
+    @property
+    def without_mixed(self) -> "DatasetSpec":
+        """The data without the stories that are mixed with other text: what the held-out text depends on."""
+        text = tuple(name for name in self.dataset if not name.startswith(TEACHER))
+        return replace(self, dataset=text or self.dataset)
 
 
 @dataclass(frozen=True)
@@ -51,7 +77,7 @@ class Corpus:
 
 def is_named(name: str) -> bool:
     """Returns whether a name is that of a data set, not of a file."""
-    return name == BUILTIN or name in HUB
+    return name == BUILTIN or name in HUB or name.startswith(TEACHER)
 
 
 def check_spec(spec: DatasetSpec) -> None:
@@ -65,10 +91,21 @@ def check_spec(spec: DatasetSpec) -> None:
 
 
 def _check_files(spec: DatasetSpec) -> None:
-    named = [name for name in spec.dataset if is_named(name)]
-    if named and len(spec.dataset) > 1:
-        raise InvalidArgument(f"{named[0]} cannot be combined with other data: only local files can be combined.")
-    files = () if named else spec.dataset
+    sets = [name for name in spec.dataset if name.startswith(TEACHER)]
+    if len(sets) > 1:
+        raise InvalidArgument(f"{shown(sets[0])} and {shown(sets[1])} are both stories of a teacher; name one set.")
+    if sets and not RUN_NAME.fullmatch(spec.story_set):
+        raise InvalidArgument(
+            f"{shown(sets[0])} names no set of stories; use {TEACHER} and a name, as in teacher:bedtime."
+        )
+    text = spec.without_mixed.dataset
+    named = [name for name in text if is_named(name)]
+    if named and len(text) > 1:
+        raise InvalidArgument(
+            f"{named[0]} cannot be combined with other data: only local files can be combined, and one set of a "
+            "teacher's stories with other data."
+        )
+    files = () if named else text
     for name in files:
         if not Path(name).suffix and not os.path.exists(name):  # noqa: PTH110 - Path's raises on odd names
             raise InvalidArgument(f"Unknown data set {shown(name)}. {_accepted()}")
@@ -87,7 +124,8 @@ def check_size(spec: DatasetSpec, context_length: int) -> None:
     Every token takes at least one byte, except the end tokens.
     """
     window = context_length + 1
-    files = () if is_named(spec.dataset[0]) else spec.dataset
+    text = spec.without_mixed.dataset
+    files = () if is_named(text[0]) else text
     for which, names, windows in (
         ("text", files, 1 if spec.validation else 2),
         ("held-out text", spec.validation, 1),
@@ -114,8 +152,14 @@ def absolute(spec: DatasetSpec) -> DatasetSpec:
     return DatasetSpec(tuple(map(resolve, spec.dataset)), tuple(map(resolve, spec.validation)))
 
 
-def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = lambda *_: None) -> Corpus:
-    """Opens the data; local files are read and checked from beginning to end.
+def open_corpus(
+    spec: DatasetSpec,
+    validation_share: float,
+    on_read: OnRead = lambda *_: None,
+    story_set: StorySet | None = None,
+) -> Corpus:
+    """Opens the data, except stories that are mixed with other text; local files are read and checked from beginning to
+    end. `story_set` is the set of a teacher that the data consist of, if they do.
 
     Held out are the validation files, or else the data set's own validation split, or else `validation_share` of the
     text. `on_read` is called many times a second, now and in later readings; an exception from it ends the reading.
@@ -126,24 +170,31 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
         _check_files(spec)
     else:
         check_spec(spec)
-    name = spec.dataset[0] if spec.dataset else ""
+    text = spec.without_mixed.dataset
+    name = text[0] if text else ""
     is_local = not is_named(name)
-    paths = [Path(name) for name in (*(spec.dataset if is_local else ()), *spec.validation)]
+    paths = [Path(name) for name in (*(text if is_local else ()), *spec.validation)]
     total_bytes = sum(check_file(path).size_bytes * passes(path) for path in paths)
 
     def read(size_bytes: int) -> None:
         on_read(size_bytes, total_bytes)
 
+    def tick() -> None:
+        read(0)
+
+    files = [open_file(Path(path), read) for path in text] if is_local else []
+    held_out = [open_file(Path(path), read) for path in spec.validation]
     if is_local:
-        files = [open_file(Path(path), read) for path in spec.dataset]
         corpus = _open_files(files, None if spec.validation else validation_share)
     elif name == BUILTIN:
         corpus = _open_builtin()
+    elif name in HUB:
+        corpus = _open_hub(HUB[name], tick)
     else:
-        corpus = _open_hub(HUB[name], lambda: read(0))
+        assert story_set is not None
+        corpus = _open_stories(story_set, None if spec.validation else validation_share, held_out, tick)
     if not spec.validation:
         return corpus
-    held_out = [open_file(Path(path), read) for path in spec.validation]
     return replace(
         corpus,
         held_out_source=_names(held_out),
@@ -154,7 +205,7 @@ def open_corpus(spec: DatasetSpec, validation_share: float, on_read: OnRead = la
 
 
 def _accepted() -> str:
-    return f"Use {BUILTIN}, {', '.join(HUB)}, or local files ending in {', '.join(ENDINGS)}."
+    return f"Use {BUILTIN}, {', '.join(HUB)}, teacher:<name>, or local files ending in {', '.join(ENDINGS)}."
 
 
 def _digest(*values: object) -> str:
@@ -214,4 +265,30 @@ def _open_hub(dataset: HubDataset, tick: Callable[[], None]) -> Corpus:
         notices=(),
         train=lambda: corpus.read("train"),
         validation=lambda: corpus.read("validation"),
+    )
+
+
+def _open_stories(given: StorySet, share: float | None, files: list[TextFile], tick: Callable[[], None]) -> Corpus:
+    """Opens the stories that pass the filters; held out are the files, or else a share of the stories."""
+    filtered = filter_texts(given.texts, (passage.text for passage in _passages(files)), tick)
+    kept = [given.texts[place] for place in filtered.kept]
+    passages, held_out, notices = list(map(Passage, kept)), list[Passage](), list[str]()
+    dropped = Counter(filtered.dropped)
+    if kept and share is not None:
+        rule, split = hold_out(lambda: map(Passage, kept), np.array(list(map(len, kept))), share)
+        passages, held_out = list(split(False)), list(split(True))
+        runs = HeldOutRuns((passage.text for passage in held_out), WordGrams(), tick)
+        apart = [passage for passage in passages if not runs.overlap(words_of(passage.text))]
+        dropped[Reason.OVERLAP] += len(passages) - len(apart)
+        passages, notices = apart, [rule]
+    counts = how_many(given.name, len(given.texts), dropped)
+    if not passages:
+        raise DataError(counts)
+    return Corpus(
+        source=given.name,
+        held_out_source=given.name,
+        revision=_digest(*([passage.text for passage in split] for split in (passages, held_out))),
+        notices=(counts, *notices),
+        train=lambda: iter(passages),
+        validation=lambda: iter(held_out),
     )

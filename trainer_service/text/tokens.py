@@ -15,11 +15,13 @@ import numpy as np
 
 from shared.errors import DataError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
+from trainer_service.distillation.story_set import read_story_set
+from trainer_service.distillation.teacher_text import prepare_stories
 from trainer_service.text import background, bpe_process, token_cache
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
 from trainer_service.text.documents import Passage
 from trainer_service.text.shards import read_shard, write_shard
-from trainer_service.training.batches import Tokens
+from trainer_service.training.batches import TeacherText, Tokens
 from trainer_service.training.config import TrainingConfig
 
 # More text than this hardly changes a vocabulary of several thousand tokens.
@@ -35,13 +37,16 @@ class Stage(StrEnum):
     TOKENIZER = "training the tokenizer"
     TRAIN = "tokenising the training text"
     VALIDATION = "tokenising the held-out text"
+    STORIES = "filtering and tokenising the teacher's stories"
 
 
 @dataclass(frozen=True)
 class PreparedData:
     """The data of a run: both splits as memory-mapped tokens, (N,) each, with an end token after every document.
 
-    `config` is the run's configuration with the size of the tokenizer's vocabulary.
+    `config` is the run's configuration with the size of the tokenizer's vocabulary. `teacher` holds the stories of a
+    large teacher that are mixed with the training text. `stories` is how many of the set were read, before the filters;
+    None without a set. `revision` is that of the other text, and after a + that of the teacher's stories.
     """
 
     config: TrainingConfig
@@ -52,6 +57,8 @@ class PreparedData:
     held_out_source: str
     revision: str
     notices: tuple[str, ...]
+    teacher: TeacherText | None = None
+    stories: int | None = None
 
 
 # Receives the stage and the share of it that is done, from 0 to 1; None if the share is unknown.
@@ -102,6 +109,7 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     *,
     whole_validation: bool = False,
+    stories: int | None = None,
 ) -> PreparedData:
     """Returns the tokens of a data set, from the shards below `directory`; tokenises the text if they are missing.
 
@@ -109,8 +117,10 @@ def prepare(
     is trained on little text may get fewer tokens than configured. Only the text that the run will read is tokenised,
     or with `whole_validation` all held-out text, which may then be shorter than a window. `report` is called several
     times a second; an exception from it ends the work and leaves no partial file. Several processes may prepare the
-    same data at once. Without a data set, `train` is empty. Raises the errors of `open_corpus`, `DataError` if a split
-    is shorter than one window, and `ResourceExhausted` or `FailedPrecondition` if `directory` cannot be written.
+    same data at once. Without a data set, `train` is empty. Of a teacher's stories, the first `stories` are read, or
+    all of them: a run goes on with those that it began with, although their set has grown. Raises the errors of
+    `open_corpus`, `read_story_set` and `prepare_stories`, `DataError` if a split is shorter than one window, and
+    `ResourceExhausted` or `FailedPrecondition` if `directory` cannot be written.
     """
     window = config.context_length + 1
     train_limit = config.max_train_tokens or config.max_steps * config.batch_size * window
@@ -119,8 +129,18 @@ def prepare(
         validation_limit = config.max_validation_tokens or config.evaluation_windows * config.context_length + 1
     progress = _Progress(report)
     progress.begin(Stage.OPEN)
-    corpus = open_corpus(spec, config.validation_share, progress.read)
+    story_set = read_story_set(directory, spec.story_set, stories) if spec.story_set else None
+    if config.teacher_prompts and story_set and not spec.mixes_stories:
+        raise InvalidArgument(
+            f"teacher_prompts needs other text beside {story_set.name}, as in --dataset 'builtin {story_set.name}': "
+            "alone it is an ordinary data set, without prompts."
+        )
+    corpus = open_corpus(spec, config.validation_share, progress.read, story_set)
     notices = list(corpus.notices)
+    if story_set and not story_set.is_whole:
+        notices.append(
+            f"{story_set.name} has grown since the run began, which goes on with its first {stories:,} stories."
+        )
     if tokenizer is None:
         tokenizer = _tokenizer(corpus, config, directory / "tokenizers", progress)
         if tokenizer.vocabulary_size < config.vocabulary_size:
@@ -146,7 +166,7 @@ def prepare(
     windows = (validation.size - 1) // config.context_length
     if windows < config.evaluation_windows and not whole_validation:
         notices.append(f"The held-out text fills only {windows} of the {config.evaluation_windows} evaluation windows.")
-    return PreparedData(
+    data = PreparedData(
         config=config,
         tokenizer=tokenizer,
         train=train,
@@ -155,6 +175,21 @@ def prepare(
         held_out_source=corpus.held_out_source,
         revision=corpus.revision,
         notices=tuple(notices),
+        stories=len(story_set.stories) if story_set else None,
+    )
+    if story_set is None or not spec.mixes_stories:
+        return data
+    progress.begin(Stage.STORIES)
+    shards = directory / "shards"
+    with _writing(shards):
+        teacher = prepare_stories(story_set, corpus, tokenizer, config.teacher_prompts, shards, progress.tick)
+    _check_size("training", teacher.text.tokens.size, window, story_set.name, "ask for more stories")
+    return replace(
+        data,
+        source=f"{corpus.source}, {story_set.name}",
+        revision=f"{corpus.revision}+{teacher.digest}",
+        notices=(*data.notices, teacher.notice),
+        teacher=teacher.text,
     )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import get_type_hints
 
@@ -230,8 +230,12 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "TrainingConfig":
-        """The inverse of `to_dict`; raises `InvalidArgument` for a wrong name, type or value."""
-        return cls(**typed_values(cls, "training", values))
+        """The inverse of `to_dict`; raises `InvalidArgument` for a wrong name, type or value.
+
+        A value that an older program did not know has its default.
+        """
+        defaults = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+        return cls(**typed_values(cls, "training", defaults | dict(values)))
 
 
 def _parse(name: str, text: str, kind: type) -> object:

@@ -1,12 +1,17 @@
-"""Cross-entropy of a language model, computed in chunks of rows, so that the logits of a whole batch never exist.
+"""Cross-entropy of a language model, and the loss of a student of other models, computed in chunks of rows, so that the
+logits of a whole batch never exist.
 
 Shapes: B rows, T tokens, N = B x T predictions, n of them in a chunk, C width, V vocabulary, v of it in a block.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from shared.gpt import cuda
 from shared.gpt.autograd import differentiable
@@ -19,12 +24,44 @@ from trainer_service.training.config import CHUNK_ELEMENTS
 _BLOCK_TOKENS = 2048
 
 
-def mean_loss(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
-    """Returns the mean cross-entropy, in nats per token, of (B, T) targets given (B, T) inputs."""
-    hidden = model.hidden(inputs)
-    rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+@dataclass(frozen=True)
+class Distillation:
+    """How a student learns from teachers: its loss is (1 - alpha) CE + alpha T^2 KL(q || p), with the temperature T.
+
+    CE is the cross-entropy with the text; p is softmax(z / T) of the student's logits z, and q the mean of the same of
+    the teachers, which have the student's vocabulary and are in evaluation mode.
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    """
+
+    teachers: tuple[GPT, ...] = ()
+    alpha: float = 0.0
+    temperature: float = 1.0
+
+
+def mean_loss(
+    model: GPT,
+    inputs: mx.array,
+    targets: mx.array,
+    weights: mx.array | None = None,
+    distillation: Distillation | None = None,
+) -> mx.array:
+    """Returns the mean cross-entropy, in nats per token, of (B, T) targets given (B, T) inputs; each loss is multiplied
+    by its weight, if there are weights (B, T).
+
+    A distillation changes only the gradient, which is that of its loss: so the values of all runs compare.
+    """
+    rows = _rows(model.hidden(inputs))  # (N, C)
     mean_cross_entropy = cuda_loss.mean_cross_entropy if cuda.usable(rows) else _mean_cross_entropy
-    loss: mx.array = mean_cross_entropy(rows, model.head_weight.astype(rows.dtype), targets.reshape(-1))[0]
+    taught = distillation or Distillation()
+    loss: mx.array = mean_cross_entropy(
+        rows,
+        model.head_weight.astype(rows.dtype),
+        targets.reshape(-1),
+        None if weights is None else weights.reshape(-1),
+        [(_rows(teacher.hidden(inputs)), teacher.head_weight) for teacher in taught.teachers],
+        taught.alpha,
+        taught.temperature,
+    )[0]
     return loss
 
 
@@ -35,50 +72,88 @@ def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
 
 def token_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     """Returns the cross-entropy, in nats, of each of (B, T) targets given (B, T) inputs."""
-    hidden = model.hidden(inputs)
-    rows = hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+    rows, wanted = _rows(model.hidden(inputs)), targets.reshape(-1)  # (N, C), (N,)
     weight = model.head_weight
-    chunks = _chunks(rows, targets.reshape(-1), weight)
+    chunks = _chunks(wanted.size, weight.shape[0])
     if on_cpu():
-        losses = [_losses(chunk, weight, wanted)[0] for chunk, wanted in chunks]
+        losses = [_losses(rows[chunk], weight, wanted[chunk])[0] for chunk in chunks]
     else:
-        losses = [nn.losses.cross_entropy(chunk @ weight.T, wanted) for chunk, wanted in chunks]
+        losses = [nn.losses.cross_entropy(rows[chunk] @ weight.T, wanted[chunk]) for chunk in chunks]
     return mx.concatenate(losses).reshape(targets.shape)  # (B, T)
 
 
 @differentiable
-def _mean_cross_entropy(hidden: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Returns the mean loss of (N, C) hidden states under a (V, C) head, and its gradients with respect to both.
+def _mean_cross_entropy(
+    hidden: mx.array,
+    weight: mx.array,
+    targets: mx.array,
+    weights: mx.array | None,
+    teachers: Sequence[tuple[mx.array, mx.array]],
+    alpha: float,
+    temperature: float,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Returns the mean loss of (N, C) hidden states under a (V, C) head, and the gradients with respect to both of the
+    loss of `Distillation`. The weights of the targets are (N,), and each teacher has hidden states and a head.
 
     The gradients are computed with the loss, chunk by chunk, while the chunk's exponentials exist; MLX skips them if
-    they are not used. The gradient of the logits is the probabilities minus one at the target. The other gradients are
-    therefore products of the exponentials, in which the smaller factor is divided by the sums, minus the rows that the
-    targets select.
+    they are not used. The gradient of the logits is (1 - alpha) (softmax(z) - one at the target) + alpha T (p - q). The
+    other gradients are therefore products of weighted exponentials, in which the smaller factor is divided by the sums
+    of the student's, minus the rows that the targets select.
     """
+    kept, pull = 1 - alpha, alpha * temperature
     scale = 1 / targets.size
-    losses, hidden_gradients, block_gradients = [], [], []
-    for rows, wanted in _chunks(hidden, targets, weight):
-        loss, sums, exponentials = _losses(rows, weight, wanted)  # (n,), (n, 1), each (v, n)
+    shares = scale if weights is None else weights[:, None] * scale  # (N, 1)
+    # The exponentials that are added to those of the student at a temperature of 1.
+    others = [(-pull / len(teachers), *teacher) for teacher in teachers]
+    if teachers and temperature != 1:
+        others.insert(0, (pull, hidden, weight))
+    losses: list[mx.array] = []
+    hidden_gradients: list[mx.array] = []
+    block_gradients: list[mx.array] = []
+    for chunk in _chunks(targets.size, weight.shape[0] * (1 + len(others))):
+        wanted, share = targets[chunk], shares[chunk] if isinstance(shares, mx.array) else shares
+        # Otherwise MLX would compute the logits of all chunks first.
+        rows, *states = mx.depends(
+            [hidden[chunk], *(each[chunk] for _, each, _ in others)], [*hidden_gradients[-1:], *block_gradients]
+        )
+        loss, sums, slopes = _losses(rows, weight, wanted)  # (n,), (1, n), each (v, n)
         losses.append(loss)
-        products = (block.T @ part for block, part in zip(exponentials, _blocks(weight), strict=True))
-        hidden_gradients.append((reduce(mx.add, products) / sums - weight[wanted]) * scale)  # (n, C)
-        shares = rows * (scale / sums)
-        block_gradients.append([block @ shares for block in exponentials])  # each (v, C)
-    weight_gradient = mx.concatenate([reduce(mx.add, parts) for parts in zip(*block_gradients, strict=True)])  # (V, C)
-    weight_gradient = weight_gradient.at[targets].add(hidden * -scale)
-    return mx.concatenate(losses).sum() * scale, mx.concatenate(hidden_gradients), weight_gradient
+        if teachers and temperature != 1:
+            slopes = [kept * block for block in slopes]
+        for (factor, _, head), its_rows in zip(others, states, strict=True):
+            highest, its_sums, exponentials = _exponentials(its_rows * (1 / temperature), head)
+            ratio = factor * sums / (its_sums + 0 * highest)  # NaN stays NaN
+            slopes = [slope + block * ratio for slope, block in zip(slopes, exponentials, strict=True)]
+        column = sums.T  # (n, 1)
+        products = (slope.T @ block for slope, block in zip(slopes, _blocks(weight), strict=True))
+        hidden_gradients.append((reduce(mx.add, products) / column - kept * weight[wanted]) * share)  # (n, C)
+        divided = rows * (share / column)
+        parts = [slope @ divided for slope in slopes]  # each (v, C)
+        block_gradients = list(map(mx.add, block_gradients, parts)) if block_gradients else parts
+    weight_gradient = mx.concatenate(block_gradients)  # (V, C)
+    weight_gradient = weight_gradient.at[targets].add(hidden * (-kept * shares))
+    every = mx.concatenate(losses)
+    total = (every if weights is None else every * weights).sum()
+    return total * scale, mx.concatenate(hidden_gradients), weight_gradient
 
 
 @_mean_cross_entropy.vjp  # type: ignore[untyped-decorator]
-def _mean_cross_entropy_vjp(
-    primals: list[mx.array], cotangents: list[mx.array], outputs: list[mx.array]
-) -> tuple[mx.array, mx.array, mx.array]:
-    return cotangents[0] * outputs[1], cotangents[0] * outputs[2], mx.zeros_like(primals[2])
+def _mean_cross_entropy_vjp(primals: list[Any], cotangents: list[mx.array], outputs: list[mx.array]) -> tuple[Any, ...]:
+    constant = tree_map(lambda leaf: mx.zeros_like(leaf) if isinstance(leaf, mx.array) else None, primals[2:])
+    return cotangents[0] * outputs[1], cotangents[0] * outputs[2], *constant
 
 
 def _losses(rows: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Returns the loss (n,) of (n, C) rows, the sums of their exponentials (n, 1), and the exponentials of each block
+    """Returns the loss (n,) of (n, C) rows, the sums of their exponentials (1, n), and the exponentials of each block
     (v, n)."""
+    highest, sums, exponentials = _exponentials(rows, weight)
+    at_target = (rows * weight[targets]).sum(axis=-1)  # (n,)
+    return (mx.log(sums) + highest)[0] - at_target, sums, exponentials
+
+
+def _exponentials(rows: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
+    """Returns the highest logits of (n, C) rows and the sums of their exponentials relative to them, (1, n) each, and
+    these exponentials of each block (v, n)."""
     logits = [block @ rows.T for block in _blocks(weight)]  # each (v, n)
     highest = reduce(mx.maximum, [mx.max(block, axis=0, keepdims=True) for block in logits])  # (1, n)
     if on_cpu():
@@ -86,13 +161,17 @@ def _losses(rows: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.arr
     else:
         exponentials = [mx.exp(block - highest) for block in logits]
     sums = reduce(mx.add, [mx.ones((1, block.shape[0])) @ block for block in exponentials])  # (1, n)
-    at_target = (rows * weight[targets]).sum(axis=-1)  # (n,)
-    return (mx.log(sums) + highest)[0] - at_target, sums.T, exponentials
+    return highest, sums, exponentials
 
 
-def _chunks(hidden: mx.array, targets: mx.array, weight: mx.array) -> list[tuple[mx.array, mx.array]]:
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return [(hidden[start : start + rows], targets[start : start + rows]) for start in range(0, targets.size, rows)]
+def _rows(hidden: mx.array) -> mx.array:
+    return hidden.reshape(-1, hidden.shape[-1])  # (N, C)
+
+
+def _chunks(rows: int, elements: int) -> list[slice]:
+    """Divides rows, each of which takes some elements, so that a chunk has at most `CHUNK_ELEMENTS`."""
+    size = max(1, CHUNK_ELEMENTS // elements)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _blocks(weight: mx.array) -> list[mx.array]:

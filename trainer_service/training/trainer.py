@@ -6,7 +6,7 @@ Shapes: B rows, T tokens.
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
 from shared.version_format import MODEL_FILE, OPTIMIZER_FILE, POSITION_FILE
-from trainer_service.training.batches import Batch, Tokens, batch
+from trainer_service.training.batches import Batch, TrainingText, batch
 from trainer_service.training.config import TrainingConfig, micro_batches
-from trainer_service.training.loss import mean_loss
+from trainer_service.training.loss import Distillation, mean_loss
 from trainer_service.training.optimizer import AdamW
 from trainer_service.training.workers import Workers
 
@@ -42,13 +42,22 @@ class StepResult:
 
 
 class Trainer:
-    """Everything that a step changes. A step depends only on the state before it, the configuration, the text and the
-    number of workers: its windows and its dropout follow from (seed, step). So a restored run continues exactly.
+    """Everything that a step changes. A step depends only on the state before it, the configuration, the text, the
+    teachers and the number of workers: its windows and its dropout follow from (seed, step). So a restored run
+    continues exactly, if it is given the same teachers.
 
     Each worker takes a part of every batch. On an NVIDIA GPU the model computes in bf16 from weights in fp32.
+    Teachers have the student's vocabulary and at least its context; if there are none, or if `distillation_alpha` is 0,
+    the loss is the plain one.
     """
 
-    def __init__(self, config: TrainingConfig, tokens: Tokens, workers: Workers | None = None) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        text: TrainingText,
+        workers: Workers | None = None,
+        teachers: Sequence[GPT] = (),
+    ) -> None:
         self.config = config
         self.workers = workers or Workers()
         self.step = 0
@@ -56,7 +65,8 @@ class Trainer:
         self.training_loss = math.nan
         self.evaluated_step = 0
         self.best_validation_loss: float | None = None
-        self._text = tokens
+        self._text = text
+        self._distillation = _distillation(config, teachers)
         mx.random.seed(config.seed)
         self.model = GPT(config.gpt)
         self.optimizer = AdamW(config, self.model.trainable_parameters())
@@ -88,14 +98,19 @@ class Trainer:
         """Starts the next step and waits for the one before it, so that the device always has work."""
         config = self.config
         drawn = batch(
-            self._text, seed=config.seed, step=self.step, rows=config.batch_size, context_length=config.context_length
+            self._text,
+            seed=config.seed,
+            step=self.step,
+            rows=config.batch_size,
+            context_length=config.context_length,
+            teacher_share=config.teacher_share,
         )
         weights = self.model.trainable_parameters()
 
         def work(part: int) -> Gradients:
-            rows = slice(*(config.batch_size * edge // parts for edge in (part, part + 1)))
+            rows = drawn.part(*(config.batch_size * edge // parts for edge in (part, part + 1)))
             seed = np.random.SeedSequence((config.seed, self.step, part)).generate_state(1, np.uint64)[0]
-            return self._gradients(weights, Batch(drawn.inputs[rows], drawn.targets[rows]), int(seed))
+            return self._gradients(weights, rows, int(seed))
 
         parts = min(self.workers.count, config.batch_size)
         rate = mx.array(config.learning_rate_at(self.step))
@@ -113,16 +128,17 @@ class Trainer:
     def _gradients(self, weights: dict[str, Any], drawn: Batch, seed: int) -> Gradients:
         """Returns this thread's share of a step's mean loss and gradients, from its rows of the batch."""
         if not hasattr(self._of_thread, "add"):
-            self._of_thread.add = _compile_gradients(self.config)
+            self._of_thread.add = _compile_gradients(self.config, self._distillation)
         mx.random.seed(seed)
         rows, tokens = drawn.inputs.shape
         count = micro_batches(rows, tokens) if on_cpu() else 1
         total: Gradients | None = None
         for number in range(count):
-            some = slice(*(rows * edge // count for edge in (number, number + 1)))
-            inputs, targets = mx.array(drawn.inputs[some]), mx.array(drawn.targets[some])
+            some = drawn.part(*(rows * edge // count for edge in (number, number + 1)))
+            inputs, targets = mx.array(some.inputs), mx.array(some.targets)
+            target_weights = None if some.weights is None else mx.array(some.weights)
             share = mx.array(inputs.size / self.config.tokens_per_step)
-            total = self._of_thread.add(total, weights, inputs, targets, share)
+            total = self._of_thread.add(total, weights, inputs, targets, target_weights, share)
             if on_cpu():
                 mx.eval(total)  # frees the activations of this micro-batch
         assert total is not None
@@ -161,7 +177,22 @@ class Trainer:
         self._start()
 
 
-def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:
+def _distillation(config: TrainingConfig, teachers: Sequence[GPT]) -> Distillation | None:
+    """Returns how the run learns from its teachers: copies in the type that the device computes with, evaluated because
+    several threads read them."""
+    if not teachers or config.distillation_alpha == 0:
+        return None
+    kind = mx.bfloat16 if mx.cuda.is_available() else mx.float32
+    copies = tuple(GPT(teacher.config) for teacher in teachers)
+    for copy, teacher in zip(copies, teachers, strict=True):
+        assert teacher.config.vocabulary_size == config.vocabulary_size, "Teachers have the student's vocabulary."
+        copy.update(tree_map(lambda weight: weight.astype(kind), teacher.parameters()))
+        copy.eval()
+        mx.eval(copy.parameters())
+    return Distillation(copies, config.distillation_alpha, config.distillation_temperature)
+
+
+def _compile_gradients(config: TrainingConfig, distillation: Distillation | None) -> Callable[..., Gradients]:
     """Returns a compiled function that adds a share of the loss and its gradients to a total, which may be None.
 
     The function has its own model, into which it puts the weights that it receives.
@@ -169,16 +200,20 @@ def _compile_gradients(config: TrainingConfig) -> Callable[..., Gradients]:
     model = GPT(config.gpt)
     model.train()
 
-    def share_of_loss(weights: dict[str, Any], inputs: mx.array, targets: mx.array, share: mx.array) -> mx.array:
+    def share_of_loss(
+        weights: dict[str, Any],
+        inputs: mx.array,
+        targets: mx.array,
+        target_weights: mx.array | None,
+        share: mx.array,
+    ) -> mx.array:
         model.update(weights)
-        return mean_loss(model, inputs, targets) * share
+        return mean_loss(model, inputs, targets, target_weights, distillation) * share
 
     loss_and_gradients = mx.value_and_grad(share_of_loss)
 
-    def add(
-        total: Gradients | None, weights: dict[str, Any], inputs: mx.array, targets: mx.array, share: mx.array
-    ) -> Gradients:
-        loss, gradients = loss_and_gradients(_in_compute_type(weights), inputs, targets, share)
+    def add(total: Gradients | None, weights: dict[str, Any], *batch: Any) -> Gradients:
+        loss, gradients = loss_and_gradients(_in_compute_type(weights), *batch)
         return (loss, gradients) if total is None else (total[0] + loss, tree_map(mx.add, total[1], gradients))
 
     compiled: Callable[..., Gradients] = mx.compile(add, inputs=[mx.random.state], outputs=[mx.random.state])

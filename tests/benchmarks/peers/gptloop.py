@@ -23,6 +23,7 @@ from shared.decoding.decoder import DecoderFactory  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.decoding.spans import SPAN_TOKENS  # noqa: E402
 from shared.gpt.model import GPT  # noqa: E402
+from trainer_service.training.batches import TrainingText  # noqa: E402
 from trainer_service.training.config import TrainingConfig  # noqa: E402
 from trainer_service.training.trainer import Trainer  # noqa: E402
 from trainer_service.training.workers import Workers  # noqa: E402
@@ -33,7 +34,7 @@ class Training:
         whole = TrainingConfig.from_dict({**config, "batch_size": rows})
         tokens = np.random.default_rng(1).integers(whole.vocabulary_size, size=1_000_000, dtype=np.uint16)
         self._workers = Workers(_ACCELERATOR.threads)
-        self._trainer = Trainer(whole, tokens, self._workers)
+        self._trainer = Trainer(whole, TrainingText(tokens), self._workers)
 
     def step(self) -> None:
         self._last = self._trainer.take_step()

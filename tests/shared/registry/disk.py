@@ -68,6 +68,8 @@ class Disk:
                 node = self._node(path)
                 self._folder(operation.target.parent).put(operation.target.name, node)
                 self._folder(path.parent).put(path.name, None)
+            case "link":
+                self._folder(operation.target.parent).put(operation.target.name, self._node(path))
             case "sync":
                 self._sync(self._node(path))
             case "write" | "truncate":

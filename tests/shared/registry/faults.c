@@ -246,6 +246,19 @@ int renameat2(int folder, const char *name, int to_folder, const char *to_name, 
   return move(folder, name, to_folder, to_name, flags);
 }
 
+static int add_name(int folder, const char *name, int to_folder, const char *to_name, int flags) {
+  char path[PATH_BYTES], to_path[PATH_BYTES];
+  int own = path_at(to_folder, to_name, to_path) && path_at(folder, name, path);
+  if (own && fault("link", -1, NULL, 0)) return -1;
+  int result = (int)syscall(SYS_linkat, folder, name, to_folder, to_name, flags);
+  if (own && !result) record("link", inode_at(to_path), 0, path, to_path, NULL, 0);
+  return result;
+}
+int link(const char *name, const char *to_name) { return add_name(AT_FDCWD, name, AT_FDCWD, to_name, 0); }
+int linkat(int folder, const char *name, int to_folder, const char *to_name, int flags) {
+  return add_name(folder, name, to_folder, to_name, flags);
+}
+
 int mkdirat(int folder, const char *name, mode_t permissions) {
   char path[PATH_BYTES];
   int own = path_at(folder, name, path);

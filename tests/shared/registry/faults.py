@@ -31,7 +31,7 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class Operation:
-    """One completed operation: `create`, `write`, `truncate`, `sync`, `rename`, `mkdir` or `unlink`."""
+    """One completed operation: `create`, `write`, `truncate`, `sync`, `rename`, `link`, `mkdir` or `unlink`."""
 
     name: str
     inode: int

@@ -78,6 +78,10 @@ def observe(root: Path) -> View:
     labels = registry.labels()
     assert set(labels) == ({"best", "latest"} if numbers else set())
     assert set(labels.values()) <= set(numbers)
+    for run in registry.teachers.runs():
+        registry.teachers.verify(run)
+        if teachers := [str(each.manifest) for each in registry.teachers.of(run)]:
+            view.add(f"teachers of {run}: {teachers}")
     for path in (root / "runs").glob("*/fence"):
         view.add(f"fence of {path.parent.name}: {int(path.read_text())}")
     for run in registry.histories.runs():
@@ -89,7 +93,7 @@ def observe(root: Path) -> View:
 
 
 def things(view: View, kind: str) -> View:
-    """Returns the items of a view that are a `version`, a `state`, a `fence`, a `finding` or a `line`."""
+    """Returns the items of a view that are a `version`, a `state`, `teachers`, a `fence`, a `finding` or a `line`."""
     return frozenset(word for word in view if word.startswith(kind))
 
 
@@ -179,6 +183,38 @@ def _replaces_the_last_line(old: View, new: View) -> bool:
     return old - things(old, "line") == new - things(new, "line") and things(new, "line") in possible
 
 
+# The versions that are to teach; `act` must not read anything that the registry itself does not read.
+_TEACHERS: list[int] = []
+
+
+def _prepare_teachers(registry: Registry) -> Fence:
+    fence = _prepare(registry)
+    registry.teachers.remove(RUN)
+    _TEACHERS[:] = [version.version for version in registry.versions()[:2]]
+    return fence
+
+
+def _take_teachers(registry: Registry, fence: Fence) -> None:
+    take_teachers(registry, fence, *_TEACHERS)
+
+
+def take_teachers(registry: Registry, fence: Fence, *numbers: int) -> None:
+    """Makes versions the teachers of the run, as its first attempt does."""
+    for number in numbers:
+        registry.teachers.take(fence, registry.version_directory(number))
+    registry.teachers.keep(fence, numbers)
+
+
+def _prepare_taught(registry: Registry) -> Fence:
+    fence = _prepare_teachers(registry)
+    _take_teachers(registry, fence)
+    return fence
+
+
+def _removes_teachers(old: View, new: View) -> bool:
+    return new <= old and old - new == things(old - new, "teachers")
+
+
 def _prepare_nothing(registry: Registry) -> Fence:
     return Fence(registry.root, 0)
 
@@ -220,6 +256,8 @@ SCENARIOS = {
     "fence": Scenario(_prepare, lambda registry, _: Fence.raise_for(registry.run_directory(RUN)), _raises_one),
     "finding": Scenario(_prepare_finding, lambda registry, fence: _find_out(registry, fence.token), _replaces_one),
     "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, SPARING), _only_removes),
+    "teachers": Scenario(_prepare_teachers, _take_teachers, _adds_one("teachers")),
+    "teachers-go": Scenario(_prepare_taught, lambda registry, _: registry.teachers.remove(RUN), _removes_teachers),
     "history": Scenario(_prepare_history, _continue_history, _replaces_the_last_line),
 }
 

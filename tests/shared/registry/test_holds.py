@@ -27,12 +27,43 @@ def test_a_hold_counts_until_it_is_removed_or_older_than_any_job(registry: Regis
     assert holds.jobs() == {} and list(holds.ages_s()) == ["b"]
 
 
-@pytest.mark.parametrize("content", [b"", b"seven", b"\xff", b"9" * 100, "٣".encode()])
+def test_a_job_can_hold_several_versions(registry: Registry) -> None:
+    registry.holds.add("a", 7, 3)
+    registry.holds.add("b", 3)
+    assert (registry.root / "holds" / "a").read_text() == "7 3"
+    held = Registry(registry.root).holds.jobs()
+    assert held[7] == "a" and held[3] in ("a", "b")
+    registry.holds.remove("a")
+    assert registry.holds.jobs() == {3: "b"}
+
+
+def test_a_job_can_hold_the_best_versions_of_runs(registry: Registry) -> None:
+    registry.holds.add("a", "run:wide-g1", 7)
+    assert (registry.holds.jobs(), registry.holds.runs()) == ({7: "a"}, {"wide-g1": "a"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"7 ",
+        b"7  9",
+        b"7 nine",
+        b"7 run:",
+        b"run:a/b",
+        b"best",
+        b"7\n9",
+        b"",
+        b"seven",
+        b"\xff",
+        b"9" * 100,
+        "٣".encode(),
+    ],
+)
 def test_an_unreadable_hold_holds_nothing(registry: Registry, content: bytes) -> None:
     registry.holds.add("a", 7)
     (registry.root / "holds" / "a").write_bytes(content)
     (registry.root / "holds" / "no job").touch()
-    assert registry.holds.jobs() == {}
+    assert registry.holds.jobs() == {} and registry.holds.runs() == {}
 
 
 def test_a_hold_that_cannot_be_written_is_an_error(registry: Registry) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import CorruptCheckpoint
-from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.manifest import FileRecord, TeacherRecord, VersionManifest
 from shared.registry.store import Registry
 from tests.shared.registry.scenarios import make_manifest, publish
 
@@ -48,6 +48,22 @@ def test_a_manifest_without_the_field_for_notes_has_no_notes_and_the_same_digest
     assert read.notes == "" and read.digest == json.loads(text)["sha256"]
     noted = replace(make_manifest(1), notes="twice the width")
     assert VersionManifest.from_json(noted.to_json()) == noted
+
+
+def test_a_manifest_without_teachers_has_the_digest_of_before() -> None:
+    text = make_manifest(1).to_json()
+    assert "teachers" not in json.loads(text) and VersionManifest.from_json(text).teachers == ()
+    taught = replace(make_manifest(9), teachers=(TeacherRecord(3, "d"), TeacherRecord(1, "e")))
+    assert VersionManifest.from_json(taught.to_json()) == taught
+    assert len({make_manifest(9).digest, taught.digest, replace(taught, teachers=taught.teachers[::-1]).digest}) == 3
+
+
+@pytest.mark.parametrize("teachers", [7, ["7"], [{"version": 7}], [{"version": "7", "digest": "d"}]])
+def test_a_teacher_that_is_none_makes_a_manifest_unreadable(registry: Registry, teachers: object) -> None:
+    publish(registry)
+    _rewrite(registry.version_directory(1), teachers=teachers)
+    with pytest.raises(CorruptCheckpoint, match=r"manifest\.json cannot be understood"):
+        Registry(registry.root).version(1)
 
 
 def _another(value: Any) -> Any:

@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from shared.errors import InvalidArgument, NotFound
+from shared.errors import FailedPrecondition, InvalidArgument, NotFound
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.trainer_service.site import Site
-from trainer_service.commands.evaluation import requests
+from trainer_service.commands.evaluation import app, requests
 from trainer_service.jobs.requests import EvaluateRequest
 
 COMMON = EvaluateRequest(pairs=("pairs.jsonl",), again=True)
@@ -61,3 +62,29 @@ def test_a_version_that_another_job_makes_is_evaluated_alone(registry: Registry)
     assert named(requests(["latest"], after, registry)) == ["latest"]
     with pytest.raises(InvalidArgument, match="--after takes one version"):
         requests(["1", "2"], after, registry)
+
+
+def test_the_last_version_is_judged_beside_the_others(registry: Registry) -> None:
+    for bits_per_byte in (3.0, 1.0, 2.0):
+        publish_tiny_version(registry, bits_per_byte)
+    judged = EvaluateRequest(judge_usd=0.5)
+    found = requests(["3", "1", "2"], judged, registry)
+    assert [each.judge_usd for each in found] == [0.0, 0.0, 0.5]
+    assert [dict(each.rivals) for each in found] == [{}, {}, {"rival 3": "3", "rival 1": "1"}]
+    assert all(not each.rivals for each in requests(["3", "1"], COMMON, registry))
+    with pytest.raises(InvalidArgument, match="--judge needs two versions or more"):
+        requests(["3", "3"], judged, registry)
+    with pytest.raises(InvalidArgument, match="--judge compares versions that exist"):
+        requests(["latest"], EvaluateRequest(judge_usd=0.5, after=("3f2a91c4",)), registry)
+
+
+@pytest.mark.parametrize(
+    ("price", "sentence"), [("", "GPTLOOP_GROQ_INPUT_USD is not set"), ("0.1", "There is no key for Groq")]
+)
+def test_a_judge_without_prices_or_a_key_is_refused_before_anything_is_queued(
+    tmp_path: Path, price: str, sentence: str
+) -> None:
+    names = ("GROQ_API_KEY", "GPTLOOP_GROQ_KEY_FILE", "GPTLOOP_GROQ_INPUT_USD", "GPTLOOP_GROQ_OUTPUT_USD")
+    environment = {"GPTLOOP_VAR": str(tmp_path), **dict(zip(names, ("", "", price, price), strict=True))}
+    with pytest.raises(FailedPrecondition, match=sentence):
+        CliRunner().invoke(app, ["3", "7", "--judge", "0.5"], env=environment, catch_exceptions=False)

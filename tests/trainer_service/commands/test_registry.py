@@ -10,7 +10,7 @@ from shared.errors import InvalidArgument
 from shared.registry.fence import Fence
 from shared.registry.store import Registry
 from shared.service.settings import Directories
-from tests.shared.registry.scenarios import make_manifest, write_model
+from tests.shared.registry.scenarios import make_manifest, take_teachers, write_model
 from trainer_service.commands.registry import app
 
 
@@ -63,6 +63,16 @@ def test_verify_names_all_that_is_broken_and_what_to_do(registry: Registry) -> N
         assert f"  {path}\n" in result.output
 
 
+def test_verify_looks_at_the_teachers_of_runs(registry: Registry) -> None:
+    take_teachers(registry, Fence.raise_for(registry.run_directory("student")), 1)
+    registry.remove_version(1)
+    assert run(registry, "verify").exit_code == 0
+    (registry.teachers.folder("student") / "1" / "config.json").write_text("{ }")
+    result = run(registry, "verify")
+    assert result.exit_code == 1 and "config.json has 3 bytes" in rows(result)["teachers of"]
+    assert f"  {registry.teachers.folder('student')}\n" in result.output
+
+
 def test_prune_shows_why_each_stays_or_goes_and_removes_what_goes(registry: Registry) -> None:
     result = run(registry, "prune", "--dry-run", "--newest", "1", "--best", "1", "--states", "1")
     assert result.exit_code == 0
@@ -104,7 +114,7 @@ def test_disk_says_what_takes_how_much_and_what_makes_it_less(registry: Registry
     )
     assert list(sizes) == [
         "versions",
-        "states and histories",
+        "states, teachers, histories",
         "evaluations",
         "reports",
         "prepared text",

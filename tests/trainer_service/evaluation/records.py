@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from trainer_service.evaluation.method import HeldOutText, Method
 from trainer_service.evaluation.record import (
     Continuation,
     DecodingSpeed,
-    HeldOutText,
+    Grades,
     Interval,
+    Judged,
     Memory,
-    Method,
     MinimalPairs,
     Overfit,
     Percentiles,
@@ -21,6 +22,7 @@ from trainer_service.evaluation.record import (
     TextQuality,
     TrainingLoss,
     TrainingMemory,
+    Verdict,
     Writing,
     WritingFigures,
 )
@@ -75,4 +77,28 @@ def full(number: int, mean: float = 2.5, text: str = "The cat ran.", run: str = 
         memory=Memory(98 << 20, 196 << 20, 1 << 10, 512 << 20, (TrainingMemory(4, 90 << 20, 390 << 20, 415 << 20),)),
         pairs=(MinimalPairs("anaphor.jsonl", "aa", 1000, 0.874, Interval(0.85, 0.89)),),
         measured_at={"text": 1.7e9},
+    )
+
+
+def judged(number: int, no_verdict: str = "") -> Judged:
+    """Returns what a judge says about a version beside that of a number."""
+    return Judged(
+        rival=bare(number).version,
+        prompts=16,
+        pairs=32,
+        judged=31,
+        win_rate=0.621,
+        interval=Interval(0.5312, 0.701),
+        agreement=0.75,
+        calibration=0.952,
+        calibration_pairs=21,
+        grades=Grades(7.5, 6.25, 5.0),
+        rival_grades=Grades(7.0, 6.0, 5.5),
+        verdict=None if no_verdict else Verdict.BETTER,
+        no_verdict=no_verdict,
+        model="openai/gpt-oss-20b",
+        fingerprints=("fp_1", "fp_2"),
+        template="judge-1",
+        unanswered={"empty": 1, "malformed": 2},
+        cost_usd=0.01234,
     )

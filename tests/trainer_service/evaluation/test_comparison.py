@@ -4,7 +4,8 @@ import pytest
 
 from shared.errors import FailedPrecondition
 from tests.trainer_service.evaluation.records import METHOD, bare
-from trainer_service.evaluation.comparison import Verdict, compare, compare_all
+from trainer_service.evaluation.comparison import compare, compare_all
+from trainer_service.evaluation.record import Verdict
 
 OTHER = replace(METHOD, window=256)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from shared.registry.evaluations import Figures
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
-from trainer_service.evaluation.record import HeldOutText, Interval, Method, Record, Subject, TextQuality
+from trainer_service.evaluation.method import HeldOutText, Method
+from trainer_service.evaluation.record import Interval, Record, Subject, TextQuality
 
 
 def test_the_registry_reads_the_figures_of_a_record(tmp_path: Path) -> None:

@@ -1,14 +1,20 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
-from tests.trainer_service.evaluation.records import METHOD, bare, full
+from rich.console import Console
+
+from tests.trainer_service.evaluation.records import METHOD, bare, full, judged
 from trainer_service.evaluation.comparison import compare_all
 from trainer_service.evaluation.record import Record
 from trainer_service.evaluation.report import build_report, summary
-from trainer_service.evaluation.views.document import Note, Report, SideBySide
+from trainer_service.evaluation.verdict import Contender, judge_rivals
+from trainer_service.evaluation.views.document import Note, Report, SideBySide, Table
 from trainer_service.evaluation.views.html import to_html
+from trainer_service.evaluation.views.markdown import to_markdown
+from trainer_service.evaluation.views.terminal import print_report
 
 OTHER = replace(METHOD, window=256)
 
@@ -71,6 +77,19 @@ def test_continuations_of_one_beginning_stand_side_by_side() -> None:
     assert "longest copy 14 tokens" in block.passages[0].remark
 
 
+def test_a_judgement_has_a_section_with_its_verdict_or_the_reason_for_none() -> None:
+    made = report(full(3), replace(full(7), judged=(judged(3), judged(5, "The judge guessed."))))
+    (section,) = (section for section in made.sections if section.title == "Judged by a large teacher")
+    notes = [block.text for block in section.blocks if isinstance(block, Note)]
+    assert "There is no verdict on version 7 beside version 5: The judge guessed." in notes
+    assert notes[-1] == (
+        "Judged by openai/gpt-oss-20b with the wording judge-1; configuration fp_1, fp_2; questions without an answer: "
+        "1 empty, 2 malformed."
+    )
+    for page in (to_html(made), to_markdown(made)):
+        assert "62.1%" in page and "53.1 to 70.1%" in page and "The judge guessed." in page
+
+
 def test_a_report_of_records_is_a_page() -> None:
     assert "&lt;b&gt;" in to_html(report(full(3, text="<b>"), bare(5), full(7)))
 
@@ -85,3 +104,25 @@ def test_the_summary_is_json_without_arrays_of_units() -> None:
     assert found["versions"][0]["method_digest"] == METHOD.digest
     assert [(each["after"]["number"], each["verdict"]) for each in found["comparisons"]] == [(7, "cannot be told")]
     assert "Once upon a time" not in json.dumps(found)
+
+
+def test_a_verdict_has_a_section_with_each_role_in_every_view() -> None:
+    rival, version = full(3, 2.6), full(7, 2.4)
+    verdict = judge_rivals(Contender("", version, 1), [Contender("control", rival, 1)], promote=True)
+    made = report(rival, replace(version, verdict=verdict))
+    (section,) = (section for section in made.sections if section.title == "Verdict on version 7")
+    table, sentence, _ = section.blocks
+    assert isinstance(table, Table) and isinstance(sentence, Note)
+    assert table.rows == (
+        ("control", "3", "2.6195", "0.9430", "-0.2000", "-0.2000 to -0.2000", "better"),
+        ("this version", "7", "2.4195", "0.8710", "-", "-", "promoted"),
+    )
+    assert sentence.text == verdict.sentence
+    console = Console(file=StringIO(), width=100)
+    print_report(made, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    for page in (to_html(made), to_markdown(made), printed):
+        assert "Verdict on version 7" in page and "control" in page and "It is the stable version now." in page
+    # The figures of a rival whose record is not in the report are absent.
+    (alone,) = (each for each in report(replace(version, verdict=verdict)).sections if "Verdict" in each.title)
+    assert isinstance(alone.blocks[0], Table) and alone.blocks[0].rows[0][2:4] == ("-", "-")

@@ -1,9 +1,11 @@
 from dataclasses import replace
 
-from tests.trainer_service.evaluation.records import bare, full
+from tests.trainer_service.evaluation.records import bare, full, judged
 from trainer_service.evaluation.comparison import compare_all
 from trainer_service.evaluation.tables import (
     comparison_table,
+    grades_table,
+    judged_table,
     memory_table,
     method_table,
     positions_table,
@@ -21,8 +23,17 @@ def row(table: Table, name: str) -> tuple[str, ...]:
 
 
 def test_every_table_has_a_cell_for_each_heading() -> None:
-    records = [full(3), bare(5), full(7)]
-    tables = [quality_table, positions_table, writing_table, speed_table, memory_table, versions_table]
+    records = [full(3), bare(5), replace(full(7), judged=(judged(3), judged(5)))]
+    tables = [
+        judged_table,
+        grades_table,
+        quality_table,
+        positions_table,
+        writing_table,
+        speed_table,
+        memory_table,
+        versions_table,
+    ]
     for table in [*(each(records) for each in tables), method_table(records[0])]:
         assert {len(cells) for cells in table.rows} == {len(table.headings)}
 
@@ -56,3 +67,15 @@ def test_people_have_one_column_unless_their_figures_differ() -> None:
 def test_a_comparison_is_a_row_with_its_verdict() -> None:
     (cells,) = comparison_table(compare_all([full(3, 2.5), full(7, 2.25)]).pairs).rows
     assert cells == ("7", "3", "-0.2500", "-0.2500 to -0.2500", "100% of 40 documents", "better")
+
+
+def test_a_judgement_is_a_row_with_its_verdict_and_its_cost() -> None:
+    records = [full(3), replace(full(7), judged=(judged(3), judged(5, "The judge guessed.")))]
+    first, second = judged_table(records).rows
+    expected = ("7", "3", "62.1%", "53.1 to 70.1%", "31 of 32", "75.0%", "95.2% of 21", "better", "$0.0123")
+    assert first == expected
+    assert (second[1], second[7]) == ("5", "none")
+    assert grades_table(records).rows[:2] == (
+        ("7 beside 3", "7.50", "6.25", "5.00"),
+        ("3 beside 7", "7.00", "6.00", "5.50"),
+    )

@@ -18,7 +18,8 @@ from shared.gpt.model import GPT
 from tests.decoders import COMPILED
 from tests.fakes import TINY, byte_tokenizer, tiny_model
 from tests.inference_service.engine.harness import Harness, request
-from trainer_service.evaluation.record import HeldOutText, Method, Writing
+from trainer_service.evaluation.method import HeldOutText, Method
+from trainer_service.evaluation.record import Writing
 from trainer_service.evaluation.writing import measure_writing
 from trainer_service.training.batches import Tokens
 

@@ -1,6 +1,6 @@
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -16,7 +16,13 @@ from trainer_service.training.config import TrainingConfig
 def registry_with(config: TrainingConfig, step: int) -> Registry:
     """Returns a registry whose version 3 is that step of a run with these values."""
     version = SimpleNamespace(
-        run="r", step=step, preset="demo", training=config.to_dict(), dataset_files=("builtin",), validation_files=()
+        run="r",
+        step=step,
+        preset="demo",
+        training=config.to_dict(),
+        dataset_files=("builtin",),
+        validation_files=(),
+        teachers=(),
     )
     return cast(Registry, SimpleNamespace(version=lambda _: version, verified_state=lambda *_: None))
 
@@ -108,7 +114,7 @@ def test_an_evaluation_is_completed_and_checked(tmp_path: Path) -> None:
             EvaluateRequest(version=version).resolve(registry)
     with pytest.raises(NotFound, match=r"absent\.txt"):
         EvaluateRequest(after=("a",), validation=(str(tmp_path / "absent.txt"),)).resolve(registry)
-    with pytest.raises(InvalidArgument, match="must be a number, best or latest"):
+    with pytest.raises(InvalidArgument, match="must be a number, best, latest or run:<name>"):
         EvaluateRequest(version="newest").resolve(registry)
 
 
@@ -128,3 +134,36 @@ def test_a_run_that_cannot_start_is_rejected(tmp_path: Path) -> None:
         TrainRequest(resume=3).resolve(registry)
     with pytest.raises(NotFound, match=r"absent\.txt"):
         TrainRequest(dataset=(str(tmp_path / "absent.txt"),)).resolve(registry)
+
+
+def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    rivals = {"control": "run:wide-control", "the best one": "best"}
+    spec = EvaluateRequest(after=("a",), version="run:wide", rivals=rivals, promote=True).resolve(registry)
+    assert (spec.version, spec.rivals, spec.promote) == ("run:wide", rivals, True)
+    assert spec_from_json(Kind.EVALUATE, spec.to_json()) == spec
+    with pytest.raises(NotFound, match="run:wide"):
+        EvaluateRequest(version="run:wide").resolve(registry)
+    with pytest.raises(NotFound, match="empty"):
+        EvaluateRequest(after=("a",), rivals={"teacher": "7"}).resolve(registry)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"version": "run:"}, "version is 'run:', but must be a number, best, latest or run:<name>"),
+        ({"version": "stable"}, "version is 'stable', but must be"),
+        ({"rivals": {"control": "run:a/b"}}, "the rival 'control' is 'run:a/b', but must be a number"),
+        ({"rivals": {"": "best"}}, "The role of a rival is '', but must have from 1 to 40 printable characters"),
+        ({"rivals": {"a\nb": "best"}}, "The role of a rival is 'a\\\\nb', but"),
+        ({"rivals": {"x" * 41: "best"}}, "must have from 1 to 40 printable characters"),
+        ({"rivals": {str(number): "best" for number in range(33)}}, "names 33 rivals, but a version has at most 32"),
+        ({"promote": True}, "names no rival that it must be better than"),
+        ({"judge_usd": 0.5}, "names no rival to judge the version beside"),
+        ({"judge_usd": -1.0}, "judge_usd is -1.0, but must be an amount of up to 10,000 US dollars"),
+        ({"judge_usd": float("nan")}, "judge_usd is nan, but must be an amount"),
+    ],
+)
+def test_wrong_rivals_are_refused_with_what_would_be_right(values: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=sentence):
+        EvaluateRequest(after=("a",), **values).resolve(Registry(tmp_path))

@@ -1,6 +1,7 @@
-"""The version that a queued job names still exists when the job begins: holds, on a real Redis."""
+"""The versions that a queued job names still exist when the job begins: holds, on a real Redis."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from shared.errors import AlreadyExists, FailedPrecondition, NotFound
 from shared.registry.fence import Fence
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Checkpoint, Registry
-from tests.shared.registry.scenarios import make_manifest, write_model
+from tests.shared.registry.scenarios import make_manifest, publish, take_teachers, write_model
+from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
-from trainer_service.jobs.submit import release_ended, submit
+from trainer_service.jobs.specs import EvaluateSpec, Teacher, TrainSpec
+from trainer_service.jobs.submit import release_ended, require_stories, submit
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec
 
@@ -66,6 +68,49 @@ def test_the_version_that_a_queued_evaluation_names_by_number_stays(registry: Re
     assert left(registry)[0] == [3]
 
 
+def taught(*teachers: Teacher, resume: int | None = None) -> TrainSpec:
+    return replace(resuming(resume), teachers=teachers)
+
+
+def named(registry: Registry, number: int) -> Teacher:
+    return Teacher(str(number), registry.version(number).digest)
+
+
+def test_the_teachers_of_a_queued_run_stay_and_so_does_the_version_that_it_continues(
+    registry: Registry, queue: JobQueue
+) -> None:
+    spec = taught(named(registry, 1), Teacher("best"), resume=2)
+    job = submit(spec, queue, registry).id
+    assert registry.holds.jobs() == {1: job, 2: job}
+    assert left(registry) == ([1, 2, 3], [10, 20, 30])
+    queue.cancel(job)
+    release_ended(queue, registry)
+    assert left(registry) == ([3], [30])
+
+
+def test_the_rivals_of_a_queued_evaluation_stay(registry: Registry, queue: JobQueue) -> None:
+    spec = EvaluateSpec("run:next", TEXT, rivals={"teacher 1": "1", "control": "best"})
+    job = submit(spec, queue, registry).id
+    assert registry.holds.jobs() == {1: job}
+
+
+def test_a_teacher_that_was_removed_or_replaced_is_not_queued(registry: Registry, queue: JobQueue) -> None:
+    for teacher in (Teacher("9", "digest"), Teacher("2", "digest")):
+        with pytest.raises(NotFound, match=f"The teacher, version {teacher.version}, is no longer in the registry"):
+            submit(taught(teacher), queue, registry)
+    assert list(registry.holds.ages_s()) == []
+
+
+def test_a_teacher_that_only_the_continued_run_keeps_is_enough(registry: Registry, queue: JobQueue) -> None:
+    teacher = named(registry, 1)
+    fence = Fence.raise_for(registry.run_directory("run-1"))
+    take_teachers(registry, fence, 1)
+    registry.remove_version(1)
+    submit(taught(teacher, resume=3), queue, registry)
+    with pytest.raises(NotFound, match="The teacher, version 1, is no longer"):
+        submit(taught(teacher), queue, registry)
+
+
 def test_a_job_that_is_not_put_on_the_queue_holds_nothing(registry: Registry, queue: JobQueue) -> None:
     with pytest.raises(NotFound, match="There is no version 9"):
         submit(resuming(9), queue, registry)
@@ -99,3 +144,28 @@ def test_a_hold_of_an_unknown_job_is_removed_after_some_time(registry: Registry,
     os.utime(path, (before_s, before_s))
     release_ended(queue, registry)
     assert registry.holds.jobs() == {}
+
+
+def test_a_job_on_stories_that_are_absent_is_refused_unless_it_waits_for_others(tmp_path: Path) -> None:
+    spec = replace(resuming(None), data=DatasetSpec(("builtin", "teacher:noon")))
+    with pytest.raises(NotFound, match="no set of stories 'noon'"):
+        require_stories(spec, (), tmp_path)
+    require_stories(spec, ("3f2a91c4",), tmp_path)
+    require_stories(resuming(None), (), tmp_path)
+    add_stories(tmp_path, tales(0, 1), "noon")
+    require_stories(spec, (), tmp_path)
+
+
+def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_it(
+    registry: Registry, queue: JobQueue
+) -> None:
+    chain = EvaluateSpec("run:run-2", TEXT, rivals={"control": "run:run-1"})
+    job = submit(chain, queue, registry).id
+    assert registry.holds.runs() == {"run-1": job, "run-2": job}
+    other = Fence.raise_for(registry.run_directory("run-2"))
+    for bits_per_byte in (1.5, 1.4):
+        publish(registry, other, run="run-2", bits_per_byte=bits_per_byte)
+    assert left(registry)[0] == [3, 5]
+    queue.cancel(job)
+    release_ended(queue, registry)
+    assert left(registry)[0] == [5]

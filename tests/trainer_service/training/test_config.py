@@ -139,6 +139,12 @@ def test_a_configuration_survives_conversion_to_json() -> None:
         TrainingConfig.from_dict({name: value for name, value in preset.to_dict().items() if name != "width"})
 
 
+def test_values_that_an_older_program_did_not_know_have_their_defaults() -> None:
+    preset = find_preset("demo")
+    older = {name: value for name, value in preset.to_dict().items() if not name.startswith("distillation")}
+    assert TrainingConfig.from_dict(older) == preset
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_steps", "400"), ("max_steps", 4.5), ("beta1", None), ("tied_head", 1), ("layers", True), ("beta2", 10**400)],

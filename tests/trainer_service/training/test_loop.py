@@ -12,7 +12,7 @@ import pytest
 from shared.errors import TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from trainer_service.training import loop
-from trainer_service.training.batches import Tokens
+from trainer_service.training.batches import Tokens, TrainingText
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss, evaluate
 from trainer_service.training.loop import train
@@ -39,7 +39,8 @@ CONFIG = TrainingConfig(
     evaluation_windows=20,
     report_interval=4,
 )
-TEXT: Tokens = (np.arange(5000) * 7 % 300).astype(np.uint16)
+TOKENS: Tokens = (np.arange(5000) * 7 % 300).astype(np.uint16)
+TEXT = TrainingText(TOKENS)
 
 
 @dataclass
@@ -71,7 +72,7 @@ class TwoBytesEach:
     byte_lengths = np.full(300, 2, np.int32)
 
 
-def evaluation_set(windows: int = 20, tokens: Tokens = TEXT) -> EvaluationSet:
+def evaluation_set(windows: int = 20, tokens: Tokens = TOKENS) -> EvaluationSet:
     return EvaluationSet.from_tokens(tokens, cast(Tokenizer, TwoBytesEach()), windows=windows, context_length=8)
 
 
@@ -133,10 +134,10 @@ def test_a_loss_that_is_not_finite_ends_training_before_anything_is_saved() -> N
 
 def test_the_evaluation_set_is_the_first_adjacent_windows() -> None:
     chosen = evaluation_set(windows=3)
-    np.testing.assert_array_equal(chosen.windows[:, 0], TEXT[[0, 8, 16]])
+    np.testing.assert_array_equal(chosen.windows[:, 0], TOKENS[[0, 8, 16]])
     np.testing.assert_array_equal(chosen.windows[:-1, -1], chosen.windows[1:, 0])
     assert chosen.target_bytes == 3 * 8 * 2
-    assert len(evaluation_set(windows=64, tokens=TEXT[: 5 * 8 + 1]).windows) == 5
+    assert len(evaluation_set(windows=64, tokens=TOKENS[: 5 * 8 + 1]).windows) == 5
     assert chosen.digest == evaluation_set(windows=3).digest != evaluation_set(windows=4).digest
 
 

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument
-from shared.gpt.model import parameters_of
+from shared.gpt.config import GPTConfig
+from shared.gpt.model import GPT, parameters_of
 from trainer_service.presets import find_preset
-from trainer_service.training.batches import batch
+from trainer_service.training.batches import TeacherText, TrainingText
 from trainer_service.training.config import TrainingConfig
+from trainer_service.training.loss import window_losses
 from trainer_service.training.optimizer import AdamW
 from trainer_service.training.trainer import Trainer, scalar
 from trainer_service.training.workers import Workers
@@ -35,7 +37,22 @@ def tiny(**values: object) -> TrainingConfig:
     return replace(config, **values)  # type: ignore[arg-type]
 
 
-TEXT = (np.arange(5000) * 7 % 300).astype(np.uint16)
+TOKENS = (np.arange(5000) * 7 % 300).astype(np.uint16)
+TEXT = TrainingText(TOKENS)
+# A text of a teacher, of which two thirds count.
+MIXTURE = TrainingText(TOKENS, TeacherText(TOKENS[::-1], np.arange(5000) % 3 > 0))
+
+
+def teachers(count: int, dropout: float = 0.5) -> list[GPT]:
+    """Models of other shapes than the student's."""
+    mx.random.seed(count)
+    models = []
+    for number in range(count):
+        shape = GPTConfig(1 + number, 8 * (3 + number), 4, 32, 16, 300, number % 2 == 0, dropout)
+        models.append(GPT(shape))
+        # Predictions that differ enough to be learned.
+        models[-1].apply(lambda weight: 10 * weight if weight.ndim == 2 else weight)
+    return models
 
 
 def weights(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -98,7 +115,7 @@ def test_another_seed_trains_another_model() -> None:
 
 
 def test_dropout_differs_from_step_to_step() -> None:
-    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-8, seed=3), np.full(9, 5, np.uint16))
+    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-8, seed=3), TrainingText(np.full(9, 5, np.uint16)))
     losses = {scalar(trainer.take_step().loss) for _ in range(4)}
     assert len(losses) == 4
 
@@ -151,26 +168,6 @@ def test_a_compiled_step_uses_the_rate_of_the_schedule(config: TrainingConfig, t
         before = after
 
 
-def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
-    def windows(seed: int, step: int) -> np.ndarray:
-        return batch(TEXT, seed=seed, step=step, rows=4, context_length=8).inputs
-
-    np.testing.assert_array_equal(windows(1, 5), windows(1, 5))
-    assert not np.array_equal(windows(1, 5), windows(1, 6))
-    assert not np.array_equal(windows(1, 5), windows(2, 5))
-
-
-def test_targets_are_the_inputs_one_token_later() -> None:
-    drawn = batch(TEXT, seed=1, step=1, rows=64, context_length=8)
-    np.testing.assert_array_equal(drawn.inputs[:, 1:], drawn.targets[:, :-1])
-    np.testing.assert_array_equal((drawn.inputs[:, -1] + 7) % 300, drawn.targets[:, -1])
-
-
-def test_a_text_of_one_window_is_enough() -> None:
-    drawn = batch(TEXT[:9], seed=1, step=1, rows=2, context_length=8)
-    np.testing.assert_array_equal(drawn.inputs, np.stack([TEXT[:8]] * 2))
-
-
 def test_several_workers_take_the_same_step_as_one() -> None:
     # Two workers share 5 rows: 2 and 3.
     config = tiny(batch_size=5, dropout=0.0)
@@ -196,10 +193,93 @@ def test_micro_batches_take_the_same_step_as_a_whole_batch(monkeypatch: pytest.M
         np.testing.assert_allclose(weights(divided)[name], value, atol=2e-5)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("text", [TEXT, MIXTURE], ids=["text", "mixture"])
+def test_a_restored_run_with_teachers_ends_with_the_same_bits(threads: int, text: TrainingText, tmp_path: Path) -> None:
+    config = tiny(batch_size=5, distillation_temperature=1.5)
+    with Workers(threads) as workers:
+        whole, first, second = (Trainer(config, text, workers, teachers(2)) for _ in range(3))
+        for _ in range(7):
+            whole.take_step()
+        for _ in range(4):
+            first.take_step()
+        first.save(tmp_path)
+        second.restore(tmp_path)
+        for _ in range(3):
+            second.take_step()
+    expected = weights(whole)
+    for name, value in weights(second).items():
+        np.testing.assert_array_equal(value, expected[name])
+
+
+@pytest.mark.parametrize("text", [TEXT, MIXTURE], ids=["text", "mixture"])
+def test_workers_and_micro_batches_learn_from_teachers_as_one_batch_does(
+    text: TrainingText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(batch_size=7, dropout=0.0)
+    alone = Trainer(config, text, teachers=teachers(2))
+    monkeypatch.setattr("trainer_service.training.config.MICRO_BATCH_TOKENS", 2 * config.context_length)
+    with Workers(2) as workers:
+        together = Trainer(config, text, workers, teachers(2))
+        for _ in range(3):
+            losses = [scalar(trainer.take_step().loss) for trainer in (alone, together)]
+            assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    for name, value in weights(alone).items():
+        np.testing.assert_allclose(weights(together)[name], value, atol=2e-5)
+
+
+def test_teachers_change_the_weights_and_not_the_reported_loss_of_the_same_weights() -> None:
+    plain, taught = Trainer(tiny(), TEXT), Trainer(tiny(), TEXT, teachers=teachers(1))
+    first = [scalar(trainer.take_step().loss) for trainer in (plain, taught)]
+    assert first[0] == pytest.approx(first[1], abs=1e-5)
+    assert not np.allclose(weights(plain)["final_norm.bias"], weights(taught)["final_norm.bias"], atol=1e-6)
+
+
+def test_an_alpha_of_0_is_plain_training() -> None:
+    config = tiny(distillation_alpha=0.0)
+    plain, taught = Trainer(config, TEXT), Trainer(config, TEXT, teachers=teachers(2))
+    for _ in range(3):
+        assert scalar(plain.take_step().loss) == scalar(taught.take_step().loss)
+    for name, value in weights(plain).items():
+        np.testing.assert_array_equal(weights(taught)[name], value)
+
+
+def test_teachers_have_no_dropout_and_stay_as_they_are() -> None:
+    after = []
+    for dropout in (0.0, 0.5):
+        (teacher,) = teachers(1, dropout)
+        before = {name: np.array(value) for name, value in parameters_of(teacher).items()}
+        trainer = Trainer(tiny(), TEXT, teachers=[teacher])
+        for _ in range(3):
+            trainer.take_step()
+        after.append(weights(trainer))
+        assert teacher.training
+        for name, array in parameters_of(teacher).items():
+            np.testing.assert_array_equal(array, before[name])
+    for name, value in after[0].items():
+        np.testing.assert_array_equal(after[1][name], value)
+
+
+def test_a_student_learns_from_its_teacher_alone() -> None:
+    """Its own text says nothing: each target is the same token."""
+    teacher = Trainer(tiny(max_steps=200, learning_rate=2e-2, dropout=0.0), TEXT)
+    for _ in range(200):
+        teacher.take_step()
+    text = TrainingText(TOKENS, TeacherText(TOKENS[::-1].copy()))
+    config = tiny(max_steps=200, learning_rate=2e-2, dropout=0.0, distillation_alpha=1.0, teacher_share=1.0)
+    student = Trainer(config, text, teachers=[teacher.model])
+    for _ in range(200):
+        student.take_step()
+    rows = mx.array(TOKENS[:64].reshape(8, 8).astype(np.int32))
+    following = mx.array(TOKENS[1:65].reshape(8, 8).astype(np.int32))
+    student.model.eval()
+    assert scalar(window_losses(student.model, rows, following).mean()) < 3.0
+
+
 def test_workers_draw_different_dropout() -> None:
     # All rows hold the same tokens, so that only dropout can make their losses differ.
     config = tiny(dropout=0.5, batch_size=2)
-    text = np.full(9, 5, np.uint16)
+    text = TrainingText(np.full(9, 5, np.uint16))
     with Workers(2) as workers:
         both = Trainer(config, text, workers).take_step().loss
     one = Trainer(replace(config, batch_size=1), text).take_step().loss

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, NotFound
+from shared.registry.store import Registry
+from shared.service import cli
+from tests.fakes import publish_tiny_version
+from trainer_service.commands.distill import app
+
+
+@pytest.fixture(autouse=True)
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A registry whose only version is hardly trained, and no Redis: nothing that is refused may reach the queue."""
+    monkeypatch.setenv("GPTLOOP_VAR", str(tmp_path))
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
+    registry = Registry(tmp_path / "registry")
+    publish_tiny_version(registry, 2.5)
+    return registry
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "sentence"),
+    [
+        ([], InvalidArgument, "Name one kind of teacher: versions, as in `gptloop distill 3 7`, or --generations, or"),
+        (["1", "--generations", "2"], InvalidArgument, "Name one kind of teacher"),
+        (["1", "--stories", "bedtime"], InvalidArgument, "Name one kind of teacher"),
+        (["--generations", "2", "--stories", "bedtime"], InvalidArgument, "Name one kind of teacher"),
+        (["--generations", "1"], InvalidArgument, "generations is 1, but must be from 2 to 20"),
+        (["--generations", "few"], InvalidArgument, "--generations is 'few', but must be a whole number"),
+        (["--generations", "2", "--resume", "1"], InvalidArgument, "continues no version; leave --resume out"),
+        (["newest"], InvalidArgument, "The version is 'newest', but must be a number or a label"),
+        (["1 99"], NotFound, "There is no version 99"),
+        (["--stories", "bedtime", "--resume", "1"], FailedPrecondition, "Version 1 has 2.50 bits per byte"),
+        (["--generations", "2", "--name", "n" * 62], InvalidArgument, "but must have from 1 to 64 letters"),
+        (["--generations", "2", "--set", "max_steps"], InvalidArgument, "is not of the form name=value"),
+        (["--generations", "2", "--preset", "smal"], InvalidArgument, "Did you mean small?"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_what_would(
+    words: list[str], kind: type[GptloopError], sentence: str
+) -> None:
+    with pytest.raises(kind) as refused:
+        cli.invoke(app, words)
+    assert sentence in str(refused.value)
+    assert len(str(refused.value)) <= 300
