@@ -102,7 +102,7 @@ export: $(VENV) ## Write a version as such a folder: VERSION= DIR=<new or empty 
 generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMPERATURE= MAX_TOKENS= TOP_K= …
 	$(COMMAND) generate
 
-chat: $(VENV) ## Continue what you type, line by line: VERSION= SEED= TEMPERATURE= MAX_TOKENS=
+chat: $(VENV) ## Continue what you type, line by line: VERSION= SEED= TEMPERATURE= TOP_P= MAX_TOKENS=
 	$(COMMAND) chat
 
 info: $(VENV) ## Show the device, its memory and its speed.

@@ -196,12 +196,14 @@ def chat(
     label: Label = None,
     seed: Seed = None,
     temperature: Temperature = None,
+    top_p: TopP = None,
     max_tokens: MaxTokens = None,
     address: Address = None,
 ) -> None:
     """Continue what you type, line by line.
 
-    /help lists the commands that you can type there.
+    /help lists the commands that you can type there. On a terminal, the arrow keys bring earlier lines back, and Ctrl-R
+    finds them; they are kept in the folder of state, in a file that only you can read.
 
     Example: gptloop chat --temperature 0.5
     """
@@ -210,13 +212,14 @@ def chat(
         "label": label,
         "seed": seed,
         "temperature": temperature,
+        "top_p": top_p,
         "max_tokens": max_tokens,
     }
+    from inference_service.chat import Chat
     from inference_service.client.client import InferenceClient
-    from inference_service.terminal import Terminal
 
     with InferenceClient(address or _default_address()) as client:
-        Terminal(client).chat(parameters)
+        Chat(client, parameters, read_settings(os.environ).directories.chat_history).run()
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,17 +17,12 @@ from rich.text import Text
 
 from inference_service.client.client import InferenceClient, Parameters
 from inference_service.client.completion import Event, sample_seed
-from shared.errors import GptloopError, InvalidArgument
+from inference_service.word_wrap import WordWrap
+from shared.errors import GptloopError
 from shared.pb.inference.v1 import inference_pb2 as pb
 
 # Prompts that are sent at the same time. The server decodes some of them and lets the others wait.
 _TOGETHER = 64
-
-CHAT_HELP = """The model continues each line that you type; it does not see the lines before it.
-  /seed N          the same answer to the same line again; /seed alone: a new seed each time
-  /temperature X   0: always the most likely token; higher: more varied
-  /reset           back to the seed and temperature of the start
-  /quit            or Ctrl-D; Ctrl-C stops an answer"""
 
 
 @dataclass
@@ -76,6 +72,7 @@ class Page:
         self._index = 0
         # How many characters of the sample are printed; None before it has begun.
         self._shown: int | None = None
+        self._wrap = WordWrap()
 
     def show(self) -> None:
         """Prints what is new."""
@@ -87,7 +84,7 @@ class Page:
             story = self._answer.prompt + self._answer.texts[self._index]
             new = story[self._shown :]
             # A model may generate control characters. A terminal shows them escaped; a file gets the text unchanged.
-            sys.stdout.write(_harmless(new) if sys.stdout.isatty() else new)
+            sys.stdout.write(self._wrap.add(_harmless(new), _width()) if sys.stdout.isatty() else new)
             sys.stdout.flush()
             self._shown = len(story)
             if self._index not in self._answer.finished:
@@ -97,8 +94,9 @@ class Page:
     def end(self) -> None:
         """Ends the sample that is being printed, complete or not."""
         if self._shown is not None:
-            sys.stdout.write("\n")
+            sys.stdout.write(self._wrap.end(_width()) + "\n")
             sys.stdout.flush()
+            self._wrap = WordWrap()
             self._notes.print(self._answer.summary(self._index, time.monotonic() - self._begin_s), style="dim")
             self._index += 1
             self._shown = None
@@ -116,7 +114,8 @@ class Terminal:
 
         Several samples follow one another.
         """
-        answer = self._stream(prompt, parameters)
+        answer = new_answer(prompt, parameters)
+        self.stream(answer, parameters)
         if answer.started is None:
             return
         for index in sorted(answer.finished):
@@ -130,7 +129,7 @@ class Terminal:
 
         Raises the first error after everything else is printed.
         """
-        answers = [_answer(prompt, parameters) for prompt in prompts]
+        answers = [new_answer(prompt, parameters) for prompt in prompts]
         begin = time.monotonic()
         left = False
 
@@ -173,61 +172,16 @@ class Terminal:
             if answer.error is not None:
                 raise answer.error
 
-    def chat(self, parameters: Parameters) -> None:
-        """Reads lines and continues each one, until the end of the input."""
-        current = parameters.copy()
-        model = self._client.model(parameters.get("version"), parameters.get("label"))
-        self._notes.print(f"version {model.version}, {model.parameters:,} parameters. /help lists the commands.")
-        while True:
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                self._notes.print()
-                return
-            except KeyboardInterrupt:
-                self._notes.print()
-                continue
-            try:
-                if line == "/quit":
-                    return
-                if line.startswith("/"):
-                    current = self._command(line, current, parameters)
-                elif line:
-                    self._stream(line, current)
-            except KeyboardInterrupt:
-                continue
-            except GptloopError as error:
-                self._notes.print(f"error: {error}", markup=False)
-
-    def _command(self, line: str, current: Parameters, initial: Parameters) -> Parameters:
-        name, _, value = line.partition(" ")
-        try:
-            match name:
-                case "/seed":
-                    return {**current, "seed": int(value) if value else None}
-                case "/temperature":
-                    return {**current, "temperature": float(value)}
-                case "/reset":
-                    return initial.copy()
-                case "/help":
-                    self._notes.print(CHAT_HELP)
-                    return current
-        except ValueError:
-            raise InvalidArgument(f"{name} needs a number, not {value!r}.") from None
-        raise InvalidArgument(f"Unknown command {name!r}: /help lists the commands.")
-
-    def _stream(self, prompt: str, parameters: Parameters) -> Answer:
-        """Prints a story while it arrives."""
-        answer = _answer(prompt, parameters)
+    def stream(self, answer: Answer, parameters: Parameters) -> None:
+        """Fills an answer, and prints it while it arrives."""
         page = Page(answer, self._notes)
         try:
-            with self._client.generate(prompt, **parameters) as stream:
+            with self._client.generate(answer.prompt, **parameters) as stream:
                 for event in stream:
                     answer.add(event)
                     page.show()
         finally:
             page.end()
-        return answer
 
     def _print_whole(self, number: int, answer: Answer) -> None:
         if answer.error is not None:
@@ -239,7 +193,8 @@ class Terminal:
             print(answer.prompt + text, flush=True)
 
 
-def _answer(prompt: str, parameters: Parameters) -> Answer:
+def new_answer(prompt: str, parameters: Parameters) -> Answer:
+    """Returns an answer of which nothing has arrived."""
     return Answer(prompt, [""] * (parameters.get("n") or 1))
 
 
@@ -259,6 +214,12 @@ def _harmless(text: str) -> str:
         each.encode("unicode_escape").decode() if category(each) == "Cc" and each not in "\n\t" else each
         for each in text
     )
+
+
+def _width() -> int:
+    """Returns how many cells of a line are used."""
+    # Some terminals begin a new line when the last cell is filled.
+    return max(shutil.get_terminal_size().columns - 1, 2)
 
 
 def _overview(answers: Sequence[Answer], width: int) -> Table:

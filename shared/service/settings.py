@@ -117,6 +117,11 @@ class Directories:
         """Files that can be built again: compiled kernels, the BLAS forwarder."""
         return self.var / "cache"
 
+    @property
+    def chat_history(self) -> Path:
+        """A file with the lines that were typed in `gptloop chat`."""
+        return self.var / "chat_history"
+
 
 def read_directories(environment: Environment) -> Directories:
     """Returns the folders below `GPTLOOP_VAR` as absolute paths, without creating them.

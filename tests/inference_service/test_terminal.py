@@ -54,7 +54,8 @@ def shown(capsys: pytest.CaptureFixture[str]) -> Shown:
 
 
 @pytest.mark.parametrize(
-    ("is_terminal", "text"), [(True, "Once \\x1b[2J\\x03\\r\\x9b é\ta\n"), (False, "Once \x1b[2J\x03\r\x9b é\ta\n")]
+    ("is_terminal", "text"),
+    [(True, "Once \\x1b[2J\\x03\\r\\x9b é        a\n"), (False, "Once \x1b[2J\x03\r\x9b é\ta\n")],
 )
 def test_control_characters_of_a_model_are_escaped_on_a_terminal(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, is_terminal: bool, text: str
