@@ -4,7 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
 
 from shared.errors import GptloopError, Unavailable
 from shared.service.live_bar import LiveBar
@@ -13,6 +14,7 @@ from trainer_service.jobs import events
 from trainer_service.jobs.events import Event, JobState
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
+from trainer_service.loss_curve import Point, draw
 from trainer_service.redis_server import Outage
 
 _WAIT_S = 1.0
@@ -23,18 +25,28 @@ _OUTAGE_S = 600.0
 
 _WAITING = "waiting for a worker"
 
+# Lines of the curve, and of a terminal that has room for it.
+_CURVE_LINES = 10
+_ROOM_LINES = 20
+
 
 def follow(queue: JobQueue, job_id: str, console: Console) -> None:
-    """Shows every event of a job until it ends, and continues after an outage of Redis.
+    """Shows every event of a job until it ends, on a terminal with a curve, and continues after an outage of Redis.
 
     Raises `GptloopError` with the reason if the job fails, and `Unavailable` if no worker is left to continue it.
     """
-    with LiveBar(console, (_WAITING,)) if console.is_terminal else nullcontext() as bar:
-        view = _View(console, bar)
-        for event in _until_end(queue, job_id):
-            view.show(event)
-            if isinstance(event, events.StateChanged) and event.state is JobState.FAILED:
-                raise GptloopError(f"The job {job_id} failed: {event.reason}")
+    curve = _Curve()
+    try:
+        with LiveBar(console, (_WAITING,), above=curve) if console.is_terminal else nullcontext() as bar:
+            view = _View(console, bar)
+            for event in _until_end(queue, job_id):
+                curve.add(event)
+                view.show(event)
+                if isinstance(event, events.StateChanged) and event.state is JobState.FAILED:
+                    raise GptloopError(f"The job {job_id} failed: {event.reason}")
+    finally:
+        if console.is_terminal:
+            console.print(curve)
 
 
 def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
@@ -127,6 +139,40 @@ def describe_job(record: JobRecord) -> str:
 def describe_ahead(ahead: int) -> str:
     """Describes how many jobs come first."""
     return "1 job comes first" if ahead == 1 else f"{ahead:,} jobs come first"
+
+
+class _Curve:
+    """The losses of the run, drawn when they or the terminal have changed."""
+
+    def __init__(self) -> None:
+        self._training: list[Point] = []
+        self._held_out: list[Point] = []
+        self._drawn: tuple[tuple[int, bool], list[str]] | None = None
+
+    def add(self, event: Event) -> None:
+        """Adds the loss of an event, if it has one."""
+        match event:
+            case events.RunStarted(first_step=first_step):
+                # Another attempt takes the steps after its state again.
+                for points in (self._training, self._held_out):
+                    points[:] = [each for each in points if each.step < first_step]
+            case events.Progress(step=step, loss=loss):
+                self._training.append(Point(step, loss))
+            case events.Evaluation(step=step, validation_loss=loss, version=None):
+                self._held_out.append(Point(step, loss))
+            case _:
+                return
+        self._drawn = None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if console.height < _ROOM_LINES:
+            return
+        form = options.max_width - 1, not options.ascii_only
+        if self._drawn is None or self._drawn[0] != form:
+            width, is_unicode = form
+            self._drawn = form, draw(self._training, self._held_out, width, _CURVE_LINES, is_unicode)
+        for line in self._drawn[1]:
+            yield Text(line, no_wrap=True, overflow="crop")
 
 
 class _View:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -20,9 +20,11 @@ class LiveBar:
 
     The facts are ordered by importance: the line shows as many as fit beside the narrowest bar, and the bar takes the
     remaining room, up to its maximum width. Each frame measures the terminal, so the bar follows a resize.
+    `above` is shown above the bar.
     """
 
-    def __init__(self, console: Console, facts: Sequence[str] = ("",)) -> None:
+    def __init__(self, console: Console, facts: Sequence[str] = ("",), above: RenderableType | None = None) -> None:
+        self._above = above
         self._fraction: float | None = None
         self._facts = tuple(facts)
         self._live = Live(
@@ -41,6 +43,8 @@ class LiveBar:
         self._fraction, self._facts = fraction, facts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._above is not None:
+            yield self._above
         # A terminal wraps a line that fills it, and then cannot draw over it.
         room = options.max_width - 1
         share = "" if self._fraction is None else f"{self._fraction:5.0%}"

@@ -30,9 +30,9 @@ from trainer_service.redis_server import connect
 def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) -> None:
     report(queue, job, StateChanged(JobState.RUNNING), Preparation("tokenising", 0.1), Preparation("tokenising", 0.9))
     report(queue, job, STARTED, PROGRESS, Evaluation(1, 10.8, 10.7, 3.5), VersionPublished(1, 1, 10.7, 3.5, True))
-    report(queue, job, Notice("small text"), StateChanged(JobState.FINISHED))
+    report(queue, job, Notice("small text"), replace(PROGRESS, step=2), StateChanged(JobState.FINISHED))
     output = io.StringIO()
-    follow(queue, job, Console(file=output))
+    follow(queue, job, Console(file=output, width=80, height=40))
     assert output.getvalue().splitlines() == [
         "queued.",
         "running.",
@@ -43,6 +43,7 @@ def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) ->
         "step 1: held-out loss 10.7000 nats per token, 3.5000 bits per byte (training loss 10.8000)",
         "version 1 published, the best so far",
         "note: small text",
+        "step 2/10  loss 10.834  ETA 1 h  1,234 tokens/s  best held-out 10.500  lr 1.50e-07",
         "finished.",
     ]
 
@@ -52,6 +53,31 @@ def test_on_a_terminal_the_same_is_live(queue: JobQueue, job: str) -> None:
     output = io.StringIO()
     follow(queue, job, Console(file=output, force_terminal=True, width=120))
     assert "52,990,464 parameters" in output.getvalue() and "10.834" in output.getvalue()
+
+
+def test_on_a_terminal_the_losses_are_a_curve(queue: JobQueue, job: str) -> None:
+    early = [replace(PROGRESS, step=step, loss=11.0 - step) for step in range(1, 9)]
+    # The second attempt begins after step 4.
+    late = [replace(PROGRESS, step=step, loss=5.0) for step in (5, 6)]
+    report(queue, job, STARTED, *early, Evaluation(8, 3.0, 2.0, 1.0), replace(STARTED, first_step=5), *late)
+    report(queue, job, Evaluation(6, 5.0, 8.0, 1.0), StateChanged(JobState.FINISHED))
+    output = io.StringIO()
+    follow(queue, job, Console(file=output, force_terminal=True, color_system=None, width=60, height=24))
+    legend, *curve, steps = output.getvalue().splitlines()[-10:]
+    assert legend.endswith("       loss: ⠒ training, ● held-out")
+    assert curve[0].startswith(" 10.00 ⠉⠒") and curve[-1].startswith("  5.00 ")
+    assert [line.count("●") for line in curve] == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert steps.split() == ["step", "1", "6"]
+
+
+def test_a_low_terminal_shows_no_curve(queue: JobQueue, job: str) -> None:
+    report(queue, job, STARTED, PROGRESS, replace(PROGRESS, step=2), StateChanged(JobState.FINISHED))
+    shown = []
+    for height in (20, 19):
+        output = io.StringIO()
+        follow(queue, job, Console(file=output, force_terminal=True, width=60, height=height))
+        shown.append("loss: ⠒ training" in output.getvalue())
+    assert shown == [True, False]
 
 
 def test_a_failure_is_raised_with_its_reason(queue: JobQueue, job: str) -> None:
