@@ -59,6 +59,8 @@ class HttpServer:
         listener = address.listener()
         port: int = listener.getsockname()[1]
         listener.setblocking(False)
+        # Who reads the port in the log may connect before the task below has begun.
+        listener.listen(self._config.backlog)
         self._serving = asyncio.create_task(self._server.serve([listener]))
         return port
 

@@ -11,7 +11,7 @@ export class TokenText {
   constructor() {
     this.id = `text-${++ids}`;
     this.given = make("span", { className: "given" });
-    this.written = make("span");
+    this.written = make("span", { className: "written" });
     this.paragraph = make("p", {
       id: this.id,
       className: "text",
