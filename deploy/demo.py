@@ -1,12 +1,15 @@
 """Shows the whole loop from the start: trains on the built-in stories, serves each better version, and measures."""
 
 import os
+import shlex
 import shutil
 import signal
+import sys
 import time
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import typer
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from deploy.ports import Ports, free_ports
+from deploy.ports import Ports, free_ports, page_url, read_ports
 from deploy.stack import Stack
 from deploy.supervisor import wait_until
 from inference_service.client.client import InferenceClient
@@ -205,6 +208,30 @@ class Demo:
         )
 
 
+def continuation(var: Path, page: str) -> str:
+    """Says how to go on with the model that a demo has left in the folder `var`.
+
+    page: where the page is after `gptloop up`.
+    """
+    command = "gptloop" if shutil.which("gptloop") else _shown(Path(sys.executable).with_name("gptloop"))
+    return f"""
+The model stays in {_shown(var)} until the next demo; rename the folder to keep it. To go on with it:
+
+    export GPTLOOP_VAR={_shown(var)}
+    {command} up
+    {command} chat
+    {command} train --resume best --set max_steps=800
+    {command} down
+
+After `up`, the page is at {page}"""
+
+
+def _shown(path: Path) -> str:
+    """Returns a path as a word for a shell, relative to the current folder if it lies there."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
 @app.command()
 def demo() -> None:
     """Show the whole loop: train, serve each better version, measure.
@@ -219,7 +246,7 @@ def demo() -> None:
     console = Console(markup=False, highlight=False)
     directories = Directories(read_directories(os.environ).var / "demo")
     environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
-    ports = free_ports()
+    ports, later = free_ports(), read_ports(environment)
     stack = Stack(directories, ports, environment, worker_stop_s=_WORKER_STOP_S)
     try:
         # An earlier demo may have been killed.
@@ -231,7 +258,7 @@ def demo() -> None:
         try:
             with console.status("") as line:
                 outcome = stack.up(line.update)
-            shown.say(outcome)
+            shown.say(f"{outcome} The page: {page_url(environment, ports)}")
             shown.run()
         finally:
             # A second Ctrl-C would leave processes behind.
@@ -239,6 +266,7 @@ def demo() -> None:
                 signal.signal(number, signal.SIG_IGN)
             with console.status("Stopping everything"):
                 stack.down()
+        console.print(continuation(directories.var, page_url(environment, later)), soft_wrap=True)
     except KeyboardInterrupt:
         console.print("Interrupted; everything that was started is stopped.")
         raise typer.Exit(130) from None

@@ -7,11 +7,11 @@ from functools import partial
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.ports import Ports, listening_host
+from deploy.ports import Ports, listening_host, reachable_address
 from shared.errors import GptloopError, Unavailable
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
-from shared.service.settings import Directories, Environment, to_address
+from shared.service.settings import Directories, Environment
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import check_server, connect, redis_url
 
@@ -30,8 +30,8 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
     """Returns a check for each process, in the order in which they start; a check never raises."""
     url = redis_url(environment, directories)
     store = Registry(directories.registry)
-    trainer_address = _address(listening_host(environment, "TRAINER"), ports.trainer)
-    inference_address = _address(listening_host(environment, "INFERENCE"), ports.inference)
+    trainer_address = reachable_address(listening_host(environment, "TRAINER"), ports.trainer)
+    inference_address = reachable_address(listening_host(environment, "INFERENCE"), ports.inference)
 
     def redis() -> Health:
         with connect(url) as connection:
@@ -75,8 +75,3 @@ def _serves(address: str) -> bool:
         except grpc.RpcError:
             raise Unavailable(f"no answer on {address}") from None
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-def _address(host: str, port: int) -> str:
-    # A server that listens on every address is asked on the loopback address.
-    return to_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

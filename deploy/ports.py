@@ -8,7 +8,7 @@ import inference_service.settings
 import trainer_service.settings
 from shared.errors import InvalidArgument
 from shared.service.listening import Address
-from shared.service.settings import Environment
+from shared.service.settings import Environment, to_address
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,17 @@ def free_ports() -> Ports:
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in fields(Ports)]
         return Ports(*(listener.getsockname()[1] for listener in listeners))
+
+
+def page_url(environment: Environment, ports: Ports) -> str:
+    """Returns where a browser on this machine finds the page."""
+    return f"http://{reachable_address(listening_host(environment, 'INFERENCE'), ports.inference_http)}/"
+
+
+def reachable_address(host: str, port: int) -> str:
+    """Returns where a server that listens on `host` answers on this machine."""
+    # One that listens on every address also answers on the loopback address.
+    return to_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
 
 
 def listening_host(environment: Environment, service: str) -> str:

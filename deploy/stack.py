@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from deploy.health import Health, health_checks
-from deploy.ports import Ports, read_ports
+from deploy.ports import Ports, page_url, read_ports
 from deploy.supervisor import ProcessState, Supervisor
 from shared.errors import FailedPrecondition, Unavailable
 from shared.service import cli, interrupts
@@ -241,7 +241,7 @@ def up() -> None:
     except KeyboardInterrupt:
         print("Interrupted: what was started has been stopped.", file=sys.stderr)
         raise typer.Exit(interrupts.EXIT_CODE) from None
-    print(outcome)
+    print(f"{outcome}\nThe page: {page_url(os.environ, read_ports(os.environ))}")
 
 
 @app.command()

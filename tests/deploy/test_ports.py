@@ -1,6 +1,6 @@
 import pytest
 
-from deploy.ports import Ports, free_ports, read_ports
+from deploy.ports import Ports, free_ports, page_url, read_ports
 from shared.errors import InvalidArgument
 
 
@@ -14,6 +14,15 @@ def test_ports_come_from_the_environment() -> None:
 def test_a_bad_port_is_named(text: str) -> None:
     with pytest.raises(InvalidArgument, match="GPTLOOP_TRAINER_PORT"):
         read_ports({"GPTLOOP_TRAINER_PORT": text})
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("192.0.2.1", "192.0.2.1")],
+)
+def test_the_page_is_where_a_browser_on_this_machine_finds_it(host: str, shown: str) -> None:
+    ports = Ports(1, 8090, 2, 3, 4)
+    assert page_url({"GPTLOOP_INFERENCE_HOST": host}, ports) == f"http://{shown}:8090/"
 
 
 def test_two_services_on_one_port_are_refused() -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,7 +58,10 @@ def command(tmp_path: Path, ports: Ports) -> Iterator[Command]:
 
 
 def test_everything_runs_in_a_folder_with_any_name(command: Command, ports: Ports) -> None:
-    assert "Everything is up." in command("deploy.cli", "up")
+    page = f"http://127.0.0.1:{ports.inference_http}/"
+    assert command("deploy.cli", "up").endswith(f"Everything is up.\nThe page: {page}\n")
+    with urllib.request.urlopen(page, timeout=HANG_S) as answer:
+        assert "<title>gptloop" in answer.read().decode()
     values = TINY | {"max_steps": "2", "evaluation_interval": "2", "max_train_tokens": "4000"}
     trained = command("trainer_service", "train", "--set", " ".join("=".join(value) for value in values.items()))
     assert "version 1" in trained
