@@ -44,13 +44,14 @@ class StreamOptions(BaseModel):
 class CompletionRequest(BaseModel):
     """The body of `POST /v1/completions`: OpenAI's fields, then those that the engine has besides.
 
-    Absent fields have OpenAI's defaults. `user` is ignored, and `best_of` must equal `n`.
+    Absent fields have OpenAI's defaults. `user` is ignored, and `best_of` must equal `n`. `model` may be a number:
+    some tools read a name of digits as one.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt: str | list[int] | list[str] | list[list[int]]
-    model: str = ""
+    model: str | int = ""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -89,7 +90,7 @@ class CompletionRequest(BaseModel):
         max_tokens = _MAX_TOKENS if self.max_tokens is None else self.max_tokens or (1 if self.echo else 0)
         return [
             new_draft(
-                selection=selection_of(self.model),
+                selection=selection_of(str(self.model)),
                 prompt=prompt,
                 slots=slots,
                 sampling=sampling,
@@ -233,7 +234,7 @@ class Completion:
         self._request = request
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = request.model
+        self._model = str(request.model)
         self._fingerprint: str | None = None
         self._seeds: dict[int, int] = {}
 

@@ -186,6 +186,7 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": "x", "logprobs": 21}, "logprobs is 21, but must be from 0 to 20", None),
     ({"prompt": "x", "n": 9}, "n is 9, but must be from 1 to 8", None),
     ({"prompt": "x", "best_of": 3}, "best_of is 3, but must equal n, 1", "best_of"),
+    ({"prompt": "x", "model": True}, "model: Input should be a valid string, but there is True", "model"),
     ({"prompt": "x", "model": "gpt-4"}, "'gpt-4' is not a label", None),
     ({"prompt": "x" * 96}, "has at least 96 tokens, but must have fewer than 96", None),
     ({"prompt": [300]}, "prompt_tokens contains 300", None),
@@ -202,6 +203,13 @@ def test_a_wrong_value_is_refused_with_a_sentence(
     error = answer.json()["error"]
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert sentence in error["message"]
+
+
+def test_a_number_names_a_version_too(server: Server) -> None:
+    bodies = [json.dumps({"model": model, "prompt": "Once", "seed": 1}) for model in (1, "1")]
+    number, text = (post(server, body).json() for body in bodies)
+    assert number["model"] == text["model"] == "1" and number["choices"] == text["choices"]
+    assert post(server, json.dumps({"model": 9, "prompt": "x"})).status_code == 404
 
 
 def test_a_version_that_does_not_exist_is_not_found(client: openai.OpenAI) -> None:
