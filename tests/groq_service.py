@@ -242,10 +242,19 @@ class _Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     service: GroqService
 
+    def handle(self) -> None:
+        """Takes calls until the client leaves, in whatever way."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def do_POST(self) -> None:
         """Takes a call."""
-        raw = self.rfile.read(int(self.headers["content-length"]))
-        if self.headers.get("authorization") != f"Bearer {KEY}":
+        size_bytes = int(self.headers["content-length"])
+        raw = self.rfile.read(size_bytes)
+        if len(raw) < size_bytes:
+            # The client was killed before it had sent everything.
+            self.drop()
+        elif self.headers.get("authorization") != f"Bearer {KEY}":
             self.refuse(401, "Invalid API Key", "invalid_request_error", "invalid_api_key")
         elif self.path != "/openai/v1/chat/completions":
             self.refuse(404, f"Unknown request URL: POST {self.path}.", "invalid_request_error", "unknown_url")

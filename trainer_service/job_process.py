@@ -98,27 +98,34 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
 
 def _work(record: JobRecord, attempt: Attempt) -> bool:
     """Does the work of a job; returns whether it is complete."""
-    if attempt.device.backend == "cpu" and attempt.device.blas is None:
-        attempt.emit(Notice(accelerator.NO_BLAS))
-    # Imported here, because MLX must load after its fast BLAS.
-    from trainer_service.distillation.stories import write_stories
-    from trainer_service.evaluation.job import evaluate_version
-    from trainer_service.run import TrainingRun, prepare_data
-
     if record.spec is None:
         raise FailedPrecondition(record.reason)
     try:
-        match record.spec:
-            case EvaluateSpec():
-                evaluate_version(record.spec, attempt)
-            case PrepareSpec():
-                prepare_data(record.spec, attempt)
-            case StoriesSpec():
-                write_stories(record.spec, attempt)
-            case TrainSpec():
-                return TrainingRun(record.spec, attempt).train()
+        if isinstance(record.spec, StoriesSpec):
+            from trainer_service.distillation.stories import write_stories
+
+            write_stories(record.spec, attempt)
+            return True
+        return _compute(record.spec, attempt)
     except Stopped:
         return False
+
+
+def _compute(spec: PrepareSpec | TrainSpec | EvaluateSpec, attempt: Attempt) -> bool:
+    """Does the work of a job that may need MLX; returns whether it is complete."""
+    if attempt.device.backend == "cpu" and attempt.device.blas is None:
+        attempt.emit(Notice(accelerator.NO_BLAS))
+    # Imported here, because MLX must load after its fast BLAS.
+    from trainer_service.evaluation.job import evaluate_version
+    from trainer_service.run import TrainingRun, prepare_data
+
+    match spec:
+        case EvaluateSpec():
+            evaluate_version(spec, attempt)
+        case PrepareSpec():
+            prepare_data(spec, attempt)
+        case TrainSpec():
+            return TrainingRun(spec, attempt).train()
     return True
 
 

@@ -67,7 +67,8 @@ def read_groq(environment: Environment) -> GroqSettings:
     default = GroqSettings()
     url = read_str(environment, "GPTLOOP_GROQ_URL", default.url)
     if not _URL.fullmatch(url):
-        raise InvalidArgument(f"GPTLOOP_GROQ_URL is {shown(url)}, but must be an address such as {default.url}.")
+        # The message does not repeat the address, which may contain a password.
+        raise InvalidArgument(f"GPTLOOP_GROQ_URL must be an address such as {default.url}, without a name or a query.")
     return GroqSettings(
         key=read_str(environment, "GROQ_API_KEY", ""),
         key_file=read_str(environment, "GPTLOOP_GROQ_KEY_FILE", ""),

@@ -67,6 +67,20 @@ def test_a_set_gets_its_stories_once_and_more_on_demand(site: Site, service: Gro
     assert any(stage.stage.startswith("writing stories: 20 of 20 for $0.00") for stage in site.all_told(Preparation))
 
 
+def test_a_call_is_in_the_ledger_before_it_is_made(site: Site, service: GroqService) -> None:
+    path = stories_folder(site.directories.data, "s") / LEDGER_NAME
+
+    def write_after_a_look(body: Mapping[str, Any]) -> str:
+        sent = [row["prompt"] for row in map(json.loads, path.read_text().splitlines()) if row["state"] == "sent"]
+        asked = [draw_prompt(sample) for sample in range(len(sent))]
+        assert any(prompt.messages() == body["messages"] for prompt in asked) and len(sent) > len(service.calls)
+        return write_story(body)
+
+    service.write = write_after_a_look
+    # A failed check would end the connection.
+    assert write(site, service, 10).answered == len(service.calls) == 10
+
+
 def test_progress_and_the_end_are_told(site: Site, service: GroqService) -> None:
     service.script.extend([Outcome.ANSWER, Outcome.EMPTY, Outcome.TRUNCATED, Outcome.MINUTE_LIMIT])
     account = write(site, service, 5)
