@@ -18,7 +18,7 @@ _MULTIPLE = 64
 _THREADS = 1024
 # With teachers a thread needs more registers than 1024 of them have.
 _TAUGHT_THREADS = 512
-# Rows whose logits exist at a time: 3.3 GB with GPT-2's vocabulary.
+# Rows whose logits exist at a time, of the student and of each teacher: 3.3 GB with GPT-2's vocabulary.
 _CHUNK = 32768
 
 # One block for each row. It reads the row twice, the second time from the GPU's cache.
@@ -176,14 +176,17 @@ def mean_cross_entropy(
     padded, *heads = [mx.pad(head, padding) for head in (weight, *(head for _, head in teachers))]  # each (P, C)
     total = mx.zeros(())
     weight_gradient = mx.zeros(weight.shape)
-    hidden_gradients = []
+    hidden_gradients: list[mx.array] = []
     size = _CHUNK // (1 + len(teachers))
     for start in range(0, targets.size, size):
         chunk = slice(start, start + size)
-        rows, wanted = hidden[chunk], targets[chunk]
+        rows, wanted, states = hidden[chunk], targets[chunk], [states[chunk] for states, _ in teachers]
+        if hidden_gradients:
+            # Otherwise MLX may compute the logits of all chunks first.
+            rows, *states = mx.depends([rows, *states], [hidden_gradients[-1], weight_gradient])
         logits = rows @ padded.T  # (n, P)
         if teachers or weights is not None:
-            theirs = [states[chunk] @ head.T for (states, _), head in zip(teachers, heads, strict=True)]  # each (n, P)
+            theirs = [each @ head.T for each, head in zip(states, heads, strict=True)]  # each (n, P)
             counted = mx.ones(wanted.shape) if weights is None else weights[chunk]
             losses, difference = taught_cross_entropy(
                 logits, theirs, wanted, counted, vocabulary_size, alpha=alpha, temperature=temperature
