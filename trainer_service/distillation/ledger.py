@@ -61,6 +61,11 @@ class Account:
     garbled: int = 0
     _paid: set[str] = field(default_factory=set)
 
+    @property
+    def charged_usd(self) -> Decimal:
+        """The cost of the calls that have ended."""
+        return self.answered_usd + self.refused_usd
+
     def may_ask(self, key: str) -> bool:
         """Whether the call has certainly not been paid for."""
         return key not in self._paid

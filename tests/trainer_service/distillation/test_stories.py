@@ -64,7 +64,7 @@ def test_a_set_gets_its_stories_once_and_more_on_demand(site: Site, service: Gro
     found = read_stories(stories_folder(site.directories.data, "s"))
     assert {story.prompt for story in found} == {draw_prompt(sample).short() for sample in range(20)}
     assert all(story.text.startswith("There was a word.") for story in found)
-    assert any(stage.stage.startswith("writing stories: 20 of 20 for $0.00") for stage in site.all_told(Preparation))
+    assert any(stage.stage.startswith("writing stories: 20 of 20 for $0.001") for stage in site.all_told(Preparation))
 
 
 def test_a_call_is_in_the_ledger_before_it_is_made(site: Site, service: GroqService) -> None:
@@ -151,7 +151,7 @@ def test_a_call_without_an_answer_counts_in_full_and_is_not_asked_again(site: Si
     service.answering.set()
     account = write(site, service, 5)
     assert account.answered == 5 and len(account.open_usd) == 1 and len(service.calls) == 6
-    assert "1 calls whose answer is lost, with their worst case of $0.000" in notices(site)[-1]
+    assert "calls whose answer is lost: 1, with their worst case of $0.000" in notices(site)[-1]
 
 
 def test_answers_that_arrive_while_the_job_stops_are_kept(site: Site, service: GroqService) -> None:
@@ -244,7 +244,7 @@ def test_a_torn_row_is_told_and_costs_no_story(site: Site, service: GroqService)
     path.write_bytes(b"".join(rows)[:-20])
     account = write(site, service, 3)
     assert (account.answered, account.garbled, len(account.open_usd), len(service.calls)) == (3, 1, 1, 4)
-    assert notices(site)[-1].count("1 damaged lines") == 1
+    assert "; damaged lines: 1; in all $0.00" in notices(site)[-1]
 
 
 def test_another_model_writes_its_own_stories_into_the_set(site: Site, service: GroqService) -> None:
