@@ -74,12 +74,12 @@ class Reason(StrEnum):
     """Why a story is dropped, in the words that follow a number."""
 
     EMPTY = "empty"
-    REFUSAL = "refusals"
+    REFUSAL = "refusing"
     MARKDOWN = "with Markdown, titles or remarks"
     SHORT = "too short"
     LONG = "too long"
     LANGUAGE = "not English"
-    DUPLICATE = "near-duplicates"
+    DUPLICATE = "near-duplicate"
     OVERLAP = "with runs of held-out text"
 
 

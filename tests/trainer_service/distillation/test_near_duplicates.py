@@ -53,6 +53,13 @@ def test_the_first_of_near_duplicates_stays() -> None:
     assert near_duplicates(stacked).tolist() == [False, False, True, True, True, True]
 
 
+def test_a_text_is_compared_with_those_that_stay_only() -> None:
+    drawn = mixed(440, 0, 4)[0]
+    first, middle, last = drawn[:300], drawn[70:370], drawn[140:440]  # neighbours share 0.62, the others 0.36
+    assert near_duplicates(signatures(first, middle, last)).tolist() == [False, True, False]
+    assert near_duplicates(signatures(middle, first, last)).tolist() == [False, True, True]
+
+
 def test_texts_that_share_little_all_stay() -> None:
     pairs = [mixed(20, 180, seed) for seed in range(50)]
     assert not near_duplicates(signatures(*(text for pair in pairs for text in pair))).any()

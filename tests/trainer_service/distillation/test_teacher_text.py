@@ -51,7 +51,7 @@ def test_each_story_that_passes_ends_in_the_end_token(tmp_path: Path, given: Sto
     prepared = prepare(tmp_path, given, tokenizer)
     assert [tokenizer.decode(part.tolist()) for part in documents(prepared, tokenizer)] == STORIES
     assert prepared.text.counted is None
-    assert prepared.notice == "Of 32 stories of teacher:bedtime, 30 are used: 1 near-duplicates, 1 too short."
+    assert prepared.notice == "Of 32 stories of teacher:bedtime, 30 are used: 1 near-duplicate, 1 too short."
 
 
 def test_exactly_the_tokens_of_prompts_do_not_count(tmp_path: Path, given: StorySet, tokenizer: Tokenizer) -> None:
@@ -77,6 +77,8 @@ def test_a_story_without_a_prompt_counts_whole(tmp_path: Path, given: StorySet, 
 def test_a_story_that_overlaps_with_the_held_out_text_is_left_out(
     tmp_path: Path, given: StorySet, tokenizer: Tokenizer
 ) -> None:
+    # What was prepared for another held-out text is not used.
+    prepare(tmp_path, given, tokenizer)
     held_out = f"It began. {STORIES[7].upper()}"
     prepared = prepare(tmp_path, given, tokenizer, text=corpus(tmp_path, held_out))
     left = [tokenizer.decode(part.tolist()) for part in documents(prepared, tokenizer)]
