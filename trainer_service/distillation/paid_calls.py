@@ -21,6 +21,8 @@ _AT_ONCE = 8
 _TICK_S = 0.2
 # When the work stops, calls that have begun may end within this time, so that their answers are kept.
 _GRACE_S = 5.0
+# After so many answers in a row that cannot be used, the work ends, because more of them would cost money for nothing.
+_MOST_UNUSABLE = 20
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class PaidCalls:
         self._again: deque[Question] = deque()
         self._backoff = Backoff()
         self._at_once = 1
+        self._unusable = 0
         # Ends the work as soon as no call waits for its answer.
         self._ending: Exception | None = None
 
@@ -79,7 +82,7 @@ class PaidCalls:
         """Asks until the ledger has `wanted` answers, or until no question is left.
 
         Raises `ResourceExhausted` at the cap, `Paused` at a limit that lasts, `FailedPrecondition` if the service
-        rejects every call, and `Unavailable` if it does not answer for long.
+        rejects every call or answers nothing that can be used, and `Unavailable` if it does not answer for long.
         """
         unasked = iter(questions)
         try:
@@ -149,7 +152,7 @@ class PaidCalls:
         else:
             self._ledger.answered(key, self._terms.prices.cost(answer.usage), answer)
             self._backoff.succeeded()
-            self._at_once = _AT_ONCE
+            self._unusable, self._at_once = 0, _AT_ONCE
 
     def _respond(self, refused: Refused, question: Question, began_s: float) -> None:
         """Decides how the work goes on after a call without an answer."""
@@ -162,8 +165,15 @@ class PaidCalls:
             self._pause(str(refused), refused.wait_s or 0.0)
         elif kind.is_final:
             self._ending = self._ending or FailedPrecondition(str(refused))
-        elif kind.is_outage and self._backoff.failed(began_s, now_s):
-            self._ending = self._ending or Unavailable(str(refused))
+        elif kind.is_outage:
+            if self._backoff.failed(began_s, now_s):
+                self._ending = self._ending or Unavailable(str(refused))
+        else:
+            self._backoff.succeeded()
+            self._unusable += 1
+            if self._unusable >= _MOST_UNUSABLE:
+                sentence = f"{self._unusable} answers in a row could not be used, the last of them because: {refused}"
+                self._ending = self._ending or FailedPrecondition(sentence)
 
     def _pause(self, reason: str, wait_s: float) -> None:
         self._ending = self._ending or Paused(time.time() + wait_s, reason)

@@ -162,7 +162,7 @@ def test_answers_that_arrive_while_the_job_stops_are_kept(site: Site, service: G
     assert account.answered == len(service.calls) > 4 and account.spent_usd == service.bill_usd
 
 
-@pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.BAD_GATEWAY, Outcome.DROP])
+@pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.BAD_GATEWAY, Outcome.DROP, Outcome.UNREADABLE])
 def test_a_service_that_fails_for_long_ends_the_attempt(site: Site, service: GroqService, outcome: Outcome) -> None:
     service.script.extend([Outcome.ANSWER] + 100 * [outcome])
     with pytest.raises(Unavailable):
@@ -170,6 +170,15 @@ def test_a_service_that_fails_for_long_ends_the_attempt(site: Site, service: Gro
     assert len(service.calls) < 40
     service.script.clear()
     assert write(site, service, 5).answered == 5
+
+
+def test_answers_that_can_never_be_used_end_the_job_before_they_cost_much(site: Site, service: GroqService) -> None:
+    service.script.extend(19 * [Outcome.EMPTY] + [Outcome.ANSWER] + 30 * [Outcome.EMPTY])
+    with pytest.raises(FailedPrecondition, match=r"^20 answers in a row could not be used, the last of them because: "):
+        write(site, service, 100)
+    # Those that were on their way count too.
+    assert 19 + 1 + 20 <= len(service.calls) < 19 + 1 + 20 + 8
+    assert account_of(site).answered == 1
 
 
 def test_without_a_network_nothing_is_paid_for(site: Site, service: GroqService) -> None:
