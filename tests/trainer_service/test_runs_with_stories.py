@@ -125,6 +125,9 @@ def test_a_version_with_stories_is_evaluated_on_the_text_of_one_without_them(tau
     methods = [event.method_digest for event in taught.all_told(Evaluation) if event.method_digest]
     assert len(methods) == 3 and len(set(methods)) == 1
     assert not any("has changed" in text or "not that of the version's training" in text for text in notices(taught))
+    taught.write(Path(taught.text), 500)
+    evaluate_version(EvaluateSpec("1", DatasetSpec(()), speed=False), taught.attempt())
+    assert any("text.txt has changed" in text for text in notices(taught))
 
 
 def test_a_version_that_is_hardly_trained_is_not_given_stories(taught: Site) -> None:
@@ -138,10 +141,12 @@ def test_a_version_that_is_hardly_trained_is_not_given_stories(taught: Site) -> 
 
 def test_a_teacher_that_read_stories_among_the_same_text_has_not_seen_other_text(taught: Site) -> None:
     taught.train(spec(taught, taught.text, BEDTIME))
-    taught.told.clear()
-    request = TrainRequest(teachers=("3",), dataset=(taught.text,), overrides={"max_steps": "3"}, force=True)
-    taught.train(request.resolve(taught.registry))
-    assert not any("other text" in text for text in notices(taught))
+    add_stories(taught.directories.data, tales(100, 20), "noon")
+    for dataset, said in (((taught.text,), 0), ((taught.text, "teacher:noon"), 0), ((taught.other_text,), 1)):
+        taught.told.clear()
+        request = TrainRequest(teachers=("3",), dataset=dataset, overrides={"max_steps": "3"}, force=True)
+        taught.train(request.resolve(taught.registry))
+        assert sum("trained on other text" in text for text in notices(taught)) == said
 
 
 def test_preparing_a_run_prepares_its_stories(taught: Site) -> None:
