@@ -14,15 +14,15 @@ import numpy as np
 from shared.errors import DataError, InvalidArgument, shown
 from shared.registry.manifest import RUN_NAME
 from shared.text import excerpt
-from trainer_service.distillation.filters import Reason, filter_texts, how_many
-from trainer_service.distillation.overlap import HeldOutRuns
-from trainer_service.distillation.story_set import StorySet
-from trainer_service.distillation.word_grams import WordGrams, words_of
 from trainer_service.text import stories
 from trainer_service.text.documents import Passage
+from trainer_service.text.filters import Reason, filter_texts, how_many
 from trainer_service.text.hold_out import hold_out
 from trainer_service.text.hub import HUB, HubCorpus, HubDataset
 from trainer_service.text.local_files import ENDINGS, TextFile, check_file, open_file, passes
+from trainer_service.text.overlap import HeldOutRuns
+from trainer_service.text.story_set import StorySet
+from trainer_service.text.word_grams import WordGrams, words_of
 
 BUILTIN = "builtin"
 # The name of a set of a large teacher's stories follows it.

@@ -15,12 +15,12 @@ import numpy as np
 
 from shared.errors import DataError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
-from trainer_service.distillation.story_set import read_story_set
-from trainer_service.distillation.teacher_text import prepare_stories
 from trainer_service.text import background, bpe_process, token_cache
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
 from trainer_service.text.documents import Passage
 from trainer_service.text.shards import read_shard, write_shard
+from trainer_service.text.story_set import read_story_set
+from trainer_service.text.teacher_text import prepare_stories
 from trainer_service.training.batches import TeacherText, Tokens
 from trainer_service.training.config import TrainingConfig
 

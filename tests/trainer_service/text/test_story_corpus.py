@@ -10,13 +10,13 @@ from shared.errors import DataError, InvalidArgument, NotFound
 from tests.trainer_service.story_sets import add_stories
 from tests.trainer_service.text.whole_documents import whole_documents
 from trainer_service.dataset_names import expand
-from trainer_service.distillation.overlap import HeldOutRuns
-from trainer_service.distillation.story_set import read_story_set
-from trainer_service.distillation.word_grams import WordGrams, words_of
 from trainer_service.presets import PRESETS
 from trainer_service.text.corpus import Corpus, DatasetSpec, absolute, check_size, check_spec, open_corpus
+from trainer_service.text.overlap import HeldOutRuns
 from trainer_service.text.stories import generate_stories
+from trainer_service.text.story_set import read_story_set
 from trainer_service.text.tokens import PreparedData, prepare
+from trainer_service.text.word_grams import WordGrams, words_of
 
 STORIES = list(generate_stories(5, range(80)))
 BEDTIME = "teacher:bedtime"

@@ -7,12 +7,12 @@ import pytest
 from shared.errors import DataError
 from shared.gpt.tokenizer import Tokenizer, train_bpe
 from tests.trainer_service.story_sets import add_stories
-from trainer_service.distillation import teacher_text
-from trainer_service.distillation.filters import Filtered, filter_texts
-from trainer_service.distillation.story_set import StorySet, read_story_set
-from trainer_service.distillation.teacher_text import SEPARATOR, PreparedStories, prepare_stories
+from trainer_service.text import teacher_text
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
+from trainer_service.text.filters import Filtered, filter_texts
 from trainer_service.text.stories import generate_stories
+from trainer_service.text.story_set import StorySet, read_story_set
+from trainer_service.text.teacher_text import SEPARATOR, PreparedStories, prepare_stories
 
 STORIES = list(generate_stories(5, range(30)))
 

@@ -12,12 +12,12 @@ import numpy as np
 from shared.atomic_file import replacing
 from shared.errors import DataError
 from shared.gpt.tokenizer import Tokenizer
-from trainer_service.distillation import filters
-from trainer_service.distillation.filters import Reason, filter_texts, how_many
 from trainer_service.distillation.ledger import Story
-from trainer_service.distillation.story_set import StorySet
+from trainer_service.text import filters
 from trainer_service.text.corpus import Corpus
+from trainer_service.text.filters import Reason, filter_texts, how_many
 from trainer_service.text.shards import read_shard, write_shard
+from trainer_service.text.story_set import StorySet
 from trainer_service.training.batches import TeacherText
 
 # Between a prompt and its story.

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_service.distillation.near_duplicates import HASHES, RUN_WORDS, MinHash, near_duplicates, similarity
-from trainer_service.distillation.word_grams import Grams, WordGrams
+from trainer_service.text.near_duplicates import HASHES, RUN_WORDS, MinHash, near_duplicates, similarity
+from trainer_service.text.word_grams import Grams, WordGrams
 
 
 def runs(*words: str) -> Grams:

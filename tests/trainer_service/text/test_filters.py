@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer_service.distillation.filters import LEAST_WORDS, MOST_WORDS, Reason, filter_texts, how_many
+from trainer_service.text.filters import LEAST_WORDS, MOST_WORDS, Reason, filter_texts, how_many
 from trainer_service.text.stories import generate_stories
 
 # Each is a plain story that passes.
