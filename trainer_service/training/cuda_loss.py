@@ -259,13 +259,19 @@ def _kernel() -> Any:
     )
 
 
+def taught_name(teachers: int, alpha: float, temperature: float) -> str:
+    """Returns the name of a kernel, because MLX finds compiled kernels by their names: another one for other values."""
+    values = "_".join(f"{float(each)!r}".replace(".", "p").replace("-", "m") for each in (alpha, temperature))
+    return f"taught_cross_entropy_{teachers}_{values}".replace("+", "")
+
+
 @functools.cache
 def _taught_kernel(teachers: int, alpha: float, temperature: float) -> Any:
     names = [f"teacher{number}" for number in range(teachers)]
     rows = "".join(f"reinterpret_cast<const uint4*>({name} + row * PADDED), " for name in names)
     values = {"teachers": teachers, "alpha": float(alpha), "temperature": float(temperature), "rows": rows}
     return mx.fast.cuda_kernel(
-        name="taught_cross_entropy",
+        name=taught_name(teachers, alpha, temperature),
         input_names=["logits", "targets", "weights", *names],
         output_names=["losses", "difference"],
         source=_TAUGHT_SOURCE % values,
