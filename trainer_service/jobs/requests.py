@@ -119,7 +119,7 @@ class _RunRequest(_DataRequest):
         elif self.teachers and parent and "distillation_alpha" not in self.overrides:
             raise InvalidArgument(
                 f"distillation_alpha is 0 in version {parent.version}, so teachers would teach nothing; set it too, as "
-                'in --set "distillation_alpha=0.5".'
+                'in --set "distillation_alpha=0.7".'
             )
         if parent is not None and data.story_set and data.dataset != parent.dataset_files:
             require_trained(parent, self.force)
@@ -242,15 +242,15 @@ class EvaluateRequest(_DataRequest):
         pairs = tuple(str(Path(name).absolute()) for name in self.pairs)
         since = time.time() if self.again else 0.0
         return EvaluateSpec(
-            self.version,
-            absolute(data),
-            self.window,
-            pairs,
-            self.speed,
-            since,
-            dict(self.rivals),
-            self.promote,
-            self.judge_usd,
+            version=self.version,
+            data=absolute(data),
+            window=self.window,
+            pairs=pairs,
+            speed=self.speed,
+            since=since,
+            rivals=dict(self.rivals),
+            promote=self.promote,
+            judge_usd=self.judge_usd,
         )
 
     def _check_version(self, name: str, version: str, registry: Registry) -> None:
