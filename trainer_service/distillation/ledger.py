@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -142,11 +143,15 @@ class Ledger:
         self.account.add(row)
 
     def _append(self, line: bytes) -> None:
+        size_bytes = os.fstat(self._descriptor).st_size
         try:
             while line:
                 line = line[os.write(self._descriptor, line) :]
             sync(self.path)
         except OSError as error:
+            # Whoever writes next must not write behind half a row.
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, size_bytes)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> FailedPrecondition:

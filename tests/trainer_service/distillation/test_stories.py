@@ -103,9 +103,29 @@ def test_what_cannot_be_used_is_paid_once_counted_and_never_a_story(site: Site, 
     assert 0 < account.spent_usd - service.bill_usd < 2 * MOST_USD
 
 
+def test_a_call_that_costs_more_than_its_worst_case_ends_the_work(site: Site, service: GroqService) -> None:
+    service.write = lambda body: 8000 * "word "
+    with pytest.raises(
+        FailedPrecondition,
+        match=r"A call has cost \$0\.003\d+, but its worst case was \$0\.000\d+, so no cap can be kept",
+    ):
+        write(site, service, 6)
+    assert len(service.calls) == 1 and account_of(site).spent_usd == service.bill_usd
+
+
+def test_short_limits_that_never_end_pause_the_job(site: Site, service: GroqService) -> None:
+    service.script.extend([Outcome.ANSWER, *15 * [Outcome.MINUTE_LIMIT], Outcome.ANSWER, *100 * [Outcome.MINUTE_LIMIT]])
+    before = time.time()
+    with pytest.raises(Paused, match="calls in a row were refused: The limit of tokens per minute at Groq") as paused:
+        write(site, service, 30)
+    assert paused.value.until > before + 500
+    # Up to 8 calls are under way at a time, and their answers come in any order.
+    assert 8 + 20 <= account_of(site).refused["rate limited"] <= 15 + 20 + 7
+
+
 def test_a_question_is_asked_again_only_if_it_was_not_paid_for(site: Site, service: GroqService) -> None:
     free = [Outcome.UNAVAILABLE, Outcome.MINUTE_LIMIT, Outcome.UNAVAILABLE]
-    paid = [Outcome.DROP, Outcome.BAD_GATEWAY]
+    paid = [Outcome.DROP, Outcome.GATEWAY_UNAVAILABLE]
     service.script.extend([Outcome.ANSWER, *free, *paid])
     account = write(site, service, 6)
     assert account.refused == {"unavailable": 2, "rate limited": 1, "cut off": 1, "server error": 1}
