@@ -40,7 +40,7 @@ def test_the_environment_describes_the_large_teacher_and_no_message_has_its_key(
     settings = read_settings({"GROQ_API_KEY": "gsk_secret", "GPTLOOP_GROQ_URL": "http://127.0.0.1:8000/x", **prices})
     assert settings.groq.read_key() == "gsk_secret" and "gsk_secret" not in repr(settings)
     assert settings.groq.prices() == Prices(Decimal("0.075"), Decimal("0.30"))
-    for text in ("-1", "1e3", "free", "0,30", "nan", "99999", "0.1234567", "٣"):
+    for text in ("-1", "1e3", "free", "0,30", "nan", "99999", "0.1234567", "٣", "0", "0.00"):
         with pytest.raises(InvalidArgument, match=r"GPTLOOP_GROQ_INPUT_USD is .*, but must be the price of a million"):
             read_settings({"GPTLOOP_GROQ_INPUT_USD": text})
     for text in ("api.groq.com", "ftp://a", "https://", "https://user:secret@host", "https://a b"):

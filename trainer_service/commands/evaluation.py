@@ -84,7 +84,11 @@ def evaluate(
         settings().groq.prices()
         settings().groq.read_key()
     registry = settings().open_registry()
-    jobs = [submit_job(each) for each in requests(" ".join(versions or ()).split(), common, registry)]
+    asked = requests(" ".join(versions or ()).split(), common, registry)
+    for each in asked:
+        # Nothing is queued if one of them is refused.
+        each.resolve(registry)
+    jobs = [submit_job(each) for each in asked]
     if not wait:
         return
     records = []

@@ -81,8 +81,9 @@ def read_groq(environment: Environment) -> GroqSettings:
 
 def _read_price(environment: Environment, name: str) -> Decimal | None:
     text = read_str(environment, name, "")
-    if text and not _PRICE.fullmatch(text):
+    # With a price of 0 no cap would ever be reached.
+    if text and not (_PRICE.fullmatch(text) and Decimal(text)):
         raise InvalidArgument(
-            f"{name} is {shown(text)}, but must be the price of a million tokens in US dollars, such as 0.30."
+            f"{name} is {shown(text)}, but must be the price of a million tokens in US dollars, above 0, such as 0.30."
         )
     return Decimal(text) if text else None

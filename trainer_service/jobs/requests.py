@@ -290,9 +290,10 @@ class StoriesRequest:
 
     kind: ClassVar[Kind] = Kind.STORIES
 
-    name: str
-    count: int
-    max_cost_usd: float
+    # A message leaves empty values out, so they reach the checks as defaults.
+    name: str = ""
+    count: int = 0
+    max_cost_usd: float = 0.0
     after: tuple[str, ...] = ()
 
     def resolve(self, _registry: Registry) -> StoriesSpec:
@@ -308,8 +309,8 @@ class StoriesRequest:
 def _check_cost(name: str, cost_usd: float) -> None:
     if not 0 < cost_usd <= _MAX_COST_USD or cost_usd != round(cost_usd, 6):
         raise InvalidArgument(
-            f"{name} is {shown(cost_usd)}, but must be an amount of up to {_MAX_COST_USD:,} US dollars, with at most "
-            "six decimal places."
+            f"{name} is {shown(cost_usd)}, but must be an amount above 0 and up to {_MAX_COST_USD:,} US dollars, with "
+            "at most six decimal places."
         )
 
 

@@ -163,7 +163,7 @@ def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_pa
         ({"rivals": {str(number): "best" for number in range(33)}}, "names 33 rivals, but a version has at most 32"),
         ({"promote": True}, "names no rival that it must be better than"),
         ({"judge_usd": 0.5}, "names no rival to judge the version beside"),
-        ({"judge_usd": -1.0}, "judge_usd is -1.0, but must be an amount of up to 10,000 US dollars"),
+        ({"judge_usd": -1.0}, "judge_usd is -1.0, but must be an amount above 0 and up to 10,000 US dollars"),
         ({"judge_usd": float("nan")}, "judge_usd is nan, but must be an amount"),
     ],
 )
@@ -178,7 +178,7 @@ def test_wrong_rivals_are_refused_with_what_would_be_right(values: Any, sentence
         ({"name": "../x"}, "The name of a set of stories is '../x', but must have from 1 to 64 letters"),
         ({"count": 0}, "count is 0, but must be from 1 to 1,000,000 stories"),
         ({"count": 10**30}, "count is 1000000000000000000000000000000, but must be"),
-        ({"max_cost_usd": 0.0}, "max_cost_usd is 0.0, but must be an amount of up to 10,000 US dollars, with at most"),
+        ({"max_cost_usd": 0.0}, "max_cost_usd is 0.0, but must be an amount above 0 and up to 10,000 US dollars"),
         ({"max_cost_usd": -1.0}, "max_cost_usd is -1.0, but"),
         ({"max_cost_usd": 0.0000001}, "max_cost_usd is 1e-07, but"),
         ({"max_cost_usd": float("nan")}, "max_cost_usd is nan, but"),
