@@ -104,7 +104,12 @@ class TrainingRun:
         self._registry = attempt.open_registry()
         self._registry.sweep()
         self._teachers = keep_teachers(spec, self._registry, attempt.number)
-        self._data = prepare_data(spec, attempt)
+        try:
+            self._data = prepare_data(spec, attempt)
+        except GptloopError:
+            if not self._registry.states(spec.run):
+                self._registry.teachers.remove(spec.run)
+            raise
         for text in of_other_text(self._teachers, self._data.revision):
             self.notice(text)
         config = self._data.config

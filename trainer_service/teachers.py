@@ -170,10 +170,10 @@ def keep_teachers(spec: RunSpec, registry: Registry, attempt: int) -> list[Teach
     if kept.of(spec.run):
         kept.verify(spec.run)
         return kept.of(spec.run)
-    fence = Fence.raise_for(registry.run_directory(spec.run), attempt)
     with writing(registry.root), registry.decisions.held():  # nothing is pruned until the run has it
         found = teachers_of(spec, registry)
         _check(spec, [each.manifest for each in found], registry)
+        fence = Fence.raise_for(registry.run_directory(spec.run), attempt)
         for each in found:
             kept.take(fence, each.folder)
     kept.keep(fence, [each.manifest.version for each in found])

@@ -225,6 +225,15 @@ class Registry:
         """Returns every run that has a folder, in alphabetical order."""
         return sorted(path.name for path in children(self.root / "runs") if _is_run(path))
 
+    def has_begun(self, run: str) -> bool:
+        """Returns whether a run has begun, so that no other one can have its name.
+
+        One that failed before its first step leaves only its fence, which a later run of one attempt can raise again.
+        """
+        if self.states(run) or self.has_ended(run) or run in self.histories.runs():
+            return True
+        return Fence.last(self.run_directory(run)) > 1 or any(each.run == run for each in self.versions())
+
     def end_run(self, run: str) -> None:
         """Marks a run as finished, so that only its last state is kept."""
         with writing(self.root):

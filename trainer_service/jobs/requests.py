@@ -194,9 +194,7 @@ class TrainRequest(_RunRequest):
             )
         if self.name:
             check_name(self.name)
-            if registry.run_directory(self.name).exists() or any(
-                version.run == self.name for version in registry.versions()
-            ):
+            if registry.has_begun(self.name):
                 raise AlreadyExists(f"The registry has a run named {shown(self.name)} already; choose another name.")
         return self._resolve_run(TrainSpec, registry, self.name, self.notes)
 
