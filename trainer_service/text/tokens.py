@@ -152,13 +152,17 @@ def prepare(
     folder = directory / "shards" / _key(corpus.revision, tokenizer.digest)
     token_cache.mark_used(folder)
     token_cache.remove_unused(directory / "shards")
+    is_growing = bool(spec.story_set) and not spec.mixes_stories
+    more = "ask for more stories" if is_growing else "add text"
     train = np.empty(0, dtype=np.uint16)
     if spec.dataset:
         train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
         if not whole_validation:
-            _check_size("training", train.size, window, corpus.source, "add text")
+            _check_size("training", train.size, window, corpus.source, more)
     validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
-    remedy = "add text" if spec.validation else "raise validation_share or name a longer file"
+    remedy = more if spec.validation else "raise validation_share or name a longer file"
+    if not spec.validation and is_growing:
+        remedy = f"raise validation_share or {more}"
     if not whole_validation:
         _check_size("held-out", validation.size, window, corpus.held_out_source, remedy)
     elif not validation.size:

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from shared.errors import DataError
 from shared.gpt.tokenizer import Tokenizer, train_bpe
 from tests.trainer_service.story_sets import add_stories
-from trainer_service.text import teacher_text
+from trainer_service.text import teacher_text, token_cache
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
 from trainer_service.text.filters import Filtered, filter_texts
 from trainer_service.text.stories import generate_stories
@@ -108,6 +109,16 @@ def test_what_was_prepared_is_used_again_and_repaired_if_it_is_damaged(
         path.write_bytes(path.read_bytes()[:-3])
     prepare(tmp_path, given, tokenizer, prompts=True)
     assert len(calls) == 4
+
+
+def test_what_a_run_has_used_within_a_month_stays(tmp_path: Path, given: StorySet, tokenizer: Tokenizer) -> None:
+    prepare(tmp_path, given, tokenizer)
+    (folder,) = (tmp_path / "shards").iterdir()
+    long_ago_s = folder.stat().st_mtime - token_cache.UNUSED_S - 100
+    os.utime(folder, (long_ago_s, long_ago_s))
+    prepare(tmp_path, given, tokenizer)
+    token_cache.remove_unused(tmp_path / "shards")
+    assert (folder / "teacher.bin").exists()
 
 
 def test_the_digest_is_that_of_the_kept_text(tmp_path: Path, given: StorySet, tokenizer: Tokenizer) -> None:
