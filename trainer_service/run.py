@@ -24,7 +24,7 @@ from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
-from trainer_service.teachers import keep_teachers, of_other_text, teachers_of, with_tokenizer
+from trainer_service.teachers import keep_teachers, of_other_text, taught_by, teachers_of, with_tokenizer
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.batches import TrainingText
@@ -110,7 +110,9 @@ class TrainingRun:
             if not self._registry.states(spec.run):
                 self._registry.teachers.remove(spec.run)
             raise
-        for text in of_other_text(self._teachers, self._data.revision):
+        teachers = [each.manifest for each in self._teachers]
+        before = [earlier for each in teachers for earlier in taught_by(each, self._registry)]
+        for text in dict.fromkeys(of_other_text((*teachers, *before), self._data.revision)):
             self.notice(text)
         config = self._data.config
         self._spec = replace(spec, config=config)

@@ -196,8 +196,8 @@ def test_a_teacher_that_saw_other_text_is_a_notice(taught: Site) -> None:
     taught.train(student(taught, "3", "6"))
     said = [event.text for event in taught.all_told(Notice) if "held-out" in event.text]
     assert said == [
-        "The teacher, version 6, was trained on other text than this run, so it may have seen this run's held-out "
-        "text; the held-out loss may then be too low."
+        "The teacher, version 6, was trained on other text than its student, so it may have seen the student's "
+        "held-out text; the held-out loss may then be too low."
     ]
 
 

@@ -15,6 +15,7 @@ from trainer_service.evaluation.verdict import Contender, judge_rivals
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
 from trainer_service.jobs.specs import EvaluateSpec
+from trainer_service.teachers import of_other_text, taught_by
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import Report
 from trainer_service.training.config import TrainingConfig
@@ -51,7 +52,8 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
             except FailedPrecondition as error:
                 attempt.emit(Notice(f"{error} The evaluation has no speed and memory."))
         if contenders:
-            verdict = judge_rivals(Contender("", record, _tokens(version)), contenders, spec.promote)
+            doubts = tuple(of_other_text(taught_by(version, registry), version.dataset_revision))
+            verdict = judge_rivals(Contender("", record, _tokens(version)), contenders, spec.promote, doubts)
             # First, so that an attempt that dies between the two promotes the version again.
             if verdict.promoted:
                 registry.decisions.set_stable(version.version)
