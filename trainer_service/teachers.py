@@ -12,6 +12,7 @@ from shared.registry.commit import writing
 from shared.registry.decisions import check_label
 from shared.registry.fence import Fence
 from shared.registry.manifest import IMPORTED, TeacherRecord, VersionManifest
+from shared.registry.numbering import is_number
 from shared.registry.store import Registry
 from shared.registry.teachers import TeacherVersion
 from trainer_service.distillation.readiness import require_trained
@@ -21,8 +22,6 @@ from trainer_service.training.config import TrainingConfig
 
 # A run holds the weights of all its teachers in memory.
 _MOST = 16
-# Versions have numbers of 64 bits.
-_LONGEST_NUMBER = 18
 
 
 def named_teachers(names: Sequence[str], registry: Registry, waits: bool) -> tuple[Teacher, ...]:
@@ -37,7 +36,7 @@ def named_teachers(names: Sequence[str], registry: Registry, waits: bool) -> tup
     found = []
     for name in names:
         if is_number(name):
-            found.append(Teacher(str(int(name)), registry.version(int(name)).digest))
+            found.append(Teacher(name, registry.version(int(name)).digest))
             continue
         try:
             found.append(Teacher(check_label(name)))
@@ -51,11 +50,6 @@ def named_teachers(names: Sequence[str], registry: Registry, waits: bool) -> tup
         if found.count(teacher) > 1:
             raise InvalidArgument(f"The teacher {teacher.version} is named twice; name each one once.")
     return tuple(found)
-
-
-def is_number(name: str) -> bool:
-    """Returns whether a teacher is named by the number of a version, not by a label."""
-    return name.isascii() and name.isdecimal() and len(name) <= _LONGEST_NUMBER
 
 
 def student_config(teacher: VersionManifest, preset: str, overrides: Mapping[str, str]) -> TrainingConfig:

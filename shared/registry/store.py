@@ -38,7 +38,7 @@ from shared.registry.fence import Fence
 from shared.registry.history import Histories
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
-from shared.registry.numbering import children, next_version, number_of, numbers
+from shared.registry.numbering import children, is_number, next_version, number_of, numbers
 from shared.registry.staging import Staging
 from shared.registry.teachers import Teachers
 from shared.text import excerpt
@@ -190,6 +190,10 @@ class Registry:
         if number is None:
             raise NotFound(f"No version has the label {label!r}; {policy.describe_labels(self.labels())}.")
         return self.version(number)
+
+    def named(self, name: str) -> VersionManifest:
+        """Returns the version with a number or a label; raises as `version` and `resolve` do."""
+        return self.version(int(name)) if is_number(name) else self.resolve(name)
 
     def publish_version(
         self, fence: Fence, write: Write, manifest: Callable[[int, tuple[FileRecord, ...]], VersionManifest]

@@ -55,8 +55,6 @@ FollowOption = Annotated[bool, typer.Option("--follow/--no-follow", help="Follow
 
 # A plan takes the speed and the size of text from the newest jobs.
 _JOBS_TO_LEARN_FROM = 200
-# Versions have numbers of 64 bits.
-_LONGEST_NUMBER = 18
 
 
 def settings() -> TrainerSettings:
@@ -71,10 +69,8 @@ def queue_of(given: TrainerSettings) -> JobQueue:
 
 def version_number(text: str, registry: Registry) -> int:
     """Returns the number of a version that a number or a label names; raises `NotFound` if it does not exist."""
-    if text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER:
-        return registry.version(int(text)).version
     try:
-        return registry.resolve(text).version
+        return registry.named(text).version
     except InvalidArgument:
         raise InvalidArgument(
             f"The version is {shown(text)}, but must be a number or a label, such as best, latest or run:<name>."

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from shared.errors import FailedPrecondition
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
 from shared.version_format import read_tokenizer
 from trainer_service.distillation.judgement import judge_version
 from trainer_service.evaluation.judge import Judge
@@ -29,8 +28,8 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
     `read_texts` and `Judge`, and `Stopped` if the attempt has to end.
     """
     registry = attempt.open_registry()
-    version = _named(spec.version, registry)
-    rivals = {role: _named(word, registry) for role, word in spec.rivals.items()}
+    version = registry.named(spec.version)
+    rivals = {role: registry.named(word) for role, word in spec.rivals.items()}
     window = spec.window or min(int(each.model["context_length"]) for each in (version, *rivals.values()))
     report = preparation_report(attempt)
     with Workers(attempt.device.threads) as workers:
@@ -69,10 +68,6 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
 def _merged(kept: Sequence[Judged], judged: Sequence[Judged]) -> tuple[Judged, ...]:
     """Returns one judgement for each rival, the newer one if there are two."""
     return tuple({each.rival.digest: each for each in (*kept, *judged)}.values())
-
-
-def _named(word: str, registry: Registry) -> VersionManifest:
-    return registry.version(int(word)) if word.isdecimal() else registry.resolve(word)
 
 
 def _texts(

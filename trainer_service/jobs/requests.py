@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.decisions import run_of
 from shared.registry.manifest import RUN_NAME, VersionManifest
+from shared.registry.numbering import is_number
 from shared.registry.store import Registry
 from trainer_service.distillation.readiness import require_trained
 from trainer_service.jobs.specs import (
@@ -26,7 +27,7 @@ from trainer_service.jobs.specs import (
     new_run,
 )
 from trainer_service.presets import find_preset
-from trainer_service.teachers import is_number, misfit, named_teachers, student_config
+from trainer_service.teachers import misfit, named_teachers, student_config
 from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
 from trainer_service.text.sentence_pairs import check_pairs
@@ -253,7 +254,7 @@ class EvaluateRequest(_DataRequest):
 
     def _check_version(self, name: str, version: str, registry: Registry) -> None:
         """Checks that a number exists, and a label too, unless a job before this one may publish its version."""
-        if version.isdecimal() and len(version) <= len(str(_MAX_NUMBER)):
+        if is_number(version):
             registry.version(int(version))
         elif not _is_label(version):
             raise InvalidArgument(

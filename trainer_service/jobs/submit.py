@@ -8,11 +8,12 @@ from pathlib import Path
 
 from shared.errors import FailedPrecondition, NotFound
 from shared.registry.decisions import run_of
+from shared.registry.numbering import is_number
 from shared.registry.store import Registry
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec
-from trainer_service.teachers import find, is_number
+from trainer_service.teachers import find
 from trainer_service.text.story_set import read_story_set
 
 logger = logging.getLogger(__name__)

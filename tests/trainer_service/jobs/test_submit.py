@@ -1,22 +1,26 @@
 """The versions that a queued job names still exist when the job begins: holds, on a real Redis."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shared.errors import AlreadyExists, FailedPrecondition, NotFound
+from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, shown
 from shared.registry.fence import Fence
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, publish, take_teachers, write_model
 from tests.trainer_service.story_sets import add_stories, tales
+from trainer_service.commands.options import version_number
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.requests import EvaluateRequest
 from trainer_service.jobs.specs import EvaluateSpec, Teacher, TrainSpec
 from trainer_service.jobs.submit import release_ended, require_stories, submit
 from trainer_service.presets import find_preset
+from trainer_service.teachers import named_teachers
 from trainer_service.text.corpus import DatasetSpec
 
 SPARING = Retention(states=1, best=0, newest=0)
@@ -66,6 +70,22 @@ def test_the_version_that_a_queued_evaluation_names_by_number_stays(registry: Re
     queue.cancel(job)
     release_ended(queue, registry)
     assert left(registry)[0] == [3]
+
+
+def test_every_reading_of_a_name_agrees_on_what_is_a_number(registry: Registry, queue: JobQueue) -> None:
+    for odd in ("٣", "²", "003", "0", "9" * 19, "+3", " 3"):
+        for read in (
+            registry.named,
+            lambda name: version_number(name, registry),
+            lambda name: named_teachers([name], registry, waits=False),
+            lambda name: EvaluateRequest(version=name).resolve(registry),
+            lambda name: EvaluateRequest(version="3", rivals={"control": name}).resolve(registry),
+        ):
+            with pytest.raises(InvalidArgument, match=re.escape(shown(odd))):
+                read(odd)
+    assert registry.named("3").version == version_number("3", registry) == 3
+    job = submit(EvaluateRequest(version="3", rivals={"a": "2"}).resolve(registry), queue, registry).id
+    assert registry.holds.jobs() == {2: job, 3: job}
 
 
 def taught(*teachers: Teacher, resume: int | None = None) -> TrainSpec:
