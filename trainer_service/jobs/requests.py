@@ -28,7 +28,7 @@ from trainer_service.jobs.specs import (
 )
 from trainer_service.presets import find_preset
 from trainer_service.teachers import misfit, named_teachers, student_config
-from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
+from trainer_service.text.corpus import TEACHER, DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
 from trainer_service.text.sentence_pairs import check_pairs
 from trainer_service.training.config import TrainingConfig
@@ -129,8 +129,22 @@ class _RunRequest(_DataRequest):
             teachers = (teachers or inherited) if teaches else ()
         check_spec(data)
         check_size(data, config.context_length)
+        self._check_stories(data, config)
         run = name or new_run(preset)
         return spec(run, preset, config, absolute(data), self.resume, notes, teachers, self.force)
+
+    def _check_stories(self, data: DatasetSpec, config: TrainingConfig) -> None:
+        """Checks that the values about a teacher's stories say something about this text."""
+        if data.mixes_stories and not config.teacher_share:
+            raise InvalidArgument(
+                f"teacher_share is 0, so the run would read none of the stories of {TEACHER}{data.story_set}; set it "
+                "above 0, or leave them out."
+            )
+        if config.teacher_prompts and "teacher_prompts" in self.overrides and not data.mixes_stories:
+            raise InvalidArgument(
+                "teacher_prompts is true, but the run mixes no stories of a large teacher with other text; name both, "
+                'as in --dataset "builtin teacher:bedtime".'
+            )
 
     def _data_like(self, version: VersionManifest) -> DatasetSpec:
         """Returns the text that the request names, or else that of a version."""

@@ -139,6 +139,25 @@ def test_a_run_that_cannot_start_is_rejected(tmp_path: Path) -> None:
         TrainRequest(dataset=(str(tmp_path / "absent.txt"),)).resolve(registry)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "values", "sentence"),
+    [
+        (
+            ("builtin", "teacher:a"),
+            {"teacher_share": "0"},
+            "would read none of the stories of teacher:a; set it above 0",
+        ),
+        (("builtin",), {"teacher_prompts": "true"}, "mixes no stories of a large teacher with other text; name both"),
+        (("teacher:a",), {"teacher_prompts": "true"}, "mixes no stories of a large teacher with other text; name both"),
+    ],
+)
+def test_values_about_stories_that_nothing_would_read_are_refused(
+    dataset: tuple[str, ...], values: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidArgument, match=sentence):
+        TrainRequest(dataset=dataset, overrides=values).resolve(Registry(tmp_path))
+
+
 def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     rivals = {"control": "run:wide-control", "the best one": "best"}
