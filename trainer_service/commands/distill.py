@@ -28,7 +28,6 @@ from trainer_service.commands.options import (
     settings,
     version_number,
 )
-from trainer_service.commands.reports import evaluation_of, print_evaluation, read_record
 from trainer_service.distillation.trial import Trial, trial_of_generations, trial_of_stories, trial_of_teachers
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -120,6 +119,9 @@ def distill(
         assert job.spec is not None
         print(f"job {job.id}: {job.spec.kind.value} {job.spec.run}", flush=True)
         follow_job(queue, job.id)
+    # Imported now, because plots load slowly and queueing needs none.
+    from trainer_service.commands.reports import evaluation_of, print_evaluation, read_record
+
     student = evaluation_of(jobs[-1].id, queue, registry)
     rivals = student.verdict.rivals if student.verdict else ()
     records = [read_record(each.version.number, each.method_digest, registry) for each in rivals]

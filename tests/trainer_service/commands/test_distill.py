@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,11 @@ def test_what_makes_no_sense_is_refused_with_what_would(
         cli.invoke(app, words)
     assert sentence in str(refused.value)
     assert len(str(refused.value)) <= 300
+
+
+@pytest.mark.parametrize("name", ["distill", "evaluation"])
+def test_queueing_loads_neither_plots_nor_a_model_framework(name: str) -> None:
+    code = (
+        f"import sys, trainer_service.commands.{name}; sys.exit(bool({{'matplotlib', 'mlx.core'}} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
