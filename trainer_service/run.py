@@ -54,8 +54,8 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     if tokenizer and spec.teachers:
         config = with_tokenizer(config, tokenizer.name, tokenizer.vocabulary_size)
     report = preparation_report(attempt)
-    # A set of stories may have grown since the run began.
-    stories = _begun_with(state).get("stories") if state else None
+    # A set of stories may have grown since the run was queued.
+    stories = _begun_with(state).get("stories", spec.stories) if state else spec.stories
     data = prepare(spec.data, config, attempt.directories.data, report, tokenizer, stories=stories)
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.emit(Notice(text))

@@ -32,7 +32,7 @@ from trainer_service.distillation.trial import Trial, trial_of_generations, tria
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import JobRequest, TrainRequest, parse_overrides
-from trainer_service.jobs.specs import check_name
+from trainer_service.jobs.specs import RunSpec, check_name
 from trainer_service.presets import PRESETS
 
 app = cli.new_app(None)
@@ -136,7 +136,10 @@ def _enqueue(trial: Trial, queue: JobQueue, registry: Registry) -> list[JobRecor
 
     def enqueue(request: JobRequest, before: Sequence[JobRecord]) -> None:
         after = (*request.after, *(job.id for job in before))
-        jobs.append(enqueue_job(replace(request, after=after), queue, registry))
+        # A set of stories may grow between two of the runs.
+        first = jobs[0].spec if jobs else None
+        stories = first.stories if isinstance(first, RunSpec) else None
+        jobs.append(enqueue_job(replace(request, after=after), queue, registry, stories))
 
     try:
         for run in trial.runs:

@@ -16,7 +16,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_PRESET, JobRequest
 from trainer_service.jobs.specs import TrainSpec
-from trainer_service.jobs.submit import require_stories, submit
+from trainer_service.jobs.submit import submit, with_stories
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS
 from trainer_service.redis_server import connect
@@ -91,10 +91,11 @@ def submit_job(request: JobRequest) -> tuple[JobQueue, JobRecord]:
     return queue, record
 
 
-def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry) -> JobRecord:
-    """Queues a job and prints its id and its plan."""
-    spec, plan = request.resolve(registry), []
-    require_stories(spec, request.after, settings().directories.data)
+def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry, stories: int | None = None) -> JobRecord:
+    """Queues a job, which reads so many stories if it reads any, and prints its id and its plan."""
+    plan = list[str]()
+    data = settings().directories.data
+    spec = with_stories(request.resolve(registry), request.after, data, queue.store, stories)
     if isinstance(spec, TrainSpec):
         earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)
         plan = Plan.of(spec, registry, earlier, Machine.here()).lines()

@@ -49,6 +49,7 @@ class RunSpec(_Spec):
 
     teachers: the mean of their predicted probabilities is learned.
     force: whether teachers, and the version that is continued, may be badly trained.
+    stories: how many stories are read of the set of a teacher that the text names, the first ones; None stands for all.
     """
 
     run: str
@@ -59,6 +60,7 @@ class RunSpec(_Spec):
     notes: str = ""
     teachers: tuple[Teacher, ...] = ()
     force: bool = False
+    stories: int | None = None
 
 
 @dataclass(frozen=True)

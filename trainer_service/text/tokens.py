@@ -118,7 +118,7 @@ def prepare(
     or with `whole_validation` all held-out text, which may then be shorter than a window. `report` is called several
     times a second; an exception from it ends the work and leaves no partial file. Several processes may prepare the
     same data at once. Without a data set, `train` is empty. Of a teacher's stories, the first `stories` are read, or
-    all of them: a run goes on with those that it began with, although their set has grown. Raises the errors of
+    all of them: a run reads those that it was queued with, although their set has grown. Raises the errors of
     `open_corpus`, `read_story_set` and `prepare_stories`, `DataError` if a split is shorter than one window, and
     `ResourceExhausted` or `FailedPrecondition` if `directory` cannot be written.
     """
@@ -139,7 +139,7 @@ def prepare(
     notices = list(corpus.notices)
     if story_set and not story_set.is_whole:
         notices.append(
-            f"{story_set.name} has grown since the run began, which goes on with its first {stories:,} stories."
+            f"{story_set.name} has grown since the run was queued; the run reads the first {stories:,} stories."
         )
     if tokenizer is None:
         tokenizer = _tokenizer(corpus, config, directory / "tokenizers", progress)

@@ -17,8 +17,8 @@ from trainer_service.commands.options import version_number
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import EvaluateRequest
-from trainer_service.jobs.specs import EvaluateSpec, Teacher, TrainSpec
-from trainer_service.jobs.submit import release_ended, require_stories, submit
+from trainer_service.jobs.specs import EvaluateSpec, StoriesSpec, Teacher, TrainSpec
+from trainer_service.jobs.submit import release_ended, submit, with_stories
 from trainer_service.presets import find_preset
 from trainer_service.teachers import named_teachers
 from trainer_service.text.corpus import DatasetSpec
@@ -166,14 +166,36 @@ def test_a_hold_of_an_unknown_job_is_removed_after_some_time(registry: Registry,
     assert registry.holds.jobs() == {}
 
 
-def test_a_job_on_stories_that_are_absent_is_refused_unless_it_waits_for_others(tmp_path: Path) -> None:
-    spec = replace(resuming(None), data=DatasetSpec(("builtin", "teacher:noon")))
+ON_STORIES = DatasetSpec(("builtin", "teacher:noon"))
+
+
+def test_a_job_on_stories_that_are_absent_is_refused_unless_a_job_before_it_asks_for_them(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    spec = replace(resuming(None), data=ON_STORIES)
+    other, wanted = (queue.enqueue(StoriesSpec(name, 30, 0.5)).id for name in ("dusk", "noon"))
+    between = queue.enqueue(resuming(None, "between"), [other, wanted]).id
+    for after in ((), (other,), ("3f2a91c4", "\udce9")):
+        with pytest.raises(NotFound, match="no set of stories 'noon'"):
+            with_stories(spec, after, tmp_path, queue.store)
+    assert with_stories(spec, (between,), tmp_path, queue.store) == replace(spec, stories=30)
+    plain = resuming(None)
+    assert with_stories(plain, (), tmp_path, queue.store) == plain
+    alone = EvaluateSpec("best", DatasetSpec(("teacher:noon",)))
     with pytest.raises(NotFound, match="no set of stories 'noon'"):
-        require_stories(spec, (), tmp_path)
-    require_stories(spec, ("3f2a91c4",), tmp_path)
-    require_stories(resuming(None), (), tmp_path)
-    add_stories(tmp_path, tales(0, 1), "noon")
-    require_stories(spec, (), tmp_path)
+        with_stories(alone, (), tmp_path, queue.store)
+    assert with_stories(alone, (wanted,), tmp_path, queue.store) == alone
+
+
+def test_a_run_reads_the_stories_that_its_set_has_when_it_is_queued_or_that_are_asked_for(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    spec = replace(resuming(None), data=ON_STORIES)
+    add_stories(tmp_path, tales(0, 4), "noon")
+    few, many = (queue.enqueue(StoriesSpec("noon", count, 0.5)).id for count in (3, 7))
+    for after, count in (((), 4), ((few,), 4), ((many,), 7), ((few, many), 7)):
+        assert with_stories(spec, after, tmp_path, queue.store) == replace(spec, stories=count)
+    assert with_stories(spec, (), tmp_path, queue.store, 2) == replace(spec, stories=2)
 
 
 def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_it(

@@ -165,7 +165,7 @@ def test_the_first_stories_of_a_set_that_has_grown_give_the_same_tokens(folder: 
     assert before.teacher and after.teacher and first.teacher
     assert after.teacher.tokens.size > first.teacher.tokens.size and after.revision != before.revision
     assert np.array_equal(first.teacher.tokens, before.teacher.tokens) and first.revision == before.revision
-    grown = f"{BEDTIME} has grown since the run began, which goes on with its first 81 stories."
+    grown = f"{BEDTIME} has grown since the run was queued; the run reads the first 81 stories."
     assert grown in first.notices and grown not in (*before.notices, *after.notices)
 
 
