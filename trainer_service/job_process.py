@@ -16,7 +16,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import Reporter
 from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, StoriesSpec, TrainSpec
-from trainer_service.jobs.submit import release_ended
+from trainer_service.jobs.submit import release_ended, settle
 from trainer_service.redis_server import connect
 from trainer_service.settings import read_settings
 
@@ -62,6 +62,8 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
             *(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested),
             best_by=settings.best_by,
             groq=settings.groq,
+            job=job_id,
+            settle=partial(settle, queue, settings.open_registry(), job_id, attempt),
         )
         completed = _work(queue.store.get(job_id), given)
     except Paused as paused:

@@ -79,7 +79,7 @@ class TrainSpec(RunSpec):
 
 @dataclass(frozen=True)
 class EvaluateSpec(_Spec):
-    """A version, given by its number or by a label that is resolved when the job begins, and the text to measure it on.
+    """A version, given by its number or by a label that the first attempt resolves, and the text to measure it on.
 
     Without a data set and held-out files, the text is the held-out text of the version's own training.
     window: the tokens of a window; 0 stands for the version's context.

@@ -81,6 +81,16 @@ def _coming_stories(name: str, after: Sequence[str], store: JobStore) -> int:
     return most
 
 
+def settle(queue: JobQueue, registry: Registry, job: str, attempt: int, spec: EvaluateSpec) -> None:
+    """Makes a specification that names versions by their numbers that of a job, and holds these versions.
+
+    Raises `Unavailable` if Redis does not answer, and `FailedPrecondition` if the registry cannot be written.
+    """
+    if queue.store.get(job).spec != spec:
+        registry.holds.add(job, *_held_names(spec))
+        queue.store.replace_spec(job, attempt, spec)
+
+
 def release_ended(queue: JobQueue, registry: Registry) -> None:
     """Removes the holds of jobs that have ended or no longer exist; raises `Unavailable` if Redis does not answer."""
     for job, age_s in registry.holds.ages_s().items():

@@ -71,7 +71,9 @@ def test_the_rivals_are_measured_on_the_held_out_text_of_the_version(site: Site)
     number = site.registry.resolve(before).version
     student = site.spec(resume=number, max_steps="60", validation_share="0.2")
     site.train(student)
-    record = judge(site, f"run:{student.run}", {"before": before, "other text": run(site, site.other_text, **STEPS)})
+    record = judge(
+        site, f"run:{student.run}", {"before": before, "other text": run(site, site.other_text, **STEPS)}, True
+    )
     same, other = standing(record).rivals
     assert same.verdict is not Verdict.NOT_COMPARED and same.method_digest == record.method.digest
     measured = Record.from_json(site.registry.evaluations.read(number, same.method_digest))
@@ -82,9 +84,17 @@ def test_the_rivals_are_measured_on_the_held_out_text_of_the_version(site: Site)
     assert others.method.text.text_bytes == record.method.text.text_bytes
 
 
+def test_rivals_without_a_control_or_a_promotion_leave_the_verdict_alone(site: Site) -> None:
+    student, control = run(site, **STEPS), run(site, **SLOW)
+    assert judge(site, student, {"rival": control}).verdict is None
+    verdict = judge(site, student, {"control": control}, promote=True).verdict
+    assert verdict and verdict.promoted
+    assert judge(site, student, {"rival": control}).verdict == verdict
+
+
 def test_all_are_measured_in_the_smallest_context_among_them(site: Site) -> None:
     student, teacher = run(site, **STEPS), run(site, context_length="8", **STEPS)
-    record = judge(site, student, {"teacher": teacher})
+    record = judge(site, student, {"teacher": teacher}, promote=True)
     assert record.method.window == 8 and standing(record).rivals[0].difference is not None
 
 
