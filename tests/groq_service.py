@@ -37,6 +37,9 @@ class Outcome(Enum):
     HANG = auto()
     DROP = auto()
     BAD_GATEWAY = auto()
+    GATEWAY_UNAVAILABLE = auto()
+    GATEWAY_TIMEOUT = auto()
+    CLIENT_CLOSED = auto()
     # Not charged for.
     UNAVAILABLE = auto()
     MINUTE_LIMIT = auto()
@@ -45,6 +48,13 @@ class Outcome(Enum):
 
 
 CHARGED = list(Outcome)[: list(Outcome).index(Outcome.UNAVAILABLE)]
+# The statuses with which a gateway answers when the service has done the work and the answer is lost on the way.
+_GATEWAY = {
+    Outcome.BAD_GATEWAY: 502,
+    Outcome.GATEWAY_UNAVAILABLE: 503,
+    Outcome.GATEWAY_TIMEOUT: 408,
+    Outcome.CLIENT_CLOSED: 499,
+}
 # How long the limits of a minute and of a day ask to wait.
 MINUTE_WAIT, DAY_WAIT = "50ms", "7h12m3.5s"
 
@@ -165,8 +175,9 @@ class GroqService:
                 request.drop()
             case Outcome.UNREADABLE:
                 request.answer(200, b"<html>A page of a proxy</html>", {"content-type": "text/html"})
-            case Outcome.BAD_GATEWAY:
-                request.answer(502, b"<html>Bad gateway</html>", {"content-type": "text/html"})
+            case Outcome.BAD_GATEWAY | Outcome.GATEWAY_UNAVAILABLE | Outcome.GATEWAY_TIMEOUT | Outcome.CLIENT_CLOSED:
+                content = b"<html>A page of a gateway</html>"
+                request.answer(_GATEWAY[outcome], content, {"content-type": "text/html"})
             case Outcome.UNAVAILABLE:
                 request.refuse(503, "The model is over capacity.", "internal_server_error", "")
             case Outcome.NOT_VALID:
@@ -242,10 +253,19 @@ class _Request(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     service: GroqService
 
+    def handle(self) -> None:
+        """Takes calls until the client leaves, in whatever way."""
+        with suppress(ConnectionError):
+            super().handle()
+
     def do_POST(self) -> None:
         """Takes a call."""
-        raw = self.rfile.read(int(self.headers["content-length"]))
-        if self.headers.get("authorization") != f"Bearer {KEY}":
+        size_bytes = int(self.headers["content-length"])
+        raw = self.rfile.read(size_bytes)
+        if len(raw) < size_bytes:
+            # The client was killed before it had sent everything.
+            self.drop()
+        elif self.headers.get("authorization") != f"Bearer {KEY}":
             self.refuse(401, "Invalid API Key", "invalid_request_error", "invalid_api_key")
         elif self.path != "/openai/v1/chat/completions":
             self.refuse(404, f"Unknown request URL: POST {self.path}.", "invalid_request_error", "unknown_url")

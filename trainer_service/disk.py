@@ -40,6 +40,7 @@ def usage(directories: Directories) -> list[Usage]:
         ("evaluations", registry / "evaluations", "removed with their versions"),
         ("reports", directories.reports, "you can remove them; `gptloop eval` writes them again"),
         ("stories", directories.data / "stories", "a large teacher was paid for them: nothing removes them"),
+        ("judgements", directories.data / "judgements", "a large teacher was paid for them: nothing removes them"),
         ("prepared text", directories.data, "removed after 30 days without use; prepared again if it is missing"),
         ("jobs", directories.redis, "the files of Redis; jobs that have ended are removed after 30 days"),
         ("logs", directories.log, "you can remove them while no process runs"),

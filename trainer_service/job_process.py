@@ -16,7 +16,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import Reporter
 from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, StoriesSpec, TrainSpec
-from trainer_service.jobs.submit import release_ended
+from trainer_service.jobs.submit import release_ended, settle
 from trainer_service.redis_server import connect
 from trainer_service.settings import read_settings
 
@@ -62,6 +62,8 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
             *(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested),
             best_by=settings.best_by,
             groq=settings.groq,
+            job=job_id,
+            settle=partial(settle, queue, settings.open_registry(), job_id, attempt),
         )
         completed = _work(queue.store.get(job_id), given)
     except Paused as paused:
@@ -98,27 +100,34 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
 
 def _work(record: JobRecord, attempt: Attempt) -> bool:
     """Does the work of a job; returns whether it is complete."""
-    if attempt.device.backend == "cpu" and attempt.device.blas is None:
-        attempt.emit(Notice(accelerator.NO_BLAS))
-    # Imported here, because MLX must load after its fast BLAS.
-    from trainer_service.distillation.stories import write_stories
-    from trainer_service.evaluation.job import evaluate_version
-    from trainer_service.run import TrainingRun, prepare_data
-
     if record.spec is None:
         raise FailedPrecondition(record.reason)
     try:
-        match record.spec:
-            case EvaluateSpec():
-                evaluate_version(record.spec, attempt)
-            case PrepareSpec():
-                prepare_data(record.spec, attempt)
-            case StoriesSpec():
-                write_stories(record.spec, attempt)
-            case TrainSpec():
-                return TrainingRun(record.spec, attempt).train()
+        if isinstance(record.spec, StoriesSpec):
+            from trainer_service.distillation.stories import write_stories
+
+            write_stories(record.spec, attempt)
+            return True
+        return _compute(record.spec, attempt)
     except Stopped:
         return False
+
+
+def _compute(spec: PrepareSpec | TrainSpec | EvaluateSpec, attempt: Attempt) -> bool:
+    """Does the work of a job that may need MLX; returns whether it is complete."""
+    if attempt.device.backend == "cpu" and attempt.device.blas is None:
+        attempt.emit(Notice(accelerator.NO_BLAS))
+    # Imported here, because MLX must load after its fast BLAS.
+    from trainer_service.evaluation.job import evaluate_version
+    from trainer_service.run import TrainingRun, prepare_data
+
+    match spec:
+        case EvaluateSpec():
+            evaluate_version(spec, attempt)
+        case PrepareSpec():
+            prepare_data(spec, attempt)
+        case TrainSpec():
+            return TrainingRun(spec, attempt).train()
     return True
 
 

@@ -24,7 +24,7 @@ from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
-from trainer_service.teachers import keep_teachers, of_other_text, teachers_of, with_tokenizer
+from trainer_service.teachers import keep_teachers, of_other_text, taught_by, teachers_of, with_tokenizer
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.batches import TrainingText
@@ -54,8 +54,8 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     if tokenizer and spec.teachers:
         config = with_tokenizer(config, tokenizer.name, tokenizer.vocabulary_size)
     report = preparation_report(attempt)
-    # A set of stories may have grown since the run began.
-    stories = _begun_with(state).get("stories") if state else None
+    # A set of stories may have grown since the run was queued.
+    stories = _begun_with(state).get("stories", spec.stories) if state else spec.stories
     data = prepare(spec.data, config, attempt.directories.data, report, tokenizer, stories=stories)
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.emit(Notice(text))
@@ -104,8 +104,15 @@ class TrainingRun:
         self._registry = attempt.open_registry()
         self._registry.sweep()
         self._teachers = keep_teachers(spec, self._registry, attempt.number)
-        self._data = prepare_data(spec, attempt)
-        for text in of_other_text(self._teachers, self._data.revision):
+        try:
+            self._data = prepare_data(spec, attempt)
+        except GptloopError:
+            if not self._registry.states(spec.run):
+                self._registry.teachers.remove(spec.run)
+            raise
+        teachers = [each.manifest for each in self._teachers]
+        before = [earlier for each in teachers for earlier in taught_by(each, self._registry)]
+        for text in dict.fromkeys(of_other_text((*teachers, *before), self._data.revision)):
             self.notice(text)
         config = self._data.config
         self._spec = replace(spec, config=config)

@@ -20,7 +20,7 @@ from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import JobRequest
-from trainer_service.jobs.submit import require_stories, submit
+from trainer_service.jobs.submit import submit, with_stories
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.redis_server import Outage, connect
 from trainer_service.settings import TrainerSettings
@@ -57,8 +57,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
 
     def _submit(self, wanted: JobRequest) -> JobRecord:
-        spec = wanted.resolve(self._registry)
-        require_stories(spec, wanted.after, self._data)
+        spec = with_stories(wanted.resolve(self._registry), wanted.after, self._data, self._queue.store)
         return submit(spec, self._queue, self._registry, wanted.after)
 
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:  # noqa: N802

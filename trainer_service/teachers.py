@@ -4,13 +4,15 @@ Loads no model framework.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from shared.errors import FailedPrecondition, InvalidArgument, NotFound, shown
+from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, NotFound, shown
 from shared.registry.commit import writing
 from shared.registry.decisions import check_label
 from shared.registry.fence import Fence
-from shared.registry.manifest import IMPORTED, VersionManifest
+from shared.registry.manifest import IMPORTED, TeacherRecord, VersionManifest
+from shared.registry.numbering import is_number
 from shared.registry.store import Registry
 from shared.registry.teachers import TeacherVersion
 from trainer_service.distillation.readiness import require_trained
@@ -20,8 +22,6 @@ from trainer_service.training.config import TrainingConfig
 
 # A run holds the weights of all its teachers in memory.
 _MOST = 16
-# Versions have numbers of 64 bits.
-_LONGEST_NUMBER = 18
 
 
 def named_teachers(names: Sequence[str], registry: Registry, waits: bool) -> tuple[Teacher, ...]:
@@ -36,7 +36,7 @@ def named_teachers(names: Sequence[str], registry: Registry, waits: bool) -> tup
     found = []
     for name in names:
         if is_number(name):
-            found.append(Teacher(str(int(name)), registry.version(int(name)).digest))
+            found.append(Teacher(name, registry.version(int(name)).digest))
             continue
         try:
             found.append(Teacher(check_label(name)))
@@ -50,11 +50,6 @@ def named_teachers(names: Sequence[str], registry: Registry, waits: bool) -> tup
         if found.count(teacher) > 1:
             raise InvalidArgument(f"The teacher {teacher.version} is named twice; name each one once.")
     return tuple(found)
-
-
-def is_number(name: str) -> bool:
-    """Returns whether a teacher is named by the number of a version, not by a label."""
-    return name.isascii() and name.isdecimal() and len(name) <= _LONGEST_NUMBER
 
 
 def student_config(teacher: VersionManifest, preset: str, overrides: Mapping[str, str]) -> TrainingConfig:
@@ -170,10 +165,10 @@ def keep_teachers(spec: RunSpec, registry: Registry, attempt: int) -> list[Teach
     if kept.of(spec.run):
         kept.verify(spec.run)
         return kept.of(spec.run)
-    fence = Fence.raise_for(registry.run_directory(spec.run), attempt)
     with writing(registry.root), registry.decisions.held():  # nothing is pruned until the run has it
         found = teachers_of(spec, registry)
         _check(spec, [each.manifest for each in found], registry)
+        fence = Fence.raise_for(registry.run_directory(spec.run), attempt)
         for each in found:
             kept.take(fence, each.folder)
     kept.keep(fence, [each.manifest.version for each in found])
@@ -190,15 +185,41 @@ def _check(spec: RunSpec, teachers: Sequence[VersionManifest], registry: Registr
             require_trained(teacher, spec.force)
 
 
-def of_other_text(teachers: Sequence[TeacherVersion], revision: str) -> Iterator[str]:
+def taught_by(version: VersionManifest, registry: Registry) -> list[VersionManifest]:
+    """Returns the versions that taught a version, and those that taught them, each once, as far as they are still in
+    the registry or kept by the runs that they taught."""
+    found = dict[int, VersionManifest]()
+    students = [version]
+    while students:
+        student = students.pop()
+        for record in student.teachers:
+            teacher = _recorded(record, student.run, registry)
+            if teacher is not None and teacher.version not in found:
+                found[teacher.version] = teacher
+                students.append(teacher)
+    return list(found.values())
+
+
+def _recorded(record: TeacherRecord, run: str, registry: Registry) -> VersionManifest | None:
+    """Returns the version that a record names, from the versions or from the run that it taught; None if it is gone."""
+    with suppress(NotFound, CorruptCheckpoint):
+        if (version := registry.version(record.version)).digest == record.digest:
+            return version
+    with suppress(CorruptCheckpoint):
+        kept = registry.teachers.taught_by(run, record.version, record.digest)
+        return kept.manifest if kept else None
+    return None
+
+
+def of_other_text(teachers: Sequence[VersionManifest], revision: str) -> Iterator[str]:
     """Yields a sentence for each teacher that was trained on other text than that of a revision.
 
     Stories that are mixed with the text, whose revision follows a +, are never held out.
     """
-    for teacher in (each.manifest for each in teachers):
+    for teacher in teachers:
         other = teacher.dataset_revision.partition("+")[0] != revision.partition("+")[0]
         if other or teacher.preset == IMPORTED:
             yield (
-                f"The teacher, version {teacher.version}, was trained on other text than this run, so it may have seen "
-                "this run's held-out text; the held-out loss may then be too low."
+                f"The teacher, version {teacher.version}, was trained on other text than its student, so it may have "
+                "seen the student's held-out text; the held-out loss may then be too low."
             )

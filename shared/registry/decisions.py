@@ -18,7 +18,7 @@ from shared.registry.commit import files_state, locked, make_folder, replace_tex
 from shared.registry.evaluations import Figures
 from shared.registry.findings import CORRUPT, Finding, Findings
 from shared.registry.manifest import RUN_NAME, VersionManifest, typed
-from shared.registry.numbering import NUMBER, children
+from shared.registry.numbering import NUMBER, children, is_number
 
 LABELS = ("best", "latest", "stable")
 _PINNED = "pinned:"
@@ -50,7 +50,7 @@ class Decided:
 def check_label(label: str) -> str:
     """Returns the label if it can name a version; raises `InvalidArgument` if not."""
     pin, run = label.removeprefix(_PINNED), label.removeprefix(_RUN)
-    if label in LABELS or (pin != label and NUMBER.fullmatch(pin)) or (run != label and RUN_NAME.fullmatch(run)):
+    if label in LABELS or (pin != label and is_number(pin)) or (run != label and RUN_NAME.fullmatch(run)):
         return label
     raise InvalidArgument(
         f"{shown(label)} is not a label; the labels are {', '.join(LABELS)}, {_RUN}<name> and {_PINNED}<version>."
@@ -102,7 +102,7 @@ class Decisions:
     def stable(self) -> int | None:
         """Returns the number of the stable version, if there is one."""
         text = _read(self._folder / "stable")
-        if text is not None and not NUMBER.fullmatch(text):
+        if text is not None and not is_number(text):
             raise CorruptCheckpoint(f"{self._folder / 'stable'} cannot be understood: {shown(text)} is not a version.")
         return None if text is None else int(text)
 

@@ -36,6 +36,11 @@ class Fence:
                 replace_text(path, str(token))
         return cls(run_directory, token)
 
+    @staticmethod
+    def last(run_directory: Path) -> int:
+        """Returns the highest token so far; 0 if no process has owned the run."""
+        return _read(run_directory / "fence")
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Holds the lock of the run, for writing to it; raises `RunOwnershipLost` if a later owner took over."""

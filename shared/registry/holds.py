@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.registry.commit import locked, make_folder, replace_text, writing
 from shared.registry.decisions import run_of
 from shared.registry.manifest import RUN_NAME
-from shared.registry.numbering import NUMBER, children
+from shared.registry.numbering import children, is_number
 
 _JOB = re.compile(r"[0-9A-Za-z_-]{1,64}")
 # No job waits longer, so an older hold no longer counts.
@@ -53,7 +53,7 @@ class Holds:
 
     def jobs(self) -> dict[int, str]:
         """Returns the versions that are held by their numbers, each with one job that waits for it."""
-        return {int(name): job for name, job in self._names().items() if NUMBER.fullmatch(name)}
+        return {int(name): job for name, job in self._names().items() if is_number(name)}
 
     def runs(self) -> dict[str, str]:
         """Returns the runs whose best versions are held, each with one job that waits for it."""
@@ -71,4 +71,4 @@ class Holds:
 
 def _is_name(text: str) -> bool:
     run = run_of(text)
-    return (RUN_NAME if run is not None else NUMBER).fullmatch(text if run is None else run) is not None
+    return is_number(text) if run is None else RUN_NAME.fullmatch(run) is not None

@@ -129,14 +129,14 @@ def typed(owner: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a dataclass from JSON; raises `KeyError` or `TypeError` if one is missing or invalid."""
     typed = {}
     for field in fields(owner):
-        if field.name not in values and field.default is not MISSING:
+        if field.name not in values and (field.default, field.default_factory) != (MISSING, MISSING):
             continue
         value, kind = values[field.name], get_origin(field.type) or field.type
         if kind is tuple and isinstance(value, list):
             value = tuple(value)
         # JSON may contain a whole number in the place of a float.
         kinds = get_args(field.type) if kind is UnionType else (kind, int if kind is float else kind)
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{field.name} is {shown(value, 40)}")
         typed[field.name] = value
     return typed

@@ -11,6 +11,11 @@ NUMBER = re.compile("[1-9][0-9]{0,17}")
 _MAX_DIGITS = 18
 
 
+def is_number(name: str) -> bool:
+    """Returns whether a version is named by its number, as the registry writes it, and not by a label."""
+    return NUMBER.fullmatch(name) is not None
+
+
 def children(directory: Path) -> list[Path]:
     """Returns the paths in a folder; an empty list if there is no folder."""
     return list(directory.iterdir()) if directory.is_dir() else []
@@ -24,7 +29,7 @@ def numbers(directory: Path) -> list[int]:
 def number_of(path: Path) -> int | None:
     """Returns the number that is the name of a path; None if the registry would not write it in this way."""
     # An imported model has trained for 0 steps.
-    return int(path.name) if path.name == "0" or NUMBER.fullmatch(path.name) else None
+    return int(path.name) if path.name == "0" or is_number(path.name) else None
 
 
 def read_number(path: Path, right: str) -> int:

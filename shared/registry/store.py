@@ -38,7 +38,7 @@ from shared.registry.fence import Fence
 from shared.registry.history import Histories
 from shared.registry.holds import Holds
 from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
-from shared.registry.numbering import children, next_version, number_of, numbers
+from shared.registry.numbering import children, is_number, next_version, number_of, numbers
 from shared.registry.staging import Staging
 from shared.registry.teachers import Teachers
 from shared.text import excerpt
@@ -191,6 +191,10 @@ class Registry:
             raise NotFound(f"No version has the label {label!r}; {policy.describe_labels(self.labels())}.")
         return self.version(number)
 
+    def named(self, name: str) -> VersionManifest:
+        """Returns the version with a number or a label; raises as `version` and `resolve` do."""
+        return self.version(int(name)) if is_number(name) else self.resolve(name)
+
     def publish_version(
         self, fence: Fence, write: Write, manifest: Callable[[int, tuple[FileRecord, ...]], VersionManifest]
     ) -> VersionManifest:
@@ -224,6 +228,15 @@ class Registry:
     def runs(self) -> list[str]:
         """Returns every run that has a folder, in alphabetical order."""
         return sorted(path.name for path in children(self.root / "runs") if _is_run(path))
+
+    def has_begun(self, run: str) -> bool:
+        """Returns whether a run has begun, so that no other one can have its name.
+
+        One that failed before its first step leaves only its fence, which a later run of one attempt can raise again.
+        """
+        if self.states(run) or self.has_ended(run) or run in self.histories.runs():
+            return True
+        return Fence.last(self.run_directory(run)) > 1 or any(each.run == run for each in self.versions())
 
     def end_run(self, run: str) -> None:
         """Marks a run as finished, so that only its last state is kept."""

@@ -41,7 +41,7 @@ class Size:
 
 def _sizes() -> dict[str, Size]:
     # Minutes on two cores.
-    demo = replace(PRESETS["demo"], max_steps=500, evaluation_interval=250, validation_share=0.05)
+    demo = replace(PRESETS["demo"], max_steps=400, evaluation_interval=200, validation_share=0.05)
     # One NVIDIA GPU. The text is read about fifty times, hence the strong regularization.
     large = replace(
         PRESETS["tinystories-53m"],
@@ -63,7 +63,7 @@ def _sizes() -> dict[str, Size]:
 SIZES = _sizes()
 
 SizeName = Annotated[str, typer.Option("--size", help="small: minutes on two cores; large: 53M, one NVIDIA GPU.")]
-Folder = Annotated[Path, typer.Option("--text", help="Folder of tokens; those of a size are prepared if absent.")]
+Folder = Annotated[Path, typer.Option("--text", help="Folder of the tokens, read if no files are named.")]
 Work = Annotated[Path, typer.Option("--work", help="Folder of weights and outcomes.")]
 Dataset = Annotated[
     list[str], typer.Option(help="Files of text. Repeatable; default: TinyStories in GPTLOOP_TEST_DATA.")
@@ -229,13 +229,15 @@ def _parsed(values: Sequence[str]) -> dict[str, str]:
 
 
 def _material(text: Path, dataset: Sequence[str], size: Size) -> Material:
-    if Material.exists(text):
-        return Material.load(text)
+    """Prepares the text from its files, or without files returns what an earlier command prepared."""
     folder = os.environ.get("GPTLOOP_TEST_DATA")
-    if not dataset and not folder:
+    if not dataset and folder:
+        dataset = [f"{folder}/tinystories/train-v{number}.txt" for number in (1, 2)]
+    if dataset:
+        return Material.prepare(dataset, size.teacher, text)
+    if not Material.exists(text):
         raise InvalidArgument(f"{text} holds no tokens: name files with --dataset, or set GPTLOOP_TEST_DATA.")
-    default = [f"{folder}/tinystories/train-v{number}.txt" for number in (1, 2)]
-    return Material.prepare(dataset or default, size.teacher, text)
+    return Material.load(text)
 
 
 @contextmanager

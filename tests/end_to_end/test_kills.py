@@ -20,6 +20,7 @@ from rq.worker import BaseWorker
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.commit import is_locked
 from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress
+from tests.trainer_service.story_sets import add_stories, tales
 from tests.waiting import wait_until
 from trainer_service.jobs.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
 from trainer_service.jobs.requests import EvaluateRequest, PrepareRequest, TrainRequest
@@ -158,6 +159,21 @@ def test_a_taught_run_that_is_killed_once_its_teacher_is_gone_ends_with_the_same
     system.finish(whole)
     system.watch(killed, is_progress(run.under_way))
     system.registry.remove_version(teacher)
+    os.kill(system.training_process(), signal.SIGKILL)
+    undisturbed = system.result(whole)
+    assert undisturbed.last_step == run.max_steps and undisturbed.state != reference.state
+    check_end(system, killed, undisturbed, attempts=2)
+
+
+def test_a_run_on_stories_that_is_killed_once_their_set_has_grown_ends_with_the_same_bits(
+    system: System, run: Run, reference: Result
+) -> None:
+    add_stories(system.directories.data, tales(0, 60))
+    request = TrainRequest(dataset=(run.text, "teacher:bedtime"), overrides=run.values | {"teacher_prompts": "true"})
+    whole, killed = (system.trainer.submit(request).job.id for _ in range(2))
+    system.finish(whole)
+    add_stories(system.directories.data, tales(100, 20))
+    system.watch(killed, is_progress(run.under_way))
     os.kill(system.training_process(), signal.SIGKILL)
     undisturbed = system.result(whole)
     assert undisturbed.last_step == run.max_steps and undisturbed.state != reference.state

@@ -19,6 +19,7 @@ def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
         "registry/last_version": "other",
         "data/shards/x/train.bin": "prepared text",
         "data/stories/animals/ledger.jsonl": "stories",
+        "data/judgements/a1b2/ledger.jsonl": "judgements",
         "redis/appendonly.aof": "jobs",
         "log/worker.log": "logs",
         "cache/trainer/kernels-0/a.so": "compiled",
@@ -57,7 +58,7 @@ def test_a_teacher_takes_room_once_its_version_is_gone(tmp_path: Path) -> None:
 
 
 def test_nothing_takes_no_room(tmp_path: Path) -> None:
-    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 10
+    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 11
     assert not (tmp_path / "var").exists()
 
 

@@ -141,7 +141,7 @@ def test_teachers_are_named_and_count_in_time_and_memory(tmp_path: Path) -> None
     teachers = (Teacher("1", registry.version(1).digest), Teacher("run:later"))
     spec = TrainSpec("run", "demo", config, DatasetSpec(("builtin",)), None, teachers=teachers)
     alone, taught = (Plan.of(each, registry, (), CPU) for each in (replace(spec, teachers=()), spec))
-    assert line(taught, "teachers") == "teachers    1, run:later: 0.5 of the loss"
+    assert line(taught, "teachers") == "teachers    1, run:later: 0.7 of the loss"
     # What a label will name is not known yet; the other one reads the student's windows, without dropout.
     assert taught.teachers == (replace(wide, max_steps=100_000, context_length=128, dropout=0.0),)
     assert alone.time_s is not None and taught.time_s is not None

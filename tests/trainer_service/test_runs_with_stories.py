@@ -61,7 +61,7 @@ def test_a_run_on_builtin_and_stories_learns_from_both_and_resumes_exactly(taugh
     # What the ledger gains meanwhile is not for this run.
     add_stories(taught.directories.data, tales(100, 10))
     assert taught.train(stopped)
-    assert any("has grown since the run began, which goes on with its first 40 stories" in t for t in notices(taught))
+    assert any("has grown since the run was queued; the run reads the first 40 stories" in t for t in notices(taught))
     assert last_state(taught, stopped) == last_state(taught, whole)
     plain = spec(taught, "builtin", max_train_tokens="5000")
     assert taught.train(plain)
@@ -70,6 +70,17 @@ def test_a_run_on_builtin_and_stories_learns_from_both_and_resumes_exactly(taugh
     assert version.dataset_files == ("builtin", BEDTIME) and version.dataset == f"builtin, {BEDTIME}"
     # The held-out text is the other text's, so versions with and without stories compare.
     assert len({each.evaluation_set for each in taught.registry.versions()}) == 1
+
+
+def test_runs_that_were_queued_together_read_the_same_stories_although_their_set_grows_between_them(
+    taught: Site,
+) -> None:
+    first, second = (replace(spec(taught, taught.text, BEDTIME, max_steps="3"), stories=40) for _ in range(2))
+    assert taught.train(first)
+    add_stories(taught.directories.data, tales(100, 10))
+    assert taught.train(second)
+    assert last_state(taught, first) == last_state(taught, second)
+    assert len({each.dataset_revision for each in taught.registry.versions()}) == 1
 
 
 def test_a_run_does_not_go_on_without_the_stories_that_it_began_with(taught: Site) -> None:
@@ -125,6 +136,9 @@ def test_a_version_with_stories_is_evaluated_on_the_text_of_one_without_them(tau
     methods = [event.method_digest for event in taught.all_told(Evaluation) if event.method_digest]
     assert len(methods) == 3 and len(set(methods)) == 1
     assert not any("has changed" in text or "not that of the version's training" in text for text in notices(taught))
+    taught.write(Path(taught.text), 500)
+    evaluate_version(EvaluateSpec("1", DatasetSpec(()), speed=False), taught.attempt())
+    assert any("text.txt has changed" in text for text in notices(taught))
 
 
 def test_a_version_that_is_hardly_trained_is_not_given_stories(taught: Site) -> None:
@@ -138,10 +152,12 @@ def test_a_version_that_is_hardly_trained_is_not_given_stories(taught: Site) -> 
 
 def test_a_teacher_that_read_stories_among_the_same_text_has_not_seen_other_text(taught: Site) -> None:
     taught.train(spec(taught, taught.text, BEDTIME))
-    taught.told.clear()
-    request = TrainRequest(teachers=("3",), dataset=(taught.text,), overrides={"max_steps": "3"}, force=True)
-    taught.train(request.resolve(taught.registry))
-    assert not any("other text" in text for text in notices(taught))
+    add_stories(taught.directories.data, tales(100, 20), "noon")
+    for dataset, said in (((taught.text,), 0), ((taught.text, "teacher:noon"), 0), ((taught.other_text,), 1)):
+        taught.told.clear()
+        request = TrainRequest(teachers=("3",), dataset=dataset, overrides={"max_steps": "3"}, force=True)
+        taught.train(request.resolve(taught.registry))
+        assert sum("trained on other text" in text for text in notices(taught)) == said
 
 
 def test_preparing_a_run_prepares_its_stories(taught: Site) -> None:

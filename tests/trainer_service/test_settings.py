@@ -1,10 +1,13 @@
 """The settings of the trainer service."""
 
+from decimal import Decimal
+
 import pytest
 
 from shared.errors import InvalidArgument
 from shared.registry.decisions import BestBy
 from shared.registry.retention import Retention
+from trainer_service.distillation.prices import Prices
 from trainer_service.settings import read_retention, read_settings
 
 
@@ -28,3 +31,19 @@ def test_the_environment_says_what_best_compares() -> None:
     assert read_settings({"GPTLOOP_BEST_BY": "evaluation"}).open_registry().best_by is BestBy.EVALUATION
     with pytest.raises(InvalidArgument, match="GPTLOOP_BEST_BY is 'loss', but must be training or evaluation"):
         read_settings({"GPTLOOP_BEST_BY": "loss"})
+
+
+def test_the_environment_describes_the_large_teacher_and_no_message_has_its_key() -> None:
+    groq = read_settings({}).groq
+    assert (groq.url, groq.model, groq.key, groq.input_usd) == ("https://api.groq.com", "openai/gpt-oss-20b", "", None)
+    prices = {"GPTLOOP_GROQ_INPUT_USD": "0.075", "GPTLOOP_GROQ_OUTPUT_USD": " 0.30 "}
+    settings = read_settings({"GROQ_API_KEY": "gsk_secret", "GPTLOOP_GROQ_URL": "http://127.0.0.1:8000/x", **prices})
+    assert settings.groq.read_key() == "gsk_secret" and "gsk_secret" not in repr(settings)
+    assert settings.groq.prices() == Prices(Decimal("0.075"), Decimal("0.30"))
+    for text in ("-1", "1e3", "free", "0,30", "nan", "99999", "0.1234567", "٣", "0", "0.00"):
+        with pytest.raises(InvalidArgument, match=r"GPTLOOP_GROQ_INPUT_USD is .*, but must be the price of a million"):
+            read_settings({"GPTLOOP_GROQ_INPUT_USD": text})
+    for text in ("api.groq.com", "ftp://a", "https://", "https://user:secret@host", "https://a b"):
+        with pytest.raises(InvalidArgument, match="GPTLOOP_GROQ_URL must be an address such as https://api") as refused:
+            read_settings({"GPTLOOP_GROQ_URL": text})
+        assert "secret" not in str(refused.value)

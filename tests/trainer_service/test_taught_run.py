@@ -4,11 +4,12 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shared.errors import CorruptCheckpoint, FailedPrecondition, NotFound
+from shared.errors import AlreadyExists, CorruptCheckpoint, DataError, FailedPrecondition, NotFound
 from shared.gpt.weights import load_arrays
 from shared.registry.manifest import TeacherRecord, VersionManifest
 from shared.registry.retention import Retention, prune
@@ -174,15 +175,29 @@ def test_a_label_that_names_a_version_that_cannot_teach_fails_the_run(
     )
     with pytest.raises(FailedPrecondition, match=message):
         site.train(request.resolve(site.registry))
-    assert site.registry.teachers.runs() == []
+    assert not site.registry.run_directory("student").exists()
+
+
+def test_a_run_whose_text_cannot_be_read_keeps_neither_its_teachers_nor_its_name(taught: Site) -> None:
+    text = Path(taught.write(Path(taught.text).with_name("own.txt"), 0))
+    request = TrainRequest(teachers=("3",), dataset=(str(text),), name="student", force=True)
+    spec = request.resolve(taught.registry)
+    text.write_text("Short.")
+    with pytest.raises(DataError):
+        taught.train(spec)
+    assert taught.registry.teachers.runs() == []
+    taught.write(text, 0)
+    assert taught.train(request.resolve(taught.registry))
+    with pytest.raises(AlreadyExists):
+        request.resolve(taught.registry)
 
 
 def test_a_teacher_that_saw_other_text_is_a_notice(taught: Site) -> None:
     taught.train(student(taught, "3", "6"))
     said = [event.text for event in taught.all_told(Notice) if "held-out" in event.text]
     assert said == [
-        "The teacher, version 6, was trained on other text than this run, so it may have seen this run's held-out "
-        "text; the held-out loss may then be too low."
+        "The teacher, version 6, was trained on other text than its student, so it may have seen the student's "
+        "held-out text; the held-out loss may then be too low."
     ]
 
 

@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from shared.errors import InvalidArgument
 from shared.pb.training.v1 import training_pb2 as pb
+from shared.registry.store import Registry
 from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, StoriesRequest, TrainRequest
 from trainer_service.translate import request_from_pb, request_to_pb
 
@@ -31,6 +34,23 @@ def test_every_request_survives_its_message(request_: JobRequest) -> None:
 def test_an_empty_message_trains_the_default() -> None:
     assert request_from_pb(pb.EnqueueJobRequest()) == TrainRequest()
     assert request_from_pb(pb.EnqueueJobRequest(kind=pb.JOB_KIND_EVALUATE)).version == "best"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "sentence"),
+    [
+        ("name", "The name of a set of stories is '', but must have from 1 to 64 letters"),
+        ("count", "count is 0, but must be from 1"),
+        ("max_cost_usd", "max_cost_usd is 0.0, but must be an amount above 0"),
+    ],
+)
+def test_a_message_for_stories_that_lacks_a_value_is_refused_with_a_sentence(
+    left_out: str, sentence: str, tmp_path: Path
+) -> None:
+    message = pb.EnqueueJobRequest(kind=pb.JOB_KIND_STORIES, name="bedtime", count=20, max_cost_usd=0.05)
+    message.ClearField(left_out)
+    with pytest.raises(InvalidArgument, match=sentence):
+        request_from_pb(message).resolve(Registry(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command that teaches a model, and judges what it has gained."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated
@@ -27,11 +28,11 @@ from trainer_service.commands.options import (
     settings,
     version_number,
 )
-from trainer_service.commands.reports import evaluation_of, print_evaluation, read_record
 from trainer_service.distillation.trial import Trial, trial_of_generations, trial_of_stories, trial_of_teachers
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import JobRequest, TrainRequest, parse_overrides
-from trainer_service.jobs.specs import check_name
+from trainer_service.jobs.specs import RunSpec, check_name
 from trainer_service.presets import PRESETS
 
 app = cli.new_app(None)
@@ -110,34 +111,43 @@ def distill(
         trial = trial_of_stories(common, stories, registry)
     queue = queue_of(given)
     jobs = _enqueue(replace(trial, evaluation=replace(trial.evaluation, promote=promote)), queue, registry)
-    require_worker(queue, jobs[0])
+    require_worker(queue, jobs[0].id)
     if not wait:
-        print(f"The verdict ends the last job: gptloop watch {jobs[-1]}")
+        print(f"The verdict ends the last job: gptloop watch {jobs[-1].id}")
         return
     for job in jobs:
-        follow_job(queue, job)
-    student = evaluation_of(jobs[-1], queue, registry)
+        assert job.spec is not None
+        print(f"job {job.id}: {job.spec.kind.value} {job.spec.run}", flush=True)
+        follow_job(queue, job.id)
+    # Imported now, because plots load slowly and queueing needs none.
+    from trainer_service.commands.reports import evaluation_of, print_evaluation, read_record
+
+    student = evaluation_of(jobs[-1].id, queue, registry)
     rivals = student.verdict.rivals if student.verdict else ()
     records = [read_record(each.version.number, each.method_digest, registry) for each in rivals]
     print_evaluation([*records, student], registry)
 
 
-def _enqueue(trial: Trial, queue: JobQueue, registry: Registry) -> list[str]:
-    """Queues the jobs of a trial, the evaluation last, and returns their ids; if one is refused, cancels the others."""
+def _enqueue(trial: Trial, queue: JobQueue, registry: Registry) -> list[JobRecord]:
+    """Queues the jobs of a trial and returns them, the evaluation last; if one is refused, cancels the others."""
     for run in trial.runs:
         check_name(run.name)
-    jobs = list[str]()
+    jobs = list[JobRecord]()
 
-    def enqueue(request: JobRequest, *before: str) -> None:
-        jobs.append(enqueue_job(replace(request, after=(*request.after, *before)), queue, registry).id)
+    def enqueue(request: JobRequest, before: Sequence[JobRecord]) -> None:
+        after = (*request.after, *(job.id for job in before))
+        # A set of stories may grow between two of the runs.
+        first = jobs[0].spec if jobs else None
+        stories = first.stories if isinstance(first, RunSpec) else None
+        jobs.append(enqueue_job(replace(request, after=after), queue, registry, stories))
 
     try:
         for run in trial.runs:
-            enqueue(run, *(jobs[-1:] if trial.is_chain else ()))
-        enqueue(trial.evaluation, *jobs)
+            enqueue(run, jobs[-1:] if trial.is_chain else ())
+        enqueue(trial.evaluation, jobs)
     except BaseException:
         for job in jobs:
             with suppress(GptloopError):  # it has just ended by itself
-                queue.cancel(job)
+                queue.cancel(job.id)
         raise
     return jobs

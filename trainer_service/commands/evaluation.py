@@ -22,7 +22,6 @@ from trainer_service.commands.options import (
     submit_job,
     version_number,
 )
-from trainer_service.commands.reports import evaluation_of, print_evaluation
 from trainer_service.jobs.requests import EvaluateRequest
 
 app = cli.new_app(None)
@@ -84,14 +83,19 @@ def evaluate(
         settings().groq.prices()
         settings().groq.read_key()
     registry = settings().open_registry()
-    jobs = [submit_job(each) for each in requests(" ".join(versions or ()).split(), common, registry)]
+    asked = requests(" ".join(versions or ()).split(), common, registry)
+    for each in asked:
+        # Nothing is queued if one of them is refused.
+        each.resolve(registry)
+    jobs = [submit_job(each) for each in asked]
     if not wait:
         return
-    records = []
     for queue, job in jobs:
         follow_job(queue, job.id)
-        records.append(evaluation_of(job.id, queue, registry))
-    print_evaluation(records, registry)
+    # Imported now, because plots load slowly and queueing needs none.
+    from trainer_service.commands.reports import evaluation_of, print_evaluation
+
+    print_evaluation([evaluation_of(job.id, queue, registry) for queue, job in jobs], registry)
 
 
 def requests(words: Sequence[str], common: EvaluateRequest, registry: Registry) -> list[EvaluateRequest]:

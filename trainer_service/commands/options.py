@@ -16,7 +16,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_PRESET, JobRequest
 from trainer_service.jobs.specs import TrainSpec
-from trainer_service.jobs.submit import require_stories, submit
+from trainer_service.jobs.submit import submit, with_stories
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS
 from trainer_service.redis_server import connect
@@ -55,8 +55,6 @@ FollowOption = Annotated[bool, typer.Option("--follow/--no-follow", help="Follow
 
 # A plan takes the speed and the size of text from the newest jobs.
 _JOBS_TO_LEARN_FROM = 200
-# Versions have numbers of 64 bits.
-_LONGEST_NUMBER = 18
 
 
 def settings() -> TrainerSettings:
@@ -71,10 +69,8 @@ def queue_of(given: TrainerSettings) -> JobQueue:
 
 def version_number(text: str, registry: Registry) -> int:
     """Returns the number of a version that a number or a label names; raises `NotFound` if it does not exist."""
-    if text.isascii() and text.isdecimal() and len(text) <= _LONGEST_NUMBER:
-        return registry.version(int(text)).version
     try:
-        return registry.resolve(text).version
+        return registry.named(text).version
     except InvalidArgument:
         raise InvalidArgument(
             f"The version is {shown(text)}, but must be a number or a label, such as best, latest or run:<name>."
@@ -95,10 +91,11 @@ def submit_job(request: JobRequest) -> tuple[JobQueue, JobRecord]:
     return queue, record
 
 
-def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry) -> JobRecord:
-    """Queues a job and prints its id and its plan."""
-    spec, plan = request.resolve(registry), []
-    require_stories(spec, request.after, settings().directories.data)
+def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry, stories: int | None = None) -> JobRecord:
+    """Queues a job, which reads so many stories if it reads any, and prints its id and its plan."""
+    plan = list[str]()
+    data = settings().directories.data
+    spec = with_stories(request.resolve(registry), request.after, data, queue.store, stories)
     if isinstance(spec, TrainSpec):
         earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)
         plan = Plan.of(spec, registry, earlier, Machine.here()).lines()

@@ -53,7 +53,7 @@ class Kind(Enum):
     @property
     def is_outage(self) -> bool:
         """Whether the service may answer the next calls, but only later."""
-        return self in (Kind.TIMED_OUT, Kind.CUT_OFF, Kind.SERVER_ERROR, Kind.UNREACHABLE, Kind.UNAVAILABLE)
+        return self in _OUTAGES
 
     @property
     def is_final(self) -> bool:
@@ -61,6 +61,10 @@ class Kind(Enum):
         return self in (Kind.TOO_LARGE, Kind.REJECTED)
 
 
+_OUTAGES = (
+    *(Kind.UNREADABLE, Kind.TIMED_OUT, Kind.CUT_OFF, Kind.SERVER_ERROR),
+    *(Kind.UNREACHABLE, Kind.UNAVAILABLE),
+)
 _FREE = (Kind.UNREACHABLE, Kind.UNAVAILABLE, Kind.RATE_LIMITED, Kind.DAILY_LIMIT, Kind.TOO_LARGE, Kind.REJECTED)
 
 

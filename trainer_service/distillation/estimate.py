@@ -4,7 +4,7 @@ from decimal import Decimal
 
 from trainer_service.distillation.answers import Usage
 from trainer_service.distillation.ledger import Account
-from trainer_service.distillation.prices import Prices, dollars, most_usage
+from trainer_service.distillation.prices import Prices, about, dollars, most_usage
 from trainer_service.distillation.prompts import MAX_TOKENS, draw_prompt
 from trainer_service.jobs.specs import StoriesSpec
 
@@ -25,17 +25,13 @@ def estimate(spec: StoriesSpec, account: Account, prices: Prices, model: str) ->
     most_usd = prices.cost(longest)
     typical_usd = prices.cost(_TYPICAL)
     if account.answered >= _ENOUGH_ANSWERS:
-        typical_usd = (account.answered_usd + account.refused_usd) / account.answered
+        typical_usd = account.charged_usd / account.answered
     left_usd = max(spec.cap_usd - account.spent_usd, Decimal(0))
     before = f"The set has {account.answered:,} stories for {dollars(account.spent_usd)}. " if account.answered else ""
     pays = min(int(left_usd / typical_usd), lacking) if typical_usd else lacking
     surely = min(int(left_usd / most_usd), lacking) if most_usd else lacking
     return (
-        f"{before}{lacking:,} more stories by {model} cost typically {_about(typical_usd * lacking)} and at most "
-        f"{_about(most_usd * lacking)}; the cap of {dollars(spec.cap_usd)} typically pays for {pays:,} of them, and "
+        f"{before}{lacking:,} more stories by {model} cost typically {about(typical_usd * lacking)} and at most "
+        f"{about(most_usd * lacking)}; the cap of {dollars(spec.cap_usd)} typically pays for {pays:,} of them, and "
         f"surely for {surely:,}."
     )
-
-
-def _about(cost_usd: Decimal) -> str:
-    return dollars(cost_usd.quantize(Decimal("0.0001")))

@@ -67,7 +67,8 @@ def read_groq(environment: Environment) -> GroqSettings:
     default = GroqSettings()
     url = read_str(environment, "GPTLOOP_GROQ_URL", default.url)
     if not _URL.fullmatch(url):
-        raise InvalidArgument(f"GPTLOOP_GROQ_URL is {shown(url)}, but must be an address such as {default.url}.")
+        # The message does not repeat the address, which may contain a password.
+        raise InvalidArgument(f"GPTLOOP_GROQ_URL must be an address such as {default.url}, without a name or a query.")
     return GroqSettings(
         key=read_str(environment, "GROQ_API_KEY", ""),
         key_file=read_str(environment, "GPTLOOP_GROQ_KEY_FILE", ""),
@@ -80,8 +81,9 @@ def read_groq(environment: Environment) -> GroqSettings:
 
 def _read_price(environment: Environment, name: str) -> Decimal | None:
     text = read_str(environment, name, "")
-    if text and not _PRICE.fullmatch(text):
+    # With a price of 0 no cap would ever be reached.
+    if text and not (_PRICE.fullmatch(text) and Decimal(text)):
         raise InvalidArgument(
-            f"{name} is {shown(text)}, but must be the price of a million tokens in US dollars, such as 0.30."
+            f"{name} is {shown(text)}, but must be the price of a million tokens in US dollars, above 0, such as 0.30."
         )
     return Decimal(text) if text else None

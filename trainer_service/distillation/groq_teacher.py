@@ -19,8 +19,11 @@ from trainer_service.distillation.rate_limits import RateLimits, read_limit
 _CONNECT_S = 10.0
 # Failures before the service has the question.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
-# Statuses of a service that has not begun the work: "unavailable", and Groq's own "capacity exceeded".
+# Groq says by "unavailable" and its own "capacity exceeded" that it has not begun the work. A gateway on the way says
+# so too, although the work may have been done.
 _NOT_BEGUN = (498, 503)
+# Work that was given up on the way, of which nobody knows how much was done.
+_GIVEN_UP = (408, 499)
 _LIMITED = (413, 429)
 # The code of an answer that does not conform to the schema; the work was done.
 _NOT_VALID = "json_validate_failed"
@@ -117,9 +120,9 @@ class GroqTeacher:
         if status in _LIMITED:
             limit = read_limit(message, error.response.headers.get("retry-after", ""))
             return Refused(limit.kind, limit.sentence, wait_s=limit.wait_s)
-        if status in _NOT_BEGUN:
+        if status in _NOT_BEGUN and _is_own_error(error.body):
             return Refused(Kind.UNAVAILABLE, f"Groq is not available now (status {status}).")
-        if status >= 500:
+        if status >= 500 or status in (*_NOT_BEGUN, *_GIVEN_UP):
             return Refused(Kind.SERVER_ERROR, f"Groq has failed (status {status}).")
         if status == 400 and code == _NOT_VALID:
             return Refused(Kind.MALFORMED, "The answer does not conform to the schema.")
@@ -130,6 +133,12 @@ class GroqTeacher:
 
     def _without_key(self, text: str) -> str:
         return shown(text.replace(self._key, "…").strip().rstrip("."), 160)
+
+
+def _is_own_error(body: object) -> bool:
+    """Whether an error has the form of the API, and so comes from the service itself."""
+    inner = body.get("error") if isinstance(body, Mapping) else None
+    return isinstance(inner, Mapping) and isinstance(inner.get("message"), str)
 
 
 def _read_error(body: object) -> tuple[str, str]:

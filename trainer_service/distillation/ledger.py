@@ -13,6 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -60,6 +61,11 @@ class Account:
     refused_usd: Decimal = Decimal(0)
     garbled: int = 0
     _paid: set[str] = field(default_factory=set)
+
+    @property
+    def charged_usd(self) -> Decimal:
+        """The cost of the calls that have ended."""
+        return self.answered_usd + self.refused_usd
 
     def may_ask(self, key: str) -> bool:
         """Whether the call has certainly not been paid for."""
@@ -137,11 +143,15 @@ class Ledger:
         self.account.add(row)
 
     def _append(self, line: bytes) -> None:
+        size_bytes = os.fstat(self._descriptor).st_size
         try:
             while line:
                 line = line[os.write(self._descriptor, line) :]
             sync(self.path)
         except OSError as error:
+            # Whoever writes next must not write behind half a row.
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, size_bytes)
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> FailedPrecondition:

@@ -21,6 +21,10 @@ _AT_ONCE = 8
 _TICK_S = 0.2
 # When the work stops, calls that have begun may end within this time, so that their answers are kept.
 _GRACE_S = 5.0
+# After so many answers in a row that cannot be used, the work ends, because more of them would cost money for nothing.
+_MOST_UNUSABLE = 20
+# After so many refusals in a row because of a short limit, the job pauses: each one is two rows in the ledger.
+_MOST_LIMITED, _LIMITED_PAUSE_S = 20, 600.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class PaidCalls:
         self._again: deque[Question] = deque()
         self._backoff = Backoff()
         self._at_once = 1
+        self._unusable = 0
+        self._limited = 0
         # Ends the work as soon as no call waits for its answer.
         self._ending: Exception | None = None
 
@@ -79,7 +85,8 @@ class PaidCalls:
         """Asks until the ledger has `wanted` answers, or until no question is left.
 
         Raises `ResourceExhausted` at the cap, `Paused` at a limit that lasts, `FailedPrecondition` if the service
-        rejects every call, and `Unavailable` if it does not answer for long.
+        rejects every call, answers nothing that can be used or charges more than the worst case of a call, and
+        `Unavailable` if it does not answer for long.
         """
         unasked = iter(questions)
         try:
@@ -143,13 +150,25 @@ class PaidCalls:
                 question.messages, self._terms.max_tokens, question.schema, self._terms.temperature
             )
         except Refused as refused:
-            known = self._terms.prices.cost(refused.usage) if refused.usage else most_usd
-            self._ledger.refused(key, Decimal(0) if refused.kind.is_free else known, refused.kind)
+            known_usd = self._cost(refused.usage, most_usd) if refused.usage else most_usd
+            self._ledger.refused(key, Decimal(0) if refused.kind.is_free else known_usd, refused.kind)
             self._respond(refused, question, began_s)
         else:
-            self._ledger.answered(key, self._terms.prices.cost(answer.usage), answer)
+            self._ledger.answered(key, self._cost(answer.usage, most_usd), answer)
             self._backoff.succeeded()
-            self._at_once = _AT_ONCE
+            self._unusable, self._limited, self._at_once = 0, 0, _AT_ONCE
+
+    def _cost(self, usage: Usage, most_usd: Decimal) -> Decimal:
+        """Returns what a call has cost; ends the work if that is more than its worst case."""
+        cost_usd = self._terms.prices.cost(usage)
+        if cost_usd > most_usd:
+            # First of all reasons, because no cap holds any longer.
+            self._ending = FailedPrecondition(
+                f"A call has cost {dollars(cost_usd)}, but its worst case was {dollars(most_usd)}, so no cap can be "
+                f"kept: {self._teacher.model} was charged for {usage.prompt_tokens:,} tokens of the prompt and "
+                f"{usage.completion_tokens:,} of the answer."
+            )
+        return cost_usd
 
     def _respond(self, refused: Refused, question: Question, began_s: float) -> None:
         """Decides how the work goes on after a call without an answer."""
@@ -158,12 +177,23 @@ class PaidCalls:
             self._again.append(question)
         if kind is Kind.RATE_LIMITED:
             self._teacher.limits.block(refused.wait_s or 0.0, now_s)
+            self._limited += 1
+            if self._limited >= _MOST_LIMITED:
+                self._pause(f"{self._limited} calls in a row were refused: {refused}", _LIMITED_PAUSE_S)
         elif kind is Kind.DAILY_LIMIT:
             self._pause(str(refused), refused.wait_s or 0.0)
         elif kind.is_final:
             self._ending = self._ending or FailedPrecondition(str(refused))
-        elif kind.is_outage and self._backoff.failed(began_s, now_s):
-            self._ending = self._ending or Unavailable(str(refused))
+        elif kind.is_outage:
+            if self._backoff.failed(began_s, now_s):
+                self._ending = self._ending or Unavailable(str(refused))
+        else:
+            self._backoff.succeeded()
+            self._limited = 0
+            self._unusable += 1
+            if self._unusable >= _MOST_UNUSABLE:
+                sentence = f"{self._unusable} answers in a row could not be used, the last of them because: {refused}"
+                self._ending = self._ending or FailedPrecondition(sentence)
 
     def _pause(self, reason: str, wait_s: float) -> None:
         self._ending = self._ending or Paused(time.time() + wait_s, reason)

@@ -50,3 +50,8 @@ def dollars(cost_usd: Decimal) -> str:
     """Returns an amount as a sentence names it, such as `$0.50` or `$0.000126`: exact, and at least to the cent."""
     whole, _, fraction = written(cost_usd).partition(".")
     return f"${int(whole):,}.{fraction:<02}"
+
+
+def about(cost_usd: Decimal) -> str:
+    """Returns an amount to a hundredth of a cent, such as `$0.0312`."""
+    return dollars(cost_usd.quantize(Decimal("0.0001")))

@@ -12,7 +12,7 @@ from trainer_service.distillation.estimate import estimate
 from trainer_service.distillation.groq_teacher import GroqTeacher
 from trainer_service.distillation.ledger import Account, Ledger, stories_folder
 from trainer_service.distillation.paid_calls import PaidCalls, Question, Terms
-from trainer_service.distillation.prices import dollars
+from trainer_service.distillation.prices import about, dollars
 from trainer_service.distillation.prompts import MAX_TOKENS, TEMPLATE, draw_prompt
 from trainer_service.jobs.attempt import Attempt, Stopped, preparation_report
 from trainer_service.jobs.events import Notice
@@ -52,9 +52,9 @@ def describe_account(name: str, account: Account) -> str:
         parts.append(f"calls without a story for {dollars(account.refused_usd)} ({kinds})")
     if account.open_usd:
         worst = dollars(sum(account.open_usd.values(), Decimal(0)))
-        parts.append(f"{len(account.open_usd):,} calls whose answer is lost, with their worst case of {worst}")
+        parts.append(f"calls whose answer is lost: {len(account.open_usd):,}, with their worst case of {worst}")
     if account.garbled:
-        parts.append(f"{account.garbled:,} damaged lines")
+        parts.append(f"damaged lines: {account.garbled:,}")
     return f"The set {name} has {'; '.join(parts)}; in all {dollars(account.spent_usd)}."
 
 
@@ -67,7 +67,7 @@ async def _ask(spec: StoriesSpec, attempt: Attempt, ledger: Ledger, terms: Terms
         answered, now_s = ledger.account.answered, time.monotonic()
         percentage = 100 * answered // spec.count
         if now_s - reported[0] >= _REPORT_INTERVAL_S or percentage != reported[1]:
-            cost = dollars(ledger.account.spent_usd)
+            cost = about(ledger.account.charged_usd)
             stage, reported = f"writing stories: {answered:,} of {spec.count:,} for {cost}", (now_s, percentage)
         report(stage, min(answered / spec.count, 1.0))
 

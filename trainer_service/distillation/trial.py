@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from shared.errors import InvalidArgument
+from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import run_label
 from shared.registry.store import Registry
 from trainer_service.distillation.readiness import require_trained
@@ -30,8 +30,10 @@ def trial_of_teachers(common: TrainRequest, teachers: Sequence[int], registry: R
     """Returns the trial of a student that learns the mean prediction of some versions.
 
     `common` has the values of all runs. Raises `NotFound` if the first teacher, or the version that is continued, does
-    not exist.
+    not exist, and `InvalidArgument` if nothing would be learned from the teachers.
     """
+    alpha = {name: value for name, value in common.overrides.items() if name == "distillation_alpha"}
+    _require_teaching(find_preset(DEFAULT_PRESET).override(alpha))
     common = _continued(common, registry) if common.resume is not None else common
     common = _named(common, common.preset or registry.version(common.resume or teachers[0]).preset)
     student = replace(common, teachers=tuple(map(str, teachers)))
@@ -53,13 +55,14 @@ def trial_of_generations(common: TrainRequest, count: int) -> Trial:
     if common.resume is not None:
         raise InvalidArgument("Each generation begins anew, so a chain continues no version; leave --resume out.")
     common = _named(common, common.preset or DEFAULT_PRESET)
-    seed = find_preset(common.preset or DEFAULT_PRESET).override(common.overrides).seed
+    config = find_preset(common.preset or DEFAULT_PRESET).override(common.overrides)
+    _require_teaching(config)
     names = [f"{common.name}-g{number}" for number in range(1, count + 1)]
     runs = tuple(
         replace(
             common,
             name=name,
-            overrides={**common.overrides, "seed": str(seed + at)},
+            overrides={**common.overrides, "seed": str(config.seed + at)},
             teachers=(run_label(names[at - 1]),) if at else (),
         )
         for at, name in enumerate(names)
@@ -76,6 +79,11 @@ def trial_of_stories(common: TrainRequest, name: str, registry: Registry) -> Tri
     The control reads the other text alone. Raises `FailedPrecondition` if the version that both continue is hardly
     trained, and `NotFound` or `InvalidArgument`.
     """
+    if sets := [each for each in common.dataset if each.startswith(TEACHER)]:
+        raise InvalidArgument(
+            f"The stories {shown(sets[0])} are named beside --stories {shown(name)}, but the control reads all that "
+            "--dataset names, and no stories; leave them out."
+        )
     preset, text, validation = common.preset or DEFAULT_PRESET, common.dataset, common.validation
     if common.resume is not None:
         version = registry.version(common.resume)
@@ -89,7 +97,9 @@ def trial_of_stories(common: TrainRequest, name: str, registry: Registry) -> Tri
         raise InvalidArgument("The control needs other text than the teacher's stories; name it with --dataset.")
     common = _named(common, preset)
     student = replace(common, dataset=(f"{TEACHER}{name}", *text), validation=validation)
-    control = _control(replace(student, dataset=text))
+    # Without stories their prompts are no choice.
+    overrides = {key: value for key, value in common.overrides.items() if key != "teacher_prompts"}
+    control = _control(replace(student, dataset=text, overrides=overrides))
     evaluation = _evaluation(student, control, {})
     return Trial((student, control), replace(evaluation, dataset=text, validation=validation))
 
@@ -101,6 +111,14 @@ def _continued(common: TrainRequest, registry: Registry) -> TrainRequest:
     begun = TrainingConfig.from_dict(version.training)
     steps = version.step + begun.max_steps - begun.schedule_start
     return replace(common, overrides={"max_steps": str(steps), **common.overrides})
+
+
+def _require_teaching(config: TrainingConfig) -> None:
+    if not config.distillation_alpha:
+        raise InvalidArgument(
+            "distillation_alpha is 0, so the student would learn nothing from its teacher and be the control; set it "
+            "above 0, or leave it out."
+        )
 
 
 def _named(common: TrainRequest, preset: str) -> TrainRequest:

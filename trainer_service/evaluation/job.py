@@ -1,20 +1,21 @@
 """The work of an evaluation job."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shared.errors import FailedPrecondition
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
 from shared.version_format import read_tokenizer
 from trainer_service.distillation.judgement import judge_version
 from trainer_service.evaluation.judge import Judge
 from trainer_service.evaluation.record import Judged, Record
 from trainer_service.evaluation.texts import Texts, read_texts
-from trainer_service.evaluation.verdict import Contender, judge_rivals
+from trainer_service.evaluation.verdict import CONTROL, Contender, judge_rivals
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice
 from trainer_service.jobs.specs import EvaluateSpec
+from trainer_service.teachers import of_other_text, taught_by
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import Report
 from trainer_service.training.config import TrainingConfig
@@ -25,11 +26,15 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
     """Measures what is absent from the records of a version and its rivals, and keeps the verdict in the registry.
 
     An attempt that follows an interrupted one measures only what that one had not finished. Raises the errors of
-    `read_texts` and `Judge`, and `Stopped` if the attempt has to end.
+    `read_texts` and `Judge`, `Stopped` if the attempt has to end, and `Paused` if the large teacher has to be asked
+    later.
     """
     registry = attempt.open_registry()
-    version = _named(spec.version, registry)
-    rivals = {role: _named(word, registry) for role, word in spec.rivals.items()}
+    version = registry.named(spec.version)
+    rivals = {role: registry.named(word) for role, word in spec.rivals.items()}
+    # Later attempts evaluate the same versions, whatever the labels name then.
+    numbers = {role: str(each.version) for role, each in rivals.items()}
+    attempt.settle(replace(spec, version=str(version.version), rivals=numbers))
     window = spec.window or min(int(each.model["context_length"]) for each in (version, *rivals.values()))
     report = preparation_report(attempt)
     with Workers(attempt.device.threads) as workers:
@@ -50,27 +55,29 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
                 record = judge.speed(record, version)
             except FailedPrecondition as error:
                 attempt.emit(Notice(f"{error} The evaluation has no speed and memory."))
-        if contenders:
-            verdict = judge_rivals(Contender("", record, _tokens(version)), contenders, spec.promote)
-            # First, so that an attempt that dies between the two promotes the version again.
-            if verdict.promoted:
-                registry.decisions.set_stable(version.version)
-            record = judge.keep(record, "verdict", verdict=verdict)
+        if spec.judge_usd:
+            beside = [each.record for each in contenders]
+            if judged := judge_version(record, beside, spec.judge_cap_usd, attempt):
+                record = judge.keep(record, "judged", judged=_merged(record.judged, judged))
+        if contenders and (CONTROL in rivals or spec.promote):
+            verdict = record.verdict
+            # Only once and after all pauses: an operator may have chosen another stable version since.
+            if verdict is None or not attempt.job or verdict.job != attempt.job:
+                doubts = tuple(of_other_text(taught_by(version, registry), version.dataset_revision))
+                ours = Contender("", record, _tokens(version))
+                found = judge_rivals(ours, contenders, spec.promote, doubts)
+                verdict = replace(found, job=attempt.job)
+                # First, so that an attempt that dies between the two promotes the version again.
+                if verdict.promoted:
+                    registry.decisions.set_stable(version.version)
+                record = judge.keep(record, "verdict", verdict=verdict)
             attempt.emit(Notice(verdict.sentence))
-            if spec.judge_usd:
-                beside = [each.record for each in contenders]
-                if judged := judge_version(record, beside, spec.judge_cap_usd, attempt):
-                    record = judge.keep(record, "judged", judged=_merged(record.judged, judged))
     attempt.emit(evaluation_event(record))
 
 
 def _merged(kept: Sequence[Judged], judged: Sequence[Judged]) -> tuple[Judged, ...]:
     """Returns one judgement for each rival, the newer one if there are two."""
     return tuple({each.rival.digest: each for each in (*kept, *judged)}.values())
-
-
-def _named(word: str, registry: Registry) -> VersionManifest:
-    return registry.version(int(word)) if word.isdecimal() else registry.resolve(word)
 
 
 def _texts(

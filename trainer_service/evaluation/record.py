@@ -235,12 +235,14 @@ class Standing:
     better: whether it is better than each of them.
     promoted: whether it became the stable version for that reason.
     sentence: the same in words.
+    job: the job that found this; empty if there was none.
     """
 
     rivals: tuple[Opponent, ...]
     better: bool
     promoted: bool
     sentence: str
+    job: str = ""
 
 
 @dataclass(frozen=True)

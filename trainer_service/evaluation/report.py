@@ -22,6 +22,7 @@ from trainer_service.evaluation.tables import (
     versions_table,
     writing_table,
 )
+from trainer_service.evaluation.verdict import CONTROL
 from trainer_service.evaluation.views.document import Block, Note, Passage, Plot, Report, Section, SideBySide
 
 # What only the record holds: it is long, or said elsewhere in the summary.
@@ -71,10 +72,9 @@ def _verdict(record: Record, records: Sequence[Record]) -> Iterator[Block]:
     assert record.verdict is not None
     yield verdict_table(record, records)
     yield Note(record.verdict.sentence)
-    yield Note(
-        "A difference is that of the version from its rival in nats per token: below 0, the version is better. The "
-        "control was trained for as many tokens without the teacher."
-    )
+    yield Note("A difference is that of the version from its rival in nats per token: below 0, the version is better.")
+    if any(each.role == CONTROL for each in record.verdict.rivals):
+        yield Note("The control was trained for as many tokens without the teacher.")
 
 
 def _comparison(comparisons: Comparisons) -> Iterator[Block]:

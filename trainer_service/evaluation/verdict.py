@@ -20,16 +20,25 @@ class Contender:
     tokens: int
 
 
-def judge_rivals(version: Contender, rivals: Sequence[Contender], promote: bool) -> Standing:
+def judge_rivals(
+    version: Contender, rivals: Sequence[Contender], promote: bool, doubts: Sequence[str] = ()
+) -> Standing:
     """Compares a version with each of its rivals, of which there is at least one, on the same text.
 
     promote: whether the version shall be promoted if it is better than each of them.
+    doubts: sentences about reasons for which its loss may be too low; with any of them it is not promoted.
     """
     assert rivals
     opponents = tuple(_opponent(version, rival) for rival in rivals)
     better = all(each.verdict is Verdict.BETTER for each in opponents)
-    promoted = better and promote
-    return Standing(opponents, better, promoted, _sentence(version.record, opponents, better, promote))
+    promoted = better and promote and not doubts
+    sentences = [*_sentences(version.record, opponents), *doubts]
+    if promoted:
+        sentences.append("It is the stable version now.")
+    elif promote:
+        reason = "its loss may be too low" if better else "it is not better than each of its rivals"
+        sentences.append(f"It is not promoted, because {reason}.")
+    return Standing(opponents, better, promoted, " ".join(sentences))
 
 
 def _opponent(version: Contender, rival: Contender) -> Opponent:
@@ -46,15 +55,10 @@ def _opponent(version: Contender, rival: Contender) -> Opponent:
     return Opponent(*names, found.difference, found.interval, found.verdict)
 
 
-def _sentence(record: Record, opponents: Sequence[Opponent], better: bool, promote: bool) -> str:
+def _sentences(record: Record, opponents: Sequence[Opponent]) -> list[str]:
     compared = [_phrase(each) for each in opponents if each.difference is not None]
     sentences = [f"Version {record.version.number} is {'; '.join(compared)}."] if compared else []
-    sentences += dict.fromkeys(each.reason for each in opponents if each.reason)
-    if promote and better:
-        sentences.append("It is the stable version now.")
-    elif promote:
-        sentences.append("It is not promoted, because it is not better than each of its rivals.")
-    return " ".join(sentences)
+    return [*sentences, *dict.fromkeys(each.reason for each in opponents if each.reason)]
 
 
 def _phrase(each: Opponent) -> str:

@@ -11,6 +11,7 @@ from shared.registry.store import Registry
 from shared.service.settings import Directories
 from trainer_service.distillation.groq_settings import GroqSettings
 from trainer_service.jobs.events import Event, Preparation
+from trainer_service.jobs.specs import EvaluateSpec
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Attempt:
     """An attempt at a job: its number, its folders, what stays in the registry, its device, and where it sends events.
 
     The work calls `stop_requested` at short intervals, and ends if it returns True. `began_s` is a time of the
-    monotonic clock, `best_by` what the label `best` compares, and `groq` the large teacher.
+    monotonic clock, `best_by` what the label `best` compares, and `groq` the large teacher. `job` is the id of the job,
+    empty if there is none, and `settle` keeps a specification without labels for the attempts that follow.
     """
 
     number: int
@@ -30,6 +32,8 @@ class Attempt:
     began_s: float = field(default_factory=time.monotonic)
     best_by: BestBy = BestBy.TRAINING
     groq: GroqSettings = field(default_factory=GroqSettings)
+    job: str = ""
+    settle: Callable[[EvaluateSpec], object] = lambda _: None
 
     def open_registry(self) -> Registry:
         """Returns the registry in its folder."""

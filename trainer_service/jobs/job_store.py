@@ -23,7 +23,7 @@ from trainer_service.jobs.events import (
 )
 from trainer_service.jobs.keys import Keys
 from trainer_service.jobs.records import BEST, Fields, JobRecord, Lease, attempt_of, last_event, read_record, state_of
-from trainer_service.jobs.specs import Kind
+from trainer_service.jobs.specs import Kind, Spec
 from trainer_service.redis_server import reachable
 
 WORKING = (JobState.RUNNING, JobState.CANCELLING)
@@ -168,6 +168,14 @@ class JobStore:
                 pipeline.incrby(self.keys.tokens, new_tokens)
 
         return self.change(job_id, attempt, change)
+
+    def replace_spec(self, job_id: str, attempt: int, spec: Spec) -> None:
+        """Gives a job another specification; does nothing if the attempt is over."""
+
+        def change(pipeline: Pipeline, _: Fields) -> None:
+            pipeline.hset(self.keys.job(job_id), "spec", spec.to_json())
+
+        self.change(job_id, attempt, change)
 
     def change(
         self,

@@ -12,6 +12,7 @@ from typing import ClassVar, TypeVar
 from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.decisions import run_of
 from shared.registry.manifest import RUN_NAME, VersionManifest
+from shared.registry.numbering import is_number
 from shared.registry.store import Registry
 from trainer_service.distillation.readiness import require_trained
 from trainer_service.jobs.specs import (
@@ -26,8 +27,8 @@ from trainer_service.jobs.specs import (
     new_run,
 )
 from trainer_service.presets import find_preset
-from trainer_service.teachers import is_number, misfit, named_teachers, student_config
-from trainer_service.text.corpus import DatasetSpec, absolute, check_size, check_spec
+from trainer_service.teachers import misfit, named_teachers, student_config
+from trainer_service.text.corpus import TEACHER, DatasetSpec, absolute, check_size, check_spec
 from trainer_service.text.local_files import check_file
 from trainer_service.text.sentence_pairs import check_pairs
 from trainer_service.training.config import TrainingConfig
@@ -119,7 +120,7 @@ class _RunRequest(_DataRequest):
         elif self.teachers and parent and "distillation_alpha" not in self.overrides:
             raise InvalidArgument(
                 f"distillation_alpha is 0 in version {parent.version}, so teachers would teach nothing; set it too, as "
-                'in --set "distillation_alpha=0.5".'
+                'in --set "distillation_alpha=0.7".'
             )
         if parent is not None and data.story_set and data.dataset != parent.dataset_files:
             require_trained(parent, self.force)
@@ -128,8 +129,22 @@ class _RunRequest(_DataRequest):
             teachers = (teachers or inherited) if teaches else ()
         check_spec(data)
         check_size(data, config.context_length)
+        self._check_stories(data, config)
         run = name or new_run(preset)
         return spec(run, preset, config, absolute(data), self.resume, notes, teachers, self.force)
+
+    def _check_stories(self, data: DatasetSpec, config: TrainingConfig) -> None:
+        """Checks that the values about a teacher's stories say something about this text."""
+        if data.mixes_stories and not config.teacher_share:
+            raise InvalidArgument(
+                f"teacher_share is 0, so the run would read none of the stories of {TEACHER}{data.story_set}; set it "
+                "above 0, or leave them out."
+            )
+        if config.teacher_prompts and "teacher_prompts" in self.overrides and not data.mixes_stories:
+            raise InvalidArgument(
+                "teacher_prompts is true, but the run mixes no stories of a large teacher with other text; name both, "
+                'as in --dataset "builtin teacher:bedtime".'
+            )
 
     def _data_like(self, version: VersionManifest) -> DatasetSpec:
         """Returns the text that the request names, or else that of a version."""
@@ -194,9 +209,7 @@ class TrainRequest(_RunRequest):
             )
         if self.name:
             check_name(self.name)
-            if registry.run_directory(self.name).exists() or any(
-                version.run == self.name for version in registry.versions()
-            ):
+            if registry.has_begun(self.name):
                 raise AlreadyExists(f"The registry has a run named {shown(self.name)} already; choose another name.")
         return self._resolve_run(TrainSpec, registry, self.name, self.notes)
 
@@ -242,20 +255,20 @@ class EvaluateRequest(_DataRequest):
         pairs = tuple(str(Path(name).absolute()) for name in self.pairs)
         since = time.time() if self.again else 0.0
         return EvaluateSpec(
-            self.version,
-            absolute(data),
-            self.window,
-            pairs,
-            self.speed,
-            since,
-            dict(self.rivals),
-            self.promote,
-            self.judge_usd,
+            version=self.version,
+            data=absolute(data),
+            window=self.window,
+            pairs=pairs,
+            speed=self.speed,
+            since=since,
+            rivals=dict(self.rivals),
+            promote=self.promote,
+            judge_usd=self.judge_usd,
         )
 
     def _check_version(self, name: str, version: str, registry: Registry) -> None:
         """Checks that a number exists, and a label too, unless a job before this one may publish its version."""
-        if version.isdecimal() and len(version) <= len(str(_MAX_NUMBER)):
+        if is_number(version):
             registry.version(int(version))
         elif not _is_label(version):
             raise InvalidArgument(
@@ -290,9 +303,10 @@ class StoriesRequest:
 
     kind: ClassVar[Kind] = Kind.STORIES
 
-    name: str
-    count: int
-    max_cost_usd: float
+    # A message leaves empty values out, so they reach the checks as defaults.
+    name: str = ""
+    count: int = 0
+    max_cost_usd: float = 0.0
     after: tuple[str, ...] = ()
 
     def resolve(self, _registry: Registry) -> StoriesSpec:
@@ -308,8 +322,8 @@ class StoriesRequest:
 def _check_cost(name: str, cost_usd: float) -> None:
     if not 0 < cost_usd <= _MAX_COST_USD or cost_usd != round(cost_usd, 6):
         raise InvalidArgument(
-            f"{name} is {shown(cost_usd)}, but must be an amount of up to {_MAX_COST_USD:,} US dollars, with at most "
-            "six decimal places."
+            f"{name} is {shown(cost_usd)}, but must be an amount above 0 and up to {_MAX_COST_USD:,} US dollars, with "
+            "at most six decimal places."
         )
 
 

@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from enum import Enum
-from typing import ClassVar
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any, ClassVar
 
 from shared.errors import InvalidArgument, shown
-from shared.text import excerpt
+from shared.registry.manifest import typed
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
 
@@ -51,6 +49,7 @@ class RunSpec(_Spec):
 
     teachers: the mean of their predicted probabilities is learned.
     force: whether teachers, and the version that is continued, may be badly trained.
+    stories: how many stories are read of the set of a teacher that the text names, the first ones; None stands for all.
     """
 
     run: str
@@ -61,6 +60,7 @@ class RunSpec(_Spec):
     notes: str = ""
     teachers: tuple[Teacher, ...] = ()
     force: bool = False
+    stories: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TrainSpec(RunSpec):
 
 @dataclass(frozen=True)
 class EvaluateSpec(_Spec):
-    """A version, given by its number or by a label that is resolved when the job begins, and the text to measure it on.
+    """A version, given by its number or by a label that the first attempt resolves, and the text to measure it on.
 
     Without a data set and held-out files, the text is the held-out text of the version's own training.
     window: the tokens of a window; 0 stands for the version's context.
@@ -144,25 +144,37 @@ class StoriesSpec(_Spec):
 
 Spec = PrepareSpec | TrainSpec | EvaluateSpec | StoriesSpec
 
-_SPECS: dict[Kind, TypeAdapter[Spec]] = {
-    kind.kind: TypeAdapter(kind) for kind in (PrepareSpec, TrainSpec, EvaluateSpec, StoriesSpec)
-}
+_SPECS: dict[Kind, type[Spec]] = {spec.kind: spec for spec in (PrepareSpec, TrainSpec, EvaluateSpec, StoriesSpec)}
 
 
 def spec_from_json(kind: Kind, text: str) -> Spec:
     """Reads the specification of a job; raises `InvalidArgument` if the text is not one of this kind."""
     try:
-        spec = _SPECS[kind].validate_json(text, strict=True, extra="forbid")
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InvalidArgument(f"Its specification is invalid: {place}: {excerpt(first['msg'])}.") from None
-    except InvalidArgument as error:
-        raise InvalidArgument(f"Its specification is invalid: {error}") from None
-    if isinstance(spec, RunSpec | StoriesSpec):
-        # The name is also the name of a folder.
-        check_name(spec.name if isinstance(spec, StoriesSpec) else spec.run)
+        values = json.loads(text)
+        if "config" in values:
+            values["config"] = TrainingConfig.from_dict(values["config"])
+        if "data" in values:
+            values["data"] = DatasetSpec(**_typed(DatasetSpec, values["data"]))
+        if "teachers" in values:
+            values["teachers"] = [Teacher(**_typed(Teacher, each)) for each in values["teachers"]]
+        spec = _SPECS[kind](**_typed(_SPECS[kind], values))
+        if isinstance(spec, RunSpec | StoriesSpec):
+            # The name is also the name of a folder.
+            check_name(spec.name if isinstance(spec, StoriesSpec) else spec.run)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidArgument(f"Its specification is invalid: {error!r}.") from error
     return spec
+
+
+def _typed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a dataclass as `typed` does; raises `TypeError` if a list or a mapping has another element
+    than a text."""
+    found = typed(owner, values)
+    for name, value in found.items():
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
+        if not all(isinstance(part, str | Teacher) for part in parts):
+            raise TypeError(f"{name} has an element that is not text")
+    return found
 
 
 def check_name(name: str, what: str = "a run") -> None:

@@ -4,16 +4,19 @@ import logging
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from shared.errors import FailedPrecondition, NotFound
+from shared.errors import DataError, FailedPrecondition, NotFound
 from shared.registry.decisions import run_of
+from shared.registry.numbering import is_number
 from shared.registry.store import Registry
-from trainer_service.distillation.story_set import read_story_set
+from trainer_service.jobs.job_store import JobStore
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec
-from trainer_service.teachers import find, is_number
+from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec, StoriesSpec
+from trainer_service.teachers import find
+from trainer_service.text.story_set import read_story_set
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +50,45 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
     return record
 
 
-def require_stories(spec: Spec, after: Sequence[str], directory: Path) -> None:
-    """Raises `NotFound` or `DataError` if a job names stories of a teacher and the folder of data has none of them.
+def with_stories(spec: Spec, after: Sequence[str], directory: Path, store: JobStore, count: int | None = None) -> Spec:
+    """Returns a run with the number of stories that it reads if its text names a set of them, whatever the set gains.
 
-    A job that waits for others may read what they write.
+    This is `count`, that of another run which has to read the same stories, or else the number that the set has now, or
+    that a job before this one brings it to. Raises `NotFound` or `DataError` if it has none and none are coming.
     """
-    if spec.data.story_set and not after:
-        read_story_set(directory, spec.data.story_set)
+    name = spec.data.story_set
+    if not name:
+        return spec
+    coming = _coming_stories(name, after, store)
+    try:
+        present = len(read_story_set(directory, name).stories)
+    except (NotFound, DataError):
+        if not coming:
+            raise
+        present = 0
+    return replace(spec, stories=count or max(present, coming)) if isinstance(spec, RunSpec) else spec
+
+
+def _coming_stories(name: str, after: Sequence[str], store: JobStore) -> int:
+    """Returns how many stories some jobs, and those before them, want in a set; 0 if none asks for any."""
+    most, seen, left = 0, set[str](), {job for job in after if job.isascii()}
+    while left:
+        seen |= left
+        records = [record for record in store.read(sorted(left)) if record]
+        specs = [record.spec for record in records]
+        most = max([most, *(each.count for each in specs if isinstance(each, StoriesSpec) and each.name == name)])
+        left = {job for record in records for job in record.after} - seen
+    return most
+
+
+def settle(queue: JobQueue, registry: Registry, job: str, attempt: int, spec: EvaluateSpec) -> None:
+    """Makes a specification that names versions by their numbers that of a job, and holds these versions.
+
+    Raises `Unavailable` if Redis does not answer, and `FailedPrecondition` if the registry cannot be written.
+    """
+    if queue.store.get(job).spec != spec:
+        registry.holds.add(job, *_held_names(spec))
+        queue.store.replace_spec(job, attempt, spec)
 
 
 def release_ended(queue: JobQueue, registry: Registry) -> None:

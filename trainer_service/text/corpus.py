@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,15 @@ import numpy as np
 from shared.errors import DataError, InvalidArgument, shown
 from shared.registry.manifest import RUN_NAME
 from shared.text import excerpt
-from trainer_service.distillation.filters import Reason, filter_texts, how_many
-from trainer_service.distillation.overlap import HeldOutRuns
-from trainer_service.distillation.story_set import StorySet
-from trainer_service.distillation.word_grams import WordGrams, words_of
 from trainer_service.text import stories
 from trainer_service.text.documents import Passage
-from trainer_service.text.hold_out import hold_out
+from trainer_service.text.filters import Reason, filter_texts, how_many
+from trainer_service.text.hold_out import hold_out, is_held_out
 from trainer_service.text.hub import HUB, HubCorpus, HubDataset
 from trainer_service.text.local_files import ENDINGS, TextFile, check_file, open_file, passes
+from trainer_service.text.overlap import HeldOutRuns
+from trainer_service.text.story_set import StorySet
+from trainer_service.text.word_grams import WordGrams, words_of
 
 BUILTIN = "builtin"
 # The name of a set of a large teacher's stories follows it.
@@ -269,19 +270,26 @@ def _open_hub(dataset: HubDataset, tick: Callable[[], None]) -> Corpus:
 
 
 def _open_stories(given: StorySet, share: float | None, files: list[TextFile], tick: Callable[[], None]) -> Corpus:
-    """Opens the stories that pass the filters; held out are the files, or else a share of the stories."""
+    """Opens the stories that pass the filters; held out are the files, or else a share of the stories.
+
+    A story stays on its side as the set grows, so an older version has trained on none of the held-out stories.
+    """
     filtered = filter_texts(given.texts, (passage.text for passage in _passages(files)), tick)
-    kept = [given.texts[place] for place in filtered.kept]
-    passages, held_out, notices = list(map(Passage, kept)), list[Passage](), list[str]()
+    kept = [given.stories[place] for place in filtered.kept]
+    passages, held_out, notices = [Passage(story.text) for story in kept], list[Passage](), list[str]()
     dropped = Counter(filtered.dropped)
-    if kept and share is not None:
-        rule, split = hold_out(lambda: map(Passage, kept), np.array(list(map(len, kept))), share)
-        passages, held_out = list(split(False)), list(split(True))
+    if share is not None:
+        held = [is_held_out(story.key, share) for story in kept]
+        held_out = list(compress(passages, held))
+        passages = [passage for passage, is_held in zip(passages, held, strict=True) if not is_held]
+        rule = f"{len(held_out):,} of {len(kept):,} stories, chosen by their keys, are held out for validation."
         runs = HeldOutRuns((passage.text for passage in held_out), WordGrams(), tick)
         apart = [passage for passage in passages if not runs.overlap(words_of(passage.text))]
         dropped[Reason.OVERLAP] += len(passages) - len(apart)
         passages, notices = apart, [rule]
     counts = how_many(given.name, len(given.texts), dropped)
+    if not passages and held_out:
+        raise DataError(f"{counts} All that are left are held out: ask for more stories.")
     if not passages:
         raise DataError(counts)
     return Corpus(

@@ -15,12 +15,12 @@ import numpy as np
 
 from shared.errors import DataError, FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
-from trainer_service.distillation.story_set import read_story_set
-from trainer_service.distillation.teacher_text import prepare_stories
 from trainer_service.text import background, bpe_process, token_cache
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
 from trainer_service.text.documents import Passage
 from trainer_service.text.shards import read_shard, write_shard
+from trainer_service.text.story_set import read_story_set
+from trainer_service.text.teacher_text import prepare_stories
 from trainer_service.training.batches import TeacherText, Tokens
 from trainer_service.training.config import TrainingConfig
 
@@ -118,7 +118,7 @@ def prepare(
     or with `whole_validation` all held-out text, which may then be shorter than a window. `report` is called several
     times a second; an exception from it ends the work and leaves no partial file. Several processes may prepare the
     same data at once. Without a data set, `train` is empty. Of a teacher's stories, the first `stories` are read, or
-    all of them: a run goes on with those that it began with, although their set has grown. Raises the errors of
+    all of them: a run reads those that it was queued with, although their set has grown. Raises the errors of
     `open_corpus`, `read_story_set` and `prepare_stories`, `DataError` if a split is shorter than one window, and
     `ResourceExhausted` or `FailedPrecondition` if `directory` cannot be written.
     """
@@ -139,7 +139,7 @@ def prepare(
     notices = list(corpus.notices)
     if story_set and not story_set.is_whole:
         notices.append(
-            f"{story_set.name} has grown since the run began, which goes on with its first {stories:,} stories."
+            f"{story_set.name} has grown since the run was queued; the run reads the first {stories:,} stories."
         )
     if tokenizer is None:
         tokenizer = _tokenizer(corpus, config, directory / "tokenizers", progress)
@@ -152,13 +152,17 @@ def prepare(
     folder = directory / "shards" / _key(corpus.revision, tokenizer.digest)
     token_cache.mark_used(folder)
     token_cache.remove_unused(directory / "shards")
+    is_growing = bool(spec.story_set) and not spec.mixes_stories
+    more = "ask for more stories" if is_growing else "add text"
     train = np.empty(0, dtype=np.uint16)
     if spec.dataset:
         train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
         if not whole_validation:
-            _check_size("training", train.size, window, corpus.source, "add text")
+            _check_size("training", train.size, window, corpus.source, more)
     validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
-    remedy = "add text" if spec.validation else "raise validation_share or name a longer file"
+    remedy = more if spec.validation else "raise validation_share or name a longer file"
+    if not spec.validation and is_growing:
+        remedy = f"raise validation_share or {more}"
     if not whole_validation:
         _check_size("held-out", validation.size, window, corpus.held_out_source, remedy)
     elif not validation.size:

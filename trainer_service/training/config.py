@@ -102,7 +102,7 @@ class TrainingConfig:
     # The share held out of a data set that has no validation split.
     validation_share: float = 0.05
     # With teachers: the weight of their predictions in the loss, and the temperature of both; see `loss.py`.
-    distillation_alpha: float = 0.5
+    distillation_alpha: float = 0.7
     distillation_temperature: float = 1.0
     # With stories of a teacher: the share of a batch that comes from them, and whether each story follows its prompt,
     # whose tokens do not count in the loss.

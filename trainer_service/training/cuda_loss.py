@@ -18,7 +18,7 @@ _MULTIPLE = 64
 _THREADS = 1024
 # With teachers a thread needs more registers than 1024 of them have.
 _TAUGHT_THREADS = 512
-# Rows whose logits exist at a time: 3.3 GB with GPT-2's vocabulary.
+# Rows whose logits exist at a time, of the student and of each teacher: 3.3 GB with GPT-2's vocabulary.
 _CHUNK = 32768
 
 # One block for each row. It reads the row twice, the second time from the GPU's cache.
@@ -176,14 +176,17 @@ def mean_cross_entropy(
     padded, *heads = [mx.pad(head, padding) for head in (weight, *(head for _, head in teachers))]  # each (P, C)
     total = mx.zeros(())
     weight_gradient = mx.zeros(weight.shape)
-    hidden_gradients = []
+    hidden_gradients: list[mx.array] = []
     size = _CHUNK // (1 + len(teachers))
     for start in range(0, targets.size, size):
         chunk = slice(start, start + size)
-        rows, wanted = hidden[chunk], targets[chunk]
+        rows, wanted, states = hidden[chunk], targets[chunk], [states[chunk] for states, _ in teachers]
+        if hidden_gradients:
+            # Otherwise MLX may compute the logits of all chunks first.
+            rows, *states = mx.depends([rows, *states], [hidden_gradients[-1], weight_gradient])
         logits = rows @ padded.T  # (n, P)
         if teachers or weights is not None:
-            theirs = [states[chunk] @ head.T for (states, _), head in zip(teachers, heads, strict=True)]  # each (n, P)
+            theirs = [each @ head.T for each, head in zip(states, heads, strict=True)]  # each (n, P)
             counted = mx.ones(wanted.shape) if weights is None else weights[chunk]
             losses, difference = taught_cross_entropy(
                 logits, theirs, wanted, counted, vocabulary_size, alpha=alpha, temperature=temperature
@@ -256,13 +259,19 @@ def _kernel() -> Any:
     )
 
 
+def taught_name(teachers: int, alpha: float, temperature: float) -> str:
+    """Returns the name of a kernel, because MLX finds compiled kernels by their names: another one for other values."""
+    values = "_".join(f"{float(each)!r}".replace(".", "p").replace("-", "m") for each in (alpha, temperature))
+    return f"taught_cross_entropy_{teachers}_{values}".replace("+", "")
+
+
 @functools.cache
 def _taught_kernel(teachers: int, alpha: float, temperature: float) -> Any:
     names = [f"teacher{number}" for number in range(teachers)]
     rows = "".join(f"reinterpret_cast<const uint4*>({name} + row * PADDED), " for name in names)
     values = {"teachers": teachers, "alpha": float(alpha), "temperature": float(temperature), "rows": rows}
     return mx.fast.cuda_kernel(
-        name="taught_cross_entropy",
+        name=taught_name(teachers, alpha, temperature),
         input_names=["logits", "targets", "weights", *names],
         output_names=["losses", "difference"],
         source=_TAUGHT_SOURCE % values,

@@ -127,6 +127,22 @@ def test_a_process_that_lost_the_run_cannot_write_to_it(registry: Registry) -> N
     assert (registry.verified_state("run-1", 5) / "state").read_text() == "new"
 
 
+def test_a_run_has_begun_once_it_keeps_anything(registry: Registry) -> None:
+    fence = Fence.raise_for(registry.run_directory("named"), 1)
+    assert not registry.has_begun("named") and not registry.has_begun("other")
+    (fence.directory / "history.jsonl").touch()
+    assert registry.has_begun("named")
+    kept = Fence.raise_for(registry.run_directory("kept"))
+    registry.write_state(kept, "kept", 1, _write_weights)
+    assert registry.has_begun("kept")
+    registry.end_run("kept")
+    registry.remove(Checkpoint(1, "kept"))
+    assert registry.states("kept") == [] and registry.has_begun("kept")
+    # A later run would begin with a lower token, and lose its folder at once.
+    Fence.raise_for(registry.run_directory("again"), 2)
+    assert registry.has_begun("again")
+
+
 def test_a_missing_or_damaged_state_is_an_error(registry: Registry) -> None:
     fence = Fence.raise_for(registry.run_directory("run-1"))
     directory = registry.write_state(fence, "run-1", 5, lambda folder: _write(folder / "state", "whole"))

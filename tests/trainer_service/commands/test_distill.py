@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -6,7 +9,15 @@ from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, Not
 from shared.registry.store import Registry
 from shared.service import cli
 from tests.fakes import publish_tiny_version
+from tests.trainer_service.story_sets import add_stories, tales
+from trainer_service.commands import distill, options
 from trainer_service.commands.distill import app
+from trainer_service.distillation.trial import trial_of_generations
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.records import JobRecord
+from trainer_service.jobs.requests import TrainRequest
+from trainer_service.jobs.specs import Spec, TrainSpec
+from trainer_service.jobs.submit import submit
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +55,27 @@ def test_what_makes_no_sense_is_refused_with_what_would(
         cli.invoke(app, words)
     assert sentence in str(refused.value)
     assert len(str(refused.value)) <= 300
+
+
+@pytest.mark.parametrize("name", ["distill", "evaluation"])
+def test_queueing_loads_neither_plots_nor_a_model_framework(name: str) -> None:
+    code = (
+        f"import sys, trainer_service.commands.{name}; sys.exit(bool({{'matplotlib', 'mlx.core'}} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_runs_of_a_trial_read_the_same_stories_while_their_set_grows(
+    registry: Registry, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = options.settings().directories.data
+    add_stories(data, tales(0, 5))
+
+    def submit_and_grow(spec: Spec, *rest: Any) -> JobRecord:
+        add_stories(data, tales(100, 2))
+        return submit(spec, *rest)
+
+    monkeypatch.setattr(options, "submit", submit_and_grow)
+    request = TrainRequest(name="line", dataset=("builtin", "teacher:bedtime"))
+    jobs = distill._enqueue(trial_of_generations(request, 3), queue, registry)
+    assert [each.spec.stories for each in jobs if isinstance(each.spec, TrainSpec)] == [5, 5, 5]

@@ -117,6 +117,8 @@ def test_disk_says_what_takes_how_much_and_what_makes_it_less(registry: Registry
         "states, teachers, histories",
         "evaluations",
         "reports",
+        "stories",
+        "judgements",
         "prepared text",
         "jobs",
         "logs",

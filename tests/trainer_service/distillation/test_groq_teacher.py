@@ -56,6 +56,9 @@ async def test_an_answer_has_its_usage_and_what_wrote_it(service: GroqService) -
         (Outcome.UNREADABLE, Kind.UNREADABLE, False, "The answer of Groq cannot be read."),
         (Outcome.DROP, Kind.CUT_OFF, False, "The connection to Groq ended before the answer."),
         (Outcome.BAD_GATEWAY, Kind.SERVER_ERROR, False, "Groq has failed (status 502)."),
+        (Outcome.GATEWAY_UNAVAILABLE, Kind.SERVER_ERROR, False, "Groq has failed (status 503)."),
+        (Outcome.GATEWAY_TIMEOUT, Kind.SERVER_ERROR, False, "Groq has failed (status 408)."),
+        (Outcome.CLIENT_CLOSED, Kind.SERVER_ERROR, False, "Groq has failed (status 499)."),
         (Outcome.UNAVAILABLE, Kind.UNAVAILABLE, True, "Groq is not available now (status 503)."),
         (
             Outcome.MINUTE_LIMIT,

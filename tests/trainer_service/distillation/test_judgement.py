@@ -1,34 +1,39 @@
 """The teacher as a judge: from records to its verdict, through the real client and a local service."""
 
-import json
 import os
 import random
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
-from typing import Any
 
 import pytest
 
 from tests.groq_service import GroqService, Outcome
-from tests.trainer_service.distillation.judging import BEGINNINGS, LIMIT_USD, RIVAL, VERSION, judge, record
+from tests.trainer_service.distillation.judging import (
+    BEGINNINGS,
+    LIMIT_USD,
+    RIVAL,
+    VERSION,
+    answer,
+    answering,
+    fair,
+    judge,
+    record,
+)
 from tests.trainer_service.site import Site
 from tests.waiting import wait_until
 from tests.workplace import PROJECT
 from trainer_service.distillation.groq_settings import GroqSettings
 from trainer_service.distillation.judgement import (
-    SCHEMA,
     TEMPLATE,
     judge_version,
     read_opinion,
 )
 from trainer_service.distillation.ledger import read_account
 from trainer_service.evaluation.job import evaluate_version
-from trainer_service.evaluation.judged import Opinion, Question, Winner, frozen_pairs
+from trainer_service.evaluation.judged import Opinion, Winner, frozen_pairs
 from trainer_service.evaluation.record import Grades, Record, Verdict
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped
 from trainer_service.jobs.events import Evaluation, Notice
@@ -37,36 +42,6 @@ from trainer_service.text.corpus import DatasetSpec
 
 # Two seeds a beginning, two orders a pair.
 QUESTIONS = 4 * BEGINNINGS + len(frozen_pairs())
-
-JudgeScript = Callable[[Question], Winner]
-
-
-def answering(judge: JudgeScript) -> Callable[[Mapping[str, Any]], str]:
-    """Returns how the service answers if `judge` judges."""
-
-    def write(body: Mapping[str, Any]) -> str:
-        found = re.fullmatch(
-            r"<beginning>\n(.*)\n</beginning>\n\n<A>\n(.*)\n</A>\n\n<B>\n(.*)\n</B>",
-            body["messages"][-1]["content"],
-            re.S,
-        )
-        assert found and body["response_format"]["json_schema"]["schema"] == SCHEMA
-        return answer(judge(Question(*found.groups())))
-
-    return write
-
-
-def answer(winner: Winner, **grades: int) -> str:
-    marks = {"grammar": 8, "consistency": 7, "creativity": 6} | grades
-    return json.dumps({"a": marks, "b": marks, "winner": winner.value})
-
-
-def fair(question: Question) -> Winner:
-    """Judges frozen pairs right, and of other texts prefers the longer one."""
-    frozen = {each.question: each.right for each in frozen_pairs()}
-    if question in frozen or len(question.a) == len(question.b):
-        return frozen.get(question, Winner.TIE)
-    return Winner.A if len(question.a) > len(question.b) else Winner.B
 
 
 @pytest.fixture
@@ -296,4 +271,25 @@ def test_an_evaluation_without_a_key_is_complete_but_for_the_judge(site: Site, s
     assert site.all_told(Evaluation) and any(text.startswith("There is no key for Groq") for text in notices(site))
     (path,) = site.registry.evaluations.folder(3).glob("*.json")
     record = Record.from_json(path.read_text())
-    assert record.verdict is not None and record.judged == () and not service.calls
+    assert record.writing is not None and record.judged == () and not service.calls
+
+
+@pytest.mark.slow
+def test_a_version_is_promoted_once_and_only_after_the_judge(site: Site, service: GroqService) -> None:
+    for rate in ("0.000001", "0.003"):
+        site.train(site.spec(max_steps="40", evaluation_interval="40", learning_rate=rate))
+    service.write = answering(fair)
+    service.script.extend([*[Outcome.ANSWER] * 10, Outcome.DAY_LIMIT])
+    spec = EvaluateSpec("2", DatasetSpec(()), speed=False, rivals={"control": "1"}, promote=True, judge_usd=0.5)
+    attempt, stable = replace(site.attempt(), groq=service.settings, job="1234abcd"), site.registry.decisions.stable
+    with pytest.raises(Paused):
+        evaluate_version(spec, attempt)
+    assert stable() is None
+    evaluate_version(spec, attempt)
+    assert stable() == 2
+    # What an operator chooses afterwards is not changed by an attempt that comes late, but by another evaluation.
+    site.registry.decisions.set_stable(1)
+    evaluate_version(spec, attempt)
+    assert stable() == 1
+    evaluate_version(spec, replace(attempt, job="5678abcd"))
+    assert stable() == 2

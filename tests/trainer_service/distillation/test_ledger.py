@@ -1,4 +1,5 @@
 import json
+import resource
 from decimal import Decimal
 from pathlib import Path
 
@@ -125,6 +126,22 @@ def test_a_ledger_that_cannot_be_written_is_refused_with_a_sentence(tmp_path: Pa
     (tmp_path / "file").touch()
     with pytest.raises(FailedPrecondition, match=r"The ledger .* cannot be written: .*; check its disk\."):
         Ledger(tmp_path / "file")
+
+
+def test_a_row_that_does_not_fit_on_the_disk_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    no_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Ledger(tmp_path) as ledger:
+        first, second = send(ledger, 0), send(ledger, 1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / LEDGER_NAME).stat().st_size + 50, no_limit[1]))
+        try:
+            with pytest.raises(FailedPrecondition, match=r"cannot be written: File too large; check its disk"):
+                ledger.answered(first, COST, answer("One."))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, no_limit)
+        ledger.answered(second, COST, answer("Two."))
+    account = read_account(tmp_path)
+    assert (account.garbled, account.answered, account.spent_usd) == (0, 1, MOST + COST)
+    assert [story.text for story in read_stories(tmp_path)] == ["Two."]
 
 
 def test_an_absent_ledger_adds_up_to_nothing(tmp_path: Path) -> None:

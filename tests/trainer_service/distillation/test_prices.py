@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer_service.distillation.answers import Usage
-from trainer_service.distillation.prices import Prices, dollars, most_usage, written
+from trainer_service.distillation.prices import Prices, about, dollars, most_usage, written
 
 PRICES = Prices(Decimal("0.075"), Decimal("0.30"))
 
@@ -45,3 +45,7 @@ def test_a_prompt_has_no_more_tokens_than_its_worst_case(text: str) -> None:
 )
 def test_amounts_are_written_exactly(cost: str, exact: str, sentence: str) -> None:
     assert (written(Decimal(cost)), dollars(Decimal(cost))) == (exact, sentence)
+
+
+def test_progress_names_a_rounded_amount() -> None:
+    assert (about(Decimal("0.03123")), about(Decimal("2"))) == ("$0.0312", "$2.00")

@@ -64,7 +64,21 @@ def test_a_set_gets_its_stories_once_and_more_on_demand(site: Site, service: Gro
     found = read_stories(stories_folder(site.directories.data, "s"))
     assert {story.prompt for story in found} == {draw_prompt(sample).short() for sample in range(20)}
     assert all(story.text.startswith("There was a word.") for story in found)
-    assert any(stage.stage.startswith("writing stories: 20 of 20 for $0.00") for stage in site.all_told(Preparation))
+    assert any(stage.stage.startswith("writing stories: 20 of 20 for $0.001") for stage in site.all_told(Preparation))
+
+
+def test_a_call_is_in_the_ledger_before_it_is_made(site: Site, service: GroqService) -> None:
+    path = stories_folder(site.directories.data, "s") / LEDGER_NAME
+
+    def write_after_a_look(body: Mapping[str, Any]) -> str:
+        sent = [row["prompt"] for row in map(json.loads, path.read_text().splitlines()) if row["state"] == "sent"]
+        asked = [draw_prompt(sample) for sample in range(len(sent))]
+        assert any(prompt.messages() == body["messages"] for prompt in asked) and len(sent) > len(service.calls)
+        return write_story(body)
+
+    service.write = write_after_a_look
+    # A failed check would end the connection.
+    assert write(site, service, 10).answered == len(service.calls) == 10
 
 
 def test_progress_and_the_end_are_told(site: Site, service: GroqService) -> None:
@@ -89,9 +103,29 @@ def test_what_cannot_be_used_is_paid_once_counted_and_never_a_story(site: Site, 
     assert 0 < account.spent_usd - service.bill_usd < 2 * MOST_USD
 
 
+def test_a_call_that_costs_more_than_its_worst_case_ends_the_work(site: Site, service: GroqService) -> None:
+    service.write = lambda body: 8000 * "word "
+    with pytest.raises(
+        FailedPrecondition,
+        match=r"A call has cost \$0\.003\d+, but its worst case was \$0\.000\d+, so no cap can be kept",
+    ):
+        write(site, service, 6)
+    assert len(service.calls) == 1 and account_of(site).spent_usd == service.bill_usd
+
+
+def test_short_limits_that_never_end_pause_the_job(site: Site, service: GroqService) -> None:
+    service.script.extend([Outcome.ANSWER, *15 * [Outcome.MINUTE_LIMIT], Outcome.ANSWER, *100 * [Outcome.MINUTE_LIMIT]])
+    before = time.time()
+    with pytest.raises(Paused, match="calls in a row were refused: The limit of tokens per minute at Groq") as paused:
+        write(site, service, 30)
+    assert paused.value.until > before + 500
+    # Up to 8 calls are under way at a time, and their answers come in any order.
+    assert 8 + 20 <= account_of(site).refused["rate limited"] <= 15 + 20 + 7
+
+
 def test_a_question_is_asked_again_only_if_it_was_not_paid_for(site: Site, service: GroqService) -> None:
     free = [Outcome.UNAVAILABLE, Outcome.MINUTE_LIMIT, Outcome.UNAVAILABLE]
-    paid = [Outcome.DROP, Outcome.BAD_GATEWAY]
+    paid = [Outcome.DROP, Outcome.GATEWAY_UNAVAILABLE]
     service.script.extend([Outcome.ANSWER, *free, *paid])
     account = write(site, service, 6)
     assert account.refused == {"unavailable": 2, "rate limited": 1, "cut off": 1, "server error": 1}
@@ -137,7 +171,7 @@ def test_a_call_without_an_answer_counts_in_full_and_is_not_asked_again(site: Si
     service.answering.set()
     account = write(site, service, 5)
     assert account.answered == 5 and len(account.open_usd) == 1 and len(service.calls) == 6
-    assert "1 calls whose answer is lost, with their worst case of $0.000" in notices(site)[-1]
+    assert "calls whose answer is lost: 1, with their worst case of $0.000" in notices(site)[-1]
 
 
 def test_answers_that_arrive_while_the_job_stops_are_kept(site: Site, service: GroqService) -> None:
@@ -148,7 +182,7 @@ def test_answers_that_arrive_while_the_job_stops_are_kept(site: Site, service: G
     assert account.answered == len(service.calls) > 4 and account.spent_usd == service.bill_usd
 
 
-@pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.BAD_GATEWAY, Outcome.DROP])
+@pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.BAD_GATEWAY, Outcome.DROP, Outcome.UNREADABLE])
 def test_a_service_that_fails_for_long_ends_the_attempt(site: Site, service: GroqService, outcome: Outcome) -> None:
     service.script.extend([Outcome.ANSWER] + 100 * [outcome])
     with pytest.raises(Unavailable):
@@ -156,6 +190,15 @@ def test_a_service_that_fails_for_long_ends_the_attempt(site: Site, service: Gro
     assert len(service.calls) < 40
     service.script.clear()
     assert write(site, service, 5).answered == 5
+
+
+def test_answers_that_can_never_be_used_end_the_job_before_they_cost_much(site: Site, service: GroqService) -> None:
+    service.script.extend(19 * [Outcome.EMPTY] + [Outcome.ANSWER] + 30 * [Outcome.EMPTY])
+    with pytest.raises(FailedPrecondition, match=r"^20 answers in a row could not be used, the last of them because: "):
+        write(site, service, 100)
+    # Those that were on their way count too.
+    assert 19 + 1 + 20 <= len(service.calls) < 19 + 1 + 20 + 8
+    assert account_of(site).answered == 1
 
 
 def test_without_a_network_nothing_is_paid_for(site: Site, service: GroqService) -> None:
@@ -230,7 +273,7 @@ def test_a_torn_row_is_told_and_costs_no_story(site: Site, service: GroqService)
     path.write_bytes(b"".join(rows)[:-20])
     account = write(site, service, 3)
     assert (account.answered, account.garbled, len(account.open_usd), len(service.calls)) == (3, 1, 1, 4)
-    assert notices(site)[-1].count("1 damaged lines") == 1
+    assert "; damaged lines: 1; in all $0.00" in notices(site)[-1]
 
 
 def test_another_model_writes_its_own_stories_into_the_set(site: Site, service: GroqService) -> None:

@@ -112,3 +112,25 @@ def test_a_trial_needs_its_versions(registry: Registry) -> None:
     for resume in (None, 3):
         with pytest.raises(NotFound, match="no version 3"):
             trial_of_teachers(TrainRequest(resume=resume), [3], registry)
+
+
+@pytest.mark.parametrize("alpha", ["0", "0.0"])
+def test_a_student_that_learns_nothing_from_its_teacher_is_refused(registry: Registry, alpha: str) -> None:
+    publish_version(registry)
+    common = TrainRequest(overrides={"distillation_alpha": alpha})
+    for ask in (lambda: trial_of_teachers(common, [1], registry), lambda: trial_of_generations(common, 2)):
+        with pytest.raises(InvalidArgument, match="distillation_alpha is 0, so the student would learn nothing"):
+            ask()
+
+
+def test_other_stories_beside_the_named_set_are_refused(registry: Registry) -> None:
+    with pytest.raises(InvalidArgument, match="The stories 'teacher:old' are named beside --stories 'new'"):
+        trial_of_stories(TrainRequest(dataset=("builtin", "teacher:old")), "new", registry)
+
+
+def test_the_control_of_stories_reads_no_prompts(registry: Registry) -> None:
+    common = TrainRequest(overrides={"teacher_prompts": "true", "seed": "3"})
+    student, control = trial_of_stories(common, "bedtime", registry).runs
+    assert (student.overrides, control.overrides) == (common.overrides, {"seed": "3"})
+    for run in (student, control):
+        assert run.resolve(registry).config.teacher_prompts is (run is student)

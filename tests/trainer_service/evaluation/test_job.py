@@ -5,11 +5,12 @@ from collections.abc import Mapping
 
 import pytest
 
-from tests.trainer_service.site import Site
+from tests.trainer_service.site import TINY_RUN, Site
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.evaluation.record import Record, Standing, Verdict
 from trainer_service.jobs.attempt import Stopped
 from trainer_service.jobs.events import Evaluation, Notice
+from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import EvaluateSpec
 from trainer_service.text.corpus import DatasetSpec
 
@@ -34,6 +35,14 @@ def judge(site: Site, version: str, rivals: Mapping[str, str], promote: bool = F
     event = site.all_told(Evaluation)[-1]
     assert event.version is not None
     return Record.from_json(site.registry.evaluations.read(event.version, event.method_digest))
+
+
+def taught(site: Site, teacher: str, **values: str) -> str:
+    """Trains a student on the site's text and returns its label."""
+    request = TrainRequest(teachers=(teacher,), dataset=(site.text,), overrides=TINY_RUN | values, force=True)
+    spec = request.resolve(site.registry)
+    assert site.train(spec)
+    return f"run:{spec.run}"
 
 
 def standing(record: Record) -> Standing:
@@ -62,7 +71,9 @@ def test_the_rivals_are_measured_on_the_held_out_text_of_the_version(site: Site)
     number = site.registry.resolve(before).version
     student = site.spec(resume=number, max_steps="60", validation_share="0.2")
     site.train(student)
-    record = judge(site, f"run:{student.run}", {"before": before, "other text": run(site, site.other_text, **STEPS)})
+    record = judge(
+        site, f"run:{student.run}", {"before": before, "other text": run(site, site.other_text, **STEPS)}, True
+    )
     same, other = standing(record).rivals
     assert same.verdict is not Verdict.NOT_COMPARED and same.method_digest == record.method.digest
     measured = Record.from_json(site.registry.evaluations.read(number, same.method_digest))
@@ -73,10 +84,33 @@ def test_the_rivals_are_measured_on_the_held_out_text_of_the_version(site: Site)
     assert others.method.text.text_bytes == record.method.text.text_bytes
 
 
+def test_rivals_without_a_control_or_a_promotion_leave_the_verdict_alone(site: Site) -> None:
+    student, control = run(site, **STEPS), run(site, **SLOW)
+    assert judge(site, student, {"rival": control}).verdict is None
+    verdict = judge(site, student, {"control": control}, promote=True).verdict
+    assert verdict and verdict.promoted
+    assert judge(site, student, {"rival": control}).verdict == verdict
+
+
 def test_all_are_measured_in_the_smallest_context_among_them(site: Site) -> None:
     student, teacher = run(site, **STEPS), run(site, context_length="8", **STEPS)
-    record = judge(site, student, {"teacher": teacher})
+    record = judge(site, student, {"teacher": teacher}, promote=True)
     assert record.method.window == 8 and standing(record).rivals[0].difference is not None
+
+
+def test_a_student_whose_teachers_may_have_seen_the_held_out_text_is_not_promoted(site: Site) -> None:
+    first = run(site, site.other_text, **STEPS)
+    number = site.registry.resolve(first).version
+    middle = taught(site, first, **STEPS)
+    last = taught(site, middle, **STEPS)
+    said = [event.text for event in site.all_told(Notice) if "held-out" in event.text]
+    assert len(said) == 2 and all(f"The teacher, version {number}, was trained on other text" in each for each in said)
+    # The teacher of the teacher is gone from the versions, but the run of its student keeps it.
+    site.registry.remove_version(number)
+    control = taught(site, middle, **SLOW, distillation_alpha="0")
+    found = standing(judge(site, last, {"control": control}, promote=True))
+    assert said[0] in found.sentence and not found.promoted
+    assert site.registry.decisions.stable() is None
 
 
 def test_a_control_of_fewer_steps_is_not_accepted(site: Site) -> None:

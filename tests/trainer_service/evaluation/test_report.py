@@ -111,18 +111,21 @@ def test_a_verdict_has_a_section_with_each_role_in_every_view() -> None:
     verdict = judge_rivals(Contender("", version, 1), [Contender("control", rival, 1)], promote=True)
     made = report(rival, replace(version, verdict=verdict))
     (section,) = (section for section in made.sections if section.title == "Verdict on version 7")
-    table, sentence, _ = section.blocks
+    table, sentence, *notes = section.blocks
     assert isinstance(table, Table) and isinstance(sentence, Note)
     assert table.rows == (
         ("control", "3", "2.6195", "0.9430", "-0.2000", "-0.2000 to -0.2000", "better"),
         ("this version", "7", "2.4195", "0.8710", "-", "-", "promoted"),
     )
     assert sentence.text == verdict.sentence
+    assert notes[1:] == [Note("The control was trained for as many tokens without the teacher.")]
     console = Console(file=StringIO(), width=100)
     print_report(made, console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     for page in (to_html(made), to_markdown(made), printed):
         assert "Verdict on version 7" in page and "control" in page and "It is the stable version now." in page
+    beside = judge_rivals(Contender("", version, 1), [Contender("before", rival, 1)], promote=True)
+    assert "The control" not in to_markdown(report(rival, replace(version, verdict=beside)))
     # The figures of a rival whose record is not in the report are absent.
     (alone,) = (each for each in report(replace(version, verdict=verdict)).sections if "Verdict" in each.title)
     assert isinstance(alone.blocks[0], Table) and alone.blocks[0].rows[0][2:4] == ("-", "-")

@@ -52,6 +52,14 @@ def test_a_better_version_is_promoted_if_that_is_asked_for() -> None:
     assert found.sentence.endswith("It is the stable version now.")
 
 
+def test_a_version_whose_loss_may_be_too_low_is_not_promoted() -> None:
+    better, doubt = contender(8, 2.1, CONTROL), "Its teacher has seen the text."
+    found = judge_rivals(contender(9, 2.0), [better], True, [doubt])
+    assert found.better and not found.promoted
+    assert found.sentence.endswith(f"{doubt} It is not promoted, because its loss may be too low.")
+    assert judge_rivals(contender(9, 2.0), [better], False, [doubt]).sentence.endswith(doubt)
+
+
 def test_a_control_of_another_number_of_tokens_is_no_control() -> None:
     found = judged(contender(8, 2.1, CONTROL, tokens=3200), promote=True)
     (rival,) = found.rivals

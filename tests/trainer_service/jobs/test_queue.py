@@ -25,7 +25,7 @@ from trainer_service.jobs.job_store import LEASE_S
 from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
-from trainer_service.jobs.specs import EvaluateSpec, Kind
+from trainer_service.jobs.specs import EvaluateSpec, Kind, StoriesSpec
 from trainer_service.redis_server import connect
 from trainer_service.text.corpus import DatasetSpec
 
@@ -173,3 +173,18 @@ def test_without_redis_a_sentence_says_what_to_do(tmp_path: Path) -> None:
     queue = JobQueue(connect(f"unix://{tmp_path}/none.sock"), "none")
     with pytest.raises(Unavailable, match="gptloop up"):
         list(queue.store.jobs())
+
+
+def test_each_story_counts_as_progress_of_a_job_that_crashes(queue: JobQueue) -> None:
+    job = queue.enqueue(StoriesSpec("s", 1000, 1.0)).id
+    attempts = iter(range(1, 100))
+    for stories in (0, 1, 2, 3, 4, 5, 5, 5, 5):
+        attempt = next(attempts)
+        start(queue, job, attempt)
+        preparation = Preparation(f"writing stories: {stories} of 1,000", stories / 1000)
+        assert queue.store.report(job, attempt, [TimedEvent(preparation)])
+        assert queue.store.get(job).preparation == preparation
+        assert queue.lose(job, attempt, "It crashed")
+    record = queue.store.get(job)
+    assert record.state is JobState.FAILED
+    assert record.reason == f"It crashed. The job crashed {len(BACKOFF_S) + 1} times without progress."

@@ -1,12 +1,15 @@
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from shared.errors import DataError, InvalidArgument, NotFound
 from shared.registry.store import Registry
-from trainer_service.jobs.requests import EvaluateRequest, TrainRequest, parse_overrides
+from trainer_service.jobs.requests import EvaluateRequest, StoriesRequest, TrainRequest, parse_overrides
 from trainer_service.jobs.specs import EvaluateSpec, Kind, TrainSpec, spec_from_json
 from trainer_service.presets import find_preset
 from trainer_service.text.corpus import DatasetSpec
@@ -136,6 +139,25 @@ def test_a_run_that_cannot_start_is_rejected(tmp_path: Path) -> None:
         TrainRequest(dataset=(str(tmp_path / "absent.txt"),)).resolve(registry)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "values", "sentence"),
+    [
+        (
+            ("builtin", "teacher:a"),
+            {"teacher_share": "0"},
+            "would read none of the stories of teacher:a; set it above 0",
+        ),
+        (("builtin",), {"teacher_prompts": "true"}, "mixes no stories of a large teacher with other text; name both"),
+        (("teacher:a",), {"teacher_prompts": "true"}, "mixes no stories of a large teacher with other text; name both"),
+    ],
+)
+def test_values_about_stories_that_nothing_would_read_are_refused(
+    dataset: tuple[str, ...], values: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidArgument, match=sentence):
+        TrainRequest(dataset=dataset, overrides=values).resolve(Registry(tmp_path))
+
+
 def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     rivals = {"control": "run:wide-control", "the best one": "best"}
@@ -160,10 +182,40 @@ def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_pa
         ({"rivals": {str(number): "best" for number in range(33)}}, "names 33 rivals, but a version has at most 32"),
         ({"promote": True}, "names no rival that it must be better than"),
         ({"judge_usd": 0.5}, "names no rival to judge the version beside"),
-        ({"judge_usd": -1.0}, "judge_usd is -1.0, but must be an amount of up to 10,000 US dollars"),
+        ({"judge_usd": -1.0}, "judge_usd is -1.0, but must be an amount above 0 and up to 10,000 US dollars"),
         ({"judge_usd": float("nan")}, "judge_usd is nan, but must be an amount"),
     ],
 )
 def test_wrong_rivals_are_refused_with_what_would_be_right(values: Any, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
         EvaluateRequest(after=("a",), **values).resolve(Registry(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"name": "../x"}, "The name of a set of stories is '../x', but must have from 1 to 64 letters"),
+        ({"count": 0}, "count is 0, but must be from 1 to 1,000,000 stories"),
+        ({"count": 10**30}, "count is 1000000000000000000000000000000, but must be"),
+        ({"max_cost_usd": 0.0}, "max_cost_usd is 0.0, but must be an amount above 0 and up to 10,000 US dollars"),
+        ({"max_cost_usd": -1.0}, "max_cost_usd is -1.0, but"),
+        ({"max_cost_usd": 0.0000001}, "max_cost_usd is 1e-07, but"),
+        ({"max_cost_usd": float("nan")}, "max_cost_usd is nan, but"),
+        ({"max_cost_usd": float("inf")}, "max_cost_usd is inf, but"),
+        ({"max_cost_usd": 10_000.5}, "max_cost_usd is 10000.5, but"),
+        ({"after": ("a",) * 101}, "waits for 101 jobs"),
+    ],
+)
+def test_wrong_requests_for_stories_are_refused_with_what_would_be_right(
+    values: Any, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidArgument, match=sentence):
+        StoriesRequest(**{"name": "s", "count": 5, "max_cost_usd": 0.5, **values}).resolve(Registry(tmp_path))
+
+
+@given(st.integers(1, 10**10))
+def test_the_cap_of_a_set_of_stories_is_exact(millionths: int) -> None:
+    cap_usd = Decimal(millionths).scaleb(-6)
+    spec = StoriesRequest(name="s", count=5, max_cost_usd=float(cap_usd)).resolve(Registry(Path("none")))
+    assert spec_from_json(Kind.STORIES, spec.to_json()) == spec
+    assert spec.cap_usd == cap_usd

@@ -11,7 +11,16 @@ def test_only_a_complete_specification_is_valid(settings: TrainerSettings) -> No
     whole = TrainRequest().resolve(Registry(settings.directories.registry)).to_json()
     assert spec_from_json(Kind.TRAIN, whole).to_json() == whole
     assert spec_from_json(Kind.PREPARE, whole).kind is Kind.PREPARE
+    # A job that an older program has queued says nothing of stories.
+    assert spec_from_json(Kind.TRAIN, whole.replace(', "stories": null', "")).to_json() == whole
     elsewhere = whole.replace('"run": "demo', '"run": "../demo')
-    for text in ("", "[]", "{}", whole.replace('"max_steps"', '"steps"'), elsewhere):
+    for text in (
+        "",
+        "[]",
+        "{}",
+        whole.replace('"max_steps"', '"steps"'),
+        elsewhere,
+        whole.replace('"stories": null', '"stories": "3"'),
+    ):
         with pytest.raises(InvalidArgument):
             spec_from_json(Kind.TRAIN, text)

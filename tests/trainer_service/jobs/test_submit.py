@@ -1,22 +1,26 @@
 """The versions that a queued job names still exist when the job begins: holds, on a real Redis."""
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shared.errors import AlreadyExists, FailedPrecondition, NotFound
+from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, shown
 from shared.registry.fence import Fence
 from shared.registry.retention import Retention, prune
 from shared.registry.store import Checkpoint, Registry
 from tests.shared.registry.scenarios import make_manifest, publish, take_teachers, write_model
 from tests.trainer_service.story_sets import add_stories, tales
+from trainer_service.commands.options import version_number
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.specs import EvaluateSpec, Teacher, TrainSpec
-from trainer_service.jobs.submit import release_ended, require_stories, submit
+from trainer_service.jobs.requests import EvaluateRequest
+from trainer_service.jobs.specs import EvaluateSpec, StoriesSpec, Teacher, TrainSpec
+from trainer_service.jobs.submit import release_ended, submit, with_stories
 from trainer_service.presets import find_preset
+from trainer_service.teachers import named_teachers
 from trainer_service.text.corpus import DatasetSpec
 
 SPARING = Retention(states=1, best=0, newest=0)
@@ -66,6 +70,22 @@ def test_the_version_that_a_queued_evaluation_names_by_number_stays(registry: Re
     queue.cancel(job)
     release_ended(queue, registry)
     assert left(registry)[0] == [3]
+
+
+def test_every_reading_of_a_name_agrees_on_what_is_a_number(registry: Registry, queue: JobQueue) -> None:
+    for odd in ("٣", "²", "003", "0", "9" * 19, "+3", " 3"):
+        for read in (
+            registry.named,
+            lambda name: version_number(name, registry),
+            lambda name: named_teachers([name], registry, waits=False),
+            lambda name: EvaluateRequest(version=name).resolve(registry),
+            lambda name: EvaluateRequest(version="3", rivals={"control": name}).resolve(registry),
+        ):
+            with pytest.raises(InvalidArgument, match=re.escape(shown(odd))):
+                read(odd)
+    assert registry.named("3").version == version_number("3", registry) == 3
+    job = submit(EvaluateRequest(version="3", rivals={"a": "2"}).resolve(registry), queue, registry).id
+    assert registry.holds.jobs() == {2: job, 3: job}
 
 
 def taught(*teachers: Teacher, resume: int | None = None) -> TrainSpec:
@@ -146,14 +166,36 @@ def test_a_hold_of_an_unknown_job_is_removed_after_some_time(registry: Registry,
     assert registry.holds.jobs() == {}
 
 
-def test_a_job_on_stories_that_are_absent_is_refused_unless_it_waits_for_others(tmp_path: Path) -> None:
-    spec = replace(resuming(None), data=DatasetSpec(("builtin", "teacher:noon")))
+ON_STORIES = DatasetSpec(("builtin", "teacher:noon"))
+
+
+def test_a_job_on_stories_that_are_absent_is_refused_unless_a_job_before_it_asks_for_them(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    spec = replace(resuming(None), data=ON_STORIES)
+    other, wanted = (queue.enqueue(StoriesSpec(name, 30, 0.5)).id for name in ("dusk", "noon"))
+    between = queue.enqueue(resuming(None, "between"), [other, wanted]).id
+    for after in ((), (other,), ("3f2a91c4", "\udce9")):
+        with pytest.raises(NotFound, match="no set of stories 'noon'"):
+            with_stories(spec, after, tmp_path, queue.store)
+    assert with_stories(spec, (between,), tmp_path, queue.store) == replace(spec, stories=30)
+    plain = resuming(None)
+    assert with_stories(plain, (), tmp_path, queue.store) == plain
+    alone = EvaluateSpec("best", DatasetSpec(("teacher:noon",)))
     with pytest.raises(NotFound, match="no set of stories 'noon'"):
-        require_stories(spec, (), tmp_path)
-    require_stories(spec, ("3f2a91c4",), tmp_path)
-    require_stories(resuming(None), (), tmp_path)
-    add_stories(tmp_path, tales(0, 1), "noon")
-    require_stories(spec, (), tmp_path)
+        with_stories(alone, (), tmp_path, queue.store)
+    assert with_stories(alone, (wanted,), tmp_path, queue.store) == alone
+
+
+def test_a_run_reads_the_stories_that_its_set_has_when_it_is_queued_or_that_are_asked_for(
+    queue: JobQueue, tmp_path: Path
+) -> None:
+    spec = replace(resuming(None), data=ON_STORIES)
+    add_stories(tmp_path, tales(0, 4), "noon")
+    few, many = (queue.enqueue(StoriesSpec("noon", count, 0.5)).id for count in (3, 7))
+    for after, count in (((), 4), ((few,), 4), ((many,), 7), ((few, many), 7)):
+        assert with_stories(spec, after, tmp_path, queue.store) == replace(spec, stories=count)
+    assert with_stories(spec, (), tmp_path, queue.store, 2) == replace(spec, stories=2)
 
 
 def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_it(

@@ -89,7 +89,7 @@ def test_a_label_is_resolved_by_the_run(registry: Registry) -> None:
         (["newest"], {}, "A teacher is 'newest', but must be a number or a label, such as best"),
         (["²"], {}, "A teacher is '²', but must be a number"),
         (["1" * 200], {}, "A teacher is '111.*, but must be a number"),
-        (["1", "01"], {}, "The teacher 1 is named twice; name each one once"),
+        (["1", "1"], {}, "The teacher 1 is named twice; name each one once"),
         (["1"] * 17, {}, "names 17 teachers, but a run has at most 16"),
         (["1"], {"context_length": "256"}, "context_length is 256, but the teacher, version 1, sees only 128 tokens"),
         (["1"], {"vocabulary_size": "700"}, "vocabulary_size is 500 in version 1, whose tokenizer its student takes"),

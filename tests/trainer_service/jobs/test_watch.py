@@ -1,3 +1,4 @@
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from shared.errors import FailedPrecondition, NotFound, Unavailable
 from tests.jobs import EVALUATION, finish, report, start, training
 from trainer_service.jobs.events import JobState, StateChanged
 from trainer_service.jobs.job_store import LEASE_S
-from trainer_service.jobs.queue import BACKOFF_S, JobQueue
+from trainer_service.jobs.queue import BACKOFF_S, LONGEST_PAUSE_S, JobQueue
 from trainer_service.jobs.watch import GRACE_S, Watch
 from trainer_service.redis_server import connect
 
@@ -209,3 +210,119 @@ def test_an_invalid_job_does_not_delay_others(
     finish(queue, job)
     watch.look()
     assert (last, 1) in queue.attempts.waiting() and queue.store.waiting() == 1
+
+
+@dataclass
+class Day:
+    """A time of day that stands still until somebody sets it."""
+
+    now: float = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def day(monkeypatch: pytest.MonkeyPatch) -> Day:
+    day = Day()
+    monkeypatch.setattr("trainer_service.jobs.queue.time.time", day)
+    return day
+
+
+def test_a_job_that_is_paused_until_the_next_day_begins_then_and_not_earlier(
+    queue: JobQueue, clock: Clock, day: Day, job: str
+) -> None:
+    start(queue, job)
+    assert queue.pause(job, 1, day.now + 8 * 3600, "The limit of the day is reached.")
+    record = queue.store.get(job)
+    at = time.strftime("%H:%M:%S on %A, %d %B (%Z)", time.localtime(day.now + 8 * 3600))
+    assert (record.state, record.attempt, record.until) == (JobState.QUEUED, 2, day.now + 8 * 3600)
+    assert record.reason == f"The limit of the day is reached. The job goes on at {at}."
+    watch = Watch(queue, clock, day)
+    for hour in range(8):
+        watch.look()
+        assert queue.attempts.waiting() == [], hour
+        day.now += 3600
+        clock.now_s += 3600
+        # A worker that starts meanwhile watches the same pause.
+        watch = Watch(queue, clock, day)
+    day.now -= 0.1
+    watch.look()
+    assert queue.attempts.waiting() == []
+    day.now += 0.2
+    for _ in range(2):
+        watch.look()
+    assert queue.attempts.waiting() == [(job, 2)]
+
+
+@pytest.mark.parametrize("set_s", [-1e9, -2 * LONGEST_PAUSE_S, 3600.0, 1e9])
+def test_a_clock_that_is_set_ends_a_pause_instead_of_losing_the_job(
+    queue: JobQueue, clock: Clock, day: Day, job: str, set_s: float
+) -> None:
+    start(queue, job)
+    queue.pause(job, 1, day.now + 3600, "Limit.")
+    watch = Watch(queue, clock, day)
+    watch.look()
+    day.now += set_s
+    watch.look()
+    assert queue.attempts.waiting() == [(job, 2)]
+
+
+def test_a_clock_that_is_set_back_by_hours_delays_a_job_by_a_day_at_most(
+    queue: JobQueue, clock: Clock, day: Day, job: str
+) -> None:
+    start(queue, job)
+    queue.pause(job, 1, day.now + 3600, "Limit.")
+    watch = Watch(queue, clock, day)
+    day.now -= LONGEST_PAUSE_S - 3600
+    watch.look()
+    assert queue.attempts.waiting() == []
+    day.now += LONGEST_PAUSE_S
+    watch.look()
+    assert queue.attempts.waiting() == [(job, 2)]
+
+
+@pytest.mark.parametrize("pause_s", [1e12, float("inf"), -5.0])
+def test_no_pause_is_longer_than_a_day(queue: JobQueue, clock: Clock, day: Day, job: str, pause_s: float) -> None:
+    start(queue, job)
+    queue.pause(job, 1, day.now + pause_s, "Limit.")
+    until = queue.store.get(job).until
+    assert until is not None and day.now <= until <= day.now + LONGEST_PAUSE_S
+    day.now += LONGEST_PAUSE_S
+    Watch(queue, clock, day).look()
+    assert queue.attempts.waiting() == [(job, 2)]
+
+
+def test_a_pause_ends_with_its_attempt(queue: JobQueue, clock: Clock, day: Day, job: str) -> None:
+    start(queue, job)
+    queue.pause(job, 1, day.now + 60, "Limit.")
+    day.now += 60
+    watch = Watch(queue, clock, day)
+    watch.look()
+    start(queue, job, 2)
+    # Another process of the first attempt changes nothing, and a stop does not bring the pause back.
+    assert not queue.pause(job, 1, day.now + 60, "Limit.")
+    assert queue.give_back(job, 2) and queue.store.get(job).until is None
+    assert queue.attempts.waiting() == [(job, 3)]
+
+
+def test_a_paused_job_lets_others_run_and_can_be_cancelled(
+    queue: JobQueue, clock: Clock, day: Day, job: str, tmp_path: Path
+) -> None:
+    other = queue.enqueue(training(tmp_path)).id
+    start(queue, job)
+    queue.pause(job, 1, day.now + 60, "Limit.")
+    watch = Watch(queue, clock, day)
+    watch.look()
+    assert queue.attempts.waiting() == [(other, 1)]
+    assert queue.cancel(job).state is JobState.CANCELLED
+    day.now += 100
+    watch.look()
+    assert queue.attempts.waiting() == [(other, 1)]
+
+
+def test_a_job_that_is_cancelled_as_it_pauses_has_ended(queue: JobQueue, day: Day, job: str) -> None:
+    start(queue, job)
+    queue.cancel(job)
+    assert queue.pause(job, 1, day.now + 60, "Limit.")
+    assert queue.store.get(job).state is JobState.CANCELLED

@@ -1,22 +1,26 @@
 """Stories of a large teacher as a data set: alone, and beside other text."""
 
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shared.errors import DataError, InvalidArgument, NotFound
 from tests.trainer_service.story_sets import add_stories
 from tests.trainer_service.text.whole_documents import whole_documents
 from trainer_service.dataset_names import expand
-from trainer_service.distillation.overlap import HeldOutRuns
-from trainer_service.distillation.story_set import read_story_set
-from trainer_service.distillation.word_grams import WordGrams, words_of
+from trainer_service.distillation.ledger import Story
 from trainer_service.presets import PRESETS
 from trainer_service.text.corpus import Corpus, DatasetSpec, absolute, check_size, check_spec, open_corpus
+from trainer_service.text.overlap import HeldOutRuns
 from trainer_service.text.stories import generate_stories
+from trainer_service.text.story_set import StorySet, read_story_set
 from trainer_service.text.tokens import PreparedData, prepare
+from trainer_service.text.word_grams import WordGrams, words_of
 
 STORIES = list(generate_stories(5, range(80)))
 BEDTIME = "teacher:bedtime"
@@ -73,16 +77,42 @@ def test_a_set_stands_alone_or_beside_any_other_data(folder: Path) -> None:
 def test_alone_a_share_of_the_stories_is_held_out_and_no_run_of_words_is_in_both(folder: Path) -> None:
     corpus = alone(folder)
     train, held_out = whole_documents(corpus.train()), whole_documents(corpus.validation())
-    assert len(held_out) == 8 and set(train) | set(held_out) <= set(STORIES) and not set(train) & set(held_out)
+    assert 3 < len(held_out) < 15 and set(train) | set(held_out) <= set(STORIES) and not set(train) & set(held_out)
     runs = HeldOutRuns(held_out, WordGrams())
     assert not any(runs.overlap(words_of(text)) for text in train)
+    assert not set(held_out) - set(whole_documents(alone(folder, 0.2).validation()))
     left_out = len(STORIES) - len(train) - len(held_out)
     assert left_out > 0  # stories of a generator have sentences in common
     counts, rule = corpus.notices
     used = f"Of 81 stories of {BEDTIME}, {80 - left_out} are used: "
     assert counts.startswith(used) and f"{left_out} with runs of held-out text" in counts and "1 too short" in counts
-    assert rule.startswith("10.0% of the text, 8 of 80 documents")
+    assert rule == f"{len(held_out)} of 80 stories, chosen by their keys, are held out for validation."
     assert corpus.source == corpus.held_out_source == BEDTIME
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(10, 40), min_size=2, max_size=4),
+    lengths=st.lists(st.integers(30, 200), min_size=40, max_size=40),
+    share=st.floats(0.05, 0.5),
+)
+def test_alone_no_story_changes_sides_while_the_set_grows(sizes: list[int], lengths: list[int], share: float) -> None:
+    phrases = (f"the {''.join(letters)}" for letters in product("abcdefgh", repeat=5))
+    stories = [Story(f"key {n}", "", " ".join(islice(phrases, length))) for n, length in enumerate(lengths)]
+    train, held_out = set[str](), set[str]()
+    for size in sorted(sizes):
+        story_set = StorySet(BEDTIME, tuple(stories[:size]), is_whole=True)
+        corpus = open_corpus(DatasetSpec((BEDTIME,)), share, story_set=story_set)
+        now_held_out = set(whole_documents(corpus.validation()))
+        assert held_out <= now_held_out
+        train, held_out = train | set(whole_documents(corpus.train())), now_held_out
+        assert len(train | held_out) == size and not train & held_out
+
+
+def test_alone_stories_that_are_all_held_out_are_an_error(tmp_path: Path) -> None:
+    add_stories(tmp_path, STORIES[:1])
+    with pytest.raises(DataError, match=r"All that are left are held out: ask for more stories\.$"):
+        alone(tmp_path, 1 - 1e-12)
 
 
 def test_alone_with_held_out_files_every_other_story_is_trained_on(folder: Path) -> None:
@@ -135,7 +165,7 @@ def test_the_first_stories_of_a_set_that_has_grown_give_the_same_tokens(folder: 
     assert before.teacher and after.teacher and first.teacher
     assert after.teacher.tokens.size > first.teacher.tokens.size and after.revision != before.revision
     assert np.array_equal(first.teacher.tokens, before.teacher.tokens) and first.revision == before.revision
-    grown = f"{BEDTIME} has grown since the run began, which goes on with its first 81 stories."
+    grown = f"{BEDTIME} has grown since the run was queued; the run reads the first 81 stories."
     assert grown in first.notices and grown not in (*before.notices, *after.notices)
 
 

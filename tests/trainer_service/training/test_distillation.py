@@ -1,5 +1,6 @@
 """A student's loss and its gradients equal the plain formula, in MLX's own operations and in NumPy in 64 bits."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
-from trainer_service.training import loss
+from trainer_service.training import cuda_loss, loss
 from trainer_service.training.loss import Distillation, mean_loss
 
 ROWS, TOKENS = 3, 16
@@ -191,3 +192,18 @@ def test_no_more_logits_exist_at_once_than_without_teachers(monkeypatch: pytest.
     assert plain < 16 * chunk_bytes
     for teachers in (1, 3):
         assert peak_bytes(teachers) < 1.25 * plain
+
+
+def test_kernels_of_other_values_have_other_names_of_letters_digits_and_underscores() -> None:
+    values = [
+        (1, 0.7, 1.0),
+        (2, 0.7, 1.0),
+        (1, 0.07, 1.0),
+        (1, 0.7, 10.0),
+        (1, 1e-05, 1.0),
+        (1, 1.0, 1e-05),
+        (0, 0.0, 1.0),
+    ]
+    names = [cuda_loss.taught_name(*each) for each in values]
+    assert len(set(names)) == len(values)
+    assert all(re.fullmatch(r"\w+", name, re.ASCII) for name in names)

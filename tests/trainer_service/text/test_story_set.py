@@ -5,7 +5,7 @@ import pytest
 from shared.errors import DataError, NotFound
 from tests.trainer_service.story_sets import add_stories
 from trainer_service.distillation.ledger import Ledger
-from trainer_service.distillation.story_set import read_story_set
+from trainer_service.text.story_set import read_story_set
 
 
 def test_a_set_holds_its_stories_in_the_order_of_their_answers(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from trainer_service.distillation.word_grams import Grams, WordGrams, words_of
+from trainer_service.text.word_grams import Grams, WordGrams, words_of
 
 RUN_WORDS = 13
 

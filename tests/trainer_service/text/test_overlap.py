@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer_service.distillation.overlap import RUN_WORDS, HeldOutRuns
-from trainer_service.distillation.word_grams import WordGrams, words_of
+from trainer_service.text.overlap import RUN_WORDS, HeldOutRuns
+from trainer_service.text.word_grams import WordGrams, words_of
 
 WORDS = [f"w{number}" for number in range(40)]
 HELD_OUT = ["A fox. " * 3 + " ".join(WORDS[:20]), "Short.", " ".join(WORDS[20:])]

@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 
-from trainer_service.distillation.word_grams import WordGrams, words_of
+from trainer_service.text.word_grams import WordGrams, words_of
 
 
 def test_words_have_no_case_and_no_punctuation() -> None:
@@ -24,6 +24,6 @@ def test_fewer_words_than_a_run_have_no_run() -> None:
 
 
 def test_numbers_are_the_same_in_every_process() -> None:
-    code = "from trainer_service.distillation.word_grams import WordGrams; print(*WordGrams().of(['one', 'two'], 2))"
+    code = "from trainer_service.text.word_grams import WordGrams; print(*WordGrams().of(['one', 'two'], 2))"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.split() == [str(number) for number in WordGrams().of(["one", "two"], 2)]

@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_service.distillation.near_duplicates import HASHES, RUN_WORDS, MinHash, near_duplicates, similarity
-from trainer_service.distillation.word_grams import Grams, WordGrams
+from trainer_service.text.near_duplicates import HASHES, RUN_WORDS, MinHash, near_duplicates, similarity
+from trainer_service.text.word_grams import Grams, WordGrams
 
 
 def runs(*words: str) -> Grams:
@@ -51,6 +51,13 @@ def test_the_first_of_near_duplicates_stays() -> None:
     far, _ = mixed(200, 0, 2)
     stacked = signatures(first, far, near, first, near, far)
     assert near_duplicates(stacked).tolist() == [False, False, True, True, True, True]
+
+
+def test_a_text_is_compared_with_those_that_stay_only() -> None:
+    drawn = mixed(440, 0, 4)[0]
+    first, middle, last = drawn[:300], drawn[70:370], drawn[140:440]  # neighbours share 0.62, the others 0.36
+    assert near_duplicates(signatures(first, middle, last)).tolist() == [False, True, False]
+    assert near_duplicates(signatures(middle, first, last)).tolist() == [False, True, True]
 
 
 def test_texts_that_share_little_all_stay() -> None:

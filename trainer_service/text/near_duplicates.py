@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer_service.distillation.word_grams import Grams
+from trainer_service.text.word_grams import Grams
 
 RUN_WORDS = 5
 BANDS, ROWS = 32, 4

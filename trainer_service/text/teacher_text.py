@@ -12,12 +12,12 @@ import numpy as np
 from shared.atomic_file import replacing
 from shared.errors import DataError
 from shared.gpt.tokenizer import Tokenizer
-from trainer_service.distillation import filters
-from trainer_service.distillation.filters import Reason, filter_texts, how_many
 from trainer_service.distillation.ledger import Story
-from trainer_service.distillation.story_set import StorySet
+from trainer_service.text import filters, token_cache
 from trainer_service.text.corpus import Corpus
+from trainer_service.text.filters import Reason, filter_texts, how_many
 from trainer_service.text.shards import read_shard, write_shard
+from trainer_service.text.story_set import StorySet
 from trainer_service.training.batches import TeacherText
 
 # Between a prompt and its story.
@@ -49,6 +49,7 @@ def prepare_stories(
     stories = [Story(each.key, each.prompt if prompts else "", each.text) for each in given.stories]
     revision = _digest(corpus.revision, filters.VERSION, prompts, _content(stories))
     folder = directory / _digest(revision, tokenizer.digest)[:20]
+    token_cache.mark_used(folder)
     prepared = _read(folder, given, prompts)
     if prepared is None:
         filtered = filter_texts(given.texts, (passage.text for passage in corpus.validation()), tick)

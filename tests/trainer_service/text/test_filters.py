@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer_service.distillation.filters import LEAST_WORDS, MOST_WORDS, Reason, filter_texts, how_many
+from trainer_service.text.filters import LEAST_WORDS, MOST_WORDS, Reason, filter_texts, how_many
 from trainer_service.text.stories import generate_stories
 
 # Each is a plain story that passes.
@@ -116,7 +116,7 @@ def test_a_story_is_counted_once_and_later_stories_change_nothing() -> None:
 def test_the_sentence_names_the_most_frequent_reason_first() -> None:
     dropped = {Reason.SHORT: 40, Reason.DUPLICATE: 61, Reason.LONG: 0, Reason.EMPTY: 1}
     assert how_many("teacher:a", 2000, dropped) == (
-        "Of 2,000 stories of teacher:a, 1,898 are used: 61 near-duplicates, 40 too short, 1 empty."
+        "Of 2,000 stories of teacher:a, 1,898 are used: 61 near-duplicate, 40 too short, 1 empty."
     )
     assert how_many("teacher:a", 2, {Reason.SHORT: 1}) == "Of 2 stories of teacher:a, 1 is used: 1 too short."
     assert how_many("teacher:a", 2, {Reason.SHORT: 2}) == "Of 2 stories of teacher:a, none is used: 2 too short."

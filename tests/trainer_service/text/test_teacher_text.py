@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,12 +8,12 @@ import pytest
 from shared.errors import DataError
 from shared.gpt.tokenizer import Tokenizer, train_bpe
 from tests.trainer_service.story_sets import add_stories
-from trainer_service.distillation import teacher_text
-from trainer_service.distillation.filters import Filtered, filter_texts
-from trainer_service.distillation.story_set import StorySet, read_story_set
-from trainer_service.distillation.teacher_text import SEPARATOR, PreparedStories, prepare_stories
+from trainer_service.text import teacher_text, token_cache
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
+from trainer_service.text.filters import Filtered, filter_texts
 from trainer_service.text.stories import generate_stories
+from trainer_service.text.story_set import StorySet, read_story_set
+from trainer_service.text.teacher_text import SEPARATOR, PreparedStories, prepare_stories
 
 STORIES = list(generate_stories(5, range(30)))
 
@@ -51,7 +52,7 @@ def test_each_story_that_passes_ends_in_the_end_token(tmp_path: Path, given: Sto
     prepared = prepare(tmp_path, given, tokenizer)
     assert [tokenizer.decode(part.tolist()) for part in documents(prepared, tokenizer)] == STORIES
     assert prepared.text.counted is None
-    assert prepared.notice == "Of 32 stories of teacher:bedtime, 30 are used: 1 near-duplicates, 1 too short."
+    assert prepared.notice == "Of 32 stories of teacher:bedtime, 30 are used: 1 near-duplicate, 1 too short."
 
 
 def test_exactly_the_tokens_of_prompts_do_not_count(tmp_path: Path, given: StorySet, tokenizer: Tokenizer) -> None:
@@ -77,6 +78,8 @@ def test_a_story_without_a_prompt_counts_whole(tmp_path: Path, given: StorySet, 
 def test_a_story_that_overlaps_with_the_held_out_text_is_left_out(
     tmp_path: Path, given: StorySet, tokenizer: Tokenizer
 ) -> None:
+    # What was prepared for another held-out text is not used.
+    prepare(tmp_path, given, tokenizer)
     held_out = f"It began. {STORIES[7].upper()}"
     prepared = prepare(tmp_path, given, tokenizer, text=corpus(tmp_path, held_out))
     left = [tokenizer.decode(part.tolist()) for part in documents(prepared, tokenizer)]
@@ -106,6 +109,16 @@ def test_what_was_prepared_is_used_again_and_repaired_if_it_is_damaged(
         path.write_bytes(path.read_bytes()[:-3])
     prepare(tmp_path, given, tokenizer, prompts=True)
     assert len(calls) == 4
+
+
+def test_what_a_run_has_used_within_a_month_stays(tmp_path: Path, given: StorySet, tokenizer: Tokenizer) -> None:
+    prepare(tmp_path, given, tokenizer)
+    (folder,) = (tmp_path / "shards").iterdir()
+    long_ago_s = folder.stat().st_mtime - token_cache.UNUSED_S - 100
+    os.utime(folder, (long_ago_s, long_ago_s))
+    prepare(tmp_path, given, tokenizer)
+    token_cache.remove_unused(tmp_path / "shards")
+    assert (folder / "teacher.bin").exists()
 
 
 def test_the_digest_is_that_of_the_kept_text(tmp_path: Path, given: StorySet, tokenizer: Tokenizer) -> None:

@@ -20,9 +20,9 @@ from enum import StrEnum
 
 import numpy as np
 
-from trainer_service.distillation.near_duplicates import HASHES, RUN_WORDS, MinHash, near_duplicates
-from trainer_service.distillation.overlap import HeldOutRuns
-from trainer_service.distillation.word_grams import WordGrams, words_of
+from trainer_service.text.near_duplicates import HASHES, RUN_WORDS, MinHash, near_duplicates
+from trainer_service.text.overlap import HeldOutRuns
+from trainer_service.text.word_grams import WordGrams, words_of
 
 # Raise it when the same stories and held-out text give other kept stories.
 VERSION = 1
@@ -74,12 +74,12 @@ class Reason(StrEnum):
     """Why a story is dropped, in the words that follow a number."""
 
     EMPTY = "empty"
-    REFUSAL = "refusals"
+    REFUSAL = "refusing"
     MARKDOWN = "with Markdown, titles or remarks"
     SHORT = "too short"
     LONG = "too long"
     LANGUAGE = "not English"
-    DUPLICATE = "near-duplicates"
+    DUPLICATE = "near-duplicate"
     OVERLAP = "with runs of held-out text"
 
 
