@@ -26,6 +26,8 @@ export class VersionRow {
     this.state = make("span", { className: "state" });
     this.reason = make("small", { className: "reason" });
     this.cells[1].append(this.state, this.reason);
+    this.bits = make("span");
+    this.record = make("small", { className: "reason" });
     this.buttons = Object.fromEntries(["load", "unload", "promote", "pin"].map((action) => {
       const text = action[0].toUpperCase() + action.slice(1);
       const button = make("button", { type: "button", "aria-label": `${text} version ${number}` }, text);
@@ -56,8 +58,6 @@ export class VersionRow {
       "Step": known ? count(Number(status.step ?? 0)) : "",
       "Held-out loss": known ? loss(status.validation_loss) : "",
       "Bits per byte": known ? loss(status.bits_per_byte) : "",
-      // In parentheses if it does not compare with the newest.
-      "Evaluated": bits && evaluation.method_digest !== method ? `(${bits})` : bits,
       "As served": served === null ? "" : `${served < 0 ? "−" : "+"}${Math.abs(served).toFixed(4)}`,
       "Streams": streams ? String(streams) : "",
       "Memory": memory ? mebibytes(Number(memory)) : "",
@@ -66,8 +66,10 @@ export class VersionRow {
     CELLS.forEach((name, i) => {
       if (name in texts) setText(this.cells[i], texts[name]);
     });
-    const evaluated = this.cells[CELLS.indexOf("Evaluated")];
-    evaluated.title = evaluation ? describe(evaluation) : "";
+    // In parentheses if it does not compare with the newest.
+    setText(this.bits, bits && evaluation.method_digest !== method ? `(${bits})` : bits);
+    setText(this.record, evaluation ? describe(evaluation) : "");
+    this.cells[CELLS.indexOf("Evaluated")].replaceChildren(...(evaluation ? [this.bits, this.record] : []));
     if (labels.join() !== this.labels.join()) {
       this.labels = labels;
       this.cells.at(-2).replaceChildren(...labels.map((label) => make("span", { className: "label" }, label)));
@@ -95,6 +97,6 @@ export class VersionRow {
 
 /** Writes the figures of an evaluation. */
 function describe({ nats_per_token: nats, nats_per_token_low: low, nats_per_token_high: high, perplexity, tokens }) {
-  const interval = low === undefined ? "" : ` (95 % from ${loss(low)} to ${loss(high)})`;
-  return `${loss(nats)} nats per token${interval}, perplexity ${perplexity.toFixed(1)}, on ${count(Number(tokens))} tokens`;
+  const interval = low === undefined ? "" : ` (95 %: ${low.toFixed(3)} to ${high.toFixed(3)})`;
+  return `${nats.toFixed(3)} nats${interval}, perplexity ${perplexity.toFixed(1)}, ${count(Number(tokens))} tokens`;
 }
