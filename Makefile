@@ -181,5 +181,10 @@ $(PACKAGES): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/r
 	$(RUN) pip install --disable-pip-version-check --quiet torch==2.13.0
 	@touch $@
 
+# Drives an installed Chromium in the tests of the page.
+.venv/web-tests: $(PACKAGES) requirements/web-tests.txt
+	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/web-tests.txt
+	@touch $@
+
 requirements/%.txt:
 	@echo 'ACCELERATOR is "$(ACCELERATOR)", but must be cpu, cuda or macos.' >&2; exit 1
