@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from rich.console import Console
-
 from inference_service.client.client import InferenceClient, Parameters
 from inference_service.draft import DEFAULT_MAX_TOKENS, Selection, new_draft
-from inference_service.terminal import Answer, Terminal, new_answer
+from inference_service.terminal import Answer, Terminal, new_answer, new_notes
 from shared.atomic_file import replacing
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import AlreadyExists, FailedPrecondition, GptloopError, InvalidArgument, shown
@@ -61,7 +59,7 @@ class Chat:
         self._settings = parameters.copy()
         self._history = history
         self._terminal = Terminal(client)
-        self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._notes = new_notes()
         # Each answer with the settings that it was asked for with.
         self._said: list[tuple[Answer, Parameters]] = []
         self._files = set[Path]()

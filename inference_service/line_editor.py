@@ -11,6 +11,8 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.output import create_output
 from prompt_toolkit.styles import Style
 
+from inference_service.word_wrap import WordWrap
+
 _STYLE = Style.from_dict({"bottom-toolbar": "noreverse dim"})
 
 
@@ -39,7 +41,8 @@ class LineEditor:
 
         Raises EOFError after Ctrl-D, and KeyboardInterrupt after Ctrl-C.
         """
-        line = self._session.prompt("> ", bottom_toolbar=status)
+        wrap, width = WordWrap(), self._session.output.get_size().columns
+        line = self._session.prompt("> ", bottom_toolbar=wrap.add(status, width) + wrap.end(width))
         if self._file is not None and line.strip():
             try:
                 # It may have been removed since the last line.

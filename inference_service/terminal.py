@@ -107,7 +107,7 @@ class Terminal:
 
     def __init__(self, client: InferenceClient) -> None:
         self._client = client
-        self._notes = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._notes = new_notes()
 
     def generate(self, prompt: str, parameters: Parameters) -> None:
         """Streams one story after its prompt; then prints a line about it and the command that repeats it.
@@ -122,7 +122,7 @@ class Terminal:
             what = "The same text" if len(answer.texts) == 1 else f"Sample {index + 1}"
             version, seed = answer.started.model_version, sample_seed(answer.started, index)
             command = _command_of(prompt, {**parameters, "version": version, "seed": seed, "label": None, "n": None})
-            self._notes.print(f"{what} again: {command}", style="dim", markup=False)
+            self._notes.print(f"{what} again: {command}", style="dim", markup=False, soft_wrap=True)
 
     def generate_all(self, prompts: Sequence[str], parameters: Parameters) -> None:
         """Streams a story for each prompt at the same time; prints each one when it and those before it are complete.
@@ -191,6 +191,11 @@ class Terminal:
             sample = "" if len(answer.texts) == 1 else f", {index + 1} of {len(answer.texts)}"
             self._notes.print(f"--- {number}{sample}: {answer.summary(index, 0.0)}", style="dim")
             print(answer.prompt + text, flush=True)
+
+
+def new_notes() -> Console:
+    """Returns standard error, where lines break between words on a terminal and nowhere else."""
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def new_answer(prompt: str, parameters: Parameters) -> Answer:

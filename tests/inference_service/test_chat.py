@@ -53,8 +53,8 @@ def chat(server: ScriptedServer, tmp_path: Path) -> Iterator[Typist]:
         yield typist
 
 
-def at_terminal(server: ScriptedServer, var: Path) -> Typist:
-    arguments = ("-m", "inference_service", "chat", "--address", server.address)
+def at_terminal(server: ScriptedServer, var: Path, *options: str) -> Typist:
+    arguments = ("-m", "inference_service", "chat", "--address", server.address, *options)
     return Typist(*arguments, environment={"GPTLOOP_VAR": str(var)})
 
 
@@ -141,6 +141,12 @@ def test_the_settings_stand_below_the_line_and_reach_the_server(chat: Typist, se
     assert (request.model.version, request.max_tokens, request.sampling.seed) == (3, 30, 5)
     assert (request.sampling.temperature, request.sampling.top_p) == (0.5, 0.75)
     leave(chat)
+
+
+def test_settings_that_are_wider_than_the_terminal_are_shown_whole(server: ScriptedServer, tmp_path: Path) -> None:
+    with at_terminal(server, tmp_path / "var", "--seed", str(2**64 - 1), "--temperature", "0.12345") as chat:
+        chat.see(str(2**64 - 1))
+        leave(chat)
 
 
 def piped(server: ScriptedServer, *lines: str, options: tuple[str, ...] = (), cwd: Path = ROOT) -> tuple[str, str]:

@@ -262,7 +262,7 @@ def test_chat_continues_each_line_and_takes_commands(server: Server) -> None:
 
 
 def test_clients_load_no_model_framework() -> None:
-    check = "import sys, inference_service.__main__, inference_service.terminal; sys.exit('mlx' in sys.modules)"
+    check = "import sys, inference_service.__main__, inference_service.chat; sys.exit('mlx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=HANG_S).returncode == 0
 
 
