@@ -141,6 +141,11 @@ def test_lines_of_the_text_put_jobs_on_the_queue(workplace: Workplace, line: str
 def test_everyday_commands_run(workplace: Workplace, line: str) -> None:
     if " train " in line:
         assert "steps " in queued(workplace, line)
+    elif " distill " in line:
+        # The small version here is hardly trained, and the best one may be its import, which has no preset.
+        said = shell(workplace, f"{line} --force".replace(" best ", " 2 "), ON_PATH)
+        (version,) = json.loads(said.splitlines()[-1])["versions"][-1:]
+        assert [each["role"] for each in version["verdict"]["rivals"]] == ["control", "teacher 2"]
     else:
         shell(workplace, f"{line} < /dev/null", ON_PATH)
 
