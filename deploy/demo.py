@@ -249,6 +249,12 @@ def demo() -> None:
     ports, later = free_ports(), read_ports(environment)
     stack = Stack(directories, ports, environment, worker_stop_s=_WORKER_STOP_S)
     try:
+        # Perhaps its model is trained further there.
+        if stack.is_up():
+            raise Unavailable(
+                f"Something runs in {_shown(directories.var)}, which a demo empties; stop it with "
+                f"`GPTLOOP_VAR={_shown(directories.var)} gptloop down` and rename the folder to keep it."
+            )
         # An earlier demo may have been killed.
         stack.down()
         for folder in (directories.registry, directories.redis, directories.log):

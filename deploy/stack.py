@@ -137,6 +137,10 @@ class Stack:
             self._supervisor.stop()
             return ran
 
+    def is_up(self) -> bool:
+        """Whether a supervisor runs here, whichever process started it."""
+        return self._supervisor.is_running()
+
     def status(self) -> list[ProcessStatus] | None:
         """Every process, or `None` if nothing is up; raises `Unavailable` if programs run without their supervisor."""
         if self._supervisor.is_running():

@@ -37,6 +37,7 @@ from shared.service.grpc_calls import ENDING
 from shared.service.grpc_server import GrpcServer, Signals
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
+from shared.service.settings import to_address
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +118,9 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         gc.freeze()
         port = await server.start(Address(settings.host, settings.port, HOST_VARIABLE, PORT_VARIABLE))
         http_port = http.start(Address(settings.host, settings.http_port, HOST_VARIABLE, HTTP_PORT_VARIABLE))
-        host = settings.host
         logger.info(
-            "page on http://%s:%d/, gRPC on %s:%d, metrics on http://%s:%d/metrics",
-            *(host, http_port, host, port, host, metrics_port),
+            "page on http://%s/, gRPC on %s, metrics on http://%s/metrics",
+            *(to_address(settings.host, each) for each in (http_port, port, metrics_port)),
         )
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))

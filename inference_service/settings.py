@@ -1,7 +1,9 @@
 """The settings of the inference service."""
 
+import re
 from dataclasses import dataclass, field
 
+from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
 from shared.service.bearer_token import check_bearer_token
 from shared.service.settings import (
@@ -20,6 +22,10 @@ PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
 METRICS_PORT_VARIABLE = "GPTLOOP_INFERENCE_METRICS_PORT"
 HTTP_PORT_VARIABLE = "GPTLOOP_INFERENCE_HTTP_PORT"
 ADMIN_TOKEN_VARIABLE = "GPTLOOP_ADMIN_TOKEN"
+
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+# As browsers write it.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True)
@@ -90,8 +96,15 @@ def read_settings(environment: Environment) -> Settings:
         port=read_port(environment, PORT_VARIABLE, default.port),
         metrics_port=read_port(environment, METRICS_PORT_VARIABLE, default.metrics_port),
         http_port=read_port(environment, HTTP_PORT_VARIABLE, default.http_port),
-        http_hosts=tuple(read_str(environment, "GPTLOOP_INFERENCE_HTTP_HOSTS", "").split()),
-        http_origins=tuple(read_str(environment, "GPTLOOP_INFERENCE_HTTP_ORIGINS", "").split()),
+        http_hosts=_read_names(
+            environment, "GPTLOOP_INFERENCE_HTTP_HOSTS", _HOST, "a name without scheme and port, such as models.example"
+        ),
+        http_origins=_read_names(
+            environment,
+            "GPTLOOP_INFERENCE_HTTP_ORIGINS",
+            _ORIGIN,
+            "a scheme, a name in small letters and perhaps a port, without a path, such as https://example.org",
+        ),
         slots=read_count("SLOTS", default.slots, 2, 1024),
         threads=read_count("THREADS", default.threads, 1, 1024),
         prefill_tokens=read_int(environment, "GPTLOOP_INFERENCE_PREFILL_TOKENS", None, minimum=64, maximum=1 << 20),
@@ -112,3 +125,12 @@ def read_settings(environment: Environment) -> Settings:
         drain_s=read_seconds("DRAIN_S", default.drain_s, 0.0, 60.0),
         best_by=read_best_by(environment),
     )
+
+
+def _read_names(environment: Environment, name: str, form: re.Pattern[str], described: str) -> tuple[str, ...]:
+    """Reads names with spaces between them; raises `InvalidArgument` for one that no request would ever have."""
+    names = tuple(read_str(environment, name, "").split())
+    for each in names:
+        if not form.fullmatch(each):
+            raise InvalidArgument(f"{name} has {shown(each)}, but must have {described}.")
+    return names

@@ -1,5 +1,6 @@
 """The histories of runs as columns, which grow with the runs: what the page draws."""
 
+import re
 import secrets
 import threading
 from array import array
@@ -8,6 +9,9 @@ from typing import Any
 
 from shared.errors import NotFound, shown
 from shared.registry.history import EvaluationLine, Histories, HistoryReader, Line, ReportLine
+
+# The run as it was first read, its reports and its evaluations that a reader knows.
+_CURSOR = re.compile(r"([0-9a-f]+)\.([0-9]{1,18})\.([0-9]{1,18})")
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,14 @@ class _Curve:
             (self.reports if isinstance(line, ReportLine) else self.evaluations).add(line)
 
     def since(self, cursor: str) -> dict[str, Any]:
-        known, _, counts = cursor.partition(".")
-        reports, _, evaluations = counts.partition(".")
-        continues = known == self._id and reports.isdecimal() and evaluations.isdecimal()
+        match = _CURSOR.fullmatch(cursor)
+        continues = match is not None and match[1] == self._id
+        reports, evaluations = (int(match[2]), int(match[3])) if match and continues else (0, 0)
         return {
             "cursor": self.cursor,
             "continues": continues,
-            "reports": self.reports.since(int(reports) if continues else 0),
-            "evaluations": self.evaluations.since(int(evaluations) if continues else 0),
+            "reports": self.reports.since(reports),
+            "evaluations": self.evaluations.since(evaluations),
         }
 
 

@@ -2,15 +2,18 @@
 
 import ipaddress
 from collections.abc import Collection
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from inference_service.generation import ClientLeft
 from inference_service.http.errors import HttpError, error_response
 from shared.errors import shown
 
 _METHODS = "GET, POST"
-_HEADERS = "authorization, content-type"
+# A star stands for every header but authorization; clients send headers of their own, such as x-stainless-os.
+_HEADERS = "*, authorization, content-type"
 # The browser may run and show nothing from elsewhere, and no other site may frame the page.
 _SECURITY_HEADERS = {
     "content-security-policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -70,7 +73,9 @@ class Guards:
         if scope["method"] == "OPTIONS" and allowed:
             await _answer_preflight(guarded)
             return
-        await self._app(scope, receive, guarded)
+        # Nobody is there to be answered.
+        with suppress(ClientLeft):
+            await self._app(scope, receive, guarded)
 
     def _is_known(self, host: str) -> bool:
         name = _name_of(host)

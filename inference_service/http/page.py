@@ -10,6 +10,7 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -19,16 +20,18 @@ from inference_service.grpc.admin import AdminServicer
 from inference_service.http.body import read_body
 from inference_service.http.curves import Curves, Last
 from inference_service.versions.catalogue import Catalogue
-from shared.errors import NotFound, shown
+from shared.errors import NotFound
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
 from shared.service.bearer_token import require_bearer_token
+from shared.text import excerpt
 
 FILES = Path(__file__).parent.parent / "web"
 
 # The numbers of versions have 64 bits.
 _MAX_NUMBER = 2**63 - 1
+_MAX_DIGITS = 19
 
 Answer = Callable[[Request], Awaitable[Response]]
 
@@ -50,7 +53,7 @@ class _Rollback(BaseModel):
 
 
 def page_routes(admin: AdminServicer, catalogue: Catalogue, registry: Registry, token: str) -> list[BaseRoute]:
-    """Returns the routes of the page. Only calls that change something need the token of operators, if it is set."""
+    """Returns the routes of the page. What gRPC has for operators needs their token, if it is set."""
     curves = Curves(registry.histories)
     files = _Files(directory=FILES)
 
@@ -90,13 +93,13 @@ def page_routes(admin: AdminServicer, catalogue: Catalogue, registry: Registry, 
         body = await read_body(request, _Rollback)
         return _json(await admin.RollBack(pb.RollBackRequest(version=body.version), None))
 
-    def operators(path: str, answer: Answer) -> Route:
+    def operators(path: str, answer: Answer, method: str = "POST") -> Route:
         async def guarded(request: Request) -> Response:
             if token:
                 require_bearer_token(request.headers.get("authorization", ""), token)
             return await answer(request)
 
-        return Route(path, guarded, methods=["POST"])
+        return Route(path, guarded, methods=[method])
 
     return [
         Route("/", page),
@@ -104,10 +107,10 @@ def page_routes(admin: AdminServicer, catalogue: Catalogue, registry: Registry, 
         Route("/api/server", server),
         Route("/api/runs", runs),
         Route("/api/runs/{run}", run),
-        Route("/api/versions", versions),
-        operators("/api/versions/{number:int}/load", load),
-        operators("/api/versions/{number:int}/unload", unload),
-        operators("/api/versions/{number:int}/promote", promote),
+        operators("/api/versions", versions, "GET"),
+        operators("/api/versions/{number}/load", load),
+        operators("/api/versions/{number}/unload", unload),
+        operators("/api/versions/{number}/promote", promote),
         operators("/api/policy", set_policy),
         operators("/api/rollback", roll_back),
     ]
@@ -125,10 +128,13 @@ class _Files(StaticFiles):
 async def _number(request: Request) -> int:
     """Returns the version in the path; the body has nothing to say, but must be sent as JSON."""
     await read_body(request, _Nothing)
-    number: int = request.path_params["number"]
-    if number > _MAX_NUMBER:
-        raise NotFound(f"There is no version {shown(number)}.")
-    return number
+    text = request.path_params["number"]
+    if not (text.isascii() and text.isdecimal()):
+        raise HTTPException(404)
+    # Python refuses to read thousands of digits.
+    if len(text) > _MAX_DIGITS or int(text) > _MAX_NUMBER:
+        raise NotFound(f"There is no version {excerpt(text)}.")
+    return int(text)
 
 
 def _json(message: Message, **more: Any) -> JSONResponse:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
+from inference_service.http.connections import Connection
 from inference_service.http.errors import HttpError, error_response
 from inference_service.http.guards import Guards
 from shared.errors import GptloopError
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # How long a connection without a request stays open.
 _IDLE_S = 30
+# Connections that wait to be accepted.
+_BACKLOG = 128
 
 
 class _Uvicorn(uvicorn.Server):
@@ -46,7 +49,9 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            http=Connection,
             ws="none",
+            backlog=_BACKLOG,
             timeout_keep_alive=_IDLE_S,
         )
         # Its own messages say nothing about a request.
@@ -90,4 +95,7 @@ async def _answer_error(_: Request, error: Exception) -> Response:
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = {404: "There is no page", 405: f"{request.method} is not a method of"}.get(error.status_code, "Error of")
-    return error_response(HttpError(error.status_code, f"{what} {request.url.path}."))
+    response = error_response(HttpError(error.status_code, f"{what} {request.url.path}."))
+    # Such as the methods that a path has.
+    response.headers.update(error.headers or {})
+    return response

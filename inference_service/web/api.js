@@ -21,16 +21,21 @@ async function call(path, options = {}) {
   throw new Refusal(response.status, body?.error?.message ?? `The server answered with the status ${response.status}.`);
 }
 
-/** Returns what a path says, as JSON. */
-export async function get(path) {
-  return (await call(path)).json();
+/** Returns what a path says, as JSON. `token` is the operator's, empty if none is needed. */
+export async function get(path, token = "") {
+  return (await call(path, { headers: authorization(token) })).json();
 }
 
-/** Sends JSON and returns the answer. `token` is the operator's, empty if none is needed. */
+/** Sends JSON and returns the answer. */
 export async function post(path, body, token = "") {
-  const headers = { "content-type": "application/json" };
-  if (token) headers.authorization = `Bearer ${token}`;
+  const headers = { "content-type": "application/json", ...authorization(token) };
   return (await call(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
+}
+
+function authorization(token) {
+  // No header can carry such a token, so no server has it.
+  if (/[^ -~]/.test(token)) throw new Refusal(401, "This is not the token, which has no such characters.");
+  return token ? { authorization: `Bearer ${token}` } : {};
 }
 
 /**
@@ -45,7 +50,10 @@ export async function* complete(request, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return { done: true };
+    });
     if (done) throw new Refusal(0, "The stream broke off: the server may have ended.");
     text += value;
     const events = text.split("\n\n");

@@ -11,7 +11,7 @@ let leave = () => {};
 function show() {
   leave();
   const [name, parameters = ""] = location.hash.slice(1).split("?", 2);
-  const chosen = name in views ? name : "training";
+  const chosen = Object.hasOwn(views, name) ? name : "training";
   for (const each of Object.keys(views)) byId(`view-${each}`).hidden = each !== chosen;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${chosen}`) link.setAttribute("aria-current", "page");

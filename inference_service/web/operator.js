@@ -1,4 +1,4 @@
-/** Sends what an operator asks for, with the operator's token if the server needs one. */
+/** Reads and sends what an operator asks for, with the operator's token if the server needs one. */
 
 import { Refusal, get, post } from "./api.js";
 import { byId, setText } from "./elements.js";
@@ -6,17 +6,36 @@ import { byId, setText } from "./elements.js";
 // In memory only: gone when the page is closed or reloaded.
 let token = "";
 
+// Whether the person gave none when asked; asking again at each look would leave no peace.
+let declined = false;
+
+/** Lets the person be asked for the token again. */
+export function askAgain() {
+  declined = false;
+}
+
+/** Returns what a path says to operators. */
+export async function read(path) {
+  const answer = declined && !token ? null : await withToken((given) => get(path, given));
+  declined = answer === null;
+  if (declined) throw new Refusal(401, "Versions are shown only to people who know the operator’s token; open this view again to give it.");
+  return answer;
+}
+
 /** Sends a call and returns its answer, or null if the person gives no token. */
-export async function operate(path, body = {}) {
-  const { needs_token: needed } = await get("api/server");
-  if (needed && !token && !(await ask("This server changes versions only for people who know its token."))) return null;
+export function operate(path, body = {}) {
+  return withToken((given) => post(path, body, given));
+}
+
+async function withToken(call) {
   for (;;) {
     try {
-      return await post(path, body, token);
+      return await call(token);
     } catch (error) {
       if (!(error instanceof Refusal && error.status === 401)) throw error;
+      const why = token ? "The server refused this token." : "This server shows and changes versions only for people who know its token.";
       token = "";
-      if (!(await ask("The server refused this token."))) return null;
+      if (!(await ask(why))) return null;
     }
   }
 }

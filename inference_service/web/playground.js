@@ -46,16 +46,17 @@ function newSeed() {
 }
 
 async function offerVersions() {
-  const listed = await get("api/versions");
-  versions = listed.versions ?? [];
-  const name = ({ version, labels = [] }) => {
-    const run = listed.runs[version];
-    return [version, [`${version}`, run && ` · ${run}`, labels.length && ` · ${labels.join(", ")}`].filter(Boolean).join("")];
-  };
-  const numbered = versions.toReversed().map(name);
-  const serving = ["", `serving (${listed.policy})`];
-  setOptions(fields.version, [serving, ...numbered]);
-  setOptions(fields.other, [["none", "none"], serving, ...numbered]);
+  // Open to everyone who may generate, unlike what operators see.
+  const { data } = await get("v1/models");
+  const numbered = data.filter(({ id, root }) => id === root);
+  const labels = (number) => data.filter(({ id, root }) => root === number && id !== root).map(({ id }) => id);
+  versions = numbered.map(({ id, system_fingerprint: digest }) => ({ version: id, digest }));
+  const options = versions.map(({ version }) => {
+    const names = labels(version).join(", ");
+    return [version, names ? `${version} · ${names}` : version];
+  });
+  setOptions(fields.version, [["", "serving"], ...options]);
+  setOptions(fields.other, [["none", "none"], ["", "serving"], ...options]);
 }
 
 /** Lets the chosen versions write; a generation under way is stopped first. */

@@ -44,6 +44,8 @@ export class TokenText {
     this.characters.push(...text);
     logprobs.tokens.forEach((token, i) => {
       const top = Object.entries(logprobs.top_logprobs[i]).map(([name, logprob]) => ({ name, share: Math.exp(logprob) }));
+      // The names of objects that are numbers come first.
+      top.sort((a, b) => b.share - a.share);
       const share = Math.exp(logprobs.token_logprobs[i]);
       this.tokens.push({ name: token, share, top, offset: logprobs.text_offset[i] });
       const surprise = LIKELY.filter((limit) => share < limit).length;

@@ -49,9 +49,12 @@ async function look() {
 async function load() {
   for (const { run, cursor } of choice.selected(runs)) {
     const known = curves.get(run);
-    if (known?.cursor === cursor) continue;
-    const more = await get(`api/runs/${encodeURIComponent(run)}?after=${known?.cursor ?? ""}`);
-    if (known && more.continues) {
+    const after = known?.cursor ?? "";
+    if (after === cursor) continue;
+    const more = await get(`api/runs/${encodeURIComponent(run)}?after=${after}`);
+    // Another call may have fetched the same lines meanwhile.
+    if ((curves.get(run)?.cursor ?? "") !== after) continue;
+    if (more.continues) {
       append(known.reports, more.reports);
       append(known.evaluations, more.evaluations);
       known.cursor = more.cursor;

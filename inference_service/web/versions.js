@@ -1,8 +1,7 @@
 /** The view of versions: what this server knows of each, and what an operator may ask for. */
 
-import { get } from "./api.js";
 import { byId, make, say, setOptions, setText } from "./elements.js";
-import { answer, operate } from "./operator.js";
+import { answer, askAgain, operate, read } from "./operator.js";
 import { repeat } from "./poll.js";
 import { VersionRow, stateOf } from "./version_row.js";
 
@@ -15,13 +14,14 @@ let busy = false;
 
 /** Shows the view until the function that it returns is called. */
 export function start() {
+  askAgain();
   byId("follow-best").onclick = followBest;
   byId("roll-back").onclick = rollBack;
   return repeat(look, POLL_S);
 }
 
 async function look() {
-  listed = await get("api/versions");
+  listed = await read("api/versions");
   listed.versions ??= [];
   render();
 }

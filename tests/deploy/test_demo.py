@@ -1,4 +1,6 @@
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -6,6 +8,8 @@ import pytest
 
 from deploy.commands import COMMANDS
 from deploy.demo import continuation
+from deploy.launch import holder
+from tests.waiting import HANG_S, wait_until
 
 
 @pytest.mark.parametrize("is_on_path", [True, False])
@@ -33,3 +37,24 @@ def test_a_folder_elsewhere_is_named_whole(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert f"GPTLOOP_VAR={tmp_path}/var" in continuation(tmp_path / "var", "")
+
+
+def test_what_runs_in_its_folder_is_left_alone(tmp_path: Path) -> None:
+    lock = tmp_path / "demo" / "run" / "supervisord.lock"
+    lock.parent.mkdir(parents=True)
+    state = tmp_path / "demo" / "registry" / "state"
+    state.parent.mkdir()
+    state.touch()
+    other = subprocess.Popen([sys.executable, "-m", "deploy.launch", str(lock), "sleep", "600"])
+    try:
+        wait_until(lambda: holder(lock) == other.pid)
+        environment = {**os.environ, "GPTLOOP_VAR": str(tmp_path)}
+        command = [str(Path(sys.executable).with_name("gptloop")), "demo"]
+        demo = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_S, check=False)
+        assert demo.returncode == 1, demo.stderr
+        assert f"`GPTLOOP_VAR={tmp_path / 'demo'} gptloop down`" in demo.stdout
+        assert other.poll() is None
+        assert state.exists()
+    finally:
+        other.kill()
+        other.wait()

@@ -75,3 +75,27 @@ def test_the_repr_of_settings_hides_the_token() -> None:
     settings = read_settings({"GPTLOOP_ADMIN_TOKEN": "sesame"})
     assert settings.admin_token == "sesame"
     assert "sesame" not in repr(settings)
+
+
+@pytest.mark.parametrize("name", ["http://models.example", "models.example:8080", "models.example/", "[::1]", "mödels"])
+def test_a_host_that_no_request_would_name_is_refused(name: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"GPTLOOP_INFERENCE_HTTP_HOSTS has .* a name without scheme and port"):
+        read_settings({"GPTLOOP_INFERENCE_HTTP_HOSTS": f"models.example {name}"})
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://example.org/", "https://example.org/page", "example.org", "https://Example.org", "*", "null", "https://"],
+)
+def test_an_origin_that_no_browser_would_send_is_refused(origin: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"GPTLOOP_INFERENCE_HTTP_ORIGINS has .* without a path, such as"):
+        read_settings({"GPTLOOP_INFERENCE_HTTP_ORIGINS": f"https://example.org {origin}"})
+
+
+def test_names_are_read_with_spaces_between_them() -> None:
+    origins = "https://example.org http://localhost:3000 http://[::1]:80 chrome-extension://abc"
+    settings = read_settings(
+        {"GPTLOOP_INFERENCE_HTTP_HOSTS": " a.example  Models_2 ", "GPTLOOP_INFERENCE_HTTP_ORIGINS": origins}
+    )
+    assert settings.http_hosts == ("a.example", "Models_2")
+    assert settings.http_origins == tuple(origins.split())

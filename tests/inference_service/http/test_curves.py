@@ -88,6 +88,14 @@ def test_the_ends_of_runs_are_those_of_their_histories(registry: Registry, curve
     assert calm.cursor == curves.since("calm", "")["cursor"]
 
 
+@pytest.mark.parametrize("counts", ["", ".", "1", f"{'9' * 5000}.0", f"0.{'9' * 5000}", "-1.0", "٣.0", "1.0.0", "1.0 "])
+def test_a_cursor_that_no_answer_had_brings_all_lines(registry: Registry, curves: Curves, counts: str) -> None:
+    writer(registry, "calm").append(report(1), report(2))
+    known = curves.since("calm", "")["cursor"].partition(".")[0]
+    answer = curves.since("calm", f"{known}.{counts}")
+    assert (answer["continues"], answer["reports"]["step"]) == (False, [1, 2])
+
+
 def test_a_run_without_a_history_is_named(registry: Registry, curves: Curves) -> None:
     writer(registry, "calm").append(report(1))
     assert len(curves.lasts()) == 1

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -37,8 +38,14 @@ def post(operated: Operated, path: str, body: object = None, token: str = TOKEN)
     return httpx.post(f"{operated.server.page_url}{path}", content=content, headers=headers, timeout=HANG_S)
 
 
+def listed(operated: Operated) -> dict[str, Any]:
+    answer = get(operated, "api/versions", authorization=f"Bearer {TOKEN}").json()
+    assert isinstance(answer, dict)
+    return answer
+
+
 def state(operated: Operated, number: int) -> dict[str, Any]:
-    (found,) = (each for each in get(operated, "api/versions").json()["versions"] if each["version"] == str(number))
+    (found,) = (each for each in listed(operated)["versions"] if each["version"] == str(number))
     assert isinstance(found, dict)
     return found
 
@@ -75,7 +82,7 @@ def test_an_unknown_run_is_named(operated: Operated) -> None:
 
 def test_the_versions_are_those_that_operators_see(operated: Operated) -> None:
     serving = operated.publish_serving(config=replace(TINY, context_length=16384))
-    answer = get(operated, "api/versions").json()
+    answer = listed(operated)
     expected = operated.admin.versions()
     assert [int(each["version"]) for each in answer["versions"]] == [each.version for each in expected.versions]
     assert answer["policy"] == "best"
@@ -101,7 +108,21 @@ def test_an_operator_does_everything_over_http(operated: Operated) -> None:
     assert rolled["version"]["version"] == str(first)
     operated.await_serving(first)
     assert state(operated, second)["reason"] == "rolled_back: an operator rolled it back"
-    assert get(operated, "api/versions").json()["policy"] == f"pinned:{first}"
+    assert listed(operated)["policy"] == f"pinned:{first}"
+
+
+@pytest.mark.parametrize("path", ["api/rollback", "v1/completions"])
+def test_a_client_that_leaves_inside_its_body_is_no_error(operated: Operated, path: str) -> None:
+    url = httpx.URL(operated.server.page_url)
+    with socket.create_connection((url.host, url.port or 0), HANG_S) as connection:
+        connection.sendall(
+            f"POST /{path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            f"authorization: Bearer {TOKEN}\r\nexpect: 100-continue\r\ncontent-length: 9\r\n\r\n".encode()
+        )
+        # The server reads the body.
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+    # The end of the server checks that its log has no traceback.
+    assert get(operated, "api/server").status_code == 200
 
 
 def test_a_mistake_gets_a_sentence(operated: Operated) -> None:
@@ -110,6 +131,7 @@ def test_a_mistake_gets_a_sentence(operated: Operated) -> None:
         ("api/versions/999/load", None, 404, "There is no version 999"),
         ("api/versions/0/load", None, 400, "version is 0, but versions are numbered from 1."),
         (f"api/versions/{10**30}/load", None, 404, "There is no version 1000000"),
+        (f"api/versions/{'9' * 5000}/load", None, 404, "There is no version 99999"),
         ("api/versions/x/load", None, 404, "There is no page /api/versions/x/load."),
         (f"api/versions/{serving}/unload", None, 400, f"Version {serving} serves: pin another one, or roll back."),
         (f"api/versions/{serving}/load", {"now": True}, 400, "now is not supported; this call has no fields."),

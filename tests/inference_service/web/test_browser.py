@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.service.settings import Directories
 from tests.end_to_end.conftest import TINY, System, running
 from tests.fakes import TINY as TINY_MODEL
+from tests.fakes import publish_tiny_version
 from tests.inference_service.operated import TOKEN, Operated
 from tests.inference_service.process import Server, text_of
 from tests.waiting import HANG_S, wait_until
@@ -225,6 +227,8 @@ def test_pointing_at_a_token_and_the_arrow_keys_show_what_else_was_likely(system
     expect(about).to_be_hidden()
     page.locator(".lane .token").nth(2).hover()
     expect(about.locator("li")).to_have_count(5)
+    shares = [float(re.sub(r"[^0-9.]", "", text)) for text in about.locator("li span:last-child").all_text_contents()]
+    assert shares == sorted(shares, reverse=True)
     page.locator("h1 >> visible=true").hover()
     expect(about).to_be_hidden()
     page.locator(".lane .text").focus()
@@ -246,6 +250,22 @@ def test_stop_ends_a_stream_and_frees_its_slot(operated: Operated, page: Page) -
     expect(page.locator(".lane .hint")).to_contain_text("Stopped after ")
     expect(page.get_by_role("button", name="Stop")).to_be_disabled()
     wait_until(lambda: operated.status(number).streams == 0)
+
+
+def test_a_stream_that_breaks_off_is_a_sentence(tmp_path: Path, page: Page) -> None:
+    server = Server(tmp_path / "var")
+    publish_tiny_version(server.registry, 1.0, config=replace(TINY_MODEL, context_length=16384))
+    wait_until(server.serves)
+    page.goto(f"{server.page_url}#playground")
+    generate(page, "x", Tokens_at_most="16000", Temperature="0")
+    expect(page.locator(".lane .token").first).to_be_visible()
+    server.end(signal.SIGKILL)
+    expect(page.locator(".lane [role=alert]")).to_contain_text("The stream broke off")
+
+
+def test_an_address_that_names_no_view_shows_training(system: System, page: Page) -> None:
+    page.goto(address(system, "toString"))
+    expect(page.get_by_role("heading", name="first")).to_be_visible()
 
 
 def test_an_error_of_the_server_is_a_sentence(system: System, page: Page) -> None:
@@ -376,13 +396,15 @@ def test_the_token_is_asked_for_once_and_kept_in_memory_only(operated: Operated,
     page.goto(f"{operated.server.page_url}#versions")
     promote = page.get_by_role("button", name=f"Promote version {number}")
     dialog = page.get_by_role("dialog", name="token")
-    promote.click()
-    dialog.get_by_label("Token").fill("close sesame")
-    dialog.get_by_role("button", name="Use").click()
-    expect(dialog).to_contain_text("The server refused this token.")
-    assert "stable" not in operated.status(number).labels
+    for wrong in ("close sesame", "öffne dich → Sesam"):
+        dialog.get_by_label("Token").fill(wrong)
+        dialog.get_by_role("button", name="Use").click()
+        expect(dialog).to_contain_text("The server refused this token.")
+        expect(dialog.get_by_label("Token")).to_have_value("")
+    expect(promote).to_have_count(0)
     dialog.get_by_label("Token").fill(TOKEN)
     dialog.get_by_label("Token").press("Enter")
+    promote.click()
     expect(page.locator("#versions-result")).to_have_text(f"Version {number} is the stable one.")
     assert "stable" in operated.status(number).labels
     page.get_by_role("button", name=f"Load version {number}").click()
@@ -391,8 +413,13 @@ def test_the_token_is_asked_for_once_and_kept_in_memory_only(operated: Operated,
     assert page.evaluate(kept) == '[{},{},"","#versions"]'
 
     page.reload()
-    page.get_by_role("button", name=f"Pin version {number}").click()
     expect(dialog).to_contain_text("only for people who know its token")
     dialog.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#connection")).to_contain_text("only to people who know the operator")
     expect(dialog).to_be_hidden()
+    page.get_by_role("link", name="Playground").click()
+    expect(page.get_by_role("combobox", name="Version", exact=True)).to_contain_text(str(number))
+    expect(page.locator("#connection")).to_be_hidden()
+    page.get_by_role("link", name="Versions").click()
+    expect(dialog).to_be_visible()
     assert operated.admin.versions().policy == "best"
