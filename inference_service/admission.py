@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from prometheus_client import Gauge
 
@@ -13,10 +14,18 @@ _REMEMBERED = 32
 _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 60.0
 
 
+@dataclass
+class Call:
+    """What waits of one call, which may make several requests."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+
+
 class Admission:
     """Counts the samples that wait for a slot and their prompt tokens, and rejects requests beyond the limits.
 
-    A request that exceeds a limit by itself is accepted if nothing else waits.
+    A call that exceeds a limit by itself is accepted if nothing else waits.
     """
 
     def __init__(
@@ -35,9 +44,9 @@ class Admission:
         # When samples got their slots.
         self._admitted_at: deque[float] = deque(maxlen=_REMEMBERED)
 
-    def enter(self, samples: int) -> "Ticket":
-        """Returns a ticket for one more request; raises `ResourceExhausted` if too many samples wait."""
-        if self._requests and self._requests + samples > self._max_requests:
+    def enter(self, samples: int, call: Call) -> "Ticket":
+        """Returns a ticket for one more request of a call; raises `ResourceExhausted` if too many samples wait."""
+        if self._requests > call.requests and self._requests + samples > self._max_requests:
             raise self._refusal(
                 f"{self._requests} requests are waiting already, and {samples} more would exceed the limit of "
                 f"{self._max_requests}"
@@ -45,16 +54,16 @@ class Admission:
         if not self._requests:
             # The speed of an earlier queue says nothing about a new one.
             self._admitted_at.clear()
-        self._count(samples, 0)
-        return Ticket(self, samples)
+        self._count(samples, 0, call)
+        return Ticket(self, samples, call)
 
-    def _add_prompt_tokens(self, prompt_tokens: int) -> None:
-        if self._prompt_tokens and self._prompt_tokens + prompt_tokens > self._max_prompt_tokens:
+    def _add_prompt_tokens(self, prompt_tokens: int, call: Call) -> None:
+        if self._prompt_tokens > call.prompt_tokens and self._prompt_tokens + prompt_tokens > self._max_prompt_tokens:
             raise self._refusal(
                 f"{self._prompt_tokens} prompt tokens are waiting already, and {prompt_tokens} more would exceed the "
                 f"limit of {self._max_prompt_tokens}"
             )
-        self._count(0, prompt_tokens)
+        self._count(0, prompt_tokens, call)
 
     def _note_admitted(self, samples: int) -> None:
         self._admitted_at.extend([self._clock()] * samples)
@@ -70,18 +79,21 @@ class Admission:
         interval_s = (self._clock() - self._admitted_at[0]) / (len(self._admitted_at) - 1)
         return min(max(self._requests / 2 * interval_s, _SHORTEST_RETRY_S), _LONGEST_RETRY_S)
 
-    def _count(self, requests: int, prompt_tokens: int) -> None:
+    def _count(self, requests: int, prompt_tokens: int, call: Call) -> None:
         self._requests += requests
         self._prompt_tokens += prompt_tokens
+        call.requests += requests
+        call.prompt_tokens += prompt_tokens
         self._waiting.set(self._requests)
 
 
 class Ticket:
     """The share of one request in what waits. Leaving its `with` block gives it back."""
 
-    def __init__(self, admission: Admission, samples: int) -> None:
+    def __init__(self, admission: Admission, samples: int, call: Call) -> None:
         self._admission = admission
         self._samples = samples
+        self._call = call
         self._prompt_tokens = 0
         self._left = False
 
@@ -93,7 +105,7 @@ class Ticket:
 
     def add_prompt_tokens(self, prompt_tokens: int) -> None:
         """Counts the prompt once its length is known; raises `ResourceExhausted` if too many prompt tokens wait."""
-        self._admission._add_prompt_tokens(prompt_tokens)
+        self._admission._add_prompt_tokens(prompt_tokens, self._call)
         self._prompt_tokens = prompt_tokens
 
     def admitted(self) -> None:
@@ -104,4 +116,4 @@ class Ticket:
     def _leave(self) -> None:
         if not self._left:
             self._left = True
-            self._admission._count(-self._samples, -self._prompt_tokens)
+            self._admission._count(-self._samples, -self._prompt_tokens, self._call)

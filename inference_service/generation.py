@@ -3,12 +3,12 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from inference_service.admission import Admission, Ticket
+from inference_service.admission import Admission, Call, Ticket
 from inference_service.codec import Codec
 from inference_service.draft import Draft, Selection
 from inference_service.engine.engine import Engine
@@ -93,18 +93,26 @@ class Generations:
             return await self._catalogue.manifest(selection.version)
         return None if selection.label is None else await self._catalogue.resolve(selection.label)
 
+    def version(self, manifest: VersionManifest | None) -> AbstractAsyncContextManager[Resident]:
+        """Keeps a chosen version in memory for requests that it shall answer; raises as `Residents.stream`."""
+        return self._residents.stream(manifest)
+
     async def run(self, draft: Draft, receiver: Receiver) -> str:
-        """Answers a checked request; returns the finish reason of its last sample.
+        """Answers a checked request with the version that it selects, as `run_on`."""
+        async with self.version(await self.choose(draft.selection)) as resident:
+            return await self.run_on(resident, draft, receiver, Call())
+
+    async def run_on(self, resident: Resident, draft: Draft, receiver: Receiver, call: Call) -> str:
+        """Answers a checked request of a call with a version; returns the finish reason of its last sample.
 
         If the task is cancelled, the slots are free within one step.
         """
-        async with self._residents.stream(await self.choose(draft.selection)) as resident:
-            with (
-                _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
-                self._admission.enter(draft.options.samples) as ticket,
-            ):
-                end.reason = await self._answer(draft, resident, receiver, ticket)
-            return end.reason
+        with (
+            _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
+            self._admission.enter(draft.options.samples, call) as ticket,
+        ):
+            end.reason = await self._answer(draft, resident, receiver, ticket)
+        return end.reason
 
     async def _answer(self, draft: Draft, resident: Resident, receiver: Receiver, ticket: Ticket) -> str:
         """Answers a request with a version; returns the finish reason of its last sample."""

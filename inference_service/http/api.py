@@ -1,28 +1,34 @@
 """The routes of OpenAI's API."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from inference_service.generation import ClientLeft, Generations
 from inference_service.http.body import read_body
 from inference_service.http.completions import CompletionRequest, complete
+from inference_service.http.connections import abort
 from inference_service.http.errors import HttpError, error_body, error_response
+from inference_service.http.failures import failure
 from inference_service.versions.catalogue import Catalogue
 from inference_service.write_timeouts import WriteTimeouts
-from shared.errors import GptloopError
+from shared.errors import GptloopError, ResourceExhausted
 from shared.registry.manifest import VersionManifest
 
 _NO_CHAT = (
     "The versions of this server are base models, which continue text and follow no instructions; use "
     "/v1/completions with the beginning of a text."
 )
+
+# Small, so that a client that reads slowly but steadily gets all of them in time.
+_PIECE_BYTES = 64 << 10
 
 Result = TypeVar("Result")
 
@@ -42,7 +48,7 @@ def api_routes(
         for each in _models(catalogue):
             if each["id"] == name:
                 return JSONResponse(each)
-        raise HttpError(404, f"There is no model {name!r}; /v1/models lists them.", "model")
+        raise HttpError(404, f"There is no model {name!r}; /v1/models lists them.", "model", "model_not_found")
 
     async def refuse_chat(_: Request) -> JSONResponse:
         raise HttpError(400, _NO_CHAT)
@@ -85,21 +91,23 @@ class _Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; its slots are free within a step after its client has left."""
-        events = _Events(send, self._write_timeouts)
+        answer = _Answer(scope, send, self._write_timeouts)
         try:
             request = await read_body(Request(scope, receive), CompletionRequest)
-            answer = await _while_connected(receive, complete(request, self._generations, self._slots, events.send))
+            work = complete(request, self._generations, self._slots, answer.send_event)
+            last = await _while_connected(receive, work)
             if request.stream:
-                await events.end(answer)
+                await answer.end_events(last)
             else:
-                await JSONResponse(answer)(scope, receive, send)
+                await answer.send_whole(last)
         except ClientLeft:
             return
         except GptloopError as error:
-            if events.started:
-                await events.end(error_body(error))
-            else:
-                await error_response(error)(scope, receive, send)
+            await answer.send_error(error)
+        except Exception:
+            if not answer.started:
+                raise
+            await answer.send_error(failure(scope))
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -122,29 +130,73 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-class _Events:
-    """Writes server-sent events; the head of the response goes out with the first one."""
+class _Answer:
+    """Writes one response: whole, or as server-sent events, whose head goes out with the first one.
 
-    def __init__(self, send: Callable[[Any], Awaitable[None]], write_timeouts: WriteTimeouts) -> None:
+    A client that does not read a piece in time loses its connection: nothing that it can still be told would reach it.
+    """
+
+    def __init__(self, scope: Scope, send: Send, write_timeouts: WriteTimeouts) -> None:
+        self._transport: asyncio.Transport = scope["state"]["transport"]
         self._send = send
         self._write_timeouts = write_timeouts
         self.started = False
 
-    async def send(self, event: dict[str, Any]) -> None:
+    async def send_event(self, event: str) -> None:
         """Writes an event; raises `ResourceExhausted` if the client does not read it in time."""
-        await self._write(f"data: {json.dumps(event, separators=(',', ':'))}\n\n")
+        await self._begin("text/event-stream; charset=utf-8", cache_control="no-store")
+        await self._write(f"data: {event}\n\n".encode())
 
-    async def end(self, event: dict[str, Any]) -> None:
+    async def end_events(self, event: str) -> None:
         """Writes the last event, if it is not empty, and the end of the stream."""
         if event:
-            await self.send(event)
-        await self._write("data: [DONE]\n\n")
-        await self._send({"type": "http.response.body", "body": b""})
+            await self.send_event(event)
+        await self.send_event("[DONE]")
+        await self._end()
 
-    async def _write(self, text: str) -> None:
-        async with self._write_timeouts.limit():
-            if not self.started:
+    async def send_whole(self, body: str) -> None:
+        """Writes a response in pieces; raises `ResourceExhausted` if the client does not read one in time."""
+        content = body.encode()
+        await self._begin("application/json", content_length=str(len(content)))
+        for start in range(0, len(content), _PIECE_BYTES):
+            await self._write(content[start : start + _PIECE_BYTES])
+        await self._end()
+
+    async def send_error(self, error: GptloopError) -> None:
+        """Writes an error as the response or as the last event, unless the client does not read."""
+        if self._transport.is_closing():
+            return
+        with contextlib.suppress(ResourceExhausted):
+            if self.started:
+                await self.end_events(json.dumps(error_body(error)))
+            else:
+                response = error_response(error)
                 self.started = True
-                headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            await self._send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                await self._write_message(
+                    {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers}
+                )
+                await self._write(bytes(response.body))
+                await self._end()
+
+    async def _begin(self, kind: str, **headers: str) -> None:
+        if not self.started:
+            self.started = True
+            named = {"content-type": kind} | {name.replace("_", "-"): value for name, value in headers.items()}
+            raw = [(name.encode(), value.encode()) for name, value in named.items()]
+            await self._write_message({"type": "http.response.start", "status": 200, "headers": raw})
+
+    async def _write(self, content: bytes) -> None:
+        await self._write_message({"type": "http.response.body", "body": content, "more_body": True})
+
+    async def _end(self) -> None:
+        await self._write_message({"type": "http.response.body", "body": b""})
+
+    async def _write_message(self, message: Message) -> None:
+        try:
+            async with self._write_timeouts.limit():
+                await self._send(message)
+        except ResourceExhausted:
+            abort(self._transport)
+            # Lets uvicorn see it, which would complain about half a response.
+            await asyncio.sleep(0)
+            raise

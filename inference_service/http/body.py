@@ -46,6 +46,8 @@ def _refusal(error: ValidationError, kind: type[BaseModel]) -> HttpError:
     if first["type"] == "json_invalid":
         return HttpError(400, f"The body is not JSON: {excerpt(first['ctx']['error'])}.")
     if first["type"] == "extra_forbidden":
+        if len(first["loc"]) > 1:
+            return HttpError(400, f"{excerpt('.'.join(map(str, first['loc'])))} is not supported.", place)
         fields = f"the fields are {', '.join(kind.model_fields)}" if kind.model_fields else "this call has no fields"
         return HttpError(400, f"{excerpt(place)} is not supported; {fields}.", place)
     value = excerpt(repr(first["input"]), 60)

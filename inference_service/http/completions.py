@@ -1,36 +1,35 @@
 """OpenAI's completions: translates JSON into the requests of `draft.py`, and events into choices."""
 
 import asyncio
+import json
 import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import fields
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from inference_service.admission import Call
 from inference_service.draft import Draft, Selection, new_draft
-from inference_service.engine.request import Delta, Draw, Finished, FinishReason, GenerationRequest, PromptRead
+from inference_service.engine.request import Delta, Draw, Finished, GenerationRequest, PromptRead
 from inference_service.generation import Generations
+from inference_service.http.choices import Choice, Usage
 from inference_service.http.errors import HttpError
 from inference_service.versions.resident import Resident
 from shared.decoding.sampling import SamplingParameters
-from shared.errors import NotFound
-from shared.gpt.tokenizer import Tokenizer
+from shared.errors import InvalidArgument, NotFound
 
 # Prompts of one request; each takes the slots of its samples.
 MAX_PROMPTS = 128
 # OpenAI's defaults.
 _MAX_TOKENS = 16
 
-_REASONS = {
-    FinishReason.EOS: "stop",
-    FinishReason.STOP: "stop",
-    FinishReason.LENGTH: "length",
-    FinishReason.CONTEXT_LENGTH: "length",
-    FinishReason.DEADLINE: "length",
-}
+
+_Item = TypeVar("_Item")
+# Without the limit, millions of wrong values make as many errors, for each of the types.
+_List = Annotated[list[_Item], Field(fail_fast=True)]
 
 
 class StreamOptions(BaseModel):
@@ -39,6 +38,8 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+    # OpenAI pads events against eavesdroppers; this server does not.
+    include_obfuscation: bool | None = None
 
 
 class CompletionRequest(BaseModel):
@@ -50,13 +51,13 @@ class CompletionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | _List[int] | _List[str] | _List[_List[int]]
     model: str | int = ""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | _List[str] | None = None
     seed: int | None = None
     logprobs: int | None = None
     echo: bool | None = None
@@ -90,7 +91,7 @@ class CompletionRequest(BaseModel):
         max_tokens = _MAX_TOKENS if self.max_tokens is None else self.max_tokens or (1 if self.echo else 0)
         return [
             new_draft(
-                selection=selection_of(str(self.model)),
+                selection=Selection(),
                 prompt=prompt,
                 slots=slots,
                 sampling=sampling,
@@ -119,111 +120,20 @@ class CompletionRequest(BaseModel):
         return self.prompt
 
 
-def selection_of(model: str) -> Selection:
-    """Returns the version that a model's name selects: a number or a label; without a name the one that serves.
-
-    Raises `NotFound` for the name of no version.
-    """
+def _selection(model: str) -> Selection:
+    """Returns the version that a model's name selects: a number or a label; without a name the one that serves."""
     if not model:
         return Selection()
-    if model.isascii() and model.isdecimal() and len(model) <= 18:
-        if int(model) < 1:
-            raise NotFound(f"There is no version {model}: versions are numbered from 1.")
+    if model.isascii() and model.isdecimal() and len(model) <= 18 and int(model):
         return Selection(version=int(model))
     return Selection(label=model)
 
 
-@dataclass
-class _Logprobs:
-    """Columns of OpenAI's `logprobs`; offsets count characters from the beginning of the choice's text."""
-
-    tokens: list[str] = field(default_factory=list)
-    token_logprobs: list[float | None] = field(default_factory=list)
-    top_logprobs: list[dict[str, float] | None] = field(default_factory=list)
-    text_offset: list[int] = field(default_factory=list)
-
-
-class Choice:
-    """One sample of one prompt: collects its events until they are taken as JSON."""
-
-    def __init__(self, index: int, tokenizer: Tokenizer, wants_logprobs: bool, drops_text: bool) -> None:
-        self.index = index
-        self._tokenizer = tokenizer
-        self._wants_logprobs = wants_logprobs
-        self._drops_text = drops_text
-        self._text = ""
-        self._logprobs = _Logprobs()
-        # Bytes of the text so far, which may end within a character.
-        self._bytes = b""
-        self._characters = 0
-        self._reason: str | None = None
-
-    def echo(self, text: str, tokens: Sequence[Draw]) -> None:
-        """Adds the prompt."""
-        self._text += text
-        self._add_logprobs(tokens)
-
-    def add(self, delta: Delta) -> None:
-        """Adds generated text."""
-        if not self._drops_text:
-            self._text += delta.text
-            self._add_logprobs(delta.draws)
-
-    def finish(self, finished: Finished) -> None:
-        """Notes why the sample has ended."""
-        self._reason = _REASONS[finished.reason]
-
-    def take(self) -> dict[str, Any]:
-        """Returns what was added since the last call, as a choice of a response."""
-        logprobs, self._logprobs = self._logprobs, _Logprobs()
-        text, self._text = self._text, ""
-        return {
-            "index": self.index,
-            "text": text,
-            "logprobs": vars(logprobs) if self._wants_logprobs else None,
-            "finish_reason": self._reason,
-        }
-
-    def _add_logprobs(self, tokens: Sequence[Draw]) -> None:
-        if not self._wants_logprobs:
-            return
-        into = self._logprobs
-        for token in tokens:
-            into.tokens.append(self._name(token.token))
-            into.token_logprobs.append(token.logprob)
-            top = {self._name(other.token): other.logprob for other in token.alternatives}
-            into.top_logprobs.append(None if token.logprob is None else top)
-            into.text_offset.append(self._characters)
-            self._bytes += self._tokenizer.token_bytes(token.token)
-            whole = self._bytes.decode(errors="ignore")
-            self._characters += len(whole)
-            self._bytes = self._bytes[len(whole.encode()) :]
-
-    def _name(self, token: int) -> str:
-        """Returns the text of a token; of one that is no whole text its bytes, as OpenAI's API does."""
-        content = self._tokenizer.token_bytes(token)
-        try:
-            return content.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
-
-
-@dataclass
-class Usage:
-    """Tokens that were read and generated."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns OpenAI's `usage`."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        }
+def _named(error: InvalidArgument) -> HttpError:
+    """Returns the error of a draft with the field that it names at its beginning."""
+    sentence = str(error).replace("prompt_tokens contains", "prompt contains", 1)
+    name = sentence.removeprefix("The ").split(maxsplit=1)[0]
+    return HttpError(400, sentence, name if name in CompletionRequest.model_fields else None)
 
 
 class Completion:
@@ -256,8 +166,21 @@ class Completion:
         self.usage.completion_tokens += 0 if self._request.max_tokens == 0 else finished.generated_tokens
         self.usage.cached_tokens += finished.cached_prompt_tokens if is_first else 0
 
-    def to_json(self, choices: Sequence[Choice], **more: Any) -> dict[str, Any]:
-        """Returns a response, or an event of a stream. `seed` is that of the first choice; the others follow it."""
+    def event(self, choices: Sequence[Choice], **more: Any) -> str:
+        """Returns an event of a stream as JSON."""
+        return _to_json(self._common() | {"choices": [choice.take() for choice in choices], **more})
+
+    async def whole(self, choices: Sequence[Choice]) -> str:
+        """Returns a response as JSON, written choice by choice, so that a large one does not hold up other streams."""
+        parts = []
+        for choice in choices:
+            parts.append(_to_json(choice.take()))
+            await asyncio.sleep(0)
+        rest = _to_json(self._common() | {"usage": self.usage.to_json()})
+        return f'{rest[:-1]},"choices":[{",".join(parts)}]}}'
+
+    def _common(self) -> dict[str, Any]:
+        """Returns what all answers have. `seed` is that of the first choice; the others follow it."""
         return {
             "id": self._id,
             "object": "text_completion",
@@ -265,9 +188,11 @@ class Completion:
             "model": self._model,
             "system_fingerprint": self._fingerprint,
             "seed": self._seeds.get(0),
-            "choices": [choice.take() for choice in choices],
-            **more,
         }
+
+
+def _to_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 # Receives choices with news; may wait until the client has read.
@@ -314,12 +239,12 @@ class _Prompt:
 
 
 async def complete(
-    request: CompletionRequest, generations: Generations, slots: int, send: Callable[[dict[str, Any]], Awaitable[None]]
-) -> dict[str, Any]:
-    """Answers a request, all prompts at once; returns the whole response, or if it streams the last event.
+    request: CompletionRequest, generations: Generations, slots: int, send: Callable[[str], Awaitable[None]]
+) -> str:
+    """Answers all prompts of a request with one version; returns the response, or if it streams the last event.
 
-    A request that streams calls `send` with each event. Raises the errors of `Generations.run`; then all of its prompts
-    have ended.
+    A request that streams calls `send` with each event. At most as many prompts as fill the slots run or wait at once,
+    so that a batch does not fill the queue. Raises the errors of `Generations`; then all of its prompts have ended.
     """
     completion = Completion(request)
     usage: dict[str, Any] = {}
@@ -328,18 +253,35 @@ async def complete(
 
     async def pass_on(choices: Sequence[Choice]) -> None:
         if request.stream:
-            await send(completion.to_json(choices, **usage))
+            await send(completion.event(choices, **usage))
 
-    drafts = request.drafts(slots)
-    prompts = [_Prompt(number, completion, draft, bool(request.echo), pass_on) for number, draft in enumerate(drafts)]
-    tasks = [asyncio.create_task(generations.run(draft, each)) for draft, each in zip(drafts, prompts, strict=True)]
     try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
+        drafts = request.drafts(slots)
+    except InvalidArgument as error:
+        raise _named(error) from None
+    try:
+        manifest = await generations.choose(_selection(str(request.model)))
+    except (InvalidArgument, NotFound) as error:
+        raise HttpError(404, str(error), "model", "model_not_found") from None
+    prompts = [_Prompt(number, completion, draft, bool(request.echo), pass_on) for number, draft in enumerate(drafts)]
+    call = Call()
+    room = asyncio.Semaphore(max(1, slots // drafts[0].options.samples))
+    async with generations.version(manifest) as resident:
+
+        async def run(draft: Draft, prompt: _Prompt) -> None:
+            async with room:
+                try:
+                    await generations.run_on(resident, draft, prompt, call)
+                except InvalidArgument as error:
+                    raise _named(error) from None
+
+        tasks = [asyncio.create_task(run(draft, each)) for draft, each in zip(drafts, prompts, strict=True)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
     if request.stream:
-        return completion.to_json([], usage=completion.usage.to_json()) if usage else {}
-    choices = [choice for prompt in prompts for choice in prompt.choices]
-    return completion.to_json(choices, usage=completion.usage.to_json())
+        return completion.event([], usage=completion.usage.to_json()) if usage else ""
+    return await completion.whole([choice for prompt in prompts for choice in prompt.choices])

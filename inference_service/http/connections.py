@@ -2,6 +2,8 @@
 
 import asyncio
 import resource
+import socket
+import struct
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -19,7 +21,7 @@ class Connection(HttpToolsProtocol):
     """A connection that is closed if it is one too many, or if its request is late, has a long head, or comes early.
 
     A request is early while another one of the connection runs: uvicorn would not read on, and so not notice that the
-    client leaves.
+    client leaves. The state of each request has the `transport`, so that its answer can abort it.
     """
 
     _late: asyncio.TimerHandle | None = None
@@ -31,6 +33,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for a request."""
         super().connection_made(transport)
+        self.app_state = {**self.app_state, "transport": transport}
         if len(self.connections) > _most_connections():
             transport.abort()
             return
@@ -95,6 +98,14 @@ class Connection(HttpToolsProtocol):
             headers = [b"%s: %s\r\n" % each for each in [*response.raw_headers, (b"connection", b"close")]]
             self.transport.write(b"".join([STATUS_LINE[error.status], *headers, b"\r\n", bytes(response.body)]))
         self.transport.close()
+
+
+def abort(transport: asyncio.Transport) -> None:
+    """Ends a connection without what is still unread; closing alone would leave that to the system, for minutes."""
+    connection = transport.get_extra_info("socket")
+    if connection is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def _most_connections() -> int:

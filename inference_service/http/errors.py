@@ -5,7 +5,7 @@ import math
 import grpc
 from starlette.responses import JSONResponse
 
-from shared.errors import GptloopError, ResourceExhausted, Unavailable
+from shared.errors import GptloopError, ResourceExhausted
 from shared.service.grpc_status import code_of
 
 # The status, and OpenAI's type of the error.
@@ -26,10 +26,11 @@ _RETRY_AFTER_S = 1.0
 class HttpError(GptloopError):
     """An error that only HTTP knows, with its status."""
 
-    def __init__(self, status: int, sentence: str, param: str | None = None) -> None:
+    def __init__(self, status: int, sentence: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(sentence)
         self.status = status
         self.param = param
+        self.code = code
 
 
 def error_response(error: GptloopError) -> JSONResponse:
@@ -47,15 +48,13 @@ def error_response(error: GptloopError) -> JSONResponse:
 def error_body(error: GptloopError) -> dict[str, object]:
     """Returns the JSON value for an error."""
     status, kind = _status(error)
-    param = error.param if isinstance(error, HttpError) else None
-    code = {404: "model_not_found", 429: "rate_limit_exceeded"}.get(status)
+    param, code = (error.param, error.code) if isinstance(error, HttpError) else (None, None)
+    if status == 429:
+        code = "rate_limit_exceeded"
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
 def _status(error: GptloopError) -> tuple[int, str]:
     if isinstance(error, HttpError):
-        return error.status, "invalid_request_error"
+        return error.status, "server_error" if error.status >= 500 else "invalid_request_error"
     return _STATUSES.get(code_of(error), (500, "server_error"))
-
-
-STOPPING = Unavailable("The server is stopping; try again in a moment.")

@@ -8,12 +8,14 @@ from collections.abc import Collection, Iterator, Sequence
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
 from inference_service.http.connections import Connection
 from inference_service.http.errors import HttpError, error_response
+from inference_service.http.failures import Failures
 from inference_service.http.guards import Guards
 from shared.errors import GptloopError
 from shared.service.listening import Address
@@ -40,6 +42,7 @@ class HttpServer:
     def __init__(self, routes: Sequence[BaseRoute], hosts: Collection[str], origins: Collection[str]) -> None:
         app = Starlette(
             routes=list(routes),
+            middleware=[Middleware(Failures)],
             exception_handlers={GptloopError: _answer_error, HTTPException: _answer_http_error},
         )
         self._config = uvicorn.Config(

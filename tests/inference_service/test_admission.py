@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client import Gauge
 
-from inference_service.admission import Admission, Ticket
+from inference_service.admission import Admission, Call, Ticket
 from shared.errors import ResourceExhausted
 
 
@@ -15,8 +15,8 @@ class Waiting:
         self.gauge = Gauge("waiting", "Samples that wait.", registry=None)
         self.admission = Admission(requests, prompt_tokens, self.gauge, lambda: self.now)
 
-    def enter(self, samples: int = 1) -> Ticket:
-        return self.admission.enter(samples).__enter__()
+    def enter(self, samples: int = 1, call: Call | None = None) -> Ticket:
+        return self.admission.enter(samples, call or Call()).__enter__()
 
     @property
     def count(self) -> float:
@@ -55,6 +55,25 @@ def test_a_request_beyond_a_limit_is_accepted_if_nothing_else_waits() -> None:
     alone.admitted()
     assert waiting.count == 0
     waiting.enter().add_prompt_tokens(10)
+
+
+def test_a_call_is_not_refused_because_of_itself() -> None:
+    waiting = Waiting(requests=2, prompt_tokens=10)
+    call = Call()
+    tickets = [waiting.enter(2, call) for _ in range(3)]
+    for ticket in tickets:
+        ticket.add_prompt_tokens(8)
+    assert waiting.count == 6
+    with pytest.raises(ResourceExhausted):
+        waiting.enter()
+    for ticket in tickets:
+        ticket.admitted()
+    other = waiting.enter()
+    other.add_prompt_tokens(8)
+    with pytest.raises(ResourceExhausted, match="1 requests are waiting already"):
+        waiting.enter(2, call)
+    with pytest.raises(ResourceExhausted, match="8 prompt tokens are waiting already"):
+        waiting.enter(1, call).add_prompt_tokens(8)
 
 
 def test_an_admitted_request_gives_its_prompt_tokens_back() -> None:

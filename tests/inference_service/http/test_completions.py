@@ -13,8 +13,11 @@ import openai
 import pytest
 
 from inference_service.client import InferenceClient
+from inference_service.http.choices import Choice
+from inference_service.http.completions import Completion, CompletionRequest
 from shared.pb.inference.v1 import inference_pb2 as pb
-from tests.fakes import publish_tiny_version
+from tests.asynchronous import async_test
+from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.inference_service.process import Server, text_of
 from tests.waiting import HANG_S, wait_until
 
@@ -141,7 +144,7 @@ def test_an_echo_with_logprobs_scores_every_token(
 def test_an_echo_of_no_tokens_reads_the_prompt_alone(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="2", prompt="Once", max_tokens=0, echo=True, logprobs=0)
     (choice,) = answer.choices
-    assert choice.text == "Once"
+    assert (choice.text, choice.finish_reason) == ("Once", "length")
     assert choice.logprobs is not None
     assert len(choice.logprobs.token_logprobs or ()) == 4
     assert answer.usage is not None
@@ -155,6 +158,16 @@ def test_bytes_that_are_no_character_are_named_as_bytes(client: openai.OpenAI) -
     assert choice.logprobs is not None
     assert choice.logprobs.tokens == ["bytes:\\xc3", "bytes:\\xa9", "!"]
     assert choice.logprobs.text_offset == [0, 0, 1]
+
+
+def test_offsets_count_the_characters_that_stand_for_wrong_bytes(client: openai.OpenAI) -> None:
+    prompt = [0xC3, *b" b", 0xE2, 0x82, 0xFF, *"é".encode(), 0xC3]
+    answer = client.completions.create(model="2", prompt=prompt, max_tokens=2, echo=True, logprobs=0, seed=1)
+    (choice,) = answer.choices
+    assert choice.text.startswith("\ufffd b\ufffd\ufffdé\ufffd")
+    assert choice.logprobs is not None
+    assert choice.logprobs.text_offset is not None
+    assert choice.logprobs.text_offset[:10] == [0, 1, 2, 3, 3, 4, 5, 5, 6, 7]
 
 
 def test_a_stop_text_ends_the_text(server: Server, client: openai.OpenAI) -> None:
@@ -181,15 +194,15 @@ WRONG: list[tuple[dict[str, Any], str, str | None]] = [
     ({"prompt": []}, "prompt is an empty list", "prompt"),
     ({"prompt": ["x"] * 129}, "prompt has 129 prompts, but the limit is 128", "prompt"),
     ({"prompt": "x", "max_tokens": "5"}, "max_tokens: Input should be a valid integer", "max_tokens"),
-    ({"prompt": "x", "max_tokens": 0}, "max_tokens is 0, but must be at least 1", None),
-    ({"prompt": "x", "temperature": -1}, "temperature is -1, but must be from 0", None),
-    ({"prompt": "x", "logprobs": 21}, "logprobs is 21, but must be from 0 to 20", None),
-    ({"prompt": "x", "n": 9}, "n is 9, but must be from 1 to 8", None),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens is 0, but must be at least 1", "max_tokens"),
+    ({"prompt": "x", "temperature": -1}, "temperature is -1, but must be from 0", "temperature"),
+    ({"prompt": "x", "logprobs": 21}, "logprobs is 21, but must be from 0 to 20", "logprobs"),
+    ({"prompt": "x", "n": 9}, "n is 9, but must be from 1 to 8", "n"),
+    ({"prompt": "x", "stream_options": {"usage": True}}, "stream_options.usage is not supported.", "stream_options"),
     ({"prompt": "x", "best_of": 3}, "best_of is 3, but must equal n, 1", "best_of"),
     ({"prompt": "x", "model": True}, "model: Input should be a valid string, but there is True", "model"),
-    ({"prompt": "x", "model": "gpt-4"}, "'gpt-4' is not a label", None),
-    ({"prompt": "x" * 96}, "has at least 96 tokens, but must have fewer than 96", None),
-    ({"prompt": [300]}, "prompt_tokens contains 300", None),
+    ({"prompt": "x" * 96}, "has at least 96 tokens, but must have fewer than 96", "prompt"),
+    ({"prompt": [300]}, "prompt contains 300, but version", "prompt"),
     ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias: ", "logit_bias"),
 ]
 
@@ -212,10 +225,21 @@ def test_a_number_names_a_version_too(server: Server) -> None:
     assert post(server, json.dumps({"model": 9, "prompt": "x"})).status_code == 404
 
 
-def test_a_version_that_does_not_exist_is_not_found(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="There is no version 9") as raised:
-        client.completions.create(model="9", prompt="x")
-    assert raised.value.code == "model_not_found"
+@pytest.mark.parametrize("model", ["9", "0", "9" * 19, "gpt-3.5-turbo-instruct", "stable"])
+def test_a_version_that_does_not_exist_is_not_found(client: openai.OpenAI, model: str) -> None:
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.completions.create(model=model, prompt="x")
+    assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
+
+
+def test_a_path_that_does_not_exist_is_no_model(server: Server) -> None:
+    refused = httpx.get(f"{server.page_url}v1/engines", timeout=HANG_S)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, None)
+
+
+def test_padding_against_eavesdroppers_may_be_asked_for(server: Server) -> None:
+    body = {"prompt": "x", "stream": True, "stream_options": {"include_obfuscation": True}}
+    assert post(server, json.dumps(body)).status_code == 200
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"null", b'{"prompt": "\\ud800"}'])
@@ -240,6 +264,23 @@ def test_a_client_that_leaves_frees_its_slot(server: Server) -> None:
         next(answer.iter_lines())
         # The context of a tiny version is full soon, so other streams keep it busy.
     wait_until(lambda: server.metrics()[("gptloop_inference_active_streams",)] == 0)
+
+
+def test_a_batch_as_large_as_it_may_be_is_answered(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="2", prompt=["Once"] * 128, n=8, max_tokens=1, seed=1)
+    assert [choice.index for choice in answer.choices] == list(range(128 * 8))
+
+
+@async_test
+async def test_other_streams_go_on_between_the_choices_of_a_response() -> None:
+    choices = [Choice(index, byte_tokenizer(), True, False) for index in range(5)]
+    writing = asyncio.create_task(Completion(CompletionRequest.model_validate({"prompt": "x"})).whole(choices))
+    turns = 0
+    while not writing.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > len(choices)
+    assert [choice["index"] for choice in json.loads(await writing)["choices"]] == list(range(5))
 
 
 def test_curl_gets_an_answer(server: Server) -> None:
