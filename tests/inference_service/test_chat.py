@@ -200,8 +200,8 @@ def test_save_writes_what_was_said(server: ScriptedServer, tmp_path: Path) -> No
     assert (tmp_path / "other.txt").read_text() == "mine"
     assert re.findall("error: (.*)", notes) == [
         "Nothing was said yet.",
-        f"'{tmp_path}/other.txt' exists; name a new file.",
-        f"'{tmp_path}/no/a' cannot be written: No such file or directory.",
+        f"{errors.shown(str(tmp_path / 'other.txt'))} exists; name a new file.",
+        f"{errors.shown(str(tmp_path / 'no/a'))} cannot be written: No such file or directory.",
     ]
 
 
