@@ -265,7 +265,7 @@ def test_a_stream_that_breaks_off_is_a_sentence(tmp_path: Path, page: Page) -> N
 
 def test_an_address_that_names_no_view_shows_training(system: System, page: Page) -> None:
     page.goto(address(system, "toString"))
-    expect(page.get_by_role("heading", name="first")).to_be_visible()
+    expect(page.get_by_role("heading", name="Training", exact=True)).to_be_visible()
 
 
 def test_an_error_of_the_server_is_a_sentence(system: System, page: Page) -> None:
