@@ -100,8 +100,6 @@ class _Completions:
                 await answer.end_events(last)
             else:
                 await answer.send_whole(last)
-        except ClientLeft:
-            return
         except GptloopError as error:
             await answer.send_error(error)
         except Exception:

@@ -12,7 +12,8 @@ from inference_service.http.errors import HttpError, error_response
 # How long a whole request may take to arrive.
 ARRIVAL_S = 30.0
 MAX_HEAD_BYTES = 64 << 10
-# Open connections; at most one for so many files that the process may open, because gRPC and files need the others.
+# The most open connections, and how many of the files that the process may open there must be for each of them: gRPC
+# and files need the others.
 MAX_CONNECTIONS = 1024
 _FILES_EACH = 8
 

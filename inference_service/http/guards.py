@@ -2,12 +2,10 @@
 
 import ipaddress
 from collections.abc import Collection
-from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from inference_service.generation import ClientLeft
 from inference_service.http.errors import HttpError, error_response
 from shared.errors import shown
 
@@ -73,9 +71,7 @@ class Guards:
         if scope["method"] == "OPTIONS" and allowed:
             await _answer_preflight(guarded)
             return
-        # Nobody is there to be answered.
-        with suppress(ClientLeft):
-            await self._app(scope, receive, guarded)
+        await self._app(scope, receive, guarded)
 
     def _is_known(self, host: str) -> bool:
         name = _name_of(host)

@@ -67,7 +67,7 @@ class Typist:
         os.write(self._terminal, keys.encode())
 
     def see(self, text: str, times: int = 1) -> None:
-        """Returns once a text was shown so many times."""
+        """Returns when a text has been shown `times` times."""
         wait_until(lambda: self.shown.count(text) >= times, lambda: not self._reader.is_alive())
 
     def end(self) -> int:

@@ -92,7 +92,7 @@ def submit_job(request: JobRequest) -> tuple[JobQueue, JobRecord]:
 
 
 def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry, stories: int | None = None) -> JobRecord:
-    """Queues a job, which reads so many stories if it reads any, and prints its id and its plan."""
+    """Queues a job and prints its id and its plan. `stories`: how many stories it reads, if it reads any."""
     plan = list[str]()
     data = settings().directories.data
     spec = with_stories(request.resolve(registry), request.after, data, queue.store, stories)

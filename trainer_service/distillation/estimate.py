@@ -12,7 +12,7 @@ from trainer_service.jobs.specs import StoriesSpec
 _TYPICAL = Usage(prompt_tokens=250, completion_tokens=450)
 # So many answers show what the others will take.
 _ENOUGH_ANSWERS = 20
-# The longest of so many prompts is about the longest of all.
+# The longest of this many prompts is about as long as the longest of all.
 _PROMPTS = 200
 
 

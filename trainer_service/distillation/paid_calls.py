@@ -21,9 +21,9 @@ _AT_ONCE = 8
 _TICK_S = 0.2
 # When the work stops, calls that have begun may end within this time, so that their answers are kept.
 _GRACE_S = 5.0
-# After so many answers in a row that cannot be used, the work ends, because more of them would cost money for nothing.
+# The work ends after this many answers in a row that cannot be used: more of them would cost money for nothing.
 _MOST_UNUSABLE = 20
-# After so many refusals in a row because of a short limit, the job pauses: each one is two rows in the ledger.
+# The job pauses after this many refusals in a row because of a short limit: each one is two rows in the ledger.
 _MOST_LIMITED, _LIMITED_PAUSE_S = 20, 600.0
 
 

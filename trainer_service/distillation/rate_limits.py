@@ -14,7 +14,7 @@ LONGEST_WAIT_S = 120.0
 # The waits after a refusal that does not name one.
 _SHORT_WAIT_S = 10.0
 _DAILY_WAIT_S = 3600.0
-# After so many outages in a row, each with its pause, the job gives up.
+# The job gives up after this many outages in a row, each with its pause.
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[dhms])")
@@ -95,7 +95,7 @@ class RateLimits:
         self._blocked_until_s = 0.0
 
     def begin(self, tokens: float) -> int:
-        """Notes that a call begins that may take so many tokens; returns its number."""
+        """Notes the beginning of a call that may take `tokens` tokens; returns its number."""
         self._calls += 1
         self._open[self._calls] = tokens
         return self._calls
@@ -113,11 +113,11 @@ class RateLimits:
                 self._windows[name] = _Window(limit, min(remaining, limit), call, now_s, now_s + reset_s)
 
     def block(self, wait_s: float, now_s: float) -> None:
-        """Makes no call begin for so long."""
+        """Lets no call begin for `wait_s` seconds."""
         self._blocked_until_s = max(self._blocked_until_s, now_s + wait_s)
 
     def wait_s(self, tokens: float, now_s: float) -> float:
-        """Returns how long a call that may take so many tokens has to wait before it begins."""
+        """Returns how long a call that may take `tokens` tokens has to wait before it begins."""
         waits = [self._blocked_until_s - now_s]
         for name, window in self._windows.items():
             # What calls take that began after the one that reported.
