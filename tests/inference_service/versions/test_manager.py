@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from inference_service.versions.planner import State
+from shared.atomic_file import replacing
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
@@ -15,6 +16,11 @@ from tests.inference_service.world import World, drop, hold_read, polls, served,
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
+
+
+def write_whole(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 async def answer(world: World) -> int:
@@ -101,19 +107,19 @@ async def test_a_damaged_policy_is_reported_once_while_the_one_before_holds(
         await eventually(lambda: world.serving == 2)
         await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
-        path.write_text("newest")
+        write_whole(path, "newest")
         await polls(world, 10)
         assert (world.serving, world.catalogue.policy) == (1, "pinned:1")
         (notice,) = world.catalogue.notices
         assert notice.startswith("The policy stays pinned:1: ") and "'newest' is not a label" in notice
         assert caplog.text.count(notice) == 1
-        path.write_text("newer")
+        write_whole(path, "newer")
         await polls(world, 10)
         assert caplog.text.count("The policy stays") == 2
         # Everything else goes on.
         await world.manager.promote(3)
         assert "stable" in (await status(world, 3)).labels
-        path.write_text("stable")
+        write_whole(path, "stable")
         await eventually(lambda: world.serving == 3)
         assert world.catalogue.notices == []
 
