@@ -136,7 +136,7 @@ soak-swap: $(VENV) ## Swap a hundred versions under 64 streams and check that no
 	$(call TAKES)
 	@$(RUN) tests.soak.swap
 
-check: $(VENV) ## Verify format, types, imports, contracts and pages; edit nothing.
+check: $(VENV) ## Verify format, types, imports, contracts, pages and what other programs read; edit nothing.
 	$(call TAKES)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -148,10 +148,7 @@ check: $(VENV) ## Verify format, types, imports, contracts and pages; edit nothi
 	    { echo 'shared/pb does not match proto: run make proto.' >&2; exit 1; }; \
 	done; done; echo 'shared/pb matches proto.'
 	$(RUN) pytest -q tests/test_readme.py
-	@if command -v buf > /dev/null; then echo 'buf lint proto'; buf lint proto; \
-	else echo 'Not run, because buf is not installed: buf lint proto'; fi
-	@if command -v promtool > /dev/null; then promtool check config deploy/prometheus/prometheus.yml; \
-	else echo 'Not run, because promtool is not installed: promtool check config deploy/prometheus/prometheus.yml'; fi
+	@$(RUN) deploy.validate
 
 fix: $(VENV) ## Format, and fix what ruff can fix.
 	$(call TAKES)
@@ -184,6 +181,12 @@ $(PACKAGES): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/r
 # Drives an installed Chromium in the tests of the page.
 .venv/web-tests: $(PACKAGES) requirements/web-tests.txt
 	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/web-tests.txt
+	@touch $@
+
+# What `make check` validates files with, besides .venv, so that none of its pins meets ours.
+.venv/validators: requirements/validators.txt | $(PACKAGES)
+	$(RUN) venv --clear $@
+	$@/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes -r requirements/validators.txt
 	@touch $@
 
 requirements/%.txt:

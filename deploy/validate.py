@@ -1,0 +1,77 @@
+"""Validates the files that other programs read: `python -m deploy.validate [NAME …]`, in the project's folder.
+
+`make .venv/validators` installs the programs, except promtool, which comes with Prometheus. A validator without its
+program is named as not run.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_PROGRAMS = Path(sys.prefix) / "validators" / "bin"
+
+
+@dataclass(frozen=True)
+class Validator:
+    """A line of bash that fails if the files of the project are wrong, and the programs that it needs.
+
+    `$folder` is an empty folder that is removed afterwards.
+    """
+
+    name: str
+    programs: tuple[str, ...]
+    command: str
+
+
+VALIDATORS = (
+    Validator("contracts", ("buf",), "buf lint proto"),
+    Validator("prometheus", ("promtool",), "promtool check config deploy/prometheus/prometheus.yml"),
+    Validator("shell", ("shellcheck",), "shellcheck .ci/run requirements/install requirements/lock"),
+)
+
+
+def missing_program(validator: Validator) -> str | None:
+    """Returns a program that the validator needs and that is not installed."""
+    return next((name for name in validator.programs if shutil.which(name, path=_search_path()) is None), None)
+
+
+def passes(validator: Validator, root: Path) -> bool:
+    """Runs a validator on the files below `root`, prints what it says, and returns whether they are right."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "PATH": _search_path(), "folder": folder}
+        command = ["bash", "-euo", "pipefail", "-c", validator.command]
+        return subprocess.run(command, cwd=root, env=environment, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def _search_path() -> str:
+    return os.pathsep.join([str(_PROGRAMS), os.environ["PATH"]])
+
+
+def main(names: list[str]) -> int:
+    """Runs the named validators, or all, and returns the exit status: 1 if one of them finds a fault."""
+    unknown = set(names) - {validator.name for validator in VALIDATORS}
+    if unknown:
+        known = ", ".join(validator.name for validator in VALIDATORS)
+        print(f"error: There is no validator {min(unknown)!r}; the validators are {known}.", file=sys.stderr)
+        return 2
+    failed = []
+    for validator in VALIDATORS:
+        if names and validator.name not in names:
+            continue
+        if program := missing_program(validator):
+            print(f"{validator.name}: not run, because {program} is not installed.", flush=True)
+            continue
+        print(f"{validator.name}: {validator.command}", flush=True)
+        if not passes(validator, Path.cwd()):
+            failed.append(validator.name)
+    if failed:
+        print(f"error: Faults were found by: {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

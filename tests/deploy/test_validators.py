@@ -1,0 +1,67 @@
+"""Each validator of `make check` finds a fault that is planted into a copy of the files it reads."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from deploy import validate
+from deploy.validate import VALIDATORS, missing_program, passes
+from tests.workplace import PROJECT
+
+# All that validators read.
+READ = (".ci", ".github", "deploy", "proto", "requirements")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text in a file that is replaced, and words of the validator's answer."""
+
+    validator: str
+    file: str
+    text: str
+    replacement: str
+    answer: str
+
+
+FAULTS = (
+    Fault("contracts", "proto/inference/v1/inference.proto", "rpc Generate(", "rpc generate(", "PascalCase"),
+    Fault("prometheus", "deploy/prometheus/prometheus.yml", "scrape_interval:", "scrape_intervall:", "not found"),
+    Fault("shell", "requirements/install", 'tail -n 20 "$log"', "tail -n 20 $missing", "SC2154"),
+)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name in READ:
+        if (PROJECT / name).exists():
+            shutil.copytree(PROJECT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_every_validator_has_a_planted_fault() -> None:
+    assert {fault.validator for fault in FAULTS} == {validator.name for validator in VALIDATORS}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.validator}-{Path(fault.file).name}")
+def test_a_planted_fault_is_found(fault: Fault, files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    validator = next(each for each in VALIDATORS if each.name == fault.validator)
+    if program := missing_program(validator):
+        pytest.skip(f"{program} is not installed: make .venv/validators")
+    text = (files / fault.file).read_text(encoding="utf-8")
+    assert fault.text in text
+    (files / fault.file).write_text(text.replace(fault.text, fault.replacement, 1), encoding="utf-8")
+    assert not passes(validator, files)
+    assert fault.answer in "".join(capfd.readouterr())
+
+
+def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(validate, "_search_path", lambda: "")
+    assert validate.main([]) == 0
+    assert "contracts: not run, because buf is not installed." in capsys.readouterr().out
+
+
+def test_an_unknown_validator_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(["contract"]) == 2
+    assert "error: There is no validator 'contract'; the validators are contracts, " in capsys.readouterr().err
