@@ -60,6 +60,7 @@ class InferenceMetrics:
         memory: Callable[[], Memory],
         compiled_shapes: Callable[[], int],
         active_streams: Callable[[], int],
+        memory_limits: Mapping[str, int],
     ) -> None:
         counter = partial(Counter, namespace=_NAMESPACE, registry=registry)
         gauge = partial(Gauge, namespace=_NAMESPACE, registry=registry)
@@ -82,11 +83,17 @@ class InferenceMetrics:
         self._inter_token = histogram(
             "inter_token_latency_seconds", "From one token of a stream to the next.", buckets=_STEP_BUCKETS
         )
-        self._requests = counter("requests_total", "Generate requests by finish reason or status code.", ["reason"])
+        self._requests = counter(
+            "requests_total",
+            "Generate requests and completions over HTTP, by finish reason or status code.",
+            ["reason"],
+        )
         self._calls = counter("calls_total", "Calls by method and status code.", ["method", "code"])
         for service in inference_pb2.DESCRIPTOR.services_by_name.values():
             for method in service.methods:
                 self._calls.labels(method.name, "ok")
+        self._http = counter("http_requests_total", "Requests over HTTP by the status of their answer.", ["status"])
+        self._http.labels(200)
         gauge("active_streams", "Streams that have a slot.").set_function(active_streams)
         self.waiting_requests = gauge("waiting_requests", "Samples that wait for a slot.")
         memory_bytes = gauge(
@@ -94,6 +101,13 @@ class InferenceMetrics:
         )
         for kind in ("active", "cache", "peak", "resident"):
             memory_bytes.labels(kind).set_function(lambda kind=kind: getattr(memory(), f"{kind}_bytes"))  # type: ignore[misc]
+        memory_limit_bytes = gauge(
+            "memory_limit_bytes",
+            "The most that this process may use by kind: resident memory, and active arrays on a GPU.",
+            ["kind"],
+        )
+        for kind, limit_bytes in memory_limits.items():
+            memory_limit_bytes.labels(kind).set(limit_bytes)
         gauge("compiled_shapes", "Compiled programs; no request adds one.").set_function(compiled_shapes)
         self._models = _Models()
         registry.register(self._models)
@@ -105,6 +119,16 @@ class InferenceMetrics:
             "commit_to_serving_seconds",
             "From the commit of a version to the moment when it serves.",
             buckets=_SWAP_BUCKETS,
+        )
+        self._commit_to_first_token = histogram(
+            "commit_to_first_token_seconds",
+            "From the commit of a version to the first token that it generates.",
+            buckets=_SWAP_BUCKETS,
+        )
+        # Versions without a token so far, and when they were committed.
+        self._committed_at: dict[int, float] = {}
+        self._healthy = gauge(
+            "healthy", "1 if the health service says SERVING: a version serves, and steps do not stall."
         )
         self._refused = counter("refused_versions_total", "Refused versions by reason.", ["reason"])
         for metric, known in ((self._requests, _ENDS), (self._refused, _REFUSALS)):
@@ -136,6 +160,8 @@ class InferenceMetrics:
         self._generated.inc()
         self._rate.add()
         self._version_tokens.labels(version).inc()
+        if (committed_at := self._committed_at.pop(version, None)) is not None:
+            self._commit_to_first_token.observe(_since(committed_at))
         if last_at is None:
             self._first_token.observe(at - arrived)
             self._version_first_token.labels(version).observe(at - arrived)
@@ -151,7 +177,19 @@ class InferenceMetrics:
         """Counts a finished call; `reason` is the finish reason of Generate, None after an error."""
         self._calls.labels(method, code.name.lower()).inc()
         if method == "Generate":
-            self._requests.labels((reason or code.name).lower()).inc()
+            self.ended(reason or code.name)
+
+    def answered_over_http(self, status: int) -> None:
+        """Counts a request over HTTP by the status of its answer."""
+        self._http.labels(status).inc()
+
+    def ended(self, reason: str) -> None:
+        """Counts a request for text that has ended, over gRPC or HTTP, by its finish reason or status code."""
+        self._requests.labels(reason.lower()).inc()
+
+    def health(self, healthy: bool) -> None:
+        """Shows the health of the server."""
+        self._healthy.set(healthy)
 
     def answered(self, version: int, reason: str) -> None:
         """Counts a finished Generate call of a version by its reason or status code."""
@@ -167,8 +205,8 @@ class InferenceMetrics:
             self._swaps.inc()
             self._swap_seconds.observe(seconds)
         if first and manifest.created_at > self._since:
-            # Another process committed the version, so only the wall clock applies, which may be set back.
-            self._commit_to_serving.observe(max(0.0, time.time() - manifest.created_at))
+            self._commit_to_serving.observe(_since(manifest.created_at))
+            self._committed_at[manifest.version] = manifest.created_at
 
     def refused(self, reason: str) -> None:
         """Counts a refused version."""
@@ -195,8 +233,15 @@ class InferenceMetrics:
             for reason in _ENDS:
                 self._version_requests.labels(manifest.version, reason)
         for number in before - {manifest.version for manifest in versions}:
+            self._committed_at.pop(number, None)
             for metric in (*by_version, self._version_requests):
                 metric.remove_by_labels({"version": str(number)})
+
+
+def _since(moment: float) -> float:
+    """Returns the time since a version was committed: by another process, so only the wall clock applies, which may be
+    set back."""
+    return max(0.0, time.time() - moment)
 
 
 class _Models(Collector):

@@ -31,6 +31,7 @@ from inference_service.write_timeouts import WriteTimeouts
 from shared.decoding.decoder import DecoderFactory
 from shared.device import accelerator
 from shared.device.accelerator import Accelerator
+from shared.device.machine import memory_limit_bytes
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.registry.store import Registry
 from shared.service.grpc_calls import ENDING
@@ -63,6 +64,10 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     def fail() -> None:
         loop.call_soon_threadsafe(engine_failed.set)
 
+    async def set_health(healthy: bool) -> None:
+        metrics.health(healthy)
+        await server.set_serving(healthy)
+
     def give_up(watching: asyncio.Task[None]) -> None:
         if watching.cancelled():
             return
@@ -78,8 +83,9 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     protected = [BearerTokenInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
     decoders = DecoderFactory(settings.slots, settings.threads, device.cache)
+    limits = {"resident": memory_limit_bytes()} | ({} if device.backend == "cpu" else {"active": device.memory_bytes})
     metrics = InferenceMetrics(
-        collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams
+        collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams, limits
     )
     server = GrpcServer([SERVICE, ADMIN_SERVICE], metrics.called, protected)
     catalogue = Catalogue(registry, device.backend, metrics)
@@ -101,12 +107,12 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     admin = AdminServicer(catalogue, versions)
     inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(admin, server.server)
     routes = [
-        *api_routes(generations, catalogue, write_timeouts, settings.slots),
+        *api_routes(generations, catalogue, write_timeouts, settings.slots, metrics.ended),
         *page_routes(admin, catalogue, registry, settings.admin_token),
     ]
-    http = HttpServer(routes, settings.http_hosts, settings.http_origins)
+    http = HttpServer(routes, settings.http_hosts, settings.http_origins, metrics.answered_over_http)
     watchdog = Watchdog(
-        engine, lambda: versions.serving is not None, server.set_serving, settings.stuck_after_s, pauses, write_timeouts
+        engine, lambda: versions.serving is not None, set_health, settings.stuck_after_s, pauses, write_timeouts
     )
 
     page = Address(settings.host, settings.metrics_port, HOST_VARIABLE, METRICS_PORT_VARIABLE)

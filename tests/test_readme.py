@@ -18,6 +18,7 @@ from deploy.make import known_settings, variables
 from inference_service.metrics import InferenceMetrics
 from shared.device.accelerator import Memory
 from shared.gpt.config import count_parameters
+from shared.registry.store import Registry
 from tests.pages import CODE, PAGES, TEXT, WINGS, rows, sections, tables
 from tests.workplace import PROJECT
 from trainer_service.jobs.events import JobState
@@ -52,9 +53,10 @@ def empty_queue() -> JobQueue:
     """Returns a queue without jobs and without Redis."""
     store = SimpleNamespace(
         jobs=lambda states: iter(()),
-        waiting=lambda: 0,
+        waiting=lambda: [],
         counts=lambda: dict.fromkeys(JobState, 0),
         tokens=lambda: 0,
+        diverged=lambda: 0,
         live_workers=lambda: 0,
     )
     return cast(JobQueue, SimpleNamespace(store=store))
@@ -110,8 +112,8 @@ def test_every_environment_variable_is_documented() -> None:
 
 def test_every_metric_is_documented() -> None:
     registry = CollectorRegistry()
-    InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6)
-    training = make_metrics(empty_queue())
+    InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6, {"resident": 7})
+    training = make_metrics(empty_queue(), Registry(PROJECT / "var" / "none"))
     CallMetrics(training)
     pages = (generate_latest(registry) + generate_latest(training)).decode()
     scraped = re.findall(r"^# TYPE (gptloop_\w+) (\w+)", pages, re.MULTILINE)

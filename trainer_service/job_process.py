@@ -7,7 +7,14 @@ import sys
 from functools import partial
 
 from shared.device import accelerator
-from shared.errors import FailedPrecondition, GptloopError, RunOwnershipLost, Unavailable, shown
+from shared.errors import (
+    FailedPrecondition,
+    GptloopError,
+    RunOwnershipLost,
+    TrainingDiverged,
+    Unavailable,
+    shown,
+)
 from shared.registry.identity import registry_id
 from shared.service import logs
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped
@@ -42,8 +49,8 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     settings = read_settings(os.environ)
     queue = JobQueue(connect(settings.redis_url), registry_id(settings.directories.registry))
 
-    def report(state: JobState, reason: str = "") -> bool:
-        return queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))])
+    def report(state: JobState, reason: str = "", diverged: bool = False) -> bool:
+        return queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))], diverged=diverged)
 
     if not report(JobState.RUNNING):
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
@@ -78,7 +85,8 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
         end = partial(queue.lose, job_id, attempt, reason)
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
-        end = partial(report, JobState.FAILED, shown(error, _REASON_LENGTH))
+        diverged = isinstance(error, TrainingDiverged)
+        end = partial(report, JobState.FAILED, shown(error, _REASON_LENGTH), diverged)
     except Exception as error:
         logger.exception("job %s failed", job_id)
         reason = f"{type(error).__name__}: {shown(error, _REASON_LENGTH)} (the worker's log has more)"

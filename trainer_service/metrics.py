@@ -10,6 +10,8 @@ from prometheus_client.registry import Collector
 
 from shared.errors import Unavailable
 from shared.pb.training.v1 import training_pb2
+from shared.registry.numbering import numbers
+from shared.registry.store import Checkpoint, Registry
 from trainer_service.jobs.events import JobState, Progress
 from trainer_service.jobs.job_store import WORKING, JobStore
 from trainer_service.jobs.queue import JobQueue
@@ -23,35 +25,41 @@ class TrainingCollector(Collector):
     If Redis does not answer, `gptloop_training_redis_up` is 0 and the only series.
     """
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobQueue, registry: Registry) -> None:
         self._queue = queue
+        self._registry = registry
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yields every metric family of the page."""
         try:
             store = self._queue.store
             counts, shown, tokens, waiting = store.counts(), _shown(store), store.tokens(), store.waiting()
-            workers = self._queue.store.live_workers()
+            workers, diverged = store.live_workers(), store.diverged()
         except Unavailable:
             yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
             return
         yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=1)
         yield CounterMetricFamily("gptloop_training_tokens", "Tokens trained on by all jobs ever.", value=tokens)
-        yield GaugeMetricFamily(
-            "gptloop_training_queue_depth",
-            "Jobs that wait for a worker, for others or for their next attempt.",
-            value=waiting,
-        )
+        yield from _queued(waiting)
         yield GaugeMetricFamily("gptloop_training_workers", "Workers that are alive.", value=workers)
         yield _jobs(counts)
-        yield from _runs(shown)
+        yield CounterMetricFamily(
+            "gptloop_training_diverged", "Jobs that failed because their loss was not finite.", value=diverged
+        )
+        versions = numbers(self._registry.root / "versions")
+        yield GaugeMetricFamily(
+            "gptloop_training_newest_version",
+            "Number of the newest version in the registry.",
+            value=max(versions, default=0),
+        )
+        yield from _runs(shown, self._registry)
 
 
-def make_metrics(queue: JobQueue) -> CollectorRegistry:
-    """Returns the registry that `/metrics` serves."""
-    registry = CollectorRegistry()
-    registry.register(TrainingCollector(queue))
-    return registry
+def make_metrics(queue: JobQueue, registry: Registry) -> CollectorRegistry:
+    """Returns the collectors of what `/metrics` serves: the jobs of a queue and the checkpoints of its registry."""
+    collectors = CollectorRegistry()
+    collectors.register(TrainingCollector(queue, registry))
+    return collectors
 
 
 class CallMetrics:
@@ -70,6 +78,26 @@ class CallMetrics:
     def called(self, method: str, code: grpc.StatusCode, reason: str | None) -> None:
         """Counts a call that has ended."""
         self._calls.labels(method, code.name.lower()).inc()
+
+
+def _queued(waiting: Sequence[JobRecord]) -> Iterator[GaugeMetricFamily]:
+    yield GaugeMetricFamily(
+        "gptloop_training_queue_depth",
+        "Jobs that wait for a worker, for others or for their next attempt.",
+        value=len(waiting),
+    )
+    yield GaugeMetricFamily(
+        "gptloop_training_ready_jobs",
+        "Jobs that wait for nothing but a worker.",
+        value=sum(job.is_ready for job in waiting),
+    )
+    oldest = GaugeMetricFamily(
+        "gptloop_training_oldest_waiting_timestamp_seconds",
+        "When the job that waits and was queued first was queued; absent if none waits.",
+    )
+    if since := [job.enqueued_at for job in waiting if job.enqueued_at is not None]:
+        oldest.add_metric([], min(since))
+    yield oldest
 
 
 def _jobs(counts: Mapping[JobState, int]) -> GaugeMetricFamily:
@@ -91,7 +119,7 @@ def _shown(store: JobStore) -> dict[str, tuple[JobRecord, Progress]]:
     return working or dict(islice(with_progress(()), 1))
 
 
-def _runs(runs: Mapping[str, tuple[JobRecord, Progress]]) -> Iterator[GaugeMetricFamily]:
+def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) -> Iterator[GaugeMetricFamily]:
     def family(name: str, text: str, values: dict[str, float | None]) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(f"gptloop_training_{name}", text, labels=["run"])
         for run, value in values.items():
@@ -101,6 +129,11 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]]) -> Iterator[GaugeMetri
 
     def working(record: JobRecord) -> bool:
         return record.state in WORKING and record.is_held
+
+    def kept_at(record: JobRecord, run: str) -> float | None:
+        states = registry.states(run)
+        written_at = registry.written_at(Checkpoint(states[-1], run)) if states else 0.0
+        return max(written_at, record.stepping_since or 0.0) or None
 
     yield family(
         "tokens_per_second",
@@ -116,6 +149,16 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]]) -> Iterator[GaugeMetri
     yield family("step", "Steps taken.", {run: p.step for run, (_, p) in runs.items()})
     yield family(
         "learning_rate", "Learning rate of the last step.", {run: p.learning_rate for run, (_, p) in runs.items()}
+    )
+    yield family(
+        "attempt",
+        "Number of the attempt at the job of the run, from 1: each interruption adds 1.",
+        {run: float(record.attempt) for run, (record, _) in runs.items()},
+    )
+    yield family(
+        "checkpoint_timestamp_seconds",
+        "When a run in training last kept a state, or began its first step if that is later.",
+        {run: kept_at(record, run) for run, (record, _) in runs.items() if working(record)},
     )
     memory = GaugeMetricFamily(
         "gptloop_training_memory_bytes", "Memory of the training process.", labels=["run", "kind"]

@@ -123,7 +123,7 @@ async def serve(settings: TrainerSettings) -> None:
     registry = settings.open_registry()
     queue = JobQueue(connect(settings.redis_url), registry_id(registry.root))
     signals = Signals()
-    metrics = make_metrics(queue)
+    metrics = make_metrics(queue, registry)
     server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
     training_pb2_grpc.add_TrainingServiceServicer_to_server(
         TrainingServicer(queue, registry, settings.directories.data), server.server

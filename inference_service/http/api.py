@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -15,7 +15,7 @@ from inference_service.generation import ClientLeft, Generations
 from inference_service.http.body import read_body
 from inference_service.http.completions import CompletionRequest, complete
 from inference_service.http.connections import abort
-from inference_service.http.errors import HttpError, error_body, error_response
+from inference_service.http.errors import HttpError, code_name, error_body, error_response
 from inference_service.http.failures import failure
 from inference_service.versions.catalogue import Catalogue
 from inference_service.write_timeouts import WriteTimeouts
@@ -34,9 +34,13 @@ Result = TypeVar("Result")
 
 
 def api_routes(
-    generations: Generations, catalogue: Catalogue, write_timeouts: WriteTimeouts, slots: int
+    generations: Generations,
+    catalogue: Catalogue,
+    write_timeouts: WriteTimeouts,
+    slots: int,
+    ended: Callable[[str], None],
 ) -> list[Route]:
-    """Returns the routes below `/v1`."""
+    """Returns the routes below `/v1`; `ended` is called with the finish reason or status code of each completion."""
 
     async def list_models(_: Request) -> JSONResponse:
         await catalogue.look()
@@ -54,7 +58,7 @@ def api_routes(
         raise HttpError(400, _NO_CHAT)
 
     return [
-        Route("/v1/completions", _Completions(generations, write_timeouts, slots), methods=["POST"]),
+        Route("/v1/completions", _Completions(generations, write_timeouts, slots, ended), methods=["POST"]),
         Route("/v1/chat/completions", refuse_chat, methods=["POST"]),
         Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", model),
@@ -84,28 +88,37 @@ def _model(name: str, manifest: VersionManifest) -> dict[str, Any]:
 class _Completions:
     """`POST /v1/completions`: one response, or server-sent events from the moment at which the request has a slot."""
 
-    def __init__(self, generations: Generations, write_timeouts: WriteTimeouts, slots: int) -> None:
+    def __init__(
+        self, generations: Generations, write_timeouts: WriteTimeouts, slots: int, ended: Callable[[str], None]
+    ) -> None:
         self._generations = generations
         self._write_timeouts = write_timeouts
         self._slots = slots
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; its slots are free within a step after its client has left."""
         answer = _Answer(scope, send, self._write_timeouts)
+        reason = "cancelled"
         try:
             request = await read_body(Request(scope, receive), CompletionRequest)
             work = complete(request, self._generations, self._slots, answer.send_event)
-            last = await _while_connected(receive, work)
+            last, finished = await _while_connected(receive, work)
             if request.stream:
                 await answer.end_events(last)
             else:
                 await answer.send_whole(last)
+            reason = finished
         except GptloopError as error:
+            reason = code_name(error)
             await answer.send_error(error)
         except Exception:
+            reason = "internal"
             if not answer.started:
                 raise
             await answer.send_error(failure(scope))
+        finally:
+            self._ended(reason)
 
 
 async def _while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

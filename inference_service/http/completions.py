@@ -240,8 +240,9 @@ class _Prompt:
 
 async def complete(
     request: CompletionRequest, generations: Generations, slots: int, send: Callable[[str], Awaitable[None]]
-) -> str:
-    """Answers all prompts of a request with one version; returns the response, or if it streams the last event.
+) -> tuple[str, str]:
+    """Answers all prompts of a request with one version; returns the response, or if it streams the last event, and the
+    finish reason of its last prompt.
 
     A request that streams calls `send` with each event. At most as many prompts as fill the slots run or wait at once,
     so that a batch does not fill the queue. Raises the errors of `Generations`; then all of its prompts have ended.
@@ -268,20 +269,22 @@ async def complete(
     room = asyncio.Semaphore(max(1, slots // drafts[0].options.samples))
     async with generations.version(manifest) as resident:
 
-        async def run(draft: Draft, prompt: _Prompt) -> None:
+        async def run(draft: Draft, prompt: _Prompt) -> str:
             async with room:
                 try:
-                    await generations.run_on(resident, draft, prompt, call)
+                    return await generations.run_on(resident, draft, prompt, call)
                 except InvalidArgument as error:
                     raise _named(error) from None
 
         tasks = [asyncio.create_task(run(draft, each)) for draft, each in zip(drafts, prompts, strict=True)]
         try:
-            await asyncio.gather(*tasks)
+            reasons = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
     if request.stream:
-        return completion.event([], usage=completion.usage.to_json()) if usage else ""
-    return await completion.whole([choice for prompt in prompts for choice in prompt.choices])
+        last = completion.event([], usage=completion.usage.to_json()) if usage else ""
+    else:
+        last = await completion.whole([choice for prompt in prompts for choice in prompt.choices])
+    return last, reasons[-1]

@@ -54,6 +54,15 @@ def error_body(error: GptloopError) -> dict[str, object]:
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
+def code_name(error: GptloopError) -> str:
+    """Returns the name of the status code that gRPC would end a call with."""
+    if not isinstance(error, HttpError):
+        return code_of(error).name
+    if error.status >= 500:
+        return grpc.StatusCode.INTERNAL.name
+    return (grpc.StatusCode.NOT_FOUND if error.status == 404 else grpc.StatusCode.INVALID_ARGUMENT).name
+
+
 def _status(error: GptloopError) -> tuple[int, str]:
     if isinstance(error, HttpError):
         return error.status, "server_error" if error.status >= 500 else "invalid_request_error"

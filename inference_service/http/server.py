@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
@@ -17,6 +17,7 @@ from inference_service.http.connections import Connection
 from inference_service.http.errors import HttpError, error_response
 from inference_service.http.failures import Failures
 from inference_service.http.guards import Guards
+from inference_service.http.statuses import Statuses
 from shared.errors import GptloopError
 from shared.service.listening import Address
 
@@ -37,16 +38,22 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """Answers the routes, behind the guards."""
+    """Answers the routes, behind the guards; `answered` is called with the status of each answer."""
 
-    def __init__(self, routes: Sequence[BaseRoute], hosts: Collection[str], origins: Collection[str]) -> None:
+    def __init__(
+        self,
+        routes: Sequence[BaseRoute],
+        hosts: Collection[str],
+        origins: Collection[str],
+        answered: Callable[[int], None] = lambda _: None,
+    ) -> None:
         app = Starlette(
             routes=list(routes),
             middleware=[Middleware(Failures)],
             exception_handlers={GptloopError: _answer_error, HTTPException: _answer_http_error},
         )
         self._config = uvicorn.Config(
-            Guards(app, hosts, origins),
+            Statuses(Guards(app, hosts, origins), answered),
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -2,11 +2,25 @@
 
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+# The limits of the memory of this process's control group, version 2 and version 1.
+_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def physical_memory_bytes() -> int:
     """Returns the memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_limit_bytes(limits: Sequence[Path] = _GROUP_LIMITS) -> int:
+    """Returns the memory that this process may use: the limit of its container, else the memory of the machine."""
+    for path in limits:
+        with suppress(OSError, ValueError):
+            return min(int(path.read_text()), physical_memory_bytes())
+    return physical_memory_bytes()
 
 
 def array_cache_bytes(memory_bytes: int) -> int:

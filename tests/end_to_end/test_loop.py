@@ -210,6 +210,7 @@ def test_a_loss_that_is_not_finite_fails_the_job_and_keeps_the_versions_before_i
     job = system.enqueue(resume=overflowing.version, max_steps="300")
     events = system.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FAILED)
     assert "training diverged" in events[-1].state_changed.reason
+    assert system.scrape(system.ports.trainer_metrics)[1]["gptloop_training_diverged_total"] == 1
     assert len(Registry(system.directories.registry).versions()) == versions
 
 

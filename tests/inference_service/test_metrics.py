@@ -20,7 +20,7 @@ def registry() -> CollectorRegistry:
 
 @pytest.fixture
 def metrics(registry: CollectorRegistry) -> InferenceMetrics:
-    return InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 0)
+    return InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 0, {"resident": 6})
 
 
 def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: CollectorRegistry) -> None:
@@ -31,6 +31,9 @@ def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: C
     metrics.called("Generate", grpc.StatusCode.OK, "LENGTH")
     metrics.called("Generate", grpc.StatusCode.INVALID_ARGUMENT, None)
     metrics.called("Tokenize", grpc.StatusCode.OK, None)
+    metrics.ended("STOP")
+    metrics.answered_over_http(404)
+    metrics.health(True)
     metrics.refused("corrupt")
     values = page(registry)
     prefix = "gptloop_inference"
@@ -42,7 +45,9 @@ def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: C
     assert values[f"{prefix}_time_to_first_token_seconds_sum",] == 0.25
     assert values[f"{prefix}_inter_token_latency_seconds_count",] == 1
     reasons = {name[1]: value for name, value in values.items() if name[0] == f"{prefix}_requests_total" and value}
-    assert reasons == {"length": 1, "invalid_argument": 1}
+    assert reasons == {"length": 1, "invalid_argument": 1, "stop": 1}
+    assert (values[f"{prefix}_http_requests_total", "200"], values[f"{prefix}_http_requests_total", "404"]) == (0, 1)
+    assert (values[f"{prefix}_healthy",], values[f"{prefix}_memory_limit_bytes", "resident"]) == (1, 6)
     assert values[f"{prefix}_calls_total", "ok", "Generate"] == values[f"{prefix}_calls_total", "ok", "Tokenize"] == 1
     assert values[f"{prefix}_calls_total", "ok", "RollBack"] == 0
     assert values[f"{prefix}_refused_versions_total", "corrupt"] == 1
@@ -72,8 +77,11 @@ def test_the_time_from_commit_ends_when_the_version_serves_not_at_the_first_requ
     one = publish_tiny_version(Registry(tmp_path), 1.0)
     metrics.serves(one, 0.5, swap=False, first=True)
     assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
-    metrics.token(1, arrived=1.0, last_at=None, at=1.25)
+    assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 0
+    for _ in range(2):
+        metrics.token(1, arrived=1.0, last_at=None, at=1.25)
     assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
+    assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 1
 
 
 def test_the_series_of_a_removed_version_disappear(

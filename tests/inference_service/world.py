@@ -35,7 +35,7 @@ class World:
     def __init__(self, root: Path, best_by: BestBy = BestBy.TRAINING) -> None:
         self.registry = Registry(root, best_by)
         self.collectors = CollectorRegistry()
-        self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0)
+        self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0, {})
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
         self.catalogue = Catalogue(self.registry, "cpu", self.metrics)
         decoders = partial(make_decoder, slots=2)

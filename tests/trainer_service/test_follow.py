@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from redis import Redis
 from rich.console import Console
 
 from shared.errors import GptloopError, Unavailable
@@ -23,7 +22,6 @@ from trainer_service.jobs.events import (
     VersionPublished,
 )
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.metrics import make_metrics
 from trainer_service.redis_server import connect
 
 
@@ -159,29 +157,3 @@ def test_control_characters_in_a_notice_are_escaped(queue: JobQueue, job: str, t
 def test_after_the_first_step_no_eta_is_shown() -> None:
     line = follow_module.describe(replace(PROGRESS, eta_s=None))
     assert line is not None and "the first step compiles" in line and "ETA" not in line and "tokens/s" not in line
-
-
-def test_metrics_show_the_run_while_it_runs_and_its_last_numbers_afterwards(
-    queue: JobQueue, redis: Redis, job: str
-) -> None:
-    spec = queue.store.get(job).spec
-    assert spec is not None
-    run = {"run": spec.run}
-    metrics = make_metrics(queue)
-    assert metrics.get_sample_value("gptloop_training_jobs", {"state": "queued"}) == 1
-    assert metrics.get_sample_value("gptloop_training_queue_depth") == 1
-    assert metrics.get_sample_value("gptloop_training_loss", run) is None
-    queue.store.renew_attempt(job, 1)
-    report(queue, job, StateChanged(JobState.RUNNING), PROGRESS, Evaluation(1, 10.8, 10.7, 3.5))
-    assert metrics.get_sample_value("gptloop_training_tokens_per_second", run) == 1234.5
-    assert metrics.get_sample_value("gptloop_training_validation_loss", run) == 10.7
-    assert metrics.get_sample_value("gptloop_training_memory_bytes", run | {"kind": "resident"}) == 4
-    report(queue, job, StateChanged(JobState.FINISHED))
-    assert metrics.get_sample_value("gptloop_training_tokens_per_second", run) == 0
-    assert metrics.get_sample_value("gptloop_training_loss", run) == 10.8344
-    assert metrics.get_sample_value("gptloop_training_memory_bytes", run | {"kind": "resident"}) is None
-
-
-def test_the_metrics_page_stands_while_redis_is_gone(tmp_path: Path) -> None:
-    metrics = make_metrics(JobQueue(connect(f"unix://{tmp_path}/none.sock"), "none"))
-    assert metrics.get_sample_value("gptloop_training_redis_up") == 0

@@ -93,7 +93,7 @@ async def test_an_invalid_job_is_listed_with_its_valid_fields(
     change(redis, queue.store.keys.job(job))
     assert [each.id for each in await listed(servicer)] == [other, job]
     assert (await servicer.GetJob(pb.GetJobRequest(job_id=job), None)).job.id == job
-    generate_latest(make_metrics(queue))
+    generate_latest(make_metrics(queue, Registry(tmp_path / "registry")))
     for as_json in (False, True):
         print_jobs(list(queue.store.jobs()), as_json)
         assert job in capsys.readouterr().out

@@ -9,6 +9,7 @@ from redis import Redis
 
 from shared.errors import NotFound
 from shared.registry.identity import registry_id
+from shared.registry.store import Registry
 from tests.jobs import finish, start, training
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
@@ -67,10 +68,11 @@ def test_lists_figures_and_leases_are_of_one_folder(queues: tuple[JobQueue, JobQ
     mine.store.renew_worker("a")
     start(mine, job)
     mine.store.report(job, 1, [], new_tokens=7)
-    assert (mine.store.live_workers(), mine.store.tokens(), mine.store.waiting()) == (1, 7, 0)
-    assert (yours.store.live_workers(), yours.store.tokens(), yours.store.waiting()) == (0, 0, 1)
+    assert (mine.store.live_workers(), mine.store.tokens(), len(mine.store.waiting())) == (1, 7, 0)
+    assert (yours.store.live_workers(), yours.store.tokens(), len(yours.store.waiting())) == (0, 0, 1)
     assert Watch(yours, lambda: 0.0).look() == set()
-    states = [make_metrics(queue).get_sample_value("gptloop_training_jobs", {"state": "running"}) for queue in queues]
+    pages = [make_metrics(queue, Registry(tmp_path / "registry")) for queue in queues]
+    states = [page.get_sample_value("gptloop_training_jobs", {"state": "running"}) for page in pages]
     assert states == [1, 0]
     finish(mine, job)
     assert mine.store.get(job).state is JobState.FINISHED

@@ -140,9 +140,9 @@ class JobStore:
 
     # Counting.
 
-    def waiting(self) -> int:
-        """Counts the jobs that wait for a worker, for other jobs or for their next attempt."""
-        return sum(job.state is JobState.QUEUED for job in self.open_jobs())
+    def waiting(self) -> list[JobRecord]:
+        """Returns the jobs that wait for a worker, for other jobs or for their next attempt."""
+        return [job for job in self.open_jobs() if job.state is JobState.QUEUED]
 
     def counts(self) -> dict[JobState, int]:
         """Counts the jobs in each state."""
@@ -157,15 +157,28 @@ class JobStore:
             value: Any = self.redis.get(self.keys.tokens)
         return int(value or 0)
 
+    def diverged(self) -> int:
+        """Returns the number of jobs that ever failed because their loss was not finite."""
+        with reachable():
+            value: Any = self.redis.get(self.keys.diverged)
+        return int(value or 0)
+
     # Changing.
 
-    def report(self, job_id: str, attempt: int, events: Sequence[TimedEvent], new_tokens: int = 0) -> bool:
-        """Adds events of an attempt, and the tokens that it trained on since; returns False if the attempt is over."""
+    def report(
+        self, job_id: str, attempt: int, events: Sequence[TimedEvent], new_tokens: int = 0, diverged: bool = False
+    ) -> bool:
+        """Adds events of an attempt, the tokens that it trained on since, and whether its loss is no longer finite.
+
+        Returns False if the attempt is over.
+        """
 
         def change(pipeline: Pipeline, fields: Fields) -> None:
             self.add_events(pipeline, job_id, events, fields)
             if new_tokens:
                 pipeline.incrby(self.keys.tokens, new_tokens)
+            if diverged:
+                pipeline.incr(self.keys.diverged)
 
         return self.change(job_id, attempt, change)
 

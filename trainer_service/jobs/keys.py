@@ -9,6 +9,7 @@ class Keys:
     open: the same for the jobs that have not ended.
     workers: set of the names of workers.
     tokens: number of tokens that all jobs ever trained on.
+    diverged: number of jobs that ever failed because their loss was not finite.
     """
 
     def __init__(self, registry: str) -> None:
@@ -18,6 +19,7 @@ class Keys:
         self.open = f"gptloop:{registry}:open"
         self.workers = f"gptloop:{registry}:workers"
         self.tokens = f"gptloop:{registry}:tokens"
+        self.diverged = f"gptloop:{registry}:diverged"
 
     def job(self, job_id: str) -> str:
         """Hash: kind, spec, run, after, state, attempt, sent, times, reason, the last of some events."""

@@ -28,8 +28,8 @@ class JobRecord:
     attempt counts as failed. `ticket` numbers all jobs in the order in which they were enqueued, from 1, and `ahead` is
     the number of jobs that come before a queued one. `attempt` counts from 1; `sent` is the last attempt that was
     handed to the workers; the next one follows after `delay_s`, and not before `until` if the job is paused. `after`
-    names the jobs that must finish first. `lease` is the lease of the latest attempt. `best` is the evaluation with the
-    lowest loss.
+    names the jobs that must finish first. `lease` is the lease of the latest attempt. `stepping_since` is when the
+    latest attempt that trains began its first step. `best` is the evaluation with the lowest loss.
     """
 
     id: str
@@ -49,10 +49,16 @@ class JobRecord:
     ended_at: float | None
     preparation: Preparation | None
     started: RunStarted | None
+    stepping_since: float | None
     progress: Progress | None
     evaluation: Evaluation | None
     best: Evaluation | None
     reason: str
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the job waits for nothing but a worker."""
+        return self.state is JobState.QUEUED and self.sent == self.attempt
 
     @property
     def is_held(self) -> bool:
@@ -108,6 +114,7 @@ def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | Non
         ended_at=_seconds(fields, "ended_at"),
         preparation=last_event(Preparation, fields),
         started=last_event(RunStarted, fields),
+        stepping_since=_time_of(RunStarted, fields),
         progress=last_event(Progress, fields),
         evaluation=last_event(Evaluation, fields),
         best=last_event(Evaluation, fields, BEST),
@@ -135,11 +142,20 @@ def number_of(text: str) -> int | None:
 
 def last_event(kind: type[Kept], fields: Fields, name: str = "") -> Kept | None:
     """Returns the last event of a kind, or the one in the field `name`; None if it is missing or invalid."""
+    timed = _timed(fields, name or kind.__name__)
+    return timed.event if timed and isinstance(timed.event, kind) else None
+
+
+def _time_of(kind: type[Kept], fields: Fields) -> float | None:
+    timed = _timed(fields, kind.__name__)
+    return timed.time if timed else None
+
+
+def _timed(fields: Fields, name: str) -> TimedEvent | None:
     try:
-        event = TimedEvent.from_json(fields[name or kind.__name__]).event
+        return TimedEvent.from_json(fields[name])
     except (KeyError, ValueError):
         return None
-    return event if isinstance(event, kind) else None
 
 
 def _seconds(fields: Fields, name: str) -> float | None:

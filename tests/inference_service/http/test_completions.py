@@ -74,6 +74,25 @@ def test_a_completion_is_the_text_that_grpc_generates(server: Server, client: op
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 12, 16)
 
 
+def test_a_completion_counts_by_its_end_as_a_call_of_grpc_does(server: Server, client: openai.OpenAI) -> None:
+    def ends(reason: str) -> float:
+        return server.metrics()["gptloop_inference_requests_total", reason]
+
+    before = {reason: ends(reason) for reason in ("length", "invalid_argument", "not_found", "internal")}
+    refused = server.metrics().get(("gptloop_inference_http_requests_total", "404"), 0.0)
+    client.completions.create(model="2", prompt="Once", max_tokens=2, extra_body={"ignore_eos": True})
+    list(client.completions.create(model="2", prompt=["a", "b"], max_tokens=2, stream=True))
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="2", prompt="Once", temperature=-1)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="77", prompt="Once")
+    wait_until(lambda: ends("not_found") == before["not_found"] + 1)
+    assert ends("length") == before["length"] + 2
+    assert ends("invalid_argument") == before["invalid_argument"] + 1
+    assert ends("internal") == before["internal"]
+    assert server.metrics()["gptloop_inference_http_requests_total", "404"] == refused + 1
+
+
 def test_a_stream_has_the_same_text_in_parts_and_then_the_usage(client: openai.OpenAI) -> None:
     values: dict[str, Any] = {"model": "best", "prompt": "Once", "seed": 5, "max_tokens": 20, "n": 2}
     whole = client.completions.create(**values)

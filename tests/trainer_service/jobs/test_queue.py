@@ -36,7 +36,7 @@ def test_a_job_can_be_read_back_as_it_was_put_on_the_queue(queue: JobQueue, tmp_
     assert record.spec == wanted and record.kind is Kind.TRAIN
     assert (record.state, record.attempt, record.is_held) == (JobState.QUEUED, 1, False)
     assert (record.started_at, record.ended_at, record.progress, record.reason) == (None, None, None, "")
-    assert queue.store.waiting() == 1 and queue.attempts.waiting() == [(record.id, 1)]
+    assert len(queue.store.waiting()) == 1 and queue.attempts.waiting() == [(record.id, 1)]
     assert events_of(queue, record.id) == [StateChanged(JobState.QUEUED)]
 
 
@@ -87,7 +87,7 @@ def test_the_events_of_a_job_change_its_record(queue: JobQueue, job: str) -> Non
 
 def test_a_waiting_job_that_is_cancelled_never_starts(queue: JobQueue, job: str) -> None:
     assert queue.cancel(job).state is JobState.CANCELLED
-    assert queue.store.waiting() == 0 and queue.attempts.waiting() == []
+    assert len(queue.store.waiting()) == 0 and queue.attempts.waiting() == []
     assert not queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.RUNNING))])
     with pytest.raises(FailedPrecondition, match="cancelled already"):
         queue.cancel(job)

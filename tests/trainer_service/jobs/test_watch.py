@@ -209,7 +209,7 @@ def test_an_invalid_job_does_not_delay_others(
     start(queue, job)
     finish(queue, job)
     watch.look()
-    assert (last, 1) in queue.attempts.waiting() and queue.store.waiting() == 1
+    assert (last, 1) in queue.attempts.waiting() and len(queue.store.waiting()) == 1
 
 
 @dataclass
