@@ -164,9 +164,9 @@ lock: $(VENV) ## Resolve requirements/*.txt again.
 	@requirements/lock
 
 # The command `gptloop`, an editable install: it runs the code of this checkout.
-$(VENV): $(PACKAGES) pyproject.toml
+$(VENV): $(PACKAGES) pyproject.toml requirements/gptloop
 	@$(RUN) pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@install -m 755 requirements/gptloop $@
 
 # A virtual environment of the first Python that MLX runs on.
 $(PACKAGES): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/redis.txt
