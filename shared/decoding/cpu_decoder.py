@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shared.decoding.sampling import Logits, TemperatureSampling, is_finite, log_probabilities, uniform
 from shared.decoding.spans import Span
-from shared.device.native import build_library
+from shared.device.native import build_library, prebuild_library
 
 if TYPE_CHECKING:
     from shared.gpt.model import GPT
@@ -215,14 +215,15 @@ class CpuDecoder:
         """Does nothing: a slot is always written before it is read."""
 
 
+_OPTIONS = ("-std=c++17", "-O3", "-march=native", *(("-fopenmp",) if sys.platform == "linux" else ()))
+
+
 def load_library(cache: Path) -> ctypes.CDLL:
-    """Loads the library of `cpu_decoder.cpp`, after building it for this processor in the folder `cache` if needed.
+    """Loads the library of `cpu_decoder.cpp`, and builds it for this processor in the folder `cache` if that is needed.
 
     Raises `FailedPrecondition` as `build_library` does.
     """
-    source = Path(__file__).with_suffix(".cpp").read_text()
-    options = ["-std=c++17", "-O3", "-march=native", *(["-fopenmp"] if sys.platform == "linux" else [])]
-    library = ctypes.CDLL(str(build_library(source, "c++", options, cache)))
+    library = ctypes.CDLL(str(build_library(_source(), "c++", _OPTIONS, cache)))
     model, pointer = ctypes.POINTER(_Model), ctypes.c_void_p
     library.scratch_size.argtypes = [model, ctypes.c_int]
     library.scratch_size.restype = ctypes.c_size_t
@@ -231,3 +232,12 @@ def load_library(cache: Path) -> ctypes.CDLL:
     library.draw.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, *[pointer] * 5]
     library.draw.restype = None
     return library
+
+
+def prebuild(folder: Path) -> None:
+    """Builds the library for each kind of processor; raises `FailedPrecondition` as `prebuild_library` does."""
+    prebuild_library(_source(), "c++", _OPTIONS, folder)
+
+
+def _source() -> str:
+    return Path(__file__).with_suffix(".cpp").read_text()

@@ -4,7 +4,7 @@ import ctypes
 import importlib.util
 from pathlib import Path
 
-from shared.device.native import build_library
+from shared.device.native import build_library, prebuild_library
 from shared.errors import FailedPrecondition
 
 # Fedora's plain libopenblas is its single-threaded build, so the threaded names come first.
@@ -23,6 +23,7 @@ FORWARD(cblas_sgemm, float, float)
 FORWARD(cblas_dgemm, double, double)
 FORWARD(cblas_cgemm, const void *, void)
 """
+_OPTIONS = ("-O2",)
 
 
 def load_blas(cache: Path) -> str | None:
@@ -42,7 +43,12 @@ def load_blas(cache: Path) -> str | None:
         return None
     try:
         ctypes.CDLL(str(Path(wheel.origin).parent / "lib" / "libscipy_openblas.so"), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(build_library(_FORWARDER, "c", ["-O2"], cache)), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(build_library(_FORWARDER, "c", _OPTIONS, cache)), mode=ctypes.RTLD_GLOBAL)
     except (OSError, FailedPrecondition):
         return None
     return "OpenBLAS of the scipy-openblas32 wheel"
+
+
+def prebuild(folder: Path) -> None:
+    """Builds the forwarder; raises `FailedPrecondition` as `prebuild_library` does."""
+    prebuild_library(_FORWARDER, "c", _OPTIONS, folder)

@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from shared.decoding import cpu_decoder as module
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.spans import Span
+from shared.device import native
 from shared.device.accelerator import memory
-from shared.device.native import build_library
+from shared.device.native import BASELINES, Baseline, build_library
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 from tests.decoders import COMPILED, cpu_decoder, cpu_library
@@ -110,6 +111,24 @@ def test_narrower_vectors_give_the_same_results(narrow_library: ctypes.CDLL, sha
     text = random_text(model.config, 2, model.config.context_length)
     assert_agrees(model, text, decode_alone(model, text, narrow_library))
     assert_same_bits_in_any_company(model, 2, narrow_library)
+
+
+@pytest.mark.parametrize("baseline", BASELINES.get(platform.machine(), ()), ids=lambda baseline: baseline.name)
+def test_a_prebuilt_library_gives_the_same_results(
+    baseline: Baseline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not baseline.features <= set(native._processor().split()):
+        pytest.skip(f"This processor is older than {baseline.name}.")
+    monkeypatch.setattr(native, "PREBUILT", COMPILED / "prebuilt")
+    monkeypatch.setattr(native, "_processor", lambda: " ".join(baseline.features))
+    module.prebuild(native.PREBUILT)
+    # Without a compiler.
+    monkeypatch.setenv("PATH", str(tmp_path))
+    library = load_library(tmp_path)
+    model = random_model(SHAPES["48"], 1)
+    text = random_text(model.config, 2, model.config.context_length)
+    assert_agrees(model, text, decode_alone(model, text, library))
+    assert_same_bits_in_any_company(model, 2, library)
 
 
 class Bits(RuleBasedStateMachine):

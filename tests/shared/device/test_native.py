@@ -1,5 +1,6 @@
 import ctypes
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shared.device import native
-from shared.device.native import build_library
+from shared.device.native import BASELINES, build_library, prebuild_library
 from shared.errors import FailedPrecondition
 from tests.waiting import HANG_S, wait_until
 
@@ -137,3 +138,72 @@ def test_a_source_that_does_not_compile_leaves_no_files(tmp_path: Path) -> None:
         with pytest.raises(FailedPrecondition, match=r"(?s)returned non-zero exit status 1.*error: "):
             build_library("int answer(void) { return", "c", [], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def prebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of prebuilt libraries, with one that answers 42 on each kind of processor."""
+    if platform.machine() not in BASELINES:
+        pytest.skip("There are no baselines for this architecture.")
+    folder = tmp_path / "prebuilt"
+    monkeypatch.setattr(native, "PREBUILT", folder)
+    prebuild_library(C, "c", [*OPTIONS, "-march=native"], folder)
+    return folder
+
+
+def require_baseline() -> None:
+    if not BASELINES[platform.machine()][-1].features <= native._features():
+        pytest.skip("This processor is older than the baselines.")
+
+
+def set_features(monkeypatch: pytest.MonkeyPatch, features: frozenset[str]) -> None:
+    monkeypatch.setattr(native, "_processor", lambda: " ".join(features))
+
+
+def test_a_prebuilt_library_needs_no_compiler(prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_baseline()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    library = build_library(C, "c", [*OPTIONS, "-march=native"], tmp_path / "cache")
+    assert answer(library) == 42
+    assert library.parent == prebuilt and not (tmp_path / "cache").exists()
+
+
+def test_the_fastest_prebuilt_library_that_the_processor_can_run_is_taken(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+    for baseline in BASELINES[platform.machine()]:
+        set_features(monkeypatch, baseline.features | {"another"})
+        chosen.append(build_library(C, "c", [*OPTIONS, "-march=native"], tmp_path / "cache"))
+    assert set(chosen) == set(prebuilt.iterdir()) and len(set(chosen)) == len(chosen)
+
+
+def test_an_older_processor_compiles_for_itself(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_features(monkeypatch, frozenset({"sse2"}))
+    library = build_library(C, "c", [*OPTIONS, "-march=native"], tmp_path / "cache")
+    assert library.parent == tmp_path / "cache" and answer(library) == 42
+
+
+def test_an_older_processor_without_a_compiler_is_told_what_it_lacks(
+    prebuilt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    least = BASELINES[platform.machine()][-1]
+    lacking = max(least.features)
+    set_features(monkeypatch, least.features - {lacking})
+    with pytest.raises(FailedPrecondition) as raised:
+        build_library(C, "c", [*OPTIONS, "-march=native"], tmp_path / "cache")
+    assert str(raised.value) == (
+        "No c compiler is installed; install one of gcc, cc, clang. "
+        f"The prebuilt libraries are for {least.name} or newer; this processor lacks {lacking}."
+    )
+
+
+def test_code_for_any_processor_is_prebuilt_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "PREBUILT", tmp_path)
+    prebuild_library(C, "c", OPTIONS, tmp_path)
+    (library,) = tmp_path.iterdir()
+    assert answer(build_library(C, "c", OPTIONS, tmp_path / "cache")) == 42
+    assert library == build_library(C, "c", OPTIONS, tmp_path / "cache")

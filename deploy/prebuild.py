@@ -1,0 +1,27 @@
+"""Builds the libraries in C and C++ for every kind of processor that an image may run on: `python -m deploy.prebuild`.
+
+They go to the folder `prebuilt` of `shared/device`, where every process looks first, so that it needs no compiler.
+"""
+
+import sys
+
+from shared.decoding import cpu_decoder
+from shared.device import blas
+from shared.device.native import PREBUILT
+from shared.errors import FailedPrecondition
+
+
+def main() -> int:
+    """Builds all of them and returns the exit status."""
+    try:
+        blas.prebuild(PREBUILT)
+        cpu_decoder.prebuild(PREBUILT)
+    except FailedPrecondition as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(sorted(path.name for path in PREBUILT.iterdir())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
