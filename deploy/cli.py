@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from shared.service import interrupts
+from shared.service import grpc_logs, interrupts
 
 _PROJECT = Path(__file__).parent.parent
 
@@ -13,6 +13,7 @@ def main() -> NoReturn:
     """Runs the command that the arguments of this process name, and exits with its code."""
     # Before the modules that take long to load.
     interrupts.end_quietly()
+    grpc_logs.silence()
     from deploy.commands import app
     from shared.service import cli
 

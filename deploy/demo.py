@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from deploy.health import own_credentials
 from deploy.ports import Ports, free_ports, page_url, read_ports
 from deploy.stack import Stack
 from deploy.supervisor import wait_until
@@ -25,6 +26,7 @@ from shared.errors import GptloopError, Unavailable
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.service import cli
+from shared.service.credentials import PLAIN, Credentials
 from shared.service.lists import print_rows
 from shared.service.settings import Directories, read_directories
 from shared.text import format_duration, format_size
@@ -58,6 +60,7 @@ class Demo:
 
     console: Console
     ports: Ports
+    credentials: Credentials = PLAIN
     began_s: float = field(default_factory=time.monotonic)
     first_story_s: float | None = None
     versions: list[pb.VersionPublished] = field(default_factory=list)
@@ -71,7 +74,10 @@ class Demo:
     def run(self) -> None:
         """Trains, and shows a story of each version that is the best so far; raises `GptloopError` if a part fails."""
         trainer, inference = f"127.0.0.1:{self.ports.trainer}", f"127.0.0.1:{self.ports.inference}"
-        with TrainerClient(trainer) as trainer_client, InferenceClient(inference) as client:
+        with (
+            TrainerClient(trainer, credentials=self.credentials) as trainer_client,
+            InferenceClient(inference, credentials=self.credentials) as client,
+        ):
             job = trainer_client.submit(TrainRequest(preset=_PRESET)).job
             self.say(f"Job {job.id} is queued: preset {_PRESET}, the built-in stories.")
             for response in trainer_client.watch(job.id):
@@ -259,7 +265,7 @@ def demo() -> None:
         stack.down()
         for folder in (directories.registry, directories.redis, directories.log):
             shutil.rmtree(folder, ignore_errors=True)
-        shown = Demo(console, ports)
+        shown = Demo(console, ports, own_credentials(environment))
         shown.say("Starting Redis, the trainer, its worker and the inference server.")
         try:
             with console.status("") as line:

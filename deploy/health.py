@@ -7,11 +7,15 @@ from functools import partial
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.ports import Ports, listening_host, reachable_address
-from shared.errors import GptloopError, Unavailable
+from deploy.ports import Ports, listening_host
+from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, Unavailable
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
-from shared.service.settings import Directories, Environment
+from shared.service.client_channel import open_channel
+from shared.service.credentials import CA_VARIABLE, Credentials, read_credentials
+from shared.service.grpc_status import error_of
+from shared.service.settings import Directories, Environment, reachable_address
+from shared.service.tls import CERTIFICATE_VARIABLE, read_tls
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_server import check_server, connect, redis_url
 
@@ -39,12 +43,12 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
         return Health(True, "answers")
 
     def trainer() -> Health:
-        serves = _serves(trainer_address)
+        serves = _serves(trainer_address, own_credentials(environment))
         return Health(serves, f"{'serves' if serves else 'not ready'} on {trainer_address}")
 
     def inference() -> Health:
         # A server without a version serves nothing but is healthy.
-        if _serves(inference_address):
+        if _serves(inference_address, own_credentials(environment)):
             return Health(True, f"serves on {inference_address}")
         if not store.versions():
             return Health(True, f"no version yet, on {inference_address}")
@@ -58,6 +62,20 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
     return {check.__name__: partial(_checked, check) for check in (redis, trainer, inference, worker)}
 
 
+def own_credentials(environment: Environment) -> Credentials:
+    """Returns the credentials for the servers of this folder of state.
+
+    Raises `InvalidArgument` if they use TLS, and the environment does not say which authority signed their certificate.
+    """
+    credentials = read_credentials(environment)
+    if read_tls(environment) is not None and credentials.ca is None:
+        raise InvalidArgument(
+            f"{CERTIFICATE_VARIABLE} is set, but not {CA_VARIABLE}, without which this command cannot reach the "
+            "servers; set it to the file with the authority that signed the certificate."
+        )
+    return credentials
+
+
 def _checked(check: Callable[[], Health]) -> Health:
     try:
         return check()
@@ -65,13 +83,16 @@ def _checked(check: Callable[[], Health]) -> Health:
         return Health(False, str(error))
 
 
-def _serves(address: str) -> bool:
-    """Returns whether a server reports that it serves; raises `Unavailable` if it does not answer."""
-    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+def _serves(address: str, credentials: Credentials) -> bool:
+    """Returns whether a server reports that it serves; raises a `GptloopError` if it cannot be reached."""
+    with open_channel(address, credentials) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
-                health_pb2.HealthCheckRequest(), timeout=_LIMIT_S, wait_for_ready=True
+                health_pb2.HealthCheckRequest(), timeout=_LIMIT_S
             )
-        except grpc.RpcError:
+        except grpc.RpcError as failure:
+            error = error_of(failure, address)
+            if isinstance(error, FailedPrecondition):
+                raise error from None
             raise Unavailable(f"no answer on {address}") from None
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -8,7 +8,8 @@ import inference_service.settings
 import trainer_service.settings
 from shared.errors import InvalidArgument
 from shared.service.listening import Address
-from shared.service.settings import Environment, to_address
+from shared.service.settings import Environment, reachable_address
+from shared.service.tls import read_tls
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,9 @@ class Ports:
         cannot be used."""
         for variable, text in self.to_environment().items():
             service = "INFERENCE" if "INFERENCE" in variable else "TRAINER"
-            host = listening_host(environment, service)
-            Address(host, int(text), f"GPTLOOP_{service}_HOST", variable).listener().close()
+            face = f"{service}_METRICS" if "METRICS" in variable else service
+            host = listening_host(environment, face)
+            Address(host, int(text), f"GPTLOOP_{face}_HOST", variable).listener().close()
 
 
 def read_ports(environment: Environment) -> Ports:
@@ -61,17 +63,14 @@ def free_ports() -> Ports:
 
 def page_url(environment: Environment, ports: Ports) -> str:
     """Returns where a browser on this machine finds the page."""
-    return f"http://{reachable_address(listening_host(environment, 'INFERENCE'), ports.inference_http)}/"
-
-
-def reachable_address(host: str, port: int) -> str:
-    """Returns where a server that listens on `host` answers on this machine."""
-    # One that listens on every address also answers on the loopback address.
-    return to_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    scheme = "http" if read_tls(environment) is None else "https"
+    return f"{scheme}://{reachable_address(listening_host(environment, 'INFERENCE'), ports.inference_http)}/"
 
 
 def listening_host(environment: Environment, service: str) -> str:
-    """Returns the address that a service (`INFERENCE`, `TRAINER`) listens on."""
-    if service == "INFERENCE":
-        return inference_service.settings.read_settings(environment).host
-    return trainer_service.settings.read_settings(environment).host
+    """Returns the address that a service (`INFERENCE`, `TRAINER`), or its metrics page (`…_METRICS`), listens on."""
+    read = (
+        inference_service.settings.read_settings if "INFERENCE" in service else trainer_service.settings.read_settings
+    )
+    settings = read(environment)
+    return settings.metrics_host if "METRICS" in service else settings.host

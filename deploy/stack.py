@@ -13,11 +13,14 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from deploy.health import Health, health_checks
+import inference_service.settings
+import trainer_service.settings
+from deploy.health import Health, health_checks, own_credentials
 from deploy.ports import Ports, page_url, read_ports
 from deploy.supervisor import ProcessState, Supervisor
 from shared.errors import FailedPrecondition, Unavailable
-from shared.service import cli, interrupts
+from shared.service import cli, interrupts, tls
+from shared.service.exposure import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE, check_exposure
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.settings import Directories, read_directories
 from shared.text import format_duration
@@ -26,6 +29,15 @@ _CONFIGURATION = Path(__file__).parent / "supervisord.conf"
 _START_LIMIT_S = 120.0
 _POLL_S = 0.2
 _LOG_LINES = 20
+
+# The files that the processes read, besides those of their folder of state.
+_FILE_VARIABLES = (
+    tls.CERTIFICATE_VARIABLE,
+    tls.KEY_VARIABLE,
+    tls.CLIENT_CA_VARIABLE,
+    CLIENT_TOKENS_VARIABLE,
+    OPERATOR_TOKENS_VARIABLE,
+)
 
 app = cli.new_app(__doc__)
 
@@ -94,6 +106,7 @@ class Stack:
             directories,
             {
                 **environment,
+                **_absolute_files(environment),
                 **ports.to_environment(),
                 "GPTLOOP_EMBEDDED_REDIS": str(self._has_redis).lower(),
                 "GPTLOOP_WORKER_STOP_S": str(worker_stop_s),
@@ -117,6 +130,7 @@ class Stack:
                 return "Everything is up already. New settings apply after `gptloop down` and `gptloop up`."
             # A killed supervisord may have left programs behind.
             self._supervisor.stop()
+            check_access(self._environment)
             self._ports.check_free(self._environment)
             if not self._has_redis and not (redis := self._checks["redis"]()).is_healthy:
                 raise Unavailable(f"REDIS_URL is set, but its Redis cannot be used. {redis.text}")
@@ -199,6 +213,26 @@ class Stack:
                     f"Another `gptloop up` or `gptloop down` is at work on {run.parent}."
                 ) from None
             yield
+
+
+def check_access(environment: Mapping[str, str]) -> None:
+    """Raises `InvalidArgument` if a service would refuse its settings of TLS, or if this command could not reach it."""
+    inference = inference_service.settings.read_settings(environment)
+    trainer = trainer_service.settings.read_settings(environment)
+    for settings, variable in (
+        (inference, inference_service.settings.HOST_VARIABLE),
+        (trainer, trainer_service.settings.HOST_VARIABLE),
+    ):
+        check_exposure(settings.host, variable, settings.tls is not None, settings.missing_tokens, settings.insecure)
+    if inference.tls is not None:
+        tls.ServerTls(inference.tls)
+    own_credentials(environment)
+
+
+def _absolute_files(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables that name files, with absolute paths: the processes run in another folder."""
+    given = {name: environment.get(name, "").strip() for name in _FILE_VARIABLES}
+    return {name: str(Path(path).absolute()) for name, path in given.items() if path}
 
 
 @contextmanager

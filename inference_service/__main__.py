@@ -2,9 +2,10 @@
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared.service import interrupts
+    from shared.service import grpc_logs, interrupts
 
     interrupts.end_quietly()
+    grpc_logs.silence()
 
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from inference_service.settings import Settings, prefill_tokens_on, read_setting
 from shared.errors import InvalidArgument, shown
 from shared.service import cli, logs
 from shared.service.lists import JsonOption
-from shared.service.settings import to_address
+from shared.service.settings import reachable_address
 
 if TYPE_CHECKING:
     from inference_service.client.admin_client import AdminClient
@@ -182,8 +183,9 @@ def generate(
     }
     from inference_service.client.client import InferenceClient
     from inference_service.terminal import Terminal
+    from shared.service.credentials import read_credentials
 
-    with InferenceClient(address or _default_address()) as client:
+    with InferenceClient(address or _default_address(), credentials=read_credentials(os.environ)) as client:
         if prompts is None:
             Terminal(client).generate(prompt or "", parameters)
         else:
@@ -217,8 +219,9 @@ def chat(
     }
     from inference_service.chat import Chat
     from inference_service.client.client import InferenceClient
+    from shared.service.credentials import read_credentials
 
-    with InferenceClient(address or _default_address()) as client:
+    with InferenceClient(address or _default_address(), credentials=read_credentials(os.environ)) as client:
         Chat(client, parameters, read_settings(os.environ).directories.chat_history).run()
 
 
@@ -363,13 +366,14 @@ def _set_policy(label: str, address: str | None) -> None:
 
 def _admin(address: str | None) -> "AdminClient":
     from inference_service.client.admin_client import AdminClient
+    from shared.service.credentials import read_credentials
 
-    return AdminClient(address or _default_address(), read_settings(os.environ).admin_token)
+    return AdminClient(address or _default_address(), read_credentials(os.environ))
 
 
 def _default_address() -> str:
     settings = read_settings(os.environ)
-    return to_address(settings.host, settings.port)
+    return reachable_address(settings.host, settings.port)
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -21,7 +21,15 @@ from inference_service.http.page import page_routes
 from inference_service.http.server import HttpServer
 from inference_service.metrics import InferenceMetrics
 from inference_service.pauses import Pauses
-from inference_service.settings import HOST_VARIABLE, HTTP_PORT_VARIABLE, METRICS_PORT_VARIABLE, PORT_VARIABLE, Settings
+from inference_service.settings import (
+    HOST_VARIABLE,
+    HTTP_PORT_VARIABLE,
+    METRICS_HOST_VARIABLE,
+    METRICS_PORT_VARIABLE,
+    PORT_VARIABLE,
+    PROBE_PORT_VARIABLE,
+    Settings,
+)
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.loader import Loader
 from inference_service.versions.manager import VersionManager
@@ -34,11 +42,13 @@ from shared.device.accelerator import Accelerator
 from shared.device.machine import memory_limit_bytes
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.registry.store import Registry
+from shared.service.exposure import warn_if_exposed
 from shared.service.grpc_calls import ENDING
 from shared.service.grpc_server import GrpcServer, Signals
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from shared.service.settings import to_address
+from shared.service.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +64,8 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
 
     Raises `AlreadyExists` if a port is in use. If the engine is stuck, the process ends here, with code 1.
     """
+    warn_if_exposed(settings.host, HOST_VARIABLE, settings.tls is not None, settings.missing_tokens, settings.insecure)
+    tls = ServerTls(settings.tls) if settings.tls else None
     loop = asyncio.get_running_loop()
     signals = Signals()
     engine_failed = asyncio.Event()
@@ -110,23 +122,29 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         *api_routes(generations, catalogue, write_timeouts, settings.slots, metrics.ended),
         *page_routes(admin, catalogue, registry, settings.admin_token),
     ]
-    http = HttpServer(routes, settings.http_hosts, settings.http_origins, metrics.answered_over_http)
+    http = HttpServer(routes, settings.http_hosts, settings.http_origins, metrics.answered_over_http, tls)
     watchdog = Watchdog(
         engine, lambda: versions.serving is not None, set_health, settings.stuck_after_s, pauses, write_timeouts
     )
 
-    page = Address(settings.host, settings.metrics_port, HOST_VARIABLE, METRICS_PORT_VARIABLE)
+    page = Address(settings.metrics_host, settings.metrics_port, METRICS_HOST_VARIABLE, METRICS_PORT_VARIABLE)
+    probe = None
+    if settings.probe_port is not None:
+        probe = Address(settings.metrics_host, settings.probe_port, METRICS_HOST_VARIABLE, PROBE_PORT_VARIABLE)
     with metrics_page(collectors, page) as metrics_port:
         # Before any call, so that refused versions are refused from the start.
         await catalogue.look()
         # The objects so far stay. To go through them at each garbage collection would delay streams.
         gc.collect()
         gc.freeze()
-        port = await server.start(Address(settings.host, settings.port, HOST_VARIABLE, PORT_VARIABLE))
+        port = await server.start(Address(settings.host, settings.port, HOST_VARIABLE, PORT_VARIABLE), tls, probe)
         http_port = http.start(Address(settings.host, settings.http_port, HOST_VARIABLE, HTTP_PORT_VARIABLE))
         logger.info(
-            "page on http://%s/, gRPC on %s, metrics on http://%s/metrics",
-            *(to_address(settings.host, each) for each in (http_port, port, metrics_port)),
+            "page on %s://%s/, gRPC on %s, metrics on http://%s/metrics",
+            "https" if tls else "http",
+            to_address(settings.host, http_port),
+            to_address(settings.host, port),
+            to_address(settings.metrics_host, metrics_port),
         )
         engine.start()
         loading = asyncio.create_task(versions.run(settings.poll_interval_s))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
 from shared.service.bearer_token import check_bearer_token
+from shared.service.exposure import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE, read_insecure
 from shared.service.settings import (
     Directories,
     Environment,
@@ -16,11 +17,14 @@ from shared.service.settings import (
     read_port,
     read_str,
 )
+from shared.service.tls import TlsFiles, read_tls
 
 HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
+METRICS_HOST_VARIABLE = "GPTLOOP_INFERENCE_METRICS_HOST"
 METRICS_PORT_VARIABLE = "GPTLOOP_INFERENCE_METRICS_PORT"
 HTTP_PORT_VARIABLE = "GPTLOOP_INFERENCE_HTTP_PORT"
+PROBE_PORT_VARIABLE = "GPTLOOP_INFERENCE_PROBE_PORT"
 ADMIN_TOKEN_VARIABLE = "GPTLOOP_ADMIN_TOKEN"
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
@@ -33,14 +37,24 @@ class Settings:
     """Every setting with its default; `read_settings` names the environment variables."""
 
     directories: Directories
-    # The address on which gRPC and the metrics page listen.
+    # The address on which gRPC and HTTP listen.
     host: str = "127.0.0.1"
     # The gRPC port; 0 lets the system choose.
     port: int = 50051
+    # The address on which the metrics page and probes are answered, without TLS.
+    metrics_host: str = "127.0.0.1"
     # The port of the metrics page; 0 lets the system choose.
     metrics_port: int = 9101
     # The port of OpenAI's API and of the page; 0 lets the system choose.
     http_port: int = 8080
+    # The port of probes that speak no TLS; None: there is none.
+    probe_port: int | None = None
+    # The certificate of gRPC and HTTP; None: they speak no TLS.
+    tls: TlsFiles | None = None
+    # The variables of tokens that are not set.
+    missing_tokens: tuple[str, ...] = (CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE)
+    # Whether other machines may reach the server although TLS or tokens are missing.
+    insecure: bool = False
     # Names, besides addresses and localhost, by which clients call the server over HTTP.
     http_hosts: tuple[str, ...] = ()
     # Other sites, such as https://example.org, whose pages may call the server.
@@ -96,6 +110,11 @@ def read_settings(environment: Environment) -> Settings:
         port=read_port(environment, PORT_VARIABLE, default.port),
         metrics_port=read_port(environment, METRICS_PORT_VARIABLE, default.metrics_port),
         http_port=read_port(environment, HTTP_PORT_VARIABLE, default.http_port),
+        metrics_host=read_str(environment, METRICS_HOST_VARIABLE, default.metrics_host),
+        probe_port=read_int(environment, PROBE_PORT_VARIABLE, None, minimum=0, maximum=65535),
+        tls=read_tls(environment),
+        missing_tokens=tuple(name for name in default.missing_tokens if not read_str(environment, name, "")),
+        insecure=read_insecure(environment),
         http_hosts=_read_names(
             environment, "GPTLOOP_INFERENCE_HTTP_HOSTS", _HOST, "a name without scheme and port, such as models.example"
         ),

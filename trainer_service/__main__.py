@@ -2,9 +2,10 @@
 
 if __name__ == "__main__":
     # Before the modules that take long to load.
-    from shared.service import interrupts
+    from shared.service import grpc_logs, interrupts
 
     interrupts.end_quietly()
+    grpc_logs.silence()
 
 import asyncio
 

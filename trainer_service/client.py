@@ -9,6 +9,7 @@ from shared.errors import DeadlineExceeded, GptloopError
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.service.client_channel import Connection, sendable
+from shared.service.credentials import PLAIN, Credentials
 from shared.service.grpc_status import error_of
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.requests import JobRequest
@@ -25,8 +26,8 @@ class TrainerClient(Connection):
     `DeadlineExceeded` if the call takes longer than `timeout_s`. No call is repeated: a job would be queued twice.
     """
 
-    def __init__(self, address: str, timeout_s: float = _CALL_S) -> None:
-        super().__init__(address)
+    def __init__(self, address: str, timeout_s: float = _CALL_S, credentials: Credentials = PLAIN) -> None:
+        super().__init__(address, credentials)
         self._timeout_s = timeout_s
         self._stub: Any = training_pb2_grpc.TrainingServiceStub(self._channel)
 
@@ -54,7 +55,8 @@ class TrainerClient(Connection):
 
     def watch(self, job_id: str, timeout_s: float | None = None) -> Iterator[pb.WatchJobResponse]:
         """Yields every event of a job until it ends; without `timeout_s` it may take any time."""
-        call = self._stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=timeout_s)
+        request = pb.WatchJobRequest(job_id=job_id)
+        call = self._stub.WatchJob(request, timeout=timeout_s, metadata=self._metadata)
         try:
             yield from call
         except grpc.RpcError as failure:
@@ -69,7 +71,7 @@ class TrainerClient(Connection):
 
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as failure:
             raise self._error_of(failure, self._timeout_s) from None
 

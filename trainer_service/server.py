@@ -13,9 +13,12 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
+from shared.service.exposure import warn_if_exposed
 from shared.service.grpc_server import GrpcServer, Signals
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
+from shared.service.settings import to_address
+from shared.service.tls import ServerTls
 from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -23,7 +26,14 @@ from trainer_service.jobs.requests import JobRequest
 from trainer_service.jobs.submit import submit, with_stories
 from trainer_service.metrics import CallMetrics, make_metrics
 from trainer_service.redis_server import Outage, connect
-from trainer_service.settings import TrainerSettings
+from trainer_service.settings import (
+    HOST_VARIABLE,
+    METRICS_HOST_VARIABLE,
+    METRICS_PORT_VARIABLE,
+    PORT_VARIABLE,
+    PROBE_PORT_VARIABLE,
+    TrainerSettings,
+)
 from trainer_service.translate import STATES, event_to_pb, job_to_pb, kinds_from_pb, request_from_pb
 
 logger = logging.getLogger(__name__)
@@ -120,6 +130,9 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
 
 async def serve(settings: TrainerSettings) -> None:
     """Serves until SIGTERM or SIGINT. The health is SERVING while Redis answers."""
+    host = settings.host
+    warn_if_exposed(host, HOST_VARIABLE, settings.tls is not None, settings.missing_tokens, settings.insecure)
+    tls = ServerTls(settings.tls) if settings.tls else None
     registry = settings.open_registry()
     queue = JobQueue(connect(settings.redis_url), registry_id(registry.root))
     signals = Signals()
@@ -128,11 +141,17 @@ async def serve(settings: TrainerSettings) -> None:
     training_pb2_grpc.add_TrainingServiceServicer_to_server(
         TrainingServicer(queue, registry, settings.directories.data), server.server
     )
-    host = settings.host
-    page = Address(host, settings.metrics_port, "GPTLOOP_TRAINER_HOST", "GPTLOOP_TRAINER_METRICS_PORT")
+    page = Address(settings.metrics_host, settings.metrics_port, METRICS_HOST_VARIABLE, METRICS_PORT_VARIABLE)
+    probe = None
+    if settings.probe_port is not None:
+        probe = Address(settings.metrics_host, settings.probe_port, METRICS_HOST_VARIABLE, PROBE_PORT_VARIABLE)
     with metrics_page(metrics, page) as metrics_port:
-        port = await server.start(Address(host, settings.port, "GPTLOOP_TRAINER_HOST", "GPTLOOP_TRAINER_PORT"))
-        logger.info("gRPC on %s:%d, metrics on http://%s:%d/metrics", host, port, host, metrics_port)
+        port = await server.start(Address(host, settings.port, HOST_VARIABLE, PORT_VARIABLE), tls, probe)
+        logger.info(
+            "gRPC on %s, metrics on http://%s/metrics",
+            to_address(host, port),
+            to_address(settings.metrics_host, metrics_port),
+        )
         health = asyncio.create_task(_follow_redis(server, queue, registry.root, signals))
         await signals.asked.wait()
         health.cancel()

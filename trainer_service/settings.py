@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from shared.registry.decisions import BestBy
 from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
 from shared.registry.store import Registry
+from shared.service.exposure import OPERATOR_TOKENS_VARIABLE, read_insecure
 from shared.service.settings import (
     Directories,
     Environment,
@@ -16,17 +17,29 @@ from shared.service.settings import (
     read_port,
     read_str,
 )
+from shared.service.tls import TlsFiles, read_tls
 from trainer_service.distillation.groq_settings import GroqSettings, read_groq
 from trainer_service.redis_server import redis_url
+
+HOST_VARIABLE = "GPTLOOP_TRAINER_HOST"
+PORT_VARIABLE = "GPTLOOP_TRAINER_PORT"
+METRICS_HOST_VARIABLE = "GPTLOOP_TRAINER_METRICS_HOST"
+METRICS_PORT_VARIABLE = "GPTLOOP_TRAINER_METRICS_PORT"
+PROBE_PORT_VARIABLE = "GPTLOOP_TRAINER_PROBE_PORT"
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
     """Settings of the trainer service.
 
-    host: `GPTLOOP_TRAINER_HOST`, the address that gRPC and metrics listen on.
+    host: `GPTLOOP_TRAINER_HOST`, the address that gRPC listens on.
     port: `GPTLOOP_TRAINER_PORT`, the gRPC port; 0 chooses a free one.
+    metrics_host: `GPTLOOP_TRAINER_METRICS_HOST`, the address of `/metrics` and of probes, which speak no TLS.
     metrics_port: `GPTLOOP_TRAINER_METRICS_PORT`, the port of `/metrics`; 0 chooses a free one.
+    probe_port: `GPTLOOP_TRAINER_PROBE_PORT`, the port of probes that speak no TLS; None: there is none.
+    tls: `GPTLOOP_TLS_*`, the certificate of gRPC; None: it speaks no TLS.
+    missing_tokens: the variables of tokens that are not set.
+    insecure: `GPTLOOP_INSECURE`, whether other machines may reach the server although TLS or tokens are missing.
     stuck_s: `GPTLOOP_TRAINER_STUCK_S`, how long a job may show no progress before another attempt replaces it.
     retention: `GPTLOOP_KEEP_*`, which versions and states the registry keeps.
     redis_url: `REDIS_URL`, the Redis server; without it the embedded one below `GPTLOOP_VAR`.
@@ -37,7 +50,12 @@ class TrainerSettings:
 
     host: str
     port: int
+    metrics_host: str
     metrics_port: int
+    probe_port: int | None
+    tls: TlsFiles | None
+    missing_tokens: tuple[str, ...]
+    insecure: bool
     stuck_s: float
     retention: Retention
     redis_url: str
@@ -54,9 +72,14 @@ def read_settings(environment: Environment) -> TrainerSettings:
     """Reads all settings; raises `InvalidArgument`, which names the invalid variable."""
     directories = read_directories(environment)
     return TrainerSettings(
-        host=read_str(environment, "GPTLOOP_TRAINER_HOST", "127.0.0.1"),
-        port=read_port(environment, "GPTLOOP_TRAINER_PORT", 50052),
-        metrics_port=read_port(environment, "GPTLOOP_TRAINER_METRICS_PORT", 9102),
+        host=read_str(environment, HOST_VARIABLE, "127.0.0.1"),
+        port=read_port(environment, PORT_VARIABLE, 50052),
+        metrics_host=read_str(environment, METRICS_HOST_VARIABLE, "127.0.0.1"),
+        metrics_port=read_port(environment, METRICS_PORT_VARIABLE, 9102),
+        probe_port=read_int(environment, PROBE_PORT_VARIABLE, None, minimum=0, maximum=65535),
+        tls=read_tls(environment),
+        missing_tokens=tuple(name for name in (OPERATOR_TOKENS_VARIABLE,) if not read_str(environment, name, "")),
+        insecure=read_insecure(environment),
         stuck_s=read_float(environment, "GPTLOOP_TRAINER_STUCK_S", 600.0, minimum=1.0, maximum=86400.0),
         retention=read_retention(environment),
         redis_url=redis_url(environment, directories),

@@ -9,8 +9,8 @@ from inference_service.client.attempts import START
 from shared.errors import DeadlineExceeded
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
-from shared.service.bearer_token import check_bearer_token
 from shared.service.client_channel import Connection, sendable
+from shared.service.credentials import PLAIN, Credentials
 from shared.service.grpc_status import error_of
 
 _CALL_S = 30.0
@@ -19,18 +19,16 @@ _LOAD_S = 600.0
 
 
 class AdminClient(Connection):
-    """A client of the `ModelAdminService` at `host:port`; `token` is the server's bearer token, if it has one.
+    """A client of the `ModelAdminService` at `host:port`.
 
     Every method raises the error that the server raised, `Unavailable` if no server answers, `DeadlineExceeded` if the
     call takes longer than `timeout_s`, and `InvalidArgument` if a value cannot be sent. No call is retried, because a
     second rollback would reject a second version.
     """
 
-    def __init__(self, address: str, token: str = "", timeout_s: float = _CALL_S) -> None:
-        check_bearer_token("The token", token)
-        super().__init__(address)
+    def __init__(self, address: str, credentials: Credentials = PLAIN, timeout_s: float = _CALL_S) -> None:
+        super().__init__(address, credentials)
         self._timeout_s = timeout_s
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._stub: Any = inference_pb2_grpc.ModelAdminServiceStub(self._channel)
 
     def versions(self) -> pb.ListVersionsResponse:

@@ -4,10 +4,10 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import grpc
-import grpc.aio
 
 from inference_service.client.attempts import Attempts
 from inference_service.client.completion import Completion, complete
@@ -15,7 +15,8 @@ from inference_service.client.stream import AsyncStream, Stream
 from shared.errors import FailedPrecondition, InvalidArgument
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
-from shared.service.client_channel import NO_PROXY, Connection, sendable
+from shared.service.client_channel import Connection, open_aio_channel, sendable
+from shared.service.credentials import PLAIN, Credentials
 
 DEFAULT_RETRIES = 2
 
@@ -68,6 +69,7 @@ class _Calls(ABC, Generic[_Stream, _Ids, _Text, _Model]):
     """The calls of both clients, which differ only in how they wait, and so in the types of what they return."""
 
     _address: str
+    _metadata: tuple[tuple[str, str], ...]
     _retries: int
     _stub: inference_pb2_grpc.InferenceServiceStub
 
@@ -115,15 +117,15 @@ class _Calls(ABC, Generic[_Stream, _Ids, _Text, _Model]):
 
 
 class InferenceClient(Connection, _Calls[Stream, list[int], str, pb.GetModelResponse]):
-    """A client of the server at `host:port`. Several threads may share it.
+    """A client of the server at `host:port`, or of several servers (see `read_target`). Several threads may share it.
 
     A call that finds no server, or a full one, is retried up to `retries` times before its deadline, unless a part of
     the answer has arrived (see `Attempts`). Every method raises the error that the server raised, `Unavailable` if no
     server answers, and `DeadlineExceeded` if the call takes longer than `timeout_s`.
     """
 
-    def __init__(self, address: str, retries: int = DEFAULT_RETRIES) -> None:
-        super().__init__(address, *_OPTIONS)
+    def __init__(self, address: str, retries: int = DEFAULT_RETRIES, credentials: Credentials = PLAIN) -> None:
+        super().__init__(address, credentials, *_OPTIONS)
         self._retries = retries
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
@@ -133,13 +135,13 @@ class InferenceClient(Connection, _Calls[Stream, list[int], str, pb.GetModelResp
             return complete(list(stream))
 
     def _open(self, request: pb.GenerateRequest, attempts: Attempts) -> Stream:
-        return Stream(self._stub.Generate, request, attempts)
+        return Stream(partial(self._stub.Generate, metadata=self._metadata), request, attempts)
 
     def _call(self, method: Callable[..., Any], request: object, timeout_s: float | None, read: _Read) -> Any:
         attempts = Attempts(self._address, self._retries, timeout_s)
         while True:
             try:
-                return read(method(request, timeout=attempts.remaining_s()))
+                return read(method(request, timeout=attempts.remaining_s(), metadata=self._metadata))
             except grpc.RpcError as failure:
                 time.sleep(attempts.pause_s(failure))
 
@@ -154,11 +156,12 @@ class AsyncInferenceClient(
     Its methods raise `FailedPrecondition` on any other event loop.
     """
 
-    def __init__(self, address: str, retries: int = DEFAULT_RETRIES) -> None:
+    def __init__(self, address: str, retries: int = DEFAULT_RETRIES, credentials: Credentials = PLAIN) -> None:
         self._address = address
+        self._metadata = credentials.to_metadata()
         self._retries = retries
         self._loop = asyncio.get_running_loop()
-        self._channel = grpc.aio.insecure_channel(address, options=(NO_PROXY, *_OPTIONS))
+        self._channel = open_aio_channel(address, credentials, _OPTIONS)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -178,7 +181,7 @@ class AsyncInferenceClient(
 
     def _open(self, request: pb.GenerateRequest, attempts: Attempts) -> AsyncStream:
         self._check_loop()
-        return AsyncStream(self._stub.Generate, request, attempts)
+        return AsyncStream(partial(self._stub.Generate, metadata=self._metadata), request, attempts)
 
     async def _call(
         self, method: Callable[..., Any], request: object, timeout_s: float | None, read: Callable[[Any], object]
@@ -187,7 +190,7 @@ class AsyncInferenceClient(
         attempts = Attempts(self._address, self._retries, timeout_s)
         while True:
             try:
-                return read(await method(request, timeout=attempts.remaining_s()))
+                return read(await method(request, timeout=attempts.remaining_s(), metadata=self._metadata))
             except grpc.RpcError as failure:
                 await asyncio.sleep(attempts.pause_s(failure))
 

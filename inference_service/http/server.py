@@ -20,6 +20,7 @@ from inference_service.http.guards import Guards
 from inference_service.http.statuses import Statuses
 from shared.errors import GptloopError
 from shared.service.listening import Address
+from shared.service.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class HttpServer:
         hosts: Collection[str],
         origins: Collection[str],
         answered: Callable[[int], None] = lambda _: None,
+        tls: ServerTls | None = None,
     ) -> None:
         app = Starlette(
             routes=list(routes),
@@ -63,6 +65,7 @@ class HttpServer:
             ws="none",
             backlog=_BACKLOG,
             timeout_keep_alive=_IDLE_S,
+            ssl_context_factory=None if tls is None else lambda *_: tls.context(),
         )
         # Its own messages say nothing about a request.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

@@ -12,10 +12,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from shared.errors import Unavailable
 from shared.service.grpc_calls import Calls, Ended
-from shared.service.listening import Address, ipv4_alone
+from shared.service.grpc_port import open_port
+from shared.service.listening import Address
+from shared.service.probe import Probe
 from shared.service.settings import to_address
+from shared.service.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ _OPTIONS = (
     # The server pings a client after this time without any message from it.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients that balance look for new servers when a connection ends. Its calls run to their end before.
+    ("grpc.max_connection_age_ms", 300_000),
 )
 
 
@@ -60,23 +64,23 @@ class GrpcServer:
         self.server = grpc.aio.server(interceptors=[self._calls, *interceptors], options=options)
         self._services = ("", *services)
         self._health = _Health()
+        self._probe: Probe | None = None
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         named = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(named, self.server)
 
-    async def start(self, address: Address) -> int:
-        """Starts to listen, and returns the port, which the system chooses if it is 0.
+    async def start(self, address: Address, tls: ServerTls | None = None, probe: Address | None = None) -> int:
+        """Starts to listen and returns the port; raises the errors of `open_port`.
 
-        0.0.0.0 stands for every IPv4 address, `::` for every address. Raises `AlreadyExists` if the port is in use, and
-        `InvalidArgument` if the server cannot listen on the host or the port.
+        With `probe`, health also answers there without TLS.
         """
         await self.set_serving(False)
-        # gRPC itself would only report that binding failed, and print a traceback.
-        with ipv4_alone(address) as port:
-            try:
-                port = self.server.add_insecure_port(to_address(address.host, port))
-            except RuntimeError as error:
-                raise Unavailable(f"gRPC cannot listen on {to_address(address.host, port)}: {error}.") from None
+        if probe is not None:
+            starting = Probe()
+            answers_on = to_address(probe.host, await starting.start(probe))
+            logger.info("health without TLS on %s", answers_on)
+            self._probe = starting
+        port = open_port(self.server, address, tls.grpc_credentials() if tls else None)
         await self.server.start()
         return port
 
@@ -85,6 +89,8 @@ class GrpcServer:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
             await self._health.set(service, status)
+        if self._probe is not None:
+            await self._probe.set_serving(serving)
 
     async def stop(self, drain_s: float, force: asyncio.Event, cut: Callable[[], None] | None = None) -> None:
         """Stops in steps: sets NOT_SERVING, rejects new calls as UNAVAILABLE, and gives running calls `drain_s` to end.
@@ -93,6 +99,8 @@ class GrpcServer:
         not wait for calls whose requests have not arrived. `force` skips the waiting.
         """
         await self._health.enter_graceful_shutdown()
+        if self._probe is not None:
+            await self._probe.set_serving(False)
         forced = asyncio.create_task(force.wait())
         await asyncio.wait((forced,), timeout=_NOTICE_S)
         self._health.end_watches()
@@ -108,6 +116,8 @@ class GrpcServer:
         forced.cancel()
         # Clients without calls close their connections when they receive GOAWAY.
         await self.server.stop(None if await self._calls.hold() else _GOODBYE_S)
+        if self._probe is not None:
+            await self._probe.stop()
 
 
 class _Health(health.aio.HealthServicer):

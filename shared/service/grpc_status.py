@@ -7,6 +7,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from shared import errors
+from shared.service.handshakes import handshake_error
 
 # The metadata key of a status's details (gRPC's richer error model).
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -53,6 +54,8 @@ def error_of(call: grpc.RpcError, address: str, start: str = "") -> errors.Gptlo
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceExhausted(details, _retry_after_s(call))
+    if code is grpc.StatusCode.UNAVAILABLE and (error := handshake_error(details, address)) is not None:
+        return error
     if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_SERVER):
         return errors.Unavailable(f"No server answers at {address}{start and f': start it with `{start}`'}.")
     for kind, kind_code in _CODES.items():

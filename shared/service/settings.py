@@ -81,6 +81,12 @@ def to_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def reachable_address(host: str, port: int) -> str:
+    """Returns where a server that listens on `host` answers on this machine."""
+    # One that listens on every address also answers on the loopback address.
+    return to_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+
+
 @dataclass(frozen=True)
 class Directories:
     """The folders of all state, below one folder, `GPTLOOP_VAR` (default `var`)."""

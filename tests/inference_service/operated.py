@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from inference_service.client import AdminClient
+from inference_service.client import AdminClient, Credentials
 from shared.gpt.config import GPTConfig
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
@@ -12,7 +12,7 @@ from tests.fakes import TINY, publish_tiny_version
 from tests.inference_service.process import Server
 from tests.waiting import wait_until
 
-TOKEN = "open sesame"
+TOKEN = "open-sesame-at-once"
 
 
 class Operated:
@@ -20,7 +20,7 @@ class Operated:
 
     def __init__(self, var: Path) -> None:
         self.server = Server(var, GPTLOOP_ADMIN_TOKEN=TOKEN)
-        self.admin = AdminClient(self.server.address, TOKEN)
+        self.admin = AdminClient(self.server.address, Credentials(token=TOKEN))
         self.client = self.server.client()
 
     def publish(self, config: GPTConfig = TINY, better_by: float = 0.0) -> VersionManifest:

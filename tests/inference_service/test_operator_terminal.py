@@ -212,15 +212,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 class Operator:
-    """Runs commands with the token in the environment."""
+    """Runs commands with a token."""
 
     def __init__(self, server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._token = server.var / "token"
         self._capsys = capsys
         self._monkeypatch = monkeypatch
         host, port = server.address.rsplit(":", 1)
         monkeypatch.setenv("GPTLOOP_INFERENCE_HOST", host)
         monkeypatch.setenv("GPTLOOP_INFERENCE_PORT", port)
-        monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", TOKEN)
+        monkeypatch.setenv("GPTLOOP_TOKEN_FILE", str(self._token))
+        self.have(TOKEN)
+
+    def have(self, token: str) -> None:
+        """Writes the token into the file; no token means no file."""
+        if token:
+            self._token.write_text(f"operator {token}\n")
+        else:
+            self._monkeypatch.delenv("GPTLOOP_TOKEN_FILE")
 
     def type(self, *arguments: str) -> tuple[int, str, str]:
         """Runs a command; returns its exit code, standard output and standard error."""
@@ -341,10 +350,8 @@ def test_an_error_is_one_sentence(operator: Operator, arguments: tuple[str, ...]
 
 
 @pytest.mark.parametrize("token", ["", "close"])
-def test_without_the_token_each_command_names_the_setting(
-    operator: Operator, monkeypatch: pytest.MonkeyPatch, token: str
-) -> None:
-    monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", token)
+def test_without_the_token_each_command_names_the_setting(operator: Operator, token: str) -> None:
+    operator.have(token)
     for name in COMMANDS:
         arguments = {"versions": (), "rollback": (), "follow": ("latest",)}.get(name, ("1",))
         code, output, errors = operator.type(name, *arguments)
@@ -354,22 +361,21 @@ def test_without_the_token_each_command_names_the_setting(
         assert len(errors.splitlines()) == 1
 
 
-def test_a_token_that_metadata_cannot_carry_is_reported_in_one_sentence(
-    operator: Operator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GPTLOOP_ADMIN_TOKEN", "öffne dich")
+def test_a_token_that_metadata_cannot_carry_is_reported_in_one_sentence(operator: Operator) -> None:
+    operator.have("öffne-dich")
     code, output, errors = operator.type("versions")
     assert (code, output) == (2, "")
-    assert errors.startswith("error: GPTLOOP_ADMIN_TOKEN contains a character that metadata cannot carry")
+    assert errors.startswith("error: The token in GPTLOOP_TOKEN_FILE contains a character that metadata cannot carry")
     assert "dich" not in errors
 
 
-def test_the_command_as_a_process(server: Server) -> None:
-    for token, code in ((TOKEN, 0), ("", 1)):
+def test_the_command_as_a_process(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    for file, code in ((str(tmp_path / "token"), 0), ("", 1)):
         done = subprocess.run(
             [sys.executable, "-m", "inference_service", "versions", "--address", server.address],
             cwd=ROOT,
-            env={**os.environ, "GPTLOOP_ADMIN_TOKEN": token},
+            env={**os.environ, "GPTLOOP_TOKEN_FILE": file},
             capture_output=True,
             text=True,
             timeout=HANG_S,

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import pytest
 
-from inference_service.client import AdminClient
+from inference_service.client import AdminClient, Credentials
 from shared import errors
 from tests.inference_service.operated import TOKEN, Operated
 
 
 def test_a_token_that_metadata_cannot_carry_is_rejected() -> None:
     with pytest.raises(errors.InvalidArgument, match=r"^The token contains a character") as rejected:
-        AdminClient("127.0.0.1:1", "öffne dich")
+        AdminClient("127.0.0.1:1", Credentials(token="öffne dich"))
     assert "dich" not in str(rejected.value)
 
 
@@ -21,7 +21,7 @@ def test_an_http_proxy_is_ignored(operated: Operated, monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    with AdminClient(operated.server.address, TOKEN) as admin:
+    with AdminClient(operated.server.address, Credentials(token=TOKEN)) as admin:
         assert admin.versions().versions
 
 

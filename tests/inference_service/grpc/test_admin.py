@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_service.client import AdminClient
+from inference_service.client import AdminClient, Credentials
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import TINY, publish_tiny_version
@@ -266,7 +266,7 @@ def test_a_server_without_a_token_accepts_every_operator(tmp_path: Path) -> None
     server = Server(tmp_path / "var")
     try:
         # A needless token does no harm.
-        with AdminClient(server.address) as admin, AdminClient(server.address, TOKEN) as other:
+        with AdminClient(server.address) as admin, AdminClient(server.address, Credentials(token=TOKEN)) as other:
             answer = admin.versions()
             assert (list(answer.versions), answer.policy) == ([], "best")
             assert admin.set_policy("latest") is None

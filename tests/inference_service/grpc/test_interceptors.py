@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from inference_service.client import AdminClient, InferenceClient
+from inference_service.client import AdminClient, Credentials, InferenceClient
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
@@ -60,7 +60,10 @@ def test_an_unknown_method_is_unimplemented_even_without_the_token(operated: Ope
 
 def test_the_error_of_a_missing_or_wrong_token_says_what_to_do(operated: Operated) -> None:
     for wrong, found in (("", "no bearer token"), ("close sesame", "the wrong bearer token")):
-        with AdminClient(operated.server.address, wrong) as admin, pytest.raises(errors.Unauthenticated) as ended:
+        with (
+            AdminClient(operated.server.address, Credentials(token=wrong)) as admin,
+            pytest.raises(errors.Unauthenticated) as ended,
+        ):
             admin.versions()
         assert str(ended.value) == (
             f"This call has {found}: set GPTLOOP_ADMIN_TOKEN to the server's value, or send the metadata "

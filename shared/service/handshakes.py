@@ -1,0 +1,52 @@
+"""Explains why a client could not connect to a server that answers."""
+
+from shared.errors import FailedPrecondition, GptloopError, Unavailable
+
+# What the details of a failed call contain, and what that means.
+_REASONS = (
+    (
+        "certificate has expired",
+        "The certificate of the server at {} has expired; replace it, or correct the clock of this machine.",
+    ),
+    (
+        "certificate is not yet valid",
+        "The certificate of the server at {} is not valid yet; correct the clock of this machine.",
+    ),
+    (
+        "CERTIFICATE_VERIFY_FAILED",
+        "The certificate of the server at {} is not signed by an authority that this client trusts; set GPTLOOP_TLS_CA "
+        "to the file with the server's authority.",
+    ),
+    (
+        "Hostname Verification Check failed",
+        "The certificate of the server at {} is for another name; use that name in the address, or set "
+        "GPTLOOP_TLS_SERVER_NAME to it.",
+    ),
+    (
+        "WRONG_VERSION_NUMBER",
+        "The server at {} does not use TLS; unset GPTLOOP_TLS_CA, or set GPTLOOP_TLS_CERT and GPTLOOP_TLS_KEY for the "
+        "server.",
+    ),
+)
+# A server that refuses a handshake gives its client no reason.
+_NOT_CONNECTED = "failed to connect"
+_CLOSED = "Socket closed"
+
+
+def handshake_error(details: str, address: str) -> GptloopError | None:
+    """Returns the error for a call that failed because its connection was refused, or None if it failed otherwise.
+
+    details: those of the call, whose status is UNAVAILABLE.
+    """
+    if not details.startswith(_NOT_CONNECTED):
+        return None
+    for part, sentence in _REASONS:
+        if part in details:
+            return FailedPrecondition(sentence.format(address))
+    if _CLOSED in details:
+        # It may also have ended at this moment, so that another attempt makes sense.
+        return Unavailable(
+            f"The server at {address} closed the connection before any call: it may use TLS (set GPTLOOP_TLS_CA), or "
+            "accept only certain clients (set GPTLOOP_TLS_CLIENT_CERT and GPTLOOP_TLS_CLIENT_KEY)."
+        )
+    return None

@@ -1,0 +1,61 @@
+"""Reads certificates and keys in PEM files, with errors that name the setting."""
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from shared.errors import InvalidArgument, shown
+
+# Paths are quoted whole unless they are very long.
+_PATH_LETTERS = 150
+
+
+@dataclass(frozen=True)
+class PemFile:
+    """A PEM file and the setting that names it."""
+
+    path: Path
+    setting: str
+
+    def read(self) -> bytes:
+        """Returns the bytes of the file; raises `InvalidArgument` if it cannot be read."""
+        try:
+            return self.path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InvalidArgument(f"{self} cannot be read: {reason}.") from None
+
+    def load_authority(self, context: ssl.SSLContext) -> None:
+        """Makes a context trust the certificates in the file; raises `InvalidArgument` if there are none."""
+        self.read()
+        try:
+            context.load_verify_locations(self.path)
+        except ssl.SSLError:
+            raise InvalidArgument(f"{self} contains no certificates in PEM form.") from None
+
+    def __str__(self) -> str:
+        """Returns how an error names the file."""
+        return f"{self.setting} is {shown(str(self.path), _PATH_LETTERS)}, which"
+
+
+def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> None:
+    """Gives a context its own certificate chain and key; raises `InvalidArgument` if they are no pair."""
+    for file, marker in ((certificate, b"CERTIFICATE-----"), (key, b"PRIVATE KEY-----")):
+        if marker not in file.read():
+            what = "certificate" if file is certificate else "private key"
+            raise InvalidArgument(f"{file} contains no {what} in PEM form.")
+
+    def refuse() -> NoReturn:
+        raise InvalidArgument(f"{key} is encrypted with a password; it must be readable without one.")
+
+    try:
+        context.load_cert_chain(certificate.path, key.path, refuse)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise InvalidArgument(f"{key} is not the key of the certificate in {certificate.setting}.") from None
+        raise InvalidArgument(
+            f"{certificate} cannot be used with the key in {key.setting}: {error.reason or error}."
+        ) from None
+    except OSError as error:
+        raise InvalidArgument(f"{certificate} or {key.setting} cannot be read: {error.strerror}.") from None
