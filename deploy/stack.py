@@ -20,9 +20,10 @@ from deploy.ports import Ports, page_url, read_ports
 from deploy.supervisor import ProcessState, Supervisor
 from shared.errors import FailedPrecondition, Unavailable
 from shared.service import cli, interrupts, tls
-from shared.service.exposure import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE, check_exposure
+from shared.service.exposure import check_exposure
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.settings import Directories, read_directories
+from shared.service.tokens import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE
 from shared.text import format_duration
 
 _CONFIGURATION = Path(__file__).parent / "supervisord.conf"

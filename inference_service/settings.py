@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
 from shared.service.bearer_token import check_bearer_token
-from shared.service.exposure import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE, read_insecure
+from shared.service.exposure import read_insecure
 from shared.service.settings import (
     Directories,
     Environment,
@@ -18,6 +18,7 @@ from shared.service.settings import (
     read_str,
 )
 from shared.service.tls import TlsFiles, read_tls
+from shared.service.tokens import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE
 
 HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"

@@ -38,6 +38,10 @@ class Unauthenticated(GptloopError):
     """The call lacks a valid credential."""
 
 
+class PermissionDenied(GptloopError):
+    """The caller is known, but may not do this."""
+
+
 class DeadlineExceeded(GptloopError):
     """The caller's deadline passed before the call ended."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from shared.registry.decisions import BestBy
 from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
 from shared.registry.store import Registry
-from shared.service.exposure import OPERATOR_TOKENS_VARIABLE, read_insecure
+from shared.service.exposure import read_insecure
 from shared.service.settings import (
     Directories,
     Environment,
@@ -18,6 +18,7 @@ from shared.service.settings import (
     read_str,
 )
 from shared.service.tls import TlsFiles, read_tls
+from shared.service.tokens import OPERATOR_TOKENS_VARIABLE
 from trainer_service.distillation.groq_settings import GroqSettings, read_groq
 from trainer_service.redis_server import redis_url
 

@@ -10,8 +10,6 @@ from shared.service.settings import Environment, read_str
 
 logger = logging.getLogger(__name__)
 
-CLIENT_TOKENS_VARIABLE = "GPTLOOP_CLIENT_TOKENS"
-OPERATOR_TOKENS_VARIABLE = "GPTLOOP_OPERATOR_TOKENS"
 INSECURE_VARIABLE = "GPTLOOP_INSECURE"
 
 

@@ -26,6 +26,7 @@ _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
     errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.CorruptCheckpoint: grpc.StatusCode.DATA_LOSS,
     # Last, so that its code maps back to `InvalidArgument`.
