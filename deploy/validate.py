@@ -29,7 +29,9 @@ class Validator:
 
 VALIDATORS = (
     Validator("contracts", ("buf",), "buf lint proto"),
+    # It checks the rules that the configuration names, too.
     Validator("prometheus", ("promtool",), "promtool check config deploy/prometheus/prometheus.yml"),
+    Validator("alerts", ("promtool",), "promtool test rules deploy/prometheus/alerts_test.yml"),
     Validator("shell", ("shellcheck",), "shellcheck .ci/run requirements/install requirements/lock"),
 )
 

@@ -28,6 +28,8 @@ class Fault:
 FAULTS = (
     Fault("contracts", "proto/inference/v1/inference.proto", "rpc Generate(", "rpc generate(", "PascalCase"),
     Fault("prometheus", "deploy/prometheus/prometheus.yml", "scrape_interval:", "scrape_intervall:", "not found"),
+    Fault("prometheus", "deploy/prometheus/alerts.yml", "sum(gptloop", "summ(gptloop", "unknown function"),
+    Fault("alerts", "deploy/prometheus/alerts.yml", "time() - gptloop", "0 * gptloop", "FAILED"),
     Fault("shell", "requirements/install", 'tail -n 20 "$log"', "tail -n 20 $missing", "SC2154"),
 )
 
