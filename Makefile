@@ -23,7 +23,7 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-TARGETS := help demo up down status train distill eval stories runs history jobs watch cancel data checkpoints verify disk \
+TARGETS := help demo up down status service train distill eval stories runs history jobs watch cancel data checkpoints verify disk \
   prune import export generate chat info test bench bench-serve soak soak-serve soak-swap check fix proto lock
 .PHONY: $(TARGETS)
 # Checks all targets before the first one runs.
@@ -50,6 +50,9 @@ down: $(VENV) ## Stop what `make up` started.
 
 status: $(VENV) ## Show the state of each process.
 	$(COMMAND) status
+
+service: $(VENV) ## Let launchd or systemd keep the processes running: ACTION=install, uninstall or status; JSON=1
+	$(COMMAND) service
 
 train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" NAME= NOTES= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) train

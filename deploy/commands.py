@@ -50,6 +50,7 @@ TOPICS = (
         Command("up", "Start every process and return when all of them are healthy.", _STACK),
         Command("status", "Show every process and its health.", _STACK),
         Command("down", "Stop every process and return when all of them are gone.", _STACK),
+        Command("service", "Let launchd or systemd keep the processes running.", "deploy.service"),
         Command("info", "Show the device, its memory and its speed.", _INFERENCE),
     ),
     Topic(

@@ -14,6 +14,7 @@ _DESCRIPTOR = 3
 
 def launch(lock: Path, command: list[str]) -> None:
     """Waits for the lock, writes the pid into its file and replaces this process with the program."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
     opened = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
     if opened != _DESCRIPTOR:
         os.dup2(opened, _DESCRIPTOR)

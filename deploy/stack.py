@@ -17,6 +17,7 @@ import inference_service.settings
 import trainer_service.settings
 from deploy.health import Health, health_checks, own_credentials
 from deploy.ports import Ports, page_url, read_ports
+from deploy.services.manager import manager_of, refuse_services
 from deploy.supervisor import ProcessState, Supervisor
 from shared.errors import FailedPrecondition, Unavailable
 from shared.service import cli, interrupts, tls
@@ -61,7 +62,7 @@ class ProcessStatus:
         return self.health.text if self.process.state in ("RUNNING", "external") else self.process.state.lower()
 
 
-_COLUMNS = (
+COLUMNS = (
     Column[ProcessStatus]("process", lambda each: each.process.name),
     Column[ProcessStatus]("state", lambda each: each.process.state),
     Column[ProcessStatus]("pid", lambda each: each.process.pid, rank=1, right=True),
@@ -304,11 +305,13 @@ def status(as_json: JsonOption = False) -> None:
       gptloop status --json
     """
     statuses = _read_stack().status()
-    print_list(statuses or [], _COLUMNS, as_json=as_json, empty="Nothing is up. Start everything with `gptloop up`.")
+    print_list(statuses or [], COLUMNS, as_json=as_json, empty="Nothing is up. Start everything with `gptloop up`.")
     if statuses is None:
         raise typer.Exit(3)
     raise typer.Exit(0 if all(each.is_healthy for each in statuses) else 1)
 
 
 def _read_stack() -> Stack:
-    return Stack(read_directories(os.environ), read_ports(os.environ), os.environ)
+    directories = read_directories(os.environ)
+    refuse_services(manager_of(os.environ), directories)
+    return Stack(directories, read_ports(os.environ), os.environ)

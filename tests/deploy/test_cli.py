@@ -48,11 +48,13 @@ def test_the_help_of_every_command_begins_with_its_summary_and_has_an_example(na
 
 def test_every_command_of_the_services_and_the_stack_has_a_topic() -> None:
     import deploy.demo
+    import deploy.service
     import deploy.stack
     import inference_service.__main__
     import trainer_service.__main__
 
-    apps = (deploy.demo.app, deploy.stack.app, inference_service.__main__.app, trainer_service.__main__.app)
+    services = (inference_service.__main__.app, trainer_service.__main__.app)
+    apps = (deploy.demo.app, deploy.service.app, deploy.stack.app, *services)
     found = {name for each in apps for name in typer.main.get_group(each).commands}
     of_processes = {"serve", "work", "redis", "measure"}
     assert found - of_processes == set(COMMANDS) - {"eval", "prepare"} | {"evaluate", "data"}

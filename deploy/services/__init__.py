@@ -1,0 +1,1 @@
+"""The processes as services of launchd (macOS) and of systemd (Linux)."""

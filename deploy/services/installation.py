@@ -1,0 +1,112 @@
+"""What the services of one folder of state run: the processes, their commands and their environment."""
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import inference_service.settings
+import trainer_service.settings
+from deploy.make import known_settings
+from deploy.ports import read_ports
+from shared.errors import InvalidArgument, shown
+from shared.service.settings import Directories, Environment, read_directories, read_str
+
+ROOT = Path(__file__).parent.parent.parent
+
+_PATH_NAME = re.compile(r"_(FILE|DIR|CERT|KEY|CA|TOKENS)")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of the system.
+
+    name: the name of its lock and of its log.
+    words: what follows `python -m`.
+    stop_s: how long it may take to end after SIGTERM; the same as in supervisord.conf.
+    gives_way: whether its reads and writes come after those of others.
+    """
+
+    name: str
+    title: str
+    words: tuple[str, ...]
+    stop_s: int
+    gives_way: bool = False
+
+
+PROCESSES = (
+    Process("redis", "Redis", ("trainer_service", "redis"), stop_s=15),
+    Process("trainer", "the trainer's API", ("trainer_service", "serve"), stop_s=20),
+    Process("inference", "the inference server", ("inference_service", "serve"), stop_s=75),
+    Process("worker", "the worker, which trains", ("trainer_service", "work"), stop_s=60, gives_way=True),
+)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The services of one folder of state.
+
+    environment: the variables of every process.
+    processes: in the order in which they start; they stop in the opposite order.
+    """
+
+    directories: Directories
+    environment: Mapping[str, str]
+    processes: tuple[Process, ...]
+    root: Path = ROOT
+    python: str = sys.executable
+
+    def lock(self, process: Process) -> Path:
+        """Returns the lock that the process holds while it runs, also under `gptloop up`."""
+        return self.directories.var / "run" / f"{process.name}.lock"
+
+    def command(self, process: Process, *before: str) -> list[str]:
+        """Returns the command of a process; `before` is a program that starts it."""
+        program = [*before, self.python, "-m", *process.words]
+        return [self.python, "-m", "deploy.launch", str(self.lock(process)), *program]
+
+
+def read_installation(environment: Environment) -> Installation:
+    """Returns the services that have the settings in an environment.
+
+    Raises `InvalidArgument` if a setting is invalid, or is a secret, which must not stand in the file of a service.
+    """
+    directories = read_directories(environment)
+    inference_service.settings.read_settings(environment)
+    trainer_service.settings.read_settings(environment)
+    read_ports(environment)
+    given = {name: text for name in sorted(known_settings()) if (text := read_str(environment, name, ""))}
+    _check_secrets(given)
+    kept = {name: _absolute(name, text) for name, text in given.items()}
+    # launchd and systemd start programs with a short PATH, in which neither Homebrew's Redis nor a compiler may be.
+    kept |= {"GPTLOOP_VAR": str(directories.var), "PATH": read_str(environment, "PATH", "/usr/bin:/bin")}
+    for name, text in {**kept, "The folder of the project": str(ROOT)}.items():
+        if _CONTROL.search(text):
+            raise InvalidArgument(
+                f"{name} is {shown(text)}, but the file of a service cannot hold control characters or broken UTF-8."
+            )
+    is_embedded = "REDIS_URL" not in kept
+    processes = tuple(process for process in PROCESSES if is_embedded or process.name != "redis")
+    return Installation(directories, kept, processes)
+
+
+def _check_secrets(given: Mapping[str, str]) -> None:
+    if "GROQ_API_KEY" in given:
+        raise InvalidArgument(
+            "GROQ_API_KEY is a secret, which the file of a service must not hold: unset it, and set "
+            "GPTLOOP_GROQ_KEY_FILE to a file that holds it."
+        )
+    if urlsplit(given.get("REDIS_URL", "")).password or "password=" in given.get("REDIS_URL", ""):
+        raise InvalidArgument(
+            "REDIS_URL contains a password, which is a secret, and the file of a service must not hold one: put the "
+            "password into a file."
+        )
+
+
+def _absolute(name: str, text: str) -> str:
+    """Makes a path absolute, because the services do not run in the folder in which they are installed."""
+    is_path = _PATH_NAME.search(name) and (name, text) != ("GPTLOOP_TLS_CA", "system")
+    return str(Path(text).absolute()) if is_path else text
