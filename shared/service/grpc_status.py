@@ -7,14 +7,14 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 
 from shared import errors
-from shared.service.handshakes import handshake_error
+from shared.service.connection_errors import connection_error
 
 # The metadata key of a status's details (gRPC's richer error model).
 _DETAILS_KEY = "grpc-status-details-bin"
 
 # How the details of a call begin if gRPC could not reach a server.
 _NO_SERVER = (
-    *("failed to connect", "Socket closed", "DNS resolution failed", "connections to all backends"),
+    *("failed to connect", "Socket closed", "connections to all backends"),
     *("Cancelling all calls", "GOAWAY received"),
 )
 
@@ -55,7 +55,7 @@ def error_of(call: grpc.RpcError, address: str, start: str = "") -> errors.Gptlo
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return errors.ResourceExhausted(details, _retry_after_s(call))
-    if code is grpc.StatusCode.UNAVAILABLE and (error := handshake_error(details, address)) is not None:
+    if code is grpc.StatusCode.UNAVAILABLE and (error := connection_error(details, address)) is not None:
         return error
     if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_SERVER):
         return errors.Unavailable(f"No server answers at {address}{start and f': start it with `{start}`'}.")

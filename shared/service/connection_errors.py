@@ -1,4 +1,4 @@
-"""Explains why a client could not connect to a server that answers."""
+"""Explains why a client could not connect."""
 
 from shared.errors import FailedPrecondition, GptloopError, Unavailable
 
@@ -28,21 +28,31 @@ _REASONS = (
         "server.",
     ),
 )
+# How details begin if each of several servers has failed; the rest is about one of them.
+_ALL_FAILED = "connections to all backends"
 # A server that refuses a handshake gives its client no reason.
-_NOT_CONNECTED = "failed to connect"
+_NOT_CONNECTED = ("failed to connect", _ALL_FAILED)
 _CLOSED = "Socket closed"
+_NOT_READY = "backend unhealthy"
+_UNKNOWN_NAME = ("errors resolving", "DNS resolution failed")
 
 
-def handshake_error(details: str, address: str) -> GptloopError | None:
-    """Returns the error for a call that failed because its connection was refused, or None if it failed otherwise.
+def connection_error(details: str, address: str) -> GptloopError | None:
+    """Returns the error for a call that got no connection, or None if it failed otherwise or no server answers.
 
     details: those of the call, whose status is UNAVAILABLE.
     """
+    if details.startswith(_UNKNOWN_NAME):
+        return Unavailable(f"No server is known by the name {address}.")
     if not details.startswith(_NOT_CONNECTED):
         return None
     for part, sentence in _REASONS:
         if part in details:
-            return FailedPrecondition(sentence.format(address))
+            # Of several servers, others may only be down for a moment.
+            kind = Unavailable if details.startswith(_ALL_FAILED) else FailedPrecondition
+            return kind(sentence.format(address))
+    if _NOT_READY in details:
+        return Unavailable(f"No server at {address} is ready: they have no version to serve yet, or are shutting down.")
     if _CLOSED in details:
         # It may also have ended at this moment, so that another attempt makes sense.
         return Unavailable(
