@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,6 +19,8 @@ from inference_service.client import InferenceClient
 from inference_service.client.completion import Event
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
+from shared.service.client_channel import open_channel
+from shared.service.credentials import PLAIN
 from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,6 +52,8 @@ def break_decoder():
             orders.unlink()
         if order == "pause":
             time.sleep(3)
+        while order == "hold" and orders.read_text() == "hold":
+            time.sleep(0.01)
         if order == "hang":
             threading.Event().wait()
         if order in ("fail once", "fail"):
@@ -70,6 +73,8 @@ class Server:
 
     def __init__(self, var: Path, command: Sequence[str] = SERVE, **settings: str) -> None:
         var.mkdir()
+        # Those of its clients; a test may set others.
+        self.credentials = PLAIN
         self.var = var
         # Reuses the kernels that earlier tests compiled.
         (ROOT / ".pytest_cache" / "server").mkdir(parents=True, exist_ok=True)
@@ -105,10 +110,10 @@ class Server:
         return re.search(r"page on (\S+), gRPC on (\S+), metrics on (\S+)", "".join(self.lines.copy()))
 
     def client(self) -> InferenceClient:
-        return InferenceClient(self.address)
+        return InferenceClient(self.address, credentials=self.credentials)
 
     def health(self, service: str = "") -> int:
-        with grpc.insecure_channel(self.address) as channel:
+        with open_channel(self.address, self.credentials) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             return int(stub.Check(health_pb2.HealthCheckRequest(service=service)).status)
 

@@ -8,6 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.errors import InvalidArgument, Unavailable
+from shared.service import grpc_server
 from shared.service.client_channel import open_aio_channel, read_target
 from shared.service.credentials import Credentials
 from shared.service.grpc_server import GrpcServer
@@ -67,7 +68,7 @@ class Counting(health_pb2_grpc.HealthServicer):
     """Health that is always SERVING, or not, and counts its calls."""
 
     def __init__(self, counts: Counter[int], number: int) -> None:
-        self.status = health_pb2.HealthCheckResponse.SERVING
+        self.status: int = health_pb2.HealthCheckResponse.SERVING
         self.changed = asyncio.Event()
         self._counts, self._number = counts, number
 
@@ -122,8 +123,6 @@ async def test_calls_take_turns_among_the_servers_that_are_ready() -> None:
 
 @async_test
 async def test_an_old_connection_ends_without_failing_a_call_or_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    from shared.service import grpc_server
-
     short = dict(grpc_server._OPTIONS) | {"grpc.max_connection_age_ms": 50}
     monkeypatch.setattr(grpc_server, "_OPTIONS", tuple(short.items()))
     server = GrpcServer([], lambda *_: None)

@@ -87,8 +87,8 @@ def test_certificates_of_the_client(serve: Serve, tmp_path: Path) -> None:
     servers, clients = Authority(tmp_path / "servers"), Authority(tmp_path / "clients")
     address = serve(servers.issue(HOST), clients.file)
     for own, works in ((clients.issue("client"), True), (servers.issue("client"), False), (None, False)):
-        parts = {} if own is None else {"certificate": own.certificate, "key": own.key}
-        error = call(address, Credentials(ca=servers.file, **parts))
+        credentials = Credentials(servers.file, own.certificate, own.key) if own else Credentials(servers.file)
+        error = call(address, credentials)
         if works:
             assert error is None
         else:

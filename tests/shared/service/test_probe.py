@@ -50,7 +50,8 @@ async def test_probes_without_tls_see_whether_a_server_with_tls_is_ready_and_wor
     assert await asked(port) == (SERVING, SERVING)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary("/inference.v1.InferenceService/GetModel")(b"")
+            call: Any = channel.unary_unary("/inference.v1.InferenceService/GetModel")
+            await call(b"")
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
     await server.stop(0.0, asyncio.Event())
 
