@@ -32,6 +32,8 @@ VALIDATORS = (
     # It checks the rules that the configuration names, too.
     Validator("prometheus", ("promtool",), "promtool check config deploy/prometheus/prometheus.yml"),
     Validator("alerts", ("promtool",), "promtool test rules deploy/prometheus/alerts_test.yml"),
+    # It runs shellcheck on the commands of the steps.
+    Validator("workflows", ("actionlint", "shellcheck"), "actionlint .github/workflows/*.yml"),
     Validator("shell", ("shellcheck",), "shellcheck .ci/run requirements/install requirements/lock"),
 )
 

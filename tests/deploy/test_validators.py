@@ -30,6 +30,10 @@ FAULTS = (
     Fault("prometheus", "deploy/prometheus/prometheus.yml", "scrape_interval:", "scrape_intervall:", "not found"),
     Fault("prometheus", "deploy/prometheus/alerts.yml", "sum(gptloop", "summ(gptloop", "unknown function"),
     Fault("alerts", "deploy/prometheus/alerts.yml", "time() - gptloop", "0 * gptloop", "FAILED"),
+    Fault(
+        "workflows", ".github/workflows/check.yml", "runner: macos-15", "runner: macos-1", 'label "macos-1" is unknown'
+    ),
+    Fault("workflows", ".github/workflows/release.yml", '"$name-$target-amd64"', "$name-$target-amd64", "SC2086"),
     Fault("shell", "requirements/install", 'tail -n 20 "$log"', "tail -n 20 $missing", "SC2154"),
 )
 

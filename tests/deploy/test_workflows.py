@@ -1,0 +1,31 @@
+import re
+
+import pytest
+
+from tests.workplace import PROJECT
+
+WORKFLOWS = {path.stem: path.read_text(encoding="utf-8") for path in (PROJECT / ".github/workflows").glob("*.yml")}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_may_read_only_unless_a_job_needs_more_and_runs_pinned_actions(name: str) -> None:
+    text = WORKFLOWS[name]
+    assert "\npermissions:\n  contents: read\n\n" in text
+    for action in re.findall(r"uses: (\S+)", text):
+        assert action.startswith("./") or re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action), action
+    assert text.count("actions/checkout@") == text.count("persist-credentials: false")
+
+
+def test_workflows_call_targets_that_exist() -> None:
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    called = re.findall(r"run: make (?:PYTHON=.*?}} )?(.*)", "".join(WORKFLOWS.values()))
+    targets = {word for line in called for word in line.split()}
+    assert targets > {"check", "test", "demo"}
+    for target in targets:
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) or target == ".venv/bin/gptloop", target
+
+
+def test_images_are_pushed_for_tags_only() -> None:
+    assert "docker" not in WORKFLOWS["check"]
+    (triggers,) = re.findall(r"\non:\n(.*?)\n\n", WORKFLOWS["release"], re.DOTALL)
+    assert triggers == '  push:\n    tags: ["v*"]'
