@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import Gauge
 
@@ -16,10 +16,11 @@ _SHORTEST_RETRY_S, _LONGEST_RETRY_S = 0.1, 60.0
 
 @dataclass
 class Call:
-    """What waits of one call, which may make several requests."""
+    """What waits of one call, which may make several requests, and who pays for the tokens that it uses."""
 
     requests: int = 0
     prompt_tokens: int = 0
+    charge: Callable[[int], None] = field(default=lambda tokens: None)
 
 
 class Admission:

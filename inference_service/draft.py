@@ -74,7 +74,8 @@ def new_draft(
 ) -> Draft:
     """Checks everything that does not depend on a version; raises `InvalidArgument` that names the value.
 
-    slots: those of the server. remaining_s: until the deadline of the call. The others are as in `GenerationOptions`.
+    slots: those that the caller may use. remaining_s: until the deadline of the call. The others are as in
+    `GenerationOptions`.
     """
     arrived = time.monotonic()
     if max_tokens < 1:
@@ -85,7 +86,7 @@ def new_draft(
         if value is not None and not 0 <= value <= MAX_LOGPROBS:
             raise InvalidArgument(f"{name} is {value}, but must be from 0 to {MAX_LOGPROBS}.")
     if not 1 <= n <= slots:
-        raise InvalidArgument(f"n is {n}, but must be from 1 to {slots}, the slots of this server.")
+        raise InvalidArgument(f"n is {n}, but must be from 1 to {slots}, the samples that you may have at once.")
     _check_stops(stop)
     return Draft(
         selection=selection,

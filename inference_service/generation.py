@@ -3,12 +3,13 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from inference_service.admission import Admission, Call, Ticket
+from inference_service.client_limits import ClientLimits
 from inference_service.codec import Codec
 from inference_service.draft import Draft, Selection
 from inference_service.engine.engine import Engine
@@ -30,6 +31,7 @@ from inference_service.versions.residents import Residents
 from shared.errors import DeadlineExceeded, GptloopError, Unavailable
 from shared.registry.manifest import VersionManifest
 from shared.service.grpc_status import code_of
+from shared.service.tokens import Caller
 
 
 class ClientLeft(asyncio.CancelledError):
@@ -60,6 +62,7 @@ class Generations:
         catalogue: Catalogue,
         engine: Engine,
         residents: Residents,
+        limits: ClientLimits,
         admission: Admission,
         codec: Codec,
         metrics: InferenceMetrics,
@@ -68,6 +71,7 @@ class Generations:
         self._catalogue = catalogue
         self._engine = engine
         self._residents = residents
+        self._limits = limits
         self._admission = admission
         self._codec = codec
         self._metrics = metrics
@@ -97,10 +101,22 @@ class Generations:
         """Keeps a chosen version in memory for requests that it shall answer; raises as `Residents.stream`."""
         return self._residents.stream(manifest)
 
-    async def run(self, draft: Draft, receiver: Receiver) -> str:
-        """Answers a checked request with the version that it selects, as `run_on`."""
-        async with self.version(await self.choose(draft.selection)) as resident:
-            return await self.run_on(resident, draft, receiver, Call())
+    def most_samples(self, caller: Caller | None) -> int:
+        """Returns how many samples a call may have at once."""
+        return self._limits.most_samples(caller)
+
+    def call(self, caller: Caller | None, samples: int) -> AbstractContextManager[Call]:
+        """Encloses the requests of a call, which have at most this many samples at once.
+
+        Raises `ResourceExhausted` if its client has reached a limit.
+        """
+        return self._limits.enter(caller, samples)
+
+    async def run(self, draft: Draft, receiver: Receiver, caller: Caller | None) -> str:
+        """Answers a checked request with the version that it selects, as `run_on`; raises as `call`."""
+        with self.call(caller, draft.options.samples) as call:
+            async with self.version(await self.choose(draft.selection)) as resident:
+                return await self.run_on(resident, draft, receiver, call)
 
     async def run_on(self, resident: Resident, draft: Draft, receiver: Receiver, call: Call) -> str:
         """Answers a checked request of a call with a version; returns the finish reason of its last sample.
@@ -111,19 +127,22 @@ class Generations:
             _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
             self._admission.enter(draft.options.samples, call) as ticket,
         ):
-            end.reason = await self._answer(draft, resident, receiver, ticket)
+            end.reason = await self._answer(draft, resident, receiver, ticket, call.charge)
         return end.reason
 
-    async def _answer(self, draft: Draft, resident: Resident, receiver: Receiver, ticket: Ticket) -> str:
+    async def _answer(
+        self, draft: Draft, resident: Resident, receiver: Receiver, ticket: Ticket, charge: Callable[[int], None]
+    ) -> str:
         """Answers a request with a version; returns the finish reason of its last sample."""
         seed = secrets.randbits(64) if draft.seed is None else draft.seed
         request = await self._codec.complete(draft, resident, seed)
         ticket.add_prompt_tokens(len(request.prompt))
         self._metrics.accepted(len(request.prompt))
+        charge(len(request.prompt))
         queue = self._outputs[request.id] = asyncio.Queue()
         try:
             self._engine.submit(request)
-            return await self._relay(queue, request, resident, receiver, ticket)
+            return await self._relay(queue, request, resident, receiver, ticket, charge)
         finally:
             del self._outputs[request.id]
             self._engine.cancel(request.id)
@@ -135,6 +154,7 @@ class Generations:
         resident: Resident,
         receiver: Receiver,
         ticket: Ticket,
+        charge: Callable[[int], None],
     ) -> str:
         """Passes the events of a request on until its last sample has ended; raises the error of a failed sample.
 
@@ -156,6 +176,7 @@ class Generations:
                     case PromptRead() as read:
                         await receiver.prompt(read)
                     case Delta() as delta:
+                        charge(len(delta.times))
                         for at in delta.times:
                             self._metrics.token(request.version, request.arrived, last_at.get(output.index), at)
                             last_at[output.index] = at

@@ -148,6 +148,10 @@ class InferenceMetrics:
         self._version_inter_token = summary(
             "version_inter_token_latency_seconds", "From one token of a stream to the next, by version.", ["version"]
         )
+        self._client_refusals = counter(
+            "client_refusals_total", "Calls refused by a limit of their client: streams or tokens.", ["client", "limit"]
+        )
+        self._client_tokens = counter("client_tokens_total", "Tokens that a client has used.", ["client"])
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
 
@@ -178,6 +182,14 @@ class InferenceMetrics:
         self._calls.labels(method, code.name.lower()).inc()
         if method == "Generate":
             self.ended(reason or code.name)
+
+    def client_refused(self, client: str, limit: str) -> None:
+        """Counts a call that a limit of its client refused: `streams` or `tokens`."""
+        self._client_refusals.labels(client, limit).inc()
+
+    def client_used(self, client: str, tokens: int) -> None:
+        """Counts tokens of prompts, and generated ones, of a client."""
+        self._client_tokens.labels(client).inc(tokens)
 
     def answered_over_http(self, status: int) -> None:
         """Counts a request over HTTP by the status of its answer."""

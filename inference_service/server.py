@@ -9,12 +9,12 @@ from functools import partial
 from prometheus_client import CollectorRegistry
 
 from inference_service.admission import Admission
+from inference_service.client_limits import ClientLimits
 from inference_service.codec import Codec
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Output
 from inference_service.generation import Generations
 from inference_service.grpc.admin import AdminServicer
-from inference_service.grpc.interceptors import BearerTokenInterceptor
 from inference_service.grpc.servicer import InferenceServicer
 from inference_service.http.api import api_routes
 from inference_service.http.page import page_routes
@@ -49,6 +49,7 @@ from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from shared.service.settings import to_address
 from shared.service.tls import ServerTls
+from shared.service.token_interceptor import TokenInterceptor
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     """
     warn_if_exposed(settings.host, HOST_VARIABLE, settings.tls is not None, settings.missing_tokens, settings.insecure)
     tls = ServerTls(settings.tls) if settings.tls else None
+    callers = settings.tokens.open()
     loop = asyncio.get_running_loop()
     signals = Signals()
     engine_failed = asyncio.Event()
@@ -92,14 +94,14 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
 
     collectors = CollectorRegistry()
     registry = Registry(settings.directories.registry, settings.best_by)
-    protected = [BearerTokenInterceptor(ADMIN_SERVICE, settings.admin_token)] if settings.admin_token else []
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
     decoders = DecoderFactory(settings.slots, settings.threads, device.cache)
     limits = {"resident": memory_limit_bytes()} | ({} if device.backend == "cpu" else {"active": device.memory_bytes})
     metrics = InferenceMetrics(
         collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams, limits
     )
-    server = GrpcServer([SERVICE, ADMIN_SERVICE], metrics.called, protected)
+    guard = TokenInterceptor(callers, clients=[SERVICE], operators=[ADMIN_SERVICE])
+    server = GrpcServer([SERVICE, ADMIN_SERVICE], metrics.called, [guard])
     catalogue = Catalogue(registry, device.backend, metrics)
     residents = Residents(
         catalogue,
@@ -113,16 +115,17 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     pauses = Pauses()
     write_timeouts = WriteTimeouts(settings.slow_reader_s, pauses)
     codec = Codec()
-    generations = Generations(catalogue, engine, residents, admission, codec, metrics, versions.failed)
-    servicer = InferenceServicer(generations, catalogue, residents, codec, write_timeouts, settings.slots)
+    client_limits = ClientLimits(settings.slots, settings.client_streams, settings.client_tokens_per_minute, metrics)
+    generations = Generations(catalogue, engine, residents, client_limits, admission, codec, metrics, versions.failed)
+    servicer = InferenceServicer(generations, catalogue, residents, codec, write_timeouts, callers)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     admin = AdminServicer(catalogue, versions)
     inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(admin, server.server)
     routes = [
-        *api_routes(generations, catalogue, write_timeouts, settings.slots, metrics.ended),
-        *page_routes(admin, catalogue, registry, settings.admin_token),
+        *api_routes(generations, catalogue, write_timeouts, metrics.ended),
+        *page_routes(admin, catalogue, registry, callers),
     ]
-    http = HttpServer(routes, settings.http_hosts, settings.http_origins, metrics.answered_over_http, tls)
+    http = HttpServer(routes, settings.http_hosts, settings.http_origins, callers, metrics.answered_over_http, tls)
     watchdog = Watchdog(
         engine, lambda: versions.serving is not None, set_health, settings.stuck_after_s, pauses, write_timeouts
     )

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
-from shared.service.bearer_token import check_bearer_token
 from shared.service.exposure import read_insecure
 from shared.service.settings import (
     Directories,
@@ -18,7 +17,7 @@ from shared.service.settings import (
     read_str,
 )
 from shared.service.tls import TlsFiles, read_tls
-from shared.service.tokens import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE
+from shared.service.tokens import TokenSettings, read_token_settings
 
 HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
@@ -26,7 +25,6 @@ METRICS_HOST_VARIABLE = "GPTLOOP_INFERENCE_METRICS_HOST"
 METRICS_PORT_VARIABLE = "GPTLOOP_INFERENCE_METRICS_PORT"
 HTTP_PORT_VARIABLE = "GPTLOOP_INFERENCE_HTTP_PORT"
 PROBE_PORT_VARIABLE = "GPTLOOP_INFERENCE_PROBE_PORT"
-ADMIN_TOKEN_VARIABLE = "GPTLOOP_ADMIN_TOKEN"
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 # As browsers write it.
@@ -52,8 +50,8 @@ class Settings:
     probe_port: int | None = None
     # The certificate of gRPC and HTTP; None: they speak no TLS.
     tls: TlsFiles | None = None
-    # The variables of tokens that are not set.
-    missing_tokens: tuple[str, ...] = (CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE)
+    # The files of tokens, without which everybody may call.
+    tokens: TokenSettings = field(default_factory=TokenSettings)
     # Whether other machines may reach the server although TLS or tokens are missing.
     insecure: bool = False
     # Names, besides addresses and localhost, by which clients call the server over HTTP.
@@ -82,12 +80,18 @@ class Settings:
     slow_reader_s: float = 10.0
     # How long a step of the engine may take before the process ends.
     stuck_after_s: float = 10.0
-    # The bearer token that calls to the admin service need; empty: none.
-    admin_token: str = field(default="", repr=False)
+    # Samples that each named client may have at once, and tokens that it may use in a minute; 0: no limit.
+    client_streams: int = 0
+    client_tokens_per_minute: int = 0
     # How long running streams may continue after the first signal to stop.
     drain_s: float = 30.0
     # What the label `best` compares.
     best_by: BestBy = BestBy.TRAINING
+
+    @property
+    def missing_tokens(self) -> tuple[str, ...]:
+        """Returns the variables of tokens that are not set."""
+        return self.tokens.missing
 
 
 def prefill_tokens_on(backend: str) -> int:
@@ -114,7 +118,7 @@ def read_settings(environment: Environment) -> Settings:
         metrics_host=read_str(environment, METRICS_HOST_VARIABLE, default.metrics_host),
         probe_port=read_int(environment, PROBE_PORT_VARIABLE, None, minimum=0, maximum=65535),
         tls=read_tls(environment),
-        missing_tokens=tuple(name for name in default.missing_tokens if not read_str(environment, name, "")),
+        tokens=read_token_settings(environment),
         insecure=read_insecure(environment),
         http_hosts=_read_names(
             environment, "GPTLOOP_INFERENCE_HTTP_HOSTS", _HOST, "a name without scheme and port, such as models.example"
@@ -140,7 +144,10 @@ def read_settings(environment: Environment) -> Settings:
         ),
         slow_reader_s=read_seconds("SLOW_READER_S", default.slow_reader_s, 0.1),
         stuck_after_s=read_seconds("STUCK_AFTER_S", default.stuck_after_s, 1.0),
-        admin_token=check_bearer_token(ADMIN_TOKEN_VARIABLE, read_str(environment, ADMIN_TOKEN_VARIABLE, "")),
+        client_streams=read_count("CLIENT_STREAMS", default.client_streams, 0, 1_000_000),
+        client_tokens_per_minute=read_count(
+            "CLIENT_TOKENS_PER_MINUTE", default.client_tokens_per_minute, 0, 1_000_000_000
+        ),
         # `deploy/supervisord.conf` waits a little longer.
         drain_s=read_seconds("DRAIN_S", default.drain_s, 0.0, 60.0),
         best_by=read_best_by(environment),

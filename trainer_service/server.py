@@ -19,6 +19,7 @@ from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from shared.service.settings import to_address
 from shared.service.tls import ServerTls
+from shared.service.token_interceptor import TokenInterceptor
 from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -133,11 +134,13 @@ async def serve(settings: TrainerSettings) -> None:
     host = settings.host
     warn_if_exposed(host, HOST_VARIABLE, settings.tls is not None, settings.missing_tokens, settings.insecure)
     tls = ServerTls(settings.tls) if settings.tls else None
+    callers = settings.tokens.open()
     registry = settings.open_registry()
     queue = JobQueue(connect(settings.redis_url), registry_id(registry.root))
     signals = Signals()
     metrics = make_metrics(queue, registry)
-    server = GrpcServer([SERVICE], ended=CallMetrics(metrics).called)
+    guard = TokenInterceptor(callers, clients=[], operators=[SERVICE])
+    server = GrpcServer([SERVICE], CallMetrics(metrics).called, [guard])
     training_pb2_grpc.add_TrainingServiceServicer_to_server(
         TrainingServicer(queue, registry, settings.directories.data), server.server
     )

@@ -18,7 +18,7 @@ from shared.service.settings import (
     read_str,
 )
 from shared.service.tls import TlsFiles, read_tls
-from shared.service.tokens import OPERATOR_TOKENS_VARIABLE
+from shared.service.tokens import OPERATOR_TOKENS_VARIABLE, TokenSettings, read_token_settings
 from trainer_service.distillation.groq_settings import GroqSettings, read_groq
 from trainer_service.redis_server import redis_url
 
@@ -39,7 +39,7 @@ class TrainerSettings:
     metrics_port: `GPTLOOP_TRAINER_METRICS_PORT`, the port of `/metrics`; 0 chooses a free one.
     probe_port: `GPTLOOP_TRAINER_PROBE_PORT`, the port of probes that speak no TLS; None: there is none.
     tls: `GPTLOOP_TLS_*`, the certificate of gRPC; None: it speaks no TLS.
-    missing_tokens: the variables of tokens that are not set.
+    tokens: `GPTLOOP_CLIENT_TOKENS` and `GPTLOOP_OPERATOR_TOKENS`, the files of tokens.
     insecure: `GPTLOOP_INSECURE`, whether other machines may reach the server although TLS or tokens are missing.
     stuck_s: `GPTLOOP_TRAINER_STUCK_S`, how long a job may show no progress before another attempt replaces it.
     retention: `GPTLOOP_KEEP_*`, which versions and states the registry keeps.
@@ -55,7 +55,7 @@ class TrainerSettings:
     metrics_port: int
     probe_port: int | None
     tls: TlsFiles | None
-    missing_tokens: tuple[str, ...]
+    tokens: TokenSettings
     insecure: bool
     stuck_s: float
     retention: Retention
@@ -63,6 +63,11 @@ class TrainerSettings:
     directories: Directories
     best_by: BestBy
     groq: GroqSettings
+
+    @property
+    def missing_tokens(self) -> tuple[str, ...]:
+        """Returns the variables of tokens that are not set; the trainer has operators only."""
+        return tuple(name for name in self.tokens.missing if name == OPERATOR_TOKENS_VARIABLE)
 
     def open_registry(self) -> Registry:
         """Returns the registry in its folder."""
@@ -79,7 +84,7 @@ def read_settings(environment: Environment) -> TrainerSettings:
         metrics_port=read_port(environment, METRICS_PORT_VARIABLE, 9102),
         probe_port=read_int(environment, PROBE_PORT_VARIABLE, None, minimum=0, maximum=65535),
         tls=read_tls(environment),
-        missing_tokens=tuple(name for name in (OPERATOR_TOKENS_VARIABLE,) if not read_str(environment, name, "")),
+        tokens=read_token_settings(environment),
         insecure=read_insecure(environment),
         stuck_s=read_float(environment, "GPTLOOP_TRAINER_STUCK_S", 600.0, minimum=1.0, maximum=86400.0),
         retention=read_retention(environment),

@@ -14,6 +14,8 @@ from inference_service.write_timeouts import WriteTimeouts
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.registry.policy import labels_of
+from shared.service.token_interceptor import authorization_of
+from shared.service.tokens import Callers
 
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 
@@ -28,19 +30,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         residents: Residents,
         codec: Codec,
         write_timeouts: WriteTimeouts,
-        slots: int,
+        callers: Callers,
     ) -> None:
         self._generations = generations
         self._catalogue = catalogue
         self._residents = residents
         self._codec = codec
         self._write_timeouts = write_timeouts
-        self._slots = slots
+        self._callers = callers
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> str:  # noqa: N802
         """Streams one generation; returns the finish reason of its last sample. gRPC may cancel it at any `await`."""
-        draft = translate.draft_from_pb(message, context.time_remaining(), self._slots)
-        return await self._generations.run(draft, _Messages(context, self._write_timeouts))
+        caller = self._callers.client(authorization_of(context.invocation_metadata()))
+        draft = translate.draft_from_pb(message, context.time_remaining(), self._generations.most_samples(caller))
+        return await self._generations.run(draft, _Messages(context, self._write_timeouts), caller)
 
     async def Tokenize(self, message: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which stays in memory for the call."""

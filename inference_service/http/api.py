@@ -37,7 +37,6 @@ def api_routes(
     generations: Generations,
     catalogue: Catalogue,
     write_timeouts: WriteTimeouts,
-    slots: int,
     ended: Callable[[str], None],
 ) -> list[Route]:
     """Returns the routes below `/v1`; `ended` is called with the finish reason or status code of each completion."""
@@ -58,7 +57,7 @@ def api_routes(
         raise HttpError(400, _NO_CHAT)
 
     return [
-        Route("/v1/completions", _Completions(generations, write_timeouts, slots, ended), methods=["POST"]),
+        Route("/v1/completions", _Completions(generations, write_timeouts, ended), methods=["POST"]),
         Route("/v1/chat/completions", refuse_chat, methods=["POST"]),
         Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", model),
@@ -88,12 +87,9 @@ def _model(name: str, manifest: VersionManifest) -> dict[str, Any]:
 class _Completions:
     """`POST /v1/completions`: one response, or server-sent events from the moment at which the request has a slot."""
 
-    def __init__(
-        self, generations: Generations, write_timeouts: WriteTimeouts, slots: int, ended: Callable[[str], None]
-    ) -> None:
+    def __init__(self, generations: Generations, write_timeouts: WriteTimeouts, ended: Callable[[str], None]) -> None:
         self._generations = generations
         self._write_timeouts = write_timeouts
-        self._slots = slots
         self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +98,7 @@ class _Completions:
         reason = "cancelled"
         try:
             request = await read_body(Request(scope, receive), CompletionRequest)
-            work = complete(request, self._generations, self._slots, answer.send_event)
+            work = complete(request, self._generations, scope["state"]["caller"], answer.send_event)
             last, finished = await _while_connected(receive, work)
             if request.stream:
                 await answer.end_events(last)

@@ -20,6 +20,7 @@ from inference_service.http.errors import HttpError
 from inference_service.versions.resident import Resident
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import InvalidArgument, NotFound
+from shared.service.tokens import Caller
 
 # Prompts of one request; each takes the slots of its samples.
 MAX_PROMPTS = 128
@@ -239,13 +240,14 @@ class _Prompt:
 
 
 async def complete(
-    request: CompletionRequest, generations: Generations, slots: int, send: Callable[[str], Awaitable[None]]
+    request: CompletionRequest, generations: Generations, caller: Caller | None, send: Callable[[str], Awaitable[None]]
 ) -> tuple[str, str]:
     """Answers all prompts of a request with one version; returns the response, or if it streams the last event, and the
     finish reason of its last prompt.
 
-    A request that streams calls `send` with each event. At most as many prompts as fill the slots run or wait at once,
-    so that a batch does not fill the queue. Raises the errors of `Generations`; then all of its prompts have ended.
+    A request that streams calls `send` with each event. At most as many prompts run or wait at once as the caller may
+    have samples, so that a batch does not fill the queue. Raises the errors of `Generations`; then all of its prompts
+    have ended.
     """
     completion = Completion(request)
     usage: dict[str, Any] = {}
@@ -256,6 +258,7 @@ async def complete(
         if request.stream:
             await send(completion.event(choices, **usage))
 
+    slots = generations.most_samples(caller)
     try:
         drafts = request.drafts(slots)
     except InvalidArgument as error:
@@ -265,26 +268,35 @@ async def complete(
     except (InvalidArgument, NotFound) as error:
         raise HttpError(404, str(error), "model", "model_not_found") from None
     prompts = [_Prompt(number, completion, draft, bool(request.echo), pass_on) for number, draft in enumerate(drafts)]
-    call = Call()
-    room = asyncio.Semaphore(max(1, slots // drafts[0].options.samples))
-    async with generations.version(manifest) as resident:
-
-        async def run(draft: Draft, prompt: _Prompt) -> str:
-            async with room:
-                try:
-                    return await generations.run_on(resident, draft, prompt, call)
-                except InvalidArgument as error:
-                    raise _named(error) from None
-
-        tasks = [asyncio.create_task(run(draft, each)) for draft, each in zip(drafts, prompts, strict=True)]
-        try:
-            reasons = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+    samples = drafts[0].options.samples
+    at_once = min(len(drafts), slots // samples)
+    with generations.call(caller, at_once * samples) as call:
+        async with generations.version(manifest) as resident:
+            reasons = await _answer_all(list(zip(drafts, prompts, strict=True)), at_once, generations, resident, call)
     if request.stream:
         last = completion.event([], usage=completion.usage.to_json()) if usage else ""
     else:
         last = await completion.whole([choice for prompt in prompts for choice in prompt.choices])
     return last, reasons[-1]
+
+
+async def _answer_all(
+    prompts: Sequence[tuple[Draft, _Prompt]], at_once: int, generations: Generations, resident: Resident, call: Call
+) -> list[str]:
+    """Answers prompts, some at once; returns their finish reasons. After an error, all have ended."""
+    room = asyncio.Semaphore(at_once)
+
+    async def answer(draft: Draft, prompt: _Prompt) -> str:
+        async with room:
+            try:
+                return await generations.run_on(resident, draft, prompt, call)
+            except InvalidArgument as error:
+                raise _named(error) from None
+
+    tasks = [asyncio.create_task(answer(draft, prompt)) for draft, prompt in prompts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -20,6 +20,8 @@ _STATUSES = {
     grpc.StatusCode.UNAVAILABLE: (503, "server_error"),
     grpc.StatusCode.DEADLINE_EXCEEDED: (504, "server_error"),
 }
+# OpenAI's codes, by which its clients know these errors.
+_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 # When to try again if an error does not say it.
 _RETRY_AFTER_S = 1.0
 
@@ -50,8 +52,8 @@ def error_body(error: GptloopError) -> dict[str, object]:
     """Returns the JSON value for an error."""
     status, kind = _status(error)
     param, code = (error.param, error.code) if isinstance(error, HttpError) else (None, None)
-    if status == 429:
-        code = "rate_limit_exceeded"
+    if status in _CODES:
+        code = _CODES[status]
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 

@@ -1,7 +1,6 @@
 """The page: its files, and the JSON that it reads and sends."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from shared.errors import NotFound
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
-from shared.service.bearer_token import require_bearer_token
+from shared.service.tokens import Callers
 from shared.text import excerpt
 
 FILES = Path(__file__).parent.parent / "web"
@@ -32,8 +31,6 @@ FILES = Path(__file__).parent.parent / "web"
 # The numbers of versions have 64 bits.
 _MAX_NUMBER = 2**63 - 1
 _MAX_DIGITS = 19
-
-Answer = Callable[[Request], Awaitable[Response]]
 
 
 class _Nothing(BaseModel):
@@ -52,8 +49,8 @@ class _Rollback(BaseModel):
     version: int | None = Field(None, le=_MAX_NUMBER)
 
 
-def page_routes(admin: AdminServicer, catalogue: Catalogue, registry: Registry, token: str) -> list[BaseRoute]:
-    """Returns the routes of the page. What gRPC has for operators needs their token, if it is set."""
+def page_routes(admin: AdminServicer, catalogue: Catalogue, registry: Registry, callers: Callers) -> list[BaseRoute]:
+    """Returns the routes of the page."""
     curves = Curves(registry.histories)
     files = _Files(directory=FILES)
 
@@ -61,7 +58,8 @@ def page_routes(admin: AdminServicer, catalogue: Catalogue, registry: Registry, 
         return await files.get_response("index.html", request.scope)
 
     async def server(_: Request) -> Response:
-        return JSONResponse({"version": version("gptloop"), "needs_token": bool(token)})
+        needed = {"clients": callers.clients_need_token, "operators": callers.operators_need_token}
+        return JSONResponse({"version": version("gptloop"), "needs_token": needed})
 
     async def runs(_: Request) -> Response:
         versions = catalogue.versions
@@ -93,26 +91,18 @@ def page_routes(admin: AdminServicer, catalogue: Catalogue, registry: Registry, 
         body = await read_body(request, _Rollback)
         return _json(await admin.RollBack(pb.RollBackRequest(version=body.version), None))
 
-    def operators(path: str, answer: Answer, method: str = "POST") -> Route:
-        async def guarded(request: Request) -> Response:
-            if token:
-                require_bearer_token(request.headers.get("authorization", ""), token)
-            return await answer(request)
-
-        return Route(path, guarded, methods=[method])
-
     return [
         Route("/", page),
         Mount("/web", files),
         Route("/api/server", server),
         Route("/api/runs", runs),
         Route("/api/runs/{run}", run),
-        operators("/api/versions", versions, "GET"),
-        operators("/api/versions/{number}/load", load),
-        operators("/api/versions/{number}/unload", unload),
-        operators("/api/versions/{number}/promote", promote),
-        operators("/api/policy", set_policy),
-        operators("/api/rollback", roll_back),
+        Route("/api/versions", versions),
+        Route("/api/versions/{number}/load", load, methods=["POST"]),
+        Route("/api/versions/{number}/unload", unload, methods=["POST"]),
+        Route("/api/versions/{number}/promote", promote, methods=["POST"]),
+        Route("/api/policy", set_policy, methods=["POST"]),
+        Route("/api/rollback", roll_back, methods=["POST"]),
     ]
 
 

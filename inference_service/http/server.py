@@ -18,9 +18,11 @@ from inference_service.http.errors import HttpError, error_response
 from inference_service.http.failures import Failures
 from inference_service.http.guards import Guards
 from inference_service.http.statuses import Statuses
+from inference_service.http.token_guard import TokenGuard
 from shared.errors import GptloopError
 from shared.service.listening import Address
 from shared.service.tls import ServerTls
+from shared.service.tokens import Callers
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +48,13 @@ class HttpServer:
         routes: Sequence[BaseRoute],
         hosts: Collection[str],
         origins: Collection[str],
+        callers: Callers,
         answered: Callable[[int], None] = lambda _: None,
         tls: ServerTls | None = None,
     ) -> None:
         app = Starlette(
             routes=list(routes),
-            middleware=[Middleware(Failures)],
+            middleware=[Middleware(Failures), Middleware(TokenGuard, callers)],
             exception_handlers={GptloopError: _answer_error, HTTPException: _answer_http_error},
         )
         self._config = uvicorn.Config(

@@ -1,5 +1,6 @@
 """Lets only callers with the right token reach the methods of a gRPC server."""
 
+import logging
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
@@ -9,15 +10,21 @@ import grpc.aio
 from shared.errors import GptloopError, PermissionDenied, Unauthenticated
 from shared.service.tokens import Caller, Callers
 
+logger = logging.getLogger(__name__)
+
+# How the names of methods begin that change nothing.
+_READS = ("Get", "List", "Watch")
+
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Requires a client's or an operator's token for some services, and an operator's for others (full names).
 
-    All other services, such as health and reflection, stay open. `Calls`, which maps errors to status codes, must come
-    first.
+    All other services, such as health and reflection, stay open. The log says who changes something. `Calls`, which
+    maps errors to status codes, must come first.
     """
 
     def __init__(self, callers: Callers, clients: Collection[str], operators: Collection[str]) -> None:
+        self._operators = frozenset(operators)
         self._required: dict[str, Callable[[str | bytes], Caller | None]] = {
             **dict.fromkeys(clients, callers.client),
             **dict.fromkeys(operators, callers.operator),
@@ -28,13 +35,16 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         """Returns the handler of the method, or one that raises the refusal without reading the request."""
         handler = await continuation(details)
-        required = self._required.get(details.method.removeprefix("/").partition("/")[0])
+        service, _, method = details.method.removeprefix("/").partition("/")
+        required = self._required.get(service)
         if handler is None or required is None:
             return handler
         try:
-            required(authorization_of(details.invocation_metadata))
+            caller = required(authorization_of(details.invocation_metadata))
         except (Unauthenticated, PermissionDenied) as error:
             return self._refusals.setdefault(str(error), _refusal(type(error), str(error)))
+        if caller is not None and service in self._operators and not method.startswith(_READS):
+            logger.info("%s: %s", caller.name, method)
         return handler
 
 

@@ -195,6 +195,12 @@ class TokenSettings:
     clients: Path | None = None
     operators: Path | None = None
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Returns the variables that are not set."""
+        files = {CLIENT_TOKENS_VARIABLE: self.clients, OPERATOR_TOKENS_VARIABLE: self.operators}
+        return tuple(name for name, file in files.items() if file is None)
+
     def open(self) -> Callers:
         """Reads the files; raises `InvalidArgument` that names the wrong one and its line."""
         return Callers(

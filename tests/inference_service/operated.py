@@ -10,16 +10,22 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
 from tests.fakes import TINY, publish_tiny_version
 from tests.inference_service.process import Server
+from tests.token_files import write_tokens
 from tests.waiting import wait_until
 
 TOKEN = "open-sesame-at-once"
+
+
+def operator_tokens(var: Path) -> str:
+    """Writes a file of tokens beside a folder of state; returns its path."""
+    return str(write_tokens(var.with_name("operators"), f"olga {TOKEN}"))
 
 
 class Operated:
     """A server with a token, and a client of each kind."""
 
     def __init__(self, var: Path) -> None:
-        self.server = Server(var, GPTLOOP_ADMIN_TOKEN=TOKEN)
+        self.server = Server(var, GPTLOOP_OPERATOR_TOKENS=operator_tokens(var))
         self.admin = AdminClient(self.server.address, Credentials(token=TOKEN))
         self.client = self.server.client()
 

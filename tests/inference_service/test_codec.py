@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from inference_service import codec
 from inference_service.admission import Admission
+from inference_service.client_limits import ClientLimits
 from inference_service.codec import MAX_TEXT_BYTES, MAX_TOKENS, MAX_WAITING, Codec
 from inference_service.generation import Generations
 from inference_service.grpc.servicer import InferenceServicer
@@ -20,6 +21,7 @@ from inference_service.write_timeouts import WriteTimeouts
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.service.tokens import Callers
 from tests.asynchronous import async_test
 from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.inference_service.world import World
@@ -150,11 +152,12 @@ async def test_a_prompt_does_not_wait_behind_a_text() -> None:
 
 def servicer(world: World) -> InferenceServicer:
     admission, codec = Admission(1, 1, world.metrics.waiting_requests), Codec()
+    limits = ClientLimits(2, 0, 0, world.metrics)
     generations = Generations(
-        world.catalogue, world.engine, world.residents, admission, codec, world.metrics, lambda *_: None
+        world.catalogue, world.engine, world.residents, limits, admission, codec, world.metrics, lambda *_: None
     )
     timeouts = WriteTimeouts(1.0, Pauses())
-    return InferenceServicer(generations, world.catalogue, world.residents, codec, timeouts, slots=2)
+    return InferenceServicer(generations, world.catalogue, world.residents, codec, timeouts, Callers())
 
 
 @async_test

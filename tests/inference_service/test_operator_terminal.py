@@ -20,12 +20,12 @@ from inference_service.operator_terminal import print_versions
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.service import cli
 from tests.fakes import publish_tiny_version
+from tests.inference_service.operated import TOKEN, operator_tokens
 from tests.inference_service.process import ROOT, Server
 from tests.waiting import HANG_S, wait_until
 
 pytestmark = pytest.mark.slow
 
-TOKEN = "sesame"
 COMMANDS = ("versions", "promote", "pin", "follow", "rollback", "load", "unload")
 
 
@@ -200,7 +200,8 @@ def test_a_rollback_is_described_with_the_state_of_the_new_version() -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with three versions, of which the second is the best."""
-    server = Server(tmp_path_factory.mktemp("server") / "var", GPTLOOP_ADMIN_TOKEN=TOKEN)
+    var = tmp_path_factory.mktemp("server") / "var"
+    server = Server(var, GPTLOOP_OPERATOR_TOKENS=operator_tokens(var))
     try:
         for bits_per_byte in (3.0, 1.0, 2.0):
             publish_tiny_version(server.registry, bits_per_byte)
@@ -357,7 +358,7 @@ def test_without_the_token_each_command_names_the_setting(operator: Operator, to
         code, output, errors = operator.type(name, *arguments)
         assert (code, output) == (1, "")
         assert errors.startswith(f"error: This call has {'the wrong' if token else 'no'} bearer token")
-        assert "set GPTLOOP_ADMIN_TOKEN to the server's value" in errors
+        assert "put a valid one into the file that GPTLOOP_TOKEN_FILE names" in errors
         assert len(errors.splitlines()) == 1
 
 
@@ -389,7 +390,7 @@ def test_the_command_as_a_process(server: Server, tmp_path: Path) -> None:
 def test_an_empty_registry_has_no_versions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = Server(tmp_path / "var", GPTLOOP_ADMIN_TOKEN=TOKEN)
+    server = Server(tmp_path / "var", GPTLOOP_OPERATOR_TOKENS=operator_tokens(tmp_path / "var"))
     try:
         operator = Operator(server, capsys, monkeypatch)
         assert operator.see("versions") == (

@@ -9,7 +9,9 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     settings = read_settings({})
     assert (settings.host, settings.port, settings.metrics_port, settings.slots) == ("127.0.0.1", 50051, 9101, 8)
     assert settings.directories.var.name == "var"
-    assert (settings.gate_margin, settings.admin_token, settings.best_by) == (0.05, "", BestBy.TRAINING)
+    assert (settings.gate_margin, settings.best_by) == (0.05, BestBy.TRAINING)
+    assert (settings.client_streams, settings.client_tokens_per_minute) == (0, 0)
+    assert settings.missing_tokens == ("GPTLOOP_CLIENT_TOKENS", "GPTLOOP_OPERATOR_TOKENS")
 
 
 def test_every_setting_has_its_variable() -> None:
@@ -31,7 +33,9 @@ def test_every_setting_has_its_variable() -> None:
             "GPTLOOP_INFERENCE_SLOW_READER_S": "1.5",
             "GPTLOOP_INFERENCE_STUCK_AFTER_S": "2.5",
             "GPTLOOP_INFERENCE_DRAIN_S": "0",
-            "GPTLOOP_ADMIN_TOKEN": " open sesame\n",
+            "GPTLOOP_CLIENT_TOKENS": "/clients",
+            "GPTLOOP_INFERENCE_CLIENT_STREAMS": "8",
+            "GPTLOOP_INFERENCE_CLIENT_TOKENS_PER_MINUTE": "9",
             "GPTLOOP_BEST_BY": "evaluation",
         }
     )
@@ -41,7 +45,9 @@ def test_every_setting_has_its_variable() -> None:
     assert (settings.poll_interval_s, settings.resident_versions) == (0.5, 6)
     assert (settings.threads, settings.prefill_tokens, settings.prefix_cache_mib) == (7, 128, 0)
     assert (settings.slow_reader_s, settings.stuck_after_s, settings.drain_s) == (1.5, 2.5, 0.0)
-    assert (settings.gate_margin, settings.admin_token) == (0.25, "open sesame")
+    assert settings.gate_margin == 0.25
+    assert settings.missing_tokens == ("GPTLOOP_OPERATOR_TOKENS",)
+    assert (settings.client_streams, settings.client_tokens_per_minute) == (8, 9)
     assert settings.best_by is BestBy.EVALUATION
 
 
@@ -59,22 +65,6 @@ def test_every_setting_has_its_variable() -> None:
 def test_an_invalid_value_is_rejected_with_its_variable(variable: str, value: str) -> None:
     with pytest.raises(InvalidArgument, match=variable):
         read_settings({variable: value})
-
-
-@pytest.mark.parametrize(
-    "token", ["öffne-dich", "open\nsesame", "open\tsesame", "sesame\x7f", "sesame\udcff", "\x00sesame"]
-)
-def test_a_token_that_metadata_cannot_carry_is_rejected_and_not_quoted(token: str) -> None:
-    sentence = "GPTLOOP_ADMIN_TOKEN contains a character that metadata cannot carry"
-    with pytest.raises(InvalidArgument, match=sentence) as rejected:
-        read_settings({"GPTLOOP_ADMIN_TOKEN": token})
-    assert "dich" not in str(rejected.value) and "sesame" not in str(rejected.value)
-
-
-def test_the_repr_of_settings_hides_the_token() -> None:
-    settings = read_settings({"GPTLOOP_ADMIN_TOKEN": "sesame"})
-    assert settings.admin_token == "sesame"
-    assert "sesame" not in repr(settings)
 
 
 @pytest.mark.parametrize("name", ["http://models.example", "models.example:8080", "models.example/", "[::1]", "mödels"])

@@ -14,6 +14,7 @@ from inference_service.generation import ClientLeft
 from inference_service.http import connections
 from inference_service.http.server import HttpServer
 from shared.service.listening import Address
+from shared.service.tokens import Callers
 from tests.waiting import HANG_S
 
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
@@ -28,7 +29,9 @@ class World:
     def __init__(self) -> None:
         self.begun, self.left = asyncio.Event(), asyncio.Event()
         self.writers: list[asyncio.StreamWriter] = []
-        self.server = HttpServer([Route("/", self._read, methods=["GET", "POST"]), Route("/wait", self._wait)], (), ())
+        self.server = HttpServer(
+            [Route("/", self._read, methods=["GET", "POST"]), Route("/wait", self._wait)], (), (), Callers()
+        )
         self.port = self.server.start(Address("127.0.0.1", 0, "HOST", "PORT"))
 
     async def connect(self, sent: bytes = b"") -> Streams:

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from inference_service.http.server import HttpServer
 from shared.service.listening import Address
+from shared.service.tokens import Callers
 from tests.asynchronous import async_test
 from tests.waiting import HANG_S
 
@@ -21,7 +22,7 @@ async def fail(_: Request) -> Response:
 
 @async_test
 async def test_a_mistake_is_answered_and_logged_once_with_its_request(caplog: pytest.LogCaptureFixture) -> None:
-    server = HttpServer([Route("/wrong", fail)], (), ())
+    server = HttpServer([Route("/wrong", fail)], (), (), Callers())
     port = server.start(Address("127.0.0.1", 0, "HOST", "PORT"))
     try:
         with caplog.at_level(logging.ERROR):

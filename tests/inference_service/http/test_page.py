@@ -150,7 +150,7 @@ def test_a_mistake_gets_a_sentence(operated: Operated) -> None:
 
 def test_the_page_says_whether_it_needs_a_token(operated: Operated) -> None:
     answer = get(operated, "api/server").json()
-    assert answer["needs_token"] is True
+    assert answer["needs_token"] == {"clients": False, "operators": True}
     assert re.fullmatch(r"\d+\.\d+\.\d+", answer["version"])
 
 

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceServiceStub:
-    """Generates text with the versions that the trainer publishes.
+    """Generates text with the versions that the trainer publishes. If the server has tokens of clients, calls need the
+    metadata "authorization: Bearer <token>" with one of them or of an operator.
     """
 
     def __init__(self, channel):
@@ -58,15 +59,16 @@ class InferenceServiceStub:
 
 
 class InferenceServiceServicer:
-    """Generates text with the versions that the trainer publishes.
+    """Generates text with the versions that the trainer publishes. If the server has tokens of clients, calls need the
+    metadata "authorization: Bearer <token>" with one of them or of an operator.
     """
 
     def Generate(self, request, context):
         """Streams one generation: `started` once the request has a slot, any number of `delta`, then one `finished`
         for each sample. Errors: INVALID_ARGUMENT names the wrong field; NOT_FOUND: unknown version;
         FAILED_PRECONDITION: refused version; UNAVAILABLE: no version yet, or the server is stopping;
-        RESOURCE_EXHAUSTED: the queue is full, and a google.rpc.RetryInfo in the status says when to retry, or the
-        client reads too slowly; INTERNAL: a step failed, or logits were not finite.
+        RESOURCE_EXHAUSTED: the queue is full or the client has reached a limit of its own, and a google.rpc.RetryInfo
+        in the status says when to retry, or the client reads too slowly; INTERNAL: a step failed, or logits were not finite.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,7 +128,8 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
-    """Generates text with the versions that the trainer publishes.
+    """Generates text with the versions that the trainer publishes. If the server has tokens of clients, calls need the
+    metadata "authorization: Bearer <token>" with one of them or of an operator.
     """
 
     @staticmethod
@@ -239,9 +242,9 @@ class InferenceService:
 
 
 class ModelAdminServiceStub:
-    """Lists the versions and chooses the one that serves. If the server has a token, calls need the metadata
-    "authorization: Bearer <token>"; otherwise they end with UNAUTHENTICATED. NOT_FOUND: unknown version;
-    FAILED_PRECONDITION: the version must not serve, with the reason.
+    """Lists the versions and chooses the one that serves. If the server has tokens of operators, calls need the metadata
+    "authorization: Bearer <token>" with one of them. UNAUTHENTICATED: no token, or a wrong one; PERMISSION_DENIED: a
+    client's token; NOT_FOUND: unknown version; FAILED_PRECONDITION: the version must not serve, with the reason.
     """
 
     def __init__(self, channel):
@@ -283,9 +286,9 @@ class ModelAdminServiceStub:
 
 
 class ModelAdminServiceServicer:
-    """Lists the versions and chooses the one that serves. If the server has a token, calls need the metadata
-    "authorization: Bearer <token>"; otherwise they end with UNAUTHENTICATED. NOT_FOUND: unknown version;
-    FAILED_PRECONDITION: the version must not serve, with the reason.
+    """Lists the versions and chooses the one that serves. If the server has tokens of operators, calls need the metadata
+    "authorization: Bearer <token>" with one of them. UNAUTHENTICATED: no token, or a wrong one; PERMISSION_DENIED: a
+    client's token; NOT_FOUND: unknown version; FAILED_PRECONDITION: the version must not serve, with the reason.
     """
 
     def ListVersions(self, request, context):
@@ -375,9 +378,9 @@ def add_ModelAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelAdminService:
-    """Lists the versions and chooses the one that serves. If the server has a token, calls need the metadata
-    "authorization: Bearer <token>"; otherwise they end with UNAUTHENTICATED. NOT_FOUND: unknown version;
-    FAILED_PRECONDITION: the version must not serve, with the reason.
+    """Lists the versions and chooses the one that serves. If the server has tokens of operators, calls need the metadata
+    "authorization: Bearer <token>" with one of them. UNAUTHENTICATED: no token, or a wrong one; PERMISSION_DENIED: a
+    client's token; NOT_FOUND: unknown version; FAILED_PRECONDITION: the version must not serve, with the reason.
     """
 
     @staticmethod

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class TrainingServiceStub:
-    """Queues jobs that prepare, train and evaluate, and reports their progress.
+    """Queues jobs that prepare, train and evaluate, and reports their progress. If the server has tokens, calls need the
+    metadata "authorization: Bearer <token>" with one of an operator.
     """
 
     def __init__(self, channel):
@@ -63,7 +64,8 @@ class TrainingServiceStub:
 
 
 class TrainingServiceServicer:
-    """Queues jobs that prepare, train and evaluate, and reports their progress.
+    """Queues jobs that prepare, train and evaluate, and reports their progress. If the server has tokens, calls need the
+    metadata "authorization: Bearer <token>" with one of an operator.
     """
 
     def EnqueueJob(self, request, context):
@@ -137,7 +139,8 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainingService:
-    """Queues jobs that prepare, train and evaluate, and reports their progress.
+    """Queues jobs that prepare, train and evaluate, and reports their progress. If the server has tokens, calls need the
+    metadata "authorization: Bearer <token>" with one of an operator.
     """
 
     @staticmethod

@@ -1,0 +1,48 @@
+"""Lets only requests with the right token reach the API; the files of the page stay open."""
+
+import logging
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from inference_service.http.errors import error_response
+from shared.errors import PermissionDenied, Unauthenticated
+from shared.service.tokens import Caller, Callers
+
+logger = logging.getLogger(__name__)
+
+# The files of the page, and whether it must ask for a token.
+_OPEN = ("/", "/api/server")
+_OPEN_FOLDER = "/web/"
+# What gRPC has for operators: this list, and all changes.
+_API, _VERSIONS = "/api/", "/api/versions"
+_READS = ("GET", "HEAD")
+
+
+class TokenGuard:
+    """Wraps an application: the state of each request has its `caller`, None if it needs no token."""
+
+    def __init__(self, app: ASGIApp, callers: Callers) -> None:
+        self._app = app
+        self._callers = callers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request as ASGI asks."""
+        try:
+            scope["state"]["caller"] = self._caller(scope)
+        except (Unauthenticated, PermissionDenied) as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _caller(self, scope: Scope) -> Caller | None:
+        path, changes = scope["path"], scope["method"] not in _READS
+        if path in _OPEN or path.startswith(_OPEN_FOLDER):
+            return None
+        values = [value for name, value in scope["headers"] if name == b"authorization"]
+        authorization = values[0] if len(values) == 1 else b""
+        if not (path.startswith(_API) and (changes or path.startswith(_VERSIONS))):
+            return self._callers.client(authorization)
+        caller = self._callers.operator(authorization)
+        if caller is not None and changes:
+            logger.info("%s: %s %s", caller.name, scope["method"], path)
+        return caller
