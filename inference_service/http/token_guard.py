@@ -5,7 +5,7 @@ import logging
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_service.http.errors import error_response
-from shared.errors import PermissionDenied, Unauthenticated
+from shared.errors import FailedPrecondition, PermissionDenied, Unauthenticated
 from shared.service.tokens import Caller, Callers
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class TokenGuard:
         """Handles a request as ASGI asks."""
         try:
             scope["state"]["caller"] = self._caller(scope)
-        except (Unauthenticated, PermissionDenied) as error:
+        except (Unauthenticated, PermissionDenied, FailedPrecondition) as error:
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)

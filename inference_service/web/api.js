@@ -1,5 +1,7 @@
 /** Talks to the server. Every failure becomes an error whose message is a sentence for people. */
 
+import { withToken } from "./token.js";
+
 /** An error of the server, with its HTTP status. */
 export class Refusal extends Error {
   constructor(status, message) {
@@ -21,21 +23,20 @@ async function call(path, options = {}) {
   throw new Refusal(response.status, body?.error?.message ?? `The server answered with the status ${response.status}.`);
 }
 
-/** Returns what a path says, as JSON. `token` is the operator's, empty if none is needed. */
-export async function get(path, token = "") {
-  return (await call(path, { headers: authorization(token) })).json();
+/** Returns what a path says, as JSON. */
+export async function get(path) {
+  return (await withToken((headers) => call(path, { headers }), false)).json();
 }
 
 /** Sends JSON and returns the answer. */
-export async function post(path, body, token = "") {
-  const headers = { "content-type": "application/json", ...authorization(token) };
-  return (await call(path, { method: "POST", headers, body: JSON.stringify(body) })).json();
+export async function post(path, body) {
+  return (await send(path, body)).json();
 }
 
-function authorization(token) {
-  // No header can carry such a token, so no server has it.
-  if (/[^ -~]/.test(token)) throw new Refusal(401, "This is not the token, which has no such characters.");
-  return token ? { authorization: `Bearer ${token}` } : {};
+function send(path, body, signal) {
+  const content = { method: "POST", body: JSON.stringify(body), signal };
+  const type = { "content-type": "application/json" };
+  return withToken((headers) => call(path, { ...content, headers: { ...type, ...headers } }), true);
 }
 
 /**
@@ -44,9 +45,7 @@ function authorization(token) {
  * @param {AbortSignal} signal ends it; the server then frees its slot
  */
 export async function* complete(request, signal) {
-  const headers = { "content-type": "application/json" };
-  const body = JSON.stringify({ ...request, stream: true });
-  const response = await call("v1/completions", { method: "POST", headers, body, signal });
+  const response = await send("v1/completions", { ...request, stream: true }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {

@@ -2,6 +2,7 @@
 
 import { byId } from "./elements.js";
 import * as playground from "./playground.js";
+import { askAgain } from "./token.js";
 import * as training from "./training.js";
 import * as versions from "./versions.js";
 
@@ -10,6 +11,7 @@ let leave = () => {};
 
 function show() {
   leave();
+  askAgain();
   const [name, parameters = ""] = location.hash.slice(1).split("?", 2);
   const chosen = Object.hasOwn(views, name) ? name : "training";
   for (const each of Object.keys(views)) byId(`view-${each}`).hidden = each !== chosen;

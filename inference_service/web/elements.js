@@ -41,3 +41,12 @@ export function setOptions(select, options) {
   select.replaceChildren(...options.map(([value, text]) => make("option", { value }, text)));
   if (options.some(([value]) => value === chosen)) select.value = chosen;
 }
+
+/** Shows a dialog; returns the value of the button that closes it, empty for Escape. */
+export function answer(dialog) {
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue), { once: true });
+  });
+}

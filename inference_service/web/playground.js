@@ -46,7 +46,7 @@ function newSeed() {
 }
 
 async function offerVersions() {
-  // Open to everyone who may generate, unlike what operators see.
+  // For everyone who may generate, unlike what operators see.
   const { data } = await get("v1/models");
   const numbered = data.filter(({ id, root }) => id === root);
   const labels = (number) => data.filter(({ id, root }) => root === number && id !== root).map(({ id }) => id);

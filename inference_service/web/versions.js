@@ -1,7 +1,7 @@
 /** The view of versions: what this server knows of each, and what an operator may ask for. */
 
-import { byId, make, say, setOptions, setText } from "./elements.js";
-import { answer, askAgain, operate, read } from "./operator.js";
+import { get, post } from "./api.js";
+import { answer, byId, make, say, setOptions, setText } from "./elements.js";
 import { repeat } from "./poll.js";
 import { VersionRow, stateOf } from "./version_row.js";
 
@@ -14,14 +14,13 @@ let busy = false;
 
 /** Shows the view until the function that it returns is called. */
 export function start() {
-  askAgain();
   byId("follow-best").onclick = followBest;
   byId("roll-back").onclick = rollBack;
   return repeat(look, POLL_S);
 }
 
 async function look() {
-  listed = await read("api/versions");
+  listed = await get("api/versions");
   listed.versions ??= [];
   render();
 }
@@ -74,8 +73,7 @@ async function ask(path, body, tell) {
   say(byId("versions-result"), "");
   render();
   try {
-    const result = await operate(path, body);
-    if (result) say(byId("versions-result"), tell(result));
+    say(byId("versions-result"), tell(await post(path, body)));
   } catch (error) {
     say(byId("versions-error"), error.message);
   }

@@ -30,8 +30,16 @@ _MAX_FILES, _KEPT_FILES = 65_536, 256
 # How long clients have to close their connections.
 _GOODBYE_S = 0.2
 
+# The largest request, and the most bytes of metadata that a call may have.
+MAX_MESSAGE_BYTES = 4 << 20
+MAX_METADATA_BYTES = 16 << 10
+
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # By default, gRPC refuses calls between the two at random.
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # Calls that wait for the event loop. By default gRPC ends all beyond 1,000 as CANCELLED, without a reason.
     ("grpc.server.max_pending_requests", 50_000),
     ("grpc.server.max_pending_requests_hard_limit", 100_000),

@@ -1,5 +1,6 @@
 """Errors and gRPC status codes: one table, used in both directions."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,12 @@ _NO_SERVER = (
     *("failed to connect", "Socket closed", "connections to all backends"),
     *("Cancelling all calls", "GOAWAY received"),
 )
+
+# How gRPC describes what a server refuses as too large, and the limit.
+_TOO_LARGE = {
+    "message": re.compile(r"SERVER: Received message larger than max \(.* (\d+)\)"),
+    "metadata": re.compile(r"received metadata size exceeds hard limit \(.*? vs\. (\d+)\)"),
+}
 
 _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
@@ -54,6 +61,11 @@ def error_of(call: grpc.RpcError, address: str, start: str = "") -> errors.Gptlo
     """Returns the error that the server raised, from a failed call; `start` is the command that starts the server."""
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        for part, pattern in _TOO_LARGE.items():
+            if limit := pattern.match(details):
+                return errors.InvalidArgument(
+                    f"The {part} of this call has more than {int(limit[1]):,} bytes, which is the limit of the server."
+                )
         return errors.ResourceExhausted(details, _retry_after_s(call))
     if code is grpc.StatusCode.UNAVAILABLE and (error := connection_error(details, address)) is not None:
         return error

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
-from shared.errors import GptloopError, PermissionDenied, Unauthenticated
+from shared.errors import FailedPrecondition, GptloopError, PermissionDenied, Unauthenticated
 from shared.service.tokens import Caller, Callers
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
             return handler
         try:
             caller = required(authorization_of(details.invocation_metadata))
-        except (Unauthenticated, PermissionDenied) as error:
+        except (Unauthenticated, PermissionDenied, FailedPrecondition) as error:
             return self._refusals.setdefault(str(error), _refusal(type(error), str(error)))
         if caller is not None and service in self._operators and not method.startswith(_READS):
             logger.info("%s: %s", caller.name, method)

@@ -8,7 +8,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from shared.errors import InvalidArgument, PermissionDenied, Unauthenticated, shown
+from shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated, shown
 from shared.service.settings import Environment, read_str
 
 logger = logging.getLogger(__name__)
@@ -158,13 +158,13 @@ class Callers:
     def operator(self, authorization: str | bytes) -> Caller | None:
         """Returns which operator calls; None if no token is needed.
 
-        Raises `Unauthenticated` if the value carries no token, and `PermissionDenied` if it carries a client's, or if
-        there are tokens of clients only.
+        Raises `Unauthenticated` if the value carries no token, `PermissionDenied` if it carries a client's, and
+        `FailedPrecondition` if there are tokens of clients only.
         """
         if self._operators is None:
             if self._clients is None:
                 return None
-            raise PermissionDenied(
+            raise FailedPrecondition(
                 f"This server has tokens of clients but none of operators, so it takes no such calls; set "
                 f"{OPERATOR_TOKENS_VARIABLE} to a file of tokens and start it again."
             )

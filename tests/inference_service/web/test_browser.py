@@ -19,6 +19,7 @@ from tests.fakes import TINY as TINY_MODEL
 from tests.fakes import publish_tiny_version
 from tests.inference_service.operated import TOKEN, Operated
 from tests.inference_service.process import Server, text_of
+from tests.token_files import ALICE, OPERATOR, write_tokens
 from tests.waiting import HANG_S, wait_until
 from trainer_service.jobs.requests import TrainRequest
 
@@ -413,9 +414,9 @@ def test_the_token_is_asked_for_once_and_kept_in_memory_only(operated: Operated,
     assert page.evaluate(kept) == '[{},{},"","#versions"]'
 
     page.reload()
-    expect(dialog).to_contain_text("only for people who know its token")
+    expect(dialog).to_contain_text("This server answers only people who have a token.")
     dialog.get_by_role("button", name="Cancel").click()
-    expect(page.locator("#connection")).to_contain_text("only to people who know the operator")
+    expect(page.locator("#connection")).to_contain_text("Only people with a token may see or do this")
     expect(dialog).to_be_hidden()
     page.get_by_role("link", name="Playground").click()
     expect(page.get_by_role("combobox", name="Version", exact=True)).to_contain_text(str(number))
@@ -423,3 +424,44 @@ def test_the_token_is_asked_for_once_and_kept_in_memory_only(operated: Operated,
     page.get_by_role("link", name="Versions").click()
     expect(dialog).to_be_visible()
     assert operated.admin.versions().policy == "best"
+
+
+def test_one_token_opens_all_that_it_is_good_for(tmp_path: Path, page: Page) -> None:
+    files = {"clients": f"alice {ALICE}", "operators": f"olga {OPERATOR}"}
+    clients, operators = (str(write_tokens(tmp_path / name, line)) for name, line in files.items())
+    server = Server(tmp_path / "var", GPTLOOP_CLIENT_TOKENS=clients, GPTLOOP_OPERATOR_TOKENS=operators)
+    try:
+        publish_tiny_version(server.registry, 1.0)
+        wait_until(server.serves)
+        page.goto(f"{server.page_url}#training")
+        dialog = page.get_by_role("dialog", name="token")
+        expect(dialog).to_contain_text("This server answers only people who have a token.")
+        dialog.get_by_label("Token").fill(ALICE)
+        dialog.get_by_role("button", name="Use").click()
+        expect(page.locator("#no-run")).to_be_visible()
+        page.get_by_role("link", name="Playground").click()
+        generate(page, "x")
+        expect(page.locator(".lane .hint")).to_contain_text("tokens,")
+        expect(dialog).to_be_hidden()
+
+        page.get_by_role("link", name="Versions").click()
+        expect(dialog).to_contain_text("but this needs an operator")
+        # A wrong token does not replace the one that is good for the rest.
+        dialog.get_by_label("Token").fill("close sesame")
+        dialog.get_by_role("button", name="Use").click()
+        expect(dialog).to_contain_text("The server refused this token.")
+        dialog.get_by_role("button", name="Cancel").click()
+        expect(page.locator("#connection")).to_contain_text("Only people with a token may see or do this")
+        page.get_by_role("link", name="Playground").click()
+        generate(page, "y")
+        expect(page.locator(".lane .hint")).to_contain_text("tokens,")
+        expect(page.locator("#connection")).to_be_hidden()
+
+        page.get_by_role("link", name="Versions").click()
+        expect(dialog).to_contain_text("but this needs an operator")
+        dialog.get_by_label("Token").fill(OPERATOR)
+        dialog.get_by_role("button", name="Use").click()
+        page.get_by_role("button", name="Promote version 1").click()
+        expect(page.locator("#versions-result")).to_have_text("Version 1 is the stable one.")
+    finally:
+        assert server.end() == 0

@@ -18,7 +18,7 @@ from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.service.grpc_calls import ENDING, MAX_SENTENCE_BYTES, bounded
-from shared.service.grpc_server import GrpcServer
+from shared.service.grpc_server import MAX_MESSAGE_BYTES, MAX_METADATA_BYTES, GrpcServer
 from shared.service.grpc_status import error_of
 from shared.service.listening import Address
 from tests.asynchronous import async_test
@@ -300,3 +300,37 @@ async def code_of(call: Awaitable[object]) -> grpc.StatusCode:
     except grpc.aio.AioRpcError as error:
         return error.code()
     return grpc.StatusCode.OK
+
+
+@async_test
+async def test_a_message_has_at_most_the_bytes_of_the_limit() -> None:
+    async with serving() as wire:
+        # The field and its length take five bytes.
+        largest = "x" * (MAX_MESSAGE_BYTES - 5)
+        assert await wire.stub.Tokenize(pb.TokenizeRequest(text=largest)).code() is grpc.StatusCode.OK
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await wire.stub.Tokenize(pb.TokenizeRequest(text=f"{largest}x"))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        error = error_of(refused.value, wire.address)
+        assert (type(error), str(error)) == (
+            errors.InvalidArgument,
+            "The message of this call has more than 4,194,304 bytes, which is the limit of the server.",
+        )
+
+
+@async_test
+async def test_metadata_has_at_most_the_bytes_of_the_limit() -> None:
+    async with serving() as wire:
+        # Each entry counts 32 bytes more, and gRPC has its own ones.
+        for size in (MAX_METADATA_BYTES // 2, MAX_METADATA_BYTES - 1024):
+            call = wire.stub.Tokenize(pb.TokenizeRequest(), metadata=[("x", "x" * size)])
+            assert await call.code() is grpc.StatusCode.OK
+        for size in (MAX_METADATA_BYTES - 32, MAX_METADATA_BYTES + 1, 8 * MAX_METADATA_BYTES):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await wire.stub.Tokenize(pb.TokenizeRequest(), metadata=[("x", "secret" + "x" * (size - 6))])
+            error = error_of(refused.value, wire.address)
+            assert (type(error), str(error)) == (
+                errors.InvalidArgument,
+                "The metadata of this call has more than 16,384 bytes, which is the limit of the server.",
+            )
+            assert "secret" not in str(refused.value.details())

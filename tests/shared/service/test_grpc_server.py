@@ -34,6 +34,8 @@ def test_every_error_has_a_code_that_maps_back() -> None:
         errors.FailedPrecondition,
         errors.ResourceExhausted,
         errors.CorruptCheckpoint,
+        errors.Unauthenticated,
+        errors.PermissionDenied,
     ):
         call = FakeError(code_of(kind("x")), "a sentence")
         assert type(error_of(call, "host:1")) is kind

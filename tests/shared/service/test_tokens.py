@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import InvalidArgument, PermissionDenied, Unauthenticated
+from shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated
 from shared.service.tokens import (
     MAX_CHARACTERS,
     MAX_TOKENS,
@@ -218,7 +218,7 @@ def test_without_files_everybody_may_call_and_nobody_has_a_name() -> None:
 def test_with_tokens_of_clients_only_nobody_may_operate(path: Path) -> None:
     callers = TokenSettings(clients=path).open()
     for authorization in ("", f"Bearer {ALICE}"):
-        with pytest.raises(PermissionDenied, match="set GPTLOOP_OPERATOR_TOKENS to a file of tokens"):
+        with pytest.raises(FailedPrecondition, match="set GPTLOOP_OPERATOR_TOKENS to a file of tokens"):
             callers.operator(authorization)
     assert (callers.clients_need_token, callers.operators_need_token) == (True, True)
 
