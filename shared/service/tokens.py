@@ -23,6 +23,8 @@ _MAX_BYTES = 4 << 20
 # Names stand in logs and metrics.
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SCHEME = b"bearer "
+# Of a path, in a sentence.
+_SHOWN_CHARACTERS = 150
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class TokenFile:
             raise self._refusal(f"cannot be read: {error.strerror}") from None
         if status.st_mode & stat.S_IROTH and not self._has_warned:
             self._has_warned = True
-            logger.warning("every user of this machine can read %s; run `chmod o-r` on it", shown(str(self._path)))
+            logger.warning("every user of this machine can read %s; run `chmod o-r` on it", self._place())
         entries: list[_Entry] = []
         lines: dict[bytes, int] = {}
         for number, line in enumerate(content.split(b"\n"), 1):
@@ -127,8 +129,11 @@ class TokenFile:
             )
         return _Entry(name, digest_of(token.encode()), number)
 
+    def _place(self) -> str:
+        return shown(str(self._path), _SHOWN_CHARACTERS)
+
     def _refusal(self, finding: str) -> InvalidArgument:
-        return InvalidArgument(f"{self._variable}: the file {shown(str(self._path))} {finding}.")
+        return InvalidArgument(f"{self._variable}: the file {self._place()} {finding}.")
 
 
 class Callers:

@@ -117,7 +117,7 @@ WRONG: list[tuple[str, pb.GenerateRequest]] = [
         pb.GenerateRequest(prompt="x", sampling=pb.Sampling(logit_bias=dict.fromkeys(range(301), 1.0))),
     ),
     ("n is 0", pb.GenerateRequest(prompt="x", n=0)),
-    ("n is 5, but must be from 1 to 4, the slots", pb.GenerateRequest(prompt="x", n=5)),
+    ("n is 5, but must be from 1 to 4, the samples", pb.GenerateRequest(prompt="x", n=5)),
     ("model.version is 0", pb.GenerateRequest(prompt="x", model=pb.ModelSelector(version=0))),
 ]
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated
+from shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated, shown
 from shared.service.tokens import (
     MAX_CHARACTERS,
     MAX_TOKENS,
@@ -103,7 +103,7 @@ def test_a_wrong_file_is_one_sentence_without_the_token(tmp_path: Path, lines: l
     path = write_tokens(tmp_path / "t", *lines)
     with pytest.raises(InvalidArgument) as raised:
         TokenFile(VARIABLE, path)
-    assert str(raised.value) == f"{VARIABLE}: the file '{path}' {finding}."
+    assert str(raised.value) == f"{VARIABLE}: the file {shown(str(path), 150)} {finding}."
     assert SECRET[:15] not in str(raised.value)
 
 
@@ -118,7 +118,7 @@ def test_what_is_no_readable_file_is_one_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidArgument) as raised:
             TokenFile(VARIABLE, tmp_path / name)
-        assert str(raised.value) == f"{VARIABLE}: the file '{tmp_path / name}' {finding}."
+        assert str(raised.value) == f"{VARIABLE}: the file {shown(str(tmp_path / name), 150)} {finding}."
 
 
 def test_a_changed_file_is_read_again_at_the_next_call(path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -159,7 +159,7 @@ def test_the_old_tokens_remain_while_the_file_is_broken_or_gone(
         path.write_text(content)
     assert [name_of(tokens, token) for token in (ALICE, BOB, OPERATOR)] * 2 == ["alice", "bob", None] * 2
     (message,) = caplog.messages
-    assert message.startswith(f"{VARIABLE}: the file '{path}' ")
+    assert message.startswith(f"{VARIABLE}: the file {shown(str(path), 150)} ")
     assert message.endswith(". The tokens that were read before remain.")
     write_tokens(path, f"olga {OPERATOR}")
     assert [name_of(tokens, token) for token in (ALICE, BOB, OPERATOR)] == [None, None, "olga"]
@@ -173,7 +173,7 @@ def test_a_file_that_everybody_can_read_is_warned_of_once(path: Path, caplog: py
     tokens = TokenFile(VARIABLE, path)
     path.write_text(f"alice {ALICE}\n")
     assert name_of(tokens, BOB) is None
-    assert caplog.messages == [f"every user of this machine can read '{path}'; run `chmod o-r` on it"]
+    assert caplog.messages == [f"every user of this machine can read {shown(str(path), 150)}; run `chmod o-r` on it"]
 
 
 def test_an_operator_may_do_what_a_client_may(callers: Callers) -> None:
