@@ -17,7 +17,7 @@ from shared.service.grpc_status import error_of
 from shared.service.settings import Directories, Environment, reachable_address
 from shared.service.tls import CERTIFICATE_VARIABLE, read_tls
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.redis_server import check_server, connect, redis_url
+from trainer_service.redis_client import check_server, connect, read_redis
 
 _LIMIT_S = 3.0
 
@@ -32,13 +32,13 @@ class Health:
 
 def health_checks(environment: Environment, directories: Directories, ports: Ports) -> dict[str, Callable[[], Health]]:
     """Returns a check for each process, in the order in which they start; a check never raises."""
-    url = redis_url(environment, directories)
+    address = read_redis(environment, directories)
     store = Registry(directories.registry)
     trainer_address = reachable_address(listening_host(environment, "TRAINER"), ports.trainer)
     inference_address = reachable_address(listening_host(environment, "INFERENCE"), ports.inference)
 
     def redis() -> Health:
-        with connect(url) as connection:
+        with connect(address) as connection:
             check_server(connection)
         return Health(True, "answers")
 
@@ -55,7 +55,7 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
         return Health(True, f"no version serves, on {inference_address}: `gptloop versions` says why")
 
     def worker() -> Health:
-        with connect(url) as connection:
+        with connect(address) as connection:
             workers = JobQueue(connection, registry_id(store.root)).store.live_workers()
         return Health(workers > 0, f"{workers} ready for jobs")
 

@@ -15,7 +15,7 @@ from trainer_service.jobs.events import Event, JobState
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.loss_curve import Point, draw
-from trainer_service.redis_server import Outage
+from trainer_service.redis_client import Outage
 
 _WAIT_S = 1.0
 # How long a job may have neither a process nor a live worker.

@@ -24,7 +24,7 @@ from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import Reporter
 from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, StoriesSpec, TrainSpec
 from trainer_service.jobs.submit import release_ended, settle
-from trainer_service.redis_server import connect
+from trainer_service.redis_client import connect
 from trainer_service.settings import read_settings
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     signal.signal(signal.SIGTERM, terminate)
     logs.configure("trainer")
     settings = read_settings(os.environ)
-    queue = JobQueue(connect(settings.redis_url), registry_id(settings.directories.registry))
+    queue = JobQueue(connect(settings.redis), registry_id(settings.directories.registry))
 
     def report(state: JobState, reason: str = "", diverged: bool = False) -> bool:
         return queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))], diverged=diverged)

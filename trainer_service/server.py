@@ -26,7 +26,7 @@ from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import JobRequest
 from trainer_service.jobs.submit import submit, with_stories
 from trainer_service.metrics import CallMetrics, make_metrics
-from trainer_service.redis_server import Outage, connect
+from trainer_service.redis_client import Outage, connect
 from trainer_service.settings import (
     HOST_VARIABLE,
     METRICS_HOST_VARIABLE,
@@ -136,7 +136,7 @@ async def serve(settings: TrainerSettings) -> None:
     tls = ServerTls(settings.tls) if settings.tls else None
     callers = settings.tokens.open()
     registry = settings.open_registry()
-    queue = JobQueue(connect(settings.redis_url), registry_id(registry.root))
+    queue = JobQueue(connect(settings.redis), registry_id(registry.root))
     signals = Signals()
     metrics = make_metrics(queue, registry)
     guard = TokenInterceptor(callers, clients=[], operators=[SERVICE])

@@ -20,7 +20,7 @@ from shared.service.settings import (
 from shared.service.tls import TlsFiles, read_tls
 from shared.service.tokens import OPERATOR_TOKENS_VARIABLE, TokenSettings, read_token_settings
 from trainer_service.distillation.groq_settings import GroqSettings, read_groq
-from trainer_service.redis_server import redis_url
+from trainer_service.redis_client import RedisAddress, read_redis
 
 HOST_VARIABLE = "GPTLOOP_TRAINER_HOST"
 PORT_VARIABLE = "GPTLOOP_TRAINER_PORT"
@@ -43,7 +43,8 @@ class TrainerSettings:
     insecure: `GPTLOOP_INSECURE`, whether other machines may reach the server although TLS or tokens are missing.
     stuck_s: `GPTLOOP_TRAINER_STUCK_S`, how long a job may show no progress before another attempt replaces it.
     retention: `GPTLOOP_KEEP_*`, which versions and states the registry keeps.
-    redis_url: `REDIS_URL`, the Redis server; without it the embedded one below `GPTLOOP_VAR`.
+    redis: `REDIS_URL` and `GPTLOOP_REDIS_PASSWORD_FILE`, the Redis server; without them the embedded one below
+        `GPTLOOP_VAR`.
     directories: `GPTLOOP_VAR`, the folder of all state.
     best_by: `GPTLOOP_BEST_BY`, what the label `best` compares.
     groq: `GROQ_API_KEY` and `GPTLOOP_GROQ_*`, the large teacher.
@@ -59,7 +60,7 @@ class TrainerSettings:
     insecure: bool
     stuck_s: float
     retention: Retention
-    redis_url: str
+    redis: RedisAddress
     directories: Directories
     best_by: BestBy
     groq: GroqSettings
@@ -88,7 +89,7 @@ def read_settings(environment: Environment) -> TrainerSettings:
         insecure=read_insecure(environment),
         stuck_s=read_float(environment, "GPTLOOP_TRAINER_STUCK_S", 600.0, minimum=1.0, maximum=86400.0),
         retention=read_retention(environment),
-        redis_url=redis_url(environment, directories),
+        redis=read_redis(environment, directories),
         directories=directories,
         best_by=read_best_by(environment),
         groq=read_groq(environment),

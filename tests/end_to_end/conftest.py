@@ -29,7 +29,7 @@ from trainer_service.client import TrainerClient
 from trainer_service.jobs.events import TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest
-from trainer_service.redis_server import connect, redis_url
+from trainer_service.redis_client import connect, read_redis
 
 PROJECT = Path(__file__).parents[2]
 # A step takes some hundredths of a second, and the context is long enough for streams that outlast a swap.
@@ -73,7 +73,7 @@ class System:
 
     def __post_init__(self) -> None:
         self.trainer = TrainerClient(f"127.0.0.1:{self.ports.trainer}")
-        self.redis = connect(redis_url(self.environment, self.directories))
+        self.redis = connect(read_redis(self.environment, self.directories))
         self.queue = JobQueue(self.redis, registry_id(self.directories.registry))
 
     @property

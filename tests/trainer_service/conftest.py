@@ -9,7 +9,6 @@ from tests.jobs import training
 from tests.redis_process import RedisServer
 from tests.trainer_service.site import Site
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.redis_server import connect
 from trainer_service.server import TrainingServicer
 from trainer_service.settings import TrainerSettings, read_settings
 
@@ -30,11 +29,13 @@ def site(tmp_path: Path) -> Site:
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a server that stands for the whole session."""
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A server that stands for the whole session; at its end, it has refused nothing to gptloop's user."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server.url
+    yield server
+    refused = server.admin().acl_log()
     server.end()
+    assert refused == [], refused
 
 
 @pytest.fixture
@@ -46,10 +47,18 @@ def mortal_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 
 @pytest.fixture
-def redis(redis_server: str) -> Iterator[Redis]:
-    """A client of a real server that holds nothing yet."""
-    connection = connect(redis_server)
+def admin(redis_server: RedisServer) -> Iterator[Redis]:
+    """A client that may do everything, of a real server that holds nothing yet."""
+    connection = redis_server.admin()
     connection.flushall()
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def redis(redis_server: RedisServer, admin: Redis) -> Iterator[Redis]:
+    """A client with gptloop's rights, of the same server."""
+    connection = redis_server.connect()
     yield connection
     connection.close()
 

@@ -22,7 +22,7 @@ from trainer_service.jobs.events import (
     VersionPublished,
 )
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.redis_server import connect
+from trainer_service.redis_client import RedisAddress, connect
 
 
 def test_without_a_terminal_every_report_is_a_line(queue: JobQueue, job: str) -> None:
@@ -121,7 +121,7 @@ def test_following_waits_for_redis_only_for_a_limited_time(
 ) -> None:
     monkeypatch.setattr(follow_module, "_OUTAGE_S", 0.1)
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.05)
-    gone = JobQueue(connect("unix:///none.sock"), queue.registry)
+    gone = JobQueue(connect(RedisAddress("unix:///none.sock")), queue.registry)
     with pytest.raises(Unavailable, match=f"gptloop watch {job}"):
         follow(gone, job, Console(file=io.StringIO()))
 

@@ -15,7 +15,7 @@ from tests.jobs import finish, report, start, training
 from trainer_service.jobs.events import Evaluation, JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import make_metrics
-from trainer_service.redis_server import connect
+from trainer_service.redis_client import RedisAddress, connect
 
 
 @pytest.fixture
@@ -123,5 +123,5 @@ def test_a_job_without_a_time_of_its_own_hides_no_other(
 
 
 def test_the_page_stands_while_redis_is_gone(tmp_path: Path, registry: Registry) -> None:
-    metrics = make_metrics(JobQueue(connect(f"unix://{tmp_path}/none.sock"), "none"), registry)
+    metrics = make_metrics(JobQueue(connect(RedisAddress(f"unix://{tmp_path}/none.sock")), "none"), registry)
     assert value(metrics, "redis_up") == 0

@@ -21,7 +21,7 @@ from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import CallMetrics
-from trainer_service.redis_server import connect
+from trainer_service.redis_client import RedisAddress, connect
 from trainer_service.server import SERVICE, TrainingServicer
 
 
@@ -126,7 +126,7 @@ async def test_a_watch_waits_for_redis_only_for_a_limited_time(
     queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_module, "_OUTAGE_S", 0.0)
-    gone = JobQueue(connect(f"unix://{tmp_path}/none.sock"), queue.registry)
+    gone = JobQueue(connect(RedisAddress(f"unix://{tmp_path}/none.sock")), queue.registry)
     with pytest.raises(Unavailable, match="Redis does not answer"):
         await watched(TrainingServicer(gone, Registry(tmp_path / "registry"), tmp_path / "data"), "0")
 

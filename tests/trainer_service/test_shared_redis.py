@@ -79,7 +79,7 @@ def test_lists_figures_and_leases_are_of_one_folder(queues: tuple[JobQueue, JobQ
 
 
 def test_every_name_in_redis_carries_its_registry(
-    queues: tuple[JobQueue, JobQueue], redis: Redis, tmp_path: Path
+    queues: tuple[JobQueue, JobQueue], admin: Redis, tmp_path: Path
 ) -> None:
     mine, _ = queues
     job = mine.enqueue(training(tmp_path)).id
@@ -87,5 +87,5 @@ def test_every_name_in_redis_carries_its_registry(
     mine.store.renew_attempt(job, 1)
     mine.store.report(job, 1, [], new_tokens=7)
     # RQ's list of all queues names them.
-    names = {key.decode() for key in redis.scan_iter()} - {"rq:queues"}
+    names = {key.decode() for key in admin.scan_iter()} - {"rq:queues"}
     assert len(names) > 6 and all(mine.registry in name for name in names)

@@ -19,7 +19,7 @@ from trainer_service.jobs.specs import TrainSpec
 from trainer_service.jobs.submit import submit, with_stories
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS
-from trainer_service.redis_server import connect
+from trainer_service.redis_client import connect
 from trainer_service.settings import TrainerSettings, read_settings
 
 PresetOption = Annotated[str, typer.Option("--preset", help=f"One of {', '.join(PRESETS)}; default {DEFAULT_PRESET}.")]
@@ -64,7 +64,7 @@ def settings() -> TrainerSettings:
 
 def queue_of(given: TrainerSettings) -> JobQueue:
     """Returns the queue of the registry that the settings name."""
-    return JobQueue(connect(given.redis_url), registry_id(given.directories.registry))
+    return JobQueue(connect(given.redis), registry_id(given.directories.registry))
 
 
 def version_number(text: str, registry: Registry) -> int:

@@ -28,7 +28,7 @@ from trainer_service.disk import Usage, usage
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import DEFAULT_DATASET
 from trainer_service.jobs.submit import release_ended
-from trainer_service.redis_server import connect, redis_url
+from trainer_service.redis_client import connect, read_redis
 from trainer_service.settings import read_retention
 from trainer_service.text.corpus import DatasetSpec, check_spec
 
@@ -165,7 +165,7 @@ def prune(
     registry = Registry(directories.registry, read_best_by(os.environ))
     if registry.holds.ages_s():
         with suppress(Unavailable):  # then held versions stay
-            queue = JobQueue(connect(redis_url(os.environ, directories)), registry_id(directories.registry))
+            queue = JobQueue(connect(read_redis(os.environ, directories)), registry_id(directories.registry))
             release_ended(queue, registry)
     given = {"states": states, "best": best, "newest": newest, "every": every, "runs": runs}
     values = {name: value for name, value in given.items() if value is not None}

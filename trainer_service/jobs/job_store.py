@@ -24,7 +24,7 @@ from trainer_service.jobs.events import (
 from trainer_service.jobs.keys import Keys
 from trainer_service.jobs.records import BEST, Fields, JobRecord, Lease, attempt_of, last_event, read_record, state_of
 from trainer_service.jobs.specs import Kind, Spec
-from trainer_service.redis_server import reachable
+from trainer_service.redis_client import reachable
 
 WORKING = (JobState.RUNNING, JobState.CANCELLING)
 
@@ -63,7 +63,7 @@ class JobStore:
 
     def read(self, ids: Sequence[str]) -> list[JobRecord | None]:
         """Returns the records of jobs; None for those that no longer exist."""
-        with reachable():
+        with reachable(self.redis):
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in ids:
                 pipeline.hgetall(self.keys.job(job_id))
@@ -92,7 +92,7 @@ class JobStore:
         """
         open_only = bool(states) and not any(state.is_final for state in states)
         key = self.keys.open if open_only else self.keys.jobs
-        with reachable():
+        with reachable(self.redis):
             newest = "+inf" if before is None else f"({before}"
             found = cast(list[bytes], self.redis.zrevrangebyscore(key, newest, "-inf"))
         ids = [job_id.decode(errors="replace") for job_id in found]
@@ -101,7 +101,7 @@ class JobStore:
             records = self.read(some)
             # Jobs that ended long ago have expired.
             if gone := [job_id for job_id, record in zip(some, records, strict=True) if record is None]:
-                with reachable():
+                with reachable(self.redis):
                     self.redis.zrem(self.keys.jobs, *gone)
                     self.redis.zrem(self.keys.open, *gone)
             for record in records:
@@ -110,7 +110,7 @@ class JobStore:
 
     def open_jobs(self) -> list[JobRecord]:
         """Returns the valid jobs that have not ended, ordered by their tickets."""
-        with reachable():
+        with reachable(self.redis):
             ids = cast(list[bytes], self.redis.zrange(self.keys.open, 0, -1))
         records = self.read([job_id.decode(errors="replace") for job_id in ids])
         return [record for record in records if record and not record.state.is_final]
@@ -120,7 +120,7 @@ class JobStore:
 
         Waits up to `wait_s` for a new event. A notice replaces an invalid event.
         """
-        with reachable():
+        with reachable(self.redis):
             block_ms = round(wait_s * 1000) or None
             answer: Any = self.redis.xread({self.keys.events(job_id): after}, count=1000, block=block_ms)
         if not answer:
@@ -135,7 +135,7 @@ class JobStore:
 
     def cancel_requested(self, job_id: str) -> bool:
         """Whether the job was cancelled."""
-        with reachable():
+        with reachable(self.redis):
             return bool(self.redis.hexists(self.keys.job(job_id), "cancel"))
 
     # Counting.
@@ -146,14 +146,14 @@ class JobStore:
 
     def counts(self) -> dict[JobState, int]:
         """Counts the jobs in each state."""
-        with reachable():
+        with reachable(self.redis):
             ids = cast(list[bytes], self.redis.zrange(self.keys.jobs, 0, -1))
         states = self._states(ids)
         return {state: states.count(state.value.encode()) for state in JobState}
 
     def tokens(self) -> int:
         """Returns the number of tokens that all jobs ever trained on."""
-        with reachable():
+        with reachable(self.redis):
             value: Any = self.redis.get(self.keys.tokens)
         return int(value or 0)
 
@@ -216,7 +216,7 @@ class JobStore:
             change(pipeline, fields)
             return True
 
-        with reachable():
+        with reachable(self.redis):
             # redis-py's annotation omits that `transaction` returns the callable's value.
             run: Any = self.redis.transaction
             return bool(run(apply, key, *also_watch, value_from_callable=True))
@@ -256,19 +256,19 @@ class JobStore:
 
     def renew_worker(self, name: str) -> None:
         """Renews the lease of a worker."""
-        with reachable():
+        with reachable(self.redis):
             self.redis.sadd(self.keys.workers, name)
             self.redis.set(self.keys.worker(name), 1, ex=LEASE_S)
 
     def end_worker(self, name: str) -> None:
         """Ends the lease of a worker."""
-        with reachable():
+        with reachable(self.redis):
             self.redis.delete(self.keys.worker(name))
             self.redis.srem(self.keys.workers, name)
 
     def live_workers(self) -> int:
         """Counts the live workers."""
-        with reachable():
+        with reachable(self.redis):
             names = cast(set[bytes], self.redis.smembers(self.keys.workers))
             gone = [name for name in names if not self.redis.exists(self.keys.worker(name.decode()))]
             if gone:
@@ -278,7 +278,7 @@ class JobStore:
     # Details.
 
     def _states(self, ids: Sequence[bytes]) -> list[object]:
-        with reachable():
+        with reachable(self.redis):
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in ids:
                 pipeline.hget(self.keys.job(job_id.decode(errors="replace")), "state")
@@ -286,7 +286,7 @@ class JobStore:
 
     def _with_ahead(self, records: Sequence[JobRecord | None]) -> list[JobRecord | None]:
         """Fills in `ahead` of each queued job: the jobs with lower tickets, and those with higher ones at work."""
-        with reachable():
+        with reachable(self.redis):
             listed: Any = self.redis.zrange(self.keys.open, 0, -1, withscores=True)
         states = self._states([job_id for job_id, _ in listed])
         names = [state.value.encode() for state in WORKING]

@@ -17,7 +17,7 @@ from trainer_service.jobs.job_store import JobStore
 from trainer_service.jobs.records import Fields, JobRecord, attempt_of, last_event, number_of
 from trainer_service.jobs.rq_adapter import AttemptQueue
 from trainer_service.jobs.specs import Kind, Spec
-from trainer_service.redis_server import reachable
+from trainer_service.redis_client import reachable
 
 # Delays before the next attempt after a crash; after one crash more, the job fails. The count starts again if the run
 # has made progress since its last crash.
@@ -70,7 +70,7 @@ class JobQueue:
             if not after:
                 self.attempts.insert(pipeline, job_id, 1, ticket)
 
-        with reachable():
+        with reachable(self.store.redis):
             while self.store.redis.exists(self.store.keys.job(job_id)):
                 job_id = secrets.token_hex(4)
             self.store.redis.transaction(add, self.store.keys.jobs, self.attempts.key)

@@ -5,24 +5,29 @@ Parts of RQ that are not public are used here, so `pyproject.toml` pins RQ to on
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import RedisError
 from rq import Queue
-from rq.exceptions import NoSuchJobError
+from rq.exceptions import NoSuchJobError, StopRequested
 from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import Worker, WorkerStatus
 
+from shared.errors import Unavailable
 from trainer_service.jobs.keys import Keys
 from trainer_service.jobs.records import number_of
-from trainer_service.redis_server import reachable
+from trainer_service.redis_client import reachable, redis_failure
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 # The function that RQ stores with every attempt; the worker never calls a function by its name.
 JOB_FUNCTION = "trainer_service.job_process.run_attempt"
@@ -32,6 +37,8 @@ _MAINTENANCE_INTERVAL_S = 60
 _HEARTBEAT_INTERVAL_S = 10
 _WORKER_TTL_S = 60
 _ENDED_TTL_S = 60
+# How long the worker waits before it tries a command again.
+_RETRY_S = 1.0
 
 
 class AttemptJob(Job):
@@ -77,7 +84,7 @@ class AttemptQueue:
 
     def waiting(self) -> list[tuple[str, int]]:
         """Returns the waiting jobs and the numbers of their attempts, in the order in which workers take them."""
-        with reachable():
+        with reachable(self._redis):
             ids = cast(list[bytes], self._redis.lrange(self.key, 0, -1))
         found = []
         for rq_id in ids:
@@ -111,7 +118,7 @@ class AttemptQueue:
     def remove(self, job_id: str, attempt: int) -> None:
         """Removes an attempt, if it waits."""
         rq_id = self._rq_id(job_id, attempt)
-        with reachable():
+        with reachable(self._redis):
             if self.rq.remove(rq_id):
                 self._redis.delete(AttemptJob.key_for(rq_id))
 
@@ -149,7 +156,8 @@ class Runner(Protocol):
 class AttemptWorker(Worker):
     """RQ's worker: takes attempts from the queue in their order, and waits for their processes.
 
-    RQ neither imports nor calls anything for an attempt: the runner starts a process of this project.
+    RQ neither imports nor calls anything for an attempt: the runner starts a process of this project. The worker waits
+    for a Redis that refuses its commands, as it does for one that does not answer.
     """
 
     def __init__(self, queue: AttemptQueue, connection: Redis, runner: Runner) -> None:
@@ -168,6 +176,42 @@ class AttemptWorker(Worker):
         # RQ asks Redis, whose answer contains the path of its socket, and redis-py splits the answer at spaces.
         self.ip_address = "unknown"
 
+    def subscribe(self) -> None:
+        """Listens to no commands of RQ: jobs are cancelled through their records."""
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """Does not ask Redis: nothing suspends a worker."""
+
+    def run_maintenance_tasks(self) -> None:
+        """Cleans RQ's registries."""
+        self._patiently(super().run_maintenance_tasks)
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        """Takes the next attempt."""
+        return self._patiently(lambda: super(AttemptWorker, self).dequeue_job_and_maintain_ttl(timeout, max_idle_time))
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
+        """Renews the worker's entry in RQ, at once if it is not part of a pipeline."""
+        if pipeline is None:
+            self._patiently(lambda: super(AttemptWorker, self).heartbeat(timeout))
+        else:
+            super().heartbeat(timeout, pipeline)
+
+    def _patiently(self, action: Callable[[], Answer]) -> Answer:
+        """Does something in Redis, again and again until Redis lets it or the worker is asked to stop."""
+        waits = False
+        while True:
+            try:
+                with reachable(self.connection):
+                    return action()
+            except Unavailable as error:
+                if not waits:
+                    logger.warning("the worker waits: %s", error)
+                waits = True
+            if self._stop_requested:
+                raise StopRequested
+            time.sleep(_RETRY_S)
+
     def handle_warm_shutdown_request(self) -> None:
         """Passes the shutdown on to the process of the attempt."""
         super().handle_warm_shutdown_request()
@@ -179,7 +223,13 @@ class AttemptWorker(Worker):
             super().set_shutdown_requested_date()
 
     def execute_job(self, job: Job, queue: Queue) -> None:
-        """Runs an attempt to its end."""
+        """Runs an attempt to its end, unless Redis fails before it starts: the watch ends such an attempt."""
+        try:
+            self._run_attempt(job, queue)
+        except RedisError as error:
+            logger.warning("job %s: RQ cannot record its attempt: %s", job.id, redis_failure(error))
+
+    def _run_attempt(self, job: Job, queue: Queue) -> None:
         execution = self.prepare_execution(job)
         self.prepare_job_execution(job, remove_from_intermediate_queue=True)
         self._horse_pid = self._runner.start(*job.args)
@@ -208,3 +258,6 @@ class AttemptWorker(Worker):
         """Reports the end of a process that did not exit normally."""
         job_id, attempt = job.args
         self._runner.on_crash(job_id, attempt, 0 if ret_val is None else os.waitstatus_to_exitcode(ret_val))
+
+    def handle_job_failure(self, *_: Any, **__: Any) -> None:
+        """Records nothing in RQ: the runner has ended the attempt."""

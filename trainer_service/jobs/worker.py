@@ -18,7 +18,7 @@ from trainer_service.jobs.job_store import START_LEASE_S
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
 from trainer_service.jobs.watch import AttemptName, Watch
-from trainer_service.redis_server import check_server, connect, reachable
+from trainer_service.redis_client import check_server, connect, reachable
 from trainer_service.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def work(settings: TrainerSettings) -> None:
     root = settings.directories.registry
     registry = registry_id(root)
     # RQ blocks its connection, so the watch has its own.
-    with connect(settings.redis_url) as own, connect(settings.redis_url) as connection:
+    with connect(settings.redis) as own, connect(settings.redis) as connection:
         _wait_for_redis(connection)
         queue = JobQueue(connection, registry)
         runner = AttemptRunner(queue)
@@ -117,7 +117,7 @@ def work(settings: TrainerSettings) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
             watch.start()
-            with reachable():
+            with reachable(connection):
                 worker.work(logging_level="WARNING")
         finally:
             ended.set()

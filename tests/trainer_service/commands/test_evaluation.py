@@ -7,11 +7,11 @@ from shared.errors import FailedPrecondition, InvalidArgument, NotFound
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
+from tests.redis_process import RedisServer
 from tests.trainer_service.site import Site
 from trainer_service.commands.evaluation import app, requests
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import EvaluateRequest
-from trainer_service.redis_server import connect
 
 COMMON = EvaluateRequest(pairs=("pairs.jsonl",), again=True)
 
@@ -81,16 +81,15 @@ def test_the_last_version_is_judged_beside_the_others(registry: Registry) -> Non
         requests(["latest"], EvaluateRequest(judge_usd=0.5, after=("3f2a91c4",)), registry)
 
 
-def test_nothing_is_queued_if_one_of_the_requests_is_refused(tmp_path: Path, redis_server: str) -> None:
+def test_nothing_is_queued_if_one_of_the_requests_is_refused(tmp_path: Path, redis_server: RedisServer) -> None:
     registry = Registry(tmp_path / "registry")
     for bits_per_byte in (3.0, 1.0):
         publish_tiny_version(registry, bits_per_byte)
     groq = {"GROQ_API_KEY": "gsk_test", "GPTLOOP_GROQ_INPUT_USD": "0.1", "GPTLOOP_GROQ_OUTPUT_USD": "0.1"}
-    environment = {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": redis_server, **groq}
+    environment = {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": redis_server.url, **groq}
     with pytest.raises(InvalidArgument, match=r"judge_usd is 20000\.0, but must be an amount above 0 and up to 10,000"):
         CliRunner().invoke(app, ["1", "2", "--judge", "20000"], env=environment, catch_exceptions=False)
-    with connect(redis_server) as redis:
-        assert not list(JobQueue(redis, registry_id(registry.root)).store.jobs())
+    assert not list(JobQueue(redis_server.connect(), registry_id(registry.root)).store.jobs())
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from typer.testing import CliRunner, Result
 from shared.errors import FailedPrecondition, InvalidArgument, Unavailable
 from shared.registry.identity import registry_id
 from shared.service.settings import Directories
+from tests.redis_process import RedisServer
 from trainer_service.commands.stories import app
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.specs import StoriesSpec
-from trainer_service.redis_server import connect
 
 ENVIRONMENT = {
     "GROQ_API_KEY": "gsk_test",
@@ -27,17 +27,16 @@ def run(var: Path, redis: str, *arguments: str, **environment: str) -> Result:
     return CliRunner().invoke(app, arguments, env=given)
 
 
-def test_the_command_shows_what_stories_will_cost_and_queues_a_job(tmp_path: Path, redis_server: str) -> None:
-    ended = run(tmp_path, redis_server, *ASKED)
+def test_the_command_shows_what_stories_will_cost_and_queues_a_job(tmp_path: Path, redis_server: RedisServer) -> None:
+    ended = run(tmp_path, redis_server.url, *ASKED)
     assert isinstance(ended.exception, Unavailable)  # no worker is running
     estimate, queued = ended.output.splitlines()
     assert estimate.startswith("2,000 more stories by openai/gpt-oss-20b cost typically $0.30")
     assert "the cap of $0.50 typically pays for 2,000 of them, and surely for 1," in estimate
     assert queued.endswith(" queued: stories stories animals")
-    queue = JobQueue(connect(redis_server), registry_id(Directories(tmp_path).registry))
+    queue = JobQueue(redis_server.connect(), registry_id(Directories(tmp_path).registry))
     (record,) = queue.store.jobs()
     assert record.spec == StoriesSpec("animals", 2000, 0.5)
-    queue.store.redis.close()
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
 from trainer_service.jobs.specs import EvaluateSpec, Kind, StoriesSpec
-from trainer_service.redis_server import connect
+from trainer_service.redis_client import RedisAddress, connect
 from trainer_service.text.corpus import DatasetSpec
 
 
@@ -159,18 +159,18 @@ def test_an_unknown_job_is_not_found(queue: JobQueue) -> None:
         queue.store.get("x")
 
 
-def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQueue, redis: Redis, job: str) -> None:
+def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQueue, admin: Redis, job: str) -> None:
     queue.store.renew_worker("a")
     queue.store.renew_attempt(job, 1)
     assert queue.store.live_workers() == 1 and queue.store.get(job).is_held
-    assert 0 < int(str(redis.ttl(queue.store.keys.worker("a")))) <= LEASE_S
+    assert 0 < int(str(admin.ttl(queue.store.keys.worker("a")))) <= LEASE_S
     queue.store.end_worker("a")
     queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
     assert queue.store.live_workers() == 0 and not queue.store.get(job).is_held
 
 
 def test_without_redis_a_sentence_says_what_to_do(tmp_path: Path) -> None:
-    queue = JobQueue(connect(f"unix://{tmp_path}/none.sock"), "none")
+    queue = JobQueue(connect(RedisAddress(f"unix://{tmp_path}/none.sock")), "none")
     with pytest.raises(Unavailable, match="gptloop up"):
         list(queue.store.jobs())
 

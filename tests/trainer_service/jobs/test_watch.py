@@ -11,7 +11,7 @@ from trainer_service.jobs.events import JobState, StateChanged
 from trainer_service.jobs.job_store import LEASE_S
 from trainer_service.jobs.queue import BACKOFF_S, LONGEST_PAUSE_S, JobQueue
 from trainer_service.jobs.watch import GRACE_S, Watch
-from trainer_service.redis_server import connect
+from trainer_service.redis_client import RedisAddress, connect
 
 
 @dataclass
@@ -139,7 +139,7 @@ def test_after_an_outage_of_redis_every_attempt_has_its_time_again(
     watch.look()
     clock.now_s += 100
     with monkeypatch.context() as patch:
-        patch.setattr(queue, "store", JobQueue(connect("unix:///none.sock"), queue.registry).store)
+        patch.setattr(queue, "store", JobQueue(connect(RedisAddress("unix:///none.sock")), queue.registry).store)
         with pytest.raises(Unavailable):
             watch.look()
     assert watch.look() == set()

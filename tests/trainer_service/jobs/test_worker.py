@@ -19,7 +19,8 @@ from tests.waiting import HANG_S, wait_until
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
 from trainer_service.jobs.worker import AttemptRunner, work
-from trainer_service.redis_server import check_server, connect, find_redis_server
+from trainer_service.redis_client import RedisAddress, check_server, connect
+from trainer_service.redis_server import find_redis_server
 from trainer_service.settings import TrainerSettings
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,7 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
     program, _ = find_redis_server()
     server = subprocess.Popen([program, "--port", "0", "--unixsocket", socket, "--save", ""], stdout=subprocess.DEVNULL)
     try:
-        with connect(f"unix://{quote(str(socket))}") as connection:
+        with connect(RedisAddress(f"unix://{quote(str(socket))}")) as connection:
             deadline_s = time.monotonic() + HANG_S
             while True:
                 try:
@@ -57,26 +58,26 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
         server.wait()
 
 
-def test_a_worker_says_that_redis_is_full(redis: Redis, settings: TrainerSettings, redis_server: str) -> None:
-    redis.config_set("maxmemory", 1)
+def test_a_worker_says_that_redis_is_full(admin: Redis, settings: TrainerSettings, redis_server: RedisServer) -> None:
+    admin.config_set("maxmemory", 1)
     try:
         with pytest.raises(Unavailable, match="Redis is out of memory"):
-            work(replace(settings, redis_url=redis_server))
+            work(replace(settings, redis=redis_server.address))
     finally:
-        redis.config_set("maxmemory", 0)
+        admin.config_set("maxmemory", 0)
 
 
 def test_a_worker_does_not_work_for_a_redis_that_removes_jobs(
-    redis: Redis, settings: TrainerSettings, redis_server: str
+    admin: Redis, settings: TrainerSettings, redis_server: RedisServer
 ) -> None:
-    redis.config_set("maxmemory", "1gb")
-    redis.config_set("maxmemory-policy", "allkeys-lru")
+    admin.config_set("maxmemory", "1gb")
+    admin.config_set("maxmemory-policy", "allkeys-lru")
     try:
         with pytest.raises(FailedPrecondition, match="noeviction"):
-            work(replace(settings, redis_url=redis_server))
+            work(replace(settings, redis=redis_server.address))
     finally:
-        redis.config_set("maxmemory", 0)
-        redis.config_set("maxmemory-policy", "noeviction")
+        admin.config_set("maxmemory", 0)
+        admin.config_set("maxmemory-policy", "noeviction")
 
 
 def test_a_worker_ends_if_another_registry_replaces_its_own(mortal_redis: RedisServer, tmp_path: Path) -> None:
