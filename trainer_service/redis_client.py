@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from redis import CredentialProvider, Redis
 from redis import exceptions as failures
@@ -144,7 +144,7 @@ def connect(address: RedisAddress) -> Redis:
     if address.password_file is not None:
         # The client takes the name from the URL or from the provider, but not from both.
         parts = urlsplit(url)
-        url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        url = url.replace(f"//{parts.netloc}", f"//{parts.netloc.rpartition('@')[2]}", 1)
         options["credential_provider"] = _PasswordFile(unquote(parts.username or ""), address.password_file)
     return Redis.from_url(
         url, socket_connect_timeout=_ANSWER_LIMIT_S, socket_timeout=_ANSWER_LIMIT_S, health_check_interval=30, **options

@@ -159,7 +159,7 @@ class JobStore:
 
     def diverged(self) -> int:
         """Returns the number of jobs that ever failed because their loss was not finite."""
-        with reachable():
+        with reachable(self.redis):
             value: Any = self.redis.get(self.keys.diverged)
         return int(value or 0)
 
