@@ -35,6 +35,10 @@ class RedisAddress:
     password_file: Path | None = None
 
 
+class _NoPassword(failures.AuthenticationError):
+    """The password file cannot be used; the text is a whole sentence."""
+
+
 class _PasswordFile(CredentialProvider):
     """Reads the password when a connection is made, so that a new password needs no restart."""
 
@@ -43,11 +47,11 @@ class _PasswordFile(CredentialProvider):
         self._path = path
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        """Returns the name, if there is one, and the password; raises `AuthenticationError` without a password."""
+        """Returns the name, if there is one, and the password; raises `_NoPassword` without one."""
         try:
             password = _read_password(self._path)
         except InvalidArgument as error:
-            raise failures.AuthenticationError(str(error)) from None
+            raise _NoPassword(str(error)) from None
         return (self._user, password) if self._user else (password,)
 
 
@@ -174,6 +178,8 @@ def redis_failure(error: failures.RedisError) -> Unavailable:
     """Turns the failure of a command into an error that says what to do."""
     text = _message(error)
     match error:
+        case _NoPassword():
+            return Unavailable(str(error))
         case failures.OutOfMemoryError():
             return Unavailable("Redis is out of memory: raise its maxmemory, or remove other data from it.")
         case failures.AuthenticationError() | failures.AuthorizationError():
