@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from deploy.health import own_credentials
+from deploy.access import own_credentials
 from deploy.ports import Ports, free_ports, page_url, read_ports
 from deploy.stack import Stack
 from deploy.supervisor import wait_until
@@ -251,7 +251,9 @@ def demo() -> None:
         signal.signal(number, signal.default_int_handler)
     console = Console(markup=False, highlight=False)
     directories = Directories(read_directories(os.environ).var / "demo")
-    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "REDIS_URL" and not name.endswith("_PROBE_PORT")
+    }
     ports, later = free_ports(), read_ports(environment)
     stack = Stack(directories, ports, environment, worker_stop_s=_WORKER_STOP_S)
     try:

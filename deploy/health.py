@@ -7,15 +7,15 @@ from functools import partial
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.access import own_credentials
 from deploy.ports import Ports, listening_host
-from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, Unavailable
+from shared.errors import FailedPrecondition, GptloopError, Unavailable
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.service.client_channel import open_channel
-from shared.service.credentials import CA_VARIABLE, Credentials, read_credentials
+from shared.service.credentials import Credentials
 from shared.service.grpc_status import error_of
 from shared.service.settings import Directories, Environment, reachable_address
-from shared.service.tls import CERTIFICATE_VARIABLE, read_tls
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_client import check_server, connect, read_redis
 
@@ -60,20 +60,6 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
         return Health(workers > 0, f"{workers} ready for jobs")
 
     return {check.__name__: partial(_checked, check) for check in (redis, trainer, inference, worker)}
-
-
-def own_credentials(environment: Environment) -> Credentials:
-    """Returns the credentials for the servers of this folder of state.
-
-    Raises `InvalidArgument` if they use TLS, and the environment does not say which authority signed their certificate.
-    """
-    credentials = read_credentials(environment)
-    if read_tls(environment) is not None and credentials.ca is None:
-        raise InvalidArgument(
-            f"{CERTIFICATE_VARIABLE} is set, but not {CA_VARIABLE}, without which this command cannot reach the "
-            "servers; set it to the file with the authority that signed the certificate."
-        )
-    return credentials
 
 
 def _checked(check: Callable[[], Health]) -> Health:

@@ -13,33 +13,21 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-import inference_service.settings
-import trainer_service.settings
-from deploy.health import Health, health_checks, own_credentials
+from deploy.access import check_access, with_absolute_paths
+from deploy.health import Health, health_checks
 from deploy.ports import Ports, page_url, read_ports
 from deploy.services.manager import manager_of, refuse_services
 from deploy.supervisor import ProcessState, Supervisor
 from shared.errors import FailedPrecondition, Unavailable
-from shared.service import cli, interrupts, tls
-from shared.service.exposure import check_exposure
+from shared.service import cli, interrupts
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.settings import Directories, read_directories
-from shared.service.tokens import CLIENT_TOKENS_VARIABLE, OPERATOR_TOKENS_VARIABLE
 from shared.text import format_duration
 
 _CONFIGURATION = Path(__file__).parent / "supervisord.conf"
 _START_LIMIT_S = 120.0
 _POLL_S = 0.2
 _LOG_LINES = 20
-
-# The files that the processes read, besides those of their folder of state.
-_FILE_VARIABLES = (
-    tls.CERTIFICATE_VARIABLE,
-    tls.KEY_VARIABLE,
-    tls.CLIENT_CA_VARIABLE,
-    CLIENT_TOKENS_VARIABLE,
-    OPERATOR_TOKENS_VARIABLE,
-)
 
 app = cli.new_app(__doc__)
 
@@ -107,8 +95,7 @@ class Stack:
             configuration,
             directories,
             {
-                **environment,
-                **_absolute_files(environment),
+                **with_absolute_paths(environment),
                 **ports.to_environment(),
                 "GPTLOOP_EMBEDDED_REDIS": str(self._has_redis).lower(),
                 "GPTLOOP_WORKER_STOP_S": str(worker_stop_s),
@@ -215,26 +202,6 @@ class Stack:
                     f"Another `gptloop up` or `gptloop down` is at work on {run.parent}."
                 ) from None
             yield
-
-
-def check_access(environment: Mapping[str, str]) -> None:
-    """Raises `InvalidArgument` if a service would refuse its settings of TLS, or if this command could not reach it."""
-    inference = inference_service.settings.read_settings(environment)
-    trainer = trainer_service.settings.read_settings(environment)
-    for settings, variable in (
-        (inference, inference_service.settings.HOST_VARIABLE),
-        (trainer, trainer_service.settings.HOST_VARIABLE),
-    ):
-        check_exposure(settings.host, variable, settings.tls is not None, settings.missing_tokens, settings.insecure)
-    if inference.tls is not None:
-        tls.ServerTls(inference.tls)
-    own_credentials(environment)
-
-
-def _absolute_files(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables that name files, with absolute paths: the processes run in another folder."""
-    given = {name: environment.get(name, "").strip() for name in _FILE_VARIABLES}
-    return {name: str(Path(path).absolute()) for name, path in given.items() if path}
 
 
 @contextmanager

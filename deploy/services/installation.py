@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import inference_service.settings
-import trainer_service.settings
+from deploy.access import check_access, with_absolute_paths
 from deploy.make import known_settings
 from deploy.ports import read_ports
 from shared.errors import InvalidArgument, shown
@@ -16,7 +15,6 @@ from shared.service.settings import Directories, Environment, read_directories, 
 
 ROOT = Path(__file__).parent.parent.parent
 
-_PATH_NAME = re.compile(r"_(FILE|DIR|CERT|KEY|CA|TOKENS)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -75,12 +73,11 @@ def read_installation(environment: Environment) -> Installation:
     Raises `InvalidArgument` if a setting is invalid, or is a secret, which must not stand in the file of a service.
     """
     directories = read_directories(environment)
-    inference_service.settings.read_settings(environment)
-    trainer_service.settings.read_settings(environment)
     read_ports(environment)
+    check_access(environment)
     given = {name: text for name in sorted(known_settings()) if (text := read_str(environment, name, ""))}
     _check_secrets(given)
-    kept = {name: _absolute(name, text) for name, text in given.items()}
+    kept = with_absolute_paths(given)
     # launchd and systemd start programs with a short PATH, in which neither Homebrew's Redis nor a compiler may be.
     kept |= {"GPTLOOP_VAR": str(directories.var), "PATH": read_str(environment, "PATH", "/usr/bin:/bin")}
     for name, text in {**kept, "The folder of the project": str(ROOT)}.items():
@@ -104,9 +101,3 @@ def _check_secrets(given: Mapping[str, str]) -> None:
             "REDIS_URL contains a password, which is a secret, and the file of a service must not hold one: put the "
             "password into a file."
         )
-
-
-def _absolute(name: str, text: str) -> str:
-    """Makes a path absolute, because the services do not run in the folder in which they are installed."""
-    is_path = _PATH_NAME.search(name) and (name, text) != ("GPTLOOP_TLS_CA", "system")
-    return str(Path(text).absolute()) if is_path else text

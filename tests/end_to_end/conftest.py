@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
+from deploy.access import own_credentials
 from deploy.launch import holder
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
@@ -23,6 +24,7 @@ from shared.gpt.weights import load_arrays
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
+from shared.service.credentials import Credentials
 from shared.service.settings import Directories
 from tests.waiting import HANG_S, wait_until
 from trainer_service.client import TrainerClient
@@ -67,12 +69,14 @@ class System:
     ports: Ports
     directories: Directories
     environment: dict[str, str]
+    credentials: Credentials = field(init=False)
     trainer: TrainerClient = field(init=False)
     redis: Redis = field(init=False)
     queue: JobQueue = field(init=False)
 
     def __post_init__(self) -> None:
-        self.trainer = TrainerClient(f"127.0.0.1:{self.ports.trainer}")
+        self.credentials = own_credentials(self.environment)
+        self.trainer = TrainerClient(f"127.0.0.1:{self.ports.trainer}", credentials=self.credentials)
         self.redis = connect(read_redis(self.environment, self.directories))
         self.queue = JobQueue(self.redis, registry_id(self.directories.registry))
 
@@ -81,7 +85,7 @@ class System:
         return Registry(self.directories.registry)
 
     def client(self) -> InferenceClient:
-        return InferenceClient(f"127.0.0.1:{self.ports.inference}")
+        return InferenceClient(f"127.0.0.1:{self.ports.inference}", credentials=self.credentials)
 
     def enqueue(self, resume: int | None = None, **values: str) -> str:
         overrides = (TINY if resume is None else {}) | values
@@ -188,11 +192,11 @@ def share_kernels(directories: Directories) -> None:
 
 
 @contextmanager
-def running(directories: Directories) -> Iterator[System]:
-    """Starts the system, yields it once all of it is healthy, and stops it at the end."""
+def running(directories: Directories, **settings: str) -> Iterator[System]:
+    """Starts the system with some settings, yields it once all of it is healthy, and stops it at the end."""
     share_kernels(directories)
     ports = free_ports()
-    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+    environment = {name: value for name, value in os.environ.items() if name != "REDIS_URL"} | settings
     stack = Stack(directories, ports, environment, worker_stop_s=20)
     stack.up(lambda _: None)
     everything = System(

@@ -1,0 +1,53 @@
+"""How the commands reach the services of a folder of state, and what these need to let other machines in."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import inference_service.settings
+import trainer_service.settings
+from shared.errors import InvalidArgument
+from shared.service.credentials import CA_VARIABLE, SYSTEM, Credentials, read_credentials
+from shared.service.exposure import check_exposure
+from shared.service.settings import Environment
+from shared.service.tls import CERTIFICATE_VARIABLE, ServerTls, read_tls
+
+_PATH_NAME = re.compile(r"_(FILE|DIR|CERT|KEY|CA|TOKENS)")
+
+
+def own_credentials(environment: Environment) -> Credentials:
+    """Returns the credentials for the services that have the settings of an environment.
+
+    Raises `InvalidArgument` if they use TLS, and the environment does not say which authority signed their certificate.
+    """
+    credentials = read_credentials(environment)
+    if read_tls(environment) is not None and credentials.ca is None:
+        raise InvalidArgument(
+            f"{CERTIFICATE_VARIABLE} is set, but not {CA_VARIABLE}, without which this command cannot reach the "
+            "servers; set it to the file with the authority that signed the certificate."
+        )
+    return credentials
+
+
+def check_access(environment: Environment) -> None:
+    """Raises `InvalidArgument` if a service would refuse its settings of TLS, or if a command could not reach it."""
+    inference = inference_service.settings.read_settings(environment)
+    trainer = trainer_service.settings.read_settings(environment)
+    for settings, variable in (
+        (inference, inference_service.settings.HOST_VARIABLE),
+        (trainer, trainer_service.settings.HOST_VARIABLE),
+    ):
+        check_exposure(settings.host, variable, settings.tls is not None, settings.missing_tokens, settings.insecure)
+    if inference.tls is not None:
+        ServerTls(inference.tls)
+    own_credentials(environment)
+
+
+def with_absolute_paths(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns an environment whose paths are absolute, for processes that run in another folder."""
+    return {name: _absolute(name, text) for name, text in environment.items()}
+
+
+def _absolute(name: str, text: str) -> str:
+    is_path = name.startswith("GPTLOOP_") and _PATH_NAME.search(name) and text.strip()
+    return str(Path(text.strip()).absolute()) if is_path and (name, text.strip()) != (CA_VARIABLE, SYSTEM) else text
