@@ -188,3 +188,15 @@ def test_every_link_to_a_heading_leads_to_one() -> None:
 
 def test_the_first_page_is_short() -> None:
     assert len(PAGES["README.md"].encode()) <= 8192
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    pages = [page for page in PROJECT.rglob("*.md") if ".venv" not in page.parts and "var" not in page.parts]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    defined = {
+        name
+        for file in (PROJECT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert named, "No page names a test."
+    assert named <= defined, f"The pages name what does not exist: {sorted(named - defined)}."
