@@ -181,6 +181,11 @@ $(PACKAGES): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/r
 	$(RUN) pip install --disable-pip-version-check --quiet torch==2.13.0
 	@touch $@
 
+# Sends traces by OpenTelemetry.
+.venv/traces: $(PACKAGES) requirements/traces.txt
+	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/traces.txt
+	@touch $@
+
 # Drives an installed Chromium in the tests of the page.
 .venv/web-tests: $(PACKAGES) requirements/web-tests.txt
 	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/web-tests.txt

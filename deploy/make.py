@@ -20,10 +20,11 @@ from typing import Any
 from deploy.commands import COMMANDS, app
 from shared.errors import InvalidArgument
 from shared.service import cli
+from shared.service.logs import read_log_settings
 from shared.text import excerpt
 
 # Read by the libraries below the services.
-_OF_LIBRARIES = ("OPENBLAS_NUM_THREADS", "TIKTOKEN_CACHE_DIR")
+_OF_LIBRARIES = ("OPENBLAS_NUM_THREADS", "OTEL_EXPORTER_OTLP_ENDPOINT", "TIKTOKEN_CACHE_DIR")
 
 
 def variables(command: str) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def known_settings() -> set[str]:
     environment = _Recorder()
     inference_service.settings.read_settings(environment)
     trainer_service.settings.read_settings(environment)
+    read_log_settings(environment)
     return environment.names.union(_OF_LIBRARIES)
 
 

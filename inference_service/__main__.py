@@ -15,7 +15,7 @@ import typer
 
 from inference_service.settings import Settings, prefill_tokens_on, read_settings
 from shared.errors import InvalidArgument, shown
-from shared.service import cli, logs
+from shared.service import cli, logs, traces
 from shared.service.lists import JsonOption
 from shared.service.settings import reachable_address
 
@@ -75,8 +75,9 @@ def serve() -> None:
     """
     import asyncio
 
+    logs.configure("inference", more_ids=traces.ids)
     settings = read_settings(os.environ)
-    logs.configure("inference")
+    traces.start("inference")
     device = _prepare(settings)
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service import server

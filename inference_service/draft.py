@@ -10,6 +10,7 @@ from inference_service.engine.request import GenerationOptions, GenerationReques
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import InvalidArgument
 from shared.gpt.tokenizer import Tokenizer
+from shared.service.log_ids import current_ids
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOPS = 16
@@ -93,7 +94,8 @@ def new_draft(
         prompt=prompt,
         seed=seed,
         options=GenerationOptions(
-            id=uuid.uuid4().hex,
+            id=(own_id := uuid.uuid4().hex),
+            call_id=str(current_ids().get("request_id", own_id)),
             sampling=sampling,
             max_tokens=max_tokens,
             min_tokens=min_tokens,

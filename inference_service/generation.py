@@ -24,6 +24,7 @@ from inference_service.engine.request import (
     PromptRead,
     StepFailed,
 )
+from inference_service.generation_span import GenerationSpan, generation_span
 from inference_service.metrics import InferenceMetrics
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.resident import Resident
@@ -31,6 +32,7 @@ from inference_service.versions.residents import Residents
 from shared.errors import DeadlineExceeded, GptloopError, Unavailable
 from shared.registry.manifest import VersionManifest
 from shared.service.grpc_status import code_of
+from shared.service.log_ids import note
 from shared.service.tokens import Caller
 
 
@@ -123,15 +125,24 @@ class Generations:
 
         If the task is cancelled, the slots are free within one step.
         """
+        number = resident.manifest.version
+        note(version=number, run=resident.manifest.run)
         with (
-            _ending(partial(self._metrics.answered, resident.manifest.version)) as end,
+            _ending(partial(self._metrics.answered, number)) as end,
+            generation_span(draft, number) as span,
             self._admission.enter(draft.options.samples, call) as ticket,
         ):
-            end.reason = await self._answer(draft, resident, receiver, ticket, call.charge)
+            end.reason = await self._answer(draft, resident, receiver, ticket, call.charge, span)
         return end.reason
 
     async def _answer(
-        self, draft: Draft, resident: Resident, receiver: Receiver, ticket: Ticket, charge: Callable[[int], None]
+        self,
+        draft: Draft,
+        resident: Resident,
+        receiver: Receiver,
+        ticket: Ticket,
+        charge: Callable[[int], None],
+        span: GenerationSpan,
     ) -> str:
         """Answers a request with a version; returns the finish reason of its last sample."""
         seed = secrets.randbits(64) if draft.seed is None else draft.seed
@@ -142,7 +153,7 @@ class Generations:
         queue = self._outputs[request.id] = asyncio.Queue()
         try:
             self._engine.submit(request)
-            return await self._relay(queue, request, resident, receiver, ticket, charge)
+            return await self._relay(queue, request, resident, receiver, ticket, charge, span)
         finally:
             del self._outputs[request.id]
             self._engine.cancel(request.id)
@@ -155,6 +166,7 @@ class Generations:
         receiver: Receiver,
         ticket: Ticket,
         charge: Callable[[int], None],
+        span: GenerationSpan,
     ) -> str:
         """Passes the events of a request on until its last sample has ended; raises the error of a failed sample.
 
@@ -186,6 +198,8 @@ class Generations:
                         if output.index == 0:
                             self._metrics.cached(finished.cached_prompt_tokens)
                         ended = finished.reason.name
+                        note(generated_tokens=finished.generated_tokens)
+                        span.finished(request, finished, output.index)
                         await receiver.finished(finished, output.index)
                     case Failed(error):
                         if isinstance(error, NotFinite | StepFailed):

@@ -7,7 +7,12 @@ from shared.text import excerpt
 
 
 class GptloopError(Exception):
-    """Base class of the errors that are reported as one sentence instead of a traceback."""
+    """Base class of the errors that are reported as one sentence instead of a traceback.
+
+    `request_id` names the call in the server's log, if a server raised the error.
+    """
+
+    request_id: str = ""
 
 
 class InvalidArgument(GptloopError):

@@ -8,8 +8,9 @@ if __name__ == "__main__":
     grpc_logs.silence()
 
 import asyncio
+import os
 
-from shared.service import cli, logs
+from shared.service import cli, logs, traces
 from trainer_service.commands import distill, evaluation, history, jobs, registry, stories
 from trainer_service.commands.options import settings
 from trainer_service.redis_server import run
@@ -24,7 +25,8 @@ def serve() -> None:
     """Run the trainer's API: gRPC TrainingService and the metrics page."""
     from trainer_service import server
 
-    logs.configure("trainer")
+    logs.configure("trainer", more_ids=traces.ids)
+    traces.start("trainer")
     asyncio.run(server.serve(settings()))
 
 
@@ -40,7 +42,7 @@ def work() -> None:
 @app.command()
 def redis() -> None:
     """Run the embedded Redis below GPTLOOP_VAR, in the foreground."""
-    run(settings().directories)
+    run(settings().directories, logs.read_log_settings(os.environ).level)
 
 
 if __name__ == "__main__":

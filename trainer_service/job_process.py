@@ -16,13 +16,14 @@ from shared.errors import (
     shown,
 )
 from shared.registry.identity import registry_id
-from shared.service import logs
+from shared.service import logs, traces
+from shared.service.log_ids import about
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import Reporter
-from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, StoriesSpec, TrainSpec
+from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, RunSpec, StoriesSpec, TrainSpec
 from trainer_service.jobs.submit import release_ended, settle
 from trainer_service.redis_client import connect
 from trainer_service.settings import read_settings
@@ -45,8 +46,9 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
         terminated = True
 
     signal.signal(signal.SIGTERM, terminate)
-    logs.configure("trainer")
+    logs.configure("trainer", more_ids=traces.ids, job=job_id)
     settings = read_settings(os.environ)
+    traces.start("trainer")
     queue = JobQueue(connect(settings.redis), registry_id(settings.directories.registry))
 
     def report(state: JobState, reason: str = "", diverged: bool = False) -> bool:
@@ -108,17 +110,21 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
 
 def _work(record: JobRecord, attempt: Attempt) -> bool:
     """Does the work of a job; returns whether it is complete."""
-    if record.spec is None:
+    spec = record.spec
+    if spec is None:
         raise FailedPrecondition(record.reason)
-    try:
-        if isinstance(record.spec, StoriesSpec):
-            from trainer_service.distillation.stories import write_stories
+    run = {"run": spec.run} if isinstance(spec, RunSpec) else {}
+    facts = {f"gptloop.{name}": value for name, value in {"job": record.id, **run}.items()}
+    with about(**run), traces.span(f"job {spec.kind.value}", {**facts, "gptloop.attempt": attempt.number}):
+        try:
+            if isinstance(spec, StoriesSpec):
+                from trainer_service.distillation.stories import write_stories
 
-            write_stories(record.spec, attempt)
-            return True
-        return _compute(record.spec, attempt)
-    except Stopped:
-        return False
+                write_stories(spec, attempt)
+                return True
+            return _compute(spec, attempt)
+        except Stopped:
+            return False
 
 
 def _compute(spec: PrepareSpec | TrainSpec | EvaluateSpec, attempt: Attempt) -> bool:

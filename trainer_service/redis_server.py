@@ -12,8 +12,15 @@ from typing import NoReturn
 
 from shared.errors import AlreadyExists, FailedPrecondition, Unavailable
 from shared.plain_paths import socket_folder
+from shared.service.logs import LogLevel
 from shared.service.settings import Directories
 
+_LOG_LEVELS = {
+    LogLevel.DEBUG: "verbose",
+    LogLevel.INFO: "notice",
+    LogLevel.WARNING: "warning",
+    LogLevel.ERROR: "warning",
+}
 # RQ needs BLMOVE.
 OLDEST = (6, 2)
 # Since this version the append-only file is a folder, which earlier versions ignore.
@@ -71,7 +78,7 @@ def socket_path(directory: Path) -> Path:
     return socket_folder(directory) / "redis.sock"
 
 
-def run(directories: Directories) -> NoReturn:
+def run(directories: Directories, log_level: LogLevel = LogLevel.INFO) -> NoReturn:
     """Replaces this process by the embedded redis-server, which answers a write when it is on the disk.
 
     Raises `Unavailable` if there is no redis-server, `AlreadyExists` if a server runs on the same data, and
@@ -100,6 +107,7 @@ def run(directories: Directories) -> NoReturn:
         "appendonly": "yes",
         "appendfsync": "always",
         "save": "",
+        "loglevel": _LOG_LEVELS[log_level],
         "daemonize": "no",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]

@@ -17,6 +17,7 @@ from shared.registry.history import EvaluationLine, HistoryWriter, Line, ReportL
 from shared.registry.manifest import VersionManifest
 from shared.registry.retention import prune
 from shared.registry.store import Registry
+from shared.service import traces
 from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_model, read_tokenizer
 from trainer_service.evaluation.due import DueEvaluations
 from trainer_service.evaluation.judge import Judge
@@ -105,7 +106,8 @@ class TrainingRun:
         self._registry.sweep()
         self._teachers = keep_teachers(spec, self._registry, attempt.number)
         try:
-            self._data = prepare_data(spec, attempt)
+            with traces.span("prepare"):
+                self._data = prepare_data(spec, attempt)
         except GptloopError:
             if not self._registry.states(spec.run):
                 self._registry.teachers.remove(spec.run)
@@ -157,7 +159,8 @@ class TrainingRun:
                     self._spec.run, config, self._registry, judge, self._whole_texts, self.notice
                 )
                 self._due.measure()
-            completed = train(trainer, self._evaluation_set, self, attempt.stop_requested)
+            with traces.span("train", {"gptloop.first_step": trainer.step + 1}):
+                completed = train(trainer, self._evaluation_set, self, attempt.stop_requested)
             if completed:
                 self._end()
         return completed
@@ -231,6 +234,7 @@ class TrainingRun:
             )
         )
 
+    @traces.span("checkpoint")
     def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
         """Keeps the state, publishes a version, and prunes the registry.
 
@@ -251,6 +255,8 @@ class TrainingRun:
             else:
                 self._prune()
                 version = self._keep(trainer, held_out)
+        if version is not None:
+            traces.mark({"gptloop.version": version})
         at, attempt = time.time(), self._attempt.number
         self._record(EvaluationLine(trainer.step, trainer.tokens, loss, bits, version, at, attempt))
         self._prune()

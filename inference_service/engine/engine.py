@@ -274,7 +274,8 @@ class Engine:
             result: object = end.value
             self._lanes[arriving.version] = arriving.lane
         except Exception as failure:
-            logger.exception("version %d cannot be prepared", arriving.version)
+            ids = {"version": arriving.version}
+            logger.exception("version %d cannot be prepared", arriving.version, extra={"ids": ids})
             # The frames of the traceback hold the weights.
             result = failure.with_traceback(None)
         finally:
@@ -322,7 +323,14 @@ class Engine:
     def _recover(self, lane: _Lane, sequences: Many[Sequence]) -> None:
         """Handles a failed step: ends its streams, and discards the content of the slots for the others."""
         now = time.monotonic()
-        logger.exception("a step of %d streams failed", len(sequences))
+        version = sequences[0].request.version
+        named = ", ".join(dict.fromkeys(each.request.call_id for each in sequences))
+        logger.exception(
+            "a step of %d streams failed, of the requests %s",
+            len(sequences),
+            named,
+            extra={"ids": {"version": version}},
+        )
         if len(lane.failures) == MAX_FAILURES and now - lane.failures[0] < FAILURES_WITHIN_S:
             lane.broken = True
             if self._all_broken():

@@ -35,12 +35,14 @@ class StepFailed(GptloopError):
 class GenerationOptions:
     """Everything that a request says about its generation and that needs no version.
 
+    `id` is the engine's own, and `call_id` that of the call, which log lines name.
     `samples` is the number of streams that continue the prompt; it cannot exceed the number of slots. `arrived` and
     `deadline` are times of `time.monotonic`. `logprobs` is the number of alternatives that each token carries, None for
     no log-probabilities; `prompt_logprobs` is the same for the tokens of the prompt.
     """
 
     id: str
+    call_id: str = ""
     max_tokens: int
     arrived: float
     samples: int = 1

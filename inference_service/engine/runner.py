@@ -103,7 +103,9 @@ class Runner:
                 try:
                     draws[one.sequence] = draw_token(one.sequence, logits, drawn.get(one.sequence))
                 except Exception as error:
-                    logger.exception("drawing for request %s failed", one.sequence.request.id)
+                    request = one.sequence.request
+                    ids = {"request_id": request.call_id, "version": request.version}
+                    logger.exception("drawing a token failed", extra={"ids": ids})
                     draws[one.sequence] = StepFailed(f"The next token of this stream could not be drawn: {error!r}.")
             if isinstance(draws[one.sequence], NotFinite):
                 self._decoder.clear(one.slot)

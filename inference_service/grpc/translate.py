@@ -51,7 +51,7 @@ def selection_from_pb(message: pb.ModelSelector) -> Selection:
 def started_to_pb(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
     """Returns the first message of a stream; `digest` is the digest of its version."""
     started = pb.Started(
-        request_id=request.id,
+        request_id=request.call_id,
         model_version=request.version,
         seed=request.seed,
         prompt_tokens=len(request.prompt),

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from inference_service.generation import ClientLeft
 from inference_service.http.errors import HttpError, error_response
 from shared.errors import GptloopError, Unavailable
+from shared.service.log_ids import current_ids
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +18,7 @@ _STOPPING = Unavailable("The server is stopping; try again in a moment.")
 def failure(scope: Scope) -> HttpError:
     """Logs the exception that is being handled with its request; returns the error that the client gets."""
     logger.exception("%s %s failed", scope["method"], scope["path"])
-    return HttpError(500, "The server failed; its log says why.")
+    return HttpError(500, f"The server failed on this request; see its log for {current_ids()['request_id']}.")
 
 
 class Failures:

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inference_service.http.errors import HttpError, error_response
 from shared.errors import shown
+from shared.service.log_ids import REQUEST_ID
 
 _METHODS = "GET, POST"
 # A star stands for every header but authorization; clients send headers of their own, such as x-stainless-os.
@@ -49,6 +50,7 @@ class Guards:
                 answer.add_vary_header("Origin")
                 if allowed:
                     answer["access-control-allow-origin"] = str(origin)
+                    answer["access-control-expose-headers"] = REQUEST_ID
             await send(message)
 
         host = headers.get("host", "")

@@ -17,9 +17,11 @@ from inference_service.http.connections import Connection
 from inference_service.http.errors import HttpError, error_response
 from inference_service.http.failures import Failures
 from inference_service.http.guards import Guards
+from inference_service.http.request_ids import RequestIds
 from inference_service.http.statuses import Statuses
 from inference_service.http.token_guard import TokenGuard
 from shared.errors import GptloopError
+from shared.service import traces
 from shared.service.listening import Address
 from shared.service.tls import ServerTls
 from shared.service.tokens import Callers
@@ -58,7 +60,7 @@ class HttpServer:
             exception_handlers={GptloopError: _answer_error, HTTPException: _answer_http_error},
         )
         self._config = uvicorn.Config(
-            Statuses(Guards(app, hosts, origins), answered),
+            traces.wrap(RequestIds(Statuses(Guards(app, hosts, origins), answered))),
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -17,6 +17,7 @@ from shared.registry.evaluations import Figures, one_of_each
 from shared.registry.findings import CORRUPT, ROLLED_BACK, Finding, Findings
 from shared.registry.manifest import MANIFEST_NAME, VersionManifest
 from shared.registry.store import Registry
+from shared.service.log_ids import with_ids
 from shared.version_format import WINDOWS_FILE
 
 logger = logging.getLogger(__name__)
@@ -308,13 +309,19 @@ class Catalogue:
         self._findings = self._last.findings.adding(self._unsaved)
         if finding.refusal is not None:
             self._metrics.refused(finding.refusal)
-            logger.error("version %d is refused, as %s: %s", number, finding.refusal, finding.sentence)
+            logger.error(
+                "version %d is refused, as %s: %s",
+                *(number, finding.refusal, finding.sentence),
+                extra=with_ids(version=number),
+            )
 
     def _save(self, number: int, finding: Finding) -> None:
         try:
             self._registry.decisions.keep(number, finding)
         except GptloopError as error:
-            logger.warning("the finding about version %d is kept in memory only: %s", number, error)
+            logger.warning(
+                "the finding about version %d is kept in memory only: %s", number, error, extra=with_ids(version=number)
+            )
 
 
 def as_version(manifest: VersionManifest, loss: float | None = None) -> Version:

@@ -14,6 +14,7 @@ from shared.decoding.decoder import Decoder
 from shared.gpt.model import GPT
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
+from shared.service import traces
 
 
 class Loader:
@@ -52,8 +53,9 @@ class Loader:
                 raise refused(manifest.version, known.sentence)
             known = None
         loop = asyncio.get_running_loop()
-        content = await loop.run_in_executor(self._helper, read_content, self._registry, manifest)
-        decoder = await loop.run_in_executor(self._helper, self._make_decoder, content.model)
+        with traces.span("read"):
+            content = await loop.run_in_executor(self._helper, read_content, self._registry, manifest)
+            decoder = await loop.run_in_executor(self._helper, self._make_decoder, content.model)
         windows = content.windows if known is None else ()
         tokenizer, context_length = content.tokenizer, content.model.config.context_length
         del content
@@ -61,7 +63,8 @@ class Loader:
         ready = self._engine.add_version(manifest.version, decoder, tokenizer, context_length, windows)
         # It holds the weights.
         del decoder
-        loss = await asyncio.wrap_future(ready)
+        with traces.span("examine" if windows else "prepare"):
+            loss = await asyncio.wrap_future(ready)
         if known is not None and known.loss is not None:
             return Resident(manifest, tokenizer, known.loss, memory_bytes)
         try:

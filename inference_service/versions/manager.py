@@ -18,6 +18,7 @@ from inference_service.versions.residents import Residents
 from inference_service.versions.status import VersionStatus, status_of, why_none_serves
 from shared.errors import FailedPrecondition, GptloopError, NotFound, Unavailable
 from shared.registry.decisions import pinned
+from shared.service.log_ids import with_ids
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +87,22 @@ class VersionManager:
         sentence = f"{count} failures within {FAILURES_WITHIN_S:g} s, at last: {str(error).removesuffix('.')}"
         blamed = self._failures.blamed(now)
         if resident is self.serving and not self._candidates(without=number):
-            logger.error("version %d should not serve any more, but there is no other: %s", number, sentence)
+            logger.error(
+                "version %d should not serve any more, but there is no other: %s",
+                *(number, sentence),
+                extra=with_ids(version=number),
+            )
         elif blamed is None:
             self._failures.blame(resident, now)
             self._catalogue.refuse(resident.manifest, resident.loss, "failing", sentence)
             self._replace(resident)
         elif blamed.manifest.version != number:
             # Two versions in a row: the reason is not the version.
-            logger.error("version %d fails as the one before it, which may serve again: %s", number, sentence)
+            logger.error(
+                "version %d fails as the one before it, which may serve again: %s",
+                *(number, sentence),
+                extra=with_ids(version=number),
+            )
             self._catalogue.accept(blamed.manifest, blamed.loss)
 
     def _replace(self, resident: Resident) -> None:

@@ -28,6 +28,8 @@ from shared.errors import (
     Unavailable,
 )
 from shared.registry.manifest import VersionManifest
+from shared.service import traces
+from shared.service.log_ids import about, with_ids
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +267,9 @@ class Residents:
         for version in plan.load:
             manifest = self._manifest(version)
             self._entry(manifest)
-            self._move(version.number, State.LOADING, loading=asyncio.create_task(self._load(manifest)))
+            with about(version=version.number, run=manifest.run):
+                loading = asyncio.create_task(self._load(manifest))
+            self._move(version.number, State.LOADING, loading=loading)
         for number in plan.admit:
             self._hand_over(number)
         for number in plan.reject:
@@ -286,7 +290,11 @@ class Residents:
             entry = self._entries[number]
             self._move(number, State.SERVING, served=next(self._order), leaving=False)
             manifest = entry.manifest
-            logger.info("version %d serves: step %d, %.4f bits per byte", number, manifest.step, manifest.bits_per_byte)
+            logger.info(
+                "version %d serves: step %d, %.4f bits per byte",
+                *(number, manifest.step, manifest.bits_per_byte),
+                extra=with_ids(version=number, run=manifest.run),
+            )
             now = time.monotonic()
             seconds = now - self._awaited.get(number, now)
             self._metrics.serves(manifest, seconds, swap=before is not None, first=not entry.served)
@@ -304,14 +312,15 @@ class Residents:
         self._loader.free(number)
         self._report()
         self.changed.set()
-        logger.info("version %d is freed", number)
+        logger.info("version %d is freed", number, extra=with_ids(version=number))
 
     async def _load(self, manifest: VersionManifest) -> None:
         """Loads a version and hands it to the calls that wait for it, or fails them."""
         number, begin = manifest.version, time.monotonic()
         try:
             entry = self._entries[number]
-            resident = await self._loader.load(manifest, again=entry.hold, instead_of=entry.instead_of)
+            with traces.span("load version", {"gptloop.version": number, "gptloop.run": manifest.run}):
+                resident = await self._loader.load(manifest, again=entry.hold, instead_of=entry.instead_of)
         except Refused as refusal:
             self._catalogue.refuse(manifest, refusal.loss, refusal.reason, str(refusal), refusal.stands_on)
             self._give_up(number, refused(number, str(refusal)))

@@ -11,6 +11,7 @@ from rich.console import Console
 from shared.errors import GptloopError, InvalidArgument, shown
 from shared.service import interrupts
 from shared.service.live_bar import LiveBar
+from shared.service.logs import report_error
 from shared.text import shorten
 
 _LONGEST_SENTENCE = 300
@@ -61,7 +62,7 @@ def _code_of(work: Callable[[], object]) -> int:
             code = work()
             return code if isinstance(code, int) else 0
     except GptloopError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(str(error))
         return 2 if isinstance(error, InvalidArgument) else 1
     except (typer.Abort, KeyboardInterrupt):
         return interrupts.EXIT_CODE
@@ -69,7 +70,7 @@ def _code_of(work: Callable[[], object]) -> int:
         return 1
     except OSError as error:
         what = f"{shown(str(error.filename))}: {error.strerror}" if error.filename else error.strerror or error
-        print(f"error: {what}.", file=sys.stderr)
+        report_error(f"{what}.")
         return 1
 
 

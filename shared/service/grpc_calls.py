@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -16,7 +15,10 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from grpc_health.v1 import health_pb2
 
 from shared.errors import GptloopError, InvalidArgument, Unavailable
+from shared.service import traces
+from shared.service.access_log import logged_call
 from shared.service.grpc_status import code_of, details_of
+from shared.service.log_ids import REQUEST_ID, with_ids
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +179,7 @@ class Calls(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _call(self, path: str, name: str | None, context: Any) -> AsyncIterator[_Call]:
-        """Tracks a call while its method runs, and sends the status of an error.
+        """Tracks a call while its method runs, with its span and its request id, and sends the status of an error.
 
         `name` is the name of the method, or None if its end is not reported.
         """
@@ -187,25 +189,40 @@ class Calls(grpc.aio.ServerInterceptor):
         self._unread.pop(task, None)
         self._running.add(call)
         self._open.add(task)
-        try:
-            if self._refuses and not path.startswith(_HEALTH):
-                await self._refuse()
-            yield call
-        except BaseException as error:
-            if call.is_cut and isinstance(error, asyncio.CancelledError):
-                task.uncancel()
-                error = Unavailable(ENDING)
-            code = _code_of(error, context)
-            self._leave(call, name, code)
-            await _abort(context, path, code, error)
-        else:
-            self._leave(call, name, grpc.StatusCode.OK)
+        metadata = context.invocation_metadata() or ()
+        given_id = next((value for key, value in metadata if key == REQUEST_ID), None)
+        with (
+            nullcontext(_ignore) if name is None else traces.call(path, metadata) as end_span,
+            logged_call(path.rpartition("/")[2], given_id) as (request_id, log_end),
+        ):
+            traces.mark({"gptloop.request_id": request_id})
+            context.set_trailing_metadata(((REQUEST_ID, request_id),))
 
-    def _leave(self, call: _Call, name: str | None, code: grpc.StatusCode) -> None:
-        """Reports the end of a method, before its client receives the status."""
-        self._running.discard(call)
-        if name is not None:
-            self._ended(name, code, call.reason)
+            def leave(code: grpc.StatusCode) -> None:
+                """Reports the end of the method, before its client receives the status."""
+                self._running.discard(call)
+                if name is not None:
+                    end_span(code)
+                    log_end(code.name)
+                    self._ended(name, code, call.reason)
+
+            try:
+                if self._refuses and not path.startswith(_HEALTH):
+                    await self._refuse()
+                yield call
+            except BaseException as error:
+                if call.is_cut and isinstance(error, asyncio.CancelledError):
+                    task.uncancel()
+                    error = Unavailable(ENDING)
+                code = _code_of(error, context)
+                leave(code)
+                await _abort(context, path, code, error, request_id)
+            else:
+                leave(grpc.StatusCode.OK)
+
+
+def _ignore(_: grpc.StatusCode) -> None:
+    pass
 
 
 def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:
@@ -226,14 +243,14 @@ def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:
             return grpc.StatusCode.INTERNAL
 
 
-async def _abort(context: Any, path: str, code: grpc.StatusCode, error: BaseException) -> None:
+async def _abort(context: Any, path: str, code: grpc.StatusCode, error: BaseException, request_id: str) -> None:
     if isinstance(error, GptloopError):
-        await context.abort(code, bounded(str(error)), details_of(error))
+        await context.abort(code, bounded(str(error)), (*details_of(error), (REQUEST_ID, request_id)))
     if code is not grpc.StatusCode.INTERNAL or not isinstance(error, Exception):
         raise error
-    request_id = uuid.uuid4().hex
-    logger.error("%s failed, request %s", path, request_id, exc_info=error)
-    await context.abort(code, f"The server failed on this request; see its log for {request_id}.")
+    logger.error("%s failed", path, exc_info=error, extra=with_ids(request_id=request_id))
+    sentence = f"The server failed on this request; see its log for {request_id}."
+    await context.abort(code, sentence, ((REQUEST_ID, request_id),))
 
 
 def bounded(sentence: str) -> str:

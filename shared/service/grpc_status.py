@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from shared import errors
 from shared.service.connection_errors import connection_error
+from shared.service.log_ids import REQUEST_ID
 
 # The metadata key of a status's details (gRPC's richer error model).
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -57,8 +58,17 @@ def details_of(error: errors.GptloopError) -> Sequence[tuple[str, bytes]]:
     return ((_DETAILS_KEY, status.SerializeToString()),)
 
 
-def error_of(call: grpc.RpcError, address: str, start: str = "") -> errors.GptloopError:
-    """Returns the error that the server raised, from a failed call; `start` is the command that starts the server."""
+def error_of(call: Any, address: str, start: str = "") -> errors.GptloopError:
+    """Returns the error that the server raised, from a failed call; `start` is the command that starts the server.
+
+    Its `request_id` is the one that the server's log lines have.
+    """
+    error = _error_of(call, address, start)
+    error.request_id = next((value for key, value in call.trailing_metadata() or () if key == REQUEST_ID), "")
+    return error
+
+
+def _error_of(call: Any, address: str, start: str) -> errors.GptloopError:
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         for part, pattern in _TOO_LARGE.items():

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 Default = TypeVar("Default", int, None)
 Number = TypeVar("Number", int, float)
+Choice = TypeVar("Choice", bound=StrEnum)
 
 
 def read_int(environment: Environment, name: str, default: Default, *, minimum: int, maximum: int) -> int | Default:
@@ -60,6 +62,19 @@ def read_str(environment: Environment, name: str, default: str) -> str:
     return environment.get(name, "").strip() or default
 
 
+def read_choice(environment: Environment, name: str, choices: type[Choice]) -> Choice:
+    """Reads one of several words, the first by default; raises `InvalidArgument` for any other."""
+    text = read_str(environment, name, "")
+    default, *_ = choices
+    if not text:
+        return default
+    try:
+        return choices(text)
+    except ValueError:
+        *others, last = (each.value for each in choices)
+        raise InvalidArgument(f"{name} is {shown(text)}, but must be {', '.join(others)} or {last}.") from None
+
+
 def read_port(environment: Environment, name: str, default: int) -> int:
     """Reads a TCP port; 0 lets the system choose a free one."""
     return read_int(environment, name, default, minimum=0, maximum=65535)
@@ -67,13 +82,7 @@ def read_port(environment: Environment, name: str, default: int) -> int:
 
 def read_best_by(environment: Environment) -> BestBy:
     """Reads what the label `best` compares; raises `InvalidArgument` if it is neither of the two."""
-    text = read_str(environment, "GPTLOOP_BEST_BY", BestBy.TRAINING)
-    try:
-        return BestBy(text)
-    except ValueError:
-        raise InvalidArgument(
-            f"GPTLOOP_BEST_BY is {shown(text)}, but must be {BestBy.TRAINING} or {BestBy.EVALUATION}."
-        ) from None
+    return read_choice(environment, "GPTLOOP_BEST_BY", BestBy)
 
 
 def to_address(host: str, port: int) -> str:

@@ -107,7 +107,7 @@ class Server:
         self.page_url, self.address, self.metrics_url = found.groups()
 
     def _address(self) -> re.Match[str] | None:
-        return re.search(r"page on (\S+), gRPC on (\S+), metrics on (\S+)", "".join(self.lines.copy()))
+        return re.search(r'page on (\S+), gRPC on (\S+), metrics on ([^\s"]+)', "".join(self.lines.copy()))
 
     def client(self) -> InferenceClient:
         return InferenceClient(self.address, credentials=self.credentials)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shared.errors import FailedPrecondition
 from shared.registry.manifest import VersionManifest
+from shared.service import traces
 from shared.version_format import read_tokenizer
 from trainer_service.distillation.judgement import judge_version
 from trainer_service.evaluation.judge import Judge
@@ -45,14 +46,16 @@ def evaluate_version(spec: EvaluateSpec, attempt: Attempt) -> None:
             if each is version:
                 for text in texts.notes:
                     attempt.emit(Notice(text))
-            return judge.quality(each, texts, window, spec.since)
+            with traces.span("measure text", {"gptloop.version": each.version}):
+                return judge.quality(each, texts, window, spec.since)
 
         record = quality(version)
         contenders = [Contender(role, quality(each), _tokens(each)) for role, each in rivals.items()]
         record = judge.pairs(record, [Path(name) for name in spec.pairs])
         if spec.speed:
             try:
-                record = judge.speed(record, version)
+                with traces.span("measure speed"):
+                    record = judge.speed(record, version)
             except FailedPrecondition as error:
                 attempt.emit(Notice(f"{error} The evaluation has no speed and memory."))
         if spec.judge_usd:

@@ -21,6 +21,7 @@ from rq.serializers import JSONSerializer
 from rq.worker import Worker, WorkerStatus
 
 from shared.errors import Unavailable
+from shared.service.log_ids import with_ids
 from trainer_service.jobs.keys import Keys
 from trainer_service.jobs.records import number_of
 from trainer_service.redis_client import reachable, redis_failure
@@ -252,7 +253,11 @@ class AttemptWorker(Worker):
         try:
             super().maintain_heartbeats(job, execution)
         except RedisError as error:
-            logger.warning("job %s: no heartbeat, because Redis does not answer: %s", job.id, error)
+            logger.warning(
+                "job %s: no heartbeat, because Redis does not answer: %s",
+                *(job.args[0], error),
+                extra=with_ids(job=job.args[0]),
+            )
 
     def handle_work_horse_killed(self, job: Job, retpid: int, ret_val: int, rusage: Any) -> None:
         """Reports the end of a process that did not exit normally."""

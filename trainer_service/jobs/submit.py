@@ -11,6 +11,7 @@ from shared.errors import DataError, FailedPrecondition, NotFound
 from shared.registry.decisions import run_of
 from shared.registry.numbering import is_number
 from shared.registry.store import Registry
+from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import JobStore
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -46,7 +47,11 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
         registry.holds.hand_over(temporary, record.id)
     except FailedPrecondition as error:
         # The job is queued: an error would make the caller submit it again.
-        logger.warning("job %s holds nothing, so %s may be removed: %s", record.id, ", ".join(names), error)
+        logger.warning(
+            "job %s holds nothing, so %s may be removed: %s",
+            *(record.id, ", ".join(names), error),
+            extra=with_ids(job=record.id),
+        )
     return record
 
 

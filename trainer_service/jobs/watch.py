@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from shared.errors import Unavailable
+from shared.service.log_ids import with_ids
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import LONGEST_PAUSE_S, JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -53,7 +54,7 @@ class Watch:
             given_up = self._find_lost(jobs)
             for job_id, attempt in given_up:
                 if self._queue.lose(job_id, attempt, "The process of the job is gone or stuck"):
-                    logger.warning("job %s: attempt %d is given up", job_id, attempt)
+                    logger.warning("job %s: attempt %d is given up", job_id, attempt, extra=with_ids(job=job_id))
             return given_up
         except Unavailable:
             # Redis may be restarting: leases are renewed when it is back, so measure them from then.

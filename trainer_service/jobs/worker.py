@@ -14,6 +14,7 @@ from redis import Redis
 
 from shared.errors import NotFound, Unavailable
 from shared.registry.identity import registry_id
+from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import START_LEASE_S
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
@@ -79,7 +80,7 @@ class AttemptRunner:
             else:
                 self._queue.lose(job_id, attempt, f"The training process {reason}")
         except (Unavailable, NotFound) as error:
-            logger.warning("job %s: %s %s", job_id, reason, error)
+            logger.warning("job %s: %s %s", job_id, reason, error, extra=with_ids(job=job_id))
 
     def end_lost(self, given_up: Collection[AttemptName]) -> None:
         """Kills the process if its attempt was given up, or if it outlives the loss of its job for too long."""
@@ -90,7 +91,11 @@ class AttemptRunner:
             self._lost_since_s = now_s
         is_overdue = self._lost_since_s is not None and now_s - self._lost_since_s > _LOST_LIMIT_S
         if attempt and pid and (is_overdue or attempt in given_up) and self._attempt == attempt:
-            logger.error("job %s: its process is stuck or has lost its job, and is killed", attempt[0])
+            logger.error(
+                "job %s: its process is stuck or has lost its job, and is killed",
+                attempt[0],
+                extra=with_ids(job=attempt[0]),
+            )
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 

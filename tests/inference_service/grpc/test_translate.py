@@ -64,6 +64,7 @@ def test_every_field_is_translated() -> None:
     assert draft.seed == 2**64 - 1
     expected = GenerationRequest(
         id=draft.options.id,
+        call_id=draft.options.call_id,
         version=3,
         prompt=(1, 2),
         seed=5,

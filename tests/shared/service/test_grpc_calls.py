@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -194,7 +195,7 @@ async def test_thousands_of_calls_at_once_are_rejected_with_a_time_to_retry_and_
         channels = [grpc.aio.insecure_channel(wire.address, options=[("number", number)]) for number in range(3)]
         stubs: list[Any] = [inference_pb2_grpc.InferenceServiceStub(channel) for channel in channels]
         calls = [stubs[number % 3].GetModel(pb.GetModelRequest()) for number in range(2400)]
-        found = [error_of(error, "") for error in await asyncio.gather(*calls, return_exceptions=True)]  # type: ignore[arg-type]
+        found = [error_of(error, "") for error in await asyncio.gather(*calls, return_exceptions=True)]
         for channel in channels:
             await channel.close()
         assert {(type(error), getattr(error, "retry_after_s", None)) for error in found} == {
@@ -334,3 +335,42 @@ async def test_metadata_has_at_most_the_bytes_of_the_limit() -> None:
                 "The metadata of this call has more than 16,384 bytes, which is the limit of the server.",
             )
             assert "secret" not in str(refused.value.details())
+
+
+@pytest.mark.parametrize("given", ["my-call-1", "!" * 128])
+@async_test
+async def test_an_answer_and_an_error_return_the_request_id_of_the_client(given: str) -> None:
+    metadata = (("x-request-id", given),)
+    async with serving() as wire:
+        call = wire.stub.Tokenize(pb.TokenizeRequest(text="a"), metadata=metadata)
+        await call
+        assert (await call.trailing_metadata())["x-request-id"] == given
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await wire.stub.GetModel(pb.GetModelRequest(), metadata=metadata)
+        error = error_of(raised.value, wire.address)
+        assert isinstance(error, errors.ResourceExhausted)
+        assert (error.request_id, error.retry_after_s) == (given, 2.0)
+
+
+@async_test
+async def test_the_sentence_of_an_internal_error_names_the_request_id_of_its_log_lines(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving() as wire:
+        wire.service.error = ValueError("a mistake")
+        with caplog.at_level(logging.INFO, "shared"), pytest.raises(grpc.aio.AioRpcError) as raised:
+            await wire.stub.GetModel(pb.GetModelRequest())
+    made = error_of(raised.value, wire.address).request_id
+    assert len(made) == 32
+    assert made in str(raised.value.details())
+    ended, failed = caplog.records
+    assert failed.__dict__["ids"] == {"request_id": made}
+    assert ended.getMessage().startswith("GetModel: INTERNAL after 0.")
+
+
+@async_test
+async def test_an_id_that_cannot_stand_in_a_line_is_replaced_in_an_answer() -> None:
+    async with serving() as wire:
+        call = wire.stub.Tokenize(pb.TokenizeRequest(text="a"), metadata=(("x-request-id", "x" * 129),))
+        await call
+        assert len((await call.trailing_metadata())["x-request-id"]) == 32

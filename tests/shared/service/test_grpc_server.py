@@ -179,7 +179,7 @@ async def test_an_unexpected_error_shows_an_id_and_no_details(caplog: pytest.Log
         details = raised.value.details() or ""
         assert "secret" not in details
         (record,) = caplog.records
-        assert details.split()[-1].rstrip(".") in record.getMessage()
+        assert details.split()[-1].rstrip(".") == vars(record)["ids"]["request_id"]
         assert record.exc_info is not None
 
 

@@ -1,0 +1,46 @@
+"""The request id of each HTTP request, and the log line at its end."""
+
+import logging
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shared.service import traces
+from shared.service.access_log import logged_call
+from shared.service.log_ids import REQUEST_ID
+from shared.text import excerpt
+
+
+class RequestIds:
+    """Wraps an application: each answer has the request id that its client gave, or a new one.
+
+    The page asks for something every second, so the ends of requests that only read are of level DEBUG.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles a request as ASGI asks."""
+        if scope["type"] != "http":
+            return
+        method, path = scope["method"], scope["path"]
+        level = logging.DEBUG if method == "GET" else logging.INFO
+        status = "no answer"
+        with logged_call(f"{method} {excerpt(path)}", Headers(scope=scope).get(REQUEST_ID), level) as (
+            request_id,
+            log_end,
+        ):
+            traces.mark({"gptloop.request_id": request_id})
+
+            async def named(message: Message) -> None:
+                nonlocal status
+                if message["type"] == "http.response.start":
+                    status = str(message["status"])
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                await send(message)
+
+            try:
+                await self._app(scope, receive, named)
+            finally:
+                log_end(status)
