@@ -66,6 +66,7 @@ class InferenceMetrics:
         gauge = partial(Gauge, namespace=_NAMESPACE, registry=registry)
         histogram = partial(Histogram, namespace=_NAMESPACE, registry=registry)
         summary = partial(Summary, namespace=_NAMESPACE, registry=registry)
+        self._collectors = registry
         # Versions committed before this server started say nothing about the time from commit to serving.
         self._since = time.time()
         self._rate = TokenRate()
@@ -190,6 +191,16 @@ class InferenceMetrics:
     def client_used(self, client: str, tokens: int) -> None:
         """Counts tokens of prompts, and generated ones, of a client."""
         self._client_tokens.labels(client).inc(tokens)
+
+    def certificate(self, ends_at: Callable[[], float]) -> None:
+        """Shows when the certificate of the server ends."""
+        self._certificate_ends_at = Gauge(
+            "tls_certificate_expiry_timestamp_seconds",
+            "When the certificate of the server ends.",
+            namespace=_NAMESPACE,
+            registry=self._collectors,
+        )
+        self._certificate_ends_at.set_function(ends_at)
 
     def answered_over_http(self, status: int) -> None:
         """Counts a request over HTTP by the status of its answer."""

@@ -100,6 +100,8 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     metrics = InferenceMetrics(
         collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams, limits
     )
+    if tls:
+        metrics.certificate(lambda: tls.current().ends_at)
     guard = TokenInterceptor(callers, clients=[SERVICE], operators=[ADMIN_SERVICE])
     server = GrpcServer([SERVICE, ADMIN_SERVICE], metrics.called, [guard])
     catalogue = Catalogue(registry, device.backend, metrics)

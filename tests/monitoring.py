@@ -52,6 +52,12 @@ def query(expression: str) -> str:
     return expression
 
 
+def documented_queries() -> list[str]:
+    """Returns the queries of queries.md."""
+    page = (PROMETHEUS / "queries.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| .* \| `(.+)` \|$", page, re.MULTILINE)
+
+
 def groups() -> list[Mapping[str, Any]]:
     """Returns the groups of rules."""
     return list(yaml.safe_load((PROMETHEUS / "alerts.yml").read_text(encoding="utf-8"))["groups"])

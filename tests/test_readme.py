@@ -23,7 +23,7 @@ from tests.pages import CODE, PAGES, TEXT, WINGS, rows, sections, tables
 from tests.workplace import PROJECT
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.metrics import CallMetrics, make_metrics
+from trainer_service.metrics import CallMetrics, make_metrics, show_certificate
 from trainer_service.presets import PRESETS
 from trainer_service.training.config import TrainingConfig
 
@@ -112,9 +112,11 @@ def test_every_environment_variable_is_documented() -> None:
 
 def test_every_metric_is_documented() -> None:
     registry = CollectorRegistry()
-    InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6, {"resident": 7})
+    metrics = InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6, {"resident": 7})
+    metrics.certificate(lambda: 8.0)
     training = make_metrics(empty_queue(), Registry(PROJECT / "var" / "none"))
     CallMetrics(training)
+    show_certificate(training, lambda: 8.0)
     pages = (generate_latest(registry) + generate_latest(training)).decode()
     scraped = re.findall(r"^# TYPE (gptloop_\w+) (\w+)", pages, re.MULTILINE)
     # `_created` comes with every counter and histogram by itself.

@@ -1,10 +1,10 @@
 """Prometheus metrics of the trainer, computed at each scrape from the records of the jobs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -60,6 +60,16 @@ def make_metrics(queue: JobQueue, registry: Registry) -> CollectorRegistry:
     collectors = CollectorRegistry()
     collectors.register(TrainingCollector(queue, registry))
     return collectors
+
+
+def show_certificate(collectors: CollectorRegistry, ends_at: Callable[[], float]) -> None:
+    """Adds when the certificate of the service ends."""
+    gauge = Gauge(
+        "gptloop_training_tls_certificate_expiry_timestamp_seconds",
+        "When the certificate of the service ends.",
+        registry=collectors,
+    )
+    gauge.set_function(ends_at)
 
 
 class CallMetrics:

@@ -25,7 +25,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import JobRequest
 from trainer_service.jobs.submit import submit, with_stories
-from trainer_service.metrics import CallMetrics, make_metrics
+from trainer_service.metrics import CallMetrics, make_metrics, show_certificate
 from trainer_service.redis_client import Outage, connect
 from trainer_service.settings import (
     HOST_VARIABLE,
@@ -139,6 +139,8 @@ async def serve(settings: TrainerSettings) -> None:
     queue = JobQueue(connect(settings.redis), registry_id(registry.root))
     signals = Signals()
     metrics = make_metrics(queue, registry)
+    if tls:
+        show_certificate(metrics, lambda: tls.current().ends_at)
     guard = TokenInterceptor(callers, clients=[], operators=[SERVICE])
     server = GrpcServer([SERVICE], CallMetrics(metrics).called, [guard])
     training_pb2_grpc.add_TrainingServiceServicer_to_server(

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 
 from shared.errors import InvalidArgument
+from shared.service.expiry import ends_at
 from shared.service.pem import PemFile, load_pair
 from shared.service.settings import Environment, read_str
 
@@ -57,6 +58,8 @@ class _Certificates:
 
     configuration: grpc.ServerCertificateConfiguration
     context: ssl.SSLContext
+    # When the server's own certificate ends, in seconds since the epoch.
+    ends_at: float
 
 
 class ServerTls:
@@ -138,8 +141,12 @@ class ServerTls:
             file.load_authority(context)
             authority = file.read()
             context.verify_mode = ssl.CERT_REQUIRED
-        pairs = [(key.read(), certificate.read())]
-        return _Certificates(grpc.ssl_server_certificate_configuration(pairs, authority), context)
+        chain = certificate.read()
+        try:
+            end = ends_at(chain)
+        except ValueError as error:
+            raise InvalidArgument(f"{certificate} cannot be used: {error}.") from None
+        return _Certificates(grpc.ssl_server_certificate_configuration([(key.read(), chain)], authority), context, end)
 
 
 class _ChangingContext(ssl.SSLContext):

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import socket
 import ssl
+import time
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -194,6 +195,15 @@ async def test_a_connection_has_at_least_version_1_2(tmp_path: Path) -> None:
                     assert works
                 except ssl.SSLError:
                     assert not works
+
+
+def test_the_end_of_the_certificate_is_that_of_the_files_now(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    installed = Installed(tmp_path / "server", authority.issue(HOST, expired=True))
+    tls = ServerTls(TlsFiles(installed.pair.certificate, installed.pair.key))
+    before = tls.current().ends_at
+    installed.replace(authority.issue(HOST))
+    assert before < time.time() < tls.current().ends_at
 
 
 def test_without_settings_there_is_no_tls() -> None:
