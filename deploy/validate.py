@@ -27,6 +27,14 @@ class Validator:
     command: str
 
 
+# Writes what a cluster would get to `$folder`.
+_BUILD = (
+    "for overlay in cpu cuda monitoring; do "
+    'kubectl kustomize deploy/kubernetes/overlays/$overlay > "$folder/$overlay.yaml"; done'
+)
+_MONITORING = "deploy/kubernetes/overlays/monitoring"
+_SCHEMAS = "deploy/kubernetes/schemas"
+
 VALIDATORS = (
     Validator("contracts", ("buf",), "buf lint proto"),
     # It checks the rules that the configuration names, too.
@@ -34,6 +42,30 @@ VALIDATORS = (
     Validator("alerts", ("promtool",), "promtool test rules deploy/prometheus/alerts_test.yml"),
     # It runs shellcheck on the commands of the steps.
     Validator("workflows", ("actionlint", "shellcheck"), "actionlint .github/workflows/*.yml"),
+    Validator(
+        "kubernetes",
+        ("kubectl", "kubernetes-validate"),
+        # A resource without a schema is only a warning for it.
+        f'{_BUILD}; kubernetes-validate --strict --quiet "$folder"/c*.yaml | tee "$folder/found"; '
+        'test ! -s "$folder/found"',
+    ),
+    Validator(
+        "prometheus-operator",
+        ("check-jsonschema",),
+        f"check-jsonschema --schemafile {_SCHEMAS}/service-monitor.json {_MONITORING}/*-monitor.yaml; "
+        f"check-jsonschema --schemafile {_SCHEMAS}/prometheus-rule.json {_MONITORING}/alerts.yaml",
+    ),
+    Validator(
+        "kubernetes-policies",
+        ("kubectl", "checkov"),
+        f'{_BUILD}; checkov --config-file deploy/kubernetes/checkov.yaml --directory "$folder"',
+    ),
+    Validator(
+        "envoy",
+        ("envoy",),
+        'cp deploy/envoy/*.yaml "$folder"; sed -i "s#/etc/envoy/#$folder/#" "$folder/envoy.yaml"; '
+        'envoy --mode validate --log-level warning --config-path "$folder/envoy.yaml"',
+    ),
     Validator("shell", ("shellcheck",), "shellcheck .ci/run requirements/install requirements/lock"),
 )
 

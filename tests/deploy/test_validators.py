@@ -25,6 +25,9 @@ class Fault:
     answer: str
 
 
+_BASE = "deploy/kubernetes/base"
+_MONITORING = "deploy/kubernetes/overlays/monitoring"
+
 FAULTS = (
     Fault("contracts", "proto/inference/v1/inference.proto", "rpc Generate(", "rpc generate(", "PascalCase"),
     Fault("prometheus", "deploy/prometheus/prometheus.yml", "scrape_interval:", "scrape_intervall:", "not found"),
@@ -34,6 +37,13 @@ FAULTS = (
         "workflows", ".github/workflows/check.yml", "runner: macos-15", "runner: macos-1", 'label "macos-1" is unknown'
     ),
     Fault("workflows", ".github/workflows/release.yml", '"$name-$target-amd64"', "$name-$target-amd64", "SC2086"),
+    Fault("kubernetes", f"{_BASE}/kustomization.yaml", "- worker.yaml", "- workers.yaml", "workers.yaml"),
+    Fault("kubernetes", f"{_BASE}/inference.yaml", "periodSeconds:", "periodSecond:", "periodSecond"),
+    Fault("kubernetes", f"{_BASE}/trainer.yaml", "kind: Deployment", "kind: Deploymnt", "Deploymnt"),
+    Fault("prometheus-operator", f"{_MONITORING}/inference-monitor.yaml", "interval: 5s", "interval: 5", "interval"),
+    Fault("prometheus-operator", f"{_MONITORING}/alerts.yaml", "expr:", "expression:", "expression"),
+    Fault("kubernetes-policies", f"{_BASE}/redis.yaml", "drop: [ALL]", "drop: []", "CKV_K8S_37"),
+    Fault("envoy", "deploy/envoy/envoy.yaml", "LEAST_REQUEST", "LEAST_REQUESTS", "LEAST_REQUESTS"),
     Fault("shell", "requirements/install", 'tail -n 20 "$log"', "tail -n 20 $missing", "SC2154"),
 )
 

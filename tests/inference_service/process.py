@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,17 @@ cli.run(app)
 
 
 class Server:
-    """A server process with an empty registry, on ports that the system chooses."""
+    """A server process on ports that the system chooses. Several may share a folder; a new one has no versions."""
 
     def __init__(self, var: Path, command: Sequence[str] = SERVE, **settings: str) -> None:
-        var.mkdir()
+        var.mkdir(exist_ok=True)
         # Those of its clients; a test may set others.
         self.credentials = PLAIN
         self.var = var
         # Reuses the kernels that earlier tests compiled.
         (ROOT / ".pytest_cache" / "server").mkdir(parents=True, exist_ok=True)
-        (var / "cache").symlink_to(ROOT / ".pytest_cache" / "server")
+        with suppress(FileExistsError):
+            (var / "cache").symlink_to(ROOT / ".pytest_cache" / "server")
         self.registry = Registry(var / "registry")
         self.lines: list[str] = []
         self.process = subprocess.Popen(
