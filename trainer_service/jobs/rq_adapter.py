@@ -177,6 +177,12 @@ class AttemptWorker(Worker):
         # RQ asks Redis, whose answer contains the path of its socket, and redis-py splits the answer at spaces.
         self.ip_address = "unknown"
 
+    def _set_connection(self, connection: Redis) -> Redis:
+        # A connection that is open already would keep its limit, which is shorter than the wait for an attempt.
+        connection.connection_pool.disconnect()
+        connection.connection_pool.reset()
+        return super()._set_connection(connection)
+
     def subscribe(self) -> None:
         """Listens to no commands of RQ: jobs are cancelled through their records."""
 

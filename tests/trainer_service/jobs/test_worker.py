@@ -95,3 +95,13 @@ def test_a_worker_ends_if_another_registry_replaces_its_own(mortal_redis: RedisS
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_a_wait_for_an_attempt_is_not_cut_off_on_a_connection_that_was_open_before(redis_server: RedisServer) -> None:
+    with connect(redis_server.address) as connection:
+        check_server(connection)
+        queue = JobQueue(connection, "none")
+        worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue))
+        taken = connection.connection_pool.get_connection()
+        assert taken.socket_timeout > worker.dequeue_timeout
+        connection.connection_pool.release(taken)
