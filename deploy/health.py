@@ -1,5 +1,7 @@
-"""Checks the health of each process."""
+"""Checks the health of each process: `python -m deploy.health redis|trainer|inference|worker` for one of them."""
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,14 +10,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.access import own_credentials
-from deploy.ports import Ports, listening_host
-from shared.errors import FailedPrecondition, GptloopError, Unavailable
+from deploy.ports import Ports, listening_host, read_ports
+from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, Unavailable
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.service.client_channel import open_channel
 from shared.service.credentials import Credentials
 from shared.service.grpc_status import error_of
-from shared.service.settings import Directories, Environment, reachable_address
+from shared.service.settings import Directories, Environment, reachable_address, read_directories
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_client import check_server, connect, read_redis
 
@@ -82,3 +84,21 @@ def _serves(address: str, credentials: Credentials) -> bool:
                 raise error from None
             raise Unavailable(f"no answer on {address}") from None
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def main(names: list[str]) -> int:
+    """Prints the health of the process that one name names, and returns 0 if it is healthy, otherwise 1."""
+    try:
+        checks = health_checks(os.environ, read_directories(os.environ), read_ports(os.environ))
+        if len(names) != 1 or names[0] not in checks:
+            raise InvalidArgument(f"Name one of {', '.join(checks)}, as in: python -m deploy.health inference.")
+        health = checks[names[0]]()
+    except GptloopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(health.text)
+    return 0 if health.is_healthy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -37,8 +37,25 @@ _SCHEMAS = "deploy/kubernetes/schemas"
 
 VALIDATORS = (
     Validator("contracts", ("buf",), "buf lint proto"),
-    # It checks the rules that the configuration names, too.
-    Validator("prometheus", ("promtool",), "promtool check config deploy/prometheus/prometheus.yml"),
+    Validator(
+        "image",
+        ("hadolint", "checkov"),
+        "hadolint deploy/docker/Dockerfile && "
+        # It does not resolve the argument that names the base image.
+        "checkov --framework dockerfile --skip-check CKV_DOCKER_7 --skip-download --quiet --compact "
+        "--file deploy/docker/Dockerfile",
+    ),
+    Validator(
+        "compose",
+        ("check-jsonschema",),
+        "check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml deploy/compose.cuda.yaml",
+    ),
+    # It checks the rules that a configuration names, too.
+    Validator(
+        "prometheus",
+        ("promtool",),
+        "promtool check config deploy/prometheus/prometheus.yml deploy/docker/prometheus.yml",
+    ),
     Validator("alerts", ("promtool",), "promtool test rules deploy/prometheus/alerts_test.yml"),
     # It runs shellcheck on the commands of the steps.
     Validator("workflows", ("actionlint", "shellcheck"), "actionlint .github/workflows/*.yml"),

@@ -7,6 +7,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from deploy.health import Health, health_checks
+from deploy.health import main as health_of
 from deploy.ports import Ports
 from shared.registry.store import Registry
 from shared.service.settings import Directories
@@ -65,3 +66,21 @@ def test_redis_that_does_not_answer_is_not_healthy(server: Server) -> None:
     answer = server.check("redis", SERVING)
     assert not answer.is_healthy
     assert answer.text.startswith("Redis does not answer")
+
+
+def test_a_name_that_is_not_a_process_is_answered_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert health_of(["web"]) == 1
+    assert capsys.readouterr().err == (
+        "error: Name one of redis, trainer, inference, worker, as in: python -m deploy.health inference.\n"
+    )
+
+
+@pytest.mark.parametrize(("status", "code"), [(SERVING, 0), (NOT_SERVING, 1)])
+def test_the_exit_code_says_whether_one_process_is_healthy(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: int, code: int
+) -> None:
+    monkeypatch.setenv("GPTLOOP_VAR", str(server.directories.var))
+    monkeypatch.setenv("GPTLOOP_TRAINER_PORT", str(server.port))
+    server.check("trainer", status)
+    assert health_of(["trainer"]) == code
+    assert f"127.0.0.1:{server.port}" in capsys.readouterr().out

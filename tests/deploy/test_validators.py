@@ -44,6 +44,10 @@ FAULTS = (
     Fault("prometheus-operator", f"{_MONITORING}/alerts.yaml", "expr:", "expression:", "expression"),
     Fault("kubernetes-policies", f"{_BASE}/redis.yaml", "drop: [ALL]", "drop: []", "CKV_K8S_37"),
     Fault("envoy", "deploy/envoy/envoy.yaml", "LEAST_REQUEST", "LEAST_REQUESTS", "LEAST_REQUESTS"),
+    Fault("image", "deploy/docker/Dockerfile", " && rm -rf /var/lib/apt/lists/*", "", "DL3009"),
+    Fault("image", "deploy/docker/Dockerfile", "\nUSER 10001:10001\n", "\n", "CKV_DOCKER_3"),
+    Fault("compose", "deploy/compose.yaml", "  worker:\n", "  worker:\n    imagine: a word\n", "imagine"),
+    Fault("prometheus", "deploy/docker/prometheus.yml", "static_configs:", "static_config:", "not found"),
     Fault("shell", "requirements/install", 'tail -n 20 "$log"', "tail -n 20 $missing", "SC2154"),
 )
 
@@ -67,7 +71,7 @@ def test_a_planted_fault_is_found(fault: Fault, files: Path, capfd: pytest.Captu
         pytest.skip(f"{program} is not installed: make .venv/validators")
     text = (files / fault.file).read_text(encoding="utf-8")
     assert fault.text in text
-    (files / fault.file).write_text(text.replace(fault.text, fault.replacement, 1), encoding="utf-8")
+    (files / fault.file).write_text(text.replace(fault.text, fault.replacement), encoding="utf-8")
     assert not passes(validator, files)
     assert fault.answer in "".join(capfd.readouterr())
 

@@ -1,0 +1,99 @@
+import ssl
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deploy.secrets import make_secrets
+from shared.errors import FailedPrecondition
+
+NAMES = ["localhost", "inference", "127.0.0.1", "::1"]
+MADE = [
+    "authority/ca.crt",
+    "tls/tls.crt",
+    "tokens/clients",
+    "tokens/operator",
+    "tokens/operators",
+    "redis/password",
+    "grafana/password",
+]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("secrets")
+    assert make_secrets(folder, NAMES) == MADE
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_authority_signs_the_certificate_of_all_names(first: Path) -> None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(first / "tls/tls.crt", first / "tls/tls.key")
+    for name in NAMES:
+        client = ssl.create_default_context(cafile=str(first / "tls/ca.crt"))
+        # What a newer Python demands by default.
+        client.verify_flags |= ssl.VERIFY_X509_STRICT
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        asking = client.wrap_bio(incoming, outgoing, server_hostname=name)
+        answering = server.wrap_bio(outgoing, incoming, server_side=True)
+        for side in (asking, answering, asking, answering):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+        assert asking.getpeercert()
+
+
+def test_what_is_secret_is_the_services_own_and_no_two_are_alike(first: Path) -> None:
+    for path in ("authority/ca.key", "tls/tls.key", "tokens/clients", "tokens/operators", "tokens/operator"):
+        assert stat.S_IMODE((first / path).stat().st_mode) == 0o400
+    made = contents(first)
+    assert made["tokens/operator"] == made["tokens/operators"]
+    secret = {made[path].split()[-1] for path in ("tokens/clients", "tokens/operator")}
+    secret |= {made["redis/password"], made["grafana/password"]}
+    assert len(secret) == 4 and all(len(one) >= 32 for one in secret)
+
+
+def test_what_exists_is_kept(first: Path) -> None:
+    before = contents(first)
+    assert make_secrets(first, ["another"]) == []
+    assert contents(first) == before
+
+
+def test_a_certificate_that_ends_soon_is_replaced_by_the_same_authority(first: Path, tmp_path: Path) -> None:
+    make_secrets(tmp_path, NAMES)
+    before = contents(tmp_path)
+    key, authority = tmp_path / "tls/tls.key", tmp_path / "authority"
+    request = subprocess.run(
+        ["openssl", "req", "-new", "-key", key, "-subj", "/CN=old"], check=True, capture_output=True
+    ).stdout
+    signing: list[str | Path] = [
+        "openssl",
+        "x509",
+        "-req",
+        "-CA",
+        authority / "ca.crt",
+        "-CAkey",
+        authority / "ca.key",
+        "-days",
+        "29",
+    ]
+    signing += ["-CAcreateserial", "-CAserial", tmp_path / "serial"]
+    old = subprocess.run(signing, input=request, check=True, capture_output=True).stdout
+    (tmp_path / "tls/tls.crt").unlink()
+    (tmp_path / "tls/tls.crt").write_bytes(old)
+    assert make_secrets(tmp_path, NAMES) == ["tls/tls.crt"]
+    after = contents(tmp_path)
+    assert after["tls/tls.crt"] != old.decode() and after["tls/tls.key"] != before["tls/tls.key"]
+    assert after["tls/ca.crt"] == before["tls/ca.crt"]
+
+
+def test_a_machine_without_openssl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FailedPrecondition, match="openssl is not installed"):
+        make_secrets(tmp_path, NAMES)
