@@ -47,3 +47,10 @@ def test_the_environment_describes_the_large_teacher_and_no_message_has_its_key(
         with pytest.raises(InvalidArgument, match="GPTLOOP_GROQ_URL must be an address such as https://api") as refused:
             read_settings({"GPTLOOP_GROQ_URL": text})
         assert "secret" not in str(refused.value)
+
+
+def test_the_trainer_lacks_tokens_of_operators_only() -> None:
+    missing = ("GPTLOOP_OPERATOR_TOKENS",)
+    assert read_settings({}).missing_tokens == read_settings({"GPTLOOP_CLIENT_TOKENS": "/clients"}).missing_tokens
+    assert read_settings({}).missing_tokens == missing
+    assert read_settings({"GPTLOOP_OPERATOR_TOKENS": "/operators"}).missing_tokens == ()
