@@ -1,14 +1,11 @@
 """Lets only requests with the right token reach the API; the files of the page stay open."""
 
-import logging
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_service.http.errors import error_response
 from shared.errors import FailedPrecondition, PermissionDenied, Unauthenticated
+from shared.service.log_ids import note
 from shared.service.tokens import Caller, Callers
-
-logger = logging.getLogger(__name__)
 
 # The files of the page, and whether it must ask for a token.
 _OPEN = ("/", "/api/server")
@@ -19,7 +16,10 @@ _READS = ("GET", "HEAD")
 
 
 class TokenGuard:
-    """Wraps an application: the state of each request has its `caller`, None if it needs no token."""
+    """Wraps an application: the state of each request has its `caller`, None if it needs no token.
+
+    The log lines of a request say who calls.
+    """
 
     def __init__(self, app: ASGIApp, callers: Callers) -> None:
         self._app = app
@@ -28,21 +28,20 @@ class TokenGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request as ASGI asks."""
         try:
-            scope["state"]["caller"] = self._caller(scope)
+            caller = scope["state"]["caller"] = self._caller(scope)
         except (Unauthenticated, PermissionDenied, FailedPrecondition) as error:
             await error_response(error)(scope, receive, send)
             return
+        if caller is not None:
+            note(caller=caller.name)
         await self._app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller | None:
-        path, changes = scope["path"], scope["method"] not in _READS
+        path = scope["path"]
         if path in _OPEN or path.startswith(_OPEN_FOLDER):
             return None
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         authorization = values[0] if len(values) == 1 else b""
-        if not (path.startswith(_API) and (changes or path.startswith(_VERSIONS))):
-            return self._callers.client(authorization)
-        caller = self._callers.operator(authorization)
-        if caller is not None and changes:
-            logger.info("%s: %s %s", caller.name, scope["method"], path)
-        return caller
+        if path.startswith(_API) and (scope["method"] not in _READS or path.startswith(_VERSIONS)):
+            return self._callers.operator(authorization)
+        return self._callers.client(authorization)

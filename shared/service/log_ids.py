@@ -50,6 +50,11 @@ def note(generated_tokens: int = 0, **ids: str | int) -> None:
         work.generated_tokens += generated_tokens
 
 
+def keep(**ids: str | int) -> None:
+    """Adds ids to the log lines of the rest of this task, and of its blocks of `about`."""
+    _current.set(Work({**current_ids(), **ids}))
+
+
 def with_ids(**ids: str | int) -> dict[str, Mapping[str, str | int]]:
     """Returns the argument `extra` of a log call, so that its line has these ids."""
     return {"ids": ids}

@@ -1,6 +1,5 @@
 """Lets only callers with the right token reach the methods of a gRPC server."""
 
-import logging
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
@@ -8,23 +7,18 @@ import grpc
 import grpc.aio
 
 from shared.errors import FailedPrecondition, GptloopError, PermissionDenied, Unauthenticated
+from shared.service.log_ids import keep
 from shared.service.tokens import Caller, Callers
-
-logger = logging.getLogger(__name__)
-
-# How the names of methods begin that change nothing.
-_READS = ("Get", "List", "Watch")
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Requires a client's or an operator's token for some services, and an operator's for others (full names).
 
-    All other services, such as health and reflection, stay open. The log says who changes something. `Calls`, which
+    All other services, such as health and reflection, stay open. The log lines of a call say who calls. `Calls`, which
     maps errors to status codes, must come first.
     """
 
     def __init__(self, callers: Callers, clients: Collection[str], operators: Collection[str]) -> None:
-        self._operators = frozenset(operators)
         self._required: dict[str, Callable[[str | bytes], Caller | None]] = {
             **dict.fromkeys(clients, callers.client),
             **dict.fromkeys(operators, callers.operator),
@@ -35,16 +29,15 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         """Returns the handler of the method, or one that raises the refusal without reading the request."""
         handler = await continuation(details)
-        service, _, method = details.method.removeprefix("/").partition("/")
-        required = self._required.get(service)
+        required = self._required.get(details.method.removeprefix("/").partition("/")[0])
         if handler is None or required is None:
             return handler
         try:
             caller = required(authorization_of(details.invocation_metadata))
         except (Unauthenticated, PermissionDenied, FailedPrecondition) as error:
             return self._refusals.setdefault(str(error), _refusal(type(error), str(error)))
-        if caller is not None and service in self._operators and not method.startswith(_READS):
-            logger.info("%s: %s", caller.name, method)
+        if caller is not None:
+            keep(caller=caller.name)
         return handler
 
 

@@ -368,7 +368,7 @@ def test_no_secret_is_found_anywhere_after_a_whole_run(tmp_path: Path, groq: Gro
     for place in ("files in registry", "values in Redis", "metrics", "commands"):
         assert places.has(place, RUN), place
     assert places.has("files in data", "There was a word.") and places.has("events", "JOB_STATE_FAILED")
-    assert places.has("files in log", "olga: PromoteVersion")
+    assert places.has("files in log", "caller=olga") and places.has("files in log", "caller=alice")
     assert places.has("files in log", "The tokens that were read before remain")
     assert places.has("ps", "trainer_service.job_process") and places.has("ps", "redis-server")
     assert places.has("answers over HTTP", "the wrong bearer token")

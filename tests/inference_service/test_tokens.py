@@ -162,13 +162,20 @@ def test_one_request_over_http_has_one_token(server: Server) -> None:
     assert httpx.get(f"{server.page_url}v1/models?token={ALICE}", timeout=HANG_S).status_code == 401
 
 
-def test_the_log_says_who_changes_something(server: Server) -> None:
+def test_the_log_says_who_calls(server: Server) -> None:
     with grpc.insecure_channel(server.address) as channel:
         assert code(channel, "PromoteVersion", pb.PromoteVersionRequest(version=1), OPERATOR) == "OK"
+        assert code(channel, "GetModel", pb.GetModelRequest(), ALICE) == "OK"
     ask(server, "POST", "api/policy", {"label": "best"}, OPERATOR)
-    wait_until(lambda: any("olga: PromoteVersion" in line for line in server.lines))
-    wait_until(lambda: any("olga: POST /api/policy" in line for line in server.lines))
-    assert not any("ListVersions" in line or "alice" in line for line in server.lines)
+    ask(server, "POST", "v1/completions", {"prompt": "x", "max_tokens": 1}, ALICE)
+    for call, caller in (
+        ("PromoteVersion: OK", "olga"),
+        ("GetModel: OK", "alice"),
+        ("POST /api/policy: 200", "olga"),
+        ("POST /v1/completions: 200", "alice"),
+    ):
+        wait_until(lambda call=call: any(call in line for line in server.lines))  # type: ignore[misc]
+        assert all(f"caller={caller}" in line for line in server.lines if call in line and "UNAUTH" not in line)
 
 
 def test_a_stream_goes_on_when_its_token_is_removed_and_the_next_call_is_refused(server: Server, files: Path) -> None:
