@@ -35,7 +35,7 @@ class Connection(HttpToolsProtocol):
         """Begins to wait for a request."""
         super().connection_made(transport)
         self.app_state = {**self.app_state, "transport": transport}
-        if len(self.connections) > _most_connections():
+        if len(self.connections) > most_connections():
             transport.abort()
             return
         self._await_request()
@@ -109,5 +109,6 @@ def abort(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-def _most_connections() -> int:
+def most_connections() -> int:
+    """Returns how many connections may be open at once."""
     return min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _FILES_EACH)

@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from inference_service.http.connections import Connection
+from inference_service.http.connections import Connection, most_connections
 from inference_service.http.errors import HttpError, error_response
 from inference_service.http.failures import Failures
 from inference_service.http.guards import Guards
+from inference_service.http.listener import Listener
 from inference_service.http.request_ids import RequestIds
 from inference_service.http.statuses import Statuses
 from inference_service.http.token_guard import TokenGuard
@@ -79,7 +80,8 @@ class HttpServer:
 
     def start(self, address: Address) -> int:
         """Starts to listen and returns the port; raises `AlreadyExists` or `InvalidArgument` if that fails."""
-        listener = address.listener()
+        # As many handshakes may be open as connections.
+        listener = Listener(address.listener(), 2 * most_connections())
         port: int = listener.getsockname()[1]
         listener.setblocking(False)
         # Who reads the port in the log may connect before the task below has begun.
