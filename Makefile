@@ -24,7 +24,7 @@ PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=
   $(GENERATED:%=shared/pb/%.proto)
 
 TARGETS := help demo up down status service train distill eval stories runs history jobs watch cancel data checkpoints verify disk \
-  prune import export generate chat info test bench bench-serve soak soak-serve soak-swap soak-replicas check fix proto lock
+  prune backup restore import export generate chat info test bench bench-serve soak soak-serve soak-swap soak-replicas check fix proto lock
 .PHONY: $(TARGETS)
 # Checks all targets before the first one runs.
 $(foreach goal,$(filter-out $(TARGETS) .venv/% requirements/%,$(MAKECMDGOALS)),\
@@ -95,6 +95,12 @@ disk: $(VENV) ## Show how much disk space each kind of file takes.
 
 prune: $(VENV) ## Remove the versions and states that no rule keeps: DRY_RUN=1 only lists them.
 	$(COMMAND) prune
+
+backup: $(VENV) ## Write registry, jobs and paid stories into one file, while everything runs: FILE=<new file>
+	$(COMMAND) backup
+
+restore: $(VENV) ## Restore a backup into a new GPTLOOP_VAR and an empty Redis: FILE=
+	$(COMMAND) restore
 
 import: $(VENV) ## Make a version of a GPT-2 folder in Hugging Face's layout: DIR= DATASET= VALIDATION=
 	$(COMMAND) import

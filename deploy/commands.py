@@ -13,6 +13,7 @@ _EVALUATION = "trainer_service.commands.evaluation"
 _STORIES = "trainer_service.commands.stories"
 _HISTORY = "trainer_service.commands.history"
 _REGISTRY = "trainer_service.commands.registry"
+_BACKUP = "trainer_service.commands.backup"
 _INFERENCE = "inference_service.__main__"
 
 
@@ -95,6 +96,8 @@ TOPICS = (
         ),
         Command("prune", "Remove the versions and states that no rule keeps.", _REGISTRY),
         Command("disk", "Show how much disk space each kind of file takes.", _REGISTRY),
+        Command("backup", "Write the registry, the jobs and the stories that were paid for into one file.", _BACKUP),
+        Command("restore", "Restore a backup into a new folder of state and an empty Redis.", _BACKUP),
         Command("import", "Make a version of a GPT-2 folder in Hugging Face's layout.", _REGISTRY),
         Command("export", "Write a version as a GPT-2 folder in Hugging Face's layout.", _REGISTRY),
     ),

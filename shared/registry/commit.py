@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ IGNORED_NAMES = frozenset({".DS_Store"})
 
 # The errors of file systems that cannot do a full flush, or cannot sync a folder.
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOTTY)
+
+# The errors of file systems that cannot give a file a second name, or no further one.
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _NO_SPACE = "free space on its disk, for example by removing old versions"
 _NO_ACCESS = "make it writable for this user, or name another folder in GPTLOOP_VAR"
@@ -121,6 +125,18 @@ def replace_texts(texts: Mapping[Path, str]) -> None:
         raise
     for folder in {path.parent for path in texts}:
         sync(folder)
+
+
+def link(source: Path, target: Path) -> None:
+    """Gives a file that never changes a second name: by a hard link if the file system allows it, else as a copy."""
+    try:
+        target.hardlink_to(source)
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    shutil.copyfile(source, target)
+    sync(target)
 
 
 def lacking(directory: Path, records: tuple[FileRecord, ...]) -> str:

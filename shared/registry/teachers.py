@@ -4,16 +4,14 @@
 order. The file is written last, so all teachers that it names are there. Its run never takes other teachers.
 """
 
-import errno
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shared.errors import CorruptCheckpoint, NotFound
-from shared.registry.commit import replace_text, reveal, sync, verify_files, writing
+from shared.registry.commit import link, replace_text, reveal, sync, verify_files, writing
 from shared.registry.fence import Fence
 from shared.registry.manifest import MANIFEST_NAME, RUN_NAME, TeacherRecord, VersionManifest, typed
 from shared.registry.numbering import children, number_of
@@ -21,8 +19,6 @@ from shared.registry.staging import Staging
 from shared.text import excerpt
 
 _NAME = "teachers.json"
-# The errors of file systems that cannot give a file a second name, or no further one.
-_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Teachers:
         final = self.folder(fence.directory.name) / str(manifest.version)
         with self._staging.new(final.parent) as staging:
             for name in (*(record.name for record in manifest.files), MANIFEST_NAME):
-                _link(source / name, staging / name)
+                link(source / name, staging / name)
             sync(staging)
             with fence.held():
                 self._staging.remove(final)
@@ -136,14 +132,3 @@ class Teachers:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise CorruptCheckpoint(f"{path} cannot be understood: {excerpt(error, 120)}.") from error
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        target.hardlink_to(source)
-        return
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-    shutil.copyfile(source, target)
-    sync(target)

@@ -35,7 +35,7 @@ START_LEASE_S = 30
 
 _MAX_EVENTS = 100_000
 # How long jobs that have ended are kept.
-_KEPT_S = 30 * 24 * 3600
+KEPT_S = 30 * 24 * 3600
 _READ_AT_ONCE = 200
 
 
@@ -241,7 +241,7 @@ class JobStore:
                     pipeline.delete(self.keys.lease(job_id))
                     pipeline.zrem(self.keys.open, job_id)
                     for each in (key, self.keys.events(job_id)):
-                        pipeline.expire(each, _KEPT_S)
+                        pipeline.expire(each, KEPT_S)
 
     # Leases: keys that expire unless their owner renews them.
 

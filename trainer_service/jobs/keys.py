@@ -10,6 +10,7 @@ class Keys:
     workers: set of the names of workers.
     tokens: number of tokens that all jobs ever trained on.
     diverged: number of jobs that ever failed because their loss was not finite.
+    restored: the hash of the backup that the jobs were restored from.
     """
 
     def __init__(self, registry: str) -> None:
@@ -20,6 +21,7 @@ class Keys:
         self.workers = f"gptloop:{registry}:workers"
         self.tokens = f"gptloop:{registry}:tokens"
         self.diverged = f"gptloop:{registry}:diverged"
+        self.restored = f"gptloop:{registry}:restored"
 
     def job(self, job_id: str) -> str:
         """Hash: kind, spec, run, after, state, attempt, sent, times, reason, the last of some events."""

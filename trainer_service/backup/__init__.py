@@ -1,0 +1,1 @@
+"""Backups: everything that cannot be made again, as one file, and its restoration."""
