@@ -98,6 +98,6 @@ def _check_secrets(given: Mapping[str, str]) -> None:
         )
     if urlsplit(given.get("REDIS_URL", "")).password or "password=" in given.get("REDIS_URL", ""):
         raise InvalidArgument(
-            "REDIS_URL contains a password, which is a secret, and the file of a service must not hold one: put the "
-            "password into a file."
+            "REDIS_URL contains a password, which the file of a service must not hold: take it out, and set "
+            "GPTLOOP_REDIS_PASSWORD_FILE to a file that holds it."
         )

@@ -157,8 +157,18 @@ class Catalogue:
         return self._evaluated.get(number)
 
     async def manifest(self, number: int) -> VersionManifest:
-        """Returns the manifest of a version; raises `NotFound`, or `CorruptCheckpoint` if it cannot be read."""
-        return await asyncio.to_thread(self._registry.version, number)
+        """Returns the manifest of a version; raises `NotFound`, or `CorruptCheckpoint` if it cannot be read.
+
+        While the whole registry cannot be read, the last look counts; raises `Unavailable` for a version that it did
+        not find.
+        """
+        try:
+            return await asyncio.to_thread(self._registry.version, number)
+        except OSError as error:
+            for manifest in self.versions:
+                if manifest.version == number:
+                    return manifest
+            raise Unavailable(f"The registry cannot be read now: {error.strerror}.") from None
 
     async def resolve(self, label: str) -> VersionManifest | None:
         """Returns the version of a label, None for the one that serves by it.

@@ -17,8 +17,11 @@ def is_number(name: str) -> bool:
 
 
 def children(directory: Path) -> list[Path]:
-    """Returns the paths in a folder; an empty list if there is no folder."""
-    return list(directory.iterdir()) if directory.is_dir() else []
+    """Returns the paths in a folder; an empty list if there is no folder. Raises `OSError` if it cannot be read."""
+    try:
+        return list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def numbers(directory: Path) -> list[int]:

@@ -37,8 +37,8 @@ def test_a_relative_path_is_one_of_the_folder_of_the_call(tmp_path: Path, monkey
     ("name", "text", "sentence"),
     [
         ("GROQ_API_KEY", "gsk_planted", "set GPTLOOP_GROQ_KEY_FILE to a file"),
-        ("REDIS_URL", "redis://:planted@localhost", "put the password into a file"),
-        ("REDIS_URL", "redis://localhost?password=planted", "put the password into a file"),
+        ("REDIS_URL", "redis://:planted@localhost", "set GPTLOOP_REDIS_PASSWORD_FILE to a file"),
+        ("REDIS_URL", "redis://localhost?password=planted", "set GPTLOOP_REDIS_PASSWORD_FILE to a file"),
         ("GPTLOOP_INFERENCE_SLOTS", "many", "GPTLOOP_INFERENCE_SLOTS is 'many'"),
         ("GPTLOOP_TRAINER_STUCK_S", "0", "GPTLOOP_TRAINER_STUCK_S is 0"),
         ("GPTLOOP_INFERENCE_PORT", "50052", "are the same port"),

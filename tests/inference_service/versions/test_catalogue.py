@@ -47,6 +47,25 @@ async def test_a_version_with_missing_or_short_files_waits(fresh: World, change:
 
 
 @async_test
+async def test_while_the_registry_cannot_be_read_the_versions_of_the_last_look_count(fresh: World) -> None:
+    publish_tiny_version(fresh.registry, 2.0)
+    root = fresh.registry.root
+    # A link can be replaced at once.
+    aside = root.rename(root.with_name("aside"))
+    root.symlink_to(aside)
+    async with fresh.running():
+        await eventually(lambda: fresh.serving == 1)
+        before = await fresh.catalogue.manifest(1)
+        loop = root.with_name("loop")
+        loop.symlink_to(root)
+        # Every operation fails now, as on a file system that is gone.
+        loop.replace(root)
+        assert await fresh.catalogue.manifest(1) == before
+        with pytest.raises(Unavailable, match="The registry cannot be read now: "):
+            await fresh.catalogue.manifest(2)
+
+
+@async_test
 async def test_a_version_that_is_copied_file_by_file_serves_once_it_is_whole(fresh: World) -> None:
     staged = Registry(fresh.registry.root.parent / "staged")
     publish_tiny_version(staged, 1.0)

@@ -225,6 +225,13 @@ def test_an_unreadable_file_is_an_error_that_names_it(registry: Registry) -> Non
         registry.verify(manifest)
 
 
+def test_a_registry_that_cannot_be_read_is_an_error_and_not_empty(tmp_path: Path) -> None:
+    # A link to itself refuses every operation, as a file system that is gone does.
+    (tmp_path / "registry").symlink_to(tmp_path / "registry")
+    with pytest.raises(OSError, match="symbolic links"):
+        Registry(tmp_path / "registry").versions()
+
+
 def test_a_version_that_is_removed_while_it_is_read_is_not_corrupt(registry: Registry) -> None:
     first, second = publish(registry), publish(registry)
     reader = Registry(registry.root)

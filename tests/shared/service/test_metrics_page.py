@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter
 from shared.errors import AlreadyExists, InvalidArgument
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
+from tests.waiting import HANG_S
 
 
 def test_the_page_shows_the_registry() -> None:
@@ -36,3 +37,13 @@ def test_an_address_of_another_machine_is_an_error(host: str) -> None:
         metrics_page(CollectorRegistry(), Address(host, 0, "THE_HOST", "THE_PORT")),
     ):
         pass
+
+
+def test_a_scraper_that_hangs_delays_no_other() -> None:
+    with (
+        metrics_page(CollectorRegistry(), Address("127.0.0.1", 0, "THE_HOST", "THE_PORT")) as port,
+        socket.create_connection(("127.0.0.1", port)) as hanging,
+    ):
+        hanging.sendall(b"GET /metrics HTTP/1.1\r\n")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as page:
+            assert page.status == 200
