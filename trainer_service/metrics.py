@@ -180,3 +180,10 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) ->
             memory.add_metric([run, "peak"], progress.peak_memory_bytes)
             memory.add_metric([run, "resident"], progress.resident_memory_bytes)
     yield memory
+    limit = GaugeMetricFamily(
+        "gptloop_training_memory_limit_bytes", "The most that the training process may use.", labels=["run", "kind"]
+    )
+    for run, (record, _) in runs.items():
+        if working(record) and record.started and record.started.memory_limit_bytes:
+            limit.add_metric([run, "resident"], record.started.memory_limit_bytes)
+    yield limit

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.device import accelerator
+from shared.device.machine import memory_limit_bytes
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
@@ -151,6 +152,7 @@ class TrainingRun:
                     max_steps=config.max_steps,
                     device=attempt.device.device,
                     preparation_s=time.monotonic() - attempt.began_s,
+                    memory_limit_bytes=memory_limit_bytes(),
                 )
             )
             if config.evaluate_every:

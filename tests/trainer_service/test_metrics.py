@@ -1,6 +1,7 @@
 """The trainer's metrics page, from a real Redis and a registry on disk."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,19 +42,21 @@ def run_of(queue: JobQueue, job: str) -> str:
 def test_they_show_the_run_while_it_runs_and_its_last_numbers_afterwards(
     queue: JobQueue, metrics: CollectorRegistry, job: str
 ) -> None:
-    run = run_of(queue, job)
+    run, started = run_of(queue, job), replace(STARTED, memory_limit_bytes=5)
     assert value(metrics, "jobs", state="queued") == 1
     assert value(metrics, "loss", run=run) is None
     queue.store.renew_attempt(job, 1)
-    report(queue, job, StateChanged(JobState.RUNNING), STARTED, PROGRESS, Evaluation(1, 10.8, 10.7, 3.5))
+    report(queue, job, StateChanged(JobState.RUNNING), started, PROGRESS, Evaluation(1, 10.8, 10.7, 3.5))
     assert value(metrics, "tokens_per_second", run=run) == 1234.5
     assert value(metrics, "validation_loss", run=run) == 10.7
     assert value(metrics, "memory_bytes", run=run, kind="resident") == 4
+    assert value(metrics, "memory_limit_bytes", run=run, kind="resident") == 5
     assert value(metrics, "attempt", run=run) == 1
     finish(queue, job)
     assert value(metrics, "tokens_per_second", run=run) == 0
     assert value(metrics, "loss", run=run) == 10.8344
     assert value(metrics, "memory_bytes", run=run, kind="resident") is None
+    assert value(metrics, "memory_limit_bytes", run=run, kind="resident") is None
     assert value(metrics, "checkpoint_timestamp_seconds", run=run) is None
 
 

@@ -47,7 +47,8 @@ class Preparation:
 class RunStarted:
     """The first step begins; the run has trained on `first_tokens` tokens before.
 
-    `preparation_s` is the time that the attempt took until this event.
+    `preparation_s` is the time that the attempt took until this event, and `memory_limit_bytes` the resident memory
+    that its process may use.
     """
 
     parameters: int
@@ -60,6 +61,7 @@ class RunStarted:
     max_steps: int
     device: str
     preparation_s: float | None = None
+    memory_limit_bytes: int | None = None
 
 
 @dataclass(frozen=True)

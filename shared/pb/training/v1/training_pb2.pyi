@@ -227,7 +227,7 @@ class StateChanged(_message.Message):
     def __init__(self, state: _Optional[_Union[JobState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RunStarted(_message.Message):
-    __slots__ = ("parameters", "embedding_parameters", "train_tokens", "validation_tokens", "tokenizer", "first_step", "max_steps", "device", "first_tokens", "preparation_seconds")
+    __slots__ = ("parameters", "embedding_parameters", "train_tokens", "validation_tokens", "tokenizer", "first_step", "max_steps", "device", "first_tokens", "preparation_seconds", "memory_limit_bytes")
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -238,6 +238,7 @@ class RunStarted(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREPARATION_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
     parameters: int
     embedding_parameters: int
     train_tokens: int
@@ -248,7 +249,8 @@ class RunStarted(_message.Message):
     device: str
     first_tokens: int
     preparation_seconds: float
-    def __init__(self, parameters: _Optional[int] = ..., embedding_parameters: _Optional[int] = ..., train_tokens: _Optional[int] = ..., validation_tokens: _Optional[int] = ..., tokenizer: _Optional[str] = ..., first_step: _Optional[int] = ..., max_steps: _Optional[int] = ..., device: _Optional[str] = ..., first_tokens: _Optional[int] = ..., preparation_seconds: _Optional[float] = ...) -> None: ...
+    memory_limit_bytes: int
+    def __init__(self, parameters: _Optional[int] = ..., embedding_parameters: _Optional[int] = ..., train_tokens: _Optional[int] = ..., validation_tokens: _Optional[int] = ..., tokenizer: _Optional[str] = ..., first_step: _Optional[int] = ..., max_steps: _Optional[int] = ..., device: _Optional[str] = ..., first_tokens: _Optional[int] = ..., preparation_seconds: _Optional[float] = ..., memory_limit_bytes: _Optional[int] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("step", "max_steps", "loss", "learning_rate", "gradient_norm", "tokens_per_second", "tokens", "eta_seconds", "best_validation_loss", "active_memory_bytes", "cache_memory_bytes", "peak_memory_bytes", "resident_memory_bytes")
