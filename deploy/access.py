@@ -12,7 +12,8 @@ from shared.service.exposure import check_exposure
 from shared.service.settings import Environment
 from shared.service.tls import CERTIFICATE_VARIABLE, ServerTls, read_tls
 
-_PATH_NAME = re.compile(r"_(FILE|DIR|CERT|KEY|CA|TOKENS)")
+# Other names end with TOKENS, too, and are numbers.
+_PATH_NAME = re.compile(r"GPTLOOP_(\w+_(FILE|DIR|CERT|KEY|CA)|(CLIENT|OPERATOR)_TOKENS)")
 
 
 def own_credentials(environment: Environment) -> Credentials:
@@ -49,5 +50,5 @@ def with_absolute_paths(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _absolute(name: str, text: str) -> str:
-    is_path = name.startswith("GPTLOOP_") and _PATH_NAME.search(name) and text.strip()
+    is_path = _PATH_NAME.fullmatch(name) and text.strip()
     return str(Path(text.strip()).absolute()) if is_path and (name, text.strip()) != (CA_VARIABLE, SYSTEM) else text

@@ -57,6 +57,9 @@ def test_paths_become_absolute_and_nothing_else_changes(tmp_path: Path, monkeypa
         "GPTLOOP_TLS_KEY": "",
         "GPTLOOP_TLS_SERVER_NAME": "models.example",
         "GPTLOOP_INFERENCE_PORT": "1",
+        "GPTLOOP_INFERENCE_PREFIX_CACHE_MIB": "64",
+        "GPTLOOP_INFERENCE_PREFILL_TOKENS": "64",
+        "GPTLOOP_INFERENCE_CLIENT_TOKENS_PER_MINUTE": "2000",
         "SSL_CERT_FILE": "relative.pem",
     }
     expected = {name: str(tmp_path / "a" / "b") for name in paths} | others
