@@ -25,6 +25,12 @@ def test_workflows_call_targets_that_exist() -> None:
         assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) or target == ".venv/bin/gptloop", target
 
 
+def test_the_images_are_those_of_the_dockerfile() -> None:
+    dockerfile = (PROJECT / "deploy/docker/Dockerfile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"target: ([\w-]+)", WORKFLOWS["release"]))
+    assert targets == set(re.findall(r"^FROM base AS ([\w-]+)$", dockerfile, re.MULTILINE))
+
+
 def test_images_are_pushed_for_tags_only() -> None:
     assert "docker" not in WORKFLOWS["check"]
     (triggers,) = re.findall(r"\non:\n(.*?)\n\n", WORKFLOWS["release"], re.DOTALL)
