@@ -17,7 +17,7 @@ from shared.service.settings import (
     read_str,
 )
 from shared.service.tls import TlsFiles, read_tls
-from shared.service.tokens import TokenSettings, read_token_settings
+from shared.service.tokens import CLIENT_TOKENS_VARIABLE, TokenSettings, read_token_settings
 
 HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
@@ -102,9 +102,19 @@ def prefill_tokens_on(backend: str) -> int:
 def read_settings(environment: Environment) -> Settings:
     """Reads the settings from an environment; raises `InvalidArgument` that names the wrong variable."""
     default = Settings(read_directories(environment))
+    tokens = read_token_settings(environment)
 
     def read_count(name: str, value: int, minimum: int, maximum: int) -> int:
         return read_int(environment, f"GPTLOOP_INFERENCE_{name}", value, minimum=minimum, maximum=maximum)
+
+    def read_limit(name: str, value: int, maximum: int) -> int:
+        limit = read_count(name, value, 0, maximum)
+        if limit and tokens.clients is None:
+            raise InvalidArgument(
+                f"GPTLOOP_INFERENCE_{name} is {limit}, but limits only clients that a token names; set "
+                f"{CLIENT_TOKENS_VARIABLE} too."
+            )
+        return limit
 
     def read_seconds(name: str, value: float, minimum: float, maximum: float = 3600.0) -> float:
         return read_float(environment, f"GPTLOOP_INFERENCE_{name}", value, minimum=minimum, maximum=maximum)
@@ -118,7 +128,7 @@ def read_settings(environment: Environment) -> Settings:
         metrics_host=read_str(environment, METRICS_HOST_VARIABLE, default.metrics_host),
         probe_port=read_int(environment, PROBE_PORT_VARIABLE, None, minimum=0, maximum=65535),
         tls=read_tls(environment),
-        tokens=read_token_settings(environment),
+        tokens=tokens,
         insecure=read_insecure(environment),
         http_hosts=_read_names(
             environment, "GPTLOOP_INFERENCE_HTTP_HOSTS", _HOST, "a name without scheme and port, such as models.example"
@@ -144,9 +154,9 @@ def read_settings(environment: Environment) -> Settings:
         ),
         slow_reader_s=read_seconds("SLOW_READER_S", default.slow_reader_s, 0.1),
         stuck_after_s=read_seconds("STUCK_AFTER_S", default.stuck_after_s, 1.0),
-        client_streams=read_count("CLIENT_STREAMS", default.client_streams, 0, 1_000_000),
-        client_tokens_per_minute=read_count(
-            "CLIENT_TOKENS_PER_MINUTE", default.client_tokens_per_minute, 0, 1_000_000_000
+        client_streams=read_limit("CLIENT_STREAMS", default.client_streams, 1_000_000),
+        client_tokens_per_minute=read_limit(
+            "CLIENT_TOKENS_PER_MINUTE", default.client_tokens_per_minute, 1_000_000_000
         ),
         # `deploy/supervisord.conf` waits a little longer.
         drain_s=read_seconds("DRAIN_S", default.drain_s, 0.0, 60.0),

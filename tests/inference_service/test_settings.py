@@ -89,3 +89,12 @@ def test_names_are_read_with_spaces_between_them() -> None:
     )
     assert settings.http_hosts == ("a.example", "Models_2")
     assert settings.http_origins == tuple(origins.split())
+
+
+@pytest.mark.parametrize("name", ["CLIENT_STREAMS", "CLIENT_TOKENS_PER_MINUTE"])
+def test_a_limit_of_clients_needs_their_names(name: str) -> None:
+    variable = f"GPTLOOP_INFERENCE_{name}"
+    with pytest.raises(InvalidArgument, match=f"{variable} is 5, but limits only .*; set GPTLOOP_CLIENT_TOKENS too"):
+        read_settings({variable: "5"})
+    read_settings({variable: "5", "GPTLOOP_CLIENT_TOKENS": "/clients"})
+    read_settings({variable: "0"})
