@@ -266,6 +266,7 @@ def running(folder: Path, groq: GroqService, planted: Planted, places: Places) -
     settings = {
         **{name: value for name, value in (os.environ | groq.environment).items() if name != "GROQ_API_KEY"},
         **planted.tls.environment,
+        "GPTLOOP_LOG_LEVEL": "debug",
         "GPTLOOP_GROQ_KEY_FILE": str(planted.groq_key),
         "REDIS_URL": f"redis://gptloop@127.0.0.1:{redis.port}/0",
         "GPTLOOP_REDIS_PASSWORD_FILE": str(planted.redis_password),

@@ -230,8 +230,8 @@ def test_with_tokens_of_operators_only_clients_need_none(path: Path) -> None:
 
 
 def test_who_has_a_token_in_both_files_is_an_operator(path: Path) -> None:
-    callers = TokenSettings(path, path).open()
-    assert callers.client(f"Bearer {ALICE}") == Caller("alice", is_operator=True)
+    callers = TokenSettings(path, write_tokens(path.with_name("operators"), f"olga {ALICE}")).open()
+    assert callers.client(f"Bearer {ALICE}") == Caller("olga", is_operator=True)
 
 
 def test_the_settings_name_the_files(path: Path) -> None:
