@@ -17,7 +17,8 @@ from pathlib import Path
 from inference_service.client import Credentials, InferenceClient
 from shared.errors import GptloopError
 from tests.deploy.compose import read_services
-from tests.deploy.engine import Engine, start_loopback
+from tests.deploy.container import start_loopback
+from tests.deploy.engine import Engine
 from tests.waiting import wait_until
 from tests.workplace import PROJECT
 
@@ -45,6 +46,9 @@ def rehearse(folder: Path) -> None:
                 print(f"{name}: is healthy", flush=True)
         _check_confinement(engine, names)
         _generate(engine, folder)
+        if "prometheus" in names:
+            wait_until(lambda: _scraped() == {"gptloop-inference": "1", "gptloop-training": "1"})
+            print("Prometheus scrapes both services.", flush=True)
         for name in reversed(names):
             if name != "secrets":
                 code = engine.stop(name)
@@ -99,6 +103,11 @@ def _generate(engine: Engine, folder: Path) -> None:
     with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=authority)) as answer:
         assert json.load(answer)["choices"][0]["text"]
     print("A model was trained, and wrote over gRPC and HTTPS to who has a token.", flush=True)
+
+
+def _scraped() -> dict[str, str]:
+    with urllib.request.urlopen("http://localhost:9090/api/v1/query?query=up") as answer:
+        return {each["metric"]["job"]: each["value"][1] for each in json.load(answer)["data"]["result"]}
 
 
 def main() -> None:

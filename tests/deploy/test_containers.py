@@ -11,9 +11,9 @@ import yaml  # type: ignore[import-untyped]
 
 import inference_service.settings
 import trainer_service.settings
+from tests.deploy.builder import DOCKERFILE, is_in_context
 from tests.deploy.compose import Service, read_services
 from tests.deploy.dockerfile import configuration_of, has_compiler, read_stages
-from tests.deploy.engine import DOCKERFILE, is_in_context
 from tests.deploy.rehearsal import COMPOSITION, NAMESPACES
 from tests.pages import rows
 from tests.waiting import HANG_S
