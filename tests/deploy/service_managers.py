@@ -2,6 +2,7 @@
 
 import os
 import plistlib
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -58,6 +59,7 @@ class UserManager:
         if not self.why_not:
             self.run("systemctl --user exit")
             self._process.wait(HANG_S)
+            shutil.rmtree(self._runtime)
 
 
 class Agents:
