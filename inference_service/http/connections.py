@@ -11,6 +11,8 @@ from inference_service.http.errors import HttpError, error_response
 
 # How long a whole request may take to arrive.
 ARRIVAL_S = 30.0
+# How long a connection takes new requests; a client's certificate is checked only when it connects.
+MAX_AGE_S = 300.0
 MAX_HEAD_BYTES = 64 << 10
 # The most open connections, and how many of the files that the process may open there must be for each of them: gRPC
 # and files need the others.
@@ -22,9 +24,11 @@ class Connection(HttpToolsProtocol):
     """A connection that is closed if it is one too many, or if its request is late, has a long head, or comes early.
 
     A request is early while another one of the connection runs: uvicorn would not read on, and so not notice that the
-    client leaves. The state of each request has the `transport`, so that its answer can abort it.
+    client leaves. The state of each request has the `transport`, so that its answer can abort it. An old connection
+    ends with its next answer.
     """
 
+    _ages_at_s: float
     _late: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_head = True
@@ -38,6 +42,7 @@ class Connection(HttpToolsProtocol):
         if len(self.connections) > most_connections():
             transport.abort()
             return
+        self._ages_at_s = self.loop.time() + MAX_AGE_S
         self._await_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -74,6 +79,8 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         else:
             super().on_headers_complete()
+            if self.cycle is not None and self.loop.time() >= self._ages_at_s:
+                self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         """Ends a request."""

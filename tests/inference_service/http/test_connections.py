@@ -179,3 +179,23 @@ def test_a_second_request_during_another_one_ends_both() -> None:
         assert await rest(reader) == b""
 
     run(test)
+
+
+@pytest.mark.parametrize(("age_s", "answers"), [(0.0, 1), (HANG_S, 3)])
+def test_an_old_connection_ends_with_its_next_answer(
+    monkeypatch: pytest.MonkeyPatch, age_s: float, answers: int
+) -> None:
+    monkeypatch.setattr(connections, "MAX_AGE_S", age_s)
+
+    async def test(world: World) -> None:
+        reader, writer = await world.connect()
+        for number in range(answers):
+            writer.write(GET + b"\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert await reader.readexactly(7) == b"0 bytes"
+            assert (b"connection: close" in head) == (age_s == 0.0), number
+        if age_s == 0.0:
+            assert await rest(reader) == b""
+
+    run(test)
