@@ -20,25 +20,23 @@ from tests.prometheus import PROGRAM, Prometheus, prometheus
 from tests.records import write_record
 from tests.token_files import ALICE, OPERATOR, write_tokens
 from tests.waiting import HANG_S
-from trainer_service.client import TrainerClient
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(PROGRAM is None, reason="prometheus is not installed"),
 ]
 
-OWN = Credentials(token=OPERATOR)
-
 
 @pytest.fixture
-def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
+def system(tmp_path: Path) -> Iterator[System]:
     """A system that asks its callers for tokens, and limits its clients."""
-    monkeypatch.setenv("GPTLOOP_CLIENT_TOKENS", str(write_tokens(tmp_path / "clients", f"alice {ALICE}")))
-    monkeypatch.setenv("GPTLOOP_OPERATOR_TOKENS", str(write_tokens(tmp_path / "operators", f"olga {OPERATOR}")))
-    monkeypatch.setenv("GPTLOOP_INFERENCE_CLIENT_TOKENS_PER_MINUTE", "2000")
-    with running(Directories(tmp_path)) as everything:
-        everything.trainer.close()
-        everything.trainer = TrainerClient(f"127.0.0.1:{everything.ports.trainer}", credentials=OWN)
+    settings = {
+        "GPTLOOP_CLIENT_TOKENS": str(write_tokens(tmp_path / "clients", f"alice {ALICE}")),
+        "GPTLOOP_OPERATOR_TOKENS": str(write_tokens(tmp_path / "operators", f"olga {OPERATOR}")),
+        "GPTLOOP_TOKEN_FILE": str(write_tokens(tmp_path / "own", OPERATOR)),
+        "GPTLOOP_INFERENCE_CLIENT_TOKENS_PER_MINUTE": "2000",
+    }
+    with running(Directories(tmp_path), **settings) as everything:
         yield everything
 
 
@@ -106,7 +104,7 @@ def test_every_panel_query_and_rule_has_data(system: System, tmp_path_factory: p
         # A version that claims to be the best is refused, and the one that serves is taken back.
         same_text = system.registry.version(1).evaluation_set
         publish_tiny_version(system.registry, 0.0001, evaluation_set=same_text, change=spoil_weights)
-        with AdminClient(f"127.0.0.1:{ports.inference}", credentials=OWN) as admin:
+        with AdminClient(f"127.0.0.1:{ports.inference}", credentials=system.credentials) as admin:
             admin.roll_back()
         firing = {
             name: f'ALERTS{{alertname="{name}", alertstate="firing"}}'

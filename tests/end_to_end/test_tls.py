@@ -1,5 +1,6 @@
 """Everything with TLS, and clients that need a certificate, as `gptloop up` starts it."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def test_a_version_is_trained_and_served_over_tls(tmp_path: Path, monkeypatch: p
             done = system.command("deploy.cli", *command)
             assert (done.returncode, "not" in done.stderr) == (0, False), done.stderr
         assert page_url(system.environment, system.ports).startswith("https://127.0.0.1:")
+        for service, port in (
+            ("inference", system.ports.inference_metrics),
+            ("training", system.ports.trainer_metrics),
+        ):
+            _, samples = system.scrape(port)
+            assert samples[f"gptloop_{service}_tls_certificate_expiry_timestamp_seconds"] > time.time()
         with (
             TrainerClient(f"127.0.0.1:{system.ports.trainer}") as stranger,
             pytest.raises(Unavailable, match="closed the connection before any call"),
