@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from shared.device.machine import array_cache_bytes, cpu_threads, physical_memory_bytes
+from shared.device.machine import array_cache_bytes, cpu_threads, memory_limit_bytes
 from shared.errors import NotFound
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.registry.store import Registry
@@ -48,7 +48,7 @@ class Machine:
     @classmethod
     def here(cls) -> "Machine":
         """Returns this machine, as the worker will use it."""
-        memory_bytes = physical_memory_bytes()
+        memory_bytes = memory_limit_bytes()
         if sys.platform != "linux":
             return cls(memory_bytes, None)
         try:

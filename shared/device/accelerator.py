@@ -19,7 +19,7 @@ from typing import Literal
 
 from shared.device.blas import load_blas
 from shared.device.kernel_compiler import name_mlx_plainly, speed_up_compiler
-from shared.device.machine import array_cache_bytes, cpu_threads, physical_memory_bytes
+from shared.device.machine import array_cache_bytes, cpu_threads, memory_limit_bytes
 from shared.plain_paths import plain_path
 from shared.text import format_size
 
@@ -86,7 +86,7 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
         memory_bytes = int(info["total_memory"])
     else:
         backend = "cpu"
-        memory_bytes = physical_memory_bytes()
+        memory_bytes = memory_limit_bytes()
         mx.set_cache_limit(array_cache_bytes(memory_bytes))
         if blas is None:
             logger.warning(NO_BLAS)

@@ -212,6 +212,11 @@ def test_here_is_a_machine_with_memory() -> None:
     assert Machine.here().memory_bytes > 1 << 20
 
 
+def test_the_memory_here_is_the_limit_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "memory_limit_bytes", lambda: 8 << 30)
+    assert Machine.here().memory_bytes == 8 << 30
+
+
 def test_threads_are_those_that_the_worker_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "distribution", lambda name: name)
     monkeypatch.setattr(sys, "platform", "linux")

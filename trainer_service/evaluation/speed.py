@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from shared.device import accelerator
-from shared.device.machine import physical_memory_bytes
+from shared.device.machine import memory_limit_bytes
 from shared.errors import FailedPrecondition
 from shared.service import cli
 from shared.service.reader import end_without_reader
@@ -46,7 +46,7 @@ def measure_speed(
     `report` receives the share that is done, several times a second; an exception from it ends the work. Raises
     `FailedPrecondition` if no batch size is left, or if a process fails, for example because memory is short.
     """
-    machine = Machine(physical_memory_bytes(), threads if Machine.here().threads is not None else None)
+    machine = Machine(memory_limit_bytes(), threads if Machine.here().threads is not None else None)
     configs = [replace(config, batch_size=size) for size in batch_sizes(config.batch_size)]
     estimates = [memory_bytes(each, machine) for each in configs]
     fitting = [

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from shared.device.machine import physical_memory_bytes
+from shared.device.machine import memory_limit_bytes
 from shared.errors import FailedPrecondition
 from shared.gpt.config import count_parameters
 from shared.registry.store import Registry
@@ -54,7 +54,7 @@ def test_serving_and_training_are_measured_in_processes_of_their_own(
     # Each part of the work shows.
     assert len(set(shares)) >= 5
     for each in memory.training:
-        machine = Machine(physical_memory_bytes(), 2)
+        machine = Machine(memory_limit_bytes(), 2)
         assert each.estimated_bytes == memory_bytes(replace(CONFIG, batch_size=each.batch_size), machine)
         assert each.peak_bytes > each.activations_bytes > 0
 
@@ -70,11 +70,11 @@ def test_batch_sizes_that_do_not_fit_into_memory_are_left_out(version: Path, mon
     monkeypatch.setattr(speed, "_serving", lambda *_: served | {"decoding": [], "memory_bytes": 1})
     monkeypatch.setattr(speed, "_training", trained)
     monkeypatch.setattr(speed, "memory_bytes", lambda config, _: 100 * config.batch_size)
-    monkeypatch.setattr(speed, "physical_memory_bytes", lambda: 200)
+    monkeypatch.setattr(speed, "memory_limit_bytes", lambda: 200)
     speeds, memory = measure_speed(version, CONFIG, 2, lambda _: None)
     assert sizes == [each.batch_size for each in memory.training] == [1, 2]
     assert speeds.training_rows == 2
-    monkeypatch.setattr(speed, "physical_memory_bytes", lambda: 99)
+    monkeypatch.setattr(speed, "memory_limit_bytes", lambda: 99)
     with pytest.raises(FailedPrecondition, match=r"^Training is expected to need .* with a batch size of 1, but this "):
         measure_speed(version, CONFIG, 2, lambda _: None)
 
