@@ -37,6 +37,13 @@ _SCHEMAS = "deploy/kubernetes/schemas"
 
 VALIDATORS = (
     Validator("contracts", ("buf",), "buf lint proto"),
+    # Clients of the last release understand this one.
+    Validator(
+        "contracts-kept",
+        ("buf", "git"),
+        "if tag=$(git describe --tags --abbrev=0 2> /dev/null); "
+        'then buf breaking proto --against ".git#tag=$tag,subdir=proto"; else echo "Not run: no tag."; fi',
+    ),
     Validator(
         "image",
         ("hadolint", "checkov"),

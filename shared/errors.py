@@ -31,6 +31,10 @@ class FailedPrecondition(GptloopError):
     """The call is valid, but not possible in the current state of the system."""
 
 
+class NewerFormat(FailedPrecondition):
+    """A newer gptloop has written a checkpoint, so this one neither reads, replaces nor removes it."""
+
+
 class ResourceExhausted(GptloopError):
     """A limit is reached; the same call may succeed after `retry_after_s` seconds, if that is known."""
 

@@ -10,10 +10,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from shared.errors import CorruptCheckpoint, shown
+from shared.errors import CorruptCheckpoint, NewerFormat, shown
 from shared.text import excerpt
 
 MANIFEST_NAME = "manifest.json"
+# The format of a checkpoint, its manifest and its files. A change that earlier code would misread raises it; names that
+# earlier code can ignore do not. A manifest without a format has the first one.
+FORMAT = 1
+_FORMAT_NAME = "format"
 # The preset of an imported version, and of versions that continue one.
 IMPORTED = "imported"
 # The name of a run is also the name of its folder.
@@ -74,11 +78,16 @@ class _Manifest:
         named: Any = fields(self)  # type: ignore[arg-type]
         silent = {field.name for field in named if getattr(self, field.name) == field.default}
         values: dict[str, object] = asdict(self)  # type: ignore[call-overload]
-        return {name: value for name, value in values.items() if name not in silent}
+        return ({_FORMAT_NAME: FORMAT} if FORMAT > 1 else {}) | {
+            name: value for name, value in values.items() if name not in silent
+        }
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Reads the manifest in a checkpoint's folder; raises `CorruptCheckpoint` if it is unreadable or invalid."""
+        """Reads the manifest in a checkpoint's folder.
+
+        Raises `CorruptCheckpoint` if it is unreadable or invalid, and `NewerFormat` if its format is not known yet.
+        """
         path = directory / MANIFEST_NAME
         if path.exists() and not path.is_file():
             raise CorruptCheckpoint(f"{path} is not a file.")
@@ -88,6 +97,8 @@ class _Manifest:
             if len(content) > _MAX_BYTES:
                 raise ValueError(f"it is larger than {_MAX_BYTES >> 20} MiB")
             return cls.from_json(content.decode())
+        except NewerFormat as error:
+            raise NewerFormat(f"{path} was written by a newer gptloop: {error}. Upgrade this one.") from None
         except OSError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
         except KeyError as error:
@@ -100,9 +111,12 @@ class _Manifest:
     def from_json(cls, text: str) -> Self:
         """Parses the text of `manifest.json`; ignores unknown names, so that newer writers can add some.
 
-        Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError` if it is invalid.
+        Raises `ValueError`, `TypeError`, `KeyError` or `AttributeError` if it is invalid, and `NewerFormat`.
         """
         values = json.loads(text)
+        known = values.get(_FORMAT_NAME, 1)
+        if isinstance(known, int) and known > FORMAT:
+            raise NewerFormat(f"its format is {shown(known, 20)}, and this one reads formats up to {FORMAT}")
         if values.pop(_DIGEST_NAME) != _digest(values):
             raise ValueError("it was changed after it was written")
         if not 0 <= values["created_at"] < LATEST_S:

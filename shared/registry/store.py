@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from shared.errors import CorruptCheckpoint, NotFound
+from shared.errors import CorruptCheckpoint, NewerFormat, NotFound
 from shared.registry import policy
 from shared.registry.commit import (
     IGNORED_NAMES,
@@ -98,7 +98,7 @@ class Registry:
                 manifests.append(self._manifest(number))
             except FileNotFoundError:
                 continue
-            except (CorruptCheckpoint, OSError) as error:
+            except (CorruptCheckpoint, NewerFormat, OSError) as error:
                 unreadable[number] = str(error)
                 if number not in self.unreadable:
                     logger.warning("version %d is ignored: %s", number, error)

@@ -1,6 +1,7 @@
 """Each validator of `make check` finds a fault that is planted into a copy of the files it reads."""
 
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ _MONITORING = "deploy/kubernetes/overlays/monitoring"
 
 FAULTS = (
     Fault("contracts", "proto/inference/v1/inference.proto", "rpc Generate(", "rpc generate(", "PascalCase"),
+    Fault("contracts-kept", "proto/inference/v1/inference.proto", "rpc Generate(", "rpc Continue(", 'RPC "Generate"'),
     Fault("prometheus", "deploy/prometheus/prometheus.yml", "scrape_interval:", "scrape_intervall:", "not found"),
     Fault("prometheus", "deploy/prometheus/alerts.yml", "sum(gptloop", "summ(gptloop", "unknown function"),
     Fault("alerts", "deploy/prometheus/alerts.yml", "time() - gptloop", "0 * gptloop", "FAILED"),
@@ -60,6 +62,13 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def tag(folder: Path) -> None:
+    """Makes a folder a repository whose state is that of a tag."""
+    who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
+    for words in (("init", "--quiet"), ("add", "proto"), (*who, "commit", "--quiet", "-m", "First"), ("tag", "v1")):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+
+
 def test_every_validator_has_a_planted_fault() -> None:
     assert {fault.validator for fault in FAULTS} == {validator.name for validator in VALIDATORS}
 
@@ -69,11 +78,21 @@ def test_a_planted_fault_is_found(fault: Fault, files: Path, capfd: pytest.Captu
     validator = next(each for each in VALIDATORS if each.name == fault.validator)
     if program := missing_program(validator):
         pytest.skip(f"{program} is not installed: make .venv/validators")
+    tag(files)
     text = (files / fault.file).read_text(encoding="utf-8")
     assert fault.text in text
     (files / fault.file).write_text(text.replace(fault.text, fault.replacement), encoding="utf-8")
     assert not passes(validator, files)
     assert fault.answer in "".join(capfd.readouterr())
+
+
+def test_contracts_are_compared_with_a_tag_if_there_is_one(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    validator = next(each for each in VALIDATORS if each.name == "contracts-kept")
+    if program := missing_program(validator):
+        pytest.skip(f"{program} is not installed: make .venv/validators")
+    assert passes(validator, files) and "Not run: no tag." in capfd.readouterr().out
+    tag(files)
+    assert passes(validator, files) and "Not run" not in capfd.readouterr().out
 
 
 def test_a_missing_program_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

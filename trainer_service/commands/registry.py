@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from shared.device import accelerator
-from shared.errors import CorruptCheckpoint, NotFound, Unavailable
+from shared.errors import CorruptCheckpoint, NewerFormat, NotFound, Unavailable
 from shared.registry import retention as retention_module
 from shared.registry.identity import registry_id
 from shared.registry.policy import labels_of
@@ -233,7 +233,7 @@ def _check(registry: Registry, checkpoints: list[Checkpoint]) -> list[tuple[Chec
             except NotFound:
                 # It has just been removed.
                 pass
-            except CorruptCheckpoint as error:
+            except (CorruptCheckpoint, NewerFormat) as error:
                 broken.append((checkpoint, str(error)))
             done += size_bytes
     return broken
