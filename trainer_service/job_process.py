@@ -54,7 +54,12 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     def report(state: JobState, reason: str = "", diverged: bool = False) -> bool:
         return queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))], diverged=diverged)
 
-    if not report(JobState.RUNNING):
+    try:
+        is_current = report(JobState.RUNNING)
+    except GptloopError as error:
+        logger.error("job %s does not start: %s", job_id, error)
+        sys.exit(1)
+    if not is_current:
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
         return
     reporter = Reporter(queue, job_id, attempt, worker, settings.stuck_s)

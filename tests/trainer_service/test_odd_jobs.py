@@ -1,6 +1,10 @@
 """Foreign content of Redis and odd names of files break neither lists nor streams nor metrics."""
 
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +21,9 @@ from shared.registry.store import Registry
 from tests.asynchronous import async_test
 from tests.events import PROGRESS, STARTED
 from tests.jobs import EVALUATION, events_of, finish, report, start, training
+from tests.redis_process import PROJECT, RedisServer
 from tests.trainer_service.serving import watched
+from tests.waiting import HANG_S
 from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
@@ -254,3 +260,54 @@ def test_a_finished_job_has_no_reason(queue: JobQueue, job: str) -> None:
     start(queue, job)
     finish(queue, job)
     assert events_of(queue, job)[-1] == StateChanged(JobState.FINISHED)
+
+
+@pytest.mark.parametrize("score", [math.inf, -math.inf, 1e300, -5.0, 0.5])
+@async_test
+async def test_foreign_members_of_the_lists_of_jobs_hide_and_stop_nothing(
+    queue: JobQueue, redis: Redis, servicer: TrainingServicer, job: str, tmp_path: Path, score: float
+) -> None:
+    for key in (queue.store.keys.jobs, queue.store.keys.open):
+        for member in (b"\xff", b"foreign"):
+            redis.zadd(key, {member: score})
+    assert queue.store.get(job).ahead == 0
+    other = queue.enqueue(training(tmp_path, name="other")).id
+    assert [each.id for each in await listed(servicer)] == [other, job]
+    assert queue.store.get(other).ticket > queue.store.get(job).ticket
+    Watch(queue).look()
+    assert queue.cancel(job).state is JobState.CANCELLED
+
+
+def test_a_job_is_read_although_the_list_of_jobs_has_another_type(queue: JobQueue, redis: Redis, job: str) -> None:
+    redis.delete(queue.store.keys.jobs)
+    redis.set(queue.store.keys.jobs, "x")
+    assert queue.store.get(job).state is JobState.QUEUED
+
+
+@pytest.mark.parametrize("odd", ["", "x", "9" * 5000, "-1", "²"])
+def test_a_count_that_is_no_number_counts_nothing(queue: JobQueue, redis: Redis, odd: str) -> None:
+    for key in (queue.store.keys.tokens, queue.store.keys.diverged):
+        redis.set(key, odd)
+    assert (queue.store.tokens(), queue.store.diverged()) == (0, 0)
+
+
+def test_an_event_at_a_time_that_no_float_holds_is_invalid() -> None:
+    text = TimedEvent(Notice("a"), 1.0).to_json().replace("1.0", "1" + "0" * 400)
+    with pytest.raises(ValueError, match="it is not an event"):
+        TimedEvent.from_json(text)
+
+
+@pytest.mark.slow
+def test_the_process_of_a_job_that_is_gone_says_so_in_one_line(
+    redis: Redis, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer_service.job_process", "gone", "1", str(os.getpid())],
+        cwd=PROJECT,
+        env=os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": redis_server.url},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=HANG_S,
+    )
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, "job gone does not start: There is no job 'gone'" in line) == (1, True), line

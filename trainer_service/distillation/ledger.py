@@ -191,7 +191,7 @@ def last_rows(folder: Path) -> dict[int, Row]:
     samples: dict[str, int] = {}
     found: dict[int, Row] = {}
     for row in filter(None, _rows(folder / LEDGER_NAME)):
-        if row["state"] == _SENT:
+        if row["state"] == _SENT and type(row.get("sample")) is int:
             samples[row["key"]] = row["sample"]
         if row["key"] in samples:
             found[samples[row["key"]]] = row

@@ -137,7 +137,7 @@ class TimedEvent:
         try:
             data = json.loads(text)
             return cls(_typed(_KINDS[data["kind"]], data["values"]), _number(data["time"]))
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"it is not an event: {error!r}") from error
 
 

@@ -37,6 +37,8 @@ _MAX_EVENTS = 100_000
 # How long jobs that have ended are kept.
 KEPT_S = 30 * 24 * 3600
 _READ_AT_ONCE = 200
+# Redis keeps tickets as floating-point numbers.
+MAX_TICKET = 2**53
 
 
 class JobStore:
@@ -78,7 +80,7 @@ class JobStore:
         for job_id, held, lease, ticket in zip(ids, answers[::3], answers[1::3], answers[2::3], strict=True):
             fields = {"odd": str(held)} if isinstance(held, Exception) else _decoded(held)
             valid_lease = None if isinstance(lease, Exception) else Lease.from_text(lease)
-            records.append(read_record(job_id, fields, int(ticket or 0), valid_lease) if fields else None)
+            records.append(read_record(job_id, fields, ticket_of(ticket), valid_lease) if fields else None)
         if any(record and record.state is JobState.QUEUED for record in records):
             return self._with_ahead(records)
         return records
@@ -154,14 +156,12 @@ class JobStore:
     def tokens(self) -> int:
         """Returns the number of tokens that all jobs ever trained on."""
         with reachable(self.redis):
-            value: Any = self.redis.get(self.keys.tokens)
-        return int(value or 0)
+            return _counted(self.redis.get(self.keys.tokens))
 
     def diverged(self) -> int:
         """Returns the number of jobs that ever failed because their loss was not finite."""
         with reachable(self.redis):
-            value: Any = self.redis.get(self.keys.diverged)
-        return int(value or 0)
+            return _counted(self.redis.get(self.keys.diverged))
 
     # Changing.
 
@@ -270,7 +270,7 @@ class JobStore:
         """Counts the live workers."""
         with reachable(self.redis):
             names = cast(set[bytes], self.redis.smembers(self.keys.workers))
-            gone = [name for name in names if not self.redis.exists(self.keys.worker(name.decode()))]
+            gone = [name for name in names if not self.redis.exists(self.keys.worker(name.decode(errors="replace")))]
             if gone:
                 self.redis.srem(self.keys.workers, *gone)
         return len(names) - len(gone)
@@ -290,8 +290,10 @@ class JobStore:
             listed: Any = self.redis.zrange(self.keys.open, 0, -1, withscores=True)
         states = self._states([job_id for job_id, _ in listed])
         names = [state.value.encode() for state in WORKING]
-        tickets = [int(ticket) for _, ticket in listed]
-        working = [ticket for ticket, state in zip(tickets, states, strict=True) if state in names]
+        numbered = sorted((ticket_of(score), state in names) for (_, score), state in zip(listed, states, strict=True))
+        numbered = [each for each in numbered if each[0]]
+        tickets = [ticket for ticket, _ in numbered]
+        working = [ticket for ticket, works in numbered if works]
         return [
             replace(
                 record,
@@ -301,6 +303,16 @@ class JobStore:
             else record
             for record in records
         ]
+
+
+def ticket_of(score: object) -> int:
+    """Returns the ticket that a score in Redis stands for, and 0 if it is none."""
+    return int(score) if isinstance(score, int | float) and 0 < score <= MAX_TICKET else 0
+
+
+def _counted(value: Any) -> int:
+    """Returns a count that Redis keeps, and 0 if it is none."""
+    return int(value) if value and value.isdigit() and len(value) <= 19 else 0
 
 
 def _not_found(job_id: str) -> NotFound:

@@ -13,7 +13,7 @@ from redis.client import Pipeline
 
 from shared.errors import AlreadyExists, FailedPrecondition, shown
 from trainer_service.jobs.events import JobState, Preparation, RunStarted, StateChanged, TimedEvent
-from trainer_service.jobs.job_store import JobStore
+from trainer_service.jobs.job_store import MAX_TICKET, JobStore, ticket_of
 from trainer_service.jobs.records import Fields, JobRecord, attempt_of, last_event, number_of
 from trainer_service.jobs.rq_adapter import AttemptQueue
 from trainer_service.jobs.specs import Kind, Spec
@@ -60,8 +60,9 @@ class JobQueue:
         def add(pipeline: Pipeline) -> None:
             if spec.kind is Kind.TRAIN:
                 self._refuse_taken(spec.run)
-            last: Any = pipeline.zrevrange(self.store.keys.jobs, 0, 0, withscores=True)
-            ticket = last[0][1] + 1 if last else 1
+            # A score above is none of ours.
+            last: Any = pipeline.zrevrangebyscore(self.store.keys.jobs, MAX_TICKET - 1, 0, 0, 1, withscores=True)
+            ticket = ticket_of(last[0][1]) + 1 if last else 1
             pipeline.multi()
             pipeline.hset(self.store.keys.job(job_id), mapping=fields)
             pipeline.zadd(self.store.keys.jobs, {job_id: ticket})
@@ -77,7 +78,8 @@ class JobQueue:
         return self.store.get(job_id)
 
     def _refuse_taken(self, run: str) -> None:
-        ids = [job_id.decode() for job_id in cast(list[bytes], self.store.redis.zrange(self.store.keys.jobs, 0, -1))]
+        found = cast(list[bytes], self.store.redis.zrange(self.store.keys.jobs, 0, -1))
+        ids = [job_id.decode(errors="replace") for job_id in found]
         pipeline = self.store.redis.pipeline(transaction=False)
         for job_id in ids:
             pipeline.hmget(self.store.keys.job(job_id), ["run", "state", RunStarted.__name__])

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from shared.errors import AlreadyExists, FailedPrecondition, NotFound
 from trainer_service.distillation.answers import Answer, Kind, Usage
-from trainer_service.distillation.ledger import LEDGER_NAME, Account, Ledger, key_of, read_account, read_stories
+from trainer_service.distillation.ledger import (
+    LEDGER_NAME,
+    Account,
+    Ledger,
+    key_of,
+    last_rows,
+    read_account,
+    read_stories,
+)
 from trainer_service.distillation.prices import written
 from trainer_service.distillation.prompts import draw_prompt
 
@@ -164,3 +172,15 @@ def test_a_key_follows_from_all_that_decides_an_answer() -> None:
 def test_money_is_written_exactly_and_without_an_exponent(cost_usd: Decimal) -> None:
     text = written(cost_usd)
     assert Decimal(text) == cost_usd and "E" not in text
+
+
+@pytest.mark.parametrize("sample", [None, "1", 0.5, True, [1], {"a": 1}])
+def test_a_row_whose_sample_is_no_number_costs_what_it_says_and_names_no_call(tmp_path: Path, sample: object) -> None:
+    with Ledger(tmp_path) as ledger:
+        send(ledger, 0)
+        send(ledger, 1)
+    path = tmp_path / LEDGER_NAME
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    path.write_text(f"{json.dumps(first | {'sample': sample})}\n{json.dumps(second)}\n")
+    assert list(last_rows(tmp_path)) == [1]
+    assert read_account(tmp_path).spent_usd == MOST + MOST
