@@ -144,7 +144,8 @@ def _check_tls(scheme: str, options: dict[str, str]) -> None:
 
 def connect(address: RedisAddress) -> Redis:
     """Returns a client of the server at an address, which connects when it is first used."""
-    url, options = address.url, {}
+    # Without driver_info the client does not send CLIENT SETINFO, for which Redis before 7.2 has no right.
+    url, options = address.url, dict[str, Any](driver_info=None)
     if address.password_file is not None:
         # The client takes the name from the URL or from the provider, but not from both.
         parts = urlsplit(url)
