@@ -12,6 +12,7 @@ import grpc
 
 from shared.errors import InvalidArgument
 from shared.service.expiry import ends_at
+from shared.service.file_stamp import stamp_of
 from shared.service.pem import PemFile, load_pair
 from shared.service.settings import Environment, read_str
 
@@ -119,15 +120,7 @@ class ServerTls:
 
     def _stamp_now(self) -> object:
         """Returns a value that changes with the files."""
-        stamps: list[object] = []
-        for path in self._files.paths:
-            try:
-                found = path.stat()
-            except (OSError, ValueError) as error:
-                stamps.append(str(error))
-            else:
-                stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
-        return stamps
+        return [stamp_of(path) for path in self._files.paths]
 
     def _read(self) -> _Certificates:
         certificate = PemFile(self._files.certificate, CERTIFICATE_VARIABLE)

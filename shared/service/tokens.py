@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated, shown
+from shared.service.file_stamp import stamp_of
 from shared.service.settings import Environment, read_str
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class TokenFile:
         self._variable = variable
         self._path = path
         self._has_warned = False
-        self._seen = _signature(path)
+        self._stamp = stamp_of(path)
         self._entries = self._read()
 
     def name_of(self, digest: bytes) -> str | None:
@@ -70,10 +71,10 @@ class TokenFile:
 
     def _look(self) -> None:
         """Reads the file again if it has changed."""
-        seen = _signature(self._path)
-        if seen == self._seen:
+        stamp = stamp_of(self._path)
+        if stamp == self._stamp:
             return
-        self._seen = seen
+        self._stamp = stamp
         try:
             self._entries = self._read()
         except InvalidArgument as error:
@@ -225,13 +226,3 @@ def read_token_settings(environment: Environment) -> TokenSettings:
 def digest_of(token: bytes) -> bytes:
     """Returns the digest by which tokens are compared."""
     return hashlib.sha256(token).digest()
-
-
-def _signature(path: Path) -> tuple[int, ...] | None:
-    """Returns what differs if the file behind a path, or behind its links, is another one or was written."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    # The time of the last change of the inode also tells that a file can be read again.
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
