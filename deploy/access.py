@@ -7,10 +7,10 @@ from pathlib import Path
 import inference_service.settings
 import trainer_service.settings
 from shared.errors import InvalidArgument
-from shared.service.credentials import CA_VARIABLE, SYSTEM, Credentials, read_credentials
-from shared.service.exposure import check_exposure
+from shared.service.access.credentials import CA_VARIABLE, SYSTEM, Credentials, read_credentials
+from shared.service.access.exposure import check_exposure
+from shared.service.access.tls import CERTIFICATE_VARIABLE, ServerTls, read_tls
 from shared.service.settings import Environment
-from shared.service.tls import CERTIFICATE_VARIABLE, ServerTls, read_tls
 
 # Other names end with TOKENS, too, and are numbers.
 _PATH_NAME = re.compile(r"GPTLOOP_(\w+_(FILE|DIR|CERT|KEY|CA)|(CLIENT|OPERATOR)_TOKENS)")

@@ -26,7 +26,7 @@ from shared.errors import GptloopError, Unavailable
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.service import cli
-from shared.service.credentials import PLAIN, Credentials
+from shared.service.access.credentials import PLAIN, Credentials
 from shared.service.lists import print_rows
 from shared.service.settings import Directories, read_directories
 from shared.text import format_duration, format_size

@@ -14,8 +14,8 @@ from deploy.ports import Ports, listening_host, read_ports
 from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, Unavailable
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
+from shared.service.access.credentials import Credentials
 from shared.service.client_channel import open_channel
-from shared.service.credentials import Credentials
 from shared.service.grpc_status import error_of
 from shared.service.settings import Directories, Environment, reachable_address, read_directories
 from trainer_service.jobs.queue import JobQueue

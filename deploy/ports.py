@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 import inference_service.settings
 import trainer_service.settings
 from shared.errors import InvalidArgument
+from shared.service.access.tls import read_tls
 from shared.service.listening import Address
 from shared.service.settings import Environment, reachable_address
-from shared.service.tls import read_tls
 
 
 @dataclass(frozen=True)

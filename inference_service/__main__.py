@@ -184,7 +184,7 @@ def generate(
     }
     from inference_service.client.client import InferenceClient
     from inference_service.terminal import Terminal
-    from shared.service.credentials import read_credentials
+    from shared.service.access.credentials import read_credentials
 
     with InferenceClient(address or _default_address(), credentials=read_credentials(os.environ)) as client:
         if prompts is None:
@@ -220,7 +220,7 @@ def chat(
     }
     from inference_service.chat import Chat
     from inference_service.client.client import InferenceClient
-    from shared.service.credentials import read_credentials
+    from shared.service.access.credentials import read_credentials
 
     with InferenceClient(address or _default_address(), credentials=read_credentials(os.environ)) as client:
         Chat(client, parameters, read_settings(os.environ).directories.chat_history).run()
@@ -367,7 +367,7 @@ def _set_policy(label: str, address: str | None) -> None:
 
 def _admin(address: str | None) -> "AdminClient":
     from inference_service.client.admin_client import AdminClient
-    from shared.service.credentials import read_credentials
+    from shared.service.access.credentials import read_credentials
 
     return AdminClient(address or _default_address(), read_credentials(os.environ))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from inference_service.admission import Call
 from inference_service.metrics import InferenceMetrics
 from shared.errors import ResourceExhausted
-from shared.service.tokens import Caller
+from shared.service.access.tokens import Caller
 
 # Nobody knows when a stream of the client will end.
 _NEXT_STREAM_S = 1.0

@@ -31,9 +31,9 @@ from inference_service.versions.resident import Resident
 from inference_service.versions.residents import Residents
 from shared.errors import DeadlineExceeded, GptloopError, Unavailable
 from shared.registry.manifest import VersionManifest
+from shared.service.access.tokens import Caller
 from shared.service.grpc_status import code_of
 from shared.service.log_ids import note
-from shared.service.tokens import Caller
 
 
 class ClientLeft(asyncio.CancelledError):

@@ -42,14 +42,14 @@ from shared.device.accelerator import Accelerator
 from shared.device.machine import memory_limit_bytes
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.registry.store import Registry
-from shared.service.exposure import warn_if_exposed
+from shared.service.access.exposure import warn_if_exposed
+from shared.service.access.tls import ServerTls
+from shared.service.access.token_interceptor import TokenInterceptor
 from shared.service.grpc_calls import ENDING
 from shared.service.grpc_server import GrpcServer, Signals
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from shared.service.settings import to_address
-from shared.service.tls import ServerTls
-from shared.service.token_interceptor import TokenInterceptor
 
 logger = logging.getLogger(__name__)
 

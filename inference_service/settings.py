@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
-from shared.service.exposure import read_insecure
+from shared.service.access.exposure import read_insecure
+from shared.service.access.tls import TlsFiles, read_tls
+from shared.service.access.tokens import CLIENT_TOKENS_VARIABLE, TokenSettings, read_token_settings
 from shared.service.settings import (
     Directories,
     Environment,
@@ -16,8 +18,6 @@ from shared.service.settings import (
     read_port,
     read_str,
 )
-from shared.service.tls import TlsFiles, read_tls
-from shared.service.tokens import CLIENT_TOKENS_VARIABLE, TokenSettings, read_token_settings
 
 HOST_VARIABLE = "GPTLOOP_INFERENCE_HOST"
 PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"

@@ -8,8 +8,8 @@ import grpc
 from shared.errors import DeadlineExceeded, GptloopError
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
+from shared.service.access.credentials import PLAIN, Credentials
 from shared.service.client_channel import Connection, sendable
-from shared.service.credentials import PLAIN, Credentials
 from shared.service.grpc_status import error_of
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.requests import JobRequest

@@ -13,13 +13,13 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
-from shared.service.exposure import warn_if_exposed
+from shared.service.access.exposure import warn_if_exposed
+from shared.service.access.tls import ServerTls
+from shared.service.access.token_interceptor import TokenInterceptor
 from shared.service.grpc_server import GrpcServer, Signals
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from shared.service.settings import to_address
-from shared.service.tls import ServerTls
-from shared.service.token_interceptor import TokenInterceptor
 from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from shared.registry.decisions import BestBy
 from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
 from shared.registry.store import Registry
-from shared.service.exposure import read_insecure
+from shared.service.access.exposure import read_insecure
+from shared.service.access.tls import TlsFiles, read_tls
+from shared.service.access.tokens import OPERATOR_TOKENS_VARIABLE, TokenSettings, read_token_settings
 from shared.service.settings import (
     Directories,
     Environment,
@@ -17,8 +19,6 @@ from shared.service.settings import (
     read_port,
     read_str,
 )
-from shared.service.tls import TlsFiles, read_tls
-from shared.service.tokens import OPERATOR_TOKENS_VARIABLE, TokenSettings, read_token_settings
 from trainer_service.distillation.groq_settings import GroqSettings, read_groq
 from trainer_service.redis_client import RedisAddress, read_redis
 

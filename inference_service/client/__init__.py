@@ -6,4 +6,4 @@ This package re-exports its names because programs of other people import from i
 from inference_service.client.admin_client import AdminClient as AdminClient
 from inference_service.client.client import AsyncInferenceClient as AsyncInferenceClient
 from inference_service.client.client import InferenceClient as InferenceClient
-from shared.service.credentials import Credentials as Credentials
+from shared.service.access.credentials import Credentials as Credentials

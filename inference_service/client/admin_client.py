@@ -9,8 +9,8 @@ from inference_service.client.attempts import START
 from shared.errors import DeadlineExceeded
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
+from shared.service.access.credentials import PLAIN, Credentials
 from shared.service.client_channel import Connection, sendable
-from shared.service.credentials import PLAIN, Credentials
 from shared.service.grpc_status import error_of
 
 _CALL_S = 30.0

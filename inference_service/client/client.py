@@ -15,8 +15,8 @@ from inference_service.client.stream import AsyncStream, Stream
 from shared.errors import FailedPrecondition, InvalidArgument
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
+from shared.service.access.credentials import PLAIN, Credentials
 from shared.service.client_channel import Connection, open_aio_channel, sendable
-from shared.service.credentials import PLAIN, Credentials
 
 DEFAULT_RETRIES = 2
 

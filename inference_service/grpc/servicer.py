@@ -14,8 +14,8 @@ from inference_service.write_timeouts import WriteTimeouts
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.registry.policy import labels_of
-from shared.service.token_interceptor import authorization_of
-from shared.service.tokens import Callers
+from shared.service.access.token_interceptor import authorization_of
+from shared.service.access.tokens import Callers
 
 Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
 

@@ -20,7 +20,7 @@ from inference_service.http.errors import HttpError
 from inference_service.versions.resident import Resident
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import InvalidArgument, NotFound
-from shared.service.tokens import Caller
+from shared.service.access.tokens import Caller
 
 # Prompts of one request; each takes the slots of its samples.
 MAX_PROMPTS = 128

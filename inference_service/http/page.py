@@ -23,7 +23,7 @@ from shared.errors import NotFound
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
 from shared.registry.store import Registry
-from shared.service.tokens import Callers
+from shared.service.access.tokens import Callers
 from shared.text import excerpt
 
 FILES = Path(__file__).parent.parent / "web"

@@ -23,9 +23,9 @@ from inference_service.http.statuses import Statuses
 from inference_service.http.token_guard import TokenGuard
 from shared.errors import GptloopError
 from shared.service import traces
+from shared.service.access.tls import ServerTls
+from shared.service.access.tokens import Callers
 from shared.service.listening import Address
-from shared.service.tls import ServerTls
-from shared.service.tokens import Callers
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference_service.http.errors import error_response
 from shared.errors import FailedPrecondition, PermissionDenied, Unauthenticated
+from shared.service.access.tokens import Caller, Callers
 from shared.service.log_ids import note
-from shared.service.tokens import Caller, Callers
 
 # The files of the page, and whether it must ask for a token.
 _OPEN = ("/", "/api/server")

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from shared.errors import InvalidArgument, Unavailable, shown
-from shared.service.credentials import PLAIN, Credentials
+from shared.service.access.credentials import PLAIN, Credentials
 from shared.service.settings import to_address
 
 # An HTTP proxy cannot reach a server on this machine.

@@ -12,12 +12,12 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from shared.service.access.tls import ServerTls
 from shared.service.grpc_calls import Calls, Ended
 from shared.service.grpc_port import open_port
 from shared.service.listening import Address
 from shared.service.probe import Probe
 from shared.service.settings import to_address
-from shared.service.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 

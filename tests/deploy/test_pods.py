@@ -16,7 +16,7 @@ from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
 from shared.errors import Unauthenticated
-from shared.service.credentials import Credentials
+from shared.service.access.credentials import Credentials
 from tests.certificates import Authority
 from tests.deploy.manifests import container, environment
 from tests.envoy_process import free_ports

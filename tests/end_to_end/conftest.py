@@ -24,7 +24,7 @@ from shared.gpt.weights import load_arrays
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
-from shared.service.credentials import Credentials
+from shared.service.access.credentials import Credentials
 from shared.service.settings import Directories
 from tests.waiting import HANG_S, wait_until
 from trainer_service.client import TrainerClient

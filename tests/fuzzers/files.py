@@ -12,7 +12,7 @@ from inference_service.versions.gate import Refused, read_content
 from shared.errors import GptloopError
 from shared.registry.store import Registry
 from shared.service import cli
-from shared.service.tokens import TokenFile
+from shared.service.access.tokens import TokenFile
 from tests.fakes import publish_tiny_version
 from tests.fuzzers.area import Area
 from tests.jobs import training

@@ -20,8 +20,8 @@ from inference_service.client import InferenceClient
 from inference_service.client.completion import Event
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
+from shared.service.access.credentials import PLAIN
 from shared.service.client_channel import open_channel
-from shared.service.credentials import PLAIN
 from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parent.parent.parent

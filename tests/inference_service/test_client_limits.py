@@ -10,7 +10,7 @@ from inference_service.client_limits import ClientLimits, TokenBucket
 from inference_service.metrics import InferenceMetrics
 from shared.device.accelerator import Memory
 from shared.errors import ResourceExhausted
-from shared.service.tokens import Caller
+from shared.service.access.tokens import Caller
 
 ALICE, BOB = Caller("alice", is_operator=False), Caller("bob", is_operator=False)
 OLGA = Caller("olga", is_operator=True)

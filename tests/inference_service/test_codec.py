@@ -21,7 +21,7 @@ from inference_service.write_timeouts import WriteTimeouts
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.service.tokens import Callers
+from shared.service.access.tokens import Callers
 from tests.asynchronous import async_test
 from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.inference_service.world import World

@@ -26,7 +26,7 @@ from shared.gpt.config import GPTConfig
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.store import Registry
 from shared.service import cli
-from shared.service.credentials import Credentials
+from shared.service.access.credentials import Credentials
 from shared.service.lists import print_rows
 from tests.certificates import Authority, Installed, replace
 from tests.envoy_process import MISSING, PROGRAM, Envoy, free_ports

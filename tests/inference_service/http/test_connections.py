@@ -13,8 +13,8 @@ from starlette.routing import Route
 from inference_service.generation import ClientLeft
 from inference_service.http import connections
 from inference_service.http.server import HttpServer
+from shared.service.access.tokens import Callers
 from shared.service.listening import Address
-from shared.service.tokens import Callers
 from tests.waiting import HANG_S
 
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n"

@@ -10,8 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from inference_service.http.server import HttpServer
+from shared.service.access.tokens import Callers
 from shared.service.listening import Address
-from shared.service.tokens import Callers
 from tests.asynchronous import async_test
 from tests.waiting import HANG_S
 

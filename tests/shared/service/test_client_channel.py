@@ -9,8 +9,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.errors import InvalidArgument, Unavailable
 from shared.service import grpc_server
+from shared.service.access.credentials import Credentials
 from shared.service.client_channel import open_aio_channel, read_target
-from shared.service.credentials import Credentials
 from shared.service.grpc_server import GrpcServer
 from shared.service.listening import Address
 from tests.asynchronous import async_test

@@ -10,8 +10,8 @@ import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from shared.errors import FailedPrecondition, GptloopError, Unavailable
+from shared.service.access.credentials import PLAIN, Credentials
 from shared.service.client_channel import open_channel
-from shared.service.credentials import PLAIN, Credentials
 from shared.service.grpc_status import error_of
 from tests.certificates import Authority, Pair
 

@@ -7,10 +7,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.errors import AlreadyExists
+from shared.service.access.tls import ServerTls, TlsFiles
 from shared.service.grpc_server import GrpcServer
 from shared.service.listening import Address
 from shared.service.probe import Probe
-from shared.service.tls import ServerTls, TlsFiles
 from tests.asynchronous import async_test
 from tests.certificates import Authority
 

@@ -7,8 +7,8 @@ import grpc
 import grpc.aio
 
 from shared.errors import FailedPrecondition, GptloopError, PermissionDenied, Unauthenticated
+from shared.service.access.tokens import Caller, Callers
 from shared.service.log_ids import keep
-from shared.service.tokens import Caller, Callers
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from shared.service.file_stamp import stamp_of
+from shared.service.access.file_stamp import stamp_of
 from tests.waiting import wait_until
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InvalidArgument
-from shared.service.credentials import Credentials, read_credentials
+from shared.service.access.credentials import Credentials, read_credentials
 from tests.certificates import Authority, replace
 
 TOKEN = "a-token-of-a-client"

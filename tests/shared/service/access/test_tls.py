@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.errors import InvalidArgument
+from shared.service.access.credentials import Credentials
+from shared.service.access.tls import ServerTls, TlsFiles, read_tls
 from shared.service.client_channel import open_aio_channel
-from shared.service.credentials import Credentials
 from shared.service.grpc_server import GrpcServer
 from shared.service.listening import Address
-from shared.service.tls import ServerTls, TlsFiles, read_tls
 from tests.asynchronous import async_test
 from tests.certificates import Authority, Installed, replace
 

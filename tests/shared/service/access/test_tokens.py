@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated, shown
-from shared.service.tokens import (
+from shared.service.access.tokens import (
     MAX_CHARACTERS,
     MAX_TOKENS,
     Caller,

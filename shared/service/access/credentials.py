@@ -8,8 +8,7 @@ from pathlib import Path
 import grpc
 
 from shared.errors import InvalidArgument, shown
-from shared.service.bearer_token import check_bearer_token
-from shared.service.pem import PemFile, load_pair
+from shared.service.access.pem import PemFile, load_pair
 from shared.service.settings import Environment, read_str
 
 CA_VARIABLE = "GPTLOOP_TLS_CA"
@@ -79,7 +78,7 @@ class Credentials:
 
     def to_metadata(self) -> tuple[tuple[str, str], ...]:
         """Returns the metadata that every call carries."""
-        check_bearer_token("The token", self.token)
+        _check_token("The token", self.token)
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
@@ -113,7 +112,17 @@ def _read_token(path: str) -> str:
     lines = [line.split() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     if len(lines) != 1 or len(lines[0]) > 2:
         raise InvalidArgument(f"{file} must have one line with your token, or with a name and your token.")
-    return check_bearer_token(f"The token in {TOKEN_VARIABLE}", lines[0][-1])
+    token = lines[0][-1]
+    _check_token(f"The token in {TOKEN_VARIABLE}", token)
+    return token
+
+
+def _check_token(name: str, token: str) -> None:
+    """Raises `InvalidArgument`, which never quotes the token, if gRPC metadata cannot carry it."""
+    if not (token.isascii() and token.isprintable()):
+        raise InvalidArgument(
+            f"{name} contains a character that metadata cannot carry; use printable ASCII on one line."
+        )
 
 
 def _system_authorities() -> bytes | None:

@@ -14,10 +14,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
+from shared.service.access.token_interceptor import TokenInterceptor
+from shared.service.access.tokens import Callers, TokenSettings
 from shared.service.grpc_server import GrpcServer
 from shared.service.listening import Address
-from shared.service.token_interceptor import TokenInterceptor
-from shared.service.tokens import Callers, TokenSettings
 from tests.asynchronous import async_test
 from tests.token_files import ALICE, BOB, OPERATOR, write_tokens
 from tests.waiting import eventually

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.service.expiry import ends_at
+from shared.service.access.expiry import ends_at
 from tests.certificates import Authority
 
 

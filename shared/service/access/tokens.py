@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import FailedPrecondition, InvalidArgument, PermissionDenied, Unauthenticated, shown
-from shared.service.file_stamp import stamp_of
+from shared.service.access.file_stamp import stamp_of
 from shared.service.settings import Environment, read_str
 
 logger = logging.getLogger(__name__)

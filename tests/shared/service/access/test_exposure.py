@@ -1,7 +1,7 @@
 import pytest
 
 from shared.errors import InvalidArgument
-from shared.service.exposure import check_exposure, read_insecure
+from shared.service.access.exposure import check_exposure, read_insecure
 
 TOKENS = ("GPTLOOP_CLIENT_TOKENS", "GPTLOOP_OPERATOR_TOKENS")
 

@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 
 from shared.errors import InvalidArgument
-from shared.service.expiry import ends_at
-from shared.service.file_stamp import stamp_of
-from shared.service.pem import PemFile, load_pair
+from shared.service.access.expiry import ends_at
+from shared.service.access.file_stamp import stamp_of
+from shared.service.access.pem import PemFile, load_pair
 from shared.service.settings import Environment, read_str
 
 logger = logging.getLogger(__name__)
