@@ -13,13 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
+from inference_service.http.access_log import AccessLog
 from inference_service.http.connections import Connection, most_connections
 from inference_service.http.errors import HttpError, error_response
 from inference_service.http.failures import Failures
 from inference_service.http.guards import Guards
 from inference_service.http.listener import Listener
-from inference_service.http.request_ids import RequestIds
-from inference_service.http.statuses import Statuses
 from inference_service.http.token_guard import TokenGuard
 from shared.errors import GptloopError
 from shared.service import traces
@@ -61,7 +60,7 @@ class HttpServer:
             exception_handlers={GptloopError: _answer_error, HTTPException: _answer_http_error},
         )
         self._config = uvicorn.Config(
-            traces.wrap(RequestIds(Statuses(Guards(app, hosts, origins), answered))),
+            traces.wrap(AccessLog(Guards(app, hosts, origins), answered)),
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -1,6 +1,7 @@
-"""The request id of each HTTP request, and the log line at its end."""
+"""The request id of each HTTP request, the count of its answer, and the log line at its end."""
 
 import logging
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,14 +12,16 @@ from shared.service.log_ids import REQUEST_ID
 from shared.text import excerpt
 
 
-class RequestIds:
+class AccessLog:
     """Wraps an application: each answer has the request id that its client gave, or a new one.
 
-    The page asks for something every second, so the ends of requests that only read are of level DEBUG.
+    `answered` is called with the status of each answer when it begins. The page asks for something every second, so the
+    ends of requests that only read are of level DEBUG.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, answered: Callable[[int], None]) -> None:
         self._app = app
+        self._answered = answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request as ASGI asks."""
@@ -37,6 +40,7 @@ class RequestIds:
                 nonlocal status
                 if message["type"] == "http.response.start":
                     status = str(message["status"])
+                    self._answered(message["status"])
                     MutableHeaders(scope=message)[REQUEST_ID] = request_id
                 await send(message)
 
