@@ -11,7 +11,7 @@ from inference_service.metrics import InferenceMetrics
 from shared.errors import ResourceExhausted
 from shared.service.access.tokens import Caller
 
-# Nobody knows when a stream of the client will end.
+# When a stream of the client ends is not known.
 _NEXT_STREAM_S = 1.0
 _MINUTE_S = 60.0
 

@@ -102,7 +102,7 @@ def _generate(engine: Engine, folder: Path) -> None:
     )
     with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=authority)) as answer:
         assert json.load(answer)["choices"][0]["text"]
-    print("A model was trained, and wrote over gRPC and HTTPS to who has a token.", flush=True)
+    print("A model was trained, and wrote over gRPC and HTTPS for a client with a token.", flush=True)
 
 
 def _scraped() -> dict[str, str]:

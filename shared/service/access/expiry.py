@@ -13,7 +13,7 @@ _VERSION, _SHORT_TIME = 0xA0, 0x17
 def ends_at(pem: bytes) -> float:
     """Returns when the first certificate of a PEM file ends, in seconds since the epoch (RFC 5280, section 4.1).
 
-    Raises `ValueError` if it is no certificate.
+    Raises `ValueError` if it is not a certificate.
     """
     found = _PEM.search(pem)
     if found is None:

@@ -40,7 +40,7 @@ class PemFile:
 
 
 def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> None:
-    """Gives a context its own certificate chain and key; raises `InvalidArgument` if they are no pair."""
+    """Gives a context its own certificate chain and key; raises `InvalidArgument` if they do not belong together."""
     for file, marker in ((certificate, b"CERTIFICATE-----"), (key, b"PRIVATE KEY-----")):
         if marker not in file.read():
             what = "certificate" if file is certificate else "private key"
