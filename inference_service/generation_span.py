@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from inference_service.draft import Draft
 from inference_service.engine.request import Finished, GenerationRequest
 from shared.service import traces
+from shared.service.tracer import Attributes, Mark
 
 # Names that begin with gen_ai are OpenTelemetry's conventions for generative AI.
 _OPERATION = "text_completion"
@@ -14,7 +15,7 @@ _OPERATION = "text_completion"
 class GenerationSpan:
     """Takes the ends of samples, and adds a span for each part of the work, whose times the engine measured."""
 
-    def __init__(self, mark: traces.Mark) -> None:
+    def __init__(self, mark: Mark) -> None:
         self._mark = mark
         self._generated_tokens = 0
         self._reasons: list[str] = []
@@ -59,7 +60,7 @@ class GenerationSpan:
 def generation_span(draft: Draft, version: int) -> Iterator[GenerationSpan]:
     """Makes a block the span of a generation by a version."""
     options = draft.options
-    attributes: traces.Attributes = {}
+    attributes: Attributes = {}
     if traces.are_on():
         attributes = {
             "gen_ai.operation.name": _OPERATION,

@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 
 from shared.errors import InvalidArgument, shown
 from shared.service.settings import Environment, read_str
-from shared.service.traces import Attributes, Mark, Metadata
+from shared.service.tracer import Attributes, Mark, Metadata
 
 _PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
 # A process waits this long at its end, twice at most, for a collector that does not answer.
@@ -62,7 +62,7 @@ class OpenTelemetry:
             yield span.set_attributes
 
     def add(self, name: str, begin_ns: int, end_ns: int, attributes: Attributes) -> None:
-        """See `traces.Tracer.add`."""
+        """See `Tracer.add`."""
         self._tracer.start_span(name, attributes=attributes, start_time=begin_ns).end(end_ns)
 
     @contextmanager

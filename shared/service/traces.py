@@ -6,45 +6,18 @@ Until `start` has found that variable, OpenTelemetry is not imported and every f
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
 from shared.errors import FailedPrecondition
 from shared.service.settings import Environment, read_str
+from shared.service.tracer import Attributes, Mark, Metadata, Tracer
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.instrumentation")
-
-Attributes = Mapping[str, str | bool | int | float | list[str]]
-# Adds attributes to a span.
-Mark = Callable[[Attributes], None]
-Metadata = Iterable[tuple[str, str | bytes]]
-
-
-class Tracer(Protocol):
-    """What sends spans."""
-
-    def span(self, name: str, attributes: Attributes) -> AbstractContextManager[Mark]:
-        """See `span`."""
-
-    def add(self, name: str, begin_ns: int, end_ns: int, attributes: Attributes) -> None:
-        """Adds a span of the past, in nanoseconds since the epoch."""
-
-    def call(self, path: str, metadata: Metadata) -> AbstractContextManager[Callable[[grpc.StatusCode], None]]:
-        """See `call`."""
-
-    def mark(self, attributes: Attributes) -> None:
-        """See `mark`."""
-
-    def ids(self) -> dict[str, str]:
-        """See `ids`."""
-
-    def wrap(self, app: Any) -> Any:
-        """See `wrap`."""
-
 
 # One for the process, as OpenTelemetry has it.
 _tracer: Tracer | None = None

@@ -47,7 +47,7 @@ def complete(server: Server, token: str, **fields: Any) -> httpx.Response:
     return httpx.post(f"{server.page_url}v1/completions", json=body, headers=headers, timeout=HANG_S)
 
 
-def test_a_client_has_so_many_samples_at_once_over_both_faces(tmp_path: Path) -> None:
+def test_the_samples_of_a_client_are_limited_over_both_faces(tmp_path: Path) -> None:
     with limited(tmp_path, GPTLOOP_INFERENCE_CLIENT_STREAMS="2") as server, client(server, ALICE) as alice:
         # Alone, a batch has turns, and more than the limit at once is no request at all.
         assert len(complete(server, ALICE, prompt=["x"] * 5).json()["choices"]) == 5
