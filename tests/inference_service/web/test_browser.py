@@ -1,12 +1,11 @@
 """The page in a real browser, with a live trainer and a live server."""
 
 import re
-import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,62 +16,22 @@ from shared.service.settings import Directories
 from tests.end_to_end.conftest import TINY, System, running
 from tests.fakes import TINY as TINY_MODEL
 from tests.fakes import publish_tiny_version
-from tests.inference_service.operated import TOKEN, Operated
+from tests.inference_service.operated import Operated
 from tests.inference_service.process import Server, text_of
-from tests.token_files import ALICE, OPERATOR, write_tokens
-from tests.waiting import HANG_S, wait_until
+from tests.inference_service.web.generating import generate
+from tests.waiting import wait_until
 from trainer_service.jobs.requests import TrainRequest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-if TYPE_CHECKING:
-    from playwright.sync_api import ConsoleMessage, Request
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")]
+pytestmark = pytest.mark.slow
 
 # What a model repeats after a few steps: it must never become a part of the page.
 MARKUP = "<img src=x onerror=\"document.title='taken'\"> <b>bold</b> "
 RUN = {"max_steps": "500", "evaluation_interval": "100"}
 PHONE_WIDTH = 360
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, tmp_path: Path) -> Iterator[Page]:
-    """A tab in which nothing may go wrong, and that may call nothing but its server."""
-    context = browser.new_context()
-    context.set_default_timeout(1000 * HANG_S)
-    expect.set_options(timeout=1000 * HANG_S)
-    page = context.new_page()
-    problems: list[str] = []
-
-    def check_message(message: "ConsoleMessage") -> None:
-        # A refused call is also a message; the page shows its sentence.
-        if message.type in ("error", "warning") and not message.text.startswith("Failed to load resource"):
-            problems.append(message.text)
-
-    def check_request(request: "Request") -> None:
-        if not request.url.startswith("http://127.0.0.1:"):
-            problems.append(request.url)
-
-    page.on("console", check_message)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", check_request)
-    yield page
-    page.screenshot(path=tmp_path / "page.png")
-    context.close()
-    assert not problems
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +67,6 @@ def versions(system: System, run: str) -> list[str]:
 def serving(system: System) -> int:
     with AdminClient(f"127.0.0.1:{system.ports.inference}") as admin:
         return next((one.version for one in admin.versions().versions if one.state == pb.VERSION_STATE_SERVING), 0)
-
-
-def generate(page: Page, prompt: str, **fields: str) -> None:
-    page.get_by_label("Prompt").fill(prompt)
-    for label, value in fields.items():
-        page.get_by_label(label.replace("_", " ")).fill(value)
-    page.get_by_role("button", name="Generate").click()
 
 
 def written(page: Page, lane: int = 0) -> str:
@@ -390,78 +342,3 @@ def test_an_empty_registry_says_how_to_begin_and_a_server_that_ends_is_reported(
     finally:
         assert server.end() == 0
     expect(page.locator("#connection")).to_contain_text("The server does not answer")
-
-
-def test_the_token_is_asked_for_once_and_kept_in_memory_only(operated: Operated, page: Page) -> None:
-    number = operated.publish_serving()
-    page.goto(f"{operated.server.page_url}#versions")
-    promote = page.get_by_role("button", name=f"Promote version {number}")
-    dialog = page.get_by_role("dialog", name="token")
-    for wrong in ("close sesame", "öffne dich → Sesam"):
-        dialog.get_by_label("Token").fill(wrong)
-        dialog.get_by_role("button", name="Use").click()
-        expect(dialog).to_contain_text("The server refused this token.")
-        expect(dialog.get_by_label("Token")).to_have_value("")
-    expect(promote).to_have_count(0)
-    dialog.get_by_label("Token").fill(TOKEN)
-    dialog.get_by_label("Token").press("Enter")
-    promote.click()
-    expect(page.locator("#versions-result")).to_have_text(f"Version {number} is the stable one.")
-    assert "stable" in operated.status(number).labels
-    page.get_by_role("button", name=f"Load version {number}").click()
-    expect(page.locator("#versions-result")).to_have_text(f"Version {number} is in memory.")
-    kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.hash])"
-    assert page.evaluate(kept) == '[{},{},"","#versions"]'
-
-    page.reload()
-    expect(dialog).to_contain_text("This server answers only people who have a token.")
-    dialog.get_by_role("button", name="Cancel").click()
-    expect(page.locator("#connection")).to_contain_text("Only people with a token may see or do this")
-    expect(dialog).to_be_hidden()
-    page.get_by_role("link", name="Playground").click()
-    expect(page.get_by_role("combobox", name="Version", exact=True)).to_contain_text(str(number))
-    expect(page.locator("#connection")).to_be_hidden()
-    page.get_by_role("link", name="Versions").click()
-    expect(dialog).to_be_visible()
-    assert operated.admin.versions().policy == "best"
-
-
-def test_one_token_opens_all_that_it_is_good_for(tmp_path: Path, page: Page) -> None:
-    files = {"clients": f"alice {ALICE}", "operators": f"olga {OPERATOR}"}
-    clients, operators = (str(write_tokens(tmp_path / name, line)) for name, line in files.items())
-    server = Server(tmp_path / "var", GPTLOOP_CLIENT_TOKENS=clients, GPTLOOP_OPERATOR_TOKENS=operators)
-    try:
-        publish_tiny_version(server.registry, 1.0)
-        wait_until(server.serves)
-        page.goto(f"{server.page_url}#training")
-        dialog = page.get_by_role("dialog", name="token")
-        expect(dialog).to_contain_text("This server answers only people who have a token.")
-        dialog.get_by_label("Token").fill(ALICE)
-        dialog.get_by_role("button", name="Use").click()
-        expect(page.locator("#no-run")).to_be_visible()
-        page.get_by_role("link", name="Playground").click()
-        generate(page, "x")
-        expect(page.locator(".lane .hint")).to_contain_text("tokens,")
-        expect(dialog).to_be_hidden()
-
-        page.get_by_role("link", name="Versions").click()
-        expect(dialog).to_contain_text("but this needs an operator")
-        # A wrong token does not replace the one that is good for the rest.
-        dialog.get_by_label("Token").fill("close sesame")
-        dialog.get_by_role("button", name="Use").click()
-        expect(dialog).to_contain_text("The server refused this token.")
-        dialog.get_by_role("button", name="Cancel").click()
-        expect(page.locator("#connection")).to_contain_text("Only people with a token may see or do this")
-        page.get_by_role("link", name="Playground").click()
-        generate(page, "y")
-        expect(page.locator(".lane .hint")).to_contain_text("tokens,")
-        expect(page.locator("#connection")).to_be_hidden()
-
-        page.get_by_role("link", name="Versions").click()
-        expect(dialog).to_contain_text("but this needs an operator")
-        dialog.get_by_label("Token").fill(OPERATOR)
-        dialog.get_by_role("button", name="Use").click()
-        page.get_by_role("button", name="Promote version 1").click()
-        expect(page.locator("#versions-result")).to_have_text("Version 1 is the stable one.")
-    finally:
-        assert server.end() == 0
