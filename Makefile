@@ -150,7 +150,7 @@ soak-replicas: $(VENV) .venv/validators ## Drain, restart and rotate two replica
 	$(call TAKES)
 	@$(RUN) tests.soak.replicas
 
-fuzz: $(VENV) ## Feed odd inputs to every edge of live services (ten minutes).
+fuzz: $(VENV) ## Feed odd inputs to every edge of live services (seven minutes).
 	$(call TAKES)
 	@$(RUN) tests.soak.fuzz
 

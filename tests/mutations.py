@@ -100,13 +100,13 @@ def odd_file(rng: random.Random, content: bytes) -> bytes:
     if rng.random() < 0.6:
         try:
             return json_bytes(odd_json(rng, json.loads(content)))
-        except ValueError:
+        except (ValueError, RecursionError):
             lines = content.splitlines()
             number = rng.randrange(len(lines)) if lines else 0
             try:
                 lines[number] = json_bytes(odd_json(rng, json.loads(lines[number])))
                 return b"\n".join(lines)
-            except (ValueError, IndexError):
+            except (ValueError, IndexError, RecursionError):
                 pass
     return odd_bytes(rng, content)
 

@@ -1,6 +1,7 @@
-"""A small, deterministic share of `tests.soak.fuzz`: what needs no running server, with the same inputs each time."""
+"""A small, deterministic share of `tests.soak.fuzz`, with the same inputs each time."""
 
 import random
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import pytest
 
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2
-from tests.fuzzers import calls, files
+from tests.fuzzers import calls, files, secured
 from tests.fuzzers.area import Area
+from tests.fuzzers.registry import KINDS, choose, files_of, kind_of, registry_of
 from tests.mutations import odd_message
 
 
 @pytest.mark.parametrize(
     ("try_one", "inputs"),
-    [(files.try_commands, 60), (files.try_version, 80), (files.try_tokens, 300), (files.try_ledger, 300)],
+    [(files.try_registry, 90), (files.try_version, 80), (files.try_tokens, 300), (files.try_ledger, 300)],
 )
 @pytest.mark.slow
 def test_changed_files_end_nothing_by_a_mistake(
@@ -25,11 +27,34 @@ def test_changed_files_end_nothing_by_a_mistake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GPTLOOP_VAR", str(tmp_path))
-    files.registry_of(tmp_path)
+    registry_of(tmp_path)
     area, rng = Area("files"), random.Random(0)
     for _ in range(inputs):
         try_one(rng, area, tmp_path)
     assert (area.inputs, area.findings) == (inputs, {})
+
+
+def test_each_kind_of_file_is_in_the_registry_and_chosen(tmp_path: Path) -> None:
+    root, rng = registry_of(tmp_path).root, random.Random(0)
+    assert {kind_of(path, root) for path in files_of(root)} == set(KINDS)
+    assert {choose(rng, root)[0] for _ in range(200)} == set(KINDS)
+
+
+@pytest.mark.slow
+def test_a_server_with_tls_survives_odd_connections_and_files(tmp_path: Path) -> None:
+    target, area, rng = secured.SecuredTarget(tmp_path), Area("TLS"), random.Random(0)
+    kept: list[socket.socket] = []
+    try:
+        for _ in range(20):
+            secured.try_handshake(rng, area, target, kept)
+            secured.try_pem(rng, area, target)
+            secured.try_live_tokens(rng, area, target)
+        secured.read_log(area, target)
+    finally:
+        for each in kept:
+            each.close()
+        assert target.server.end() == 0
+    assert (area.inputs, area.findings) == (60, {})
 
 
 @pytest.mark.parametrize("module", [inference_pb2, training_pb2])

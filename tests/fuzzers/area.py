@@ -1,5 +1,6 @@
 """What a fuzzer keeps: how many inputs it tried, and what fell."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,20 @@ BAD_CODES = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.
 
 @dataclass
 class Area:
-    """An edge: how many inputs were tried, and what fell, each finding once."""
+    """An edge: how many inputs of each kind were tried, and what fell, each finding once."""
 
     name: str
-    inputs: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     findings: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> int:
+        """All inputs that were tried."""
+        return self.counts.total()
+
+    def tried(self, kind: str = "") -> None:
+        """Counts an input."""
+        self.counts[kind] += 1
 
     def fell(self, what: str, given: object = "") -> None:
         """Keeps a finding."""

@@ -30,7 +30,7 @@ def try_grpc(rng: random.Random, area: Area, channel: Any, module: Any) -> None:
             raw = rng.randbytes(rng.randrange(60))
         case 1:
             raw = odd_bytes(rng, raw)
-    area.inputs += 1
+    area.tried()
     # Watching a job that waits ends with the deadline.
     endless = path.endswith("WatchJob")
     limit_s = 0.3 if endless else CALL_S
@@ -104,7 +104,7 @@ def try_http(rng: random.Random, area: Area, client: httpx.Client, url: str) -> 
     headers = {"content-type": rng.choice(("application/json", "application/json; charset=x", "text/plain", ""))}
     if rng.random() < 0.7:
         headers["content-type"] = "application/json"
-    area.inputs += 1
+    area.tried()
     try:
         answer = client.request(method, f"{url}{path.lstrip('/')}", content=content, headers=headers, timeout=CALL_S)
         if answer.status_code >= 500 and answer.status_code != 503:
@@ -150,7 +150,7 @@ def garbage(rng: random.Random) -> bytes:
 
 def try_connection(rng: random.Random, area: Area, port: int, kept: list[socket.socket]) -> None:
     """Opens a connection, sends garbage, and leaves it open, closes it, or resets it."""
-    area.inputs += 1
+    area.tried()
     try:
         connection = socket.create_connection(("127.0.0.1", port), timeout=5)
         connection.sendall(garbage(rng))

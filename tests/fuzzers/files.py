@@ -6,59 +6,74 @@ import json
 import random
 import shutil
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from inference_service.versions.gate import Refused, read_content
 from shared.errors import GptloopError
+from shared.registry.fence import Fence
+from shared.registry.identity import registry_id
+from shared.registry.numbering import next_version
 from shared.registry.store import Registry
 from shared.service import cli
 from shared.service.access.tokens import TokenFile
-from tests.fakes import publish_tiny_version
 from tests.fuzzers.area import Area
+from tests.fuzzers.registry import choose, files_of, kind_of
 from tests.jobs import training
 from tests.mutations import json_bytes, odd_bytes, odd_file
-from tests.records import write_record
 
 COMMANDS = (
-    *("checkpoints", "runs", "disk", "verify", "prune --dry-run", "history tiny", "history tiny --csv", "runs --json"),
-    *("checkpoints --json", "history tiny --json", "export 1 --dir exported"),
+    *("checkpoints", "runs", "disk", "verify", "prune --dry-run", "history taught", "history taught --csv"),
+    *("runs --json", "checkpoints --json", "history taught --json", "export 1 --dir exported"),
 )
 
 
-def registry_of(folder: Path) -> Registry:
-    """Makes a registry that has a file of each kind."""
-    registry = Registry(folder / "registry")
-    for number in range(3):
-        publish_tiny_version(registry, 1.0 / (number + 1), better_by=0.0)
-        write_record(registry, registry.version(number + 1), 1.0)
-    registry.decisions.set_policy("best")
-    registry.decisions.set_stable(1)
-    return registry
+def _identify(root: Path) -> None:
+    registry_id(root)
 
 
-def files_of(folder: Path) -> list[Path]:
-    """Returns the files of a folder, those that are no locks."""
-    return [
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock" and path.name != "lock"
-    ]
+def _raise_fence(root: Path) -> None:
+    Fence.raise_for(root / "runs" / "taught")
 
 
-def try_commands(rng: random.Random, area: Area, var: Path) -> None:
-    """Changes a file of the registry, and runs a command that reads it, in this process."""
+def _read_teachers(root: Path) -> None:
+    teachers = Registry(root).teachers
+    for run in teachers.runs():
+        teachers.verify(run)
+
+
+# What reads files that no command of the list reads.
+_READERS: dict[str, Callable[[Path], object]] = {
+    "identity": _identify,
+    "fences": _raise_fence,
+    "numbering": next_version,
+    "teachers.json": _read_teachers,
+    "holds": lambda root: (Registry(root).holds.jobs(), Registry(root).holds.runs()),
+    "findings": lambda root: Registry(root).decisions.findings(),
+}
+
+
+def try_registry(rng: random.Random, area: Area, var: Path) -> None:
+    """Changes a file of the registry, and runs in this process a command, or what else reads it."""
     from deploy.commands import app
 
-    path = rng.choice(files_of(var / "registry"))
+    root = var / "registry"
+    kind, path = choose(rng, root)
     before = path.read_bytes()
     after = odd_file(rng, before)
     path.write_bytes(after)
     command = rng.choice(COMMANDS)
-    area.inputs += 1
+    area.tried(kind)
     exported = var / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     try:
-        arguments = command.replace("exported", str(exported)).split()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            cli.invoke(app, arguments)
+        if kind in _READERS and rng.random() < 0.7:
+            command = kind
+            _READERS[kind](root)
+        else:
+            arguments = command.replace("exported", str(exported)).split()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                cli.invoke(app, arguments)
     except (GptloopError, OSError, SystemExit):
         pass
     except BaseException as error:
@@ -89,15 +104,17 @@ def try_version(rng: random.Random, area: Area, var: Path) -> None:
     registry = Registry(var / "registry")
     folder = registry.version_directory(1)
     kept = {path: path.read_bytes() for path in files_of(folder)}
-    path = rng.choice([each for each in kept if each.name != "manifest.json"] + [folder / "manifest.json"])
+    path = rng.choice(list(kept))
     before = kept[path]
     header = int.from_bytes(before[:8], "little") if path.suffix == ".safetensors" else 0
+    kind = kind_of(path, registry.root)
     if header and rng.random() < 0.7:
+        kind = "safetensors headers"
         changed = odd_file(rng, before[8 : 8 + header])
         after = len(changed).to_bytes(8, "little") + changed + before[8 + header :]
     else:
         after = odd_file(rng, before)
-    area.inputs += 1
+    area.tried(kind)
     try:
         path.write_bytes(after)
         if path.name != "manifest.json":
@@ -125,7 +142,7 @@ def try_tokens(rng: random.Random, area: Area, var: Path) -> None:
     """Reads a file of tokens that was changed."""
     path = var / "tokens"
     path.write_bytes(odd_bytes(rng, b"# people\nalice 0123456789abcdef\nbob fedcba9876543210\n"))
-    area.inputs += 1
+    area.tried()
     try:
         TokenFile("GPTLOOP_CLIENT_TOKENS", path).name_of(b"x" * 32)
     except GptloopError:
@@ -150,7 +167,7 @@ def try_ledger(rng: random.Random, area: Area, var: Path) -> None:
         "sample": 1,
     }
     (folder / "ledger.jsonl").write_bytes(odd_file(rng, json_bytes(row) + b"\n" + json_bytes(answered) + b"\n"))
-    area.inputs += 1
+    area.tried()
     try:
         ledger.read_account(folder)
         ledger.last_rows(folder)
@@ -173,7 +190,7 @@ def try_text(rng: random.Random, area: Area, var: Path) -> None:
     from tests.trainer_service.site import Site  # noqa: F401
 
     config = training(var, tokenizer="bpe", vocabulary_size="300", context_length="16", evaluation_windows="2").config
-    area.inputs += 1
+    area.tried()
     try:
         prepare(DatasetSpec((str(path),)), config, var / "data", lambda *_: None, None, stories=None)
     except (GptloopError, OSError):

@@ -5,6 +5,7 @@ Parts of RQ that are not public are used here, so `pyproject.toml` pins RQ to on
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,8 +17,10 @@ from redis.exceptions import RedisError
 from rq import Queue
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.executions import Execution
-from rq.job import Job
+from rq.intermediate_queue import IntermediateQueue
+from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
+from rq.utils import now
 from rq.worker import Worker, WorkerStatus
 
 from shared.errors import Unavailable
@@ -40,6 +43,10 @@ _WORKER_TTL_S = 60
 _ENDED_TTL_S = 60
 # How long the worker waits before it tries a command again.
 _RETRY_S = 1.0
+# The names of jobs that RQ accepts.
+_RQ_ID = re.compile(rb"[A-Za-z0-9_-]+")
+# What RQ raises on what it cannot read.
+_UNREADABLE = (ValueError, TypeError, LookupError)
 
 
 class AttemptJob(Job):
@@ -65,6 +72,13 @@ class AttemptJob(Job):
         if not is_valid:
             logger.error("%r in the queue is not a job of this project, and is dropped", self.id)
             raise NoSuchJobError(f"{self.id} is not a job of this project.")
+
+    def get_status(self, refresh: bool = True) -> JobStatus:
+        """Returns what RQ knows of the attempt; a state that RQ does not know counts as started."""
+        try:
+            return super().get_status(refresh)
+        except ValueError:
+            return JobStatus.STARTED
 
 
 class AttemptQueue:
@@ -123,6 +137,19 @@ class AttemptQueue:
             if self.rq.remove(rq_id):
                 self._redis.delete(AttemptJob.key_for(rq_id))
 
+    def drop_foreign(self) -> int:
+        """Removes the entries that RQ cannot read, from its queue and from the list of what workers just took.
+
+        Returns how many there were.
+        """
+        dropped = 0
+        with reachable(self._redis):
+            for key in (self.key, IntermediateQueue.get_intermediate_queue_key(self.key)):
+                for rq_id in cast(list[bytes], self._redis.lrange(key, 0, -1)):
+                    if not _RQ_ID.fullmatch(rq_id):
+                        dropped += cast(Any, self._redis).lrem(key, 0, rq_id)
+        return dropped
+
     def _first_after(self, ticket: int) -> str | None:
         """Returns RQ's id of the first waiting attempt whose job has a higher ticket."""
         waiting = self.waiting()
@@ -171,6 +198,7 @@ class AttemptWorker(Worker):
             maintenance_interval=_MAINTENANCE_INTERVAL_S,
             job_monitoring_interval=_HEARTBEAT_INTERVAL_S,
         )
+        self._attempts = queue
         self._runner = runner
 
     def _set_ip_address(self, connection: Redis) -> None:
@@ -190,12 +218,26 @@ class AttemptWorker(Worker):
         """Does not ask Redis: nothing suspends a worker."""
 
     def run_maintenance_tasks(self) -> None:
-        """Cleans RQ's registries."""
-        self._patiently(super().run_maintenance_tasks)
+        """Cleans RQ's registries, if they contain nothing that RQ cannot read."""
+        self._patiently(self._attempts.drop_foreign)
+        try:
+            self._patiently(super().run_maintenance_tasks)
+        except _UNREADABLE as error:
+            logger.error("RQ's registries contain something foreign, and are not cleaned: %r", error)
+            self.last_cleaned_at = now()  # type: ignore[assignment]  # RQ sets it alike
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
-        """Takes the next attempt."""
-        return self._patiently(lambda: super(AttemptWorker, self).dequeue_job_and_maintain_ttl(timeout, max_idle_time))
+        """Takes the next attempt, and drops foreign entries on the way to it."""
+        while True:
+            try:
+                return self._patiently(
+                    lambda: super(AttemptWorker, self).dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+                )
+            except _UNREADABLE as error:
+                dropped = self._patiently(self._attempts.drop_foreign)
+                logger.error("dropped %d foreign entries of the queue: %r", dropped, error)
+                if not dropped:
+                    raise
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """Renews the worker's entry in RQ, at once if it is not part of a pipeline."""

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import pytest
 from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
+from rq.job import JobStatus
 
 from shared.errors import FailedPrecondition, Unavailable
 from shared.registry.identity import registry_id
@@ -105,3 +106,37 @@ def test_a_wait_for_an_attempt_is_not_cut_off_on_a_connection_that_was_open_befo
         taken = connection.connection_pool.get_connection()
         assert taken.socket_timeout > worker.dequeue_timeout
         connection.connection_pool.release(taken)
+
+
+@pytest.mark.parametrize("foreign", [b"\xff", b"a/b", b"", b"x" * 300])
+def test_a_worker_drops_what_is_no_attempt_from_its_queue_and_takes_the_next_one(
+    redis: Redis, admin: Redis, queue: JobQueue, job: str, foreign: bytes
+) -> None:
+    taken = []
+
+    class Taker(AttemptRunner):
+        def start(self, job_id: str, attempt: int) -> int:
+            taken.append(job_id)
+            return os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ)
+
+    admin.lpush(queue.attempts.key, foreign)
+    admin.lpush(f"{queue.attempts.key}:intermediate", foreign)
+    worker = AttemptWorker(queue.attempts, redis, Taker(queue))
+    assert worker.work(burst=True) is True
+    assert taken == [job]
+    assert admin.lrange(queue.attempts.key, 0, -1) == []
+
+
+def test_a_state_that_rq_does_not_know_counts_as_started(admin: Redis, queue: JobQueue, job: str) -> None:
+    (attempt,) = queue.attempts.rq.jobs
+    admin.hset(attempt.key, "status", "asleep")
+    assert attempt.get_status() is JobStatus.STARTED
+
+
+def test_a_worker_works_although_the_registries_of_rq_contain_something_foreign(
+    redis: Redis, admin: Redis, queue: JobQueue, job: str
+) -> None:
+    admin.zadd(queue.attempts.rq.started_job_registry.key, {b"\xff": 1})
+    worker = AttemptWorker(queue.attempts, redis, AttemptRunner(queue))
+    worker.run_maintenance_tasks()
+    assert not worker.should_run_maintenance_tasks
