@@ -15,7 +15,7 @@ from tests.certificates import Authority
 from tests.redis_process import PASSWORD, RedisServer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest
-from trainer_service.redis_client import check_server, connect, reachable, read_redis, redis_failure
+from trainer_service.redis_client import RedisAddress, check_server, connect, reachable, read_redis, redis_failure
 
 
 def test_a_url_in_the_environment_is_used(tmp_path: Path) -> None:
@@ -72,6 +72,15 @@ def test_the_password_of_a_file_opens_redis(mortal_redis: RedisServer, tmp_path:
         with pytest.raises(Unavailable, match="which cannot be read: No such file"), reachable(client):
             client.ping()
         assert PASSWORD not in repr(client) + repr(address)
+
+
+def test_nobody_enters_redis_without_a_name(redis_server: RedisServer) -> None:
+    socket = quote(str(redis_server.socket))
+    for user in ("", "default:@", "default:x@"):
+        with connect(RedisAddress(f"unix://{user}{socket}")) as client, pytest.raises(Unavailable), reachable(client):
+            client.get("gptloop:x")
+    with redis_server.admin() as admin:
+        admin.acl_log_reset()
 
 
 @pytest.mark.parametrize(
