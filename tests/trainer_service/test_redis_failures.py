@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class System:
     log: Path
     queue: JobQueue = field(init=False)
     job: str = ""
+    watchers: list[threading.Thread] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         directories = Directories(Path(self.environment["GPTLOOP_VAR"]))
@@ -123,6 +125,10 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     finally:
         worker.terminate()
         worker.wait()
+        # Whoever still follows the run sees that it is gone.
+        redis.admin().flushall()
+        for watcher in system.watchers:
+            watcher.join()
         relay.end()
         system.queue.store.redis.close()
         redis.end()
@@ -141,8 +147,8 @@ def _free_port() -> int:
 
 def test_a_run_goes_on_while_redis_is_killed_and_started_again(system: System) -> None:
     output = io.StringIO()
-    watcher = threading.Thread(target=_follow, args=(system, Console(file=output)), daemon=True)
-    watcher.start()
+    system.watchers.append(threading.Thread(target=_follow, args=(system, Console(file=output)), daemon=True))
+    system.watchers[-1].start()
     wait_until(lambda: "step" in output.getvalue())
     system.redis.kill()
     assert system.sentence("jobs").startswith("Redis does not answer (") and not system.sees_redis()
@@ -157,8 +163,9 @@ def test_a_run_goes_on_while_redis_is_killed_and_started_again(system: System) -
 def _follow(system: System, console: Console) -> None:
     queue = JobQueue(connect(read_redis(system.environment, system.directories)), system.queue.registry)
     try:
-        follow(queue, system.job, console)
-    except (Unavailable, NotFound):
+        with suppress(Unavailable, NotFound):
+            follow(queue, system.job, console)
+    finally:
         queue.store.redis.close()
 
 
