@@ -4,6 +4,7 @@ They follow a task to the tasks that it starts and to `asyncio.to_thread`, but n
 what they concern.
 """
 
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 # The name in gRPC metadata and in HTTP headers.
 REQUEST_ID = "x-request-id"
-_MAX_REQUEST_ID = 128
+_REQUEST_ID = re.compile(r"[!-Z\\^-~]{1,128}")
 
 
 @dataclass(eq=False)
@@ -61,7 +62,8 @@ def with_ids(**ids: str | int) -> dict[str, Mapping[str, str | int]]:
 
 
 def request_id_of(given: str | bytes | None) -> str:
-    """Returns the request id that a client sent if it can stand in a log line, and otherwise a new one."""
-    if isinstance(given, str) and 0 < len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
-        return given
-    return uuid.uuid4().hex
+    """Returns the request id that a client sent if it can stand in a log line, and otherwise a new one.
+
+    Spaces and brackets cannot, with which it could pretend that the line has other ids, such as another caller.
+    """
+    return given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

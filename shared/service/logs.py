@@ -12,6 +12,7 @@ from types import TracebackType
 
 from shared.service.log_ids import current_ids
 from shared.service.settings import Environment, read_choice
+from shared.text import printable
 
 # These log every request, or every poll, at level INFO.
 _NOISY = ("asyncio", "datasets", "filelock", "fsspec", "httpcore", "httpx", "huggingface_hub", "rq", "urllib3")
@@ -107,9 +108,10 @@ class _ConsoleFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """Writes the first line of a record."""
-        line = super().formatMessage(record)
         ids = " ".join(f"{name}={value}" for name, value in getattr(record, "ids", {}).items())
-        return f"{line} [{ids}]" if ids else line
+        line = super().formatMessage(record)
+        # A name or a path in it may come from anybody, and must not begin a line of its own.
+        return printable(f"{line} [{ids}]" if ids else line)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -35,6 +35,12 @@ def test_a_record_is_one_line_on_standard_error() -> None:
     assert line.endswith(" trainer INFO shared.a: begins")
 
 
+def test_a_value_from_outside_begins_no_line_of_its_own() -> None:
+    code = r"own.info('begins %s', 'a\n2026 trainer INFO shared.a: forged\x1b[1m', extra=with_ids(run='b\rc'))"
+    (line,) = written(code)
+    assert line.endswith(r": begins a\n2026 trainer INFO shared.a: forged\x1b[1m [run=b\rc]")
+
+
 def test_a_line_ends_with_the_ids_of_its_task_and_its_process() -> None:
     code = """
 with about(request_id="r1"):
