@@ -91,9 +91,10 @@ def _make_certificate(authority: Path, tls: Path, names: Sequence[str]) -> None:
             *("-CAcreateserial", "-CAserial", f"{made}/serial", "-days", str(_CERTIFICATE_DAYS)),
             *("-extfile", extensions, "-out", certificate),
         )
-        _write(tls / "ca.crt", (authority / "ca.crt").read_text(), _SHARED)
         _write(tls / "tls.key", Path(key).read_text(), _OWN)
         _write(tls / "tls.crt", Path(certificate).read_text(), _SHARED)
+        # Last, because it tells the next call that the certificate is of this authority.
+        _write(tls / "ca.crt", (authority / "ca.crt").read_text(), _SHARED)
 
 
 def _alternative_name(name: str) -> str:

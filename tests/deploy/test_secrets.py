@@ -1,3 +1,4 @@
+import shutil
 import ssl
 import stat
 import subprocess
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import deploy.secrets
 from deploy.secrets import make_secrets
 from shared.errors import FailedPrecondition
 
@@ -91,6 +93,26 @@ def test_a_certificate_that_ends_soon_is_replaced_by_the_same_authority(first: P
     after = contents(tmp_path)
     assert after["tls/tls.crt"] != old.decode() and after["tls/tls.key"] != before["tls/tls.key"]
     assert after["tls/ca.crt"] == before["tls/ca.crt"]
+
+
+def test_a_certificate_that_was_not_finished_is_made_again(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "authority")
+    write = deploy.secrets._write
+
+    def die(path: Path, text: str, mode: int) -> None:
+        if path.name == "tls.crt":
+            raise KeyboardInterrupt
+        write(path, text, mode)
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(deploy.secrets, "_write", die)
+        make_secrets(tmp_path, NAMES)
+    assert make_secrets(tmp_path, NAMES) == ["tls/tls.crt"]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls/tls.crt", tmp_path / "tls/tls.key")
 
 
 def test_a_machine_without_openssl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

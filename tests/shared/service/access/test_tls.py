@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 import socket
 import ssl
@@ -176,6 +177,27 @@ async def test_files_that_cannot_be_used_keep_the_certificates_from_before(
         installed.trust(authority.file)
         installed.replace(new.issue(HOST))
         assert await serving.accepts(new.file, client) == BOTH
+
+
+def test_a_key_that_could_not_be_read_is_read_once_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(tmp_path / "ca")
+    installed = Installed(tmp_path / "server", authority.issue(HOST))
+    tls = ServerTls(TlsFiles(installed.pair.certificate, installed.pair.key))
+    before = tls.current()
+    read = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        # Root, who may run the tests, may read every file.
+        if path == installed.pair.key and not path.stat().st_mode & 0o040:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    installed.replace(authority.issue(HOST))
+    installed.pair.key.chmod(0o600)
+    assert tls.current() is before
+    installed.pair.key.chmod(0o640)
+    assert tls.current() is not before
 
 
 @async_test
