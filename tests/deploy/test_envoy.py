@@ -31,6 +31,14 @@ def test_only_calls_that_change_nothing_are_sent_again_after_a_refusal() -> None
     assert others["route"]["retry_policy"]["retry_on"] == "connect-failure,refused-stream"
 
 
+def test_a_client_cannot_shut_out_others_by_calls_that_the_only_replica_ends() -> None:
+    # A short deadline, which ends a call as 504, is enough to eject a replica for a second.
+    (cluster,) = configuration()["clusters"]
+    detection = cluster["outlier_detection"]
+    assert detection["max_ejection_percent"] <= 50
+    assert not detection.get("always_eject_one_host", False)
+
+
 def test_it_adds_no_deadline_of_its_own() -> None:
     assert {route["route"]["timeout"] for route in routes()} == {"0s"}
 
