@@ -25,8 +25,9 @@ logger = logging.getLogger(__name__)
 _NOTICE_S = 0.2
 # How long calls have to end once `cut` asks them to, and then to send their status once they are cancelled.
 _CUT_S = 1.0
-# Open files and connections of the process, if the system allows this many, and how many of them are kept for files.
-_MAX_FILES, _KEPT_FILES = 65_536, 256
+# Open files and connections of the process, if the system allows this many, and how many of them are kept for HTTP, the
+# metrics, the probes and files.
+_MAX_FILES, _KEPT_FILES = 65_536, 2_560
 # How long clients have to close their connections.
 _GOODBYE_S = 0.2
 
@@ -43,6 +44,8 @@ _OPTIONS = (
     # Calls that wait for the event loop. By default gRPC ends all beyond 1,000 as CANCELLED, without a reason.
     ("grpc.server.max_pending_requests", 50_000),
     ("grpc.server.max_pending_requests_hard_limit", 100_000),
+    # How long a TLS handshake may take; by default two minutes.
+    ("grpc.server_handshake_timeout_ms", 30_000),
     # Clients and proxies may ping the server every second, with or without calls. By default, a client that pings every
     # 10 s loses its connection at the third ping.
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),

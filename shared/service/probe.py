@@ -12,12 +12,21 @@ LIVENESS = "liveness"
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+# Whoever probes needs few; the service needs the open files and the memory of others.
+MAX_CONNECTIONS = 64
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_concurrent_streams", 16),
+    ("grpc.max_receive_message_length", 4096),
+)
+
 
 class Probe:
     """A gRPC server with health alone: `""` is whether the service is ready, `liveness` whether its process works."""
 
     def __init__(self) -> None:
-        self._server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        self._server = grpc.aio.server(options=_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 

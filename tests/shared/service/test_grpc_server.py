@@ -278,7 +278,7 @@ def test_the_limit_on_connections_leaves_room_for_open_files(monkeypatch: pytest
             raise ValueError("above the limit of the system")
         limits["soft"] = both[0]
 
-    for hard, most in ((256, 128), (4096, 3840), (resource.RLIM_INFINITY, 128)):
+    for hard, most in ((256, 128), (4096, 2048), (resource.RLIM_INFINITY, 128)):
         limits["soft"] = 256
         monkeypatch.setattr(resource, "getrlimit", lambda kind, hard=hard: (limits["soft"], hard))
         monkeypatch.setattr(resource, "setrlimit", set_limit)

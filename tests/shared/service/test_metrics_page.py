@@ -1,10 +1,13 @@
 import socket
+import threading
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from shared.errors import AlreadyExists, InvalidArgument
+from shared.service import metrics_page as metrics_page_module
 from shared.service.listening import Address
 from shared.service.metrics_page import metrics_page
 from tests.waiting import HANG_S
@@ -47,3 +50,31 @@ def test_a_scraper_that_hangs_delays_no_other() -> None:
         hanging.sendall(b"GET /metrics HTTP/1.1\r\n")
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as page:
             assert page.status == 200
+
+
+def test_silent_scrapers_leave_room_for_others_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_page_module._Handler, "timeout", 0.2)
+    with (
+        metrics_page(CollectorRegistry(), Address("127.0.0.1", 0, "THE_HOST", "THE_PORT")) as port,
+        ExitStack() as kept,
+    ):
+        silent = [
+            kept.enter_context(socket.create_connection(("127.0.0.1", port), HANG_S))
+            for _ in range(2 * metrics_page_module.MAX_CONNECTIONS)
+        ]
+        # Those beyond the limit at once, the others once they have been silent for long.
+        assert [each.recv(1) for each in silent] == [b""] * len(silent)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=HANG_S) as page:
+            assert page.status == 200
+
+
+def test_connections_beyond_the_limit_take_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        metrics_page(CollectorRegistry(), Address("127.0.0.1", 0, "THE_HOST", "THE_PORT")) as port,
+        ExitStack() as kept,
+    ):
+        before = threading.active_count()
+        limit = metrics_page_module.MAX_CONNECTIONS
+        silent = [kept.enter_context(socket.create_connection(("127.0.0.1", port), HANG_S)) for _ in range(limit + 1)]
+        assert silent[-1].recv(1) == b""
+        assert threading.active_count() == before + limit

@@ -10,7 +10,7 @@ from shared.errors import AlreadyExists
 from shared.service.access.tls import ServerTls, TlsFiles
 from shared.service.grpc_server import GrpcServer
 from shared.service.listening import Address
-from shared.service.probe import Probe
+from shared.service.probe import MAX_CONNECTIONS, Probe
 from tests.asynchronous import async_test
 from tests.certificates import Authority
 
@@ -54,6 +54,21 @@ async def test_probes_without_tls_see_whether_a_server_with_tls_is_ready_and_wor
             await call(b"")
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
     await server.stop(0.0, asyncio.Event())
+
+
+@async_test
+async def test_connections_to_it_leave_files_for_the_service() -> None:
+    probe = Probe()
+    port = await probe.start(here())
+    silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(MAX_CONNECTIONS)]
+    # Each has its place once the server begins to speak.
+    for reader, _ in silent:
+        await reader.readexactly(1)
+    further, writer = await asyncio.open_connection("127.0.0.1", port)
+    assert await further.read() == b""
+    for each in (writer, *(writer for _, writer in silent)):
+        each.close()
+    await probe.stop()
 
 
 @async_test
