@@ -87,6 +87,12 @@ class SecuredTarget:
         """Counts the lines of the log with a text."""
         return sum(text in line for line in self.server.lines.copy())
 
+    def new_lines_with(self, text: str, before: int) -> int:
+        """Counts the lines with a text after the first ones; waits for one, because the log may arrive late."""
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: self.lines_with(text) > before, hang_s=CALL_S)
+        return self.lines_with(text) - before
+
 
 class GoodClients:
     """Calls all the time, over new connections, while odd inputs arrive; keeps what failed."""
@@ -200,7 +206,7 @@ def try_pem(rng: random.Random, area: Area, target: SecuredTarget) -> None:
             area.fell(f"a {kind} that cannot be used locks good clients out: {failed[:80]}", path)
     # A connection may begin when the file is gone, and the folder is not yet there.
     most = 2 if path.is_dir() else 1
-    if not usable and not 1 <= (lines := target.lines_with(_KEPT) - kept) <= most:
+    if not usable and not 1 <= (lines := target.new_lines_with(_KEPT, kept)) <= most:
         given = path.read_bytes() if path.is_file() else ""
         area.fell(f"{lines} lines in the log about a {kind}, not one", (target.server.lines[-3:], given))
     if path.is_dir():
@@ -208,7 +214,7 @@ def try_pem(rng: random.Random, area: Area, target: SecuredTarget) -> None:
     replace(path, before)
     if failed := target.failure():
         area.fell(f"good clients are not answered after the {kind} is back", failed)
-    if not usable and target.lines_with(_RENEWED) - renewed != 1:
+    if not usable and target.new_lines_with(_RENEWED, renewed) != 1:
         area.fell("the log does not say once that the files can be used again", target.server.lines[-3:])
 
 
@@ -220,10 +226,11 @@ def _tokens_in(content: bytes) -> set[bytes]:
 def try_live_tokens(rng: random.Random, area: Area, target: SecuredTarget) -> None:
     """Changes the file of tokens of a live server; no token may be taken that no file had."""
     before = b"# people\nalice " + ALICE.encode() + b"\nbob " + BOB.encode() + b"\n"
+    lines = target.lines_with("GPTLOOP_CLIENT_TOKENS")
     replace(target.tokens, before)
     target.lets_in(ALICE)
     area.tried()
-    lines = target.lines_with("GPTLOOP_CLIENT_TOKENS")
+    lines += target.new_lines_with("GPTLOOP_CLIENT_TOKENS", lines)
     kept = target.lines_with(_KEPT_TOKENS)
     after = odd_bytes(rng, before)
     is_directory = rng.random() < 0.1
@@ -234,14 +241,14 @@ def try_live_tokens(rng: random.Random, area: Area, target: SecuredTarget) -> No
     else:
         replace(target.tokens, after)
     remain = target.lets_in(ALICE)
+    count = target.new_lines_with("GPTLOOP_CLIENT_TOKENS", lines)
     is_kept = target.lines_with(_KEPT_TOKENS) > kept
     known = _tokens_in(after) | (_tokens_in(before) if is_kept else set())
     if is_kept and not remain:
         area.fell("a file of tokens that cannot be used removes the old ones", after)
     if remain and ALICE.encode() not in known:
         area.fell("a removed token is taken", after)
-    changed = after != before
-    if changed and (count := target.lines_with("GPTLOOP_CLIENT_TOKENS") - lines) != 1:
+    if count != 1:
         area.fell(f"{count} lines in the log about a file of tokens, not one", (after, target.server.lines[-3:]))
     wrong = odd_bytes(rng, rng.choice((ALICE, BOB, "alice")).encode())[:500].decode("ascii", "replace").strip()
     can_be_sent = wrong and wrong.isascii() and wrong.isprintable()
