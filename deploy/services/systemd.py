@@ -10,6 +10,8 @@ from shared.service.settings import Environment, read_str
 _TEMPLATES = Path(__file__).parent
 _TARGET = "gptloop.target"
 _GIVES_WAY = "IOSchedulingClass=best-effort\nIOSchedulingPriority=7"
+# systemd runs no program with a quote in its path, so a shell does. The colon keeps systemd from replacing `$name`.
+_SHELL = (":/bin/sh", "-c", 'exec "$@"', "sh")
 _VARIABLE = re.compile(r'^Environment="(\w+)=(.*)"$', re.MULTILINE)
 
 
@@ -55,14 +57,12 @@ def _unit_name(process: Process) -> str:
 
 def _unit(installation: Installation, process: Process) -> str:
     environment = (f"{name}={text}" for name, text in installation.environment.items())
-    # The colon keeps systemd from replacing `$name` in the command.
-    program, *arguments = installation.command(process)
     return Template((_TEMPLATES / "process.service").read_text(encoding="utf-8")).substitute(
         title=process.title,
         after="" if process.name == "redis" else "gptloop-redis.service",
         # Not split into words, so it takes no quotes.
         root=str(installation.root).replace("%", "%%"),
-        command=" ".join(map(_quoted, (f":{program}", *arguments))),
+        command=" ".join(map(_quoted, (*_SHELL, *installation.command(process)))),
         environment="\n".join(f"Environment={_quoted(each)}" for each in environment),
         stop_s=process.stop_s,
         priority=_GIVES_WAY if process.gives_way else "",
