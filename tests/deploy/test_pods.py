@@ -82,14 +82,16 @@ def test_a_server_with_the_environment_of_its_pod_answers_probes_and_clients_wit
 @contextmanager
 def redis_of_its_pod(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """Runs the command of the pod of Redis, in a folder and on another port."""
-    for name in ("data", "tmp", "secrets"):
+    for name in ("data", "etc", "tmp", "secrets"):
         (folder / name).mkdir()
+    # The script has no quotes for the path of a project.
+    shutil.copy(PROJECT / "deploy/redis/users.acl", folder / "etc")
     (folder / "secrets/password").write_text(f"{PASSWORD}\n")
     (port,) = free_ports(1)
     (script,) = container("redis")["args"]
     places = {
         "/run/secrets/gptloop/redis": folder / "secrets",
-        "/etc/redis": PROJECT / "deploy/redis",
+        "/etc/redis": folder / "etc",
         "/tmp": folder / "tmp",
         "/data": folder / "data",
     }
