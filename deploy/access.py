@@ -7,6 +7,7 @@ from pathlib import Path
 import inference_service.settings
 import trainer_service.settings
 from shared.errors import InvalidArgument
+from shared.service import traces
 from shared.service.access.credentials import CA_VARIABLE, SYSTEM, Credentials, read_credentials
 from shared.service.access.exposure import check_exposure
 from shared.service.access.tls import CERTIFICATE_VARIABLE, ServerTls, read_tls
@@ -31,7 +32,11 @@ def own_credentials(environment: Environment) -> Credentials:
 
 
 def check_access(environment: Environment) -> None:
-    """Raises `InvalidArgument` if a service would refuse its settings of TLS, or if a command could not reach it."""
+    """Checks what every process would refuse at its start, so that it is said once and nothing starts.
+
+    Raises `InvalidArgument` if a service would refuse its settings of TLS or a command could not reach it, and what
+    `traces.are_wanted` raises.
+    """
     inference = inference_service.settings.read_settings(environment)
     trainer = trainer_service.settings.read_settings(environment)
     for settings, variable in (
@@ -42,6 +47,7 @@ def check_access(environment: Environment) -> None:
     if inference.tls is not None:
         ServerTls(inference.tls)
     own_credentials(environment)
+    traces.are_wanted(environment)
 
 
 def with_absolute_paths(environment: Mapping[str, str]) -> dict[str, str]:

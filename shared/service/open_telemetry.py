@@ -19,11 +19,9 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 from opentelemetry.trace import SpanKind, Status, StatusCode
 
-from shared.errors import InvalidArgument, shown
 from shared.service.settings import Environment, read_str
 from shared.service.tracer import Attributes, Mark, Metadata
 
-_PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
 # A process waits this long at its end, twice at most, for a collector that does not answer.
 _EXPORT_S = 2
 # Codes that are a mistake of the server, after the conventions for RPC.
@@ -41,9 +39,6 @@ class OpenTelemetry:
     """The tracer of this process. OpenTelemetry reads its other settings, `OTEL_…`, itself."""
 
     def __init__(self, service: str, environment: Environment) -> None:
-        protocol = read_str(environment, _PROTOCOL, "grpc")
-        if protocol != "grpc":
-            raise InvalidArgument(f"{_PROTOCOL} is {shown(protocol)}, but must be grpc.")
         named = {} if read_str(environment, "OTEL_SERVICE_NAME", "") else {"service.name": f"gptloop-{service}"}
         resource = Resource.create(named)
         processor = BatchSpanProcessor(OTLPSpanExporter(timeout=_EXPORT_S))

@@ -12,31 +12,45 @@ from typing import Any
 
 import grpc
 
-from shared.errors import FailedPrecondition
+from shared.errors import FailedPrecondition, InvalidArgument, shown
 from shared.service.settings import Environment, read_str
 from shared.service.tracer import Attributes, Mark, Metadata, Tracer
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
+_PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
 _PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.instrumentation")
 
 # One for the process, as OpenTelemetry has it.
 _tracer: Tracer | None = None
 
 
-def start(service: str, environment: Environment = os.environ) -> None:
-    """Sends the spans of this process from now on, if the environment asks for it.
+def are_wanted(environment: Environment) -> bool:
+    """Whether the environment asks for spans.
 
     Raises `FailedPrecondition` if the packages are missing, and `InvalidArgument` if a setting asks for another
     protocol than gRPC.
     """
-    global _tracer
     if not read_str(environment, ENDPOINT, ""):
-        return
+        return False
+    protocol = read_str(environment, _PROTOCOL, "grpc")
+    if protocol != "grpc":
+        raise InvalidArgument(f"{_PROTOCOL} is {shown(protocol)}, but must be grpc.")
     if not _are_installed():
         raise FailedPrecondition(
             f"{ENDPOINT} is set, but OpenTelemetry is not installed: install it with `make .venv/traces`, or unset the "
             "variable."
         )
+    return True
+
+
+def start(service: str, environment: Environment = os.environ) -> None:
+    """Sends the spans of this process from now on, if the environment asks for it.
+
+    Raises what `are_wanted` raises.
+    """
+    global _tracer
+    if not are_wanted(environment):
+        return
     from shared.service.open_telemetry import OpenTelemetry
 
     _tracer = OpenTelemetry(service, environment)

@@ -5,7 +5,9 @@ import pytest
 from deploy.access import check_access, own_credentials, with_absolute_paths
 from deploy.health import health_checks
 from deploy.ports import free_ports, page_url
-from shared.errors import InvalidArgument
+from deploy.services.installation import read_installation
+from shared.errors import FailedPrecondition, InvalidArgument
+from shared.service import traces
 from shared.service.settings import Directories
 from tests.certificates import Authority, Installed
 
@@ -47,6 +49,14 @@ def test_what_a_service_would_refuse_is_refused_before_it_starts(settings: dict[
         check_access(settings)
     if "GPTLOOP_TLS_CERT" not in settings:
         check_access(settings | {"GPTLOOP_INSECURE": "1"})
+
+
+def test_traces_without_their_packages_are_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_PACKAGES", ("absent",))
+    settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+    for check in (check_access, read_installation):
+        with pytest.raises(FailedPrecondition, match=r"OpenTelemetry is not installed: install it with `make"):
+            check(settings)
 
 
 def test_paths_become_absolute_and_nothing_else_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

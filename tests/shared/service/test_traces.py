@@ -35,7 +35,6 @@ def test_the_setting_without_the_packages_is_refused_with_what_installs_them(mon
 
 
 def test_another_protocol_is_refused() -> None:
-    pytest.importorskip("opentelemetry.sdk", reason="`make .venv/traces` installs OpenTelemetry")
     settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}
     done = run("cli.end(lambda: traces.start('trainer'))", **settings)
     assert done.returncode == 2
