@@ -6,30 +6,38 @@
     redis/       password
     grafana/     password
 
-Keeps every secret that exists, so that it can run before each start. Replaces a certificate that ends within 30 days.
+Keeps every secret that exists, so that it can run before each start. Replaces a certificate that ends within 30 days
+or lacks one of the names, by one of the same authority for the names of this call.
 """
 
+import re
 import secrets
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 from shared.atomic_file import replacing
-from shared.errors import FailedPrecondition
+from shared.errors import FailedPrecondition, InvalidArgument, shown
 
 _AUTHORITY_DAYS, _CERTIFICATE_DAYS, _RENEWED_BEFORE_DAYS = 3650, 365, 30
 # Readable by the user of the services only, and by any user of a container that mounts the folder.
 _OWN, _SHARED = 0o400, 0o444
+_MAX_NAME = 253
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+# A name whose last part is a number is an address with a mistake in it.
+_NAME = re.compile(rf"(\*\.)?({_LABEL}\.)*(?![0-9]+\Z){_LABEL}")
 
 
 def make_secrets(folder: Path, names: Sequence[str]) -> list[str]:
     """Makes what is missing in a folder, and returns the paths in it that were written.
 
-    names: the names and addresses of the certificate. Raises `FailedPrecondition` if openssl is missing or fails.
+    names: the names and addresses of the certificate. Raises `InvalidArgument` if one of them cannot be one, and
+    `FailedPrecondition` if the key of the authority or openssl is missing, or openssl fails.
     """
+    alternative_names = [_alternative_name(name) for name in names]
     made = []
 
     def make(path: str, text: Callable[[], str], mode: int) -> None:
@@ -41,8 +49,8 @@ def make_secrets(folder: Path, names: Sequence[str]) -> list[str]:
         _make_authority(folder / "authority")
         made.append("authority/ca.crt")
     authority = (folder / "authority/ca.crt").read_text()
-    if not _is_current(folder / "tls/tls.crt") or (folder / "tls/ca.crt").read_text() != authority:
-        _make_certificate(folder / "authority", folder / "tls", names)
+    if not _is_current(folder / "tls", authority, set(alternative_names)):
+        _make_certificate(folder / "authority", folder / "tls", alternative_names)
         made.append("tls/tls.crt")
     make("tokens/clients", lambda: f"first {_token()}\n", _OWN)
     make("tokens/operator", lambda: f"compose {_token()}\n", _OWN)
@@ -74,11 +82,16 @@ def _make_authority(authority: Path) -> None:
         _write(authority / "ca.crt", Path(certificate).read_text(), _SHARED)
 
 
-def _make_certificate(authority: Path, tls: Path, names: Sequence[str]) -> None:
+def _make_certificate(authority: Path, tls: Path, alternative_names: Sequence[str]) -> None:
+    if not (authority / "ca.key").exists():
+        raise FailedPrecondition(
+            f"{authority}/ca.key is missing, without which no certificate can be made: put it back, or install your "
+            f"own certificate in {tls} for {', '.join(alternative_names)}."
+        )
     with tempfile.TemporaryDirectory() as made:
         key, request, certificate, extensions = (f"{made}/{name}" for name in ("key", "request", "crt", "extensions"))
         Path(extensions).write_text(
-            f"subjectAltName={','.join(map(_alternative_name, names))}\n"
+            f"subjectAltName={','.join(alternative_names)}\n"
             "basicConstraints=critical,CA:FALSE\nextendedKeyUsage=serverAuth\n"
             "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
         )
@@ -99,27 +112,44 @@ def _make_certificate(authority: Path, tls: Path, names: Sequence[str]) -> None:
 
 def _alternative_name(name: str) -> str:
     try:
-        ip_address(name)
+        address = ip_address(name)
     except ValueError:
-        return f"DNS:{name}"
-    return f"IP:{name}"
+        if len(name) <= _MAX_NAME and _NAME.fullmatch(name):
+            return f"DNS:{name.lower()}"
+    else:
+        if not (isinstance(address, IPv6Address) and address.scope_id):
+            return f"IP:{address}"
+    raise InvalidArgument(
+        f"A name of the certificate is {shown(name, 80)}, but must be a host name in ASCII of at most {_MAX_NAME} "
+        "characters, such as models.example, or an address, such as 127.0.0.1."
+    )
 
 
-def _is_current(certificate: Path) -> bool:
-    limit_s = _RENEWED_BEFORE_DAYS * 86400
-    if not certificate.exists():
+def _is_current(tls: Path, authority: str, alternative_names: set[str]) -> bool:
+    if not (tls / "tls.crt").exists() or (tls / "ca.crt").read_text() != authority:
         return False
-    command = ["openssl", "x509", "-in", str(certificate), "-noout", "-checkend", str(limit_s)]
-    return subprocess.run(command, capture_output=True).returncode == 0
-
-
-def _openssl(*arguments: str) -> None:
+    show = ("x509", "-in", f"{tls}/tls.crt", "-noout", "-text", "-checkend", str(_RENEWED_BEFORE_DAYS * 86400))
     try:
-        subprocess.run(["openssl", *arguments], check=True, capture_output=True, text=True)
+        text = _openssl(*show)
+    except _OpensslFailed:
+        # It ends soon, or is not a certificate.
+        return False
+    found = {f"DNS:{name.lower()}" for name in re.findall(r"\bDNS:([^,\s]+)", text)}
+    found |= {f"IP:{ip_address(address)}" for address in re.findall(r"\bIP Address:([0-9A-F:.]+)", text)}
+    return alternative_names <= found
+
+
+class _OpensslFailed(FailedPrecondition):
+    """The exit code of openssl is not 0."""
+
+
+def _openssl(*arguments: str) -> str:
+    try:
+        return subprocess.run(["openssl", *arguments], check=True, capture_output=True, text=True).stdout
     except FileNotFoundError:
         raise FailedPrecondition("openssl is not installed; on Debian and Ubuntu: apt-get install openssl.") from None
     except subprocess.CalledProcessError as error:
-        raise FailedPrecondition(f"openssl {arguments[0]} failed: {error.stderr.strip()}") from None
+        raise _OpensslFailed(f"openssl {arguments[0]} failed: {error.stderr.strip()}") from None
 
 
 def main() -> int:
@@ -129,9 +159,9 @@ def main() -> int:
         return 2
     try:
         made = make_secrets(Path(sys.argv[1]), sys.argv[2:])
-    except (FailedPrecondition, OSError) as error:
+    except (FailedPrecondition, InvalidArgument, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, InvalidArgument) else 1
     print(f"Made {', '.join(made)}." if made else "Every secret exists.")
     return 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import deploy.secrets
-from deploy.secrets import make_secrets
+from deploy.secrets import main, make_secrets
 from shared.errors import FailedPrecondition
 
 NAMES = ["localhost", "inference", "127.0.0.1", "::1"]
@@ -63,8 +63,52 @@ def test_what_is_secret_is_the_services_own_and_no_two_are_alike(first: Path) ->
 
 def test_what_exists_is_kept(first: Path) -> None:
     before = contents(first)
-    assert make_secrets(first, ["another"]) == []
+    for names in (NAMES, ["localhost"], ["LOCALHOST", "0:0:0:0:0:0:0:1"]):
+        assert make_secrets(first, names) == []
     assert contents(first) == before
+
+
+def test_a_certificate_that_lacks_a_name_is_replaced_by_the_same_authority(tmp_path: Path) -> None:
+    make_secrets(tmp_path, ["localhost"])
+    before = contents(tmp_path)
+    names = ["models.example", "10.0.0.1"]
+    assert make_secrets(tmp_path, names) == ["tls/tls.crt"]
+    after = contents(tmp_path)
+    changed = {path for path in after if after[path] != before[path]}
+    assert changed == {"tls/tls.crt", "tls/tls.key"}
+    assert make_secrets(tmp_path, names) == []
+    (tmp_path / "authority/ca.key").unlink()
+    assert make_secrets(tmp_path, names) == []
+    with pytest.raises(
+        FailedPrecondition, match=r"authority/ca\.key is missing, .* certificate in .* for DNS:other\.$"
+    ):
+        make_secrets(tmp_path, ["other"])
+    assert (tmp_path / "tls/tls.crt").read_text() == after["tls/tls.crt"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "two words",
+        "a,DNS:b",
+        "a" * 64,
+        ".".join(["abcdefgh"] * 29),
+        "a..b",
+        "-a",
+        "münchen",
+        "10.0.0.300",
+        "fe80::1%eth0",
+    ],
+)
+def test_a_name_that_a_certificate_cannot_have_is_refused_before_anything_is_made(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["secrets", str(tmp_path / "secrets"), "localhost", name])
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: A name of the certificate is ") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_certificate_that_ends_soon_is_replaced_by_the_same_authority(first: Path, tmp_path: Path) -> None:
