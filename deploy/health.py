@@ -26,10 +26,14 @@ _LIMIT_S = 3.0
 
 @dataclass(frozen=True)
 class Health:
-    """Whether a process is healthy, and a few words on its state."""
+    """Whether a process is healthy, and a few words on its state.
+
+    needs_change: whether it stays unhealthy until a setting or a file is changed, so that waiting is useless.
+    """
 
     is_healthy: bool
     text: str
+    needs_change: bool = False
 
 
 def health_checks(environment: Environment, directories: Directories, ports: Ports) -> dict[str, Callable[[], Health]]:
@@ -68,7 +72,7 @@ def _checked(check: Callable[[], Health]) -> Health:
     try:
         return check()
     except GptloopError as error:
-        return Health(False, str(error))
+        return Health(False, str(error), needs_change=isinstance(error, (FailedPrecondition, InvalidArgument)))
 
 
 def _serves(address: str, credentials: Credentials) -> bool:

@@ -106,7 +106,8 @@ class Stack:
         """Starts everything, reports each process once, and returns a sentence when all of them are healthy.
 
         If anything ends it early, Ctrl-C too, nothing is left running. Raises `Unavailable` with the end of a log if a
-        process fails or does not become healthy, and `AlreadyExists` if a port is in use.
+        process fails or does not become healthy, `FailedPrecondition` if waiting cannot make it healthy, and
+        `AlreadyExists` if a port is in use.
         """
         with self._alone():
             if self._supervisor.is_running():
@@ -177,6 +178,8 @@ class Stack:
                     # The reason that it is not ready yet would alarm people; the failure names it.
                     report(f"Starting {name}.")
                     started.add(name)
+                if status.health.needs_change:
+                    raise FailedPrecondition(f"{name} cannot be used, so everything was stopped. {status.health.text}")
                 if not status.is_healthy:
                     break
             else:

@@ -8,9 +8,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from deploy.health import Health, health_checks
 from deploy.health import main as health_of
-from deploy.ports import Ports
+from deploy.ports import Ports, free_ports
 from shared.registry.store import Registry
 from shared.service.settings import Directories
+from tests.certificates import Authority
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -60,6 +61,38 @@ def test_an_inference_server_that_serves_none_of_its_versions_says_where_to_look
 
 def test_the_trainer_is_healthy_only_if_it_serves(server: Server) -> None:
     assert server.check("trainer", NOT_SERVING) == Health(False, f"not ready on 127.0.0.1:{server.port}")
+
+
+@pytest.mark.parametrize(
+    ("names", "expired", "is_trusted", "reason"),
+    [
+        (["127.0.0.1"], False, False, "is not signed by an authority that this client trusts"),
+        (["models.example"], False, True, "is for another name"),
+        (["127.0.0.1"], True, True, "has expired"),
+    ],
+)
+def test_a_certificate_that_is_refused_needs_a_change(
+    tmp_path: Path, names: list[str], expired: bool, is_trusted: bool, reason: str
+) -> None:
+    authority, other = Authority(tmp_path / "authority"), Authority(tmp_path / "other")
+    pair = authority.issue(*names, expired=expired)
+    settings = {"GPTLOOP_TLS_CA": str((authority if is_trusted else other).file)}
+    server = grpc.server(ThreadPoolExecutor(2))
+    credentials = grpc.ssl_server_credentials([(pair.key.read_bytes(), pair.certificate.read_bytes())])
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    ports = Ports(inference=port, inference_http=3, inference_metrics=1, trainer=port, trainer_metrics=2)
+    try:
+        answer = health_checks(settings, Directories(tmp_path), ports)["trainer"]()
+    finally:
+        server.stop(None).wait()
+    assert not answer.is_healthy and answer.needs_change
+    assert reason in answer.text
+
+
+def test_a_server_that_does_not_answer_may_still_start(tmp_path: Path) -> None:
+    answer = health_checks({}, Directories(tmp_path), free_ports())["trainer"]()
+    assert not answer.is_healthy and not answer.needs_change
 
 
 def test_redis_that_does_not_answer_is_not_healthy(server: Server) -> None:

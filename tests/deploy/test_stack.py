@@ -163,6 +163,16 @@ def test_a_process_that_does_not_start_is_named_with_its_log_and_nothing_is_left
     assert fixture.running() == []
 
 
+def test_up_ends_at_once_with_the_reason_if_waiting_cannot_help(fixture: Fixture) -> None:
+    fixture.health = Health(False, "The certificate is for another name.", needs_change=True)
+    with pytest.raises(
+        FailedPrecondition,
+        match=r"^redis cannot be used, so everything was stopped\. The certificate is for another name\.$",
+    ):
+        fixture.stack.up(_ignore)
+    assert fixture.running() == []
+
+
 def test_a_bad_configuration_is_reported(fixture: Fixture) -> None:
     fixture.configuration.write_text("[supervisord]\nnodaemon=perhaps\n")
     with pytest.raises(Unavailable, match="perhaps"):
