@@ -75,6 +75,12 @@ def _install(manager: Manager) -> None:
         "Page": page_url(installation.environment, read_ports(installation.environment)),
     }
     print("", *(f"{name + ':':7}{text}" for name, text in steps.items()), "", manager.hint, sep="\n")
+    if not manager.is_running():
+        print(
+            f"\n{manager.name} does not run for this user, so nothing can start the services yet. Log in on a machine "
+            f"that {manager.name} has booted; containers are none. `gptloop service uninstall` and `gptloop up` start "
+            "the processes without it."
+        )
 
 
 def service_statuses(manager: Manager) -> list[ProcessStatus]:

@@ -39,6 +39,10 @@ class Launchd:
         except (ValueError, LookupError, TypeError):
             return {}
 
+    def is_running(self) -> bool:
+        """Whether this user has a launchd, which every macOS has."""
+        return True
+
     def logs(self, folder: Path) -> str:
         """Returns the command that shows the logs in their folder."""
         return f"tail -F {shlex.quote(str(folder))}/*.log"

@@ -1,6 +1,7 @@
 """User units of systemd."""
 
 import re
+import subprocess
 from pathlib import Path
 from string import Template
 
@@ -9,6 +10,7 @@ from shared.service.settings import Environment, read_str
 
 _TEMPLATES = Path(__file__).parent
 _TARGET = "gptloop.target"
+_ANSWER_LIMIT_S = 10.0
 _GIVES_WAY = "IOSchedulingClass=best-effort\nIOSchedulingPriority=7"
 # systemd runs no program with a quote in its path, so a shell does. The colon keeps systemd from replacing `$name`.
 _SHELL = (":/bin/sh", "-c", 'exec "$@"', "sh")
@@ -45,6 +47,15 @@ class Systemd:
         """Returns the variables in the contents of a unit."""
         found = _VARIABLE.findall(contents.decode(errors="replace"))
         return {name: re.sub(r"\\(.)", r"\1", text.replace("%%", "%")) for name, text in found}
+
+    def is_running(self) -> bool:
+        """Whether this user has a systemd that can start the services."""
+        command = [self.program, "--user", "is-system-running"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_LIMIT_S).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return answer not in ("", "offline", "unknown")
 
     def logs(self, folder: Path) -> str:
         """Returns the command that shows the logs; systemd's journal holds them and limits them."""

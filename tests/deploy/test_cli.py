@@ -129,3 +129,14 @@ def test_a_script_for_the_completion_of_a_shell_is_printed(tmp_path: Path) -> No
 
 def test_without_arguments_help_is_shown(tmp_path: Path) -> None:
     assert gptloop(tmp_path).stdout == gptloop(tmp_path, "--help").stdout
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="launchd always runs")
+def test_services_for_a_systemd_that_does_not_run_are_written_with_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "systemctl").write_text("#!/bin/sh\necho offline\nexit 1\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    var = str(tmp_path / "var")
+    ended = gptloop(tmp_path, "service", "install", GPTLOOP_VAR=var, HOME=str(tmp_path / "home"), PATH=str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    assert "Written " in ended.stdout
+    assert "systemd does not run for this user, so nothing can start the services yet." in ended.stdout

@@ -68,3 +68,16 @@ def test_the_target_wants_what_is_installed(tmp_path: Path) -> None:
     files = Systemd({"XDG_CONFIG_HOME": str(tmp_path)}).files(Installation(Directories(tmp_path), {}, PROCESSES[1:]))
     target = files[tmp_path / "systemd/user/gptloop.target"].decode()
     assert "Wants=gptloop-trainer.service gptloop-inference.service gptloop-worker.service\n" in target
+
+
+@pytest.mark.parametrize(
+    ("answer", "runs"), [("running", True), ("degraded", True), ("starting", True), ("offline", False), ("", False)]
+)
+def test_a_user_without_a_systemd_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, runs: bool
+) -> None:
+    program = tmp_path / "systemctl"
+    program.write_text(f"#!/bin/sh\necho {answer}\n[ '{answer}' = running ]\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Systemd({}).is_running() == runs
