@@ -25,6 +25,8 @@ JOBS_NAME = "jobs.jsonl"
 
 _BLOCK_BYTES = 1 << 20
 _MAX_LIST_BYTES = 256 << 20
+# The end of the year 9998, in seconds since the epoch, so that it is no later in any time zone.
+_LATEST_S = 253370764800
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def _extract(members: Iterator[tuple[str, IO[bytes], float]], folder: Path) -> t
             listed = content.read(_MAX_LIST_BYTES)
             if json.loads(listed) != hashes or next(members, None) is not None:
                 raise ValueError("it is damaged, because its files differ from the list of their hashes")
+            if JOBS_NAME not in hashes:
+                raise KeyError(JOBS_NAME)
             return description, hashlib.sha256(listed).hexdigest()
         if name in hashes:
             raise ValueError(f"it has {shown(name)} twice")
@@ -142,11 +146,18 @@ def _belongs(name: str) -> bool:
 
 def _described(text: bytes) -> Description:
     values = json.loads(text)
+    if type(values) is not dict or type(values["format"]) is not int:
+        raise ValueError("its description is not one that `gptloop backup` writes")
     if values["format"] > FORMAT:
         raise ValueError(
             f"it was written by a newer gptloop ({shown(values['written_by'], 40)}), in format {values['format']}, and "
             f"this one reads formats up to {FORMAT}"
         )
+    for name, kinds in (("written_by", (str,)), ("registry", (str,)), ("created_at", (int, float))):
+        if type(values[name]) not in kinds:
+            raise ValueError(f"{name} is {shown(values[name], 40)} in its description")
+    if not 0 < values["created_at"] < _LATEST_S:
+        raise ValueError(f"created_at is {values['created_at']:.3g} in its description, which is no time")
     return Description(**values)
 
 

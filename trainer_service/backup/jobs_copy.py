@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from shared.errors import FailedPrecondition
+from trainer_service.backup.copied_jobs import read_copy
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.job_store import KEPT_S, WORKING, JobStore
 from trainer_service.jobs.queue import JobQueue
-from trainer_service.jobs.records import attempt_of, state_of
+from trainer_service.jobs.records import attempt_of, seconds_of, state_of
 from trainer_service.redis_client import reachable
 
 RESTORED = "The job was restored from a backup; it resumes from its last state."
@@ -51,8 +52,10 @@ def restore_jobs(queue: JobQueue, lines: Iterable[bytes], digest: str) -> None:
     """Puts the jobs of `copy_jobs` into a Redis that has none of this registry.
 
     They appear all at once, at the end; what a killed restoration has left is replaced. `digest` names the backup:
-    nothing is done if all of it is there already. Raises `FailedPrecondition` if Redis has jobs of this registry.
+    nothing is done if all of it is there already. Raises `FailedPrecondition` if Redis has jobs of this registry, or if
+    a line is not one of `copy_jobs`; then nothing is written.
     """
+    counters, jobs = read_copy(lines)
     store, keys = queue.store, queue.store.keys
     with reachable(store.redis):
         if store.redis.get(keys.restored) == digest.encode():
@@ -61,7 +64,6 @@ def restore_jobs(queue: JobQueue, lines: Iterable[bytes], digest: str) -> None:
             raise FailedPrecondition(
                 "Redis has jobs of this registry already: restore into an empty Redis, or another database."
             )
-        counters, *jobs = map(json.loads, lines)
         handed = []
         for job in sorted(jobs, key=lambda each: each["ticket"]):
             if _write(store, job):
@@ -71,7 +73,7 @@ def restore_jobs(queue: JobQueue, lines: Iterable[bytes], digest: str) -> None:
             pipeline.multi()
             pipeline.set(keys.restored, digest)
             for name in ("tokens", "diverged"):
-                if counters.get(name):
+                if counters[name]:
                     pipeline.set(getattr(keys, name), counters[name])
             for job in jobs:
                 pipeline.zadd(keys.jobs, {job["id"]: job["ticket"]})
@@ -108,7 +110,7 @@ def _write(store: JobStore, job: dict[str, Any]) -> bool:
             pipeline.execute()
     store.redis.hset(key, mapping=_bytes(fields))
     if state is not None and state.is_final:
-        left_s = max(1, round(float(fields.get("ended_at", 0)) + KEPT_S - time.time()))
+        left_s = min(max(1, round((seconds_of(fields, "ended_at") or 0.0) + KEPT_S - time.time())), KEPT_S)
         for each in (key, events_key):
             store.redis.expire(each, left_s)
     return was_sent

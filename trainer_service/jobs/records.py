@@ -106,12 +106,12 @@ def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | Non
         ahead=None,
         attempt=attempt or 1,
         sent=attempt_of(fields, "sent"),
-        delay_s=_seconds(fields, "delay_s") or 0.0,
-        until=_seconds(fields, "until"),
+        delay_s=seconds_of(fields, "delay_s") or 0.0,
+        until=seconds_of(fields, "until"),
         lease=lease if lease and lease.attempt == attempt else None,
-        enqueued_at=_seconds(fields, "enqueued_at"),
-        started_at=_seconds(fields, "started_at"),
-        ended_at=_seconds(fields, "ended_at"),
+        enqueued_at=seconds_of(fields, "enqueued_at"),
+        started_at=seconds_of(fields, "started_at"),
+        ended_at=seconds_of(fields, "ended_at"),
         preparation=last_event(Preparation, fields),
         started=last_event(RunStarted, fields),
         stepping_since=_time_of(RunStarted, fields),
@@ -158,7 +158,8 @@ def _timed(fields: Fields, name: str) -> TimedEvent | None:
         return None
 
 
-def _seconds(fields: Fields, name: str) -> float | None:
+def seconds_of(fields: Fields, name: str) -> float | None:
+    """Returns a time or a duration in seconds; None if it is missing or invalid."""
     try:
         seconds = float(fields.get(name, "nan"))
     except ValueError:
