@@ -26,13 +26,18 @@ class PemFile:
             reason = error.strerror if isinstance(error, OSError) else error
             raise InvalidArgument(f"{self} cannot be read: {reason}.") from None
 
-    def load_authority(self, context: ssl.SSLContext) -> None:
-        """Makes a context trust the certificates in the file; raises `InvalidArgument` if there are none."""
-        self.read()
+    def load_authority(self, context: ssl.SSLContext) -> bytes:
+        """Makes a context trust the certificates in the file, and returns the bytes of the file.
+
+        Raises `InvalidArgument` if it cannot be read or has no certificates.
+        """
+        content = self.read()
         try:
-            context.load_verify_locations(self.path)
-        except ssl.SSLError:
+            # The path could lead to another file by now, or to none. Comments may be in any language.
+            context.load_verify_locations(cadata=content.decode("ascii", errors="ignore"))
+        except (ssl.SSLError, ValueError):
             raise InvalidArgument(f"{self} contains no certificates in PEM form.") from None
+        return content
 
     def __str__(self) -> str:
         """Returns how an error names the file."""

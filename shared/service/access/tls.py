@@ -130,9 +130,7 @@ class ServerTls:
         load_pair(context, certificate, key)
         authority = None
         if self._files.client_ca is not None:
-            file = PemFile(self._files.client_ca, CLIENT_CA_VARIABLE)
-            file.load_authority(context)
-            authority = file.read()
+            authority = PemFile(self._files.client_ca, CLIENT_CA_VARIABLE).load_authority(context)
             context.verify_mode = ssl.CERT_REQUIRED
         chain = certificate.read()
         try:

@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from shared.errors import InvalidArgument
 from shared.service.access.credentials import Credentials
+from shared.service.access.pem import PemFile
 from shared.service.access.tls import ServerTls, TlsFiles, read_tls
 from shared.service.client_channel import open_aio_channel
 from shared.service.grpc_server import GrpcServer
@@ -147,6 +148,44 @@ async def test_clients_need_a_certificate_of_the_authority_in_the_file_now(tmp_p
         assert await serving.accepts(servers.file, client) == set()
         assert await serving.accepts(servers.file, other) == BOTH
         assert await check(channel) == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("name", ["certificate", "key", "client_ca"])
+def test_files_that_vanish_while_they_are_read_keep_the_certificates_from_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    authority = Authority(tmp_path / "old")
+    installed = Installed(tmp_path / "server", authority.issue(HOST), authority.file)
+    assert installed.client_ca is not None
+    files = TlsFiles(installed.pair.certificate, installed.pair.key, installed.client_ca)
+    tls, path = ServerTls(files), getattr(files, name)
+    before, content, read = tls.current(), path.read_bytes(), PemFile.read
+
+    def reading(file: PemFile) -> bytes:
+        found = read(file)
+        if file.path == path:
+            path.unlink()
+        return found
+
+    for _ in range(3):
+        replace(path, content + b"\n")
+        with monkeypatch.context() as vanishing:
+            vanishing.setattr(PemFile, "read", reading)
+            assert tls.current() is before
+        # They are there again.
+        replace(path, content)
+        assert tls.current() is not before
+        before = tls.current()
+
+
+def test_an_authority_may_have_comments_in_any_language(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "old")
+    file = tmp_path / "ca.crt"
+    file.write_bytes("# Autorité\n".encode() + authority.file.read_bytes())
+    context = ssl.create_default_context()
+    before = len(context.get_ca_certs())
+    assert PemFile(file, "GPTLOOP_TLS_CA").load_authority(context) == file.read_bytes()
+    assert len(context.get_ca_certs()) == before + 1
 
 
 @pytest.mark.parametrize("breaks", ["key", "empty", "removed", "authority"])
