@@ -12,6 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from shared.errors import InvalidArgument, ResourceExhausted
 from shared.service.access.tls import ServerTls
 from shared.service.grpc_calls import Calls, Ended
 from shared.service.grpc_port import open_port
@@ -34,6 +35,9 @@ _GOODBYE_S = 0.2
 # The largest request, and the most bytes of metadata that a call may have.
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_METADATA_BYTES = 16 << 10
+# Health needs no token, and a watch takes 28 KiB until its client ends it, and the name that it asks for.
+MAX_WATCHES = 1024
+_MAX_NAME_LETTERS = 256
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -132,11 +136,12 @@ class GrpcServer:
 
 
 class _Health(health.aio.HealthServicer):
-    """Health whose watchers do not keep a server from stopping."""
+    """Health whose watchers do not keep a server from stopping, and are at most `MAX_WATCHES`."""
 
     def __init__(self) -> None:
         super().__init__()
         self._ended = asyncio.Event()
+        self._watches = 0
 
     def end_watches(self) -> None:
         """Ends every watch, and every later one at once."""
@@ -144,6 +149,15 @@ class _Health(health.aio.HealthServicer):
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         """Sends changes until the watches end."""
+        if len(request.service) > _MAX_NAME_LETTERS:
+            raise InvalidArgument(
+                f"service has {len(request.service)} letters; the name of a service has at most {_MAX_NAME_LETTERS}."
+            )
+        if self._watches >= MAX_WATCHES:
+            raise ResourceExhausted(
+                f"{MAX_WATCHES} clients watch the health of this server already, which is the limit; use Check instead."
+            )
+        self._watches += 1
         watch = asyncio.create_task(super().Watch(request, context))
         ended = asyncio.create_task(self._ended.wait())
         try:
@@ -151,6 +165,7 @@ class _Health(health.aio.HealthServicer):
             if watch.done():
                 watch.result()
         finally:
+            self._watches -= 1
             watch.cancel()
             ended.cancel()
 

@@ -220,6 +220,43 @@ async def test_a_health_watcher_receives_the_end_and_does_not_delay_it() -> None
         assert [answer.status async for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
+@async_test
+async def test_the_watches_of_health_are_limited_and_each_that_ends_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "MAX_WATCHES", 2)
+    async with serving() as (server, channel):
+        await server.set_serving(True)
+
+        def watch(service: str = "") -> Any:
+            return health_stub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
+
+        open_ones = [watch(), watch(SERVICE)]
+        for each in open_ones:
+            assert (await each.read()).status == SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await watch().read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (refused.value.details() or "").startswith("2 clients watch the health of this server already")
+        # Whoever asks once is answered.
+        assert await status(channel) == SERVING
+        open_ones[0].cancel()
+        while True:
+            next_one = watch()
+            try:
+                assert (await next_one.read()).status == SERVING
+                break
+            except grpc.aio.AioRpcError as error:
+                # The server has not noticed the end yet.
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@async_test
+async def test_a_watch_does_not_keep_a_long_name_in_memory() -> None:
+    async with serving() as (_, channel):
+        with pytest.raises(grpc.aio.AioRpcError, match="service has 257 letters") as refused:
+            await health_stub(channel).Watch(health_pb2.HealthCheckRequest(service="x" * 257)).read()
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 @pytest.mark.parametrize(("host", "over_ipv6"), [("127.0.0.1", False), ("0.0.0.0", False), ("::", True)])
 @async_test
 async def test_a_server_listens_only_on_the_addresses_of_its_host(host: str, over_ipv6: bool) -> None:
