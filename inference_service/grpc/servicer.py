@@ -1,7 +1,11 @@
 """The service that clients call over gRPC: translates messages into requests, and events into messages."""
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import grpc.aio
 
+from inference_service.admission import Call
 from inference_service.codec import Codec
 from inference_service.engine.request import Delta, Finished, GenerationRequest, PromptRead
 from inference_service.generation import ClientLeft, Generations
@@ -17,7 +21,7 @@ from shared.registry.policy import labels_of
 from shared.service.access.token_interceptor import authorization_of
 from shared.service.access.tokens import Callers
 
-Context = grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse]
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -45,17 +49,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         draft = translate.draft_from_pb(message, context.time_remaining(), self._generations.most_samples(caller))
         return await self._generations.run(draft, _Messages(context, self._write_timeouts), caller)
 
-    async def Tokenize(self, message: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:  # noqa: N802
+    async def Tokenize(self, message: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which stays in memory for the call."""
-        chosen = await self._generations.choose(selection_from_pb(message.model))
-        async with self._residents.stream(chosen) as resident:
-            return await self._codec.tokenize(message, resident)
+        with self._call(context) as call:
+            chosen = await self._generations.choose(selection_from_pb(message.model))
+            async with self._residents.stream(chosen) as resident:
+                answer = await self._codec.tokenize(message, resident)
+            call.charge(len(answer.token_ids))
+            return answer
 
-    async def Detokenize(self, message: pb.DetokenizeRequest, context: object) -> pb.DetokenizeResponse:  # noqa: N802
+    async def Detokenize(self, message: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
         """Decodes tokens with the tokenizer of a version, which stays in memory for the call."""
-        chosen = await self._generations.choose(selection_from_pb(message.model))
-        async with self._residents.stream(chosen) as resident:
-            return await self._codec.detokenize(message, resident)
+        with self._call(context) as call:
+            chosen = await self._generations.choose(selection_from_pb(message.model))
+            async with self._residents.stream(chosen) as resident:
+                answer = await self._codec.detokenize(message, resident)
+            call.charge(len(message.token_ids))
+            return answer
 
     async def GetModel(self, message: pb.GetModelRequest, context: object) -> pb.GetModelResponse:  # noqa: N802
         """Describes a version, in memory or not."""
@@ -64,6 +74,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         await self._catalogue.look()
         number, catalogue = manifest.version, self._catalogue
         return translate.model_to_pb(manifest, labels_of(number, catalogue.labels()), catalogue.evaluation(number))
+
+    def _call(self, context: Context) -> AbstractContextManager[Call]:
+        """Encloses a call without samples of its client; raises as `Generations.call`."""
+        return self._generations.call(self._callers.client(authorization_of(context.invocation_metadata())), 0)
 
 
 class _Messages:

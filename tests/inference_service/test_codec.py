@@ -3,6 +3,8 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -167,11 +169,12 @@ async def test_only_verified_tokenizers_are_used(fresh: World) -> None:
     other = Tokenizer("other", byte_tokenizer().pattern, [bytes([255 - value]) for value in range(256)])
     other.save(fresh.registry.version_directory(changed.version) / "tokenizer.json")
 
+    nobody: Any = SimpleNamespace(invocation_metadata=lambda: ())
     async with fresh.running(1):
         service = servicer(fresh)
-        assert (await service.Tokenize(pb.TokenizeRequest(text="a"), None)).token_ids == [97]
+        assert (await service.Tokenize(pb.TokenizeRequest(text="a"), nobody)).token_ids == [97]
         model = pb.ModelSelector(version=changed.version)
         with pytest.raises(FailedPrecondition, match=r"tokenizer\.json has changed"):
-            await service.Tokenize(pb.TokenizeRequest(text="a", model=model), None)
+            await service.Tokenize(pb.TokenizeRequest(text="a", model=model), nobody)
         with pytest.raises(FailedPrecondition, match=r"tokenizer\.json has changed"):
-            await service.Detokenize(pb.DetokenizeRequest(token_ids=[97], model=model), None)
+            await service.Detokenize(pb.DetokenizeRequest(token_ids=[97], model=model), nobody)

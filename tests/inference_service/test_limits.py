@@ -89,6 +89,24 @@ def test_a_stream_that_uses_up_the_tokens_goes_on_and_the_next_call_waits(tmp_pa
         assert metrics[("gptloop_inference_client_tokens_total", "alice")] == 102
         assert metrics[("gptloop_inference_client_tokens_total", "bob")] == 2
         assert metrics[("gptloop_inference_client_refusals_total", "alice", "tokens")] == 2
-        # What generates nothing costs nothing.
-        assert alice.tokenize("x") == [120]
+        # What says nothing about a text costs nothing.
         assert alice.model().version == 1
+
+
+def test_whoever_encodes_or_decodes_texts_uses_up_tokens(tmp_path: Path) -> None:
+    limits = {"GPTLOOP_INFERENCE_CLIENT_TOKENS_PER_MINUTE": "1", "GPTLOOP_INFERENCE_CLIENT_STREAMS": "1"}
+    with limited(tmp_path, **limits) as server, client(server, ALICE) as alice, client(server, BOB) as bob:
+        assert alice.tokenize("xyz") == [120, 121, 122]
+        assert bob.detokenize([120] * 100) == "x" * 100
+        refusal = "has used its 1 tokens a minute"
+        with pytest.raises(ResourceExhausted, match=f"alice {refusal}"):
+            alice.tokenize("x")
+        with pytest.raises(ResourceExhausted, match=f"alice {refusal}"):
+            alice.detokenize([120])
+        with pytest.raises(ResourceExhausted, match=f"bob {refusal}"):
+            bob.complete("x")
+        with client(server, OPERATOR) as olga:
+            assert olga.tokenize("x") == olga.tokenize("x")
+        metrics = server.metrics()
+        assert metrics[("gptloop_inference_client_tokens_total", "alice")] == 3
+        assert metrics[("gptloop_inference_client_tokens_total", "bob")] == 100
