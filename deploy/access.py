@@ -9,8 +9,10 @@ import trainer_service.settings
 from shared.errors import InvalidArgument
 from shared.service import traces
 from shared.service.access.credentials import CA_VARIABLE, SYSTEM, Credentials, read_credentials
+from shared.service.access.credentials import CERTIFICATE_VARIABLE as CLIENT_CERTIFICATE_VARIABLE
+from shared.service.access.credentials import KEY_VARIABLE as CLIENT_KEY_VARIABLE
 from shared.service.access.exposure import check_exposure
-from shared.service.access.tls import CERTIFICATE_VARIABLE, ServerTls, read_tls
+from shared.service.access.tls import CERTIFICATE_VARIABLE, CLIENT_CA_VARIABLE, ServerTls, read_tls
 from shared.service.settings import Environment
 
 # Other names end with TOKENS, too, and are numbers.
@@ -20,13 +22,21 @@ _PATH_NAME = re.compile(r"GPTLOOP_(\w+_(FILE|DIR|CERT|KEY|CA)|(CLIENT|OPERATOR)_
 def own_credentials(environment: Environment) -> Credentials:
     """Returns the credentials for the services that have the settings of an environment.
 
-    Raises `InvalidArgument` if they use TLS, and the environment does not say which authority signed their certificate.
+    Raises `InvalidArgument` if they use TLS, and the environment does not say which authority signed their certificate,
+    or lacks the certificate that they ask for.
     """
     credentials = read_credentials(environment)
-    if read_tls(environment) is not None and credentials.ca is None:
+    tls = read_tls(environment)
+    if tls is not None and credentials.ca is None:
         raise InvalidArgument(
             f"{CERTIFICATE_VARIABLE} is set, but not {CA_VARIABLE}, without which this command cannot reach the "
             "servers; set it to the file with the authority that signed the certificate."
+        )
+    if tls is not None and tls.client_ca is not None and credentials.certificate is None:
+        raise InvalidArgument(
+            f"{CLIENT_CA_VARIABLE} is set, but not {CLIENT_CERTIFICATE_VARIABLE} and {CLIENT_KEY_VARIABLE}, without "
+            "which this command cannot reach the servers; set them to the files of a certificate that this authority "
+            "signed."
         )
     return credentials
 

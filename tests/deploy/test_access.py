@@ -33,6 +33,19 @@ def test_with_tls_commands_need_the_authority(tmp_path: Path) -> None:
     assert page_url(environment, free_ports()).startswith("https://127.0.0.1:")
 
 
+def test_commands_need_a_certificate_if_clients_must_have_one(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    environment = Installed(tmp_path / "server", authority.issue("127.0.0.1"), authority.file).environment
+    environment["GPTLOOP_TLS_CA"] = str(authority.file)
+    sentence = r"^GPTLOOP_TLS_CLIENT_CA is set, but not GPTLOOP_TLS_CLIENT_CERT and GPTLOOP_TLS_CLIENT_KEY, without"
+    with pytest.raises(InvalidArgument, match=sentence):
+        check_access(environment)
+    own = authority.issue("operator")
+    check_access(
+        environment | {"GPTLOOP_TLS_CLIENT_CERT": str(own.certificate), "GPTLOOP_TLS_CLIENT_KEY": str(own.key)}
+    )
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
