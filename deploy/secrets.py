@@ -6,8 +6,9 @@
     redis/       password
     grafana/     password
 
-Keeps every secret that exists, so that it can run before each start. Replaces a certificate that ends within 30 days
-or lacks one of the names, by one of the same authority for the names of this call.
+Keeps every secret that exists, so that it can run before each start. Replaces a certificate of its own authority that
+ends within 30 days or lacks one of the names, by one for the names of this call. Leaves those of other authorities to
+whoever put them there.
 """
 
 import re
@@ -27,6 +28,7 @@ _AUTHORITY_DAYS, _CERTIFICATE_DAYS, _RENEWED_BEFORE_DAYS = 3650, 365, 30
 _OWN, _SHARED = 0o400, 0o444
 _MAX_NAME = 253
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_OUR_ISSUER = re.compile(r"Issuer: CN ?= ?gptloop$", re.MULTILINE)
 # A name whose last part is a number is an address with a mistake in it.
 _NAME = re.compile(rf"(\*\.)?({_LABEL}\.)*(?![0-9]+\Z){_LABEL}")
 
@@ -126,13 +128,18 @@ def _alternative_name(name: str) -> str:
 
 
 def _is_current(tls: Path, authority: str, alternative_names: set[str]) -> bool:
-    if not (tls / "tls.crt").exists() or (tls / "ca.crt").read_text() != authority:
+    if not (tls / "tls.crt").exists():
         return False
-    show = ("x509", "-in", f"{tls}/tls.crt", "-noout", "-text", "-checkend", str(_RENEWED_BEFORE_DAYS * 86400))
+    show = ("x509", "-in", f"{tls}/tls.crt", "-noout")
     try:
-        text = _openssl(*show)
+        text = _openssl(*show, "-text")
+        if not _OUR_ISSUER.search(text):
+            return True
+        _openssl(*show, "-checkend", str(_RENEWED_BEFORE_DAYS * 86400))
     except _OpensslFailed:
-        # It ends soon, or is not a certificate.
+        # It is not a certificate, or ends soon.
+        return False
+    if not (tls / "ca.crt").exists() or (tls / "ca.crt").read_text() != authority:
         return False
     found = {f"DNS:{name.lower()}" for name in re.findall(r"\bDNS:([^,\s]+)", text)}
     found |= {f"IP:{ip_address(address)}" for address in re.findall(r"\bIP Address:([0-9A-F:.]+)", text)}

@@ -9,6 +9,7 @@ import pytest
 import deploy.secrets
 from deploy.secrets import main, make_secrets
 from shared.errors import FailedPrecondition
+from tests.certificates import Authority
 
 NAMES = ["localhost", "inference", "127.0.0.1", "::1"]
 MADE = [
@@ -157,6 +158,19 @@ def test_a_certificate_that_was_not_finished_is_made_again(
     assert make_secrets(tmp_path, NAMES) == ["tls/tls.crt"]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "tls/tls.crt", tmp_path / "tls/tls.key")
+
+
+@pytest.mark.parametrize("expired", [False, True])
+def test_the_certificate_of_another_authority_is_left_to_its_owner(tmp_path: Path, expired: bool) -> None:
+    make_secrets(tmp_path / "secrets", NAMES)
+    own = Authority(tmp_path / "own")
+    pair, tls = own.issue("*.example.org", expired=expired), tmp_path / "secrets/tls"
+    for name, source in (("tls.crt", pair.certificate), ("tls.key", pair.key), ("ca.crt", own.file)):
+        (tls / name).unlink()
+        shutil.copy(source, tls / name)
+    before = contents(tls)
+    assert make_secrets(tmp_path / "secrets", [*NAMES, "more.example.org"]) == []
+    assert contents(tls) == before
 
 
 def test_a_machine_without_openssl_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
