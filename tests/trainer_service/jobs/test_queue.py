@@ -142,14 +142,26 @@ def test_a_run_that_gets_further_may_crash_again(queue: JobQueue, redis: Redis, 
     "foreign",
     [
         {"f": "os.system", "args": ("touch {}",)},
+        # Only the name of the function differs.
+        {"f": "os.mkdir", "args": ("id", 1)},
         {"f": JOB_FUNCTION, "args": ("id", "1")},
         {"f": JOB_FUNCTION, "args": ("id", 1), "kwargs": {"x": 1}},
         {"f": JOB_FUNCTION, "args": ("id", 1), "on_success": Callback("os.getcwd")},
         {"f": JOB_FUNCTION, "args": ("id", 1), "on_failure": Callback("os.getcwd")},
+        {"f": JOB_FUNCTION, "args": ("id", 1), "on_stopped": Callback("os.getcwd")},
     ],
 )
 def test_the_worker_rejects_foreign_rq_jobs(redis: Redis, foreign: dict[str, Any]) -> None:
     put = Queue("gptloop-0123456789abcdef", connection=redis, serializer=JSONSerializer).enqueue(**foreign)
+    with pytest.raises(NoSuchJobError):
+        AttemptJob.fetch(put.id, connection=redis, serializer=JSONSerializer)
+
+
+def test_the_worker_calls_no_method_of_what_a_job_carries(redis: Redis) -> None:
+    queue = Queue("gptloop-0123456789abcdef", connection=redis, serializer=JSONSerializer)
+    put = queue.create_job(JOB_FUNCTION, args=("id", 1))
+    put.instance = "something"
+    put.save()
     with pytest.raises(NoSuchJobError):
         AttemptJob.fetch(put.id, connection=redis, serializer=JSONSerializer)
 
