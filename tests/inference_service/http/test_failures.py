@@ -27,18 +27,18 @@ async def test_a_mistake_is_answered_and_logged_once_with_its_request(caplog: py
     try:
         with caplog.at_level(logging.ERROR):
             async with httpx.AsyncClient(timeout=HANG_S) as client:
-                answer = await client.get(f"http://127.0.0.1:{port}/wrong", headers={"x-request-id": "my call"})
+                answer = await client.get(f"http://127.0.0.1:{port}/wrong", headers={"x-request-id": "my-call"})
     finally:
         await server.stop(HANG_S, asyncio.Event())
         await server.close()
     assert answer.status_code == 500
     assert answer.json()["error"] == {
-        "message": "The server failed on this request; see its log for my call.",
+        "message": "The server failed on this request; see its log for my-call.",
         "type": "server_error",
         "param": None,
         "code": None,
     }
-    assert answer.headers["x-request-id"] == "my call"
+    assert answer.headers["x-request-id"] == "my-call"
     (record,) = caplog.records
     assert record.getMessage() == "GET /wrong failed"
     assert record.exc_info is not None and record.exc_info[0] is ZeroDivisionError
