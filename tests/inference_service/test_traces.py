@@ -82,11 +82,11 @@ def test_a_request_over_http_is_a_trace_with_its_parts(server: Server, collector
     answer = httpx.post(
         f"{server.page_url}v1/completions",
         json={"prompt": ["a", "b"], "max_tokens": 3, "ignore_eos": True},
-        headers={"traceparent": PARENT.replace(TRACE, TRACE[::-1]), "x-request-id": "over http"},
+        headers={"traceparent": PARENT.replace(TRACE, TRACE[::-1]), "x-request-id": "over-http"},
         timeout=HANG_S,
     )
     assert answer.status_code == 200
-    call = collector.named("POST /v1/completions", gptloop__request_id="over http")
+    call = collector.named("POST /v1/completions", gptloop__request_id="over-http")
     assert (call.trace, call.parent) == (TRACE[::-1], CLIENT)
     below = [span for span in collector.spans if span.parent == call.id]
     assert [span.name for span in below] == ["text_completion 1"] * 2
