@@ -9,8 +9,9 @@ import grpc
 from shared.errors import DeadlineExceeded, GptloopError, InvalidArgument, ResourceExhausted, Unavailable
 from shared.service.grpc_status import error_of
 
-# Longer than the channel waits between two attempts to connect: a call in between fails without being sent.
-_FIRST_PAUSE_S = 0.25
+# Both pauses of a call together are longer than the channel waits between two attempts to connect: a call in between
+# fails without being sent.
+_FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 5.0
 # If the server asks for a longer wait, the caller gets the error.
 _LONGEST_ASKED_S = 60.0

@@ -21,9 +21,10 @@ from shared.service.client_channel import Connection, open_aio_channel, sendable
 DEFAULT_RETRIES = 2
 
 _OPTIONS = (
-    # By default, a channel waits up to two minutes before it tries to reconnect.
+    # By default, a channel waits up to two minutes before it tries to reconnect. `attempts.py` waits longer than this,
+    # so a call is not failed by the last of several servers while another has just come back.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.max_reconnect_backoff_ms", 250),
 )
 
 _SAMPLING = frozenset(pb.Sampling.DESCRIPTOR.fields_by_name)

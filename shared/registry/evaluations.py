@@ -129,11 +129,11 @@ class Evaluations:
 def _figures_of(path: Path) -> Figures | None:
     try:
         record = json.loads(path.read_bytes())
-        text, method = record["text"], record["method"]["text"]
+        text, method, digest = record["text"], record["method"]["text"], record["version"]["digest"]
         interval = text["interval"]
         figures = Figures(
             method_digest=path.stem,
-            version_digest=record["version"]["digest"],
+            version_digest=digest,
             tokens=int(method["tokens"]),
             nats_per_token=float(text["nats_per_token"]),
             low=None if interval is None else float(interval["low"]),
@@ -142,8 +142,8 @@ def _figures_of(path: Path) -> Figures | None:
             bits_per_byte=float(text["bits_per_byte"]),
             measured_at=float(record["measured_at"]["text"]),
         )
+        numbers = [float(each) for each in astuple(figures) if isinstance(each, int | float)]
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # of an older program, or not complete yet
-    numbers = [each for each in astuple(figures) if isinstance(each, int | float)]
-    is_plausible = all(map(math.isfinite, numbers)) and min(numbers) >= 0
+    is_plausible = isinstance(digest, str) and all(map(math.isfinite, numbers)) and min(numbers) >= 0
     return figures if is_plausible and figures.tokens <= _MOST_TOKENS and figures.measured_at < LATEST_S else None

@@ -47,6 +47,8 @@ def test_a_replaced_record_is_read_again(registry: Registry) -> None:
         record("d", 1.5, measured_at=1e30).encode(),
         record("d", 1.5, measured_at=100.0, nats_per_token=-1.0).encode(),
         record("d", 1.5, measured_at=100.0, perplexity=10**400).encode(),
+        record("d", 1.5, measured_at=100.0).replace('"d"', "1" * 400).encode(),
+        record("d", 1.5, measured_at=100.0).replace('"d"', "7").encode(),
     ],
 )
 def test_a_file_without_figures_is_ignored(registry: Registry, content: bytes) -> None:
