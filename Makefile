@@ -201,6 +201,16 @@ $(PACKAGES): requirements/$(ACCELERATOR).txt requirements/dev.txt requirements/r
 	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/traces.txt
 	@touch $@
 
+# Reaches a registry in object storage.
+.venv/object-storage: $(PACKAGES) requirements/object-storage.txt
+	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/object-storage.txt
+	@touch $@
+
+# A real S3 server for the tests.
+.venv/object-storage-tests: $(PACKAGES) requirements/object-storage-tests.txt
+	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/object-storage-tests.txt
+	@touch $@
+
 # Drives an installed Chromium in the tests of the page.
 .venv/web-tests: $(PACKAGES) requirements/web-tests.txt
 	$(RUN) pip install --disable-pip-version-check --quiet --require-hashes -r requirements/web-tests.txt
