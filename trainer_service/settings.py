@@ -1,7 +1,9 @@
 """What the trainer service reads from the environment, once, at its start."""
 
+import shlex
 from dataclasses import dataclass
 
+from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
 from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
 from shared.registry.store import Registry
@@ -27,6 +29,11 @@ PORT_VARIABLE = "GPTLOOP_TRAINER_PORT"
 METRICS_HOST_VARIABLE = "GPTLOOP_TRAINER_METRICS_HOST"
 METRICS_PORT_VARIABLE = "GPTLOOP_TRAINER_METRICS_PORT"
 PROBE_PORT_VARIABLE = "GPTLOOP_TRAINER_PROBE_PORT"
+LAUNCHER_VARIABLE = "GPTLOOP_LAUNCHER"
+WORKER_RANKS_VARIABLE = "GPTLOOP_WORKER_RANKS"
+
+# The most ranks that a run may have.
+MAX_RANKS = 1024
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,10 @@ class TrainerSettings:
     directories: `GPTLOOP_VAR`, the folder of all state.
     best_by: `GPTLOOP_BEST_BY`, what the label `best` compares.
     groq: `GROQ_API_KEY` and `GPTLOOP_GROQ_*`, the large teacher.
+    launcher: `GPTLOOP_LAUNCHER`, the words of the command that starts the ranks of a run; `{world_size}` in them stands
+        for their number; empty: a worker starts them itself.
+    worker_ranks: `GPTLOOP_WORKER_RANKS`, how many ranks a worker can start; None: as many as it has GPUs, or else
+        cores.
     """
 
     host: str
@@ -64,6 +75,8 @@ class TrainerSettings:
     directories: Directories
     best_by: BestBy
     groq: GroqSettings
+    launcher: tuple[str, ...]
+    worker_ranks: int | None
 
     @property
     def missing_tokens(self) -> tuple[str, ...]:
@@ -78,6 +91,13 @@ class TrainerSettings:
 def read_settings(environment: Environment) -> TrainerSettings:
     """Reads all settings; raises `InvalidArgument`, which names the invalid variable."""
     directories = read_directories(environment)
+    launcher = _read_launcher(environment)
+    worker_ranks = read_int(environment, WORKER_RANKS_VARIABLE, None, minimum=1, maximum=MAX_RANKS)
+    if launcher and worker_ranks is None:
+        raise InvalidArgument(
+            f"{LAUNCHER_VARIABLE} is set, but {WORKER_RANKS_VARIABLE} is not: set it to the number of ranks that the "
+            "launcher can start."
+        )
     return TrainerSettings(
         host=read_str(environment, HOST_VARIABLE, "127.0.0.1"),
         port=read_port(environment, PORT_VARIABLE, 50052),
@@ -93,7 +113,20 @@ def read_settings(environment: Environment) -> TrainerSettings:
         directories=directories,
         best_by=read_best_by(environment),
         groq=read_groq(environment),
+        launcher=launcher,
+        worker_ranks=worker_ranks,
     )
+
+
+def _read_launcher(environment: Environment) -> tuple[str, ...]:
+    text = read_str(environment, LAUNCHER_VARIABLE, "")
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise InvalidArgument(
+            f"{LAUNCHER_VARIABLE} is {shown(text)}, but must be a command line such as mpirun -n {{world_size}}: "
+            f"{error}."
+        ) from None
 
 
 def read_retention(environment: Environment) -> Retention:

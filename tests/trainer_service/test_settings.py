@@ -54,3 +54,18 @@ def test_the_trainer_lacks_tokens_of_operators_only() -> None:
     assert read_settings({}).missing_tokens == read_settings({"GPTLOOP_CLIENT_TOKENS": "/clients"}).missing_tokens
     assert read_settings({}).missing_tokens == missing
     assert read_settings({"GPTLOOP_OPERATOR_TOKENS": "/operators"}).missing_tokens == ()
+
+
+def test_a_launcher_is_split_as_a_shell_does_and_says_how_many_ranks_it_starts() -> None:
+    assert (read_settings({}).launcher, read_settings({}).worker_ranks) == ((), None)
+    command = "mpirun -n {world_size} --hostfile '/etc/my hosts'"
+    settings = read_settings({"GPTLOOP_LAUNCHER": command, "GPTLOOP_WORKER_RANKS": "16"})
+    assert settings.launcher == ("mpirun", "-n", "{world_size}", "--hostfile", "/etc/my hosts")
+    assert settings.worker_ranks == 16
+    with pytest.raises(InvalidArgument, match="GPTLOOP_WORKER_RANKS is not: set it to the number of ranks"):
+        read_settings({"GPTLOOP_LAUNCHER": command})
+    with pytest.raises(InvalidArgument, match=r"GPTLOOP_LAUNCHER is .*must be a command line such as mpirun"):
+        read_settings({"GPTLOOP_LAUNCHER": "mpirun 'a", "GPTLOOP_WORKER_RANKS": "2"})
+    for text in ("0", "1025", "two"):
+        with pytest.raises(InvalidArgument, match=f"GPTLOOP_WORKER_RANKS is .*{text}.* from 1 to 1024"):
+            read_settings({"GPTLOOP_WORKER_RANKS": text})
