@@ -247,12 +247,16 @@ class JobStore:
 
     def renew_attempt(self, job_id: str, attempt: int, seconds: int = LEASE_S) -> None:
         """Renews the lease of an attempt that makes progress; does nothing if there is a later attempt."""
-        lease = Lease(attempt, seconds, f"{self._sender}-{next(self._beats)}")
 
         def change(pipeline: Pipeline, _: Fields) -> None:
-            pipeline.set(self.keys.lease(job_id), lease.to_text(), ex=seconds)
+            self.lend(pipeline, job_id, attempt, seconds)
 
         self.change(job_id, attempt, change)
+
+    def lend(self, pipeline: Pipeline, job_id: str, attempt: int, seconds: int) -> None:
+        """Gives an attempt its lease, or renews it, as part of a transaction."""
+        lease = Lease(attempt, seconds, f"{self._sender}-{next(self._beats)}")
+        pipeline.set(self.keys.lease(job_id), lease.to_text(), ex=seconds)
 
     def renew_worker(self, name: str) -> None:
         """Renews the lease of a worker."""

@@ -13,7 +13,7 @@ from redis.client import Pipeline
 
 from shared.errors import AlreadyExists, FailedPrecondition, shown
 from trainer_service.jobs.events import JobState, Preparation, RunStarted, StateChanged, TimedEvent
-from trainer_service.jobs.job_store import MAX_TICKET, JobStore, ticket_of
+from trainer_service.jobs.job_store import MAX_TICKET, START_LEASE_S, JobStore, ticket_of
 from trainer_service.jobs.records import Fields, JobRecord, attempt_of, last_event, number_of
 from trainer_service.jobs.rq_adapter import AttemptQueue
 from trainer_service.jobs.specs import Kind, Spec
@@ -119,6 +119,27 @@ class JobQueue:
                 self.attempts.insert(pipeline, job.id, job.attempt, job.ticket)
 
         self.store.change(job.id, job.attempt, change, also_watch=[self.attempts.key])
+
+    def claim(self, job_id: str) -> int | None:
+        """Takes the attempt of one job that waits for a worker, and gives it the lease of a starting process.
+
+        Returns its number, or None if no attempt waits now. Of several processes that want it, workers included, one
+        gets it. Raises `NotFound`, or `FailedPrecondition` if the job has ended.
+        """
+        record = self.store.get(job_id)
+        if record.state.is_final:
+            raise FailedPrecondition(f"The job {job_id} is {record.state.value} already, so nothing is left to do.")
+        is_waiting = False
+
+        def change(pipeline: Pipeline, _: Fields) -> None:
+            nonlocal is_waiting
+            is_waiting = (job_id, record.attempt) in self.attempts.waiting()
+            if is_waiting:
+                self.attempts.take(pipeline, job_id, record.attempt)
+                self.store.lend(pipeline, job_id, record.attempt, START_LEASE_S)
+
+        is_current = self.store.change(job_id, record.attempt, change, also_watch=[self.attempts.key])
+        return record.attempt if is_current and is_waiting else None
 
     def give_back(self, job_id: str, attempt: int) -> bool:
         """Ends an attempt whose worker was stopped; any worker can take the next attempt at once."""

@@ -130,6 +130,12 @@ class AttemptQueue:
         else:
             pipeline.linsert(self.key, "before", following, job.id)
 
+    def take(self, pipeline: Pipeline, job_id: str, attempt: int) -> None:
+        """Takes an attempt out of the queue for a process that RQ does not start, as part of a transaction."""
+        rq_id = self._rq_id(job_id, attempt)
+        pipeline.lrem(self.key, 0, rq_id)
+        pipeline.delete(AttemptJob.key_for(rq_id))
+
     def remove(self, job_id: str, attempt: int) -> None:
         """Removes an attempt, if it waits."""
         rq_id = self._rq_id(job_id, attempt)
