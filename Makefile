@@ -118,7 +118,7 @@ chat: $(VENV) ## Continue what you type, line by line: VERSION= SEED= TEMPERATUR
 info: $(VENV) ## Show the device, its memory and its speed.
 	$(COMMAND) info
 
-test: $(VENV) ## Run all tests (four minutes on two cores): FAST=1 leaves out the slow ones (one minute)
+test: $(VENV) ## Run all tests (a quarter of an hour on two cores): FAST=1 leaves out the slow ones (one minute)
 	$(call TAKES,FAST)
 	@$(RUN) pytest -n 2 --dist loadfile $(if $(filter-out 0 no false,$(FAST)),-m 'not slow')
 

@@ -56,9 +56,14 @@ def read_ports(environment: Environment) -> Ports:
 
 def free_ports() -> Ports:
     """Returns ports that nothing listens on now."""
+    return Ports(*free_numbers(len(fields(Ports))))
+
+
+def free_numbers(count: int) -> list[int]:
+    """Returns the numbers of different ports that nothing listens on now."""
     with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in fields(Ports)]
-        return Ports(*(listener.getsockname()[1] for listener in listeners))
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 def page_url(environment: Environment, ports: Ports) -> str:

@@ -32,4 +32,4 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_report_header(config: pytest.Config) -> str:
     """Reports the expected time."""
     fast = config.getoption("markexpr") == "not slow"
-    return f"about {'one minute' if fast else 'four minutes'} with two processes (-n 2) on two quiet cores"
+    return f"about {'one minute' if fast else 'a quarter of an hour'} with two processes (-n 2) on two quiet cores"

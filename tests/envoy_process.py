@@ -1,6 +1,5 @@
 """Envoy as a process with the configuration of deploy/envoy, on ports of this machine."""
 
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from deploy.ports import free_numbers
 from tests.waiting import HANG_S, wait_until
 from tests.workplace import PROJECT
 
@@ -21,15 +21,6 @@ _OPTIONS = ("--disable-hot-restart", "--concurrency", "1", "--log-level", "warni
 _TLS = "/run/secrets/gptloop/tls"
 
 
-def free_ports(count: int) -> list[int]:
-    """Returns ports on which nobody listens."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 class Envoy:
     """Envoy in front of replicas on these ports.
 
@@ -38,7 +29,7 @@ class Envoy:
 
     def __init__(self, folder: Path, certificates: Path, replicas: Sequence[int]) -> None:
         folder.mkdir()
-        port, self._admin_port = free_ports(2)
+        port, self._admin_port = free_numbers(2)
         self.address = f"127.0.0.1:{port}"
         for name in ("certificate.yaml", "authority.yaml"):
             (folder / name).write_text((FOLDER / name).read_text("utf-8").replace(_TLS, str(certificates)))

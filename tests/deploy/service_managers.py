@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from deploy.services.launchd import Launchd
 from tests.waiting import HANG_S, wait_until
 
 # It runs only on a machine that was booted with systemd, which a folder in /run shows. Nobody else sees this one.
@@ -91,7 +92,8 @@ class Agents:
     def stop(self) -> dict[str, int]:
         """Ends every agent as `launchctl bootout` does, in the order that gptloop prints; returns their exit codes."""
         codes = {}
-        for label in [f"gptloop.{name}" for name in ("worker", "inference", "trainer", "redis")]:
+        words = Launchd.stop.partition(" in ")[2].partition(";")[0].split()
+        for label in [f"gptloop.{name}" for name in words]:
             if label not in self._running:
                 continue
             agent, process = self._running.pop(label)

@@ -14,6 +14,7 @@ import trainer_service.settings
 from tests.deploy.builder import DOCKERFILE, is_in_context
 from tests.deploy.compose import Service, read_services
 from tests.deploy.dockerfile import configuration_of, has_compiler, read_stages
+from tests.deploy.manifests import container
 from tests.deploy.rehearsal import COMPOSITION, NAMESPACES
 from tests.pages import rows
 from tests.waiting import HANG_S
@@ -92,9 +93,19 @@ def test_grafana_finds_its_dashboards_and_prometheus() -> None:
     provisioning = PROJECT / "deploy/grafana/provisioning"
     (provider,) = yaml.safe_load((provisioning / "dashboards/gptloop.yaml").read_text())["providers"]
     mounted = {mount.target: mount.source for mount in SERVICES["grafana"].mounts}
-    assert mounted[provider["options"]["path"]] == "./grafana/dashboards"
+    assert (provider["type"], mounted[provider["options"]["path"]]) == ("file", "./grafana/dashboards")
     (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yaml").read_text())["datasources"]
+    assert (source["type"], source["isDefault"]) == ("prometheus", True)
     assert source["url"] == "http://prometheus:9090"
+    for scraped in ("deploy/docker/prometheus.yml", "deploy/prometheus/prometheus.yml"):
+        interval = yaml.safe_load((PROJECT / scraped).read_text())["global"]["scrape_interval"]
+        assert source["jsonData"]["timeInterval"] == interval
+
+
+def test_redis_starts_as_in_kubernetes() -> None:
+    (script,) = container("redis")["args"]
+    command = SERVICES["redis"].command
+    assert command is not None and command[-1].split() == script.split()
 
 
 @pytest.mark.parametrize(("target", "compiles"), [("cpu", False), ("cuda", False), ("cpu-worker", True)])

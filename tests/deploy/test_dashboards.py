@@ -4,9 +4,8 @@ import re
 from typing import Any
 
 import pytest
-import yaml  # type: ignore[import-untyped]
 
-from tests.monitoring import GRAFANA, PROMETHEUS, alerts, dashboards, documented_queries, metrics_in, panels, records
+from tests.monitoring import PROMETHEUS, alerts, dashboards, documented_queries, metrics_in, panels, records
 from tests.pages import rows
 
 METRICS = {row[0]: row[1] for row in rows("Metrics")}
@@ -89,15 +88,3 @@ def test_no_panel_covers_another_one_or_leaves_the_page(board: dict[str, Any]) -
         }
         assert place["x"] + place["w"] <= 24 and not cells & taken, panel["title"]
         taken |= cells
-
-
-def test_grafana_finds_the_source_and_the_dashboards() -> None:
-    def read(path: str) -> dict[str, Any]:
-        return dict(yaml.safe_load((GRAFANA / "provisioning" / path).read_text(encoding="utf-8")))
-
-    (source,) = read("datasources/prometheus.yaml")["datasources"]
-    scraped = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
-    assert (source["type"], source["isDefault"]) == ("prometheus", True)
-    assert source["jsonData"]["timeInterval"] == scraped["global"]["scrape_interval"]
-    (provider,) = read("dashboards/gptloop.yaml")["providers"]
-    assert (provider["type"], provider["options"]) == ("file", {"path": "/var/lib/grafana/dashboards"})

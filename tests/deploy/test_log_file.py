@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from tests.waiting import HANG_S, wait_until
 from tests.workplace import PROJECT
 
 _BOTH_STREAMS = "import sys; print('out', flush=True); print('error', file=sys.stderr, flush=True)"
-# Ends, and leaves a process behind that prints a line after a line on its input.
+# Ends, and leaves a process in a group of its own behind, which prints at once and after a byte on its input.
 _LEAVES_ONE_BEHIND = """
 import os
 if os.fork() == 0:
+    os.setsid()
+    os.write(1, b"first ")
     os.read(0, 1)
     os.write(1, b"late")
 """
@@ -22,7 +25,7 @@ if os.fork() == 0:
 
 def _launched(log: Path, script: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "deploy.log_file", str(log), sys.executable, "-c", script]
-    return subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
 
 def test_a_full_log_is_renamed_and_three_old_ones_are_kept(tmp_path: Path) -> None:
@@ -67,7 +70,9 @@ def test_what_a_process_prints_after_the_end_of_the_program_is_in_the_log(tmp_pa
     log = tmp_path / "log"
     program = _launched(log, _LEAVES_ONE_BEHIND)
     assert program.wait(HANG_S) == 0
+    wait_until(lambda: log.exists() and log.read_text() == "first ")
     # launchd kills what is left of the process group of a program that has ended.
-    assert os.getpgid(0) != program.pid
+    with suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGKILL)
     program.communicate(b"x")
-    wait_until(lambda: log.exists() and log.read_text() == "late")
+    wait_until(lambda: log.read_text() == "first late", hang_s=60.0)

@@ -62,10 +62,15 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def tag(folder: Path) -> None:
-    """Makes a folder a repository whose state is that of a tag."""
+def commit(folder: Path, tag: str) -> None:
+    """Commits the contracts in a folder, and gives the commit a tag."""
     who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
-    for words in (("init", "--quiet"), ("add", "proto"), (*who, "commit", "--quiet", "-m", "First"), ("tag", "v1")):
+    for words in (
+        ("init", "--quiet"),
+        ("add", "proto"),
+        (*who, "commit", "--quiet", "--allow-empty", "-m", tag),
+        ("tag", tag),
+    ):
         subprocess.run(["git", *words], cwd=folder, check=True)
 
 
@@ -78,20 +83,23 @@ def test_a_planted_fault_is_found(fault: Fault, files: Path, capfd: pytest.Captu
     validator = next(each for each in VALIDATORS if each.name == fault.validator)
     if program := missing_program(validator):
         pytest.skip(f"{program} is not installed: make .venv/validators")
-    tag(files)
+    commit(files, "v1")
     text = (files / fault.file).read_text(encoding="utf-8")
     assert fault.text in text
     (files / fault.file).write_text(text.replace(fault.text, fault.replacement), encoding="utf-8")
+    commit(files, "v2")
     assert not passes(validator, files)
     assert fault.answer in "".join(capfd.readouterr())
 
 
-def test_contracts_are_compared_with_a_tag_if_there_is_one(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_contracts_are_compared_with_an_earlier_tag(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
     validator = next(each for each in VALIDATORS if each.name == "contracts-kept")
     if program := missing_program(validator):
         pytest.skip(f"{program} is not installed: make .venv/validators")
-    assert passes(validator, files) and "Not run: no tag." in capfd.readouterr().out
-    tag(files)
+    assert passes(validator, files) and "Not run: no earlier tag." in capfd.readouterr().out
+    commit(files, "v1")
+    assert passes(validator, files) and "Not run: no earlier tag." in capfd.readouterr().out
+    commit(files, "v2")
     assert passes(validator, files) and "Not run" not in capfd.readouterr().out
 
 

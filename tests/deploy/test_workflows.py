@@ -35,3 +35,16 @@ def test_images_are_pushed_for_tags_only() -> None:
     assert "docker" not in WORKFLOWS["check"]
     (triggers,) = re.findall(r"\non:\n(.*?)\n\n", WORKFLOWS["release"], re.DOTALL)
     assert triggers == '  push:\n    tags: ["v*"]'
+
+
+def test_the_workflow_and_the_script_install_what_tests_can_use() -> None:
+    def installed(text: str) -> set[str]:
+        lines = re.findall(r"\bmake .*\.venv/.*", text, re.MULTILINE)
+        return {word for line in lines for word in line.split() if word.startswith(".venv/")} - {".venv/bin/gptloop"}
+
+    script = (PROJECT / ".ci/run").read_text(encoding="utf-8")
+    assert installed(script) == installed(WORKFLOWS["check"]) >= {".venv/validators"}
+
+
+def test_the_check_has_the_tags_with_which_it_compares_the_contracts() -> None:
+    assert "fetch-depth: 0" in WORKFLOWS["check"]

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.ports import free_numbers
 from inference_service.client import AsyncInferenceClient
 from shared.errors import FailedPrecondition, GptloopError, Unauthenticated, Unavailable
 from shared.gpt.config import GPTConfig
@@ -29,7 +30,7 @@ from shared.service import cli
 from shared.service.access.credentials import Credentials
 from shared.service.lists import print_rows
 from tests.certificates import Authority, Installed, replace
-from tests.envoy_process import MISSING, PROGRAM, Envoy, free_ports
+from tests.envoy_process import MISSING, PROGRAM, Envoy
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import Server
 from tests.token_files import OPERATOR, write_tokens
@@ -94,7 +95,7 @@ class Replicas:
     """Two servers on one registry, each on a port that it keeps."""
 
     def __init__(self, folder: Path, secrets: Secrets, slots: int) -> None:
-        self.ports = free_ports(2)
+        self.ports = free_numbers(2)
         self.logs: list[str] = []
         self._var = folder / "var"
         self._secrets = secrets

@@ -5,7 +5,6 @@ All of it talks to Redis by TLS, with the rights of `deploy/redis/users.acl` and
 
 import io
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ from redis import Redis
 from rich.console import Console
 from typer.testing import CliRunner
 
+from deploy.ports import free_numbers
 from shared.errors import NotFound, Unavailable
 from shared.registry.identity import registry_id
 from shared.registry.store import Registry
@@ -99,7 +99,7 @@ class System:
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = tmp_path_factory.mktemp("failures")
-    redis = RedisServer(tmp_path_factory.mktemp("redis"), _free_port())
+    redis = RedisServer(tmp_path_factory.mktemp("redis"), free_numbers(1)[0])
     authority = Authority(folder / "authority")
     relay = Relay(redis.socket, authority.issue("localhost"))
     password = folder / "password"
@@ -138,11 +138,6 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
 def admin(system: System) -> Iterator[Redis]:
     with system.redis.admin() as client:
         yield client
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def test_a_run_goes_on_while_redis_is_killed_and_started_again(system: System) -> None:
@@ -215,7 +210,7 @@ def test_a_run_goes_on_while_the_certificate_of_redis_has_expired(system: System
 def test_a_run_goes_on_after_a_failover_to_a_replica(
     system: System, admin: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    replica = RedisServer(tmp_path_factory.mktemp("replica"), _free_port())
+    replica = RedisServer(tmp_path_factory.mktemp("replica"), free_numbers(1)[0])
     try:
         with replica.admin() as other:
             other.execute_command("ACL", "SETUSER", "gptloop", "resetpass", ">the next password")

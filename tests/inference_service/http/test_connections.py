@@ -95,7 +95,7 @@ def test_a_request_that_does_not_arrive_ends_its_connection(monkeypatch: pytest.
 
 
 def test_a_request_that_has_arrived_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "ARRIVAL_S", 0.1)
+    monkeypatch.setattr(connections, "ARRIVAL_S", 1.0)
 
     async def test(world: World) -> None:
         _, writer = await world.connect(GET.replace(b"/", b"/wait", 1) + b"\r\n")
