@@ -12,11 +12,12 @@ from typing import Any
 from shared.errors import FailedPrecondition, shown
 from shared.text import excerpt
 from trainer_service.backup.archive import JOBS_NAME
+from trainer_service.jobs.job_store import MAX_TICKET
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _EVENT_ID = re.compile(r"([0-9]{1,18})-([0-9]{1,18})")
-# Redis orders jobs by numbers that are exact up to here, and counts to the other limit.
-_MAX_TICKET, _MAX_COUNT = 1 << 53, (1 << 63) - 1
+# Redis counts up to here.
+_MAX_COUNT = (1 << 63) - 1
 
 
 def read_copy(lines: Iterable[bytes]) -> tuple[dict[str, int], list[dict[str, Any]]]:
@@ -32,7 +33,7 @@ def read_copy(lines: Iterable[bytes]) -> tuple[dict[str, int], list[dict[str, An
             if number == 1:
                 counters = {name: _number(values, name, 0, _MAX_COUNT) for name in ("tokens", "diverged")}
                 continue
-            job = _job(values)
+            job = checked_job(values)
             if job["id"] in jobs:
                 raise ValueError(f"the job {job['id']} is there twice")
             jobs[job["id"]] = job
@@ -51,7 +52,8 @@ def _refusal(number: int, reason: str) -> FailedPrecondition:
     )
 
 
-def _job(values: dict[str, Any]) -> dict[str, Any]:
+def checked_job(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a job as a backup has it; raises `ValueError`, or `KeyError`, if no restoration would accept it."""
     job_id, events = values["id"], values["events"]
     if type(job_id) is not str or not _JOB_ID.fullmatch(job_id):
         raise ValueError(f"id is {shown(job_id, 40)}")
@@ -67,7 +69,7 @@ def _job(values: dict[str, Any]) -> dict[str, Any]:
         last = at
         _check_texts(event[1], "an event")
     _check_texts(values["fields"], "fields")
-    ticket = _number(values, "ticket", 1, _MAX_TICKET)
+    ticket = _number(values, "ticket", 1, MAX_TICKET)
     return {"id": job_id, "ticket": ticket, "fields": values["fields"], "events": events}
 
 

@@ -7,12 +7,13 @@ the workers again.
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from shared.errors import FailedPrecondition
-from trainer_service.backup.copied_jobs import read_copy
+from trainer_service.backup.copied_jobs import checked_job, read_copy
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
-from trainer_service.jobs.job_store import KEPT_S, WORKING, JobStore
+from trainer_service.jobs.job_store import KEPT_S, WORKING, JobStore, ticket_of
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import attempt_of, seconds_of, state_of
 from trainer_service.redis_client import reachable
@@ -36,16 +37,16 @@ def copy_jobs(store: JobStore) -> Iterator[bytes]:
             pipeline.hgetall(store.keys.job(name))
             pipeline.xrange(store.keys.events(name))
             fields, events = pipeline.execute(raise_on_error=False)
-        # A job that has expired, or whose key another program has replaced, is left out.
+        # A job that has expired, or whose key another program has replaced, is left out, and so is what is no job.
         if isinstance(fields, dict) and fields and isinstance(events, list):
-            yield _line(
-                {
-                    "id": name,
-                    "ticket": int(ticket),
-                    "fields": _texts(fields),
-                    "events": [[entry.decode(), _texts(values)] for entry, values in events],
-                }
-            )
+            job = {
+                "id": name,
+                "ticket": ticket_of(ticket),
+                "fields": _texts(fields),
+                "events": [[entry.decode(), _texts(values)] for entry, values in events],
+            }
+            with suppress(ValueError):
+                yield _line(checked_job(job))
 
 
 def restore_jobs(queue: JobQueue, lines: Iterable[bytes], digest: str) -> None:

@@ -38,20 +38,23 @@ def restore_backup(path: Path, settings: TrainerSettings) -> Description:
         directories.var.mkdir(parents=True, exist_ok=True)
         with locked(directories.var / f"{_STAGING}.lock"):
             begun = _begun(staging)
-            if begun is None or not (staging / "files/registry").exists():
+            if begun is None:
                 _require_empty(directories)
-            shutil.rmtree(staging / "files", ignore_errors=True)
-            make_folder(staging / "files", directories.var)
-            description, digest = extract(path, staging / "files")
+                shutil.rmtree(staging, ignore_errors=True)
+            files = staging / "files"
+            # The files that a killed restoration has begun to move stay: the backup is compared with them only.
+            extracted = files if begun is None else staging / "again"
+            shutil.rmtree(extracted, ignore_errors=True)
+            make_folder(extracted, directories.var)
+            description, digest = extract(path, extracted)
             if begun not in (None, digest):
                 raise FailedPrecondition(
                     f"The restoration of another backup into {shown(directories.var)} was interrupted: repeat it, or "
                     "name an empty folder in GPTLOOP_VAR."
                 )
-            files = staging / "files"
-            if registry_id(files / "registry") != description.registry:
+            if registry_id(extracted / "registry") != description.registry:
                 raise FailedPrecondition(f"{shown(path)} is damaged: its registry has another id than its description.")
-            with running_redis(directories, settings.redis) as redis, (files / JOBS_NAME).open("rb") as lines:
+            with running_redis(directories, settings.redis) as redis, (extracted / JOBS_NAME).open("rb") as lines:
                 check_server(redis)
                 restore_jobs(JobQueue(redis, description.registry), lines, digest)
             _date_folders(files)
@@ -76,7 +79,9 @@ def _disk(folder: Path) -> Iterator[None]:
 
 
 def _begun(staging: Path) -> str | None:
-    """Returns the hash of the backup whose folders a killed restoration has begun to move."""
+    """Returns the hash of the backup whose folders a killed restoration has begun to move, the registry not yet."""
+    if not (staging / "files" / "registry").exists():
+        return None
     digest = staging / _DIGEST
     return digest.read_text(encoding="utf-8") if digest.exists() else None
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -132,7 +133,8 @@ def test_a_backup_is_restored_into_an_empty_place_only(
         assert files_of(there.directories.var) == before
 
 
-@pytest.mark.parametrize("killed_at", range(5))
+# The steps are to extract, to restore the jobs, to date the folders, and to move the stories and the registry.
+@pytest.mark.parametrize("deadly", [*((step,) for step in range(5)), *((4, 5 + step) for step in range(4))])
 def test_a_restoration_that_was_interrupted_anywhere_can_be_repeated(
     here: TrainerSettings,
     there: TrainerSettings,
@@ -140,7 +142,7 @@ def test_a_restoration_that_was_interrupted_anywhere_can_be_repeated(
     mortal_redis: RedisServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    killed_at: int,
+    deadly: tuple[int, ...],
 ) -> None:
     job = here_queue.enqueue(training(tmp_path)).id
     write_backup(tmp_path / "backup.tar", here)
@@ -148,7 +150,7 @@ def test_a_restoration_that_was_interrupted_anywhere_can_be_repeated(
 
     def dying(action: Callable[..., object]) -> Callable[..., object]:
         def call(*given: object) -> object:
-            if next(calls) == killed_at:
+            if next(calls) in deadly:
                 raise KeyboardInterrupt
             return action(*given)
 
@@ -156,9 +158,10 @@ def test_a_restoration_that_was_interrupted_anywhere_can_be_repeated(
 
     for name in ("extract", "restore_jobs", "_date_folders", "_move"):
         monkeypatch.setattr(restore_module, name, dying(getattr(restore_module, name)))
-    with pytest.raises(KeyboardInterrupt):
-        restore_backup(tmp_path / "backup.tar", there)
-    assert not (there.directories.registry / "versions").exists()
+    for _ in deadly:
+        with pytest.raises(KeyboardInterrupt):
+            restore_backup(tmp_path / "backup.tar", there)
+        assert not (there.directories.registry / "versions").exists()
     restore_backup(tmp_path / "backup.tar", there)
     assert files_of(there.directories.registry) == files_of(here.directories.registry)
     queue = JobQueue(mortal_redis.connect(), here_queue.registry)
@@ -242,3 +245,17 @@ def test_an_event_that_is_no_text_is_restored_as_it_was(
     write_backup(tmp_path / "backup.tar", here)
     restore_backup(tmp_path / "backup.tar", there)
     assert mortal_redis.connect().xrange(key) == here_queue.store.redis.xrange(key)
+
+
+def test_what_is_no_job_is_left_out_of_a_backup_that_can_be_restored(
+    here: TrainerSettings, there: TrainerSettings, here_queue: JobQueue, mortal_redis: RedisServer, tmp_path: Path
+) -> None:
+    job = here_queue.enqueue(training(tmp_path)).id
+    store = here_queue.store
+    fields: Any = store.redis.hgetall(store.keys.job(job))
+    for name, score in (("endless", "inf"), ("early", -1.0), ("half", 0.5), ("late", 2.0**60), ("a b", 7.0)):
+        store.redis.hset(store.keys.job(name), mapping=fields)
+        store.redis.zadd(store.keys.jobs, {name: score})
+    assert write_backup(tmp_path / "backup.tar", here).jobs == 1
+    restore_backup(tmp_path / "backup.tar", there)
+    assert [each.id for each in JobQueue(mortal_redis.connect(), here_queue.registry).store.jobs()] == [job]
