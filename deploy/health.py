@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -62,8 +63,12 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
 
     def worker() -> Health:
         with connect(address) as connection:
-            workers = JobQueue(connection, registry_id(store.root)).store.live_workers()
-        return Health(workers > 0, f"{workers} ready for jobs")
+            jobs = JobQueue(connection, registry_id(store.root)).store
+            workers, awaited = jobs.workers.count(), Counter(job.awaited for job in jobs.waiting() if job.awaited)
+        others = "".join(
+            f"; {number} {'job' if number == 1 else 'jobs'} waiting for {other}" for other, number in awaited.items()
+        )
+        return Health(workers > 0, f"{workers} ready for jobs{others}")
 
     return {check.__name__: partial(_checked, check) for check in (redis, trainer, inference, worker)}
 

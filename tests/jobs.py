@@ -12,9 +12,9 @@ from trainer_service.text.corpus import DatasetSpec
 EVALUATION = EvaluateSpec("best", DatasetSpec(()))
 
 
-def training(tmp_path: Path, name: str = "", notes: str = "", **overrides: str) -> TrainSpec:
+def training(tmp_path: Path, name: str = "", notes: str = "", needs: str = "", **overrides: str) -> TrainSpec:
     """Returns a run on the built-in stories."""
-    request = TrainRequest(overrides={"max_steps": "7"} | overrides, name=name, notes=notes)
+    request = TrainRequest(overrides={"max_steps": "7"} | overrides, name=name, notes=notes, needs=needs)
     return request.resolve(Registry(tmp_path / "registry"))
 
 

@@ -57,7 +57,7 @@ def empty_queue() -> JobQueue:
         counts=lambda: dict.fromkeys(JobState, 0),
         tokens=lambda: 0,
         diverged=lambda: 0,
-        live_workers=lambda: 0,
+        workers=SimpleNamespace(count=lambda: 0),
     )
     return cast(JobQueue, SimpleNamespace(store=store))
 

@@ -50,12 +50,12 @@ def follow(queue: JobQueue, job_id: str, console: Console) -> None:
 
 
 def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
-    """Yields the events of a job, and a preparation whenever it waits for a worker behind another number of jobs."""
-    last, abandoned_since_s, outage, ahead = "0", None, Outage(_OUTAGE_S), None
+    """Yields the events of a job, and a preparation whenever what it waits for changes."""
+    last, abandoned_since_s, outage, shown = "0", None, Outage(_OUTAGE_S), ""
     while True:
         try:
             batch = queue.store.read_events(job_id, last, _WAIT_S)
-            record, workers = queue.store.get(job_id), queue.store.live_workers()
+            record, workers = queue.store.get(job_id), queue.store.workers.count()
         except Unavailable as error:
             abandoned_since_s = None
             if not outage.has_begun:
@@ -72,9 +72,9 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
             yield timed.event
             if isinstance(timed.event, events.StateChanged) and timed.event.state.is_final:
                 return
-        if record.ahead is not None and ahead != record.ahead:
-            ahead = record.ahead
-            yield events.Preparation(f"{_WAITING}: {describe_ahead(ahead)}" if ahead else _WAITING)
+        if record.state is JobState.QUEUED and shown != (wait := _describe_wait(record)):
+            shown = wait
+            yield events.Preparation(wait)
         if record.is_held or workers:
             abandoned_since_s = None
         elif abandoned_since_s is None:
@@ -125,6 +125,8 @@ def describe_job(record: JobRecord) -> str:
     if record.state is JobState.QUEUED:
         if record.after and record.started_at is None:
             words.append("after " + ", ".join(record.after))
+        if record.awaited:
+            words.append(f"waits for {record.awaited}")
         if record.ahead:
             words.append(describe_ahead(record.ahead))
     if words:
@@ -134,6 +136,12 @@ def describe_job(record: JobRecord) -> str:
     if record.evaluation:
         return f"held-out loss {record.evaluation.validation_loss:.4f}"
     return record.preparation.stage if record.preparation and not record.state.is_final else ""
+
+
+def _describe_wait(record: JobRecord) -> str:
+    """Describes what a queued job waits for; `_WAITING` if that is the next free worker."""
+    wait = f"waiting for {record.awaited}, and none is alive" if record.awaited else _WAITING
+    return f"{wait}: {describe_ahead(record.ahead)}" if record.ahead else wait
 
 
 def describe_ahead(ahead: int) -> str:

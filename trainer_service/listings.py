@@ -40,6 +40,7 @@ def print_jobs(records: Sequence[JobRecord], as_json: bool) -> None:
         ),
         Column("last progress", describe_job, wraps=True),
         Column("", lambda job: job.ahead, key="jobs_ahead"),
+        Column("", lambda job: job.awaited, key="awaited"),
     )
     print_list(records, columns, as_json=as_json, empty="No job yet: queue one with `gptloop train`.")
 

@@ -34,7 +34,7 @@ class TrainingCollector(Collector):
         try:
             store = self._queue.store
             counts, shown, tokens, waiting = store.counts(), _shown(store), store.tokens(), store.waiting()
-            workers, diverged = store.live_workers(), store.diverged()
+            workers, diverged = store.workers.count(), store.diverged()
         except Unavailable:
             yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
             return
@@ -100,6 +100,11 @@ def _queued(waiting: Sequence[JobRecord]) -> Iterator[GaugeMetricFamily]:
         "gptloop_training_ready_jobs",
         "Jobs that wait for nothing but a worker.",
         value=sum(job.is_ready for job in waiting),
+    )
+    yield GaugeMetricFamily(
+        "gptloop_training_unmet_jobs",
+        "Jobs that wait and need what no live worker has.",
+        value=sum(bool(job.awaited) for job in waiting),
     )
     oldest = GaugeMetricFamily(
         "gptloop_training_oldest_waiting_timestamp_seconds",

@@ -21,7 +21,7 @@ _LOG_LEVELS = {
     LogLevel.WARNING: "warning",
     LogLevel.ERROR: "warning",
 }
-# RQ needs BLMOVE.
+# The queue needs ZMSCORE.
 OLDEST = (6, 2)
 # Since this version the append-only file is a folder, which earlier versions ignore.
 _FOLDER_SINCE = (7, 0)

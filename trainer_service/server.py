@@ -64,7 +64,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         """Submits a job."""
         wanted = request_from_pb(request)
         record = await asyncio.to_thread(self._submit, wanted)
-        live_workers = await asyncio.to_thread(self._queue.store.live_workers)
+        live_workers = await asyncio.to_thread(self._queue.store.workers.count)
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
 
     def _submit(self, wanted: JobRequest) -> JobRecord:
@@ -166,7 +166,7 @@ async def serve(settings: TrainerSettings) -> None:
 async def _follow_redis(server: GrpcServer, queue: JobQueue, root: Path, signals: Signals) -> None:
     while True:
         try:
-            await asyncio.to_thread(queue.store.live_workers)
+            await asyncio.to_thread(queue.store.workers.count)
             await server.set_serving(True)
             if await asyncio.to_thread(registry_id, root) != queue.registry:
                 logger.error(

@@ -93,6 +93,8 @@ def job_to_pb(record: JobRecord) -> pb.Job:
         evaluation=_values(record.evaluation) if record.evaluation else None,
         reason=_text(record.reason),
         jobs_ahead=record.ahead,
+        needs=_text(spec.needs) if isinstance(spec, RunSpec | EvaluateSpec) else "",
+        awaited=record.awaited,
         best_evaluation=_values(record.best) if record.best else None,
     )
 

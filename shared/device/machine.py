@@ -31,9 +31,14 @@ def array_cache_bytes(memory_bytes: int) -> int:
     return memory_bytes // 8
 
 
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def cpu_threads() -> int:
     """Returns how many threads a process may compute in: OPENBLAS_NUM_THREADS, or else the number of cores."""
     limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
     if limit.isdecimal() and int(limit) > 0:
         return int(limit)
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return cores()

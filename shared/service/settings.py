@@ -50,11 +50,16 @@ def read_bytes(environment: Environment, name: str, default: int, *, maximum: in
     text = read_str(environment, name, "")
     if not text:
         return default
-    match = _BYTES.fullmatch(text)
-    value = int(match[1]) << _SHIFT[match[2].upper()] if match else -1
-    if not 0 <= value <= maximum:
+    value = parse_bytes(text)
+    if value is None or value > maximum:
         raise InvalidArgument(f"{name} is {shown(text)}, but must be a number of bytes, such as 500M or 10G.")
     return value
+
+
+def parse_bytes(text: str) -> int | None:
+    """Returns the number of bytes that `read_bytes` reads in a text; None if the text has another form."""
+    match = _BYTES.fullmatch(text)
+    return int(match[1]) << _SHIFT[match[2].upper()] if match else None
 
 
 def read_str(environment: Environment, name: str, default: str) -> str:

@@ -9,9 +9,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from deploy.health import Health, health_checks
 from deploy.health import main as health_of
 from deploy.ports import Ports, free_ports
+from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.certificates import Authority
+from tests.jobs import training
+from tests.redis_process import RedisServer
+from trainer_service.jobs.needs import Offer
+from trainer_service.jobs.queue import JobQueue
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -99,6 +104,19 @@ def test_redis_that_does_not_answer_is_not_healthy(server: Server) -> None:
     answer = server.check("redis", SERVING)
     assert not answer.is_healthy
     assert answer.text.startswith("Redis does not answer")
+
+
+@pytest.mark.slow
+def test_the_check_of_workers_says_what_jobs_need_and_none_has(server: Server, tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path)
+    try:
+        queue = JobQueue(redis.connect(), registry_id(server.directories.registry))
+        queue.store.workers.renew("a", Offer())
+        queue.enqueue(training(tmp_path, needs="gpu"))
+        answer = health_checks({"REDIS_URL": redis.url}, server.directories, free_ports())["worker"]()
+        assert answer == Health(True, "1 ready for jobs; 1 job waiting for a worker with a GPU")
+    finally:
+        redis.end()
 
 
 def test_a_name_that_is_not_a_process_is_answered_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:

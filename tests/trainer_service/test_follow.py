@@ -21,6 +21,7 @@ from trainer_service.jobs.events import (
     StateChanged,
     VersionPublished,
 )
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_client import RedisAddress, connect
 
@@ -129,7 +130,7 @@ def test_following_waits_for_redis_only_for_a_limited_time(
 def test_a_waiting_job_shows_how_many_jobs_come_first(queue: JobQueue, job: str, tmp_path: Path) -> None:
     last = queue.enqueue(EVALUATION, after=[job]).id
     output = io.StringIO()
-    queue.store.renew_worker("a")
+    queue.store.workers.renew("a", Offer())
     followed = threading.Thread(target=follow, args=(queue, last, Console(file=output)))
     followed.start()
     wait_until(lambda: "waiting for a worker: 1 job comes first" in output.getvalue())
@@ -137,6 +138,18 @@ def test_a_waiting_job_shows_how_many_jobs_come_first(queue: JobQueue, job: str,
     queue.cancel(last)
     followed.join(20)
     assert output.getvalue().splitlines()[-1] == "cancelled."
+
+
+def test_a_waiting_job_shows_which_worker_it_waits_for(queue: JobQueue, job: str, tmp_path: Path) -> None:
+    last = queue.enqueue(training(tmp_path, needs="gpu")).id
+    output = io.StringIO()
+    queue.store.workers.renew("a", Offer())
+    followed = threading.Thread(target=follow, args=(queue, last, Console(file=output)))
+    followed.start()
+    wait_until(lambda: "waiting for a worker with a GPU, and none is alive: 1 job comes first" in output.getvalue())
+    assert follow_module.describe_job(queue.store.get(last)) == "waits for a worker with a GPU; 1 job comes first"
+    queue.cancel(last)
+    followed.join(20)
 
 
 def test_the_result_of_an_evaluation_is_one_line_with_version_and_text() -> None:

@@ -14,6 +14,7 @@ from tests.events import PROGRESS, STARTED
 from tests.fakes import publish_tiny_version
 from tests.jobs import finish, report, start, training
 from trainer_service.jobs.events import Evaluation, JobState, StateChanged, TimedEvent
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import make_metrics
 from trainer_service.redis_client import RedisAddress, connect
@@ -71,6 +72,16 @@ def test_a_job_is_ready_once_it_waits_for_nothing_but_a_worker(
     assert value(metrics, "oldest_waiting_timestamp_seconds") == queue.store.get(later).enqueued_at
     queue.cancel(later)
     assert value(metrics, "oldest_waiting_timestamp_seconds") is None
+
+
+def test_a_job_that_needs_what_no_live_worker_has_is_counted(
+    queue: JobQueue, metrics: CollectorRegistry, job: str, tmp_path: Path
+) -> None:
+    queue.enqueue(training(tmp_path, needs="gpu"))
+    queue.store.workers.renew("a", Offer())
+    assert (value(metrics, "ready_jobs"), value(metrics, "unmet_jobs")) == (2, 1)
+    queue.store.workers.renew("b", Offer(gpus=1))
+    assert value(metrics, "unmet_jobs") == 0
 
 
 def test_a_pause_is_no_wait_for_a_worker_and_the_next_attempt_counts(

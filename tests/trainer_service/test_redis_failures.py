@@ -75,7 +75,7 @@ class System:
         wait_until(lambda: self.step() > before)
         record = self.queue.store.get(self.job)
         assert (record.state, record.attempt) == (JobState.RUNNING, 1)
-        wait_until(lambda: self.queue.store.live_workers() == 1)
+        wait_until(lambda: self.queue.store.workers.count() == 1)
 
     def written(self) -> int:
         """Returns the last step of which the run has written a state."""

@@ -19,6 +19,7 @@ from tests.trainer_service.serving import listening, watched
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service import server as server_module
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.metrics import CallMetrics
 from trainer_service.redis_client import RedisAddress, connect
@@ -173,3 +174,16 @@ async def test_a_run_has_the_name_and_the_notes_that_a_client_gave(servicer: Tra
     start(queue, first.id)
     running = (await servicer.GetJob(pb.GetJobRequest(job_id=first.id), None)).job
     assert not running.HasField("jobs_ahead")
+
+
+@async_test
+async def test_a_job_that_no_live_worker_can_do_names_the_one_that_it_waits_for(
+    servicer: TrainingServicer, queue: JobQueue
+) -> None:
+    queue.store.workers.renew("a", Offer())
+    queued = await enqueue(servicer, needs="gpu,memory=16G")
+    answer = (await servicer.GetJob(pb.GetJobRequest(job_id=queued.id), None)).job
+    assert (answer.needs, answer.awaited) == ("gpu,memory=16G", "a worker with a GPU, 16.0 GiB of memory")
+    assert (await enqueue(servicer)).awaited == ""
+    with pytest.raises(InvalidArgument, match="needs is 'tpu', but must be gpu"):
+        await enqueue(servicer, needs="tpu")

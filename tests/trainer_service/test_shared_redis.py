@@ -12,6 +12,7 @@ from shared.registry.identity import registry_id
 from shared.registry.store import Registry
 from tests.jobs import finish, start, training
 from trainer_service.jobs.events import JobState
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
 from trainer_service.jobs.watch import Watch
@@ -27,8 +28,12 @@ def queues(redis: Redis, tmp_path: Path) -> tuple[JobQueue, JobQueue]:
 class Idle:
     """Notes the attempts that it is given, and runs a process that does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
         self.taken: list[str] = []
+
+    def take(self) -> tuple[str, int] | None:
+        return self._queue.take(Offer())
 
     def start(self, job_id: str, attempt: int) -> int:
         self.taken.append(job_id)
@@ -50,7 +55,7 @@ def test_a_worker_takes_the_jobs_of_its_own_folder_only(
     mine, yours = queues
     jobs = [mine.enqueue(training(tmp_path)).id for _ in range(2)]
     other = yours.enqueue(training(tmp_path)).id
-    runner = Idle()
+    runner = Idle(mine)
     AttemptWorker(mine.attempts, redis, runner).work(burst=True, logging_level="WARNING")
     assert runner.taken == jobs
     assert mine.attempts.waiting() == [] and yours.attempts.waiting() == [(other, 1)]
@@ -65,11 +70,11 @@ def test_lists_figures_and_leases_are_of_one_folder(queues: tuple[JobQueue, JobQ
             call(job)
     # The same name is free in the other registry.
     assert yours.enqueue(training(tmp_path, name="wide")).ahead == 0
-    mine.store.renew_worker("a")
+    mine.store.workers.renew("a", Offer())
     start(mine, job)
     mine.store.report(job, 1, [], new_tokens=7)
-    assert (mine.store.live_workers(), mine.store.tokens(), len(mine.store.waiting())) == (1, 7, 0)
-    assert (yours.store.live_workers(), yours.store.tokens(), len(yours.store.waiting())) == (0, 0, 1)
+    assert (mine.store.workers.count(), mine.store.tokens(), len(mine.store.waiting())) == (1, 7, 0)
+    assert (yours.store.workers.count(), yours.store.tokens(), len(yours.store.waiting())) == (0, 0, 1)
     assert Watch(yours, lambda: 0.0).look() == set()
     pages = [make_metrics(queue, Registry(tmp_path / "registry")) for queue in queues]
     states = [page.get_sample_value("gptloop_training_jobs", {"state": "running"}) for page in pages]
@@ -83,7 +88,7 @@ def test_every_name_in_redis_carries_its_registry(
 ) -> None:
     mine, _ = queues
     job = mine.enqueue(training(tmp_path)).id
-    mine.store.renew_worker("a")
+    mine.store.workers.renew("a", Offer())
     mine.store.renew_attempt(job, 1)
     mine.store.report(job, 1, [], new_tokens=7)
     # RQ's list of all queues names them.

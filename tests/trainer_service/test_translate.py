@@ -8,7 +8,7 @@ from shared.registry.store import Registry
 from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, StoriesRequest, TrainRequest
 from trainer_service.translate import request_from_pb, request_to_pb
 
-DATA = {"dataset": ("a.txt", "b.txt"), "validation": ("c.txt",), "after": ("1234abcd",)}
+DATA = {"dataset": ("a.txt", "b.txt"), "validation": ("c.txt",), "after": ("1234abcd",), "needs": "gpu,memory=16G"}
 RUN = {**DATA, "preset": "small", "resume": 3, "overrides": {"max_steps": "5"}}
 
 

@@ -16,6 +16,7 @@ from trainer_service.commands.options import (
     AfterOption,
     FollowOption,
     NameOption,
+    NeedsOption,
     NotesOption,
     OverridesOption,
     ResumeOption,
@@ -68,6 +69,7 @@ def distill(
     promote: Annotated[
         bool, typer.Option("--promote", help="Make the student the stable version if it is better than every rival.")
     ] = False,
+    needs: NeedsOption = "",
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -102,6 +104,7 @@ def distill(
         notes=notes,
         force=force,
         after=job_ids(after),
+        needs=needs,
     )
     if numbers:
         trial = trial_of_teachers(common, numbers, registry)
@@ -110,8 +113,9 @@ def distill(
     else:
         trial = trial_of_stories(common, stories, registry)
     queue = queue_of(given)
-    jobs = _enqueue(replace(trial, evaluation=replace(trial.evaluation, promote=promote)), queue, registry)
-    require_worker(queue, jobs[0].id)
+    evaluation = replace(trial.evaluation, promote=promote, needs=needs)
+    jobs = _enqueue(replace(trial, evaluation=evaluation), queue, registry)
+    require_worker(queue, jobs[0])
     if not wait:
         print(f"The verdict ends the last job: gptloop watch {jobs[-1].id}")
         return

@@ -15,6 +15,7 @@ from trainer_service.commands.options import (
     DATASETS,
     AfterOption,
     FollowOption,
+    NeedsOption,
     ValidationOption,
     follow_job,
     job_ids,
@@ -52,6 +53,7 @@ def evaluate(
             min=0.0,
         ),
     ] = 0.0,
+    needs: NeedsOption = "",
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -77,6 +79,7 @@ def evaluate(
         again=again,
         judge_usd=judge,
         after=job_ids(after),
+        needs=needs,
     )
     if judge:
         # The job would find out late that one is missing.

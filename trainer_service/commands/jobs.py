@@ -15,6 +15,7 @@ from trainer_service.commands.options import (
     FollowOption,
     JobArgument,
     NameOption,
+    NeedsOption,
     NotesOption,
     OverridesOption,
     PresetOption,
@@ -49,6 +50,7 @@ def train(
     ] = False,
     name: NameOption = "",
     notes: NotesOption = "",
+    needs: NeedsOption = "",
     after: AfterOption = None,
     wait: FollowOption = True,
 ) -> None:
@@ -74,6 +76,7 @@ def train(
         name=name,
         notes=notes,
         after=job_ids(after),
+        needs=needs,
     )
     queue, record = submit_job(_preparation(request) if only_prepare else request)
     if wait:

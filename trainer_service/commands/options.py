@@ -49,6 +49,13 @@ NotesOption = Annotated[str, typer.Option("--notes", help="A note on the run, wh
 AfterOption = Annotated[
     list[str] | None, typer.Option("--after", help="Jobs that must finish first. Repeatable.", metavar="JOB")
 ]
+NeedsOption = Annotated[
+    str,
+    typer.Option(
+        "--needs",
+        help="What the job needs of a worker, as in gpu,memory=16G. Workers without it leave the job to others.",
+    ),
+]
 JobArgument = Annotated[str, typer.Argument(help="The id of the job, as `gptloop jobs` lists it.")]
 FollowOption = Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the job until it ends.")]
 
@@ -87,7 +94,7 @@ def submit_job(request: JobRequest) -> tuple[JobQueue, JobRecord]:
     given = settings()
     queue = queue_of(given)
     record = enqueue_job(request, queue, given.open_registry())
-    require_worker(queue, record.id)
+    require_worker(queue, record)
     return queue, record
 
 
@@ -104,10 +111,14 @@ def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry, storie
     return record
 
 
-def require_worker(queue: JobQueue, job: str) -> None:
-    """Raises `Unavailable` if no worker is running that could take a job."""
-    if not queue.store.live_workers():
-        raise Unavailable(f"No worker is running. Start one with `gptloop up`; the job {job} stays queued until then.")
+def require_worker(queue: JobQueue, record: JobRecord) -> None:
+    """Raises `Unavailable` if no worker is running; prints a note if a job needs what none of them has."""
+    if record.awaited:
+        print(f"note: The job waits for {record.awaited}: no worker that is running has this.", flush=True)
+    elif not queue.store.workers.count():
+        raise Unavailable(
+            f"No worker is running. Start one with `gptloop up`; the job {record.id} stays queued until then."
+        )
 
 
 def follow_job(queue: JobQueue, job: str) -> None:

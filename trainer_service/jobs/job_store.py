@@ -1,4 +1,4 @@
-"""Jobs and workers in Redis: reads their records, events and leases, and changes jobs in transactions."""
+"""Jobs in Redis: reads their records, events and leases, and changes them in transactions."""
 
 import secrets
 from bisect import bisect_left, bisect_right
@@ -22,13 +22,15 @@ from trainer_service.jobs.events import (
     TimedEvent,
 )
 from trainer_service.jobs.keys import Keys
+from trainer_service.jobs.live_workers import LiveWorkers
+from trainer_service.jobs.needs import awaited_worker
 from trainer_service.jobs.records import BEST, Fields, JobRecord, Lease, attempt_of, last_event, read_record, state_of
 from trainer_service.jobs.specs import Kind, Spec
 from trainer_service.redis_client import reachable
 
 WORKING = (JobState.RUNNING, JobState.CANCELLING)
 
-# Owners renew their lease about every second; an owner that has not renewed it for this long is gone.
+# An attempt renews its lease about every second; one that has not renewed it for this long is gone.
 LEASE_S = 8
 # A starting process has longer until its first renewal.
 START_LEASE_S = 30
@@ -42,7 +44,7 @@ MAX_TICKET = 2**53
 
 
 class JobStore:
-    """The jobs and workers of one registry. Every method raises `Unavailable` if Redis does not answer.
+    """The jobs of one registry, and its `workers`. Every method raises `Unavailable` if Redis does not answer.
 
     A change names the attempt that makes it, and is rejected if there is a later attempt: a process that lost its job
     but still runs changes nothing.
@@ -51,6 +53,7 @@ class JobStore:
     def __init__(self, connection: Redis, registry: str) -> None:
         self.redis = connection
         self.keys = Keys(registry)
+        self.workers = LiveWorkers(connection, self.keys)
         self._beats = count()
         self._sender = secrets.token_hex(4)
 
@@ -65,6 +68,13 @@ class JobStore:
 
     def read(self, ids: Sequence[str]) -> list[JobRecord | None]:
         """Returns the records of jobs; None for those that no longer exist."""
+        records = self.read_alone(ids)
+        if any(record and record.state is JobState.QUEUED for record in records):
+            return self._with_waits(records)
+        return records
+
+    def read_alone(self, ids: Sequence[str]) -> list[JobRecord | None]:
+        """Returns the same without what other jobs and the workers say of a job that waits: `ahead` and `awaited`."""
         with reachable(self.redis):
             pipeline = self.redis.pipeline(transaction=False)
             for job_id in ids:
@@ -81,8 +91,6 @@ class JobStore:
             fields = {"odd": str(held)} if isinstance(held, Exception) else _decoded(held)
             valid_lease = None if isinstance(lease, Exception) else Lease.from_text(lease)
             records.append(read_record(job_id, fields, ticket_of(ticket), valid_lease) if fields else None)
-        if any(record and record.state is JobState.QUEUED for record in records):
-            return self._with_ahead(records)
         return records
 
     def jobs(
@@ -258,27 +266,6 @@ class JobStore:
         lease = Lease(attempt, seconds, f"{self._sender}-{next(self._beats)}")
         pipeline.set(self.keys.lease(job_id), lease.to_text(), ex=seconds)
 
-    def renew_worker(self, name: str) -> None:
-        """Renews the lease of a worker."""
-        with reachable(self.redis):
-            self.redis.sadd(self.keys.workers, name)
-            self.redis.set(self.keys.worker(name), 1, ex=LEASE_S)
-
-    def end_worker(self, name: str) -> None:
-        """Ends the lease of a worker."""
-        with reachable(self.redis):
-            self.redis.delete(self.keys.worker(name))
-            self.redis.srem(self.keys.workers, name)
-
-    def live_workers(self) -> int:
-        """Counts the live workers."""
-        with reachable(self.redis):
-            names = cast(set[bytes], self.redis.smembers(self.keys.workers))
-            gone = [name for name in names if not self.redis.exists(self.keys.worker(name.decode(errors="replace")))]
-            if gone:
-                self.redis.srem(self.keys.workers, *gone)
-        return len(names) - len(gone)
-
     # Details.
 
     def _states(self, ids: Sequence[bytes]) -> list[object]:
@@ -288,8 +275,9 @@ class JobStore:
                 pipeline.hget(self.keys.job(job_id.decode(errors="replace")), "state")
             return pipeline.execute(raise_on_error=False)
 
-    def _with_ahead(self, records: Sequence[JobRecord | None]) -> list[JobRecord | None]:
-        """Fills in `ahead` of each queued job: the jobs with lower tickets, and those with higher ones at work."""
+    def _with_waits(self, records: Sequence[JobRecord | None]) -> list[JobRecord | None]:
+        """Fills in `awaited` of each queued job, and `ahead`: lower tickets, and higher ones at work."""
+        offers = self.workers.offers()
         with reachable(self.redis):
             listed: Any = self.redis.zrange(self.keys.open, 0, -1, withscores=True)
         states = self._states([job_id for job_id, _ in listed])
@@ -302,6 +290,7 @@ class JobStore:
             replace(
                 record,
                 ahead=bisect_left(tickets, record.ticket) + len(working) - bisect_right(working, record.ticket),
+                awaited=awaited_worker(record.needs, offers),
             )
             if record and record.state is JobState.QUEUED
             else record

@@ -8,6 +8,7 @@ class Keys:
     jobs: sorted set of job ids by their tickets, which number the jobs from 1.
     open: the same for the jobs that have not ended.
     workers: set of the names of workers.
+    sent: stream whose last entry is new whenever an attempt was handed to the workers.
     tokens: number of tokens that all jobs ever trained on.
     diverged: number of jobs that ever failed because their loss was not finite.
     restored: the hash of the backup that the jobs were restored from.
@@ -19,6 +20,7 @@ class Keys:
         self.jobs = f"gptloop:{registry}:jobs"
         self.open = f"gptloop:{registry}:open"
         self.workers = f"gptloop:{registry}:workers"
+        self.sent = f"gptloop:{registry}:sent"
         self.tokens = f"gptloop:{registry}:tokens"
         self.diverged = f"gptloop:{registry}:diverged"
         self.restored = f"gptloop:{registry}:restored"
@@ -36,5 +38,5 @@ class Keys:
         return f"gptloop:{self.registry}:lease:{job_id}"
 
     def worker(self, name: str) -> str:
-        """The lease of a worker; expires unless it is renewed."""
+        """The lease of a worker, with what it offers; expires unless it is renewed."""
         return f"gptloop:{self.registry}:worker:{name}"

@@ -13,7 +13,8 @@ from redis.client import Pipeline
 
 from shared.errors import AlreadyExists, FailedPrecondition, shown
 from trainer_service.jobs.events import JobState, Preparation, RunStarted, StateChanged, TimedEvent
-from trainer_service.jobs.job_store import MAX_TICKET, START_LEASE_S, JobStore, ticket_of
+from trainer_service.jobs.job_store import LEASE_S, MAX_TICKET, START_LEASE_S, JobStore, ticket_of
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.records import Fields, JobRecord, attempt_of, last_event, number_of
 from trainer_service.jobs.rq_adapter import AttemptQueue
 from trainer_service.jobs.specs import Kind, Spec
@@ -24,6 +25,8 @@ from trainer_service.redis_client import reachable
 BACKOFF_S = (0.0, 10.0, 60.0)
 # The longest pause of a job; one that is due later means that the clock was set back.
 LONGEST_PAUSE_S = 24 * 3600.0
+# A worker takes one of the first attempts, as a rule.
+_READ_AT_ONCE = 50
 
 
 class JobQueue:
@@ -129,17 +132,40 @@ class JobQueue:
         record = self.store.get(job_id)
         if record.state.is_final:
             raise FailedPrecondition(f"The job {job_id} is {record.state.value} already, so nothing is left to do.")
+        if not self._take(job_id, record.attempt, START_LEASE_S):
+            return None
+        self.attempts.forget(job_id, record.attempt)
+        return record.attempt
+
+    def take(self, offer: Offer) -> tuple[str, int] | None:
+        """Takes the first waiting attempt, in the order of tickets, whose needs a worker meets, and lends it to it.
+
+        The lease is short: the worker starts a process at once, and renews it. Attempts that it cannot do stay for
+        others. Returns the job and the number of the attempt, or None if there is none.
+        """
+        waiting = self.attempts.waiting()
+        for start in range(0, len(waiting), _READ_AT_ONCE):
+            some = waiting[start : start + _READ_AT_ONCE]
+            records = self.store.read_alone([job_id for job_id, _ in some])
+            for (job_id, attempt), record in zip(some, records, strict=True):
+                if record is None or record.state.is_final or record.attempt != attempt:
+                    self.attempts.remove(job_id, attempt)  # a process was killed before it could
+                elif offer.meets(record.needs) and self._take(job_id, attempt, LEASE_S):
+                    return job_id, attempt
+        return None
+
+    def _take(self, job_id: str, attempt: int, lease_s: int) -> bool:
+        """Takes an attempt out of the queue and gives it a lease in one transaction; returns whether it waited."""
         is_waiting = False
 
         def change(pipeline: Pipeline, _: Fields) -> None:
             nonlocal is_waiting
-            is_waiting = (job_id, record.attempt) in self.attempts.waiting()
+            is_waiting = (job_id, attempt) in self.attempts.waiting()
             if is_waiting:
-                self.attempts.take(pipeline, job_id, record.attempt)
-                self.store.lend(pipeline, job_id, record.attempt, START_LEASE_S)
+                self.attempts.take(pipeline, job_id, attempt)
+                self.store.lend(pipeline, job_id, attempt, lease_s)
 
-        is_current = self.store.change(job_id, record.attempt, change, also_watch=[self.attempts.key])
-        return record.attempt if is_current and is_waiting else None
+        return self.store.change(job_id, attempt, change, also_watch=[self.attempts.key]) and is_waiting
 
     def give_back(self, job_id: str, attempt: int) -> bool:
         """Ends an attempt whose worker was stopped; any worker can take the next attempt at once."""

@@ -7,6 +7,7 @@ from typing import Self, TypeVar
 
 from shared.errors import InvalidArgument, shown
 from trainer_service.jobs.events import Evaluation, JobState, Preparation, Progress, RunStarted, TimedEvent
+from trainer_service.jobs.needs import Needs
 from trainer_service.jobs.specs import Kind, Spec, spec_from_json
 
 # The fields of a job's hash.
@@ -26,10 +27,12 @@ class JobRecord:
 
     `kind` and `spec` are None if Redis holds an invalid job; then `reason` says so. A job with an invalid state or
     attempt counts as failed. `ticket` numbers all jobs in the order in which they were enqueued, from 1, and `ahead` is
-    the number of jobs that come before a queued one. `attempt` counts from 1; `sent` is the last attempt that was
-    handed to the workers; the next one follows after `delay_s`, and not before `until` if the job is paused. `after`
-    names the jobs that must finish first. `lease` is the lease of the latest attempt. `stepping_since` is when the
-    latest attempt that trains began its first step. `best` is the evaluation with the lowest loss.
+    the number of jobs that come before a queued one. `awaited` names the worker that a queued job waits for if no live
+    one meets its needs, as in `a worker with a GPU`, and is empty otherwise. `attempt` counts from 1; `sent` is the
+    last attempt that was handed to the workers; the next one follows after `delay_s`, and not before `until` if the job
+    is paused. `after` names the jobs that must finish first. `lease` is the lease of the latest attempt.
+    `stepping_since` is when the latest attempt that trains began its first step. `best` is the evaluation with the
+    lowest loss.
     """
 
     id: str
@@ -39,6 +42,7 @@ class JobRecord:
     state: JobState
     ticket: int
     ahead: int | None
+    awaited: str
     attempt: int
     sent: int | None
     delay_s: float
@@ -54,6 +58,11 @@ class JobRecord:
     evaluation: Evaluation | None
     best: Evaluation | None
     reason: str
+
+    @property
+    def needs(self) -> Needs:
+        """What the job needs of a worker; nothing if the job is invalid."""
+        return self.spec.wants if self.spec else Needs()
 
     @property
     def is_ready(self) -> bool:
@@ -88,7 +97,7 @@ class Lease:
 
 
 def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | None = None) -> JobRecord:
-    """Reads the record of a job from its fields, except `ahead`; invalid fields are left out."""
+    """Reads the record of a job from its fields, except `ahead` and `awaited`; invalid fields are left out."""
     kind, spec, reason = None, None, fields.get("reason", "")
     attempt = attempt_of(fields)
     try:
@@ -104,6 +113,7 @@ def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | Non
         state=state_of(fields) or JobState.FAILED,
         ticket=ticket,
         ahead=None,
+        awaited="",
         attempt=attempt or 1,
         sent=attempt_of(fields, "sent"),
         delay_s=seconds_of(fields, "delay_s") or 0.0,

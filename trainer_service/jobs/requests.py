@@ -15,6 +15,7 @@ from shared.registry.manifest import RUN_NAME, VersionManifest
 from shared.registry.numbering import is_number
 from shared.registry.store import Registry
 from trainer_service.distillation.readiness import require_trained
+from trainer_service.jobs.needs import Needs
 from trainer_service.jobs.specs import (
     EvaluateSpec,
     Kind,
@@ -57,13 +58,16 @@ _MODEL = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_wi
 
 @dataclass(frozen=True, kw_only=True)
 class _DataRequest:
-    """What every request has: text, held-out text, and the jobs that must finish first."""
+    """What every request has: text, held-out text, the jobs that must finish first, and what the job needs of a worker,
+    as `Needs.parse` reads it."""
 
     dataset: tuple[str, ...] = ()
     validation: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    needs: str = ""
 
     def _check_data(self) -> None:
+        Needs.parse(self.needs)
         files = (*self.dataset, *self.validation)
         if len(files) > _MAX_FILES:
             raise InvalidArgument(
@@ -131,7 +135,11 @@ class _RunRequest(_DataRequest):
         check_size(data, config.context_length)
         self._check_stories(data, config)
         run = name or new_run(preset)
-        return spec(run, preset, config, absolute(data), self.resume, notes, teachers, self.force)
+        return spec(
+            *(run, preset, config, absolute(data), self.resume, notes, teachers),
+            force=self.force,
+            needs=self.needs,
+        )
 
     def _check_stories(self, data: DatasetSpec, config: TrainingConfig) -> None:
         """Checks that the values about a teacher's stories say something about this text."""
@@ -264,6 +272,7 @@ class EvaluateRequest(_DataRequest):
             rivals=dict(self.rivals),
             promote=self.promote,
             judge_usd=self.judge_usd,
+            needs=self.needs,
         )
 
     def _check_version(self, name: str, version: str, registry: Registry) -> None:

@@ -5,7 +5,6 @@ Parts of RQ that are not public are used here, so `pyproject.toml` pins RQ to on
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,6 @@ from redis.exceptions import RedisError
 from rq import Queue
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.executions import Execution
-from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import now
@@ -41,10 +39,10 @@ _MAINTENANCE_INTERVAL_S = 60
 _HEARTBEAT_INTERVAL_S = 10
 _WORKER_TTL_S = 60
 _ENDED_TTL_S = 60
+# How long a worker waits for an attempt before it renews its entry in RQ and looks again.
+_WAIT_S = 10.0
 # How long the worker waits before it tries a command again.
 _RETRY_S = 1.0
-# The names of jobs that RQ accepts.
-_RQ_ID = re.compile(rb"[A-Za-z0-9_-]+")
 # What RQ raises on what it cannot read.
 _UNREADABLE = (ValueError, TypeError, LookupError)
 
@@ -101,15 +99,16 @@ class AttemptQueue:
         """Returns the waiting jobs and the numbers of their attempts, in the order in which workers take them."""
         with reachable(self._redis):
             ids = cast(list[bytes], self._redis.lrange(self.key, 0, -1))
-        found = []
-        for rq_id in ids:
-            registry, _, rest = rq_id.decode(errors="replace").partition("-")
-            job_id, _, attempt = rest.rpartition("-")
-            # Other programs may have written to Redis.
-            number = number_of(attempt)
-            if registry == self._keys.registry and number is not None:
-                found.append((job_id, number))
-        return found
+        return [each for each in map(self._read_id, ids) if each is not None]
+
+    def _read_id(self, rq_id: bytes) -> tuple[str, int] | None:
+        """Returns the job and the attempt that a name of RQ stands for; None for another name."""
+        registry, _, rest = rq_id.decode(errors="replace").partition("-")
+        job_id, _, attempt = rest.rpartition("-")
+        number = number_of(attempt)
+        if registry != self._keys.registry or number is None:
+            return None  # other programs may have written to Redis
+        return (job_id, number) if self._rq_id(job_id, number).encode() == rq_id else None
 
     def insert(self, pipeline: Pipeline, job_id: str, attempt: int, ticket: int) -> None:
         """Inserts an attempt at the position of its job's ticket, as part of a transaction that watches `key`."""
@@ -124,6 +123,7 @@ class AttemptQueue:
         job.save(pipeline=pipeline)
         pipeline.sadd(self.rq.redis_queues_keys, self.key)
         pipeline.hset(self._keys.job(job_id), "sent", attempt)
+        pipeline.xadd(self._keys.sent, {"job": job_id}, maxlen=1)
         following = self._first_after(ticket)
         if following is None:
             self.rq.push_job_id(job.id, pipeline=pipeline)
@@ -131,30 +131,47 @@ class AttemptQueue:
             pipeline.linsert(self.key, "before", following, job.id)
 
     def take(self, pipeline: Pipeline, job_id: str, attempt: int) -> None:
-        """Takes an attempt out of the queue for a process that RQ does not start, as part of a transaction."""
-        rq_id = self._rq_id(job_id, attempt)
-        pipeline.lrem(self.key, 0, rq_id)
-        pipeline.delete(AttemptJob.key_for(rq_id))
+        """Takes an attempt out of the queue, as part of a transaction that watches `key`."""
+        pipeline.lrem(self.key, 0, self._rq_id(job_id, attempt))
+
+    def fetch(self, job_id: str, attempt: int) -> Job | None:
+        """Returns the RQ job of an attempt that was taken; None if something foreign has replaced it."""
+        with reachable(self._redis):
+            return self.rq.fetch_job(self._rq_id(job_id, attempt))
+
+    def forget(self, job_id: str, attempt: int) -> None:
+        """Removes the RQ job of an attempt that no worker of RQ will run."""
+        with reachable(self._redis):
+            self._redis.delete(AttemptJob.key_for(self._rq_id(job_id, attempt)))
 
     def remove(self, job_id: str, attempt: int) -> None:
         """Removes an attempt, if it waits."""
-        rq_id = self._rq_id(job_id, attempt)
         with reachable(self._redis):
-            if self.rq.remove(rq_id):
-                self._redis.delete(AttemptJob.key_for(rq_id))
+            removed = self.rq.remove(self._rq_id(job_id, attempt))
+        if removed:
+            self.forget(job_id, attempt)
 
-    def drop_foreign(self) -> int:
-        """Removes the entries that RQ cannot read, from its queue and from the list of what workers just took.
+    def wait(self, seen: str, limit_s: float) -> str:
+        """Waits until another attempt was handed over than the one that `seen` stands for, or for a limited time.
 
-        Returns how many there were.
+        Returns what stands for the last one now; "0" is before the first one. Every waiting worker is woken.
         """
-        dropped = 0
         with reachable(self._redis):
-            for key in (self.key, IntermediateQueue.get_intermediate_queue_key(self.key)):
-                for rq_id in cast(list[bytes], self._redis.lrange(key, 0, -1)):
-                    if not _RQ_ID.fullmatch(rq_id):
-                        dropped += cast(Any, self._redis).lrem(key, 0, rq_id)
-        return dropped
+            answer: Any = self._redis.xread({self._keys.sent: seen}, block=round(limit_s * 1000))
+        if not answer:
+            return seen
+        entries = next(iter(answer.values()))[0] if isinstance(answer, dict) else answer[0][1]
+        return str(entries[-1][0].decode())
+
+    def drop_foreign(self) -> None:
+        """Removes what is no attempt of this registry from RQ's queue, and everything from its list of what is about to
+        start, which the leases of attempts replace."""
+        with reachable(self._redis):
+            for rq_id in cast(list[bytes], self._redis.lrange(self.key, 0, -1)):
+                if self._read_id(rq_id) is None:
+                    logger.error("%r in the queue is not a job of this project, and is dropped", rq_id)
+                    self._redis.lrem(self.key, 0, cast(Any, rq_id))
+            self._redis.delete(self.rq.intermediate_queue_key)
 
     def _first_after(self, ticket: int) -> str | None:
         """Returns RQ's id of the first waiting attempt whose job has a higher ticket."""
@@ -172,7 +189,10 @@ class AttemptQueue:
 
 
 class Runner(Protocol):
-    """Runs attempts, one at a time, each in a process of its own."""
+    """Takes attempts from the queue and runs them, one at a time, each in a process of its own."""
+
+    def take(self) -> tuple[str, int] | None:
+        """Takes the next attempt that can run here, and returns its job and its number; None if none waits."""
 
     def start(self, job_id: str, attempt: int) -> int:
         """Starts the process of the attempt and returns its pid."""
@@ -206,6 +226,8 @@ class AttemptWorker(Worker):
         )
         self._attempts = queue
         self._runner = runner
+        # What stands for the last attempt that was handed over before the worker looked at the queue.
+        self._seen = "0"
 
     def _set_ip_address(self, connection: Redis) -> None:
         # RQ asks Redis, whose answer contains the path of its socket, and redis-py splits the answer at spaces.
@@ -233,17 +255,27 @@ class AttemptWorker(Worker):
             self.last_cleaned_at = now()  # type: ignore[assignment]  # RQ sets it alike
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
-        """Takes the next attempt, and drops foreign entries on the way to it."""
+        """Takes the next attempt; without a `timeout` it returns None if none waits.
+
+        RQ's own pop takes whatever comes first, also what this worker cannot do. While the worker is busy, a request
+        to stop interrupts nothing, so that no attempt is taken and then forgotten.
+        """
         while True:
-            try:
-                return self._patiently(
-                    lambda: super(AttemptWorker, self).dequeue_job_and_maintain_ttl(timeout, max_idle_time)
-                )
-            except _UNREADABLE as error:
-                dropped = self._patiently(self._attempts.drop_foreign)
-                logger.error("dropped %d foreign entries of the queue: %r", dropped, error)
-                if not dropped:
-                    raise
+            self._patiently(lambda: self.set_state(WorkerStatus.BUSY))
+            if taken := self._patiently(self._runner.take):
+                if job := self._patiently(lambda: self._attempts.fetch(*taken)):
+                    return job, self._attempts.rq
+                continue
+            self._patiently(lambda: self.set_state(WorkerStatus.IDLE))
+            self.procline("waits for an attempt")
+            if self._stop_requested:
+                raise StopRequested
+            if timeout is None:
+                return None
+            self.heartbeat()
+            if self.should_run_maintenance_tasks:
+                self.run_maintenance_tasks()
+            self._seen = self._patiently(lambda: self._attempts.wait(self._seen, _WAIT_S))
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
         """Renews the worker's entry in RQ, at once if it is not part of a pipeline."""
@@ -286,7 +318,7 @@ class AttemptWorker(Worker):
 
     def _run_attempt(self, job: Job, queue: Queue) -> None:
         execution = self.prepare_execution(job)
-        self.prepare_job_execution(job, remove_from_intermediate_queue=True)
+        self.prepare_job_execution(job)
         self._horse_pid = self._runner.start(*job.args)
         self.monitor_work_horse(job, queue, execution)
         with self.connection.pipeline() as pipeline:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.manifest import typed
+from trainer_service.jobs.needs import Needs
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
 
@@ -33,6 +34,11 @@ class _Spec:
         """Returns the JSON text that the queue stores."""
         return json.dumps(asdict(self))
 
+    @property
+    def wants(self) -> Needs:
+        """What the job needs of a worker."""
+        return Needs()
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -50,6 +56,7 @@ class RunSpec(_Spec):
     teachers: the mean of their predicted probabilities is learned.
     force: whether teachers, and the version that is continued, may be badly trained.
     stories: how many stories are read of the set of a teacher that the text names, the first ones; None stands for all.
+    needs: what the job needs of a worker, as `Needs.parse` reads it.
     """
 
     run: str
@@ -61,6 +68,12 @@ class RunSpec(_Spec):
     teachers: tuple[Teacher, ...] = ()
     force: bool = False
     stories: int | None = None
+    needs: str = ""
+
+    @property
+    def wants(self) -> Needs:
+        """What the job needs of a worker."""
+        return Needs.parse(self.needs)
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class EvaluateSpec(_Spec):
       that the report names, such as `control`.
     promote: whether the version becomes the stable one if it is better than every rival.
     judge_usd: the most that judgements of the large teacher may cost, in US dollars; 0 asks for none.
+    needs: as in `RunSpec`.
     """
 
     kind: ClassVar[Kind] = Kind.EVALUATE
@@ -103,6 +117,12 @@ class EvaluateSpec(_Spec):
     rivals: Mapping[str, str] = field(default_factory=dict)
     promote: bool = False
     judge_usd: float = 0.0
+    needs: str = ""
+
+    @property
+    def wants(self) -> Needs:
+        """What the job needs of a worker."""
+        return Needs.parse(self.needs)
 
     @property
     def judge_cap_usd(self) -> Decimal:
@@ -161,6 +181,7 @@ def spec_from_json(kind: Kind, text: str) -> Spec:
         if isinstance(spec, RunSpec | StoriesSpec):
             # The name is also the name of a folder.
             check_name(spec.name if isinstance(spec, StoriesSpec) else spec.run)
+        _ = spec.wants  # raises if they are invalid
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidArgument(f"Its specification is invalid: {error!r}.") from error
     return spec

@@ -16,6 +16,7 @@ from shared.errors import NotFound, Unavailable
 from shared.registry.identity import registry_id
 from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import START_LEASE_S
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
 from trainer_service.jobs.watch import AttemptName, Watch
@@ -37,16 +38,21 @@ class AttemptRunner:
     The worker's thread calls the methods, except `end_lost`, which the thread of the watch calls.
     """
 
-    def __init__(self, queue: JobQueue) -> None:
+    def __init__(self, queue: JobQueue, offer: Offer) -> None:
         self._queue = queue
+        self._offer = offer
         # The attempt that runs, the pid of its process, and since when another attempt has had the job.
         self._attempt: AttemptName | None = None
         self._pid = 0
         self._lost_since_s: float | None = None
         self._stop_requested = False
 
+    def take(self) -> AttemptName | None:
+        """Takes the first waiting attempt whose needs this worker meets."""
+        return self._queue.take(self._offer)
+
     def start(self, job_id: str, attempt: int) -> int:
-        """Gives the attempt its lease, starts its process in a process group of its own, and returns the pid."""
+        """Gives the attempt a longer lease, starts its process in a process group of its own, and returns the pid."""
         with suppress(Unavailable, NotFound):
             self._queue.store.renew_attempt(job_id, attempt, START_LEASE_S)
         self._attempt = (job_id, attempt)
@@ -112,14 +118,19 @@ def work(settings: TrainerSettings) -> None:
     with connect(settings.redis) as own, connect(settings.redis) as connection:
         _wait_for_redis(connection)
         queue = JobQueue(connection, registry)
-        runner = AttemptRunner(queue)
+        offer = Offer.of_this_machine(settings.worker_ranks, launcher=bool(settings.launcher))
+        runner = AttemptRunner(queue, offer)
         worker = AttemptWorker(queue.attempts, connection, runner)
         ended = threading.Event()
         watch = threading.Thread(
-            target=_watch, args=(JobQueue(own, registry), runner, worker.name, root, ended), name="watch", daemon=True
+            target=_watch,
+            args=(JobQueue(own, registry), runner, worker.name, offer, root, ended),
+            name="watch",
+            daemon=True,
         )
         # Until RQ's own handler replaces this one: the watch, too, ends the worker by this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        logger.info("the worker offers %s", offer)
         try:
             watch.start()
             with reachable(connection):
@@ -140,12 +151,12 @@ def _wait_for_redis(connection: Redis) -> None:
             time.sleep(_POLL_S)
 
 
-def _watch(queue: JobQueue, runner: AttemptRunner, name: str, root: Path, ended: threading.Event) -> None:
+def _watch(queue: JobQueue, runner: AttemptRunner, name: str, offer: Offer, root: Path, ended: threading.Event) -> None:
     """Renews this worker's lease, watches all jobs, and ends the worker if another registry replaces its own."""
     watch, is_ending = Watch(queue), False
     while not ended.is_set():
         try:
-            queue.store.renew_worker(name)
+            queue.store.workers.renew(name, offer)
             runner.end_lost(watch.look())
             if registry_id(root) != queue.registry and not is_ending:
                 logger.error(
@@ -159,4 +170,4 @@ def _watch(queue: JobQueue, runner: AttemptRunner, name: str, root: Path, ended:
             logger.exception("The watch over the jobs failed; it continues.")
         ended.wait(_WATCH_INTERVAL_S)
     with suppress(Unavailable):
-        queue.store.end_worker(name)
+        queue.store.workers.end(name)

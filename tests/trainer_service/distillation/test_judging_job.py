@@ -44,7 +44,7 @@ def record_of(site: Site, version: int) -> Record:
 
 
 def test_the_command_pays_for_a_judge_within_its_limit(site: Site, workplace: Workplace, service: GroqService) -> None:
-    wait_until(lambda: workplace.queue.store.live_workers() > 0)
+    wait_until(lambda: workplace.queue.store.workers.count() > 0)
     command = [sys.executable, "-m", "deploy.cli", "eval", "1", "3", "--no-speed", "--judge", "0.50"]
     ended = subprocess.run(
         command, cwd=PROJECT, env=workplace.environment, capture_output=True, text=True, timeout=HANG_S

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from rq.serializers import JSONSerializer
 from shared.errors import FailedPrecondition, NotFound, Unavailable
 from tests.events import PROGRESS, STARTED
 from tests.jobs import events_of, start, training
+from tests.redis_process import RedisServer
 from trainer_service.jobs.events import (
     Evaluation,
     JobState,
@@ -22,6 +24,7 @@ from trainer_service.jobs.events import (
     VersionPublished,
 )
 from trainer_service.jobs.job_store import LEASE_S
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
@@ -171,14 +174,74 @@ def test_an_unknown_job_is_not_found(queue: JobQueue) -> None:
         queue.store.get("x")
 
 
-def test_workers_and_holders_are_known_while_they_renew_their_leases(queue: JobQueue, admin: Redis, job: str) -> None:
-    queue.store.renew_worker("a")
+def test_a_job_is_held_while_its_attempt_renews_its_lease(queue: JobQueue, admin: Redis, job: str) -> None:
     queue.store.renew_attempt(job, 1)
-    assert queue.store.live_workers() == 1 and queue.store.get(job).is_held
-    assert 0 < int(str(admin.ttl(queue.store.keys.worker("a")))) <= LEASE_S
-    queue.store.end_worker("a")
+    assert queue.store.get(job).is_held
+    assert 0 < int(str(admin.ttl(queue.store.keys.lease(job)))) <= LEASE_S
     queue.store.report(job, 1, [TimedEvent(StateChanged(JobState.FINISHED))])
-    assert queue.store.live_workers() == 0 and not queue.store.get(job).is_held
+    assert not queue.store.get(job).is_held
+
+
+def test_a_worker_takes_the_first_attempt_whose_needs_it_meets(queue: JobQueue, tmp_path: Path) -> None:
+    needs = ("gpu", "", "gpu,memory=64G", "")
+    on_gpu, first, large, second = (queue.enqueue(training(tmp_path, needs=each)).id for each in needs)
+    cpu, gpu = Offer(memory_bytes=16 << 30), Offer(gpus=1, memory_bytes=40 << 30)
+    assert queue.take(cpu) == (first, 1) and queue.store.get(first).is_held
+    assert queue.take(cpu) == (second, 1)
+    assert queue.take(cpu) is None
+    assert queue.take(gpu) == (on_gpu, 1)
+    assert queue.take(gpu) is None
+    assert queue.attempts.waiting() == [(large, 1)]
+
+
+def test_an_attempt_that_comes_back_is_taken_in_the_order_of_the_tickets(queue: JobQueue, tmp_path: Path) -> None:
+    first, second = (queue.enqueue(training(tmp_path)).id for _ in range(2))
+    assert queue.take(Offer()) == (first, 1)
+    queue.give_back(first, 1)
+    assert queue.take(Offer()) == (first, 2)
+    assert queue.take(Offer()) == (second, 1)
+
+
+def test_an_attempt_that_nobody_wants_any_more_is_dropped(queue: JobQueue, admin: Redis, tmp_path: Path) -> None:
+    cancelled, replaced, gone, last = (queue.enqueue(training(tmp_path)).id for _ in range(4))
+    admin.hset(queue.store.keys.job(cancelled), "state", "cancelled")
+    admin.hset(queue.store.keys.job(replaced), "attempt", "2")
+    admin.delete(queue.store.keys.job(gone))
+    assert queue.take(Offer()) == (last, 1)
+    assert queue.attempts.waiting() == []
+
+
+def test_many_workers_that_race_take_each_attempt_once(
+    redis_server: RedisServer, queue: JobQueue, tmp_path: Path
+) -> None:
+    jobs = [queue.enqueue(training(tmp_path)).id for _ in range(12)]
+    taken: list[tuple[str, int]] = []
+    barrier = threading.Barrier(8)
+
+    def work() -> None:
+        with redis_server.connect() as connection:
+            own = JobQueue(connection, queue.registry)
+            barrier.wait()
+            while attempt := own.take(Offer()):
+                taken.append(attempt)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == sorted((job, 1) for job in jobs)
+
+
+def test_a_job_names_the_worker_that_it_waits_for(queue: JobQueue, tmp_path: Path) -> None:
+    job = queue.enqueue(training(tmp_path, needs="gpu")).id
+    queue.store.workers.renew("a", Offer())
+    assert queue.store.get(job).awaited == "a worker with a GPU"
+    queue.store.workers.renew("b", Offer(gpus=1))
+    assert queue.store.get(job).awaited == ""
+    queue.store.workers.end("b")
+    queue.cancel(job)
+    assert queue.store.get(job).awaited == ""
 
 
 def test_without_redis_a_sentence_says_what_to_do(tmp_path: Path) -> None:

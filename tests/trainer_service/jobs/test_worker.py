@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,10 +16,14 @@ from rq.job import JobStatus
 
 from shared.errors import FailedPrecondition, Unavailable
 from shared.registry.identity import registry_id
+from tests.jobs import training
 from tests.redis_process import PROJECT, RedisServer
 from tests.waiting import HANG_S, wait_until
+from trainer_service.jobs.job_store import LEASE_S
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
+from trainer_service.jobs.watch import AttemptName, Watch
 from trainer_service.jobs.worker import AttemptRunner, work
 from trainer_service.redis_client import RedisAddress, check_server, connect
 from trainer_service.redis_server import find_redis_server
@@ -52,7 +57,7 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
                     assert time.monotonic() < deadline_s
             check_server(connection)
             queue = JobQueue(connection, "none")
-            worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue))
+            worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue, Offer()))
             assert worker.work(burst=True) is False
     finally:
         server.kill()
@@ -87,12 +92,12 @@ def test_a_worker_ends_if_another_registry_replaces_its_own(mortal_redis: RedisS
     environment = os.environ | {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": mortal_redis.url}
     worker = subprocess.Popen([sys.executable, "-m", "trainer_service", "work"], env=environment, cwd=PROJECT)
     try:
-        wait_until(lambda: queue.store.live_workers() == 1)
+        wait_until(lambda: queue.store.workers.count() == 1)
         # At once, as the worker may be writing there.
         root.rename(tmp_path / "before")
         assert registry_id(root) != queue.registry
         assert worker.wait(60) == 0
-        assert queue.store.live_workers() == 0
+        assert queue.store.workers.count() == 0
     finally:
         worker.kill()
         worker.wait()
@@ -102,7 +107,7 @@ def test_a_wait_for_an_attempt_is_not_cut_off_on_a_connection_that_was_open_befo
     with connect(redis_server.address) as connection:
         check_server(connection)
         queue = JobQueue(connection, "none")
-        worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue))
+        worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue, Offer()))
         taken = connection.connection_pool.get_connection()
         assert taken.socket_timeout > worker.dequeue_timeout
         connection.connection_pool.release(taken)
@@ -121,10 +126,85 @@ def test_a_worker_drops_what_is_no_attempt_from_its_queue_and_takes_the_next_one
 
     admin.lpush(queue.attempts.key, foreign)
     admin.lpush(f"{queue.attempts.key}:intermediate", foreign)
-    worker = AttemptWorker(queue.attempts, redis, Taker(queue))
+    worker = AttemptWorker(queue.attempts, redis, Taker(queue, Offer()))
     assert worker.work(burst=True) is True
     assert taken == [job]
     assert admin.lrange(queue.attempts.key, 0, -1) == []
+
+
+class Sleeper(AttemptRunner):
+    """Notes what it takes, and starts processes that end at once."""
+
+    def __init__(self, queue: JobQueue, offer: Offer) -> None:
+        super().__init__(queue, offer)
+        self.taken: list[str] = []
+
+    def start(self, job_id: str, attempt: int) -> int:
+        self.taken.append(job_id)
+        return os.posix_spawn(sys.executable, [sys.executable, "-c", ""], os.environ, setpgroup=0)
+
+
+def test_a_job_that_a_worker_cannot_do_does_not_block_those_behind_it(
+    redis: Redis, queue: JobQueue, tmp_path: Path
+) -> None:
+    jobs = [queue.enqueue(training(tmp_path, needs=needs)).id for needs in ("gpu", "", "gpu", "")]
+    small, large = Sleeper(queue, Offer()), Sleeper(queue, Offer(gpus=1))
+    AttemptWorker(queue.attempts, redis, small).work(burst=True)
+    assert small.taken == [jobs[1], jobs[3]]
+    assert queue.attempts.waiting() == [(jobs[0], 1), (jobs[2], 1)]
+    AttemptWorker(queue.attempts, redis, large).work(burst=True)
+    assert large.taken == [jobs[0], jobs[2]]
+
+
+def test_every_waiting_worker_looks_when_an_attempt_is_handed_over(
+    redis_server: RedisServer, redis: Redis, queue: JobQueue, tmp_path: Path
+) -> None:
+    """The first one that a single wake-up would reach may be unable to do it."""
+    woken: list[str] = []
+
+    def wait() -> None:
+        with redis_server.connect() as connection:
+            woken.append(JobQueue(connection, queue.registry).attempts.wait("0", HANG_S))
+
+    waiters = [threading.Thread(target=wait) for _ in range(3)]
+    for waiter in waiters:
+        waiter.start()
+    queue.enqueue(training(tmp_path))
+    for waiter in waiters:
+        waiter.join()
+    assert len(set(woken)) == 1
+    # What was handed over before is not waited for, and what follows is.
+    assert queue.attempts.wait(woken[0], 0.001) == woken[0]
+    queue.enqueue(training(tmp_path))
+    assert queue.attempts.wait(woken[0], HANG_S) != woken[0]
+
+
+def test_a_worker_that_is_asked_to_stop_forgets_no_attempt(redis: Redis, queue: JobQueue, job: str) -> None:
+    """The signal comes when the attempt was taken and its process has not started."""
+
+    class Stopped(Sleeper):
+        def take(self) -> AttemptName | None:
+            taken = super().take()
+            os.kill(os.getpid(), signal.SIGTERM)
+            return taken
+
+    runner = Stopped(queue, Offer())
+    AttemptWorker(queue.attempts, redis, runner).work()
+    assert runner.taken == [job]
+
+
+def test_an_attempt_whose_worker_dies_before_its_process_starts_is_followed_by_another(
+    queue: JobQueue, admin: Redis, job: str
+) -> None:
+    clock = 0.0
+    watch = Watch(queue, lambda: clock)
+    assert queue.take(Offer()) == (job, 1)
+    assert watch.look() == set()
+    for clock in (1.0, 3.0, 5.0, 7.0, LEASE_S + 1.9):  # noqa: B007 - the watch reads it
+        assert watch.look() == set()
+    clock = LEASE_S + 2.1
+    assert watch.look() == {(job, 1)}
+    assert queue.take(Offer()) == (job, 2)
 
 
 def test_a_state_that_rq_does_not_know_counts_as_started(admin: Redis, queue: JobQueue, job: str) -> None:
@@ -137,6 +217,6 @@ def test_a_worker_works_although_the_registries_of_rq_contain_something_foreign(
     redis: Redis, admin: Redis, queue: JobQueue, job: str
 ) -> None:
     admin.zadd(queue.attempts.rq.started_job_registry.key, {b"\xff": 1})
-    worker = AttemptWorker(queue.attempts, redis, AttemptRunner(queue))
+    worker = AttemptWorker(queue.attempts, redis, AttemptRunner(queue, Offer()))
     worker.run_maintenance_tasks()
     assert not worker.should_run_maintenance_tasks

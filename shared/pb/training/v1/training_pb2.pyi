@@ -41,7 +41,7 @@ JOB_KIND_EVALUATE: JobKind
 JOB_KIND_STORIES: JobKind
 
 class EnqueueJobRequest(_message.Message):
-    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes", "window", "pairs", "again", "speed", "teachers", "force", "rivals", "promote", "judge_usd", "count", "max_cost_usd")
+    __slots__ = ("preset", "dataset", "validation", "resume", "overrides", "kind", "after", "version", "name", "notes", "window", "pairs", "again", "speed", "teachers", "force", "rivals", "promote", "judge_usd", "count", "max_cost_usd", "needs")
     class OverridesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class EnqueueJobRequest(_message.Message):
     JUDGE_USD_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     MAX_COST_USD_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_FIELD_NUMBER: _ClassVar[int]
     preset: str
     dataset: _containers.RepeatedScalarFieldContainer[str]
     validation: _containers.RepeatedScalarFieldContainer[str]
@@ -98,7 +99,8 @@ class EnqueueJobRequest(_message.Message):
     judge_usd: float
     count: int
     max_cost_usd: float
-    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ..., window: _Optional[int] = ..., pairs: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ..., speed: _Optional[bool] = ..., teachers: _Optional[_Iterable[str]] = ..., force: _Optional[bool] = ..., rivals: _Optional[_Mapping[str, str]] = ..., promote: _Optional[bool] = ..., judge_usd: _Optional[float] = ..., count: _Optional[int] = ..., max_cost_usd: _Optional[float] = ...) -> None: ...
+    needs: str
+    def __init__(self, preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., validation: _Optional[_Iterable[str]] = ..., resume: _Optional[int] = ..., overrides: _Optional[_Mapping[str, str]] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., name: _Optional[str] = ..., notes: _Optional[str] = ..., window: _Optional[int] = ..., pairs: _Optional[_Iterable[str]] = ..., again: _Optional[bool] = ..., speed: _Optional[bool] = ..., teachers: _Optional[_Iterable[str]] = ..., force: _Optional[bool] = ..., rivals: _Optional[_Mapping[str, str]] = ..., promote: _Optional[bool] = ..., judge_usd: _Optional[float] = ..., count: _Optional[int] = ..., max_cost_usd: _Optional[float] = ..., needs: _Optional[str] = ...) -> None: ...
 
 class EnqueueJobResponse(_message.Message):
     __slots__ = ("job", "live_workers")
@@ -179,7 +181,7 @@ class CancelJobResponse(_message.Message):
     def __init__(self, job: _Optional[_Union[Job, _Mapping]] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "run", "state", "preset", "dataset", "enqueued_at", "started_at", "ended_at", "progress", "reason", "kind", "after", "attempt", "version", "evaluation", "notes", "jobs_ahead", "best_evaluation")
+    __slots__ = ("id", "run", "state", "preset", "dataset", "enqueued_at", "started_at", "ended_at", "progress", "reason", "kind", "after", "attempt", "version", "evaluation", "notes", "jobs_ahead", "best_evaluation", "needs", "awaited")
     ID_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -198,6 +200,8 @@ class Job(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     JOBS_AHEAD_FIELD_NUMBER: _ClassVar[int]
     BEST_EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_FIELD_NUMBER: _ClassVar[int]
+    AWAITED_FIELD_NUMBER: _ClassVar[int]
     id: str
     run: str
     state: JobState
@@ -216,7 +220,9 @@ class Job(_message.Message):
     notes: str
     jobs_ahead: int
     best_evaluation: Evaluation
-    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., enqueued_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., reason: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., notes: _Optional[str] = ..., jobs_ahead: _Optional[int] = ..., best_evaluation: _Optional[_Union[Evaluation, _Mapping]] = ...) -> None: ...
+    needs: str
+    awaited: str
+    def __init__(self, id: _Optional[str] = ..., run: _Optional[str] = ..., state: _Optional[_Union[JobState, str]] = ..., preset: _Optional[str] = ..., dataset: _Optional[_Iterable[str]] = ..., enqueued_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., started_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., ended_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., reason: _Optional[str] = ..., kind: _Optional[_Union[JobKind, str]] = ..., after: _Optional[_Iterable[str]] = ..., attempt: _Optional[int] = ..., version: _Optional[str] = ..., evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., notes: _Optional[str] = ..., jobs_ahead: _Optional[int] = ..., best_evaluation: _Optional[_Union[Evaluation, _Mapping]] = ..., needs: _Optional[str] = ..., awaited: _Optional[str] = ...) -> None: ...
 
 class StateChanged(_message.Message):
     __slots__ = ("state", "reason")
