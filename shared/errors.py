@@ -59,6 +59,10 @@ class Unavailable(GptloopError):
     """Something that the call needs is not available now: Redis, a worker, a first version."""
 
 
+class RankLost(Unavailable):
+    """Another of the processes that train a model together has ended, or cannot be reached."""
+
+
 class DataError(GptloopError):
     """A data set cannot be read, or is too small to train on."""
 
