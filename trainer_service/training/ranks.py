@@ -78,11 +78,11 @@ class Ranks:
         shaped = [part.reshape(array.shape) for part, array in zip(summed, arrays, strict=True)]
         return loss, tree_unflatten(list(zip(names, shaped, strict=True))), flag
 
-    def share(self, text: str = "") -> str:
-        """Returns the text of the first rank in all ranks; raises `RankLost`."""
+    def share(self, text: str = "", source: int = 0) -> str:
+        """Returns the text of one rank in all ranks; raises `RankLost`."""
         if self.count == 1:
             return text
-        sent = np.frombuffer(text.encode() if self.rank == 0 else b"", np.uint8)
+        sent = np.frombuffer(text.encode() if self.rank == source else b"", np.uint8)
         with self.guard():
             # MLX's ring adds only arrays with a number for each rank.
             (size,) = set(np.array(mx.distributed.all_sum(mx.full(self.count, sent.size, mx.int32))).tolist())
