@@ -89,7 +89,7 @@ class Admission:
 
 
 class Ticket:
-    """The share of one request in what waits. Leaving its `with` block gives it back."""
+    """The share of one request of a call in what waits. Leaving its `with` block gives it back."""
 
     def __init__(self, admission: Admission, samples: int, call: Call) -> None:
         self._admission = admission
@@ -108,6 +108,10 @@ class Ticket:
         """Counts the prompt once its length is known; raises `ResourceExhausted` if too many prompt tokens wait."""
         self._admission._add_prompt_tokens(prompt_tokens, self._call)
         self._prompt_tokens = prompt_tokens
+
+    def charge(self, tokens: int) -> None:
+        """Charges the client of the call for tokens."""
+        self._call.charge(tokens)
 
     def admitted(self) -> None:
         """Notes that the request has its slots and no longer waits."""

@@ -132,28 +132,22 @@ class Generations:
             generation_span(draft, number) as span,
             self._admission.enter(draft.options.samples, call) as ticket,
         ):
-            end.reason = await self._answer(draft, resident, receiver, ticket, call.charge, span)
+            end.reason = await self._answer(draft, resident, receiver, ticket, span)
         return end.reason
 
     async def _answer(
-        self,
-        draft: Draft,
-        resident: Resident,
-        receiver: Receiver,
-        ticket: Ticket,
-        charge: Callable[[int], None],
-        span: GenerationSpan,
+        self, draft: Draft, resident: Resident, receiver: Receiver, ticket: Ticket, span: GenerationSpan
     ) -> str:
         """Answers a request with a version; returns the finish reason of its last sample."""
         seed = secrets.randbits(64) if draft.seed is None else draft.seed
         request = await self._codec.complete(draft, resident, seed)
         ticket.add_prompt_tokens(len(request.prompt))
         self._metrics.accepted(len(request.prompt))
-        charge(len(request.prompt))
+        ticket.charge(len(request.prompt))
         queue = self._outputs[request.id] = asyncio.Queue()
         try:
             self._engine.submit(request)
-            return await self._relay(queue, request, resident, receiver, ticket, charge, span)
+            return await self._relay(queue, request, resident, receiver, ticket, span)
         finally:
             del self._outputs[request.id]
             self._engine.cancel(request.id)
@@ -165,7 +159,6 @@ class Generations:
         resident: Resident,
         receiver: Receiver,
         ticket: Ticket,
-        charge: Callable[[int], None],
         span: GenerationSpan,
     ) -> str:
         """Passes the events of a request on until its last sample has ended; raises the error of a failed sample.
@@ -188,7 +181,8 @@ class Generations:
                     case PromptRead() as read:
                         await receiver.prompt(read)
                     case Delta() as delta:
-                        charge(len(delta.times))
+                        ticket.charge(len(delta.times))
+                        note(generated_tokens=len(delta.times))
                         for at in delta.times:
                             self._metrics.token(request.version, request.arrived, last_at.get(output.index), at)
                             last_at[output.index] = at
@@ -198,7 +192,6 @@ class Generations:
                         if output.index == 0:
                             self._metrics.cached(finished.cached_prompt_tokens)
                         ended = finished.reason.name
-                        note(generated_tokens=finished.generated_tokens)
                         span.finished(request, finished, output.index)
                         await receiver.finished(finished, output.index)
                     case Failed(error):

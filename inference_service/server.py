@@ -119,7 +119,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     codec = Codec()
     client_limits = ClientLimits(settings.slots, settings.client_streams, settings.client_tokens_per_minute, metrics)
     generations = Generations(catalogue, engine, residents, client_limits, admission, codec, metrics, versions.failed)
-    servicer = InferenceServicer(generations, catalogue, residents, codec, write_timeouts, callers)
+    servicer = InferenceServicer(generations, catalogue, residents, codec, write_timeouts)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     admin = AdminServicer(catalogue, versions)
     inference_pb2_grpc.add_ModelAdminServiceServicer_to_server(admin, server.server)

@@ -1,11 +1,9 @@
 """The service that clients call over gRPC: translates messages into requests, and events into messages."""
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc.aio
 
-from inference_service.admission import Call
 from inference_service.codec import Codec
 from inference_service.engine.request import Delta, Finished, GenerationRequest, PromptRead
 from inference_service.generation import ClientLeft, Generations
@@ -18,8 +16,7 @@ from inference_service.write_timeouts import WriteTimeouts
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.registry.policy import labels_of
-from shared.service.access.token_interceptor import authorization_of
-from shared.service.access.tokens import Callers
+from shared.service.access.token_interceptor import current_caller
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -34,35 +31,33 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         residents: Residents,
         codec: Codec,
         write_timeouts: WriteTimeouts,
-        callers: Callers,
     ) -> None:
         self._generations = generations
         self._catalogue = catalogue
         self._residents = residents
         self._codec = codec
         self._write_timeouts = write_timeouts
-        self._callers = callers
 
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> str:  # noqa: N802
         """Streams one generation; returns the finish reason of its last sample. gRPC may cancel it at any `await`."""
-        caller = self._callers.client(authorization_of(context.invocation_metadata()))
+        caller = current_caller()
         draft = translate.draft_from_pb(message, context.time_remaining(), self._generations.most_samples(caller))
         return await self._generations.run(draft, _Messages(context, self._write_timeouts), caller)
 
-    async def Tokenize(self, message: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:  # noqa: N802
+    async def Tokenize(self, message: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:  # noqa: N802
         """Encodes a text with the tokenizer of a version, which stays in memory for the call."""
-        with self._call(context) as call:
+        with self._generations.call(current_caller(), 0) as call:
             chosen = await self._generations.choose(selection_from_pb(message.model))
-            async with self._residents.stream(chosen) as resident:
+            async with self._generations.version(chosen) as resident:
                 answer = await self._codec.tokenize(message, resident)
             call.charge(len(answer.token_ids))
             return answer
 
-    async def Detokenize(self, message: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:  # noqa: N802
+    async def Detokenize(self, message: pb.DetokenizeRequest, context: object) -> pb.DetokenizeResponse:  # noqa: N802
         """Decodes tokens with the tokenizer of a version, which stays in memory for the call."""
-        with self._call(context) as call:
+        with self._generations.call(current_caller(), 0) as call:
             chosen = await self._generations.choose(selection_from_pb(message.model))
-            async with self._residents.stream(chosen) as resident:
+            async with self._generations.version(chosen) as resident:
                 answer = await self._codec.detokenize(message, resident)
             call.charge(len(message.token_ids))
             return answer
@@ -74,10 +69,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         await self._catalogue.look()
         number, catalogue = manifest.version, self._catalogue
         return translate.model_to_pb(manifest, labels_of(number, catalogue.labels()), catalogue.evaluation(number))
-
-    def _call(self, context: Context) -> AbstractContextManager[Call]:
-        """Encloses a call without samples of its client; raises as `Generations.call`."""
-        return self._generations.call(self._callers.client(authorization_of(context.invocation_metadata())), 0)
 
 
 class _Messages:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from shared.service import traces
 from shared.service.access_log import logged_call
 from shared.service.log_ids import REQUEST_ID
 from shared.text import excerpt
@@ -28,13 +27,12 @@ class AccessLog:
         if scope["type"] != "http":
             return
         method, path = scope["method"], scope["path"]
-        level = logging.DEBUG if method == "GET" else logging.INFO
+        level = logging.DEBUG if method in ("GET", "HEAD") else logging.INFO
         status = "no answer"
         with logged_call(f"{method} {excerpt(path)}", Headers(scope=scope).get(REQUEST_ID), level) as (
             request_id,
             log_end,
         ):
-            traces.mark({"gptloop.request_id": request_id})
 
             async def named(message: Message) -> None:
                 nonlocal status

@@ -16,12 +16,15 @@ class Listener(socket.socket):
         self._open: set[socket.socket] = set()
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accepts the next connection that may stay open; raises `BlockingIOError` if there is none."""
-        while True:
-            connection, peer = super().accept()
-            if len(self._open) >= self._most:
-                self._open = {each for each in self._open if each.fileno() != -1}
-            if len(self._open) < self._most:
-                self._open.add(connection)
-                return connection, peer
+        """Accepts the next connection; raises `BlockingIOError` if there is none, or if it must not stay open.
+
+        Then the event loop does what else is due before it asks again.
+        """
+        connection, peer = super().accept()
+        if len(self._open) >= self._most:
+            self._open = {each for each in self._open if each.fileno() != -1}
+        if len(self._open) >= self._most:
             connection.close()
+            raise BlockingIOError
+        self._open.add(connection)
+        return connection, peer

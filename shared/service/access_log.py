@@ -1,10 +1,11 @@
-"""A log line at the end of each call."""
+"""The request id of each call, on its span and in its log lines, of which the last one tells how it ended."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from shared.service import traces
 from shared.service.log_ids import about, request_id_of
 
 logger = logging.getLogger(__name__)
@@ -15,12 +16,13 @@ End = Callable[[str], None]
 
 @contextmanager
 def logged_call(method: str, given_id: str | bytes | None, level: int = logging.INFO) -> Iterator[tuple[str, End]]:
-    """Names a request id in the log lines of a call: the one that its client gave, or else a new one.
+    """Gives a call a request id, on its span and in its log lines: the one of its client, or else a new one.
 
     Yields the id, and a function that logs the end of the call with its status.
     """
     begin_s = time.monotonic()
     request_id = request_id_of(given_id)
+    traces.mark({"gptloop.request_id": request_id})
     with about(request_id=request_id) as work:
 
         def end(status: str) -> None:

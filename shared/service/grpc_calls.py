@@ -195,7 +195,6 @@ class Calls(grpc.aio.ServerInterceptor):
             nullcontext(_ignore) if name is None else traces.call(path, metadata) as end_span,
             logged_call(path.rpartition("/")[2], given_id) as (request_id, log_end),
         ):
-            traces.mark({"gptloop.request_id": request_id})
             context.set_trailing_metadata(((REQUEST_ID, request_id),))
 
             def leave(code: grpc.StatusCode) -> None:

@@ -23,7 +23,6 @@ from inference_service.write_timeouts import WriteTimeouts
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.service.access.tokens import Callers
 from tests.asynchronous import async_test
 from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.inference_service.world import World
@@ -159,7 +158,7 @@ def servicer(world: World) -> InferenceServicer:
         world.catalogue, world.engine, world.residents, limits, admission, codec, world.metrics, lambda *_: None
     )
     timeouts = WriteTimeouts(1.0, Pauses())
-    return InferenceServicer(generations, world.catalogue, world.residents, codec, timeouts, Callers())
+    return InferenceServicer(generations, world.catalogue, world.residents, codec, timeouts)
 
 
 @async_test

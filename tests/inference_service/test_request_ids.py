@@ -69,11 +69,25 @@ def test_a_completion_over_http_counts_the_tokens_of_all_its_prompts(server: Ser
 
 
 def test_every_answer_over_http_has_an_id_and_reading_is_logged_as_debug(server: Server) -> None:
-    for path, status in (("api/runs", 200), ("missing%0Apath", 404)):
-        answer = httpx.get(f"{server.page_url}{path}", headers={b"x-request-id": "ü".encode()}, timeout=HANG_S)
+    for method, path, status in (("GET", "api/runs", 200), ("GET", "missing%0Apath", 404), ("HEAD", "api/runs", 200)):
+        headers = {b"x-request-id": "ü".encode()}
+        answer = httpx.request(method, f"{server.page_url}{path}", headers=headers, timeout=HANG_S)
         (line,) = lines_of(server, answer.headers["x-request-id"], 1)
         assert (answer.status_code, line["status"], line["level"]) == (status, str(status), "debug")
         assert "\n" not in str(line["message"])
+
+
+def test_the_line_of_a_cancelled_stream_counts_the_tokens_that_it_was_sent(server: Server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = pb.GenerateRequest(prompt="a", max_tokens=2000, ignore_eos=True)
+        call = stub.Generate(request, metadata=(("x-request-id", "cancelled"),))
+        received = next(len(answer.delta.token_ids) for answer in call if answer.delta.token_ids)
+        server.order("hold")
+        call.cancel()
+    server.order("go on")
+    (line,) = lines_of(server, "cancelled", 1)
+    assert line["status"] == "CANCELLED" and line["generated_tokens"] >= received
 
 
 def test_the_lines_of_the_engine_name_the_call_whose_step_failed(server: Server) -> None:

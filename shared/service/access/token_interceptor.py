@@ -1,6 +1,7 @@
 """Lets only callers with the right token reach the methods of a gRPC server."""
 
 from collections.abc import Callable, Collection
+from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import grpc
@@ -9,6 +10,9 @@ import grpc.aio
 from shared.errors import FailedPrecondition, GptloopError, PermissionDenied, Unauthenticated
 from shared.service.access.tokens import Caller, Callers
 from shared.service.log_ids import keep
+
+# Of the call that this task answers.
+_caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):
@@ -33,16 +37,22 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or required is None:
             return handler
         try:
-            caller = required(authorization_of(details.invocation_metadata))
+            caller = required(_authorization(details.invocation_metadata))
         except (Unauthenticated, PermissionDenied, FailedPrecondition) as error:
             return self._refusals.setdefault(str(error), _refusal(type(error), str(error)))
+        _caller.set(caller)
         if caller is not None:
             keep(caller=caller.name)
         return handler
 
 
-def authorization_of(metadata: Any) -> str | bytes:
-    """Returns the value of `authorization` in the metadata of a call, empty if there is none or more than one."""
+def current_caller() -> Caller | None:
+    """Returns who makes the call that this task answers; None if it needs no token."""
+    return _caller.get()
+
+
+def _authorization(metadata: Any) -> str | bytes:
+    """Returns the value of `authorization`, empty if there is none or more than one."""
     values = [value for key, value in metadata or () if key == "authorization"]
     return values[0] if len(values) == 1 else ""
 

@@ -1,6 +1,8 @@
 import asyncio
 import socket
 
+import pytest
+
 from inference_service.http.listener import Listener
 from tests.asynchronous import async_test
 from tests.waiting import eventually
@@ -42,3 +44,18 @@ async def test_connections_beyond_the_limit_are_closed_until_others_have_ended()
     for each in (*open_writers, refused, writer):
         each.close()
     server.close()
+
+
+def test_a_full_listener_closes_one_connection_at_a_time() -> None:
+    bound = socket.create_server(("127.0.0.1", 0))
+    with Listener(bound, 1) as listener:
+        clients = [socket.create_connection(listener.getsockname()) for _ in range(3)]
+        accepted, _ = listener.accept()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        assert clients[1].recv(1) == b""
+        clients[2].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            clients[2].recv(1)
+        for each in (accepted, *clients):
+            each.close()

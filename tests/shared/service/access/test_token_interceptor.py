@@ -14,8 +14,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
-from shared.service.access.token_interceptor import TokenInterceptor
-from shared.service.access.tokens import Callers, TokenSettings
+from shared.service.access.token_interceptor import TokenInterceptor, current_caller
+from shared.service.access.tokens import Caller, Callers, TokenSettings
 from shared.service.grpc_server import GrpcServer
 from shared.service.listening import Address
 from tests.asynchronous import async_test
@@ -28,12 +28,16 @@ CLIENTS, OPERATORS = "inference.v1.InferenceService", "inference.v1.ModelAdminSe
 OK, UNAUTHENTICATED = grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED
 PERMISSION_DENIED = grpc.StatusCode.PERMISSION_DENIED
 
+# Who made each call of `GetModel`, as the method knows it.
+answered: list[Caller | None] = []
+
 
 class Inference(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request: object, context: Any) -> None:  # noqa: N802
         await context.write(pb.GenerateResponse())
 
     async def GetModel(self, request: object, context: object) -> pb.GetModelResponse:  # noqa: N802
+        answered.append(current_caller())
         return pb.GetModelResponse()
 
 
@@ -107,6 +111,16 @@ async def test_without_tokens_of_clients_only_operators_need_one(settings: Token
     async with serving(TokenSettings(operators=settings.operators).open()) as channel:
         assert await codes(channel) == [OK, OK, UNAUTHENTICATED]
         assert await codes(channel, bearer(OPERATOR)) == [OK] * 3
+
+
+@async_test
+async def test_a_method_knows_who_calls(settings: TokenSettings) -> None:
+    answered.clear()
+    for callers, metadata in ((settings.open(), [bearer(ALICE), bearer(OPERATOR)]), (Callers(), [bearer(ALICE)])):
+        async with serving(callers) as channel:
+            for each in metadata:
+                await codes(channel, each)
+    assert answered == [Caller("alice", False), Caller("olga", True), None]
 
 
 @async_test
