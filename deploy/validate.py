@@ -27,11 +27,13 @@ class Validator:
     command: str
 
 
-# Writes what a cluster would get to `$folder`.
+# Writes what a cluster would get to `$folder`, a file for each resource; `_FOREIGN` are those that others define.
 _BUILD = (
-    "for overlay in cpu cuda monitoring; do "
-    'kubectl kustomize deploy/kubernetes/overlays/$overlay > "$folder/$overlay.yaml"; done'
+    "for overlay in overlays/{cpu,cuda,object-storage,monitoring} jobset/{ring,nccl} trainjob; do "
+    'mkdir -p "$folder/$overlay"; kubectl kustomize deploy/kubernetes/$overlay --output "$folder/$overlay"; done'
 )
+_FOREIGN = r"\( -name 'monitoring.coreos.com*' -o -name 'jobset.x-k8s.io*' -o -name 'trainer.kubeflow.org*' \)"
+_OURS = f"$(find . -name '*.yaml' ! {_FOREIGN})"
 # It passes what it does not find, and in folders it finds nothing whose path has a hidden part, as that of $folder may.
 _CHECKOV = "checkov --skip-download --quiet --compact"
 _HAS_CHECKED = ' | tee "$folder/said"; grep --quiet "Passed checks: [1-9]" "$folder/said"'
@@ -72,8 +74,7 @@ VALIDATORS = (
         "kubernetes",
         ("kubectl", "kubernetes-validate"),
         # A resource without a schema is only a warning for it.
-        f'{_BUILD}; kubernetes-validate --strict --quiet "$folder"/c*.yaml | tee "$folder/found"; '
-        'test ! -s "$folder/found"',
+        f'{_BUILD}; cd "$folder"; kubernetes-validate --strict --quiet {_OURS} | tee found; test ! -s found',
     ),
     Validator(
         "prometheus-operator",
@@ -82,9 +83,23 @@ VALIDATORS = (
         f"check-jsonschema --schemafile {_SCHEMAS}/prometheus-rule.json {_MONITORING}/alerts.yaml",
     ),
     Validator(
+        "kubernetes-runs",
+        ("kubectl", "check-jsonschema"),
+        f"{_BUILD}; "
+        + "; ".join(
+            f'check-jsonschema --schemafile {_SCHEMAS}/{schema}.json "$folder"/{files}'
+            for schema, files in (
+                ("jobset", "jobset/*/jobset.x-k8s.io*"),
+                ("training-runtime", "trainjob/trainer.kubeflow.org*_trainingruntime_*"),
+                ("train-job", "trainjob/trainer.kubeflow.org*_trainjob_*"),
+            )
+        ),
+    ),
+    Validator(
         "kubernetes-policies",
         ("kubectl", "checkov"),
-        f'{_BUILD}; {_CHECKOV} --config-file deploy/kubernetes/checkov.yaml --file "$folder"/*.yaml{_HAS_CHECKED}',
+        f'{_BUILD}; policies=$PWD/deploy/kubernetes/checkov.yaml; cd "$folder"; '
+        f'{_CHECKOV} --config-file "$policies" --file {_OURS}{_HAS_CHECKED}',
     ),
     Validator(
         "envoy",
@@ -92,7 +107,9 @@ VALIDATORS = (
         'cp deploy/envoy/*.yaml "$folder"; sed -i "s#/etc/envoy/#$folder/#" "$folder/envoy.yaml"; '
         'envoy --mode validate --log-level warning --config-path "$folder/envoy.yaml"',
     ),
-    Validator("shell", ("shellcheck",), "shellcheck .ci/run requirements/install requirements/lock"),
+    Validator(
+        "shell", ("shellcheck",), "shellcheck .ci/run requirements/install requirements/lock deploy/slurm/train.sbatch"
+    ),
 )
 
 

@@ -44,6 +44,10 @@ FAULTS = (
     Fault("kubernetes", f"{_BASE}/trainer.yaml", "kind: Deployment", "kind: Deploymnt", "Deploymnt"),
     Fault("prometheus-operator", f"{_MONITORING}/inference-monitor.yaml", "interval: 5s", "interval: 5", "interval"),
     Fault("prometheus-operator", f"{_MONITORING}/alerts.yaml", "expr:", "expression:", "expression"),
+    Fault("kubernetes", "deploy/kubernetes/ranks/network-policies.yaml", "port: 443", "prt: 443", "prt"),
+    Fault("kubernetes-runs", "deploy/kubernetes/jobset/base/jobset.yaml", "Restarts: 10", "Restart: 10", "maxRestart"),
+    Fault("kubernetes-runs", "deploy/kubernetes/trainjob/runtime.yaml", "numNodes: 1", "numNodes: one", "numNodes"),
+    Fault("kubernetes-runs", "deploy/kubernetes/trainjob/trainjob.yaml", "runtimeRef:", "runtimRef:", "runtimeRef"),
     Fault("kubernetes-policies", f"{_BASE}/redis.yaml", "drop: [ALL]", "drop: []", "CKV_K8S_37"),
     Fault("envoy", "deploy/envoy/envoy.yaml", "LEAST_REQUEST", "LEAST_REQUESTS", "LEAST_REQUESTS"),
     Fault("image", "deploy/docker/Dockerfile", " && rm -rf /var/lib/apt/lists/*", "", "DL3009"),
@@ -51,6 +55,7 @@ FAULTS = (
     Fault("compose", "deploy/compose.yaml", "  worker:\n", "  worker:\n    imagine: a word\n", "imagine"),
     Fault("prometheus", "deploy/docker/prometheus.yml", "static_configs:", "static_config:", "not found"),
     Fault("shell", "requirements/install", 'tail -n 20 "$log"', "tail -n 20 $missing", "SC2154"),
+    Fault("shell", "deploy/slurm/train.sbatch", 'kill -TERM "$ranks"', "kill -TERM $job", "SC2154"),
 )
 
 
