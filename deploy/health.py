@@ -13,8 +13,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from deploy.access import own_credentials
 from deploy.ports import Ports, listening_host, read_ports
 from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, Unavailable
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
 from shared.service.access.credentials import Credentials
 from shared.service.client_channel import open_channel
 from shared.service.grpc_status import error_of
@@ -40,7 +38,7 @@ class Health:
 def health_checks(environment: Environment, directories: Directories, ports: Ports) -> dict[str, Callable[[], Health]]:
     """Returns a check for each process, in the order in which they start; a check never raises."""
     address = read_redis(environment, directories)
-    store = Registry(directories.registry)
+    registry = directories.open_registry()
     trainer_address = reachable_address(listening_host(environment, "TRAINER"), ports.trainer)
     inference_address = reachable_address(listening_host(environment, "INFERENCE"), ports.inference)
 
@@ -57,13 +55,13 @@ def health_checks(environment: Environment, directories: Directories, ports: Por
         # A server without a version serves nothing but is healthy.
         if _serves(inference_address, own_credentials(environment)):
             return Health(True, f"serves on {inference_address}")
-        if not store.versions():
+        if not registry.versions():
             return Health(True, f"no version yet, on {inference_address}")
         return Health(True, f"no version serves, on {inference_address}: `gptloop versions` says why")
 
     def worker() -> Health:
         with connect(address) as connection:
-            jobs = JobQueue(connection, registry_id(store.root)).store
+            jobs = JobQueue(connection, registry.store.id()).store
             workers, awaited = jobs.workers.count(), Counter(job.awaited for job in jobs.waiting() if job.awaited)
         others = "".join(
             f"; {number} {'job' if number == 1 else 'jobs'} waiting for {other}" for other, number in awaited.items()

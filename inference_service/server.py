@@ -41,7 +41,6 @@ from shared.device import accelerator
 from shared.device.accelerator import Accelerator
 from shared.device.machine import memory_limit_bytes
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
-from shared.registry.store import Registry
 from shared.service.access.exposure import warn_if_exposed
 from shared.service.access.tls import ServerTls
 from shared.service.access.token_interceptor import TokenInterceptor
@@ -93,7 +92,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         signals.forced.set()
 
     collectors = CollectorRegistry()
-    registry = Registry(settings.directories.registry, settings.best_by)
+    registry = settings.directories.open_registry(settings.best_by)
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
     decoders = DecoderFactory(settings.slots, settings.threads, device.cache)
     limits = {"resident": memory_limit_bytes()} | ({} if device.backend == "cpu" else {"active": device.memory_bytes})

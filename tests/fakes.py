@@ -14,9 +14,9 @@ from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import PATTERN, Tokenizer
 from shared.gpt.weights import load_arrays, save_arrays, save_model
-from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import state_folder, version_folder
 
 TINY = GPTConfig(
     layers=2, width=32, heads=2, hidden_width=64, context_length=96, vocabulary_size=257, tied_head=False, dropout=0.1
@@ -74,7 +74,7 @@ def publish_tiny_version(
     windows: the number of held-out windows, and their length in tokens.
     change: changes the files before they are hashed.
     """
-    fence = Fence.raise_for(registry.run_directory(run))
+    fence = registry.take_over(run)
     tokenizer = byte_tokenizer()
     held_out = _held_out(windows)
     loss = _loss_of_tiny_model(seed, config, windows)
@@ -118,7 +118,7 @@ def publish_tiny_version(
 def publish_overflowing_version(registry: Registry, number: int) -> VersionManifest:
     """Publishes a slightly worse copy of a version; its state has weights with which the next step overflows."""
     like, run = registry.version(number), "overflowing"
-    fence = Fence.raise_for(registry.run_directory(run))
+    fence = registry.take_over(run)
 
     def copy_files(source: Path, target: Path) -> None:
         for path in source.iterdir():
@@ -126,13 +126,13 @@ def publish_overflowing_version(registry: Registry, number: int) -> VersionManif
                 shutil.copyfile(path, target / path.name)
 
     def write_state(directory: Path) -> None:
-        copy_files(registry.state_directory(like.run, like.step), directory)
+        copy_files(state_folder(registry, like.run, like.step), directory)
         weights = load_arrays(directory / "model.safetensors")
         save_arrays({name: 1e30 * array for name, array in weights.items()}, directory / "model.safetensors")
 
-    registry.write_state(fence, run, like.step, write_state)
+    registry.write_state(fence, like.step, write_state)
     return registry.publish_version(
         fence,
-        lambda directory: copy_files(registry.version_directory(number), directory),
+        lambda directory: copy_files(version_folder(registry, number), directory),
         lambda new, files: replace(like, version=new, run=run, bits_per_byte=like.bits_per_byte + 0.001, files=files),
     )

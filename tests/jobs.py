@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from shared.registry.store import Registry
+from tests.registries import disk_registry
 from trainer_service.jobs.events import Event, JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest
@@ -15,7 +15,7 @@ EVALUATION = EvaluateSpec("best", DatasetSpec(()))
 def training(tmp_path: Path, name: str = "", notes: str = "", needs: str = "", **overrides: str) -> TrainSpec:
     """Returns a run on the built-in stories."""
     request = TrainRequest(overrides={"max_steps": "7"} | overrides, name=name, notes=notes, needs=needs)
-    return request.resolve(Registry(tmp_path / "registry"))
+    return request.resolve(disk_registry(tmp_path / "registry"))
 
 
 def start(queue: JobQueue, job: str, attempt: int = 1) -> None:

@@ -3,7 +3,7 @@
 import json
 
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 
 
 def record(version_digest: str, bits_per_byte: float, measured_at: float, **text: object) -> str:

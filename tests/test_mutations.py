@@ -13,6 +13,7 @@ from tests.fuzzers import calls, files, secured
 from tests.fuzzers.area import Area
 from tests.fuzzers.registry import KINDS, choose, files_of, kind_of, registry_of
 from tests.mutations import odd_message
+from tests.registries import root_of
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_changed_files_end_nothing_by_a_mistake(
 
 
 def test_each_kind_of_file_is_in_the_registry_and_chosen(tmp_path: Path) -> None:
-    root, rng = registry_of(tmp_path).root, random.Random(0)
+    root, rng = root_of(registry_of(tmp_path)), random.Random(0)
     assert {kind_of(path, root) for path in files_of(root)} == set(KINDS)
     assert {choose(rng, root)[0] for _ in range(200)} == set(KINDS)
 

@@ -18,8 +18,8 @@ from deploy.make import known_settings, variables
 from inference_service.metrics import InferenceMetrics
 from shared.device.accelerator import Memory
 from shared.gpt.config import count_parameters
-from shared.registry.store import Registry
 from tests.pages import CODE, PAGES, TEXT, WINGS, rows, sections, tables
+from tests.registries import disk_registry
 from tests.workplace import PROJECT
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
@@ -116,7 +116,7 @@ def test_every_metric_is_documented() -> None:
     registry = CollectorRegistry()
     metrics = InferenceMetrics(registry, lambda: Memory(1, 2, 3, 4), lambda: 5, lambda: 6, {"resident": 7})
     metrics.certificate(lambda: 8.0)
-    training = make_metrics(empty_queue(), Registry(PROJECT / "var" / "none"))
+    training = make_metrics(empty_queue(), disk_registry(PROJECT / "var" / "none"))
     CallMetrics(training)
     show_certificate(training, lambda: 8.0)
     pages = (generate_latest(registry) + generate_latest(training)).decode()

@@ -15,7 +15,6 @@ from shared.errors import (
     Unavailable,
     shown,
 )
-from shared.registry.identity import registry_id
 from shared.service import logs, traces
 from shared.service.log_ids import about
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped
@@ -49,7 +48,7 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     logs.configure("trainer", more_ids=traces.ids, job=job_id)
     settings = read_settings(os.environ)
     traces.start("trainer")
-    queue = JobQueue(connect(settings.redis), registry_id(settings.directories.registry))
+    queue = JobQueue(connect(settings.redis), settings.open_registry().store.id())
 
     def report(state: JobState, reason: str = "", diverged: bool = False) -> bool:
         return queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))], diverged=diverged)

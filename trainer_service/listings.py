@@ -7,7 +7,7 @@ from dataclasses import asdict
 from shared.registry.evaluations import comparable, one_of_each
 from shared.registry.manifest import VersionManifest
 from shared.registry.policy import describe_unranked, labels_of
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service.lists import Column, print_list
 from shared.text import format_duration, format_size
 from trainer_service.follow import describe_job

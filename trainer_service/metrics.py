@@ -10,8 +10,7 @@ from prometheus_client.registry import Collector
 
 from shared.errors import Unavailable
 from shared.pb.training.v1 import training_pb2
-from shared.registry.numbering import numbers
-from shared.registry.store import Checkpoint, Registry
+from shared.registry.registry import Checkpoint, Registry
 from trainer_service.jobs.events import JobState, Progress
 from trainer_service.jobs.job_store import WORKING, JobStore
 from trainer_service.jobs.queue import JobQueue
@@ -46,7 +45,7 @@ class TrainingCollector(Collector):
         yield CounterMetricFamily(
             "gptloop_training_diverged", "Jobs that failed because their loss was not finite.", value=diverged
         )
-        versions = numbers(self._registry.root / "versions")
+        versions = self._registry.store.versions()
         yield GaugeMetricFamily(
             "gptloop_training_newest_version",
             "Number of the newest version in the registry.",

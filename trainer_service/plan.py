@@ -11,7 +11,7 @@ from pathlib import Path
 from shared.device.machine import array_cache_bytes, cpu_threads, memory_limit_bytes
 from shared.errors import NotFound
 from shared.gpt.config import GPTConfig, count_parameters
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.text import format_duration, format_size
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_DATASET

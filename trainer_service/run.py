@@ -13,11 +13,10 @@ from shared.device.machine import memory_limit_bytes
 from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
-from shared.registry.fence import Fence
-from shared.registry.history import EvaluationLine, HistoryWriter, Line, ReportLine
+from shared.registry.history import EvaluationLine, Line, ReportLine
 from shared.registry.manifest import VersionManifest
+from shared.registry.registry import Registry
 from shared.registry.retention import prune
-from shared.registry.store import Registry
 from shared.service import traces
 from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_model, read_tokenizer
 from trainer_service.evaluation.due import DueEvaluations
@@ -49,7 +48,7 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     state = _own_state(spec, registry)
     config, source = spec.config, state
     if state is None and spec.resume is not None:
-        source = registry.version_directory(registry.version(spec.resume).version)
+        source = registry.fetch(registry.version(spec.resume))
     elif state is None and spec.teachers:
         source = teachers_of(spec, registry)[0].folder
     tokenizer = read_tokenizer(source) if source else None
@@ -125,7 +124,7 @@ class TrainingRun:
             windows=config.evaluation_windows,
             context_length=config.context_length,
         )
-        self._fence = Fence.raise_for(self._registry.run_directory(spec.run), attempt.number)
+        self._fence = self._registry.take_over(spec.run, attempt.number)
         self._due: DueEvaluations | None = None
 
     def train(self) -> bool:
@@ -136,7 +135,7 @@ class TrainingRun:
             text = TrainingText(self._data.train, self._data.teacher)
             trainer = Trainer(config, text, workers, self._read_teachers())
             self._restore(trainer)
-            self._history = HistoryWriter(self._fence, trainer.step, self._published(trainer))
+            self._history = self._registry.histories.writer(self._fence, trainer.step, self._published(trainer))
             self._history_fails = False
             self._record()
             parameters = count_parameters(config.gpt)
@@ -333,7 +332,7 @@ class TrainingRun:
             text = {"revision": self._data.revision, "stories": self._data.stories}
             (folder / TEXT_FILE).write_text(json.dumps(text), encoding="utf-8")
 
-        self._registry.write_state(self._fence, self._spec.run, trainer.step, write)
+        self._registry.write_state(self._fence, trainer.step, write)
 
     def notice(self, text: str) -> None:
         """Emits a sentence for the user."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from shared.errors import NotFound, shown
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.specs import TrainSpec
 

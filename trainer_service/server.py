@@ -11,8 +11,8 @@ from typing import Any
 from shared.errors import GptloopError, InvalidArgument, Unavailable
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from shared.registry.store import Store
 from shared.service.access.exposure import warn_if_exposed
 from shared.service.access.tls import ServerTls
 from shared.service.access.token_interceptor import TokenInterceptor
@@ -136,7 +136,7 @@ async def serve(settings: TrainerSettings) -> None:
     tls = ServerTls(settings.tls) if settings.tls else None
     callers = settings.tokens.open()
     registry = settings.open_registry()
-    queue = JobQueue(connect(settings.redis), registry_id(registry.root))
+    queue = JobQueue(connect(settings.redis), registry.store.id())
     signals = Signals()
     metrics = make_metrics(queue, registry)
     if tls:
@@ -157,20 +157,21 @@ async def serve(settings: TrainerSettings) -> None:
             to_address(host, port),
             to_address(settings.metrics_host, metrics_port),
         )
-        health = asyncio.create_task(_follow_redis(server, queue, registry.root, signals))
+        health = asyncio.create_task(_follow_redis(server, queue, registry.store, signals))
         await signals.asked.wait()
         health.cancel()
         await server.stop(_DRAIN_S, signals.forced)
 
 
-async def _follow_redis(server: GrpcServer, queue: JobQueue, root: Path, signals: Signals) -> None:
+async def _follow_redis(server: GrpcServer, queue: JobQueue, store: Store, signals: Signals) -> None:
     while True:
         try:
             await asyncio.to_thread(queue.store.workers.count)
             await server.set_serving(True)
-            if await asyncio.to_thread(registry_id, root) != queue.registry:
+            if await asyncio.to_thread(store.id) != queue.registry:
                 logger.error(
-                    "%s contains another registry now: this process ends, and its next start uses that one", root
+                    "%s contains another registry now: this process ends, and its next start uses that one",
+                    store.address,
                 )
                 signals.asked.set()
         except Unavailable:

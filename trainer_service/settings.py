@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
+from shared.registry.registry import Registry
 from shared.registry.retention import MAX_BYTES, MAX_COUNT, Retention
-from shared.registry.store import Registry
 from shared.service.access.exposure import read_insecure
 from shared.service.access.tls import TlsFiles, read_tls
 from shared.service.access.tokens import OPERATOR_TOKENS_VARIABLE, TokenSettings, read_token_settings
@@ -84,8 +84,8 @@ class TrainerSettings:
         return tuple(name for name in self.tokens.missing if name == OPERATOR_TOKENS_VARIABLE)
 
     def open_registry(self) -> Registry:
-        """Returns the registry in its folder."""
-        return Registry(self.directories.registry, self.best_by)
+        """Returns the registry."""
+        return self.directories.open_registry(self.best_by)
 
 
 def read_settings(environment: Environment) -> TrainerSettings:

@@ -8,12 +8,10 @@ from contextlib import suppress
 from dataclasses import replace
 
 from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, NotFound, shown
-from shared.registry.commit import writing
 from shared.registry.decisions import check_label
-from shared.registry.fence import Fence
 from shared.registry.manifest import IMPORTED, TeacherRecord, VersionManifest
 from shared.registry.numbering import is_number
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.registry.teachers import TeacherVersion
 from trainer_service.distillation.readiness import require_trained
 from trainer_service.jobs.specs import RunSpec, Teacher
@@ -127,12 +125,12 @@ def find(teacher: Teacher, registry: Registry, resume: int | None) -> TeacherVer
     `resume` that it continues, which keeps its own teachers. Raises `NotFound` if it is in neither."""
     if not is_number(teacher.version):
         version = registry.resolve(teacher.version)
-        return TeacherVersion(version, registry.version_directory(version.version))
+        return TeacherVersion(version, registry.fetch(version))
     number = int(teacher.version)
     try:
         version = registry.version(number)
         if version.digest == teacher.digest:
-            return TeacherVersion(version, registry.version_directory(number))
+            return TeacherVersion(version, registry.fetch(version))
     except NotFound:
         pass
     if resume is not None:
@@ -165,12 +163,11 @@ def keep_teachers(spec: RunSpec, registry: Registry, attempt: int) -> list[Teach
     if kept.of(spec.run):
         kept.verify(spec.run)
         return kept.of(spec.run)
-    with writing(registry.root), registry.decisions.held():  # nothing is pruned until the run has it
-        found = teachers_of(spec, registry)
-        _check(spec, [each.manifest for each in found], registry)
-        fence = Fence.raise_for(registry.run_directory(spec.run), attempt)
-        for each in found:
-            kept.take(fence, each.folder)
+    found = teachers_of(spec, registry)
+    _check(spec, [each.manifest for each in found], registry)
+    fence = registry.take_over(spec.run, attempt)
+    for each in found:
+        kept.take(fence, each.folder)
     kept.keep(fence, [each.manifest.version for each in found])
     return kept.of(spec.run)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from shared.gpt.config import count_parameters
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, TeacherRecord, VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.version_format import write_version
 from trainer_service.jobs.specs import TrainSpec
 from trainer_service.text.corpus import DatasetSpec

@@ -104,9 +104,11 @@ class Curves:
     def lasts(self) -> list[Last]:
         """Returns the end of each history, the one that was written last first."""
         with self._lock:
-            runs = self._histories.runs()
-            self._curves = {run: curve for run, curve in self._curves.items() if run in runs}
-            lasts = [self._last(run, curve) for run in runs if (curve := self._read(run)) is not None]
+            ages_s = self._histories.ages_s()
+            self._curves = {run: curve for run, curve in self._curves.items() if run in ages_s}
+            lasts = [
+                self._last(run, age_s, curve) for run, age_s in ages_s.items() if (curve := self._read(run)) is not None
+            ]
         return sorted(lasts, key=lambda last: last.age_s)
 
     def since(self, run: str, cursor: str) -> dict[str, Any]:
@@ -115,7 +117,7 @@ class Curves:
         Returns all lines, with `continues` false, if the cursor is empty or the run was cut back. Raises `NotFound`.
         """
         with self._lock:
-            curve = self._read(run) if run in self._histories.runs() else None
+            curve = self._read(run) if run in self._histories.ages_s() else None
             if curve is None:
                 raise NotFound(f"There is no history of a run named {shown(run)}.")
             return curve.since(cursor)
@@ -130,12 +132,12 @@ class Curves:
         self._curves[run] = curve
         return curve
 
-    def _last(self, run: str, curve: _Curve) -> Last:
+    def _last(self, run: str, age_s: float, curve: _Curve) -> Last:
         reports, evaluations = curve.reports, curve.evaluations
         return Last(
             run=run,
             cursor=curve.cursor,
-            age_s=max(self._histories.age_s(run), 0.0),
+            age_s=max(age_s, 0.0),
             step=max(reports.last("step") or 0, evaluations.last("step") or 0),
             tokens=max(reports.last("tokens") or 0, evaluations.last("tokens") or 0),
             loss=reports.last("loss"),

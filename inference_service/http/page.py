@@ -22,7 +22,7 @@ from inference_service.versions.catalogue import Catalogue
 from shared.errors import NotFound
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service.access.tokens import Callers
 from shared.text import excerpt
 

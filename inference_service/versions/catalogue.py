@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,8 @@ from shared.registry import policy
 from shared.registry.decisions import BestBy, Decided, check_label, pinned_number, run_of
 from shared.registry.evaluations import Figures, one_of_each
 from shared.registry.findings import CORRUPT, ROLLED_BACK, Finding, Findings
-from shared.registry.manifest import MANIFEST_NAME, VersionManifest
-from shared.registry.store import Registry
+from shared.registry.manifest import VersionManifest
+from shared.registry.registry import Registry
 from shared.service.log_ids import with_ids
 from shared.version_format import WINDOWS_FILE
 
@@ -108,16 +107,10 @@ class Catalogue:
         except CorruptCheckpoint as error:
             stable = last.stable
             damage.append(f"The stable version stays as it was: {error}")
-        damaged, unsealed = {}, set()
-        for number, why in self._registry.unreadable.items():
-            if os.path.lexists(self._registry.version_directory(number) / MANIFEST_NAME):
-                damaged[number] = why
-            else:
-                unsealed.add(number)
+        unsealed = self._registry.unsealed
+        damaged = {number: why for number, why in self._registry.unreadable.items() if number not in unsealed}
         figures = self._registry.evaluations.of(versions)
-        return _Look(
-            versions, label, stable, tuple(damage), found, kept, lacking, damaged, frozenset(unsealed), figures
-        )
+        return _Look(versions, label, stable, tuple(damage), found, kept, lacking, damaged, unsealed, figures)
 
     # Versions and labels.
 

@@ -9,10 +9,9 @@ from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import NotFiniteWeights
-from shared.registry.commit import files_state
 from shared.registry.findings import CORRUPT, LOSS_MISMATCH
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.version_format import SERVED_FILES, read_model, read_tokenizer, read_windows
 
 # Nats a token by which the loss that a server measures may differ from the one that training measured: on another
@@ -43,11 +42,10 @@ class Content:
 def read_content(registry: Registry, manifest: VersionManifest) -> Content:
     """Reads a version; raises `Refused` if it cannot serve, `IncompleteCheckpoint` if it lacks files, and `NotFound` or
     `OSError` if it cannot be read."""
-    directory = registry.version_directory(manifest.version)
     # Before the files are read, so that a change meanwhile shows.
-    state = files_state(directory)
+    state = registry.store.state(f"versions/{manifest.version}")
     try:
-        registry.verify(manifest)
+        directory = registry.verified(manifest)
     except IncompleteCheckpoint:
         raise
     except CorruptCheckpoint as error:
@@ -73,7 +71,7 @@ def read_content(registry: Registry, manifest: VersionManifest) -> Content:
         if isinstance(error.__cause__, OSError | RuntimeError):
             # The files are whole, so memory is short, or the disk fails.
             raise OSError(str(error.__cause__)) from error
-        if not directory.is_dir():
+        if not registry.store.exists(f"versions/{manifest.version}"):
             raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
         raise Refused("unfit", _clause(error)) from None
 

@@ -13,7 +13,7 @@ from inference_service.versions.resident import Resident
 from shared.decoding.decoder import Decoder
 from shared.gpt.model import GPT
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service import traces
 
 

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -42,10 +42,12 @@ _ADVICE = {
 
 
 @contextmanager
-def writing(root: Path) -> Iterator[None]:
+def writing(root: Path | str) -> Iterator[None]:
     """Turns file system errors into `FailedPrecondition`, which names the registry and says what to do."""
     try:
         yield
+    except FailedPrecondition:
+        raise  # one of another store says so itself
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "check its disk")
         place = f" ({error.filename})" if error.filename else ""
@@ -139,7 +141,7 @@ def link(source: Path, target: Path) -> None:
     sync(target)
 
 
-def lacking(directory: Path, records: tuple[FileRecord, ...]) -> str:
+def lacking(directory: Path, records: Sequence[FileRecord]) -> str:
     """Describes the first file of a manifest that is missing or too short; returns an empty text if none is.
 
     Checks names and sizes only. Raises `OSError` if the disk fails.
@@ -164,7 +166,7 @@ def files_state(directory: Path) -> str:
     return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
 
-def verify_files(directory: Path, records: tuple[FileRecord, ...]) -> None:
+def verify_files(directory: Path, records: Sequence[FileRecord]) -> None:
     """Compares a folder with its manifest.
 
     Raises `CorruptCheckpoint`, which names the first file that differs, or `IncompleteCheckpoint` if a file is missing

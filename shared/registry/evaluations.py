@@ -8,14 +8,13 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
-from pathlib import Path
 
-from shared.errors import NotFound
-from shared.registry.commit import make_folder, replace_text, writing
+from shared.errors import CorruptCheckpoint, NotFound
 from shared.registry.manifest import LATEST_S, VersionManifest
-from shared.registry.numbering import children
+from shared.registry.store import Store
 
 _RECORD = re.compile(r"([0-9a-f]{1,128})\.json")
 # More tokens are not believed.
@@ -62,39 +61,43 @@ def one_of_each(found: Mapping[int, Sequence[Figures]]) -> dict[int, Figures]:
 
 
 class Evaluations:
-    """The records of one registry. Methods that write raise `FailedPrecondition` if the disk fails."""
+    """The records of one registry. Methods that write raise `FailedPrecondition` if the store fails."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        # The figures in each file, as long as its inode and its time stay the same.
-        self._known: dict[Path, tuple[tuple[int, int], Figures | None]] = {}
-
-    def folder(self, number: int) -> Path:
-        """Returns the folder of a version's records, which may not exist."""
-        return self._root / "evaluations" / str(number)
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # The figures of each version, as long as the stamp of its group stays the same.
+        self._known: dict[int, tuple[Hashable, Sequence[Figures]]] = {}
 
     def write(self, number: int, method_digest: str, text: str) -> None:
         """Writes or replaces a record; does nothing if the version was removed in the meantime."""
-        if not (self._root / "versions" / str(number)).is_dir():
-            return
-        with writing(self._root):
-            make_folder(self.folder(number), self._root)
-            replace_text(self.path(number, method_digest), text)
-
-    def path(self, number: int, method_digest: str) -> Path:
-        """Returns the file of a record, which may not exist."""
-        return self.folder(number) / f"{method_digest}.json"
+        if self._store.exists(f"versions/{number}"):
+            self._store.change(_group(number), lambda _: {f"{method_digest}.json": text})
 
     def read(self, number: int, method_digest: str) -> str:
         """Returns the text of a record; raises `NotFound` if there is none."""
         try:
-            return self.path(number, method_digest).read_text(encoding="utf-8", errors="replace")
-        except OSError:
+            return self._store.read(_group(number))[f"{method_digest}.json"]
+        except (KeyError, CorruptCheckpoint):
             raise NotFound(f"Version {number} has no evaluation {method_digest[:12]}.") from None
 
+    def remove(self, number: int) -> None:
+        """Removes the records of a version."""
+        self._store.drop(_group(number))
+
     def figures(self, number: int) -> Sequence[Figures]:
-        """Returns the figures of each record of a version that has some, the newest last; ignores other files."""
-        found = [self._figures(path) for path in children(self.folder(number)) if _RECORD.fullmatch(path.name)]
+        """Returns the figures of each record of a version that has some, the newest last; ignores other texts.
+
+        Raises `CorruptCheckpoint` if the disk fails.
+        """
+        texts = self._store.read(_group(number))
+        found = []
+        for name in texts:
+            if match := _RECORD.fullmatch(name):
+                try:
+                    found.append(_figures_of(match[1], texts.get(name, "")))
+                except CorruptCheckpoint as error:
+                    if isinstance(error.__cause__, OSError):
+                        raise
         return sorted((each for each in found if each is not None), key=lambda each: each.measured_at)
 
     def of(self, versions: Sequence[VersionManifest]) -> dict[int, Sequence[Figures]]:
@@ -102,37 +105,35 @@ class Evaluations:
 
         Those of another version that had the same number before do not count.
         """
-        found: dict[int, Sequence[Figures]] = {}
-        for version in versions:
-            figures = [each for each in self.figures(version.version) if each.version_digest == version.digest]
-            if figures:
-                found[version.version] = figures
-        # Another process may have removed versions.
-        present = {str(version.version) for version in versions}
-        self._known = {path: known for path, known in self._known.copy().items() if path.parent.name in present}
-        return found
-
-    def _figures(self, path: Path) -> Figures | None:
-        before = self._known.get(path)
-        try:
-            status = path.stat()
-            state = (status.st_ino, status.st_mtime_ns)
-            if before is None or before[0] != state:
-                before = self._known[path] = (state, _figures_of(path))
-        except FileNotFoundError:
-            return None
-        except OSError:
-            pass  # the figures that were read before stay
-        return None if before is None else before[1]
+        stamps = self._store.stamps("evaluations")
+        known: dict[int, tuple[Hashable, Sequence[Figures]]] = {}
+        for number in (version.version for version in versions if str(version.version) in stamps):
+            stamp, before = stamps[str(number)], self._known.get(number)
+            if before is None or before[0] != stamp:
+                with suppress(CorruptCheckpoint):  # the figures that were read before stay
+                    before = (stamp, self.figures(number))
+            if before is not None:
+                known[number] = before
+        self._known = known
+        found = {
+            version.version: [each for each in known[version.version][1] if each.version_digest == version.digest]
+            for version in versions
+            if version.version in known
+        }
+        return {number: figures for number, figures in found.items() if figures}
 
 
-def _figures_of(path: Path) -> Figures | None:
+def _group(number: int) -> str:
+    return f"evaluations/{number}"
+
+
+def _figures_of(method_digest: str, record_text: str) -> Figures | None:
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(record_text)
         text, method, digest = record["text"], record["method"]["text"], record["version"]["digest"]
         interval = text["interval"]
         figures = Figures(
-            method_digest=path.stem,
+            method_digest=method_digest,
             version_digest=digest,
             tokens=int(method["tokens"]),
             nats_per_token=float(text["nats_per_token"]),

@@ -1,26 +1,20 @@
-"""The history of a run: `runs/<run>/history.jsonl`, a JSON line for each report and each evaluation, by ascending step.
+"""The history of a run: a JSON line for each report and each evaluation, by ascending step.
 
-The owner of the run appends to it, one write a line. A run that resumes cuts it back to the step of its state. Readers
+The owner of the run appends to it. A run that resumes cuts it back to the step of its state. Readers
 ignore lines that they cannot read, such as a last one that a killed process has not written completely.
 """
 
-import errno
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, get_args
 
 from shared.errors import NotFound, shown
-from shared.registry.commit import sync, writing
+from shared.registry.commit import writing
 from shared.registry.fence import Fence
-from shared.registry.manifest import RUN_NAME
-from shared.registry.numbering import children
-
-_NAME = "history.jsonl"
+from shared.registry.store import Store
 
 
 @dataclass(frozen=True)
@@ -78,50 +72,48 @@ class History:
 
 
 class Histories:
-    """The histories of one registry, for readers."""
+    """The histories of one registry."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
-    def runs(self) -> list[str]:
-        """Returns every run that has a history, in alphabetical order."""
-        found = (path for path in children(self._root / "runs") if RUN_NAME.fullmatch(path.name))
-        return sorted(path.name for path in found if (path / _NAME).is_file())
+    def ages_s(self) -> dict[str, float]:
+        """Returns every run that has a history, in alphabetical order, and the seconds since its last line."""
+        now, runs = time.time(), self._store.runs()
+        return {run: now - at for run in sorted(runs) if (at := runs[run].history_written_at) is not None}
 
     def reader(self, run: str) -> "HistoryReader":
         """Returns a reader of the history of a run."""
-        return HistoryReader(self._root / "runs" / run / _NAME)
+        return HistoryReader(self._store, run)
+
+    def writer(self, fence: Fence, step: int, published: EvaluationLine | None = None) -> "HistoryWriter":
+        """Returns a writer that continues the history of a run after a step."""
+        return HistoryWriter(self._store, fence, step, published)
 
     def read(self, run: str) -> History:
         """Reads the history of a run; raises `NotFound`, which names the runs that have one."""
-        runs = self.runs()
+        runs = list(self.ages_s())
         if run not in runs:
             others = f"these runs have one: {', '.join(runs)}" if runs else "no run has one yet"
             raise NotFound(f"There is no history of a run named {shown(run)}; {others}.")
-        lines = [line for line, _ in _lines((self._root / "runs" / run / _NAME).read_bytes()) if line is not None]
+        lines = [line for line, _ in _lines(self._store.read_history(run)) if line is not None]
         return History(
             run,
             tuple(line for line in lines if isinstance(line, ReportLine)),
             tuple(line for line in lines if isinstance(line, EvaluationLine)),
         )
 
-    def age_s(self, run: str) -> float:
-        """Returns the seconds since the last line was written; 0 if there is no history."""
-        try:
-            return time.time() - (self._root / "runs" / run / _NAME).stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
-
     def remove(self, run: str) -> None:
         """Removes the history of a run."""
-        (self._root / "runs" / run / _NAME).unlink(missing_ok=True)
+        self._store.remove_history(run)
 
 
 class HistoryReader:
     """Reads a history again and again, each time only the lines that are new."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, store: Store, run: str) -> None:
+        self._store = store
+        self._run = run
         # The end of the lines that were read, and the last of them.
         self._end = 0
         self._last = b""
@@ -131,15 +123,12 @@ class HistoryReader:
 
         Raises `FileNotFoundError` if there is no history any more.
         """
-        with self._path.open("rb") as file:
-            file.seek(self._end - len(self._last))
-            content = file.read()
-            # A line contains the time, so that one that is written again differs.
-            is_cut = not content.startswith(self._last)
-            if is_cut:
-                file.seek(0)
-                self._end, self._last = 0, b""
-                content = file.read()
+        content = self._store.read_history(self._run, self._end - len(self._last))
+        # A line contains the time, so that one that is written again differs.
+        is_cut = not content.startswith(self._last)
+        if is_cut:
+            self._end, self._last = 0, b""
+            content = self._store.read_history(self._run)
         content = content[len(self._last) :]
         lines = []
         begin = 0
@@ -157,45 +146,46 @@ class HistoryWriter:
     published: the evaluation of this step, if its version is published; the process that published it may have died
       before it wrote the line.
 
-    Raises `FailedPrecondition` if the disk fails, which costs the line, and `RunOwnershipLost` if another process took
+    Raises `FailedPrecondition` if the store fails, which costs the line, and `RunOwnershipLost` if another process took
     over the run. Later lines are removed before the first line is written; until that succeeds, none is.
     """
 
-    def __init__(self, fence: Fence, step: int, published: EvaluationLine | None = None) -> None:
+    def __init__(self, store: Store, fence: Fence, step: int, published: EvaluationLine | None) -> None:
+        self._store = store
         self._fence = fence
-        self._path = fence.directory / _NAME
         self._step = step
         self._published = published
         self._is_cut = False
+        # Whether a write that failed may have left the beginning of a line.
+        self._is_torn = False
 
     def append(self, *lines: Line, synced: bool = False) -> None:
-        """Appends lines, each with one write; `synced` forces them and all earlier ones to the disk."""
-        with writing(self._fence.directory.parents[1]), self._fence.held():
+        """Appends lines with one write; `synced` makes sure that no failure costs them or any earlier one."""
+        with writing(self._store.address):
             if not self._is_cut:
                 self._cut()
                 self._is_cut = True
-            for line in lines:
-                self._write(line)
-            if synced and self._path.exists():
-                sync(self._path)
-                sync(self._path.parent)
+            if lines or synced:
+                self._write(lines, synced)
 
     def _cut(self) -> None:
-        """Removes the lines after the step; they are the last ones, so this needs no space on the disk."""
+        """Removes the lines after the step; they are the last ones, so this needs no space on a disk."""
         kept_bytes, has_published = 0, False
-        if self._path.exists():
-            for line, end in _lines(self._path.read_bytes()):
-                if line is None:
-                    continue
-                if line.step > self._step or self._is_repeated(line):
-                    break
-                kept_bytes = end
-                has_published = isinstance(line, EvaluationLine) and line.step == self._step
-            if kept_bytes < self._path.stat().st_size:
-                with self._path.open("r+b", buffering=0) as file:
-                    file.truncate(kept_bytes)
+        try:
+            content = self._store.read_history(self._fence.run)
+        except FileNotFoundError:
+            content = b""
+        for line, end in _lines(content):
+            if line is None:
+                continue
+            if line.step > self._step or self._is_repeated(line):
+                break
+            kept_bytes = end
+            has_published = isinstance(line, EvaluationLine) and line.step == self._step
+        if kept_bytes < len(content):
+            self._store.cut_history(self._fence, kept_bytes)
         if self._published and not has_published:
-            self._write(self._published)
+            self._write([self._published], synced=False)
 
     def _is_repeated(self, line: Line) -> bool:
         """Whether the line is an evaluation of the step itself that has no version, and so takes place again."""
@@ -203,16 +193,12 @@ class HistoryWriter:
             return False
         return self._published is None or self._published.version != line.version
 
-    def _write(self, line: Line) -> None:
-        text = json.dumps({"kind": _NAMES[type(line)], **asdict(line)}, allow_nan=False) + "\n"
-        with self._path.open("a+b", buffering=0) as file:
-            # A write that failed may have left the beginning of a line.
-            if size_bytes := file.seek(0, os.SEEK_END):
-                file.seek(size_bytes - 1)
-                text = text if file.read(1) == b"\n" else f"\n{text}"
-            content = text.encode()
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+    def _write(self, lines: Sequence[Line], synced: bool) -> None:
+        values = ({"kind": _NAMES[type(line)], **asdict(line)} for line in lines)
+        text = "".join(json.dumps(each, allow_nan=False) + "\n" for each in values)
+        was_torn, self._is_torn = self._is_torn, bool(text) or self._is_torn
+        self._store.append_history(self._fence, f"\n{text}".encode() if was_torn and text else text.encode(), synced)
+        self._is_torn = was_torn and not text
 
 
 def _lines(content: bytes) -> Iterator[tuple[Line | None, int]]:

@@ -1,4 +1,4 @@
-"""Versions that jobs wait for: the file `holds/<job>` names them, and protects them from removal.
+"""Versions that jobs wait for: the text `holds/<job>` names them, and protects them from removal.
 
 It contains numbers, and labels `run:<name>`, each of which stands for the best version that the run has at any time.
 """
@@ -6,50 +6,41 @@ It contains numbers, and labels `run:<name>`, each of which stands for the best 
 import re
 import time
 from contextlib import suppress
-from pathlib import Path
 
-from shared.registry.commit import locked, make_folder, replace_text, writing
+from shared.errors import CorruptCheckpoint
 from shared.registry.decisions import run_of
 from shared.registry.manifest import RUN_NAME
-from shared.registry.numbering import children, is_number
+from shared.registry.numbering import is_number
+from shared.registry.store import Store, Texts
 
+_GROUP = "holds"
 _JOB = re.compile(r"[0-9A-Za-z_-]{1,64}")
 # No job waits longer, so an older hold no longer counts.
 _LONGEST_S = 30 * 24 * 3600.0
 
 
 class Holds:
-    """The holds of one registry. Methods that write raise `FailedPrecondition` if the disk fails."""
+    """The holds of one registry. Methods that write raise `FailedPrecondition` if the store fails."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._folder = root / "holds"
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     def add(self, job: str, *names: int | str) -> None:
         """Holds versions for a job; from then on they cannot be removed, unless they were removed before."""
-        with writing(self._root):
-            make_folder(self._folder, self._root)
-            with locked(self._root / "serving.lock"):
-                replace_text(self._folder / job, " ".join(map(str, names)))
+        self._store.change(_GROUP, lambda _: {job: " ".join(map(str, names))})
 
     def hand_over(self, job: str, other: str) -> None:
-        """Moves the hold of a job to another job, which needs no space on the disk."""
-        with writing(self._root):
-            (self._folder / job).rename(self._folder / other)
+        """Moves the hold of a job to another job, which needs no space on a disk."""
+        self._store.change(_GROUP, lambda texts: {job: None, other: texts[job]})
 
     def remove(self, job: str) -> None:
         """Removes the hold of a job, if it has one."""
-        with writing(self._root):
-            (self._folder / job).unlink(missing_ok=True)
+        if job in self._store.read(_GROUP):
+            self._store.change(_GROUP, lambda _: {job: None})
 
     def ages_s(self) -> dict[str, float]:
         """Returns the age of each hold, by its job."""
-        now, found = time.time(), {}
-        for path in children(self._folder):
-            if _JOB.fullmatch(path.name):
-                with suppress(OSError):  # Another process may have removed it.
-                    found[path.name] = now - path.stat().st_mtime
-        return found
+        return _ages_s(self._store.read(_GROUP))
 
     def jobs(self) -> dict[int, str]:
         """Returns the versions that are held by their numbers, each with one job that waits for it."""
@@ -61,12 +52,20 @@ class Holds:
 
     def _names(self) -> dict[str, str]:
         held: dict[str, str] = {}
-        for job, age_s in self.ages_s().items():
-            with suppress(OSError, ValueError):
-                names = (self._folder / job).read_text(encoding="utf-8").split(" ")
+        texts = self._store.read(_GROUP)
+        for job, age_s in _ages_s(texts).items():
+            with suppress(CorruptCheckpoint):
+                names = texts.get(job, "").split(" ")
                 if age_s < _LONGEST_S and all(map(_is_name, names)):
                     held |= dict.fromkeys(names, job)
         return held
+
+
+def _ages_s(texts: Texts) -> dict[str, float]:
+    now = time.time()
+    written_at = {job: texts.written_at(job) for job in texts if _JOB.fullmatch(job)}
+    # Another process may have removed one in the meantime.
+    return {job: now - at for job, at in written_at.items() if at}
 
 
 def _is_name(text: str) -> bool:

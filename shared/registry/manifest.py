@@ -3,14 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from shared.errors import CorruptCheckpoint, NewerFormat, shown
+from shared.errors import CorruptCheckpoint, FailedPrecondition, NewerFormat, shown
 from shared.text import excerpt
 
 MANIFEST_NAME = "manifest.json"
@@ -24,7 +24,7 @@ IMPORTED = "imported"
 RUN_NAME = re.compile(r"\w[\w.-]{0,199}")
 # Lists and messages carry the values of a manifest: texts have at most the length of a path, numbers 64 bits. The whole
 # manifest may be large, because it names every text file that the version was trained on.
-_MAX_BYTES = 64 << 20
+MAX_BYTES = 64 << 20
 _MAX_CHARACTERS = 4096
 _MAX_NUMBER = 2**63 - 1
 # The most characters of the reason in an error about an invalid manifest.
@@ -84,28 +84,34 @@ class _Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Reads the manifest in a checkpoint's folder.
-
-        Raises `CorruptCheckpoint` if it is unreadable or invalid, and `NewerFormat` if its format is not known yet.
-        """
+        """Reads the manifest in a checkpoint's folder; raises as `load` does."""
         path = directory / MANIFEST_NAME
         if path.exists() and not path.is_file():
             raise CorruptCheckpoint(f"{path} is not a file.")
+        return cls.load(path.read_bytes, str(path))
+
+    @classmethod
+    def load(cls, read: Callable[[], bytes], place: str) -> Self:
+        """Returns the manifest that `read` reads; errors name its place.
+
+        Raises `CorruptCheckpoint` if it is unreadable or invalid, and `NewerFormat` if its format is not known yet.
+        """
         try:
-            with path.open("rb") as file:
-                content = file.read(_MAX_BYTES + 1)
-            if len(content) > _MAX_BYTES:
-                raise ValueError(f"it is larger than {_MAX_BYTES >> 20} MiB")
+            content = read()
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"it is larger than {MAX_BYTES >> 20} MiB")
             return cls.from_json(content.decode())
         except NewerFormat as error:
-            raise NewerFormat(f"{path} was written by a newer gptloop: {error}. Upgrade this one.") from None
+            raise NewerFormat(f"{place} was written by a newer gptloop: {error}. Upgrade this one.") from None
+        except FailedPrecondition:
+            raise  # the whole store cannot be read
         except OSError as error:
-            raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
+            raise CorruptCheckpoint(f"{place} cannot be read: {error.strerror}.") from error
         except KeyError as error:
-            raise CorruptCheckpoint(f"{path} cannot be understood: it has no {error.args[0]}.") from error
+            raise CorruptCheckpoint(f"{place} cannot be understood: it has no {error.args[0]}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             reason = excerpt(error, _REASON)
-            raise CorruptCheckpoint(f"{path} cannot be understood: {reason}.") from error
+            raise CorruptCheckpoint(f"{place} cannot be understood: {reason}.") from error
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -1,10 +1,9 @@
-"""Numbers as names of folders and in files, and the next number for a version."""
+"""Numbers as names of folders and in texts."""
 
 import re
 from pathlib import Path
 
 from shared.errors import FailedPrecondition, shown
-from shared.registry.commit import replace_text
 
 # The number of a version, which fits into 64 bits.
 NUMBER = re.compile("[1-9][0-9]{0,17}")
@@ -26,40 +25,30 @@ def children(directory: Path) -> list[Path]:
 
 def numbers(directory: Path) -> list[int]:
     """Returns the numbers that are names in a folder, in no order."""
-    return [number for path in children(directory) if (number := number_of(path)) is not None]
+    return [number for path in children(directory) if (number := number_of(path.name)) is not None]
 
 
-def number_of(path: Path) -> int | None:
-    """Returns the number that is the name of a path; None if the registry would not write it in this way."""
+def number_of(name: str) -> int | None:
+    """Returns the number that is a name; None if the registry would not write it in this way."""
     # An imported model has trained for 0 steps.
-    return int(path.name) if path.name == "0" or is_number(path.name) else None
+    return int(name) if name == "0" or is_number(name) else None
 
 
-def read_number(path: Path, right: str) -> int:
-    """Returns the number in a file, 0 if there is no file.
+def whole_number(text: str | None, place: str, right: str) -> int:
+    """Returns the number that a text is, 0 if there is no text.
 
-    Raises `FailedPrecondition` if the file contains something else; `right` says what it must contain.
+    Raises `FailedPrecondition` if the text is something else; `right` says what must be at its `place`.
     """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
-    except FileNotFoundError:
+    if text is None:
         return 0
+    text = text.strip()
     if not (text.isascii() and text.isdecimal() and len(text) <= _MAX_DIGITS):
-        raise FailedPrecondition(f"{path} contains {shown(text, 20)}, but must contain {right}.")
+        raise FailedPrecondition(f"{place} contains {shown(text, 20)}, but must contain {right}.")
     return int(text)
 
 
-def next_version(root: Path) -> int:
-    """Returns the next number for a version of the registry at `root`; call it under the lock of the versions.
-
-    Writes the number into the file `last_version` before its version is visible. So no number is given twice, even if
-    versions are removed. Raises `FailedPrecondition` if the file is invalid or no number is left, and `OSError` if the
-    disk fails.
-    """
-    highest, versions = root / "last_version", root / "versions"
-    last = read_number(highest, "the highest number that any version ever had; write it there")
-    number = 1 + max(last, *numbers(versions), 0)
-    if len(str(number)) > _MAX_DIGITS:
-        raise FailedPrecondition(f"{versions} contains version {number - 1}, so no higher number is left.")
-    replace_text(highest, str(number))
-    return number
+def next_number(last: int, versions: str) -> int:
+    """Returns the number after the last one; raises `FailedPrecondition` if none is left. `versions` is their place."""
+    if len(str(last + 1)) > _MAX_DIGITS:
+        raise FailedPrecondition(f"{versions} contains version {last}, so no higher number is left.")
+    return last + 1

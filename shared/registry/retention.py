@@ -9,7 +9,8 @@ from shared.registry import policy
 from shared.registry.commit import writing
 from shared.registry.decisions import Decided, run_label
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Checkpoint, Registry
+from shared.registry.registry import ENDED, Checkpoint, Registry
+from shared.registry.store import Run
 
 # An unfinished run that wrote a state within this time may still train, or wait to continue.
 _ACTIVE_S = 7 * 24 * 3600.0
@@ -77,10 +78,11 @@ def judge(registry: Registry, retention: Retention) -> list[Verdict]:
         # Without it the previous evaluation set could lead again.
         since = lead.since.version
         firm[since] = [*needed.get(since, ()), "its evaluation set leads since this version"]
-    runs = _kept_runs(registry, retention)
+    found = registry.store.runs()
+    runs = _kept_runs(found, retention)
     best = _best(versions, deserving, runs, retention.best)
     verdicts = _judge_versions(versions, firm, best, retention) + _judge_states(
-        registry, runs, {(each.run, each.step): each.version for each in versions if each.version in needed}
+        found, runs, {(each.run, each.step): each.version for each in versions if each.version in needed}
     )
     if not retention.size_bytes:
         return verdicts
@@ -92,7 +94,7 @@ def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
 
     The teachers of a run go once the run has no state, its history once it has no version either.
     """
-    with writing(registry.root):
+    with writing(registry.store.address):
         going = [each.checkpoint for each in judge(registry, retention) if not each.reasons]
         gone = [checkpoint for checkpoint in going if _remove(registry, checkpoint)]
         _remove_teachers(registry)
@@ -102,14 +104,14 @@ def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
 
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
     """Removes a checkpoint, unless it became needed since it was judged."""
-    with registry.decisions.held():
+
+    def is_needed() -> bool:
         versions = registry.versions()
         needed = _needed(registry, versions, registry.decided(versions))
         kept = [each for each in versions if each.version in needed]
-        if any(checkpoint in (Checkpoint(each.version), Checkpoint(each.step, each.run)) for each in kept):
-            return False
-        registry.remove(checkpoint)
-        return True
+        return any(checkpoint in (Checkpoint(each.version), Checkpoint(each.step, each.run)) for each in kept)
+
+    return registry.remove(checkpoint, unless=is_needed)
 
 
 def _remove_teachers(registry: Registry) -> None:
@@ -123,10 +125,10 @@ def _remove_histories(registry: Registry) -> None:
     versions = registry.versions()
     if registry.unreadable:
         return  # one of them may be of any run
-    remaining = {each.run for each in versions} | {run for run in registry.runs() if registry.states(run)}
-    for run in registry.histories.runs():
+    remaining = {each.run for each in versions} | {name for name, run in registry.store.runs().items() if run.states}
+    for run, age_s in registry.histories.ages_s().items():
         # A run that has just begun has no state yet.
-        if run not in remaining and registry.histories.age_s(run) > _ACTIVE_S:
+        if run not in remaining and age_s > _ACTIVE_S:
             registry.histories.remove(run)
 
 
@@ -165,13 +167,10 @@ def _needed(registry: Registry, versions: Sequence[VersionManifest], decided: De
     return needed
 
 
-def _kept_runs(registry: Registry, retention: Retention) -> dict[str, int]:
+def _kept_runs(runs: Mapping[str, Run], retention: Retention) -> dict[str, int]:
     """Returns the kept runs, each with the number of its states to keep."""
-    ended = {run for run in registry.runs() if registry.has_ended(run)}
-    last_written_at = {}
-    for run in registry.runs():
-        if steps := registry.states(run):
-            last_written_at[run] = max(registry.written_at(Checkpoint(step, run)) for step in steps)
+    ended = {name for name, run in runs.items() if ENDED in run.texts}
+    last_written_at = {name: max(run.states.values()) for name, run in runs.items() if run.states}
     newest = sorted(last_written_at, key=last_written_at.__getitem__, reverse=True)[: retention.runs]
     active = (run for run, at in last_written_at.items() if run not in ended and time.time() - at < _ACTIVE_S)
     return {run: 1 if run in ended else retention.states for run in (*newest, *active)}
@@ -209,12 +208,12 @@ def _judge_versions(
 
 
 def _judge_states(
-    registry: Registry, runs: Mapping[str, int], continued: Mapping[tuple[str, int], int]
+    runs: Mapping[str, Run], kept: Mapping[str, int], continued: Mapping[tuple[str, int], int]
 ) -> list[Verdict]:
-    """`runs` is the number of states to keep of each run, `continued` the version that needs a state."""
+    """`kept` is the number of states to keep of each run, `continued` the version that needs a state."""
     verdicts = []
-    for run in registry.runs():
-        steps, count = registry.states(run), runs.get(run, 0)
+    for run in sorted(runs):
+        steps, count = sorted(runs[run].states), kept.get(run, 0)
         last = steps[len(steps) - min(count, len(steps)) :]
         for step in steps:
             reasons = [f"last {count} of its run"] if step in last else []

@@ -1,4 +1,4 @@
-"""A registry as it is at one moment, while others write to it: by hard links, so that it takes no time and no space."""
+"""A registry on a disk as it is at one moment, while others write to it: hard links take no time and no space."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,41 +6,43 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from shared.registry.commit import link
+from shared.registry.disk_store import DiskStore
 from shared.registry.numbering import children
-from shared.registry.staging import Staging
-from shared.registry.store import Checkpoint, Registry
+from shared.registry.registry import Checkpoint, Registry
 
 # The small files of a run, which change; its states and teachers never do.
 _RUN_FILES = ("fence", "ended", "history.jsonl", "teachers.json")
 
 
 @contextmanager
-def snapshot(registry: Registry) -> Iterator[Path]:
+def snapshot(store: DiskStore) -> Iterator[Path]:
     """Yields a folder that holds the registry as it is now, and removes it at the end.
 
     It holds every state and version that has been written and not removed, with the state of each version. Locks and
     unfinished checkpoints are left out. Raises `FailedPrecondition` if the disk fails.
     """
-    with Staging(registry.root).new(registry.root) as folder:
+    root, registry = store.root, Registry(store)
+    with store.new_folder() as folder:
         # A decision names versions that exist when it is made, so decisions are read first.
-        _copy_all(registry.root, folder, "serving")
+        _copy_all(root, folder, "serving")
         seen = set[Checkpoint]()
         # A state is written before its version, so versions are listed first; what has appeared since is added.
         while new := [each for each in registry.checkpoints() if each not in seen]:
             for checkpoint in new:
                 seen.add(checkpoint)
-                _freeze(registry.directory(checkpoint), folder, registry.root)
+                _freeze(store.path(checkpoint.name), folder, root)
         for run in registry.runs():
+            directory = root / "runs" / run
             for name in _RUN_FILES:
-                _copy(registry.run_directory(run) / name, folder, registry.root)
-            for teacher in children(registry.teachers.folder(run)):
-                _freeze(teacher, folder, registry.root)
-        _copy_all(registry.root, folder, "holds")
+                _copy(directory / name, folder, root)
+            for teacher in children(directory / "teachers"):
+                _freeze(teacher, folder, root)
+        _copy_all(root, folder, "holds")
         for version in children(folder / "versions"):
-            _copy_all(registry.root, folder, f"evaluations/{version.name}")
+            _copy_all(root, folder, f"evaluations/{version.name}")
         # The highest number of all, so it is read last.
         for name in ("id", "last_version"):
-            _copy(registry.root / name, folder, registry.root)
+            _copy(root / name, folder, root)
         yield folder
 
 

@@ -21,11 +21,11 @@ class Staging:
         self._folder = root / "staging"
 
     @contextmanager
-    def new(self, parent: Path) -> Iterator[Path]:
-        """Yields an empty folder, to be filled and then moved into `parent`; removes it if it was not moved."""
+    def new(self) -> Iterator[Path]:
+        """Yields an empty folder, to be filled and then moved to its place; removes it if it was not moved."""
         place = self._new_place()
         with writing(self._root), ExitStack() as stack:
-            make_folder(parent, self._root)
+            make_folder(self._root, self._root)
             place.parent.mkdir(exist_ok=True)
             stack.callback(_discard, place)
             # Without this lock, a sweep could remove the folder before its own lock is held.

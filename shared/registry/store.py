@@ -1,353 +1,179 @@
-"""The registry: states to resume from and versions to serve, as folders that are whole or absent.
+"""What a registry needs of the place where it is kept: a folder on a disk, or a bucket of object storage.
 
-versions/<n>/              model, configuration, tokenizer, held-out windows, manifest
-runs/<run>/states/<step>/  weights, optimizer, position, manifest
-runs/<run>/ended           marks a finished run
-runs/<run>/history.jsonl   what it has reported: see `history.py`
-runs/<run>/teachers/<n>/   versions that teach it, which `teachers.json` names: see `teachers.py`
-evaluations/<n>/           records of evaluations of a version: see `evaluations.py`
-serving/                   decisions and findings: see `decisions.py`
-staging/<id>/              checkpoints that are being written or removed: see `staging.py`
-holds/                     versions that jobs wait for: see `holds.py`
-last_version               the highest number that any version ever had: see `numbering.py`
+*Texts* are small and stand in groups, whose texts change together. *Folders* are checkpoints: whole or absent, and they
+never change. A *history* is a file that grows. Every write on behalf of a run carries a `Fence`, and does nothing once
+another process has taken over the run.
+
+group                 texts
+serving               policy, stable, findings/<n>.<device>.json: see `decisions.py`
+holds                 <job>: see `holds.py`
+evaluations/<n>       <method digest>.json: see `evaluations.py`
+runs/<run>            fence, ended, teachers.json
+
+folder
+versions/<n>
+runs/<run>/states/<step>
+runs/<run>/teachers/<n>
 """
 
-import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
-from shared.errors import CorruptCheckpoint, NewerFormat, NotFound
-from shared.registry import policy
-from shared.registry.commit import (
-    IGNORED_NAMES,
-    lacking,
-    locked,
-    record_files,
-    replace_text,
-    reveal,
-    seal,
-    verify_files,
-    writing,
-)
-from shared.registry.decisions import BestBy, Decided, Decisions, check_label
-from shared.registry.evaluations import Evaluations, Figures
 from shared.registry.fence import Fence
-from shared.registry.history import Histories
-from shared.registry.holds import Holds
-from shared.registry.manifest import RUN_NAME, FileRecord, StateManifest, VersionManifest
-from shared.registry.numbering import children, is_number, next_version, number_of, numbers
-from shared.registry.staging import Staging
-from shared.registry.teachers import Teachers
-from shared.text import excerpt
+from shared.registry.manifest import FileRecord
 
-logger = logging.getLogger(__name__)
 
-# A file in the folder of a finished run.
-_ENDED = "ended"
+class Texts(Mapping[str, str]):
+    """The texts of a group by their names; to read one raises `CorruptCheckpoint` if it is none, or unreadable."""
 
-# Writes the files of a checkpoint into an empty folder.
-Write = Callable[[Path], None]
+    def written_at(self, name: str) -> float:
+        """Returns when a text was written, in seconds since the epoch; 0 if there is none."""
+        raise NotImplementedError
+
+
+# Returns the texts of a group to write, with None for those to remove. It may be called again with newer texts.
+Change = Callable[[Texts], Mapping[str, str | None]]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The name of a version (its number), or of a state (its step and its run)."""
+class Run:
+    """What the registry has of a run: its texts, its states and teachers, each with the time when it was written, in
+    seconds since the epoch, and the time of the last line of its history, None if it has no history."""
 
-    number: int
-    run: str | None = None
+    texts: Texts
+    states: Mapping[int, float]
+    teachers: Mapping[int, float]
+    history_written_at: float | None
 
-    def __str__(self) -> str:
-        return f"version {self.number}" if self.run is None else f"state {self.number} of {self.run}"
 
+class Store(Protocol):
+    """The place of one registry.
 
-class Registry:
-    """One registry on disk. Readers need no lock, because every visible checkpoint is whole and never changes.
-
-    `best_by` is what the label `best` compares.
-
-    Methods that write raise `FailedPrecondition` if the disk is full or the folder cannot be written; no part of the
-    checkpoint is visible then.
+    Methods that write raise `FailedPrecondition`, which names the place and says what to do, if it fails; nothing is
+    visible then. Methods that read raise `OSError`. Those with a fence raise `RunOwnershipLost` if another process took
+    over the run.
     """
 
-    def __init__(self, root: Path, best_by: BestBy = BestBy.TRAINING) -> None:
-        self.root = root
-        self.best_by = best_by
-        self.decisions = Decisions(root)
-        self.holds = Holds(root)
-        self.evaluations = Evaluations(root)
-        self.histories = Histories(root)
-        self._staging = Staging(root)
-        self.teachers = Teachers(root, self._staging)
-        # A version never changes, so its manifest is read once; the inode shows if the whole registry was replaced.
-        self._manifests: dict[int, tuple[int, VersionManifest]] = {}
-        # The versions whose manifest could not be read at the last attempt, with the reason.
-        self.unreadable: dict[int, str] = {}
+    @property
+    def address(self) -> str:
+        """The folder or the URL."""
 
-    # Versions
+    def id(self) -> str:
+        """Returns the unique id of the registry; the first call gives it one."""
 
-    def versions(self) -> list[VersionManifest]:
-        """Returns every version with a readable manifest, by ascending number; puts the others into `unreadable`."""
-        manifests = []
-        unreadable: dict[int, str] = {}
-        present = numbers(self.root / "versions")
-        for number in sorted(present):
-            try:
-                manifests.append(self._manifest(number))
-            except FileNotFoundError:
-                continue
-            except (CorruptCheckpoint, NewerFormat, OSError) as error:
-                unreadable[number] = str(error)
-                if number not in self.unreadable:
-                    logger.warning("version %d is ignored: %s", number, error)
-        self.unreadable = unreadable
-        # Another process may have removed versions.
-        for gone in self._manifests.keys() - present:
-            self._manifests.pop(gone, None)
-        return manifests
+    def place(self, name: str) -> str:
+        """Returns where a folder or a text is, for a sentence: its path or its URL."""
 
-    def version(self, number: int) -> VersionManifest:
-        """Returns the manifest of a version; raises `NotFound`, or `CorruptCheckpoint` if it cannot be read."""
-        try:
-            return self._manifest(number)
-        except FileNotFoundError:
-            raise NotFound(f"There is no version {number}; {policy.describe_labels(self.labels())}.") from None
+    # Texts
 
-    def _manifest(self, number: int) -> VersionManifest:
-        directory = self.version_directory(number)
-        try:
-            inode = directory.stat().st_ino
-            if self._manifests.get(number, (None, None))[0] != inode:
-                manifest = VersionManifest.read(directory)
-                if manifest.version != number:
-                    raise CorruptCheckpoint(f"{directory} contains the manifest of version {manifest.version}.")
-                self._manifests[number] = (inode, manifest)
-            return self._manifests[number][1]
-        except CorruptCheckpoint:
-            # Another process may have removed it in the meantime.
-            directory.stat()
-            raise
+    def read(self, group: str) -> Texts:
+        """Returns the texts of a group as they are now; none if there is no such group."""
 
-    def version_directory(self, number: int) -> Path:
-        """Returns the folder of a version, which may not exist."""
-        return self.root / "versions" / str(number)
+    def change(self, group: str, change: Change) -> None:
+        """Changes the texts of a group, one change at a time: all of them or none is visible after an error."""
 
-    def verify(self, manifest: VersionManifest) -> None:
-        """Compares every file of a version with its manifest.
+    def drop(self, group: str) -> None:
+        """Removes a group."""
 
-        Raises `CorruptCheckpoint`, or `NotFound` if the version was removed in the meantime.
+    def stamps(self, parent: str) -> Mapping[str, Hashable]:
+        """Returns the groups below a name, each with a value that changes whenever the group does."""
+
+    # Runs
+
+    def runs(self) -> Mapping[str, Run]:
+        """Returns every run, by its name."""
+
+    def run(self, name: str) -> Run:
+        """Returns a run as it is now, which is empty if there is no such run."""
+
+    def take_over(self, run: str, token: int | None) -> Fence:
+        """Makes this process the owner of a run, by default with a token that is one higher than the last one.
+
+        Raises `RunOwnershipLost` if a higher token owns the run.
         """
-        directory = self.version_directory(manifest.version)
-        try:
-            verify_files(directory, manifest.files)
-        except CorruptCheckpoint:
-            if directory.exists():
-                raise
-            raise NotFound(f"Version {manifest.version} was removed from the registry.") from None
 
-    def lacking(self, manifest: VersionManifest) -> str:
-        """Describes a missing or unreadable file of a version; returns an empty text if there is none."""
-        try:
-            return lacking(self.version_directory(manifest.version), manifest.files)
-        except OSError as error:
-            return f"{error.filename} cannot be read: {error.strerror}"
+    def read_history(self, run: str, start: int = 0) -> bytes:
+        """Returns the history of a run from a byte on; raises `FileNotFoundError` if there is none."""
 
-    def labels(self) -> dict[str, int]:
-        """Returns every label with the number of its version; without labels whose files cannot be read."""
-        versions = self.versions()
-        return policy.labels(versions, self.known(versions))
+    def append_history(self, fence: Fence, content: bytes, synced: bool) -> None:
+        """Appends to the history of a run; a failure may leave the beginning of the content.
 
-    def known(self, versions: Sequence[VersionManifest]) -> Decided:
-        """Returns the decisions and refusals, without decisions that cannot be read."""
-        try:
-            return self.decided(versions)
-        except CorruptCheckpoint as error:
-            logger.warning("only labels that follow from the manifests are known: %s", error)
-            return Decided(self._refused(versions), best_by=self.best_by, figures=self._figures(versions))
-
-    def decided(self, versions: Sequence[VersionManifest]) -> Decided:
-        """Returns the decisions and refusals; raises `CorruptCheckpoint` if a decision cannot be read."""
-        stable, label = self.decisions.stable(), self.decisions.policy()
-        return Decided(self._refused(versions), stable, label, self.best_by, self._figures(versions))
-
-    def _figures(self, versions: Sequence[VersionManifest]) -> Mapping[int, Sequence[Figures]]:
-        return self.evaluations.of(versions) if self.best_by is BestBy.EVALUATION else {}
-
-    def _refused(self, versions: Sequence[VersionManifest]) -> frozenset[int]:
-        found = self.decisions.found(versions, self.decisions.findings())
-        return frozenset(
-            version.version
-            for version in versions
-            if found.refused_everywhere(version.version, version.digest) or self.lacking(version)
-        )
-
-    def resolve(self, label: str) -> VersionManifest:
-        """Returns the version that a label names; raises `InvalidArgument` if it is not a label, or `NotFound`."""
-        versions = self.versions()
-        number = policy.number_of(check_label(label), versions, self.known(versions))
-        if number is None:
-            raise NotFound(f"No version has the label {label!r}; {policy.describe_labels(self.labels())}.")
-        return self.version(number)
-
-    def named(self, name: str) -> VersionManifest:
-        """Returns the version with a number or a label; raises as `version` and `resolve` do."""
-        return self.version(int(name)) if is_number(name) else self.resolve(name)
-
-    def publish_version(
-        self, fence: Fence, write: Write, manifest: Callable[[int, tuple[FileRecord, ...]], VersionManifest]
-    ) -> VersionManifest:
-        """Writes a new version under the next number; `manifest` creates its manifest from the number and the files.
-
-        Raises `RunOwnershipLost` if another process took over the run in the meantime; nothing is visible then.
+        A power failure may cost what is not `synced`; the end of this process, too, if the store is not on a disk.
         """
-        with self._staging.new(self.root / "versions") as staging:
-            write(staging)
-            files = record_files(staging)
-            with locked(self.root / "versions.lock"), fence.held():
-                number = next_version(self.root)
-                version = manifest(number, files)
-                seal(staging, version.to_json())
-                reveal(staging, self.version_directory(number))
-        return version
 
-    def remove_version(self, number: int) -> None:
-        """Removes a version atomically, and its evaluations; processes that have its files open can still read them."""
-        self.decisions.forget(number)
-        self._staging.remove(self.version_directory(number))
-        self._staging.remove(self.evaluations.folder(number))
-        self._manifests.pop(number, None)
+    def cut_history(self, fence: Fence, size_bytes: int) -> None:
+        """Cuts the history of a run back to its first bytes, which needs no space."""
 
-    # States
+    def remove_history(self, run: str) -> None:
+        """Removes the history of a run, if there is one."""
 
-    def run_directory(self, run: str) -> Path:
-        """Returns the folder of a run, which may not exist."""
-        return self.root / "runs" / run
+    # Folders
 
-    def runs(self) -> list[str]:
-        """Returns every run that has a folder, in alphabetical order."""
-        return sorted(path.name for path in children(self.root / "runs") if _is_run(path))
+    def versions(self) -> Mapping[int, Hashable]:
+        """Returns the number of every version, each with a value that changes if another version takes its place."""
 
-    def has_begun(self, run: str) -> bool:
-        """Returns whether a run has begun, so that no other one can have its name.
+    def stamp(self, number: int) -> Hashable:
+        """Returns the value of one version; raises `FileNotFoundError` if there is none."""
 
-        One that failed before its first step leaves only its fence, which a later run of one attempt can raise again.
+    def manifest(self, name: str) -> bytes:
+        """Returns the manifest of a folder; raises `FileNotFoundError` if there is no such folder or no manifest."""
+
+    def exists(self, name: str) -> bool:
+        """Returns whether there is a folder with this name."""
+
+    def new_folder(self) -> AbstractContextManager[Path]:
+        """Yields an empty local folder for the files of a checkpoint, and removes it at the end."""
+
+    def publish(self, fence: Fence, folder: Path, files: Sequence[FileRecord], manifest: Callable[[int], str]) -> int:
+        """Makes a local folder the next version, and returns its number; `manifest` gets the number.
+
+        No number is given twice, even if versions are removed. Raises `FailedPrecondition` if no number is left.
         """
-        if self.states(run) or self.has_ended(run) or run in self.histories.runs():
-            return True
-        return Fence.last(self.run_directory(run)) > 1 or any(each.run == run for each in self.versions())
 
-    def end_run(self, run: str) -> None:
-        """Marks a run as finished, so that only its last state is kept."""
-        with writing(self.root):
-            replace_text(self.run_directory(run) / _ENDED, "")
+    def commit(self, fence: Fence, name: str, folder: Path, files: Sequence[FileRecord], manifest: str) -> None:
+        """Makes a local folder a state or a teacher, and replaces one that is there."""
 
-    def has_ended(self, run: str) -> bool:
-        """Returns whether a run is finished."""
-        return (self.run_directory(run) / _ENDED).exists()
+    def remove(self, name: str, unless: Callable[[], bool] = lambda: False) -> bool:
+        """Removes a folder, and returns whether it did; processes that have its files open can still read them.
 
-    def states(self, run: str) -> list[int]:
-        """Returns the steps that have a state, in ascending order."""
-        return sorted(numbers(self.run_directory(run) / "states"))
-
-    def state_directory(self, run: str, step: int) -> Path:
-        """Returns the folder of a state, which may not exist."""
-        return self.run_directory(run) / "states" / str(step)
-
-    def verified_state(self, run: str, step: int) -> Path:
-        """Verifies a state and returns its folder; raises `NotFound` or `CorruptCheckpoint`."""
-        directory = self.state_directory(run, step)
-        try:
-            manifest = StateManifest.read(directory)
-            if (manifest.run, manifest.step) != (run, step):
-                raise CorruptCheckpoint(f"{directory} contains the state of step {manifest.step} of {manifest.run}.")
-            verify_files(directory, manifest.files)
-        except CorruptCheckpoint:
-            if directory.exists():
-                raise
-            kept = excerpt(", ".join(map(str, self.states(run))) or "none")
-            raise NotFound(
-                f"The run {run} no longer has a state of step {step}; it has states of these steps: {kept}."
-            ) from None
-        return directory
-
-    def write_state(self, fence: Fence, run: str, step: int, write: Write) -> Path:
-        """Writes the state of a step and returns its folder; keeps an existing valid state, because it is the same.
-
-        Raises `RunOwnershipLost` if another process took over the run in the meantime; nothing is visible then.
+        `unless` says whether somebody needs it, from the texts as they are then. Whoever writes there that he needs a
+        folder, and sees the folder afterwards, has it for good.
         """
-        final = self.state_directory(run, step)
-        with writing(self.root):
-            try:
-                return self.verified_state(run, step)
-            except NotFound:
-                pass
-            except CorruptCheckpoint as error:
-                logger.warning("a damaged state is replaced: %s", error)
-            with self._staging.new(final.parent) as staging:
-                write(staging)
-                seal(staging, StateManifest(run, step, time.time(), record_files(staging)).to_json())
-                with fence.held():
-                    self._staging.remove(final)
-                    reveal(staging, final)
-        return final
 
-    # Both kinds
+    def remove_teachers(self, run: str) -> None:
+        """Removes all teachers of a run at once."""
 
-    def checkpoints(self) -> list[Checkpoint]:
-        """Returns every version and every state, valid or not."""
-        versions = [Checkpoint(number) for number in sorted(numbers(self.root / "versions"))]
-        return versions + [Checkpoint(step, run) for run in self.runs() for step in self.states(run)]
+    def fetch(self, name: str, files: Sequence[FileRecord]) -> Path:
+        """Returns a local folder with the files of a folder.
 
-    def unknown_paths(self) -> list[Path]:
-        """Returns the paths among versions, runs, states and teachers with unknown names, which nothing reads."""
-        folders = (self.root / "versions", *(self.run_directory(run) / "states" for run in self.runs()))
-        paths = [path for folder in folders for path in children(folder) if number_of(path) is None]
-        paths += [path for path in children(self.root / "runs") if not _is_run(path)]
-        paths += self.teachers.unknown_paths()
-        return [path for path in paths if path.name not in IGNORED_NAMES]
+        Raises `CorruptCheckpoint` if a store that is not on a disk does not have what the manifest says.
+        """
 
-    def directory(self, checkpoint: Checkpoint) -> Path:
-        """Returns the folder of a checkpoint, which may not exist."""
-        if checkpoint.run is None:
-            return self.version_directory(checkpoint.number)
-        return self.state_directory(checkpoint.run, checkpoint.number)
+    def verified(self, name: str, files: Sequence[FileRecord]) -> Path:
+        """Does the same, and compares every file there with the manifest; raises `CorruptCheckpoint`."""
 
-    def size_bytes(self, checkpoint: Checkpoint) -> int:
-        """Returns the size of a checkpoint's files; 0 if it does not exist."""
-        try:
-            return sum(path.stat().st_size for path in children(self.directory(checkpoint)))
-        except FileNotFoundError:
-            return 0
+    def check(self, name: str, files: Sequence[FileRecord]) -> None:
+        """Compares every file in the store with the manifest; raises `CorruptCheckpoint`."""
 
-    def written_at(self, checkpoint: Checkpoint) -> float:
-        """Returns when a checkpoint was written, in seconds since the epoch; 0 if it does not exist."""
-        try:
-            # Renaming the folder does not change this time.
-            return self.directory(checkpoint).stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+    def lacking(self, name: str, files: Sequence[FileRecord]) -> str:
+        """Describes a file of a folder that is missing, too short or unreadable; an empty text if there is none."""
 
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Compares a checkpoint's files with its manifest; raises `CorruptCheckpoint` or `NotFound`."""
-        if checkpoint.run is None:
-            self.verify(self.version(checkpoint.number))
-        else:
-            self.verified_state(checkpoint.run, checkpoint.number)
+    def state(self, name: str) -> str:
+        """Returns a hash that changes if any file of a folder does, without reading them."""
 
-    def remove(self, checkpoint: Checkpoint) -> None:
-        """Removes a checkpoint atomically; processes that have its files open can still read them."""
-        if checkpoint.run is None:
-            self.remove_version(checkpoint.number)
-        else:
-            self._staging.remove(self.directory(checkpoint))
+    def size_bytes(self, name: str) -> int:
+        """Returns the size of the files of a folder; 0 if there is none."""
+
+    def written_at(self, name: str) -> float:
+        """Returns when a folder was written, in seconds since the epoch; 0 if there is none."""
+
+    # Keeping
 
     def sweep(self) -> None:
-        """Removes what dead processes left half-written or half-removed."""
-        parents = (self.root.glob(f"runs/*/{kind}") for kind in ("states", "teachers"))
-        self._staging.sweep(chain([self.root / "versions"], *parents))
+        """Removes what dead processes have left half-written or half-removed."""
 
-
-def _is_run(path: Path) -> bool:
-    return RUN_NAME.fullmatch(path.name) is not None and path.is_dir()
+    def unknown(self) -> list[str]:
+        """Returns the places of what is among the folders but has an unknown name, so that nothing reads it."""

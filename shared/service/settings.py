@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
+from shared.registry.disk_store import DiskStore
+from shared.registry.registry import Registry
 from shared.text import excerpt
 
 Environment = Mapping[str, str]
@@ -111,6 +113,10 @@ class Directories:
     def registry(self) -> Path:
         """States and versions."""
         return self.var / "registry"
+
+    def open_registry(self, best_by: BestBy = BestBy.TRAINING) -> Registry:
+        """Returns the registry, which need not exist yet."""
+        return Registry(DiskStore(self.registry), best_by)
 
     @property
     def data(self) -> Path:

@@ -22,12 +22,12 @@ from inference_service.client import InferenceClient
 from inference_service.settings import Settings
 from shared.gpt.config import count_parameters
 from shared.registry.retention import Retention
-from shared.registry.store import Registry
 from shared.service import cli
 from shared.service.lists import print_rows
 from shared.service.settings import Directories
 from shared.text import format_size
 from tests.redis_process import RedisServer
+from tests.registries import disk_registry
 from trainer_service.jobs.events import (
     Evaluation,
     Event,
@@ -83,7 +83,7 @@ def redis() -> None:
         try:
             connection = server.connect()
             queue = JobQueue(connection, "benchmark")
-            registry = Registry(var / "registry")
+            registry = disk_registry(var / "registry")
             before = _redis_bytes(connection, var)
             for number in range(_JOBS):
                 job = queue.enqueue(TrainRequest(preset="demo", name=f"run-{number}").resolve(registry)).id

@@ -11,11 +11,10 @@ from pathlib import Path
 from shared.errors import InvalidArgument
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.tokenizer import PATTERN, Tokenizer, load_gpt2
-from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
-from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.benchmarks.side_by_side import ROOT
+from tests.registries import disk_registry
 from tests.shared.registry.scenarios import RUN, make_manifest
 from trainer_service.presets import find_preset
 
@@ -37,7 +36,7 @@ class Checkpoint:
     @property
     def version(self) -> Path:
         """The folder of the version."""
-        return Registry(self.directories.registry).version_directory(VERSION)
+        return self.directories.registry / "versions" / str(VERSION)
 
     @property
     def exported(self) -> Path:
@@ -134,8 +133,8 @@ def main() -> None:
             claimed_loss=claimed_loss,
         )
 
-    registry = Registry(checkpoint.directories.registry)
-    published = registry.publish_version(Fence.raise_for(registry.run_directory(RUN)), write, manifest)
+    registry = disk_registry(checkpoint.directories.registry)
+    published = registry.publish_version(registry.take_over(RUN), write, manifest)
     assert published.version == VERSION
     export_version(VERSION, checkpoint.exported, registry)
 

@@ -14,11 +14,12 @@ from typing import Annotated
 import typer
 
 from shared.device.accelerator import prepare
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service import cli
 from shared.service.settings import Directories, read_directories
 from tests.benchmarks.checkpoint import Checkpoint
 from tests.benchmarks.server import Server
+from tests.registries import disk_registry, version_folder
 from trainer_service.commands.options import version_number
 from trainer_service.text.stories import validation_stories
 
@@ -126,7 +127,7 @@ def measure_ours(number: int, registry: Registry, folder: Path, threads: int) ->
     from trainer_service.evaluation.text_quality import measure_text
     from trainer_service.training.workers import Workers
 
-    source = registry.version_directory(number)
+    source = version_folder(registry, number)
     config = GPTConfig.from_dict(registry.version(number).model)
     model, tokenizer = version_format.read_model(source, config), version_format.read_tokenizer(source)
     tokens = np.array(tokenizer.encode(json.loads((folder / "gptloop_text.jsonl").read_text())["text"]), np.uint16)
@@ -160,7 +161,7 @@ def compare(
     device = prepare(directories.cache / "trainer", own_threads=True)
     from trainer_service.huggingface.interchange import export_version
 
-    registry = Registry(directories.registry)
+    registry = disk_registry(directories.registry)
     number = version_number(version, registry)
     context = int(registry.version(number).model["context_length"])
     with TemporaryDirectory() as name:

@@ -9,12 +9,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from deploy.health import Health, health_checks
 from deploy.health import main as health_of
 from deploy.ports import Ports, free_ports
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service.settings import Directories
 from tests.certificates import Authority
 from tests.jobs import training
 from tests.redis_process import RedisServer
+from tests.registries import registry_id
 from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 

@@ -18,10 +18,10 @@ from deploy.service import service_statuses
 from deploy.services.installation import read_installation
 from deploy.services.manager import install, manager_of, running_processes, uninstall
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.deploy.service_managers import Agents, UserManager
 from tests.end_to_end.conftest import PROJECT, TINY, is_progress, share_kernels
+from tests.registries import disk_registry
 from tests.waiting import HANG_S, wait_until
 from trainer_service.client import TrainerClient
 from trainer_service.jobs.requests import TrainRequest
@@ -66,12 +66,12 @@ def _start_training(ports: Ports, directories: Directories) -> str:
         job = trainer.submit(TrainRequest(overrides=TINY | {"max_steps": "100000"})).job.id
         assert any(is_progress(10)(event) for event in trainer.watch(job, timeout_s=HANG_S))
         assert trainer.job(job).state == pb.JOB_STATE_RUNNING
-    (run,) = Registry(directories.registry).runs()
+    (run,) = disk_registry(directories.registry).runs()
     return run
 
 
 def _has_last_state(directories: Directories, run: str) -> bool:
-    return Registry(directories.registry).states(run)[-1] >= 10
+    return disk_registry(directories.registry).states(run)[-1] >= 10
 
 
 def test_systemd_runs_restarts_and_stops_everything(

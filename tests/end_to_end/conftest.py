@@ -22,10 +22,10 @@ from inference_service.client import InferenceClient
 from shared.errors import GptloopError
 from shared.gpt.weights import load_arrays
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service.access.credentials import Credentials
 from shared.service.settings import Directories
+from tests.registries import disk_registry, registry_id, version_folder
 from tests.waiting import HANG_S, wait_until
 from trainer_service.client import TrainerClient
 from trainer_service.jobs.events import TimedEvent
@@ -82,7 +82,7 @@ class System:
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.directories.registry)
+        return disk_registry(self.directories.registry)
 
     def client(self) -> InferenceClient:
         return InferenceClient(f"127.0.0.1:{self.ports.inference}", credentials=self.credentials)
@@ -144,7 +144,7 @@ class System:
         state = registry.verified_state(run, last_step)
         return Result(
             {
-                version.step: _bytes(registry.version_directory(version.version) / "model.safetensors")
+                version.step: _bytes(version_folder(registry, version.version) / "model.safetensors")
                 for version in versions
             },
             last_step,

@@ -19,7 +19,9 @@ from rq.worker import BaseWorker
 
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.commit import is_locked
+from shared.registry.registry import Checkpoint
 from tests.end_to_end.conftest import PROJECT, TINY, Result, System, children, is_gone, is_progress
+from tests.registries import run_folder
 from tests.trainer_service.story_sets import add_stories, tales
 from tests.waiting import wait_until
 from trainer_service.jobs.events import JobState, Progress, RunStarted, StateChanged, TimedEvent
@@ -158,7 +160,7 @@ def test_a_taught_run_that_is_killed_once_its_teacher_is_gone_ends_with_the_same
     whole, killed = (system.trainer.submit(request).job.id for _ in range(2))
     system.finish(whole)
     system.watch(killed, is_progress(run.under_way))
-    system.registry.remove_version(teacher)
+    system.registry.remove(Checkpoint(teacher))
     os.kill(system.training_process(), signal.SIGKILL)
     undisturbed = system.result(whole)
     assert undisturbed.last_step == run.max_steps and undisturbed.state != reference.state
@@ -286,7 +288,7 @@ def wait_for_each(system: System, run: Run, *jobs: str) -> Iterator[str]:
 def freeze(system: System, job: str, *pids: int) -> None:
     """Stops processes at a moment at which they hold no lock of the registry."""
     root = system.directories.registry
-    locks = (root / "versions.lock", root / "staging.lock", system.registry.run_directory(system.run(job)) / "lock")
+    locks = (root / "versions.lock", root / "staging.lock", run_folder(system.registry, system.run(job)) / "lock")
     while True:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -331,7 +333,7 @@ def test_a_worker_that_comes_back_after_another_took_its_job_cannot_write(
 
 
 def fence(system: System, job: str) -> int:
-    return int((system.registry.run_directory(system.run(job)) / "fence").read_text())
+    return int((run_folder(system.registry, system.run(job)) / "fence").read_text())
 
 
 def test_jobs_of_other_programs_are_dropped_and_never_imported(system: System, run: Run, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from shared.errors import FailedPrecondition, InvalidArgument, NotFound, Unavail
 from shared.pb.inference.v1 import inference_pb2
 from shared.pb.training.v1 import training_pb2 as pb
 from shared.pb.training.v1 import training_pb2_grpc
-from shared.registry.store import Registry
 from tests.end_to_end.conftest import System, is_progress
 from tests.fakes import publish_overflowing_version
+from tests.registries import disk_registry
 from tests.waiting import wait_until
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.requests import TrainRequest
@@ -87,7 +87,7 @@ def test_streams_survive_the_swaps_that_training_causes(system: System) -> None:
         # Streams of the first version are under way when training resumes.
         wait_until(lambda: bool(streams))
         events += system.finish(system.enqueue(resume=1, max_steps="240"))
-        last = Registry(system.directories.registry).labels()["best"]
+        last = disk_registry(system.directories.registry).labels()["best"]
         with system.client() as client:
             wait_until(lambda: client.model().version == last and any(started == last for started, _, _ in streams))
         wait_until(lambda: truths > 10 or bool(failures))
@@ -158,7 +158,7 @@ def test_a_finished_run_can_be_extended_and_its_tokens_are_added(system: System)
     events = system.finish(job)
     assert next(event.run_started for event in events if event.HasField("run_started")).first_step == 241
     assert system.scrape(system.ports.trainer_metrics)[1]["gptloop_training_tokens_total"] == before + 30 * 2 * 256
-    assert Registry(system.directories.registry).version(5).parent == 4
+    assert disk_registry(system.directories.registry).version(5).parent == 4
 
 
 def test_an_impossible_request_is_rejected_with_a_sentence(system: System) -> None:
@@ -198,20 +198,20 @@ def test_a_running_job_can_be_cancelled_and_keeps_its_state(system: System) -> N
     events = system.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_CANCELLED)
     last = [event.progress.step for event in events if event.HasField("progress")][-1]
     run = system.trainer.job(job).run
-    assert Registry(system.directories.registry).states(run) == [last]
+    assert disk_registry(system.directories.registry).states(run) == [last]
     with pytest.raises(FailedPrecondition):
         system.trainer.cancel(job)
 
 
 def test_a_loss_that_is_not_finite_fails_the_job_and_keeps_the_versions_before_it(system: System) -> None:
-    registry = Registry(system.directories.registry)
+    registry = disk_registry(system.directories.registry)
     overflowing = publish_overflowing_version(registry, 5)
     versions = len(registry.versions())
     job = system.enqueue(resume=overflowing.version, max_steps="300")
     events = system.watch(job, lambda event: event.state_changed.state == pb.JOB_STATE_FAILED)
     assert "training diverged" in events[-1].state_changed.reason
     assert system.scrape(system.ports.trainer_metrics)[1]["gptloop_training_diverged_total"] == 1
-    assert len(Registry(system.directories.registry).versions()) == versions
+    assert len(disk_registry(system.directories.registry).versions()) == versions
 
 
 def test_jobs_can_be_listed_in_pages(system: System) -> None:

@@ -8,11 +8,11 @@ import pytest
 
 from shared.errors import NewerFormat
 from shared.registry import manifest as manifest_module
-from shared.registry.fence import Fence
 from shared.registry.manifest import FORMAT, MANIFEST_NAME, StateManifest, VersionManifest
+from shared.registry.registry import Checkpoint
 from shared.registry.retention import Retention, prune
-from shared.registry.store import Checkpoint
 from tests.inference_service.process import Server
+from tests.registries import state_folder, version_folder
 from tests.trainer_service.site import Site
 from tests.waiting import wait_until
 from trainer_service.jobs.requests import TrainRequest
@@ -29,12 +29,12 @@ def site(tmp_path: Path, request: pytest.FixtureRequest) -> Site:
 def test_an_older_registry_is_read_and_its_version_continued(site: Site) -> None:
     registry = site.registry
     (version,) = registry.versions()
-    assert registry.checkpoints() == [Checkpoint(1), Checkpoint(4, "old")] and registry.unknown_paths() == []
+    assert registry.checkpoints() == [Checkpoint(1), Checkpoint(4, "old")] and registry.store.unknown() == []
     for checkpoint in registry.checkpoints():
         registry.check(checkpoint)
     assert registry.labels() == {"latest": 1, "best": 1}
     # Its digest, by which findings and evaluations name it, stays the same.
-    assert json.loads(version.to_json()) == json.loads((registry.version_directory(1) / MANIFEST_NAME).read_text())
+    assert json.loads(version.to_json()) == json.loads((version_folder(registry, 1) / MANIFEST_NAME).read_text())
     spec = TrainRequest(dataset=(site.text,), resume=1, overrides={"max_steps": "6"}).resolve(registry)
     assert site.train(spec)
     assert (registry.versions()[-1].parent, registry.versions()[-1].step) == (1, 6)
@@ -65,10 +65,10 @@ def make_newer(directory: Path, kind: type[VersionManifest] | type[StateManifest
 
 def test_a_newer_version_is_named_and_neither_read_nor_removed(site: Site) -> None:
     registry = site.registry
-    make_newer(registry.version_directory(1), VersionManifest)
+    make_newer(version_folder(registry, 1), VersionManifest)
     assert registry.versions() == []
     sentence = (
-        f"{registry.version_directory(1) / MANIFEST_NAME} was written by a newer gptloop: its format is {FORMAT + 1}, "
+        f"{version_folder(registry, 1) / MANIFEST_NAME} was written by a newer gptloop: its format is {FORMAT + 1}, "
         f"and this one reads formats up to {FORMAT}. Upgrade this one."
     )
     assert registry.unreadable == {1: sentence}
@@ -76,16 +76,16 @@ def test_a_newer_version_is_named_and_neither_read_nor_removed(site: Site) -> No
         with pytest.raises(NewerFormat) as raised:
             call()
         assert str(raised.value) == sentence
-    assert registry.version_directory(1).is_dir()
+    assert version_folder(registry, 1).is_dir()
 
 
 def test_a_newer_state_is_neither_continued_nor_replaced(site: Site) -> None:
-    registry, state = site.registry, site.registry.state_directory("old", 4)
+    registry, state = site.registry, state_folder(site.registry, "old", 4)
     make_newer(state, StateManifest)
     before = {path.name: path.read_bytes() for path in state.iterdir()}
     spec = TrainRequest(dataset=(site.text,), resume=1, overrides={"max_steps": "6"})
     with pytest.raises(NewerFormat, match="written by a newer gptloop"):
         site.train(spec.resolve(registry))
     with pytest.raises(NewerFormat, match="written by a newer gptloop"):
-        registry.write_state(Fence.raise_for(registry.run_directory("old")), "old", 4, lambda _: None)
+        registry.write_state(registry.take_over("old"), 4, lambda _: None)
     assert {path.name: path.read_bytes() for path in state.iterdir()} == before

@@ -11,16 +11,15 @@ from pathlib import Path
 
 from inference_service.versions.gate import Refused, read_content
 from shared.errors import GptloopError
-from shared.registry.fence import Fence
-from shared.registry.identity import registry_id
-from shared.registry.numbering import next_version
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service import cli
 from shared.service.access.tokens import TokenFile
+from tests.fakes import publish_tiny_version
 from tests.fuzzers.area import Area
 from tests.fuzzers.registry import choose, files_of, kind_of
 from tests.jobs import training
 from tests.mutations import json_bytes, odd_bytes, odd_file
+from tests.registries import disk_registry, registry_id, root_of, version_folder
 
 COMMANDS = (
     *("checkpoints", "runs", "disk", "verify", "prune --dry-run", "history taught", "history taught --csv"),
@@ -33,11 +32,11 @@ def _identify(root: Path) -> None:
 
 
 def _raise_fence(root: Path) -> None:
-    Fence.raise_for(root / "runs" / "taught")
+    disk_registry(root).take_over("taught")
 
 
 def _read_teachers(root: Path) -> None:
-    teachers = Registry(root).teachers
+    teachers = disk_registry(root).teachers
     for run in teachers.runs():
         teachers.verify(run)
 
@@ -46,10 +45,10 @@ def _read_teachers(root: Path) -> None:
 _READERS: dict[str, Callable[[Path], object]] = {
     "identity": _identify,
     "fences": _raise_fence,
-    "numbering": next_version,
+    "numbering": lambda root: publish_tiny_version(disk_registry(root), 1.0),
     "teachers.json": _read_teachers,
-    "holds": lambda root: (Registry(root).holds.jobs(), Registry(root).holds.runs()),
-    "findings": lambda root: Registry(root).decisions.findings(),
+    "holds": lambda root: (disk_registry(root).holds.jobs(), disk_registry(root).holds.runs()),
+    "findings": lambda root: disk_registry(root).decisions.findings(),
 }
 
 
@@ -91,7 +90,7 @@ def seal(registry: Registry, number: int) -> None:
     """Writes the hashes of changed files into the manifest, so that the readers of the files meet them."""
     import hashlib
 
-    folder = registry.version_directory(number)
+    folder = version_folder(registry, number)
     manifest = json.loads((folder / "manifest.json").read_bytes())
     for record in manifest["files"]:
         content = (folder / record["name"]).read_bytes()
@@ -101,13 +100,13 @@ def seal(registry: Registry, number: int) -> None:
 
 def try_version(rng: random.Random, area: Area, var: Path) -> None:
     """Changes a file of a version, corrects its hash, and reads the version as the server does."""
-    registry = Registry(var / "registry")
-    folder = registry.version_directory(1)
+    registry = disk_registry(var / "registry")
+    folder = version_folder(registry, 1)
     kept = {path: path.read_bytes() for path in files_of(folder)}
     path = rng.choice(list(kept))
     before = kept[path]
     header = int.from_bytes(before[:8], "little") if path.suffix == ".safetensors" else 0
-    kind = kind_of(path, registry.root)
+    kind = kind_of(path, root_of(registry))
     if header and rng.random() < 0.7:
         kind = "safetensors headers"
         changed = odd_file(rng, before[8 : 8 + header])
@@ -119,7 +118,7 @@ def try_version(rng: random.Random, area: Area, var: Path) -> None:
         path.write_bytes(after)
         if path.name != "manifest.json":
             seal(registry, 1)
-        fresh = Registry(var / "registry")
+        fresh = disk_registry(var / "registry")
         for manifest in fresh.versions():
             if manifest.version == 1:
                 read_content(fresh, manifest)

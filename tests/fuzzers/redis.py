@@ -13,12 +13,11 @@ import grpc
 
 from shared.errors import GptloopError
 from shared.pb.training.v1 import training_pb2
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
 from tests.certificates import replace
 from tests.fuzzers.area import BAD_CODES, CALL_S, PROJECT, Area
 from tests.mutations import json_bytes, odd_bytes, odd_file
 from tests.redis_process import PASSWORD, RedisServer
+from tests.registries import disk_registry, registry_id
 from tests.waiting import HANG_S, wait_until
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
@@ -92,7 +91,7 @@ class Trainer:
         text = self.var / "text.txt"
         text.write_text("<|endoftext|>".join(f"Tale {number} of a fox." for number in range(400)))
         overrides = {"tokenizer": "bpe", "vocabulary_size": "300", "context_length": "16", "evaluation_windows": "2"}
-        spec = PrepareRequest(dataset=(str(text),), overrides=overrides).resolve(Registry(self.var / "registry"))
+        spec = PrepareRequest(dataset=(str(text),), overrides=overrides).resolve(disk_registry(self.var / "registry"))
         if not is_good:
             text.unlink()
         return self.queue.enqueue(spec).id

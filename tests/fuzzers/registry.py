@@ -5,12 +5,12 @@ import re
 import time
 from pathlib import Path
 
-from shared.registry.fence import Fence
 from shared.registry.findings import Finding
-from shared.registry.history import EvaluationLine, HistoryWriter, ReportLine
-from shared.registry.store import Registry
+from shared.registry.history import EvaluationLine, ReportLine
+from shared.registry.registry import Registry
 from tests.fakes import publish_tiny_version
 from tests.records import write_record
+from tests.registries import disk_registry, root_of, version_folder
 
 # What the path of a file in the registry is, by its beginning and end.
 KINDS = {
@@ -34,7 +34,7 @@ KINDS = {
 
 def registry_of(folder: Path) -> Registry:
     """Makes a registry that has a file of each kind."""
-    registry = Registry(folder / "registry")
+    registry = disk_registry(folder / "registry")
     for number in range(1, 4):
         version = publish_tiny_version(registry, 1.0 / number)
         write_record(registry, version, 1.0)
@@ -42,18 +42,20 @@ def registry_of(folder: Path) -> Registry:
     registry.decisions.set_policy("best")
     registry.decisions.set_stable(1)
     registry.holds.add("job", 1, "run:tiny")
-    fence = Fence.raise_for(registry.run_directory("taught"))
-    registry.teachers.take(fence, registry.version_directory(1))
+    fence = registry.take_over("taught")
+    registry.teachers.take(fence, version_folder(registry, 1))
     registry.teachers.keep(fence, [1])
-    model = (registry.version_directory(1) / "model.safetensors").read_bytes()
+    model = (version_folder(registry, 1) / "model.safetensors").read_bytes()
 
     def write(state: Path) -> None:
         (state / "model.safetensors").write_bytes(model)
 
-    registry.write_state(fence, "taught", 1, write)
+    registry.write_state(fence, 1, write)
     report = ReportLine(1, 10, 2.0, 0.1, 1.0, 10.0, 1, 1, 1, time.time(), 1)
-    HistoryWriter(fence, 0).append(report, EvaluationLine(1, 10, 2.0, 1.0, None, time.time(), 1), synced=True)
-    (registry.root / "id").write_text("0123456789abcdef")
+    registry.histories.writer(fence, 0).append(
+        report, EvaluationLine(1, 10, 2.0, 1.0, None, time.time(), 1), synced=True
+    )
+    (root_of(registry) / "id").write_text("0123456789abcdef")
     return registry
 
 

@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from inference_service.client import InferenceClient
 from inference_service.client.completion import Event
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.registry.store import Registry
 from shared.service.access.credentials import PLAIN
 from shared.service.client_channel import open_channel
+from tests.registries import disk_registry
 from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,7 +81,7 @@ class Server:
         (ROOT / ".pytest_cache" / "server").mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             (var / "cache").symlink_to(ROOT / ".pytest_cache" / "server")
-        self.registry = Registry(var / "registry")
+        self.registry = disk_registry(var / "registry")
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, *command],

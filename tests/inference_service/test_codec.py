@@ -26,6 +26,7 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.asynchronous import async_test
 from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.inference_service.world import World
+from tests.registries import version_folder
 from tests.shared.registry.scenarios import make_manifest
 from tests.waiting import HANG_S, eventually
 
@@ -166,7 +167,7 @@ async def test_only_verified_tokenizers_are_used(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 1.0)
     changed = publish_tiny_version(fresh.registry, 2.0)
     other = Tokenizer("other", byte_tokenizer().pattern, [bytes([255 - value]) for value in range(256)])
-    other.save(fresh.registry.version_directory(changed.version) / "tokenizer.json")
+    other.save(version_folder(fresh.registry, changed.version) / "tokenizer.json")
 
     nobody: Any = SimpleNamespace(invocation_metadata=lambda: ())
     async with fresh.running(1):

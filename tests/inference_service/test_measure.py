@@ -15,10 +15,10 @@ from shared.device.accelerator import Accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition
 from shared.gpt.config import count_parameters
 from shared.gpt.weights import load_arrays, save_arrays
-from shared.registry.store import Registry
 from shared.service.settings import read_directories
 from tests.decoders import COMPILED
 from tests.fakes import TINY, publish_tiny_version
+from tests.registries import disk_registry, version_folder
 from tests.workplace import PROJECT
 
 HERE = Accelerator("A processor", "cpu", "", None, 1 << 30, COMPILED)
@@ -37,11 +37,11 @@ def settings(tmp_path: Path) -> Settings:
 def publish(
     folder: Path, context_length: int = TINY.context_length, change: Callable[[Path], None] | None = None
 ) -> Path:
-    registry = Registry(folder / "registry")
+    registry = disk_registry(folder / "registry")
     config = replace(TINY, context_length=context_length)
     windows = (1, min(40, context_length))
-    return registry.version_directory(
-        publish_tiny_version(registry, 1.0, config=config, windows=windows, change=change).version
+    return version_folder(
+        registry, publish_tiny_version(registry, 1.0, config=config, windows=windows, change=change).version
     )
 
 

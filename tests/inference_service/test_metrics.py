@@ -9,8 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from inference_service.metrics import InferenceMetrics, TokenRate
 from shared.device.accelerator import Memory
 from shared.registry.evaluations import Figures
-from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
+from tests.registries import disk_registry
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: C
 
 
 def test_every_series_starts_at_zero(metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path) -> None:
-    one = publish_tiny_version(Registry(tmp_path), 1.0)
+    one = publish_tiny_version(disk_registry(tmp_path), 1.0)
     metrics.resident([one], 1)
     values = page(registry)
     prefix = "gptloop_inference"
@@ -74,7 +74,7 @@ def test_every_series_starts_at_zero(metrics: InferenceMetrics, registry: Collec
 def test_the_time_from_commit_ends_when_the_version_serves_not_at_the_first_request(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
-    one = publish_tiny_version(Registry(tmp_path), 1.0)
+    one = publish_tiny_version(disk_registry(tmp_path), 1.0)
     metrics.serves(one, 0.5, swap=False, first=True)
     assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
     assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 0
@@ -87,7 +87,7 @@ def test_the_time_from_commit_ends_when_the_version_serves_not_at_the_first_requ
 def test_the_series_of_a_removed_version_disappear(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
-    one, two = (publish_tiny_version(Registry(tmp_path), 1.0) for _ in range(2))
+    one, two = (publish_tiny_version(disk_registry(tmp_path), 1.0) for _ in range(2))
     before = set(page(registry))
     metrics.resident([one], 1)
     metrics.serves(one, 0.5, swap=False, first=True)
@@ -117,7 +117,7 @@ def test_the_series_of_a_removed_version_disappear(
 def test_the_page_shows_how_the_serving_version_was_evaluated(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
-    one, two = (publish_tiny_version(Registry(tmp_path), 1.0) for _ in range(2))
+    one, two = (publish_tiny_version(disk_registry(tmp_path), 1.0) for _ in range(2))
     digest = "0123456789abcdef"
     figures = {
         number: Figures(digest, "d", 1000, 2.0 + number, None, None, 7.0 + number, 1.0 + number, 1.0)
@@ -143,7 +143,7 @@ def test_the_page_shows_how_the_serving_version_was_evaluated(
 def test_a_clock_that_is_set_back_adds_no_negative_time(
     metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = publish_tiny_version(Registry(tmp_path), 1.0)
+    version = publish_tiny_version(disk_registry(tmp_path), 1.0)
     monkeypatch.setattr(time, "time", lambda: version.created_at - 3600.0)
     metrics.serves(version, 0.5, swap=False, first=True)
     values = page(registry)

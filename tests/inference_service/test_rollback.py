@@ -7,11 +7,11 @@ import pytest
 
 from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, GptloopError
-from shared.registry.store import Registry
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import flip_a_bit
 from tests.inference_service.world import World, hold_read, polls, status
+from tests.registries import disk_registry, root_of, version_folder
 from tests.waiting import eventually
 
 
@@ -56,8 +56,8 @@ async def test_a_rollback_does_not_wait_for_room(world: World) -> None:
 
 def in_the_way(world: World) -> Path:
     """Makes the folder of decisions unwritable, even for root."""
-    folder = world.registry.root / "serving"
-    folder.rename(world.registry.root / "kept")
+    folder = root_of(world.registry) / "serving"
+    folder.rename(root_of(world.registry) / "kept")
     folder.write_text("in the way")
     return folder
 
@@ -94,14 +94,14 @@ async def test_a_policy_that_cannot_be_written_does_not_take_effect(world: World
 async def test_a_rollback_is_in_the_registry_when_it_returns(world: World) -> None:
     async with world.running(2):
         await world.manager.roll_back(1)
-        reader = Registry(world.registry.root)
+        reader = disk_registry(root_of(world.registry))
         assert reader.decisions.policy() == "pinned:1"
         assert [each.refusal for each in reader.decisions.findings()[2]] == ["rolled_back"]
 
 
 @async_test
 async def test_a_rollback_to_a_damaged_version_fails_and_the_serving_one_stays(world: World) -> None:
-    flip_a_bit(world.registry.version_directory(1))
+    flip_a_bit(version_folder(world.registry, 1))
 
     async with world.running(2):
         with pytest.raises(FailedPrecondition, match=r"Version 1 cannot serve: .*SHA-256"):
@@ -110,7 +110,7 @@ async def test_a_rollback_to_a_damaged_version_fails_and_the_serving_one_stays(w
         assert (world.serving, world.catalogue.policy) == (2, "best")
         assert (await status(world, 2)).state is State.SERVING
         assert world.resident() == {"2"}
-    restarted = World(world.registry.root)
+    restarted = World(root_of(world.registry))
 
     async with restarted.running():
         await restarted.serves(2)
@@ -118,7 +118,7 @@ async def test_a_rollback_to_a_damaged_version_fails_and_the_serving_one_stays(w
 
 @async_test
 async def test_a_rollback_takes_the_next_version_that_can_be_loaded(world: World) -> None:
-    flip_a_bit(world.registry.version_directory(3))
+    flip_a_bit(version_folder(world.registry, 3))
 
     async with world.running(2):
         assert await world.manager.roll_back() == 1

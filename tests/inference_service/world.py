@@ -23,9 +23,10 @@ from inference_service.versions.status import VersionStatus
 from shared.device.accelerator import Memory
 from shared.registry.decisions import BestBy
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from tests.decoders import make_decoder
 from tests.fakes import publish_tiny_version
+from tests.registries import disk_registry, root_of, version_folder
 from tests.waiting import HANG_S, eventually
 
 
@@ -33,7 +34,7 @@ class World:
     """A registry, an engine and a version manager that polls often."""
 
     def __init__(self, root: Path, best_by: BestBy = BestBy.TRAINING) -> None:
-        self.registry = Registry(root, best_by)
+        self.registry = disk_registry(root, best_by)
         self.collectors = CollectorRegistry()
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0, {})
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
@@ -129,11 +130,11 @@ async def polls(world: World, count: int = 3) -> None:
 
 def drop(registry: Registry, change: Callable[[Path], None]) -> VersionManifest:
     """Puts a version into a registry in one move, which was changed after its commit; it is the best one."""
-    staged = Registry(registry.root.with_name("staged"))
+    staged = disk_registry(root_of(registry).with_name("staged"))
     manifest = publish_tiny_version(staged, 0.1)
     while manifest.version <= len(registry.versions()):
         manifest = publish_tiny_version(staged, 0.1)
-    directory = staged.version_directory(manifest.version)
+    directory = version_folder(staged, manifest.version)
     change(directory)
-    directory.rename(registry.version_directory(manifest.version))
+    directory.rename(version_folder(registry, manifest.version))
     return manifest

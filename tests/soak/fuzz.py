@@ -31,6 +31,7 @@ from tests.fuzzers.registry import choose, registry_of
 from tests.fuzzers.secured import GoodClients, SecuredTarget, read_log, try_handshake, try_live_tokens, try_pem
 from tests.inference_service.process import Server
 from tests.mutations import odd_file
+from tests.registries import root_of
 from tests.waiting import wait_until
 
 # The first part of the time of each edge warms its process up; then its memory may grow by this much. A server with TLS
@@ -74,7 +75,7 @@ class Target:
 
 def try_live_file(rng: random.Random, area: Area, target: Target) -> None:
     """Changes a file of the registry of a live server, and asks for pages that need it."""
-    kind, path = choose(rng, target.registry.root)
+    kind, path = choose(rng, root_of(target.registry))
     before = path.read_bytes()
     path.write_bytes(odd_file(rng, before))
     area.tried(kind)

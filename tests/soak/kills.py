@@ -171,7 +171,7 @@ def check(system: System, job: str, reference: Result) -> list[str]:
             registry.check(checkpoint)
         except GptloopError as error:
             violations.append(f"{checkpoint} is damaged: {error}")
-    return violations + [f"{path} is not a checkpoint." for path in registry.unknown_paths()]
+    return violations + [f"{path} is not a checkpoint." for path in registry.store.unknown()]
 
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

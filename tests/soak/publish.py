@@ -18,8 +18,8 @@ from shared.errors import RunOwnershipLost
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord, VersionManifest
 from shared.registry.retention import Retention, prune
-from shared.registry.store import Registry
 from shared.service.lists import print_rows
+from tests.registries import disk_registry
 from tests.shared.registry.scenarios import RUN, make_manifest, observe
 
 PROJECT = Path(__file__).parents[2]
@@ -43,9 +43,9 @@ class Outcome:
 
 def publish_for_ever(root: Path) -> None:
     """Takes over the run, then writes a state, publishes a version and prunes, in turn, until it is killed."""
-    registry = Registry(root)
+    registry = disk_registry(root)
     registry.sweep()
-    fence = Fence.raise_for(registry.run_directory(RUN))
+    fence = registry.take_over(RUN)
     chance = random.Random(fence.token)
     step = max(registry.states(RUN), default=0)
     print("begun", flush=True)
@@ -55,7 +55,7 @@ def publish_for_ever(root: Path) -> None:
 
     while True:
         step += 1
-        registry.write_state(fence, RUN, step, _write_model)
+        registry.write_state(fence, step, _write_model)
         registry.publish_version(fence, _write_model, manifest)
         prune(registry, RETENTION)
 
@@ -72,7 +72,7 @@ def kill_often(root: Path, kills: int, seed: int, progress: Progress) -> Outcome
     chance, outcome, begin = random.Random(seed), Outcome(), time.monotonic()
     newest = 0
     for _ in progress.track(range(kills), description="kills"):
-        before = Fence.raise_for(Registry(root).run_directory(RUN))
+        before = disk_registry(root).take_over(RUN)
         child = subprocess.Popen(
             [sys.executable, "-m", "tests.soak.publish", "--child", root], cwd=PROJECT, stdout=subprocess.PIPE
         )
@@ -95,13 +95,13 @@ def kill_often(root: Path, kills: int, seed: int, progress: Progress) -> Outcome
 def _check(root: Path, before: Fence, newest: int, outcome: Outcome) -> int:
     """Checks the registry after a kill; returns the number of the newest version."""
     observe(root)
-    registry = Registry(root)
+    registry = disk_registry(root)
     present = [manifest.version for manifest in registry.versions()]
     assert max(present, default=0) >= newest, f"version {newest} existed, but now the versions are {present}"
     outcome.publishes += max(present, default=0) - newest
     outcome.removals = max(present, default=0) - len(present)
     try:
-        registry.write_state(before, RUN, 10**9, _write_model)
+        registry.write_state(before, 10**9, _write_model)
     except RunOwnershipLost:
         pass
     else:

@@ -25,7 +25,7 @@ from inference_service.client import AsyncInferenceClient
 from shared.errors import FailedPrecondition, GptloopError, Unauthenticated, Unavailable
 from shared.gpt.config import GPTConfig
 from shared.pb.inference.v1 import inference_pb2 as pb
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service import cli
 from shared.service.access.credentials import Credentials
 from shared.service.lists import print_rows

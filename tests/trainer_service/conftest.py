@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from shared.registry.store import Registry
 from tests.jobs import training
 from tests.redis_process import RedisServer
+from tests.registries import disk_registry
 from tests.trainer_service.site import Site
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.server import TrainingServicer
@@ -70,7 +70,7 @@ def queue(redis: Redis) -> JobQueue:
 
 @pytest.fixture
 def servicer(queue: JobQueue, tmp_path: Path) -> TrainingServicer:
-    return TrainingServicer(queue, Registry(tmp_path / "registry"), tmp_path / "data")
+    return TrainingServicer(queue, disk_registry(tmp_path / "registry"), tmp_path / "data")
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from shared.device.accelerator import Accelerator
 from shared.registry.retention import Retention
-from shared.registry.store import Registry
 from shared.service.settings import Directories
+from tests.registries import disk_registry
 from trainer_service.jobs.attempt import Attempt
 from trainer_service.jobs.events import Event
 from trainer_service.jobs.requests import TrainRequest
@@ -36,7 +36,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.directories = Directories(folder / "var")
-        self.registry = Registry(self.directories.registry)
+        self.registry = disk_registry(self.directories.registry)
         self.text = self.write(folder / "text.txt", 0)
         self.other_text = self.write(folder / "other.txt", 1000)
         self.told: list[Event] = []

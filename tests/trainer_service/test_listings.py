@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from shared.registry.decisions import BestBy
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from tests.records import write_record
+from tests.registries import disk_registry
 from tests.shared.registry.scenarios import publish
 from trainer_service.listings import print_checkpoints
 
@@ -21,7 +22,7 @@ def test_versions_are_listed_with_their_evaluations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    registry = Registry(tmp_path)
+    registry = disk_registry(tmp_path)
     versions = [publish(registry, bits_per_byte=bits) for bits in (0.7, 0.8, 0.9)]
     assert "evaluated" not in lines(registry, capsys)[0]
     write_record(registry, versions[0], 1.6, "aa", 100.0)
@@ -49,7 +50,7 @@ def test_versions_are_listed_with_their_evaluations(
 def test_a_sentence_says_that_the_newest_version_has_no_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    registry = Registry(tmp_path, BestBy.EVALUATION)
+    registry = disk_registry(tmp_path, BestBy.EVALUATION)
     versions = [publish(registry), publish(registry)]
     write_record(registry, versions[0], 1.6)
     assert lines(registry, capsys)[-1].startswith("Version 2 has no evaluation by the usual method")

@@ -8,11 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 from redis import Redis
 
-from shared.registry.fence import Fence
-from shared.registry.store import Checkpoint, Registry
+from shared.registry.registry import Checkpoint, Registry
 from tests.events import PROGRESS, STARTED
 from tests.fakes import publish_tiny_version
 from tests.jobs import finish, report, start, training
+from tests.registries import disk_registry
 from trainer_service.jobs.events import Evaluation, JobState, StateChanged, TimedEvent
 from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
@@ -22,7 +22,7 @@ from trainer_service.redis_client import RedisAddress, connect
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
+    return disk_registry(tmp_path / "registry")
 
 
 @pytest.fixture
@@ -104,9 +104,9 @@ def test_the_time_of_a_checkpoint_is_that_of_the_last_state_or_of_the_first_step
     started_at = time.time() - 3600
     assert queue.store.report(job, 1, [TimedEvent(STARTED, started_at), TimedEvent(PROGRESS)])
     assert value(metrics, "checkpoint_timestamp_seconds", run=run) == started_at
-    fence = Fence.raise_for(registry.run_directory(run), 1)
+    fence = registry.take_over(run, 1)
     for step in (9, 10):
-        registry.write_state(fence, run, step, lambda folder: (folder / "model.safetensors").touch())
+        registry.write_state(fence, step, lambda folder: (folder / "model.safetensors").touch())
     written_at = registry.written_at(Checkpoint(10, run))
     assert value(metrics, "checkpoint_timestamp_seconds", run=run) == written_at > started_at
     resumed_at = written_at + 3600

@@ -17,11 +17,11 @@ from redis import Redis
 
 from shared.errors import InvalidArgument, NotFound
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.registry.store import Registry
 from tests.asynchronous import async_test
 from tests.events import PROGRESS, STARTED
 from tests.jobs import EVALUATION, events_of, finish, report, start, training
 from tests.redis_process import PROJECT, RedisServer
+from tests.registries import disk_registry
 from tests.trainer_service.serving import watched
 from tests.waiting import HANG_S
 from trainer_service import server as server_module
@@ -99,11 +99,11 @@ async def test_an_invalid_job_is_listed_with_its_valid_fields(
     change(redis, queue.store.keys.job(job))
     assert [each.id for each in await listed(servicer)] == [other, job]
     assert (await servicer.GetJob(pb.GetJobRequest(job_id=job), None)).job.id == job
-    generate_latest(make_metrics(queue, Registry(tmp_path / "registry")))
+    generate_latest(make_metrics(queue, disk_registry(tmp_path / "registry")))
     for as_json in (False, True):
         print_jobs(list(queue.store.jobs()), as_json)
         assert job in capsys.readouterr().out
-    all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
+    all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), disk_registry(tmp_path / "registry"))
 
 
 @async_test
@@ -187,7 +187,7 @@ def test_invalid_numbers_of_one_job_do_not_affect_others(queue: JobQueue, redis:
 
 
 def test_values_out_of_bounds_are_rejected_with_a_short_sentence(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "registry")
+    registry = disk_registry(tmp_path / "registry")
     long = "x" * 100_000
 
     wrong: list[JobRequest] = [

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from shared.gpt.config import count_parameters
-from shared.registry.store import Registry
 from shared.text import format_size
 from tests.events import PROGRESS, STARTED
+from tests.registries import disk_registry
 from tests.shared.registry.scenarios import publish
 from trainer_service import plan
 from trainer_service.jobs.events import Progress, TimedEvent
@@ -128,13 +128,13 @@ def test_a_plan_learns_from_jobs_that_got_further_than_their_first_step(tmp_path
         return read_record("a", fields | told)
 
     jobs = [record(3.0, replace(PROGRESS, eta_s=None)), record(40.0, PROGRESS)]
-    planned = Plan.of(spec, Registry(tmp_path), jobs, CPU)
+    planned = Plan.of(spec, disk_registry(tmp_path), jobs, CPU)
     assert (planned.text_tokens, planned.preparation_s) == (STARTED.train_tokens, 3.0)
     assert planned.tokens_per_second == PROGRESS.tokens_per_second
 
 
 def test_teachers_are_named_and_count_in_time_and_memory(tmp_path: Path) -> None:
-    registry = Registry(tmp_path)
+    registry = disk_registry(tmp_path)
     config = replace(DEMO, max_steps=100_000)
     wide = replace(DEMO, width=320, hidden_width=1280, context_length=256, dropout=0.1)
     publish(registry, model=wide.gpt.to_dict(), training=wide.to_dict())
@@ -161,7 +161,7 @@ def test_teachers_are_named_and_count_in_time_and_memory(tmp_path: Path) -> None
 
 
 def test_the_speed_of_a_job_with_other_teachers_says_nothing(tmp_path: Path) -> None:
-    registry = Registry(tmp_path)
+    registry = disk_registry(tmp_path)
     publish(registry, model=DEMO.gpt.to_dict(), training=DEMO.to_dict())
     taught = replace(make().spec, teachers=(Teacher("1", registry.version(1).digest),))
     fields = {"kind": "train", "spec": make().spec.to_json(), "state": "finished", "attempt": "1"}

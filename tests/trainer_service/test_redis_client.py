@@ -9,10 +9,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.errors import FailedPrecondition, InvalidArgument, Unavailable
-from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.certificates import Authority
 from tests.redis_process import PASSWORD, RedisServer
+from tests.registries import disk_registry
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.redis_client import RedisAddress, check_server, connect, reachable, read_redis, redis_failure
@@ -162,7 +162,7 @@ def test_a_full_server_is_called_full(tmp_path: Path, tight: Redis) -> None:
     queue = JobQueue(tight, "none")
     _configure(tight, maxmemory=1)
     with pytest.raises(Unavailable, match="Redis is out of memory: raise its maxmemory"):
-        queue.enqueue(TrainRequest().resolve(Registry(tmp_path)))
+        queue.enqueue(TrainRequest().resolve(disk_registry(tmp_path)))
 
 
 def test_each_failure_has_a_sentence_of_its_own(admin: Redis) -> None:

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 from deploy.ports import free_numbers
 from shared.errors import NotFound, Unavailable
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service.settings import Directories
 from tests.certificates import Authority
 from tests.redis_process import PASSWORD, PROJECT, RedisServer
 from tests.redis_relay import Relay
+from tests.registries import disk_registry, registry_id
 from tests.trainer_service.site import TINY_RUN, Site
 from tests.waiting import wait_until
 from trainer_service.commands.jobs import app
@@ -62,7 +62,7 @@ class System:
 
     @property
     def registry(self) -> Registry:
-        return Registry(self.directories.registry)
+        return disk_registry(self.directories.registry)
 
     def step(self) -> int:
         """Returns the last step that the run has reported."""

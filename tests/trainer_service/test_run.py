@@ -13,10 +13,11 @@ from shared.errors import FailedPrecondition, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.decisions import BestBy
 from shared.registry.history import HistoryWriter, Line
+from shared.registry.registry import Checkpoint, Registry
 from shared.registry.retention import Retention
-from shared.registry.store import Checkpoint, Registry
 from tests.fakes import publish_overflowing_version
 from tests.records import write_record
+from tests.registries import state_folder, version_folder
 from tests.trainer_service.site import Site
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.jobs.attempt import Stopped
@@ -164,7 +165,7 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_that_of_the_run_for_good(si
     assert site.train(spec)
     versions = site.registry.versions()
     assert [version.step for version in versions] == [3, 6, 9]
-    size = Tokenizer.load(site.registry.version_directory(3) / "tokenizer.json").vocabulary_size
+    size = Tokenizer.load(version_folder(site.registry, 3) / "tokenizer.json").vocabulary_size
     assert 257 < size < 5000
     assert {version.training["vocabulary_size"] for version in versions} == {size}
     assert {version.model["vocabulary_size"] for version in versions} == {size}
@@ -247,7 +248,7 @@ def test_a_run_that_has_begun_does_not_need_the_version_that_it_continues(site: 
     asked = iter([False] * 20)
     site.train(spec, stop_requested=lambda: next(asked, True) and bool(site.registry.states(spec.run)))
     parent = site.registry.version(3)
-    site.registry.remove_version(3)
+    site.registry.remove(Checkpoint(3))
     site.registry.remove(Checkpoint(parent.step, parent.run))
     assert site.train(spec)
     assert site.registry.version(4).step == 12
@@ -289,7 +290,7 @@ def test_a_state_that_is_damaged_costs_the_steps_since_the_one_before(site: Site
         return seen == [3, 6]
 
     assert not site.train(spec, stop_requested=stop_requested)
-    newest = site.registry.state_directory(spec.run, site.registry.states(spec.run)[-1]) / spoil
+    newest = state_folder(site.registry, spec.run, site.registry.states(spec.run)[-1]) / spoil
     if how == "missing":
         newest.unlink()
     else:

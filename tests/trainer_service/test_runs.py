@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from shared.errors import AlreadyExists, InvalidArgument, NotFound
-from shared.registry.store import Registry
 from tests.events import PROGRESS
 from tests.jobs import report, start, training
+from tests.registries import disk_registry
 from tests.shared.registry.scenarios import publish
 from trainer_service.jobs.events import Evaluation
 from trainer_service.jobs.queue import JobQueue
@@ -17,7 +17,7 @@ from trainer_service.runs import Run, all_runs, chosen, differing
 
 
 def found(queue: JobQueue, tmp_path: Path) -> list[Run]:
-    return all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), Registry(tmp_path / "registry"))
+    return all_runs(queue.store.jobs(kinds=[Kind.TRAIN]), disk_registry(tmp_path / "registry"))
 
 
 def test_runs_are_listed_with_their_best_loss_and_the_values_in_which_they_differ(
@@ -43,7 +43,7 @@ def test_runs_are_listed_with_their_best_loss_and_the_values_in_which_they_diffe
 
 
 def test_a_run_whose_job_is_forgotten_is_known_from_its_versions(queue: JobQueue, tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "registry")
+    registry = disk_registry(tmp_path / "registry")
     publish(registry, run="old", step=10, validation_loss=2.0, bits_per_byte=0.5, notes="kept")
     publish(registry, run="old", step=20, validation_loss=3.0, bits_per_byte=0.9, notes="kept")
     (run,) = found(queue, tmp_path)
@@ -59,7 +59,7 @@ def test_a_name_is_given_once_in_a_registry(queue: JobQueue, tmp_path: Path) -> 
     # A job that ended before its run began leaves the name.
     queue.cancel(job)
     queue.enqueue(wide)
-    publish(Registry(tmp_path / "registry"), run="old")
+    publish(disk_registry(tmp_path / "registry"), run="old")
     with pytest.raises(AlreadyExists, match="The registry has a run named 'old' already"):
         training(tmp_path, name="old")
 

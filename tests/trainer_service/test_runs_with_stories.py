@@ -9,6 +9,7 @@ import pytest
 from shared.errors import FailedPrecondition, NotFound
 from shared.gpt.weights import load_arrays
 from shared.version_format import MODEL_FILE, OPTIMIZER_FILE
+from tests.registries import state_folder
 from tests.trainer_service.site import TINY_RUN, Site
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.distillation.readiness import MOST_BITS_PER_BYTE
@@ -42,7 +43,7 @@ def stop_after_a_state(site: Site, job: TrainSpec) -> None:
 
 
 def last_state(site: Site, job: TrainSpec) -> dict[str, object]:
-    folder = site.registry.state_directory(job.run, site.registry.states(job.run)[-1])
+    folder = state_folder(site.registry, job.run, site.registry.states(job.run)[-1])
     arrays = load_arrays(folder / MODEL_FILE) | load_arrays(folder / OPTIMIZER_FILE)
     return {name: array.tolist() for name, array in arrays.items()}
 
@@ -167,5 +168,5 @@ def test_preparing_a_run_prepares_its_stories(taught: Site) -> None:
     assert first.teacher is not None and any(path.name == "teacher.bin" for path in files)
     assert taught.train(job)
     assert {path: path.stat().st_mtime_ns for path in files} == files
-    state = taught.registry.state_directory(job.run, 9)
+    state = state_folder(taught.registry, job.run, 9)
     assert json.loads((state / "text.json").read_text()) == {"revision": first.revision, "stories": 40}

@@ -11,10 +11,10 @@ from redis import Redis
 
 from shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.registry.store import Registry
 from tests.asynchronous import async_test
 from tests.jobs import report, start, training
 from tests.redis_process import RedisServer
+from tests.registries import disk_registry
 from tests.trainer_service.serving import listening, watched
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service import server as server_module
@@ -100,7 +100,7 @@ async def test_a_watch_continues_after_redis_was_killed_and_restarted(
     mortal_redis: RedisServer, tmp_path: Path
 ) -> None:
     queue = JobQueue(mortal_redis.connect(), "one")
-    servicer = TrainingServicer(queue, Registry(tmp_path / "registry"), tmp_path / "data")
+    servicer = TrainingServicer(queue, disk_registry(tmp_path / "registry"), tmp_path / "data")
     job = queue.enqueue(training(tmp_path)).id
     start(queue, job)
 
@@ -129,7 +129,7 @@ async def test_a_watch_waits_for_redis_only_for_a_limited_time(
     monkeypatch.setattr(server_module, "_OUTAGE_S", 0.0)
     gone = JobQueue(connect(RedisAddress(f"unix://{tmp_path}/none.sock")), queue.registry)
     with pytest.raises(Unavailable, match="Redis does not answer"):
-        await watched(TrainingServicer(gone, Registry(tmp_path / "registry"), tmp_path / "data"), "0")
+        await watched(TrainingServicer(gone, disk_registry(tmp_path / "registry"), tmp_path / "data"), "0")
 
 
 @pytest.mark.parametrize(

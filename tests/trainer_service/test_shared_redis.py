@@ -8,9 +8,8 @@ import pytest
 from redis import Redis
 
 from shared.errors import NotFound
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
 from tests.jobs import finish, start, training
+from tests.registries import disk_registry, registry_id
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
@@ -76,7 +75,7 @@ def test_lists_figures_and_leases_are_of_one_folder(queues: tuple[JobQueue, JobQ
     assert (mine.store.workers.count(), mine.store.tokens(), len(mine.store.waiting())) == (1, 7, 0)
     assert (yours.store.workers.count(), yours.store.tokens(), len(yours.store.waiting())) == (0, 0, 1)
     assert Watch(yours, lambda: 0.0).look() == set()
-    pages = [make_metrics(queue, Registry(tmp_path / "registry")) for queue in queues]
+    pages = [make_metrics(queue, disk_registry(tmp_path / "registry")) for queue in queues]
     states = [page.get_sample_value("gptloop_training_jobs", {"state": "running"}) for page in pages]
     assert states == [1, 0]
     finish(mine, job)

@@ -12,9 +12,10 @@ import pytest
 from shared.errors import AlreadyExists, CorruptCheckpoint, DataError, FailedPrecondition, NotFound
 from shared.gpt.weights import load_arrays
 from shared.registry.manifest import TeacherRecord, VersionManifest
+from shared.registry.registry import Checkpoint
 from shared.registry.retention import Retention, prune
-from shared.registry.store import Checkpoint
 from shared.registry.teachers import Teachers
+from tests.registries import run_folder, state_folder
 from tests.trainer_service.site import TINY_RUN, Site
 from trainer_service.jobs.attempt import Stopped
 from trainer_service.jobs.events import Notice
@@ -58,7 +59,7 @@ def student(site: Site, *teachers: str, resume: int | None = None, dataset: str 
 
 def state(site: Site, spec: TrainSpec) -> dict[str, bytes]:
     """The bits of every array in the last state of a run."""
-    folder = site.registry.state_directory(spec.run, site.registry.states(spec.run)[-1])
+    folder = state_folder(site.registry, spec.run, site.registry.states(spec.run)[-1])
     arrays = {name: array for file in folder.glob("*.safetensors") for name, array in load_arrays(file).items()}
     return {name: np.asarray(array).tobytes() for name, array in arrays.items()}
 
@@ -76,7 +77,7 @@ def lose(site: Site, *numbers: int) -> None:
     """Removes versions, and the states that continue them."""
     for number in numbers:
         version = site.registry.version(number)
-        site.registry.remove_version(number)
+        site.registry.remove(Checkpoint(number))
         site.registry.remove(Checkpoint(version.step, version.run))
 
 
@@ -175,7 +176,7 @@ def test_a_label_that_names_a_version_that_cannot_teach_fails_the_run(
     )
     with pytest.raises(FailedPrecondition, match=message):
         site.train(request.resolve(site.registry))
-    assert not site.registry.run_directory("student").exists()
+    assert not run_folder(site.registry, "student").exists()
 
 
 def test_a_run_whose_text_cannot_be_read_keeps_neither_its_teachers_nor_its_name(taught: Site) -> None:
@@ -220,7 +221,7 @@ def test_the_teachers_of_a_run_that_nothing_keeps_are_gone(taught: Site) -> None
     spec = student(taught, "3")
     taught.train(spec)
     assert taught.registry.teachers.runs() == [spec.run]
-    os.utime(taught.registry.teachers.folder(spec.run), (0, 0))
+    os.utime((run_folder(taught.registry, spec.run) / "teachers"), (0, 0))
     other = taught.spec()
     taught.train(other, retention=Retention(states=1, best=1, newest=1, runs=1))
     for checkpoint in [Checkpoint(step, spec.run) for step in taught.registry.states(spec.run)]:
@@ -244,7 +245,7 @@ def test_a_control_takes_the_tokenizer_and_keeps_no_teachers(taught: Site) -> No
 def test_a_damaged_teacher_ends_a_run_with_a_sentence(taught: Site) -> None:
     spec = student(taught, "3")
     begin(taught, spec)
-    weights = taught.registry.teachers.folder(spec.run) / "3" / WEIGHTS
+    weights = (run_folder(taught.registry, spec.run) / "teachers") / "3" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CorruptCheckpoint, match=r"teachers/3 lacks files of its manifest: model\.safetensors has"):
         taught.train(spec)

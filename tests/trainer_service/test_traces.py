@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
 from tests.collector import collecting
 from tests.redis_process import PROJECT, RedisServer
+from tests.registries import disk_registry, registry_id
 from tests.waiting import HANG_S, wait_until
 from trainer_service.client import TrainerClient
 from trainer_service.jobs.queue import JobQueue
@@ -51,7 +50,7 @@ def test_a_job_is_a_trace_of_its_attempt_with_its_phases(
     queue = JobQueue(redis, registry_id(tmp_path / "registry"))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"Story {number} of a dog and {number * 7} cats." for number in range(400)))
-    spec = TrainRequest(dataset=(str(text),), overrides=TINY).resolve(Registry(tmp_path / "registry"))
+    spec = TrainRequest(dataset=(str(text),), overrides=TINY).resolve(disk_registry(tmp_path / "registry"))
     job = queue.enqueue(spec).id
     # Reuses the kernels that earlier tests compiled.
     cache = PROJECT / ".pytest_cache" / "server"

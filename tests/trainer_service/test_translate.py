@@ -4,7 +4,7 @@ import pytest
 
 from shared.errors import InvalidArgument
 from shared.pb.training.v1 import training_pb2 as pb
-from shared.registry.store import Registry
+from tests.registries import disk_registry
 from trainer_service.jobs.requests import EvaluateRequest, JobRequest, PrepareRequest, StoriesRequest, TrainRequest
 from trainer_service.translate import request_from_pb, request_to_pb
 
@@ -50,7 +50,7 @@ def test_a_message_for_stories_that_lacks_a_value_is_refused_with_a_sentence(
     message = pb.EnqueueJobRequest(kind=pb.JOB_KIND_STORIES, name="bedtime", count=20, max_cost_usd=0.05)
     message.ClearField(left_out)
     with pytest.raises(InvalidArgument, match=sentence):
-        request_from_pb(message).resolve(Registry(tmp_path))
+        request_from_pb(message).resolve(disk_registry(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from shared.atomic_file import replacing
 from shared.errors import AlreadyExists, FailedPrecondition, shown
-from shared.registry.identity import registry_id
+from shared.registry.disk_store import DiskStore
 from shared.registry.numbering import numbers
 from shared.registry.snapshot import snapshot
 from trainer_service.backup.archive import JOBS_NAME, Writer
@@ -40,13 +40,13 @@ def write_backup(path: Path, settings: TrainerSettings) -> Contents:
     """
     if path.exists() or path.is_symlink():
         raise AlreadyExists(f"{shown(path)} exists already: name a new file.")
-    registry = settings.open_registry()
-    identity = registry_id(registry.root)
+    store = DiskStore(settings.directories.registry)
+    identity = store.id()
     with _disk(path), tempfile.TemporaryFile(dir=path.parent) as jobs:
         with running_redis(settings.directories, settings.redis) as redis:
             # Read before the registry: what a job has written by now is in it.
             count = _copy(JobStore(redis, identity), jobs)
-        with snapshot(registry) as frozen, _disk(path):
+        with snapshot(store) as frozen, _disk(path):
             with replacing(path, mode=0o600) as file, Writer(file, identity) as writer:
                 writer.add_file(JOBS_NAME, jobs)
                 _add_folder(writer, frozen, "registry")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from shared.errors import FailedPrecondition, shown
 from shared.registry.commit import locked, make_folder, replace_text, sync
-from shared.registry.identity import registry_id
+from shared.registry.disk_store import DiskStore
 from shared.registry.numbering import children
 from shared.service.settings import Directories
 from trainer_service.backup.archive import FOLDERS, JOBS_NAME, Description, extract
@@ -52,7 +52,7 @@ def restore_backup(path: Path, settings: TrainerSettings) -> Description:
                     f"The restoration of another backup into {shown(directories.var)} was interrupted: repeat it, or "
                     "name an empty folder in GPTLOOP_VAR."
                 )
-            if registry_id(extracted / "registry") != description.registry:
+            if DiskStore(extracted / "registry").id() != description.registry:
                 raise FailedPrecondition(f"{shown(path)} is damaged: its registry has another id than its description.")
             with running_redis(directories, settings.redis) as redis, (extracted / JOBS_NAME).open("rb") as lines:
                 check_server(redis)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from shared.errors import GptloopError, InvalidArgument
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service import cli
 from trainer_service import dataset_names
 from trainer_service.commands.options import (

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from shared.errors import InvalidArgument
-from shared.registry.store import Registry
 from shared.service import cli
 from shared.service.lists import JsonOption
 from shared.service.settings import read_directories
@@ -40,7 +39,7 @@ def history(
     """
     if as_csv + as_json + (tensorboard is not None) > 1:
         raise InvalidArgument("Give only one of --csv, --json and --tensorboard: each writes the whole history.")
-    found = Registry(read_directories(os.environ).registry).histories.read(run)
+    found = read_directories(os.environ).open_registry().histories.read(run)
     if tensorboard is not None:
         folder = write_events(found, tensorboard)
         count = len(found.lines)

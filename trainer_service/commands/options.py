@@ -8,8 +8,7 @@ import typer
 from rich.console import Console
 
 from shared.errors import InvalidArgument, Unavailable, shown
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from trainer_service.follow import follow
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
@@ -71,7 +70,7 @@ def settings() -> TrainerSettings:
 
 def queue_of(given: TrainerSettings) -> JobQueue:
     """Returns the queue of the registry that the settings name."""
-    return JobQueue(connect(given.redis), registry_id(given.directories.registry))
+    return JobQueue(connect(given.redis), given.open_registry().store.id())
 
 
 def version_number(text: str, registry: Registry) -> int:

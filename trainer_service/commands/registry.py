@@ -13,10 +13,9 @@ from rich.console import Console
 from shared.device import accelerator
 from shared.errors import CorruptCheckpoint, NewerFormat, NotFound, Unavailable
 from shared.registry import retention as retention_module
-from shared.registry.identity import registry_id
 from shared.registry.policy import labels_of
+from shared.registry.registry import Checkpoint, Registry
 from shared.registry.retention import Verdict, judge
-from shared.registry.store import Checkpoint, Registry
 from shared.service import cli
 from shared.service.lists import Column, JsonOption, print_list
 from shared.service.live_bar import LiveBar
@@ -111,19 +110,19 @@ def verify() -> None:
 
     Example: gptloop verify
     """
-    registry = Registry(read_directories(os.environ).registry)
+    registry = read_directories(os.environ).open_registry()
     checkpoints = registry.checkpoints()
     broken = [
-        (path.name, "The registry gives no such name: nothing reads it.", str(path))
-        for path in registry.unknown_paths()
+        (place.rpartition("/")[2], "The registry gives no such name: nothing reads it.", place)
+        for place in registry.store.unknown()
     ]
     for checkpoint, reason in _check(registry, checkpoints):
-        broken.append((str(checkpoint), reason, str(registry.directory(checkpoint))))
+        broken.append((str(checkpoint), reason, registry.place(checkpoint)))
     for run in registry.teachers.runs():
         try:
             registry.teachers.verify(run)
         except CorruptCheckpoint as error:
-            broken.append((f"teachers of {run}", str(error), str(registry.teachers.folder(run))))
+            broken.append((f"teachers of {run}", str(error), registry.teachers.place(run)))
     if not broken:
         print(f"Whole: {_count(checkpoints)}.")
         return
@@ -162,10 +161,10 @@ def prune(
       gptloop prune --newest 3 --best 1
     """
     directories = read_directories(os.environ)
-    registry = Registry(directories.registry, read_best_by(os.environ))
+    registry = directories.open_registry(read_best_by(os.environ))
     if registry.holds.ages_s():
         with suppress(Unavailable):  # then held versions stay
-            queue = JobQueue(connect(read_redis(os.environ, directories)), registry_id(directories.registry))
+            queue = JobQueue(connect(read_redis(os.environ, directories)), registry.store.id())
             release_ended(queue, registry)
     given = {"states": states, "best": best, "newest": newest, "every": every, "runs": runs}
     values = {name: value for name, value in given.items() if value is not None}

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from shared.atomic_file import replacing
 from shared.errors import NotFound
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from trainer_service.commands.options import settings
 from trainer_service.evaluation.comparison import compare_all
 from trainer_service.evaluation.record import Record
@@ -35,7 +35,7 @@ def print_evaluation(records: Sequence[Record], registry: Registry) -> None:
     """Prints the report, writes it as Markdown and HTML, and prints its JSON in the last line."""
     comparisons = compare_all(records)
     histories = registry.histories
-    runs = {record.version.run for record in records} & set(histories.runs())
+    runs = {record.version.run for record in records} & set(histories.ages_s())
     report = build_report(records, comparisons, [histories.read(run) for run in sorted(runs)])
     print_report(report, Console())
     folder = settings().directories.reports

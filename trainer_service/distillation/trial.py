@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import run_label
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from trainer_service.distillation.readiness import require_trained
 from trainer_service.evaluation.verdict import CONTROL
 from trainer_service.jobs.requests import DEFAULT_DATASET, DEFAULT_PRESET, EvaluateRequest, TrainRequest

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from shared.errors import GptloopError
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from trainer_service.evaluation.judge import Judge
 from trainer_service.evaluation.texts import Texts
 from trainer_service.jobs.attempt import Stopped

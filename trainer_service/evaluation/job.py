@@ -90,7 +90,7 @@ def _texts(
     data = spec.data
     if not (data.dataset or data.validation):
         data = DatasetSpec(judged.dataset_files, judged.validation_files)
-    tokenizer = read_tokenizer(attempt.open_registry().version_directory(version.version))
+    tokenizer = read_tokenizer(attempt.open_registry().fetch(version))
     share = TrainingConfig.from_dict(judged.training).validation_share
     return read_texts(version, data, tokenizer, attempt.directories.data, report, share)
 

@@ -11,7 +11,7 @@ from shared.device.accelerator import Accelerator
 from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.version_format import read_model, read_tokenizer
 from trainer_service.evaluation.method import HeldOutText, Method
 from trainer_service.evaluation.minimal_pairs import measure_pairs
@@ -52,7 +52,7 @@ class Judge:
         `CorruptCheckpoint` if the version is missing or damaged, `InvalidArgument` for a window that is too long, and
         `FailedPrecondition` if the registry cannot be written. Sections that were written before an error stay.
         """
-        folder = self._registry.version_directory(version.version)
+        folder = self._registry.fetch(version)
         config = TrainingConfig.from_dict(version.training)
         tokenizer = read_tokenizer(folder)
         method = _method(texts, tokenizer, self._device, window or config.context_length)
@@ -66,8 +66,7 @@ class Judge:
             record = replace(record, writing=None)  # copies could not be measured before
         if record.text is not None and training is None and record.writing is not None:
             return record
-        self._registry.verify(version)
-        model = read_model(folder, config.gpt)
+        model = read_model(self._registry.verified(version), config.gpt)
         if record.text is None:
             text = measure_text(
                 model,
@@ -113,8 +112,7 @@ class Judge:
         if not absent:
             return record
         version = self._registry.version(record.version.number)
-        self._registry.verify(version)
-        folder = self._registry.version_directory(version.version)
+        folder = self._registry.verified(version)
         model = read_model(folder, TrainingConfig.from_dict(version.training).gpt)
         for path in absent:
             progress = self._progress(f"comparing the pairs of {path.name}")
@@ -127,7 +125,7 @@ class Judge:
         if record.speed is not None:
             return record
         speed, memory = measure_speed(
-            self._registry.version_directory(version.version),
+            self._registry.fetch(version),
             TrainingConfig.from_dict(version.training),
             self._device.threads,
             self._progress("measuring speed and memory"),

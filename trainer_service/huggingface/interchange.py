@@ -15,10 +15,9 @@ from shared.gpt.config import GPTConfig
 from shared.gpt.model import parameters_of
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.commit import sync
-from shared.registry.fence import Fence
 from shared.registry.manifest import IMPORTED, VersionManifest
+from shared.registry.registry import Registry
 from shared.registry.retention import prune
-from shared.registry.store import Registry
 from shared.text import excerpt
 from trainer_service.huggingface.gpt2 import CONFIG_FILE, read_config, read_model, write_model
 from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tokenizer
@@ -91,9 +90,9 @@ def import_folder(
     spec = TrainSpec(new_run(IMPORTED), IMPORTED, config, data, resume=None)
     registry = settings.open_registry()
     registry.sweep()
-    fence = Fence.raise_for(registry.run_directory(spec.run))
+    fence = registry.take_over(spec.run)
     # The state comes first, so that training can continue every version.
-    registry.write_state(fence, spec.run, trainer.step, trainer.save)
+    registry.write_state(fence, trainer.step, trainer.save)
     version = publish(registry, fence, spec, prepared, trainer, evaluation_set, held_out)
     prune(registry, settings.retention)
     notices = prepared.notices + published.notices
@@ -121,8 +120,7 @@ def export_version(number: int, directory: Path, registry: Registry) -> list[Pat
         exists = target.exists()
         if exists and not (target.is_dir() and {path.name for path in target.iterdir()} <= _OF_A_NEW_DISK):
             raise AlreadyExists(f"{directory} exists and is not empty; name a new or an empty folder.")
-    registry.verify(version)
-    source = registry.version_directory(number)
+    source = registry.verified(version)
     tokenizer = version_format.read_tokenizer(source)
     model = version_format.read_model(source, GPTConfig.from_dict(version.model))
     name = f".{target.name}.{secrets.token_hex(4)}.partial"

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from shared.device.accelerator import Accelerator
 from shared.registry.decisions import BestBy
+from shared.registry.registry import Registry
 from shared.registry.retention import Retention
-from shared.registry.store import Registry
 from shared.service.settings import Directories
 from trainer_service.distillation.groq_settings import GroqSettings
 from trainer_service.jobs.events import Event, Preparation
@@ -36,8 +36,8 @@ class Attempt:
     settle: Callable[[EvaluateSpec], object] = lambda _: None
 
     def open_registry(self) -> Registry:
-        """Returns the registry in its folder."""
-        return Registry(self.directories.registry, self.best_by)
+        """Returns the registry."""
+        return self.directories.open_registry(self.best_by)
 
 
 class Stopped(Exception):

@@ -13,7 +13,7 @@ from shared.errors import AlreadyExists, InvalidArgument, shown
 from shared.registry.decisions import run_of
 from shared.registry.manifest import RUN_NAME, VersionManifest
 from shared.registry.numbering import is_number
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from trainer_service.distillation.readiness import require_trained
 from trainer_service.jobs.needs import Needs
 from trainer_service.jobs.specs import (

@@ -10,7 +10,7 @@ from pathlib import Path
 from shared.errors import DataError, FailedPrecondition, NotFound
 from shared.registry.decisions import run_of
 from shared.registry.numbering import is_number
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import JobStore
 from trainer_service.jobs.queue import JobQueue

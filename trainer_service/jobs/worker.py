@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from pathlib import Path
 
 from redis import Redis
 
 from shared.errors import NotFound, Unavailable
-from shared.registry.identity import registry_id
+from shared.registry.store import Store
 from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import START_LEASE_S
 from trainer_service.jobs.needs import Offer
@@ -112,8 +111,8 @@ def work(settings: TrainerSettings) -> None:
     Waits some seconds for a Redis that starts at the same time. Raises `Unavailable` if Redis does not answer then or
     fails later, and `FailedPrecondition` if it cannot store jobs.
     """
-    root = settings.directories.registry
-    registry = registry_id(root)
+    store = settings.open_registry().store
+    registry = store.id()
     # RQ blocks its connection, so the watch has its own.
     with connect(settings.redis) as own, connect(settings.redis) as connection:
         _wait_for_redis(connection)
@@ -124,7 +123,7 @@ def work(settings: TrainerSettings) -> None:
         ended = threading.Event()
         watch = threading.Thread(
             target=_watch,
-            args=(JobQueue(own, registry), runner, worker.name, offer, root, ended),
+            args=(JobQueue(own, registry), runner, worker.name, offer, store, ended),
             name="watch",
             daemon=True,
         )
@@ -151,16 +150,19 @@ def _wait_for_redis(connection: Redis) -> None:
             time.sleep(_POLL_S)
 
 
-def _watch(queue: JobQueue, runner: AttemptRunner, name: str, offer: Offer, root: Path, ended: threading.Event) -> None:
+def _watch(
+    queue: JobQueue, runner: AttemptRunner, name: str, offer: Offer, store: Store, ended: threading.Event
+) -> None:
     """Renews this worker's lease, watches all jobs, and ends the worker if another registry replaces its own."""
     watch, is_ending = Watch(queue), False
     while not ended.is_set():
         try:
             queue.store.workers.renew(name, offer)
             runner.end_lost(watch.look())
-            if registry_id(root) != queue.registry and not is_ending:
+            if store.id() != queue.registry and not is_ending:
                 logger.error(
-                    "%s contains another registry now: the worker ends, and its next start uses that one", root
+                    "%s contains another registry now: the worker ends, and its next start uses that one",
+                    store.address,
                 )
                 is_ending = True
                 os.kill(os.getpid(), signal.SIGTERM)

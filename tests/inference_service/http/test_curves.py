@@ -7,9 +7,9 @@ import pytest
 
 from inference_service.http.curves import Curves
 from shared.errors import NotFound
-from shared.registry.fence import Fence
 from shared.registry.history import EvaluationLine, HistoryWriter, ReportLine
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry
 
 
 def report(step: int, attempt: int = 1) -> ReportLine:
@@ -22,7 +22,7 @@ def evaluation(step: int, version: int | None) -> EvaluationLine:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path)
+    return disk_registry(tmp_path)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def curves(registry: Registry) -> Iterator[Curves]:
 
 
 def writer(registry: Registry, run: str, step: int = 0) -> HistoryWriter:
-    return HistoryWriter(Fence.raise_for(registry.run_directory(run)), step)
+    return registry.histories.writer(registry.take_over(run), step)
 
 
 def test_a_cursor_brings_only_the_lines_after_it(registry: Registry, curves: Curves) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from shared.registry.fence import Fence
-from shared.registry.history import EvaluationLine, HistoryWriter, ReportLine
+from shared.registry.history import EvaluationLine, ReportLine
 from tests.fakes import TINY
 from tests.inference_service.operated import TOKEN, Operated
 from tests.inference_service.process import ROOT
@@ -55,9 +54,10 @@ def message(response: httpx.Response) -> str:
 
 
 def report(run: str, operated: Operated, *steps: int) -> None:
-    fence = Fence.raise_for(operated.server.registry.run_directory(run))
+    registry = operated.server.registry
     lines = [ReportLine(step, 100 * step, 1 / step, 1e-3, 0.1, 5.0, 1, 2, 3, 1.7e9, 1) for step in steps]
-    HistoryWriter(fence, 0).append(*lines, EvaluationLine(steps[-1], 100, 2.5, 1.5, None, 1.7e9, 1))
+    last = EvaluationLine(steps[-1], 100, 2.5, 1.5, None, 1.7e9, 1)
+    registry.histories.writer(registry.take_over(run), 0).append(*lines, last)
 
 
 def test_the_runs_come_with_what_the_page_shows_of_them(operated: Operated) -> None:

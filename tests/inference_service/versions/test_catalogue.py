@@ -15,12 +15,12 @@ from shared.decoding.cpu_decoder import CpuDecoder
 from shared.errors import FailedPrecondition, Unavailable
 from shared.registry.decisions import BestBy
 from shared.registry.findings import Finding
-from shared.registry.store import Registry
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import BAD_SEED, GOOD_SEED, cut_off, lose_a_file
 from tests.inference_service.world import World, drop, polls
 from tests.records import write_record
+from tests.registries import disk_registry, evaluation_folder, root_of, version_folder
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ async def test_a_version_with_missing_or_short_files_waits(fresh: World, change:
 @async_test
 async def test_while_the_registry_cannot_be_read_the_versions_of_the_last_look_count(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 2.0)
-    root = fresh.registry.root
+    root = root_of(fresh.registry)
     # A link can be replaced at once.
     aside = root.rename(root.with_name("aside"))
     root.symlink_to(aside)
@@ -67,9 +67,9 @@ async def test_while_the_registry_cannot_be_read_the_versions_of_the_last_look_c
 
 @async_test
 async def test_a_version_that_is_copied_file_by_file_serves_once_it_is_whole(fresh: World) -> None:
-    staged = Registry(fresh.registry.root.parent / "staged")
+    staged = disk_registry(root_of(fresh.registry).parent / "staged")
     publish_tiny_version(staged, 1.0)
-    source, target = staged.version_directory(1), fresh.registry.version_directory(1)
+    source, target = version_folder(staged, 1), version_folder(fresh.registry, 1)
 
     async with fresh.running():
         target.mkdir(parents=True)
@@ -96,7 +96,7 @@ async def test_findings_are_remembered_after_a_restart(fresh: World, monkeypatch
         await eventually(lambda: fresh.serving == 1)
         await eventually(lambda: len(fresh.registry.decisions.findings()) == 2)
     monkeypatch.setattr(CpuDecoder, "score", lambda *_: pytest.fail("It is examined again."))
-    restarted = World(fresh.registry.root)
+    restarted = World(root_of(fresh.registry))
 
     async with restarted.running():
         await eventually(lambda: restarted.serving == 1)
@@ -134,7 +134,7 @@ async def test_findings_of_another_kind_of_device_do_not_count(fresh: World) -> 
     elsewhere = replace(finding, device="metal", refusal="loss_mismatch", sentence="it lies", at=finding.at + 1)
     decisions.keep(1, elsewhere)
     decisions.forget(2)
-    restarted = World(fresh.registry.root)
+    restarted = World(root_of(fresh.registry))
 
     async with restarted.running():
         await eventually(lambda: restarted.serving == 1)
@@ -151,7 +151,7 @@ async def test_a_refused_version_cannot_be_named_while_a_server_starts(fresh: Wo
         await fresh.manager.roll_back()
         await eventually(lambda: fresh.serving == 1)
         await eventually(lambda: any(finding.refusal for finding in fresh.registry.decisions.findings()[2]))
-    restarted = World(fresh.registry.root)
+    restarted = World(root_of(fresh.registry))
 
     async with restarted.running():
         # The server has not looked at the registry yet.
@@ -229,7 +229,7 @@ async def test_a_record_is_shown_as_soon_as_it_appears(world: World) -> None:
         statuses = await world.manager.statuses()
         assert [each.evaluation and each.evaluation.bits_per_byte for each in statuses] == [None, 1.4, 1.2]
         assert world.serving == 2
-        world.registry.evaluations.path(2, "aa").unlink()
+        (evaluation_folder(world.registry, 2) / "aa.json").unlink()
         await eventually(lambda: evaluated(world) == {})
 
 
@@ -264,6 +264,6 @@ async def test_the_version_with_the_best_evaluation_serves_whatever_its_windows_
         assert world.serving == 2
         assert world.value("refused_versions_total", reason="worse") == 0
         # Without the only version that was evaluated, the best one of training serves.
-        world.registry.evaluations.path(1, "aa").unlink()
+        (evaluation_folder(world.registry, 1) / "aa.json").unlink()
         assert await world.manager.roll_back() in (1, 3)
         await world.serves(3)

@@ -11,6 +11,7 @@ from inference_service.versions.planner import State
 from shared import version_format
 from shared.errors import CorruptCheckpoint, FailedPrecondition
 from shared.registry.manifest import VersionManifest
+from shared.registry.registry import Checkpoint
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import (
@@ -27,6 +28,7 @@ from tests.inference_service.spoiling import (
     strange_windows,
 )
 from tests.inference_service.world import World, drop, polls
+from tests.registries import root_of, version_folder
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -80,7 +82,7 @@ async def test_a_version_changed_after_its_commit_never_serves(fresh: World) -> 
 async def test_a_corrupt_version_is_examined_again_once_its_files_are_restored(fresh: World, tmp_path: Path) -> None:
     publish_tiny_version(fresh.registry, 2.0)
     publish_tiny_version(fresh.registry, 1.0)
-    path = fresh.registry.version_directory(2) / "model.safetensors"
+    path = version_folder(fresh.registry, 2) / "model.safetensors"
     whole = path.read_bytes()
     flip_a_bit(path.parent)
 
@@ -120,8 +122,8 @@ async def test_a_worse_version_serves_after_a_restart_without_the_better_one(fre
         await eventually(lambda: fresh.serving == 1)
         publish_tiny_version(fresh.registry, 1.0, seed=BAD_SEED)
         await eventually(lambda: any(each.refusal for each in decisions.findings().get(2, ())))
-    fresh.registry.remove_version(1)
-    restarted = World(fresh.registry.root)
+    fresh.registry.remove(Checkpoint(1))
+    restarted = World(root_of(fresh.registry))
 
     async with restarted.running():
         await eventually(lambda: restarted.serving == 2)
@@ -134,9 +136,9 @@ async def test_after_a_restart_an_unreadable_version_sets_no_standard(fresh: Wor
 
     async with fresh.running():
         await eventually(lambda: fresh.serving == 2)
-    path = fresh.registry.version_directory(2) / "model.safetensors"
+    path = version_folder(fresh.registry, 2) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    restarted = World(fresh.registry.root)
+    restarted = World(root_of(fresh.registry))
 
     async with restarted.running():
         await eventually(lambda: restarted.serving == 1)
@@ -191,7 +193,7 @@ async def test_a_version_published_while_no_server_ran_must_be_as_good_as_the_on
         await eventually(lambda: fresh.serving == 1)
         await eventually(lambda: bool(fresh.registry.decisions.findings()))
     publish_tiny_version(fresh.registry, 0.5, seed=BAD_SEED)
-    restarted = World(fresh.registry.root)
+    restarted = World(root_of(fresh.registry))
 
     async with restarted.running():
         await eventually(lambda: restarted.serving == 1)
@@ -227,15 +229,15 @@ async def test_a_refused_version_is_examined_again_when_an_operator_loads_it(fre
 async def test_a_version_that_cannot_be_read_is_tried_again(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
     publish_tiny_version(fresh.registry, 2.0)
     publish_tiny_version(fresh.registry, 1.0)
-    verify = fresh.registry.verify
+    verified = fresh.registry.verified
     failing = True
 
-    def unreadable(manifest: VersionManifest) -> None:
+    def unreadable(manifest: VersionManifest) -> Path:
         if failing and manifest.version == 2:
             raise OSError(5, "Input/output error")
-        verify(manifest)
+        return verified(manifest)
 
-    monkeypatch.setattr(fresh.registry, "verify", unreadable)
+    monkeypatch.setattr(fresh.registry, "verified", unreadable)
     monkeypatch.setattr("inference_service.versions.entry.RETRY_AFTER_S", 0.2)
 
     async with fresh.running():

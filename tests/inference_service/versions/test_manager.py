@@ -9,10 +9,12 @@ import pytest
 from inference_service.versions.planner import State
 from shared.atomic_file import replacing
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted, Unavailable
+from shared.registry.registry import Checkpoint
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import BAD_SEED, flip_a_bit, no_tokenizer
 from tests.inference_service.world import World, drop, hold_read, polls, served, status
+from tests.registries import root_of
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -85,7 +87,7 @@ async def test_after_a_restart_requests_fail_with_the_reason_why_no_version_serv
 
     async with fresh.running():
         await eventually(lambda: len(fresh.registry.decisions.findings()) == 2)
-    restarted = World(fresh.registry.root)
+    restarted = World(root_of(fresh.registry))
 
     async with restarted.running():
         with pytest.raises(Unavailable) as error:
@@ -101,7 +103,7 @@ async def test_after_a_restart_requests_fail_with_the_reason_why_no_version_serv
 async def test_a_damaged_policy_is_reported_once_while_the_one_before_holds(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = world.registry.root / "serving" / "policy"
+    path = root_of(world.registry) / "serving" / "policy"
 
     async with world.running():
         await eventually(lambda: world.serving == 2)
@@ -179,7 +181,7 @@ async def test_the_next_best_version_serves_if_the_best_is_unfit_at_the_start(fr
 async def test_a_version_that_disappears_is_not_refused(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 1.0)
     gone = publish_tiny_version(fresh.registry, 2.0)
-    fresh.registry.remove_version(2)
+    fresh.registry.remove(Checkpoint(2))
 
     async with fresh.running():
         await eventually(lambda: fresh.serving == 1)
@@ -212,8 +214,8 @@ async def test_a_version_that_is_ready_serves_while_a_better_one_is_on_its_way(
 async def test_another_registry_in_the_same_place_takes_over(world: World) -> None:
     async with world.running():
         await eventually(lambda: world.serving == 2)
-        moved = world.registry.root.with_name("moved")
-        world.registry.root.rename(moved)
+        moved = root_of(world.registry).with_name("moved")
+        root_of(world.registry).rename(moved)
         await polls(world)
         assert world.serving == 2
         for _ in range(2):
@@ -255,7 +257,7 @@ async def test_the_policy_is_kept_over_a_restart(world: World) -> None:
         await eventually(lambda: world.serving == 2)
         await world.manager.set_policy("pinned:1")
         await eventually(lambda: world.serving == 1)
-    restarted = World(world.registry.root)
+    restarted = World(root_of(world.registry))
 
     async with restarted.running():
         await eventually(lambda: restarted.serving is not None)

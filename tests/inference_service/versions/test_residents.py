@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from inference_service.versions.planner import State
 from shared.errors import FailedPrecondition, NotFound, ResourceExhausted
 from shared.registry.manifest import VersionManifest
+from shared.registry.registry import Checkpoint
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.world import World, hold_read, polls, served, status
@@ -105,13 +107,13 @@ async def test_a_held_version_makes_room_for_one_that_should_serve(world: World)
 async def test_a_named_version_is_read_once_while_there_is_room(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     one = world.registry.version(1)
     read: list[int] = []
-    verify = world.registry.verify
+    verified = world.registry.verified
 
-    def count(manifest: VersionManifest) -> None:
+    def count(manifest: VersionManifest) -> Path:
         read.append(manifest.version)
-        verify(manifest)
+        return verified(manifest)
 
-    monkeypatch.setattr(world.registry, "verify", count)
+    monkeypatch.setattr(world.registry, "verified", count)
 
     async with world.running():
         await eventually(lambda: world.serving == 2)
@@ -156,7 +158,7 @@ async def test_an_idle_version_that_was_removed_or_refused_leaves_memory(world: 
         async with world.residents.stream(one):
             pass
         assert world.resident() == {"1", "2"}
-        world.registry.remove_version(1)
+        world.registry.remove(Checkpoint(1))
         await eventually(lambda: world.resident() == {"2"})
         await world.manager.roll_back()
         await eventually(lambda: world.resident() == {"3"})
@@ -230,7 +232,7 @@ async def test_a_version_in_memory_is_listed_even_if_it_was_removed(world: World
     async with world.running():
         await eventually(lambda: world.serving == 2)
         for number in (1, 2, 3):
-            world.registry.remove_version(number)
+            world.registry.remove(Checkpoint(number))
         (two,) = await world.manager.statuses()
         assert (two.number, two.state) == (2, State.SERVING)
         with pytest.raises(NotFound):

@@ -2,9 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
+    return disk_registry(tmp_path / "registry")

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from shared.errors import GptloopError
-from shared.registry.fence import Fence
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry, root_of
 from tests.shared.registry.faults import DEATH, Faults, Mode
 from tests.shared.registry.scenarios import BEGINNINGS, RUN, SCENARIOS, Scenario, observe, publish, write_state
 
@@ -33,7 +33,7 @@ def sweep(
     faults = Faults(library)
     for mode in (Mode.FAIL_ONCE, Mode.FAIL_ON, Mode.DIE):
         hits: list[str] = []
-        while hit := _disturb(faults, SCENARIOS[scenario], Registry(root), mode, len(hits)):
+        while hit := _disturb(faults, SCENARIOS[scenario], disk_registry(root), mode, len(hits)):
             hits.append(hit)
         print(mode.name, *hits)
 
@@ -41,41 +41,41 @@ def sweep(
 def _disturb(faults: Faults, scene: Scenario, registry: Registry, mode: Mode, n: int) -> str:
     """Disturbs the n-th operation and returns its name; returns an empty text if there are fewer."""
     fence = scene.prepare(registry)
-    old = observe(registry.root)
+    old = observe(root_of(registry))
     if mode is Mode.DIE:
         hit, failed = _die(faults, registry, partial(scene.act, registry, fence), n), True
     else:
         hit, failed = _fail(faults, registry, partial(scene.act, registry, fence), mode, n)
     place = f"operation {n}, {hit}: "
-    new = observe(registry.root)
+    new = observe(root_of(registry))
     assert scene.may_change(old, new), f"{place}{sorted(new ^ old)}"
-    leftovers = list((registry.root / "staging").iterdir())
+    leftovers = list((root_of(registry) / "staging").iterdir())
     if mode is Mode.FAIL_ONCE and failed:
         assert not leftovers, place + "a failing write left something in staging"
         partly = ("fence", "finding", "history", "prune", "teachers", "teachers-go")
         assert scene in [SCENARIOS[name] for name in partly] or new == old, place + "visible"
-        assert not list(registry.root.glob("**/*.new")), place + "a half-written text"
+        assert not list(root_of(registry).glob("**/*.new")), place + "a half-written text"
     if not failed:
         assert new != old, place + "nothing changed, but no error was raised"
     # In the same process, or as in the next one.
-    next_registry = registry if n % 2 else Registry(registry.root)
-    fence = Fence.raise_for(next_registry.run_directory(RUN))
+    next_registry = registry if n % 2 else disk_registry(root_of(registry))
+    fence = next_registry.take_over(RUN)
     before = max(each.version for each in next_registry.versions())
     # The failed attempt may have used one number.
     assert before < publish(next_registry, fence).version <= before + 2, place + "the next version"
     write_state(next_registry, fence)
-    Registry(registry.root).sweep()
-    assert not any((registry.root / "staging").iterdir()), place + "a leftover was not swept"
+    disk_registry(root_of(registry)).sweep()
+    assert not any((root_of(registry) / "staging").iterdir()), place + "a leftover was not swept"
     return hit
 
 
 def _fail(faults: Faults, registry: Registry, act: Act, mode: Mode, n: int) -> tuple[str, bool]:
-    faults.arm(registry.root, mode, n, ERRORS[n % len(ERRORS)])
+    faults.arm(root_of(registry), mode, n, ERRORS[n % len(ERRORS)])
     try:
         act()
     except GptloopError as raised:
         faults.disarm()
-        assert str(registry.root) in str(raised), f"operation {n}: {raised}"
+        assert str(root_of(registry)) in str(raised), f"operation {n}: {raised}"
         return faults.hit(), True
     finally:
         faults.disarm()
@@ -85,7 +85,7 @@ def _fail(faults: Faults, registry: Registry, act: Act, mode: Mode, n: int) -> t
 def _die(faults: Faults, registry: Registry, act: Act, n: int) -> str:
     child = os.fork()
     if child == 0:
-        faults.arm(registry.root, Mode.DIE, n)
+        faults.arm(root_of(registry), Mode.DIE, n)
         act()
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -102,7 +102,7 @@ def record(
     before: Annotated[Path, typer.Argument(help="The place for a copy of the folder before the scenario.")],
 ) -> None:
     """Logs every file operation of a scenario."""
-    scene, registry = (SCENARIOS | BEGINNINGS)[scenario], Registry(world / "var" / "registry")
+    scene, registry = (SCENARIOS | BEGINNINGS)[scenario], disk_registry(world / "var" / "registry")
     fence = scene.prepare(registry)
     shutil.copytree(world, before)
     with Faults(library).logged(world, log):

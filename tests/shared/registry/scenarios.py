@@ -6,10 +6,11 @@ from pathlib import Path
 
 from shared.registry.fence import Fence
 from shared.registry.findings import Finding
-from shared.registry.history import EvaluationLine, HistoryWriter
+from shared.registry.history import EvaluationLine
 from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.registry import Registry
 from shared.registry.retention import Retention, prune
-from shared.registry.store import Registry
+from tests.registries import disk_registry, root_of, run_folder, state_folder, version_folder
 
 RUN = "run-1"
 # Keeps little, so that much is removed; runs of the last week are kept, each with its last state.
@@ -53,7 +54,7 @@ def write_model(folder: Path) -> None:
 
 def publish(registry: Registry, fence: Fence | None = None, **values: object) -> VersionManifest:
     return registry.publish_version(
-        fence or Fence.raise_for(registry.run_directory(RUN)),
+        fence or registry.take_over(RUN),
         write_model,
         lambda number, files: make_manifest(number, files, **values),
     )
@@ -63,17 +64,18 @@ def write_state(registry: Registry, fence: Fence | None = None, step: int | None
     """Writes the state of a step, by default of the one after the last."""
     if step is None:
         step = max(registry.states(RUN), default=0) + 1
-    return registry.write_state(fence or Fence.raise_for(registry.run_directory(RUN)), RUN, step, write_model)
+    registry.write_state(fence or registry.take_over(RUN), step, write_model)
+    return state_folder(registry, RUN, step)
 
 
 def observe(root: Path) -> View:
     """Returns what a new reader sees; fails if anything visible is damaged, or a label names nothing."""
-    registry = Registry(root)
+    registry = disk_registry(root)
     view = set()
     for checkpoint in registry.checkpoints():
         registry.check(checkpoint)
-        view.add(f"{checkpoint}: {(registry.directory(checkpoint) / 'manifest.json').read_text()}")
-    assert not registry.unknown_paths()
+        view.add(f"{checkpoint}: {(Path(registry.place(checkpoint)) / 'manifest.json').read_text()}")
+    assert not registry.store.unknown()
     numbers = [manifest.version for manifest in registry.versions()]
     labels = registry.labels()
     assert set(labels) == ({"best", "latest"} if numbers else set())
@@ -84,7 +86,7 @@ def observe(root: Path) -> View:
             view.add(f"teachers of {run}: {teachers}")
     for path in (root / "runs").glob("*/fence"):
         view.add(f"fence of {path.parent.name}: {int(path.read_text())}")
-    for run in registry.histories.runs():
+    for run in registry.histories.ages_s():
         view |= {f"line of {run}: {line}" for line in registry.histories.read(run).evaluations}
     findings = registry.decisions.findings()
     view |= {f"finding of {number}: {each}" for number, each in findings.items()}
@@ -134,7 +136,7 @@ def _only_removes(old: View, new: View) -> bool:
 
 
 def _prepare(registry: Registry) -> Fence:
-    fence = Fence.raise_for(registry.run_directory(RUN))
+    fence = registry.take_over(RUN)
     prune(registry, SPARING)
     while len(registry.versions()) < 2:
         publish(registry, fence)
@@ -168,13 +170,13 @@ def make_line(step: int, version: int | None = None) -> EvaluationLine:
 
 def _prepare_history(registry: Registry) -> Fence:
     fence = _prepare(registry)
-    HistoryWriter(fence, 0).append(*map(make_line, (1, 2, 3)), synced=True)
+    registry.histories.writer(fence, 0).append(*map(make_line, (1, 2, 3)), synced=True)
     return fence
 
 
 def _continue_history(registry: Registry, fence: Fence) -> None:
     # As a run that has a state of step 2.
-    HistoryWriter(fence, 2, make_line(2)).append(make_line(4), synced=True)
+    registry.histories.writer(fence, 2, make_line(2)).append(make_line(4), synced=True)
 
 
 def _replaces_the_last_line(old: View, new: View) -> bool:
@@ -201,7 +203,7 @@ def _take_teachers(registry: Registry, fence: Fence) -> None:
 def take_teachers(registry: Registry, fence: Fence, *numbers: int) -> None:
     """Makes versions the teachers of the run, as its first attempt does."""
     for number in numbers:
-        registry.teachers.take(fence, registry.version_directory(number))
+        registry.teachers.take(fence, version_folder(registry, number))
     registry.teachers.keep(fence, numbers)
 
 
@@ -216,30 +218,30 @@ def _removes_teachers(old: View, new: View) -> bool:
 
 
 def _prepare_nothing(registry: Registry) -> Fence:
-    return Fence(registry.root, 0)
+    return Fence(RUN, 0)
 
 
 def _prepare_parent(registry: Registry) -> Fence:
-    registry.root.parent.mkdir()
-    return Fence(registry.root, 0)
+    root_of(registry).parent.mkdir()
+    return Fence(RUN, 0)
 
 
 def _begin(registry: Registry, _: Fence) -> None:
-    fence = Fence.raise_for(registry.run_directory(RUN))
+    fence = registry.take_over(RUN)
     publish(registry, fence)
     write_state(registry, fence)
     _find_out(registry, 0)
 
 
 def _begin_again(registry: Registry, fence: Fence) -> None:
-    root = registry.root
-    for folder in (root / "versions", registry.run_directory(RUN) / "states", root / "serving" / "findings"):
+    root = root_of(registry)
+    for folder in (root / "versions", run_folder(registry, RUN) / "states", root / "serving" / "findings"):
         folder.mkdir(parents=True)
     _begin(registry, fence)
 
 
 def _sweep_a_removal(registry: Registry, _: Fence) -> None:
-    registry.version_directory(registry.versions()[0].version).rename(registry.root / "staging" / "removed")
+    version_folder(registry, registry.versions()[0].version).rename(root_of(registry) / "staging" / "removed")
     registry.sweep()
 
 
@@ -253,7 +255,7 @@ SCENARIOS = {
     "version": Scenario(_prepare, publish, _adds_one("version")),
     # The step follows from the fence, because `act` must not read anything that the registry itself does not read.
     "state": Scenario(_prepare, lambda r, fence: write_state(r, fence, 1000 * fence.token), _adds_one("state")),
-    "fence": Scenario(_prepare, lambda registry, _: Fence.raise_for(registry.run_directory(RUN)), _raises_one),
+    "fence": Scenario(_prepare, lambda registry, _: registry.take_over(RUN), _raises_one),
     "finding": Scenario(_prepare_finding, lambda registry, fence: _find_out(registry, fence.token), _replaces_one),
     "prune": Scenario(_prepare_prune, lambda registry, _: prune(registry, SPARING), _only_removes),
     "teachers": Scenario(_prepare_teachers, _take_teachers, _adds_one("teachers")),

@@ -24,6 +24,7 @@ from shared.registry.decisions import (
     pinned_number,
 )
 from shared.registry.findings import Finding
+from tests.registries import disk_registry
 
 FINDING = Finding("digest", "cpu", loss=2.5, refusal=None, sentence="", at=1.0)
 REFUSAL = replace(FINDING, loss=None, refusal="lying", sentence="It claims too much.")
@@ -66,7 +67,7 @@ DAMAGED_FINDINGS = (
 
 @pytest.fixture
 def decisions(tmp_path: Path) -> Decisions:
-    return Decisions(tmp_path / "registry")
+    return disk_registry(tmp_path / "registry").decisions
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_without_any_decision_best_serves(
 def test_a_policy_is_read_as_it_was_set(decisions: Decisions, serving: Path, label: str) -> None:
     for each in ("pinned:1", label):
         decisions.set_policy(each)
-    assert decisions.policy() == Decisions(serving.parent).policy() == label
+    assert decisions.policy() == disk_registry(serving.parent).decisions.policy() == label
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_a_decision_may_be_written_with_an_editor(decisions: Decisions, serving:
 def test_the_last_promoted_version_is_stable(decisions: Decisions, serving: Path) -> None:
     for number in (10, 7):
         decisions.set_stable(number)
-    assert decisions.stable() == Decisions(serving.parent).stable() == 7
+    assert decisions.stable() == disk_registry(serving.parent).decisions.stable() == 7
 
 
 @pytest.mark.parametrize("content", ["", "x", "-1", "0", "07", "7.0", "1_0", "٣", "²", "\0", b"\xff", "9" * 5000])
@@ -196,8 +197,8 @@ def test_an_unreadable_decision_does_not_count_as_undecided(decisions: Decisions
 )
 def test_a_finding_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, finding: Finding) -> None:
     root = tmp_path_factory.mktemp("registry")
-    Decisions(root).keep(7, finding)
-    assert Decisions(root).findings() == {7: [finding]}
+    disk_registry(root).decisions.keep(7, finding)
+    assert disk_registry(root).decisions.findings() == {7: [finding]}
 
 
 def test_the_last_finding_of_each_version_and_device_is_kept(decisions: Decisions) -> None:
@@ -313,10 +314,10 @@ def test_a_reader_sees_one_complete_text_of_concurrent_writers(decisions: Decisi
         import sys
         from concurrent.futures import ThreadPoolExecutor
         from pathlib import Path
-        from shared.registry.decisions import Decisions
+        from tests.registries import disk_registry
         from shared.registry.findings import Finding
 
-        decisions = Decisions(Path(sys.argv[1]))
+        decisions = disk_registry(Path(sys.argv[1])).decisions
         finding = Finding("digest", "cpu", None, "lying", sys.argv[2] * 100_000, 1.0)
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(lambda _: decisions.keep(7, finding), range(40)))

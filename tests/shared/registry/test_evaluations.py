@@ -6,9 +6,10 @@ import pytest
 
 from shared.errors import FailedPrecondition, NotFound
 from shared.registry.evaluations import Figures, comparable, one_of_each
-from shared.registry.store import Registry
+from shared.registry.registry import Checkpoint, Registry
 from tests.fakes import publish_tiny_version
 from tests.records import record, write_record
+from tests.registries import evaluation_folder, root_of
 from tests.shared.registry.scenarios import publish
 
 
@@ -54,14 +55,14 @@ def test_a_replaced_record_is_read_again(registry: Registry) -> None:
 def test_a_file_without_figures_is_ignored(registry: Registry, content: bytes) -> None:
     number = publish_tiny_version(registry, 1).version
     registry.evaluations.write(number, "aa", record("d", 1.5, measured_at=100.0))
-    registry.evaluations.path(number, "bb").write_bytes(content)
+    (evaluation_folder(registry, number) / "bb.json").write_bytes(content)
     assert [each.method_digest for each in registry.evaluations.figures(number)] == ["aa"]
 
 
 def test_a_record_goes_with_its_version_and_none_is_written_for_a_removed_version(registry: Registry) -> None:
     number = publish_tiny_version(registry, 1).version
     registry.evaluations.write(number, "aa", record("d", 1.5, measured_at=100.0))
-    registry.remove_version(number)
+    registry.remove(Checkpoint(number))
     assert list(registry.evaluations.figures(number)) == []
     registry.evaluations.write(number, "aa", record("d", 1.5, measured_at=100.0))
     with pytest.raises(NotFound, match=f"Version {number} has no evaluation aa"):
@@ -70,7 +71,7 @@ def test_a_record_goes_with_its_version_and_none_is_written_for_a_removed_versio
 
 def test_a_record_that_cannot_be_written_is_an_error_and_leaves_no_file(registry: Registry) -> None:
     number = publish_tiny_version(registry, 1).version
-    (registry.root / "evaluations").touch()
+    (root_of(registry) / "evaluations").touch()
     with pytest.raises(FailedPrecondition, match="cannot be written"):
         registry.evaluations.write(number, "aa", record("d", 1.5, measured_at=100.0))
 
@@ -80,14 +81,14 @@ def test_a_record_keeps_its_text(registry: Registry, tmp_path: Path) -> None:
     text = record("d", 1.5, measured_at=100.0)
     registry.evaluations.write(number, "aa", text)
     assert registry.evaluations.read(number, "aa") == text
-    assert os.listdir(registry.evaluations.folder(number)) == ["aa.json"]  # noqa: PTH208
+    assert os.listdir(evaluation_folder(registry, number)) == ["aa.json"]  # noqa: PTH208
 
 
 def test_a_file_with_another_name_is_no_record(registry: Registry) -> None:
     version = publish(registry)
     write_record(registry, version, 1.5)
     for name in ("aa.json.new", "notes.json", "AA.json", "aa"):
-        registry.evaluations.folder(1).joinpath(name).write_text(record(version.digest, 1.1, measured_at=200.0))
+        evaluation_folder(registry, 1).joinpath(name).write_text(record(version.digest, 1.1, measured_at=200.0))
     assert [each.bits_per_byte for each in registry.evaluations.figures(1)] == [1.5]
 
 
@@ -105,12 +106,12 @@ def test_a_file_is_read_once_and_forgotten_with_its_version(
     versions = [publish(registry), publish(registry)]
     for version in versions:
         write_record(registry, version, 1.5)
-    registry.evaluations.path(1, "bb").write_text("{}")
+    (evaluation_folder(registry, 1) / "bb.json").write_text("{}")
     registry.evaluations.of(versions)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read again"))
     assert set(registry.evaluations.of(versions)) == {1, 2}
     assert set(registry.evaluations.of(versions[:1])) == {1}
-    assert {path.parent.name for path in registry.evaluations._known} == {"1"}
+    assert set(registry.evaluations._known) == {1}
 
 
 def test_figures_stay_while_the_disk_fails_to_read_them(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:

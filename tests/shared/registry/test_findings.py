@@ -8,7 +8,8 @@ import pytest
 
 from shared.registry.commit import files_state
 from shared.registry.findings import CORRUPT, WORSE, Finding, Findings
-from shared.registry.store import Registry
+from shared.registry.registry import Checkpoint, Registry
+from tests.registries import version_folder
 from tests.shared.registry.scenarios import publish
 
 FINDING = Finding("digest", "cpu", loss=2.5, refusal=None, sentence="", at=1.0)
@@ -121,10 +122,10 @@ def test_labels_never_name_a_refused_or_incomplete_version(registry: Registry) -
     first, second = publish(registry, bits_per_byte=0.5), publish(registry, bits_per_byte=0.6)
     registry.decisions.keep(1, Finding(first.digest, "cpu", 3.0, WORSE, "It is worse.", 1.0, second.digest))
     assert registry.labels()["best"] == 2
-    registry.remove_version(2)
+    registry.remove(Checkpoint(2))
     assert registry.labels()["best"] == 1
     third = publish(registry, bits_per_byte=0.1).version
-    path = registry.version_directory(third) / "model.safetensors"
+    path = version_folder(registry, third) / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     assert registry.labels() == {"best": 1, "latest": 1}
@@ -134,10 +135,10 @@ def test_labels_never_name_a_refused_or_incomplete_version(registry: Registry) -
 
 def test_a_corrupt_version_that_is_restored_may_serve(registry: Registry, tmp_path: Path) -> None:
     manifest = publish(registry)
-    corrupt = Finding(manifest.digest, "cpu", None, CORRUPT, "x", 1.0, files_state(registry.version_directory(1)))
+    corrupt = Finding(manifest.digest, "cpu", None, CORRUPT, "x", 1.0, files_state(version_folder(registry, 1)))
     registry.decisions.keep(1, corrupt)
     assert registry.labels() == {}
-    path = registry.version_directory(1) / "model.safetensors"
+    path = version_folder(registry, 1) / "model.safetensors"
     copy = tmp_path / "copy"
     copy.write_bytes(path.read_bytes())
     copy.replace(path)

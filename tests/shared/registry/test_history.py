@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import FailedPrecondition, NotFound, RunOwnershipLost
-from shared.registry.fence import Fence
 from shared.registry.history import EvaluationLine, HistoryWriter, Line, ReportLine
+from shared.registry.registry import Checkpoint, Registry
 from shared.registry.retention import Retention, prune
-from shared.registry.store import Checkpoint, Registry
+from tests.registries import disk_registry, run_folder, version_folder
 from tests.shared.registry.scenarios import RUN, make_line, publish, write_state
 
 
@@ -41,7 +41,7 @@ STEPS = st.integers(0, 6)
 
 
 def begin(registry: Registry, step: int = 0, published: EvaluationLine | None = None) -> HistoryWriter:
-    return HistoryWriter(Fence.raise_for(registry.run_directory(RUN)), step, published)
+    return registry.histories.writer(registry.take_over(RUN), step, published)
 
 
 def read(registry: Registry) -> tuple[Line, ...]:
@@ -54,11 +54,11 @@ def read(registry: Registry) -> tuple[Line, ...]:
 @pytest.fixture
 def path(registry: Registry) -> Path:
     begin(registry).append(*LINES)
-    return registry.run_directory(RUN) / "history.jsonl"
+    return run_folder(registry, RUN) / "history.jsonl"
 
 
 def test_a_history_is_read_as_it_was_written(registry: Registry, path: Path) -> None:
-    assert registry.histories.runs() == [RUN] and read(registry) == LINES
+    assert list(registry.histories.ages_s()) == [RUN] and read(registry) == LINES
     history = registry.histories.read(RUN)
     assert [line.step for line in history.reports] == [1, 2, 3, 4, 5, 6]
     assert [line.version for line in history.evaluations] == [1, 2, 3]
@@ -69,9 +69,9 @@ def test_a_history_is_read_as_it_was_written(registry: Registry, path: Path) -> 
 def test_a_run_that_was_killed_at_any_byte_continues_after_the_step_of_its_state(
     tmp_path_factory: pytest.TempPathFactory, killed_at: float, step: int, has_version: bool
 ) -> None:
-    registry = Registry(tmp_path_factory.mktemp("history"))
+    registry = disk_registry(tmp_path_factory.mktemp("history"))
     begin(registry).append(*LINES)
-    path = registry.run_directory(RUN) / "history.jsonl"
+    path = run_folder(registry, RUN) / "history.jsonl"
     whole = path.read_bytes()
     left = whole[: round(killed_at * len(whole))]
     path.write_bytes(left)
@@ -151,7 +151,7 @@ def test_only_the_owner_of_the_run_writes(registry: Registry, path: Path) -> Non
 def test_a_write_that_fails_halfway_costs_only_its_line(registry: Registry) -> None:
     writer = begin(registry)
     writer.append(report(1))
-    path = registry.run_directory(RUN) / "history.jsonl"
+    path = run_folder(registry, RUN) / "history.jsonl"
     with largest_file(path.stat().st_size + 20):
         for step in (2, 3):
             with pytest.raises(FailedPrecondition, match=r"The registry .* cannot be written: "):
@@ -196,7 +196,7 @@ def test_an_unknown_run_is_an_error_that_names_the_others(registry: Registry) ->
     with pytest.raises(NotFound, match=r"There is no history of a run named 'wide'; no run has one yet\."):
         registry.histories.read("wide")
     begin(registry).append(report(1))
-    Fence.raise_for(registry.run_directory("wide"))
+    registry.take_over("wide")
     for name in ("wide", "../runs/run-1", ""):
         with pytest.raises(NotFound, match=r"; these runs have one: run-1\."):
             registry.histories.read(name)
@@ -205,38 +205,38 @@ def test_an_unknown_run_is_an_error_that_names_the_others(registry: Registry) ->
 def test_a_history_goes_once_its_run_has_neither_state_nor_version(registry: Registry) -> None:
     def pruned() -> list[str]:
         prune(registry, Retention(runs=0, newest=1, best=0))
-        return registry.histories.runs()
+        return list(registry.histories.ages_s())
 
     for run in (RUN, "begun"):
-        HistoryWriter(Fence.raise_for(registry.run_directory(run)), 0).append(report(1))
-    os.utime(registry.run_directory(RUN) / "history.jsonl", (0, 0))
+        registry.histories.writer(registry.take_over(run), 0).append(report(1))
+    os.utime(run_folder(registry, RUN) / "history.jsonl", (0, 0))
     state, version = write_state(registry), publish(registry)
     assert pruned() == ["begun", RUN]
     registry.remove(Checkpoint(int(state.name), RUN))
     assert pruned() == ["begun", RUN]
-    registry.remove_version(version.version)
+    registry.remove(Checkpoint(version.version))
     # A run that has just begun has no state yet.
     assert pruned() == ["begun"]
-    os.utime(registry.run_directory("begun") / "history.jsonl", (0, 0))
+    os.utime(run_folder(registry, "begun") / "history.jsonl", (0, 0))
     assert pruned() == []
 
 
 def test_no_history_goes_while_a_version_cannot_be_read(registry: Registry) -> None:
     begin(registry).append(report(1))
-    os.utime(registry.run_directory(RUN) / "history.jsonl", (0, 0))
+    os.utime(run_folder(registry, RUN) / "history.jsonl", (0, 0))
     version = publish(registry)
-    (registry.version_directory(version.version) / "manifest.json").write_text("{}")
+    (version_folder(registry, version.version) / "manifest.json").write_text("{}")
     prune(registry, Retention())
-    assert registry.histories.runs() == [RUN]
+    assert list(registry.histories.ages_s()) == [RUN]
 
 
 @given(appended=st.lists(st.tuples(STEPS, st.integers(0, len(LINES)), st.floats(0, 1))))
 def test_a_reader_knows_what_the_history_holds_after_each_read_whatever_was_cut_and_written_between(
     tmp_path_factory: pytest.TempPathFactory, appended: list[tuple[int, int, float]]
 ) -> None:
-    registry = Registry(tmp_path_factory.mktemp("history"))
+    registry = disk_registry(tmp_path_factory.mktemp("history"))
     begin(registry).append(*LINES)
-    path, reader = registry.run_directory(RUN) / "history.jsonl", registry.histories.reader(RUN)
+    path, reader = run_folder(registry, RUN) / "history.jsonl", registry.histories.reader(RUN)
     known, is_cut = reader.read()
     assert (tuple(known), is_cut) == (LINES, False)
     for attempt, (step, count, torn) in enumerate(appended, start=2):

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import FailedPrecondition
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry, root_of
 
 DAY_S = 24 * 3600.0
 
@@ -19,8 +20,8 @@ def test_a_hold_counts_until_it_is_removed_or_older_than_any_job(registry: Regis
     assert holds.jobs() == {} and list(holds.ages_s()) == []
     holds.add("a", 7)
     holds.add("b", 9)
-    assert Registry(registry.root).holds.jobs() == {7: "a", 9: "b"}
-    age(registry.root / "holds" / "b", 31)
+    assert disk_registry(root_of(registry)).holds.jobs() == {7: "a", 9: "b"}
+    age(root_of(registry) / "holds" / "b", 31)
     assert holds.jobs() == {7: "a"}
     holds.remove("a")
     holds.remove("a")
@@ -30,8 +31,8 @@ def test_a_hold_counts_until_it_is_removed_or_older_than_any_job(registry: Regis
 def test_a_job_can_hold_several_versions(registry: Registry) -> None:
     registry.holds.add("a", 7, 3)
     registry.holds.add("b", 3)
-    assert (registry.root / "holds" / "a").read_text() == "7 3"
-    held = Registry(registry.root).holds.jobs()
+    assert (root_of(registry) / "holds" / "a").read_text() == "7 3"
+    held = disk_registry(root_of(registry)).holds.jobs()
     assert held[7] == "a" and held[3] in ("a", "b")
     registry.holds.remove("a")
     assert registry.holds.jobs() == {3: "b"}
@@ -61,13 +62,13 @@ def test_a_job_can_hold_the_best_versions_of_runs(registry: Registry) -> None:
 )
 def test_an_unreadable_hold_holds_nothing(registry: Registry, content: bytes) -> None:
     registry.holds.add("a", 7)
-    (registry.root / "holds" / "a").write_bytes(content)
-    (registry.root / "holds" / "no job").touch()
+    (root_of(registry) / "holds" / "a").write_bytes(content)
+    (root_of(registry) / "holds" / "no job").touch()
     assert registry.holds.jobs() == {} and registry.holds.runs() == {}
 
 
 def test_a_hold_that_cannot_be_written_is_an_error(registry: Registry) -> None:
-    registry.root.mkdir()
-    (registry.root / "holds").touch()
+    root_of(registry).mkdir()
+    (root_of(registry) / "holds").touch()
     with pytest.raises(FailedPrecondition, match="cannot be written"):
         registry.holds.add("a", 7)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import FailedPrecondition
-from shared.registry.identity import registry_id
+from tests.registries import registry_id
 
 
 def test_a_registry_keeps_its_unique_id(tmp_path: Path) -> None:

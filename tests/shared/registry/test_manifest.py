@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from shared.errors import CorruptCheckpoint
 from shared.registry.manifest import FileRecord, TeacherRecord, VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry, root_of, version_folder
 from tests.shared.registry.scenarios import make_manifest, publish
 
 
@@ -28,16 +29,16 @@ def _rewrite(directory: Path, **values: object) -> None:
 
 def test_a_manifest_of_a_newer_program_can_be_read(registry: Registry) -> None:
     publish(registry)
-    _rewrite(registry.version_directory(1), added_later=1)
-    assert Registry(registry.root).version(1).version == 1
+    _rewrite(version_folder(registry, 1), added_later=1)
+    assert disk_registry(root_of(registry)).version(1).version == 1
 
 
 def test_the_digest_is_the_same_in_memory_in_the_file_and_after_reading(registry: Registry) -> None:
     # JSON contains the float as a whole number, and the tuple as a list.
     manifest = publish(registry, claimed_loss=2, training={"rate": 1e-4, "text": "ü"}, validation_files=("a", "b"))
-    file = registry.version_directory(1) / "manifest.json"
+    file = version_folder(registry, 1) / "manifest.json"
     assert manifest.digest == json.loads(file.read_text())["sha256"]
-    assert Registry(registry.root).version(1).digest == manifest.digest
+    assert disk_registry(root_of(registry)).version(1).digest == manifest.digest
     assert len(manifest.digest) == 64
 
 
@@ -61,9 +62,9 @@ def test_a_manifest_without_teachers_has_the_digest_of_before() -> None:
 @pytest.mark.parametrize("teachers", [7, ["7"], [{"version": 7}], [{"version": "7", "digest": "d"}]])
 def test_a_teacher_that_is_none_makes_a_manifest_unreadable(registry: Registry, teachers: object) -> None:
     publish(registry)
-    _rewrite(registry.version_directory(1), teachers=teachers)
+    _rewrite(version_folder(registry, 1), teachers=teachers)
     with pytest.raises(CorruptCheckpoint, match=r"manifest\.json cannot be understood"):
-        Registry(registry.root).version(1)
+        disk_registry(root_of(registry)).version(1)
 
 
 def _another(value: Any) -> Any:
@@ -106,11 +107,11 @@ def test_a_flipped_bit_in_a_manifest_is_always_detected(place: int, bit: int) ->
 @pytest.mark.parametrize("values", [{"bits_per_byte": None}, {"version": "1"}, {"model": []}, {"step": True}])
 def test_a_manifest_with_a_value_of_another_type_is_ignored(registry: Registry, values: dict[str, object]) -> None:
     publish(registry)
-    _rewrite(registry.version_directory(1), **values)
+    _rewrite(version_folder(registry, 1), **values)
     (name,) = values
     with pytest.raises(CorruptCheckpoint, match=f"cannot be understood: {name} is "):
-        Registry(registry.root).version(1)
-    assert Registry(registry.root).versions() == []
+        disk_registry(root_of(registry)).version(1)
+    assert disk_registry(root_of(registry)).versions() == []
 
 
 @pytest.mark.parametrize(
@@ -135,27 +136,27 @@ def test_a_manifest_with_an_excessive_value_is_ignored_with_a_short_reason(
 ) -> None:
     publish(registry)
     publish(registry)
-    _rewrite(registry.version_directory(1), **values)
-    fresh = Registry(registry.root)
+    _rewrite(version_folder(registry, 1), **values)
+    fresh = disk_registry(root_of(registry))
     assert [version.version for version in fresh.versions()] == [2]
     assert re.search(f"cannot be understood: {reason}", fresh.unreadable[1])
-    assert len(fresh.unreadable[1]) <= 300 + len(str(registry.root))
+    assert len(fresh.unreadable[1]) <= 300 + len(str(root_of(registry)))
 
 
 def test_an_error_names_the_missing_value_of_a_manifest(registry: Registry) -> None:
     publish(registry)
-    path = registry.version_directory(1) / "manifest.json"
+    path = version_folder(registry, 1) / "manifest.json"
     values = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("run", "sha256")}
     path.write_text(json.dumps(values))
-    _rewrite(registry.version_directory(1), sha256="")
+    _rewrite(version_folder(registry, 1), sha256="")
     with pytest.raises(CorruptCheckpoint, match=r"cannot be understood: it has no run\."):
-        Registry(registry.root).version(1)
+        disk_registry(root_of(registry)).version(1)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"9" * 6000, b"[]", b"null", b""])
 def test_a_manifest_of_any_bytes_gives_one_short_error(registry: Registry, content: bytes) -> None:
     publish(registry)
-    (registry.version_directory(1) / "manifest.json").write_bytes(content)
+    (version_folder(registry, 1) / "manifest.json").write_bytes(content)
     with pytest.raises(CorruptCheckpoint, match="cannot be understood") as raised:
-        Registry(registry.root).version(1)
-    assert len(str(raised.value)) <= 300 + len(str(registry.root))
+        disk_registry(root_of(registry)).version(1)
+    assert len(str(raised.value)) <= 300 + len(str(root_of(registry)))

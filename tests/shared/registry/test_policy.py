@@ -14,8 +14,9 @@ from shared.registry.decisions import BestBy, Decided
 from shared.registry.evaluations import Figures
 from shared.registry.findings import Finding
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Checkpoint, Registry
+from shared.registry.registry import Checkpoint, Registry
 from tests.records import write_record
+from tests.registries import disk_registry, root_of
 from tests.shared.registry.scenarios import make_manifest, publish
 
 
@@ -229,7 +230,7 @@ def test_damaged_decisions_do_not_affect_labels_of_manifests(
 ) -> None:
     publish(registry)
     registry.decisions.set_stable(1)
-    (registry.root / "serving" / "policy").write_text("newest")
+    (root_of(registry) / "serving" / "policy").write_text("newest")
     assert registry.labels() == {"best": 1, "latest": 1}
     assert "policy cannot be understood: 'newest' is not a label" in caplog.text
 
@@ -246,7 +247,7 @@ def test_labels_follow_findings_and_decisions(registry: Registry) -> None:
     registry.decisions.set_stable(3)
     registry.decisions.set_policy("pinned:2")
     expected = {"best": 1, "latest": 4, "stable": 3, "pinned:2": 2}
-    assert registry.labels() == Registry(registry.root).labels() == expected
+    assert registry.labels() == disk_registry(root_of(registry)).labels() == expected
     assert {label: registry.resolve(label).version for label in expected} == expected
     registry.decisions.forget(2)
     assert registry.labels()["best"] == 2
@@ -361,7 +362,7 @@ def test_a_sentence_names_newer_versions_without_an_evaluation(
 
 def test_a_registry_with_that_rule_follows_the_records_at_once(registry: Registry) -> None:
     versions = [publish(registry, bits_per_byte=bits) for bits in (0.9, 0.7, 0.8)]
-    following = Registry(registry.root, BestBy.EVALUATION)
+    following = disk_registry(root_of(registry), BestBy.EVALUATION)
     assert following.labels()["best"] == registry.labels()["best"] == 2
     write_record(registry, versions[2], 1.5)
     assert (following.resolve("best").version, registry.resolve("best").version) == (3, 2)
@@ -370,6 +371,6 @@ def test_a_registry_with_that_rule_follows_the_records_at_once(registry: Registr
     write_record(registry, versions[0], 1.6)
     assert following.labels()["best"] == 3
     # A damaged decision changes nothing.
-    (registry.root / "serving").mkdir(exist_ok=True)
-    (registry.root / "serving" / "policy").write_text("newest")
+    (root_of(registry) / "serving").mkdir(exist_ok=True)
+    (root_of(registry) / "serving" / "policy").write_text("newest")
     assert following.labels()["best"] == 3

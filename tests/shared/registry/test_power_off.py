@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.registry.fence import Fence
-from shared.registry.store import Registry
+from tests.registries import disk_registry, version_folder
 from tests.shared.registry.disk import Disk, Image, Survival, write_image
 from tests.shared.registry.faults import Operation, build, linux_only, read_log
 from tests.shared.registry.scenarios import BEGINNINGS, RUN, SCENARIOS, observe, publish
@@ -75,12 +74,12 @@ def test_after_a_power_failure_a_reader_sees_the_old_registry_or_the_new(
         write_image(image, tmp_path / "image")
         view = observe(root)
         assert view == new if ended else scene.may_change(old, view), place
-        registry = Registry(root)
+        registry = disk_registry(root)
         registry.sweep()
         assert not (root / "staging").exists() or not any((root / "staging").iterdir()), place
         # The number of a visible version is never given again, even if the version is removed.
         newest = max((each.version for each in registry.versions()), default=0)
-        shutil.rmtree(registry.version_directory(newest), ignore_errors=True)
-        assert publish(registry, Fence.raise_for(registry.run_directory(RUN))).version > newest, place
+        shutil.rmtree(version_folder(registry, newest), ignore_errors=True)
+        assert publish(registry, registry.take_over(RUN)).version > newest, place
         shutil.rmtree(tmp_path / "image")
     assert len(seen) > 3

@@ -1,5 +1,6 @@
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ from hypothesis import strategies as st
 
 from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.registry.decisions import BestBy
-from shared.registry.fence import Fence
 from shared.registry.findings import Finding
+from shared.registry.registry import Checkpoint, Registry
 from shared.registry.retention import Retention, judge, prune
-from shared.registry.store import Checkpoint, Registry
 from tests.records import write_record
+from tests.registries import disk_registry, root_of, state_folder, version_folder
 from tests.shared.registry.scenarios import make_manifest, write_model
 
 DAY_S = 24 * 3600.0
@@ -22,8 +23,9 @@ def evaluate(
     registry: Registry, run: str, step: int, bits: float = 1.0, text: str = "set-a", days_ago: float = 0, rows: int = 0
 ) -> int:
     """Writes a state and a version, as a run does at an evaluation, and returns the number of the version."""
-    fence = Fence.raise_for(registry.run_directory(run))
-    directory = registry.write_state(fence, run, step, write_model)
+    fence = registry.take_over(run)
+    registry.write_state(fence, step, write_model)
+    directory = state_folder(registry, run, step)
     written_at = time.time() - days_ago * DAY_S
     os.utime(directory, (written_at, written_at))
     training = {"batch_size": rows, "context_length": 1}
@@ -55,7 +57,7 @@ def test_the_version_with_the_best_evaluation_is_kept_with_its_state_if_best_fol
     registry: Registry,
 ) -> None:
     sparing = Retention(states=1, best=1, newest=1)
-    following = Registry(registry.root, BestBy.EVALUATION)
+    following = disk_registry(root_of(registry), BestBy.EVALUATION)
     for version in range(1, 6):
         evaluate(registry, "run-1", version, bits=2.0 - version / 100)
     write_record(registry, registry.version(2), 1.4)
@@ -70,7 +72,7 @@ def test_the_version_with_the_best_evaluation_is_kept_with_its_state_if_best_fol
 def test_an_incomplete_version_is_kept_with_its_state(registry: Registry) -> None:
     for version in range(1, 15):
         evaluate(registry, "run-1", version, 0.5 if version == 1 else 1.0 + version / 100)
-    path = registry.version_directory(1) / registry.version(1).files[0].name
+    path = version_folder(registry, 1) / registry.version(1).files[0].name
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     prune(registry, Retention(newest=2, best=2, states=1))
@@ -180,15 +182,15 @@ def test_a_refused_version_does_not_keep_the_label_best(registry: Registry) -> N
 def test_a_damaged_version_is_not_removed(registry: Registry) -> None:
     for step in range(1, 4):
         evaluate(registry, "run-1", step)
-    (registry.version_directory(1) / "manifest.json").write_text("{")
+    (version_folder(registry, 1) / "manifest.json").write_text("{")
     prune(registry, Retention(newest=1, best=1))
-    assert registry.version_directory(1).is_dir() and numbers(registry) == [3]
+    assert version_folder(registry, 1).is_dir() and numbers(registry) == [3]
 
 
 def test_nothing_is_removed_while_a_manifest_is_unreadable(registry: Registry) -> None:
     for step in range(1, 4):
         evaluate(registry, "run-1", step)
-    path = registry.version_directory(1) / "manifest.json"
+    path = version_folder(registry, 1) / "manifest.json"
     path.unlink()
     path.symlink_to(path)
     with pytest.raises(CorruptCheckpoint, match="cannot be read"):
@@ -222,7 +224,7 @@ def test_nothing_is_removed_while_the_stable_version_is_unreadable(registry: Reg
     for step in (10, 20, 30):
         evaluate(registry, "run-1", step)
     registry.decisions.set_stable(1)
-    path = registry.root / "serving" / "stable"
+    path = root_of(registry) / "serving" / "stable"
     path.unlink()
     if content is None:
         path.symlink_to(path)
@@ -260,11 +262,11 @@ def test_a_version_that_is_held_during_pruning_is_kept(registry: Registry, monke
         evaluate(registry, "run-1", step, bits=2.0 - step / 100)
     remove = registry.remove
 
-    def remove_and_hold(checkpoint: Checkpoint) -> None:
-        remove(checkpoint)
+    def remove_and_hold(checkpoint: Checkpoint, unless: Callable[[], bool]) -> bool:
         monkeypatch.setattr(registry, "remove", remove)
-        registry.holds._folder.mkdir()  # Without the lock, which is held here.
-        (registry.root / "holds" / "12ab").write_text("2")
+        removed = remove(checkpoint, unless)
+        registry.holds.add("12ab", 2)
+        return removed
 
     monkeypatch.setattr(registry, "remove", remove_and_hold)
     assert set(prune(registry, Retention(states=1, newest=0, best=0))) == {Checkpoint(1), Checkpoint(10, "run-1")}
@@ -329,7 +331,7 @@ def test_no_limit_on_size_removes_a_labelled_version_or_a_last_state(
 
 @pytest.fixture(scope="module")
 def registry_of_runs(tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    registry = Registry(tmp_path_factory.mktemp("runs") / "registry")
+    registry = disk_registry(tmp_path_factory.mktemp("runs") / "registry")
     for step in range(1, 7):
         for run in ("run-1", "run-2"):
             evaluate(registry, run, step, bits=2.0 - step / 10)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from shared.registry.fence import Fence
 from tests.fakes import publish_tiny_version
 from tests.redis_process import RedisServer
+from tests.registries import root_of
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.redis_client import RedisAddress
 from trainer_service.settings import TrainerSettings, read_settings
@@ -35,10 +35,10 @@ def here(tmp_path: Path, redis_server: RedisServer, admin: Redis) -> TrainerSett
     registry = settings.open_registry()
     for bits_per_byte in (3.0, 1.0):
         publish_tiny_version(registry, bits_per_byte)
-    fence = Fence.raise_for(registry.run_directory("wide"))
-    registry.write_state(fence, "wide", 7, writing(b"weights"))
+    fence = registry.take_over("wide")
+    registry.write_state(fence, 7, writing(b"weights"))
     registry.decisions.set_stable(2)
-    findings = registry.root / "serving" / "findings"
+    findings = root_of(registry) / "serving" / "findings"
     findings.mkdir()
     (findings / "2.cpu.json").write_text("{}")
     add_stories(settings.directories.data, tales(0, 3))

@@ -14,13 +14,13 @@ import pytest
 from redis import Redis
 
 from shared.errors import AlreadyExists, FailedPrecondition, Unavailable
-from shared.registry.fence import Fence
-from shared.registry.identity import registry_id
+from shared.registry.disk_store import DiskStore
+from shared.registry.registry import Checkpoint, Registry
 from shared.registry.snapshot import snapshot
-from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
 from tests.jobs import events_of, finish, report, start, training
 from tests.redis_process import PROJECT, RedisServer
+from tests.registries import disk_registry, registry_id, root_of, state_folder
 from tests.trainer_service.backup.conftest import writing
 from tests.waiting import wait_until
 from trainer_service.backup import restore as restore_module
@@ -60,7 +60,7 @@ def test_what_was_backed_up_is_restored_elsewhere(
     restore_backup(tmp_path / "backup.tar", there)
     for name in ("registry", "data"):
         assert files_of(there.directories.var / name) == files_of(here.directories.var / name)
-    state = here.open_registry().state_directory("wide", 7).relative_to(here.directories.var)
+    state = state_folder(here.open_registry(), "wide", 7).relative_to(here.directories.var)
     ages = [round((settings.directories.var / state).stat().st_mtime, 2) for settings in (here, there)]
     assert ages[0] == pytest.approx(ages[1], abs=0.05)
     # The jobs wait as before, and the one that was at work begins its next attempt.
@@ -181,18 +181,18 @@ def test_a_snapshot_has_every_state_of_its_versions_while_others_come_and_go(
         found = checkpoints(self)
         if next(publish, None):
             # Between the list and the links, one version goes and another comes.
-            self.remove_version(1)
+            self.remove(Checkpoint(1))
             publish_tiny_version(self, 0.5)
         return found
 
     monkeypatch.setattr(Registry, "checkpoints", changing)
-    with snapshot(registry) as folder:
-        frozen = Registry(folder)
+    with snapshot(DiskStore(root_of(registry))) as folder:
+        frozen = disk_registry(folder)
         assert [version.version for version in frozen.versions()] == [2, 3]
         assert (folder / "last_version").read_text() == "3"
         for checkpoint in checkpoints(frozen):
             frozen.check(checkpoint)
-    assert not list((registry.root / "staging").iterdir())
+    assert not list((root_of(registry) / "staging").iterdir())
 
 
 @pytest.mark.slow
@@ -200,9 +200,9 @@ def test_a_backup_that_is_killed_is_absent_or_whole_and_leaves_nothing(
     here: TrainerSettings, there: TrainerSettings, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     registry = here.open_registry()
-    fence = Fence.raise_for(registry.run_directory("wide"))
+    fence = registry.take_over("wide")
     large = os.urandom(64 << 20)
-    registry.write_state(fence, "wide", 8, writing(large))
+    registry.write_state(fence, 8, writing(large))
     target = tmp_path / "backups"
     target.mkdir()
     environment = os.environ | {"GPTLOOP_VAR": str(here.directories.var), "REDIS_URL": redis_server.url}
@@ -214,7 +214,7 @@ def test_a_backup_that_is_killed_is_absent_or_whole_and_leaves_nothing(
     process.wait()
     assert [path.suffix for path in target.iterdir()] in ([".partial"], [".tar"])
     registry.sweep()
-    assert not list((registry.root / "staging").iterdir())
+    assert not list((root_of(registry) / "staging").iterdir())
     write_backup(tmp_path / "backup.tar", here)
     restore_backup(tmp_path / "backup.tar", there)
 
@@ -229,7 +229,7 @@ def test_the_embedded_redis_is_started_for_a_backup_and_its_restoration(tmp_path
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
-    publish_tiny_version(Registry(tmp_path / "a" / "registry"), 1.0)
+    publish_tiny_version(disk_registry(tmp_path / "a" / "registry"), 1.0)
     assert "1 versions, 0 states, 0 jobs" in run("a", "backup", str(tmp_path / "backup.tar"))
     assert "`gptloop up` goes on from there" in run("b", "restore", str(tmp_path / "backup.tar"))
     assert run("b", "verify") == run("a", "verify")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import FailedPrecondition
-from shared.registry.identity import registry_id
 from tests.redis_process import RedisServer
+from tests.registries import registry_id
 from trainer_service.backup import archive
 from trainer_service.backup.backup import write_backup
 from trainer_service.backup.restore import restore_backup

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from shared.errors import FailedPrecondition, GptloopError, InvalidArgument, NotFound
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from shared.service import cli
 from tests.fakes import publish_tiny_version
+from tests.registries import disk_registry
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.commands import distill, options
 from trainer_service.commands.distill import app
@@ -25,7 +26,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     """A registry whose only version is hardly trained, and no Redis: nothing that is refused may reach the queue."""
     monkeypatch.setenv("GPTLOOP_VAR", str(tmp_path))
     monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
-    registry = Registry(tmp_path / "registry")
+    registry = disk_registry(tmp_path / "registry")
     publish_tiny_version(registry, 2.5)
     return registry
 

@@ -4,10 +4,10 @@ import pytest
 from typer.testing import CliRunner
 
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
 from tests.fakes import publish_tiny_version
 from tests.redis_process import RedisServer
+from tests.registries import disk_registry, registry_id, root_of
 from tests.trainer_service.site import Site
 from trainer_service.commands.evaluation import app, requests
 from trainer_service.jobs.queue import JobQueue
@@ -18,7 +18,7 @@ COMMON = EvaluateRequest(pairs=("pairs.jsonl",), again=True)
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path)
+    return disk_registry(tmp_path)
 
 
 def named(found: list[EvaluateRequest]) -> list[str]:
@@ -82,14 +82,14 @@ def test_the_last_version_is_judged_beside_the_others(registry: Registry) -> Non
 
 
 def test_nothing_is_queued_if_one_of_the_requests_is_refused(tmp_path: Path, redis_server: RedisServer) -> None:
-    registry = Registry(tmp_path / "registry")
+    registry = disk_registry(tmp_path / "registry")
     for bits_per_byte in (3.0, 1.0):
         publish_tiny_version(registry, bits_per_byte)
     groq = {"GROQ_API_KEY": "gsk_test", "GPTLOOP_GROQ_INPUT_USD": "0.1", "GPTLOOP_GROQ_OUTPUT_USD": "0.1"}
     environment = {"GPTLOOP_VAR": str(tmp_path), "REDIS_URL": redis_server.url, **groq}
     with pytest.raises(InvalidArgument, match=r"judge_usd is 20000\.0, but must be an amount above 0 and up to 10,000"):
         CliRunner().invoke(app, ["1", "2", "--judge", "20000"], env=environment, catch_exceptions=False)
-    assert not list(JobQueue(redis_server.connect(), registry_id(registry.root)).store.jobs())
+    assert not list(JobQueue(redis_server.connect(), registry_id(root_of(registry))).store.jobs())
 
 
 @pytest.mark.parametrize(

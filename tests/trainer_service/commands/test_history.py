@@ -8,16 +8,16 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from shared.errors import InvalidArgument, NotFound
-from shared.registry.fence import Fence
-from shared.registry.history import EvaluationLine, HistoryWriter, ReportLine
-from shared.registry.store import Registry
+from shared.registry.history import EvaluationLine, ReportLine
+from shared.registry.registry import Registry
 from shared.service.settings import Directories
+from tests.registries import disk_registry, root_of
 from trainer_service.commands.history import app
 
 
 def write(registry: Registry, run: str, reports: int, interval: int) -> None:
     """Writes a history with a report every ten steps, and an evaluation and a version every `interval` steps."""
-    writer = HistoryWriter(Fence.raise_for(registry.run_directory(run)), 0)
+    writer = registry.histories.writer(registry.take_over(run), 0)
     for step in range(10, 10 * reports + 1, 10):
         loss = 5 / step**0.5
         writer.append(
@@ -29,7 +29,7 @@ def write(registry: Registry, run: str, reports: int, interval: int) -> None:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    registry = Registry(Directories(tmp_path).registry)
+    registry = disk_registry(Directories(tmp_path).registry)
     write(registry, "wide", reports=6, interval=30)
     write(registry, "long", reports=500, interval=100)
     write(registry, "unevaluated", reports=100, interval=10_000)
@@ -37,7 +37,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def run(registry: Registry, *arguments: str) -> Result:
-    environment = {"GPTLOOP_VAR": str(registry.root.parent), "COLUMNS": "80"}
+    environment = {"GPTLOOP_VAR": str(root_of(registry).parent), "COLUMNS": "80"}
     return CliRunner().invoke(app, arguments, env=environment, catch_exceptions=False)
 
 
@@ -79,7 +79,7 @@ def test_csv_and_json_have_every_row_with_every_value(registry: Registry) -> Non
 
 
 def test_an_evaluation_without_a_report_has_a_row(registry: Registry) -> None:
-    writer = HistoryWriter(Fence.raise_for(registry.run_directory("lost")), 0)
+    writer = registry.histories.writer(registry.take_over("lost"), 0)
     writer.append(EvaluationLine(10, 100, 2.0, 1.0, None, 1.7e9, 1))
     (row,) = json.loads(run(registry, "lost", "--json").output)
     assert (row["step"], row["validation_loss"], row["loss"], row["version"]) == (10, 2.0, None, None)

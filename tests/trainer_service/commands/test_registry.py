@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from shared.errors import InvalidArgument
-from shared.registry.fence import Fence
-from shared.registry.store import Registry
+from shared.registry.registry import Checkpoint, Registry
 from shared.service.settings import Directories
+from tests.registries import disk_registry, root_of, run_folder, state_folder, version_folder
 from tests.shared.registry.scenarios import make_manifest, take_teachers, write_model
 from trainer_service.commands.registry import app
 
@@ -17,10 +17,10 @@ from trainer_service.commands.registry import app
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     """Four versions with their states, the second of them the best."""
-    registry = Registry(Directories(tmp_path).registry)
-    fence = Fence.raise_for(registry.run_directory("run-1"))
+    registry = disk_registry(Directories(tmp_path).registry)
+    fence = registry.take_over("run-1")
     for number in range(1, 5):
-        registry.write_state(fence, "run-1", 10 * number, write_model)
+        registry.write_state(fence, 10 * number, write_model)
         registry.publish_version(
             fence,
             write_model,
@@ -30,7 +30,7 @@ def registry(tmp_path: Path) -> Registry:
 
 
 def run(registry: Registry, *arguments: str, **environment: str) -> Result:
-    return CliRunner().invoke(app, arguments, env={"GPTLOOP_VAR": str(registry.root.parent)} | environment)
+    return CliRunner().invoke(app, arguments, env={"GPTLOOP_VAR": str(root_of(registry).parent)} | environment)
 
 
 def rows(result: Result) -> dict[str, str]:
@@ -44,11 +44,11 @@ def test_verify_says_that_all_is_whole(registry: Registry) -> None:
 
 
 def test_verify_names_all_that_is_broken_and_what_to_do(registry: Registry) -> None:
-    (registry.version_directory(1) / "config.json").write_text("{ }")
-    (registry.version_directory(3) / "manifest.json").write_bytes(b"\xff")
-    (registry.state_directory("run-1", 20) / "model.safetensors").unlink()
-    (registry.root / "versions" / "backup").mkdir()
-    (registry.root / "runs" / os.fsdecode(b"two\nlines\xff")).mkdir()
+    (version_folder(registry, 1) / "config.json").write_text("{ }")
+    (version_folder(registry, 3) / "manifest.json").write_bytes(b"\xff")
+    (state_folder(registry, "run-1", 20) / "model.safetensors").unlink()
+    (root_of(registry) / "versions" / "backup").mkdir()
+    (root_of(registry) / "runs" / os.fsdecode(b"two\nlines\xff")).mkdir()
     result = run(registry, "verify")
     assert result.exit_code == 1
     table = rows(result)
@@ -59,18 +59,18 @@ def test_verify_names_all_that_is_broken_and_what_to_do(registry: Registry) -> N
     assert "version 2" not in table and "version 4" not in table
     assert r"two\nlines" in result.output and "two\n" not in result.output
     assert "5 broken, looked at 4 versions and 4 states." in result.output
-    for path in (registry.version_directory(1), registry.state_directory("run-1", 20)):
+    for path in (version_folder(registry, 1), state_folder(registry, "run-1", 20)):
         assert f"  {path}\n" in result.output
 
 
 def test_verify_looks_at_the_teachers_of_runs(registry: Registry) -> None:
-    take_teachers(registry, Fence.raise_for(registry.run_directory("student")), 1)
-    registry.remove_version(1)
+    take_teachers(registry, registry.take_over("student"), 1)
+    registry.remove(Checkpoint(1))
     assert run(registry, "verify").exit_code == 0
-    (registry.teachers.folder("student") / "1" / "config.json").write_text("{ }")
+    ((run_folder(registry, "student") / "teachers") / "1" / "config.json").write_text("{ }")
     result = run(registry, "verify")
     assert result.exit_code == 1 and "config.json has 3 bytes" in rows(result)["teachers of"]
-    assert f"  {registry.teachers.folder('student')}\n" in result.output
+    assert f"  {(run_folder(registry, 'student') / 'teachers')}\n" in result.output
 
 
 def test_prune_shows_why_each_stays_or_goes_and_removes_what_goes(registry: Registry) -> None:
@@ -99,10 +99,10 @@ def test_prune_names_a_value_that_cannot_be(registry: Registry) -> None:
 
 
 def test_an_empty_registry_is_whole_and_has_nothing_to_prune(tmp_path: Path) -> None:
-    registry = Registry(Directories(tmp_path).registry)
+    registry = disk_registry(Directories(tmp_path).registry)
     assert run(registry, "verify").output == "Whole: 0 versions and 0 states.\n"
     assert "Nothing to prune" in run(registry, "prune").output
-    assert not registry.root.exists()
+    assert not root_of(registry).exists()
 
 
 def test_disk_says_what_takes_how_much_and_what_makes_it_less(registry: Registry) -> None:
@@ -110,7 +110,7 @@ def test_disk_says_what_takes_how_much_and_what_makes_it_less(registry: Registry
     assert re.search(r"versions +0\.\d MiB", table) and "GPTLOOP_KEEP_BYTES" in table and "All of it: 0." in table
     sizes = {row["what"]: row["size_bytes"] for row in json.loads(run(registry, "disk", "--json").output)}
     assert sizes["versions"] == sum(
-        path.stat().st_size for path in (registry.root / "versions").rglob("*") if path.is_file()
+        path.stat().st_size for path in (root_of(registry) / "versions").rglob("*") if path.is_file()
     )
     assert list(sizes) == [
         "versions",

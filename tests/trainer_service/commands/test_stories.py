@@ -6,9 +6,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from shared.errors import FailedPrecondition, InvalidArgument, Unavailable
-from shared.registry.identity import registry_id
 from shared.service.settings import Directories
 from tests.redis_process import RedisServer
+from tests.registries import registry_id
 from trainer_service.commands.stories import app
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.specs import StoriesSpec

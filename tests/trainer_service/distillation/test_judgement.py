@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from tests.groq_service import GroqService, Outcome
+from tests.registries import evaluation_folder
 from tests.trainer_service.distillation.judging import (
     BEGINNINGS,
     LIMIT_USD,
@@ -246,7 +247,7 @@ def test_an_evaluation_keeps_what_the_judge_says_in_the_record(site: Site, servi
     evaluate_version(spec, attempt)
 
     def kept() -> Record:
-        (path,) = site.registry.evaluations.folder(3).glob("*.json")
+        (path,) = evaluation_folder(site.registry, 3).glob("*.json")
         return Record.from_json(path.read_text())
 
     record = kept()
@@ -269,7 +270,7 @@ def test_an_evaluation_without_a_key_is_complete_but_for_the_judge(site: Site, s
     spec = EvaluateSpec("3", DatasetSpec(()), speed=False, rivals={"rival": "1"}, judge_usd=0.5)
     evaluate_version(spec, replace(site.attempt(), groq=replace(service.settings, key="")))
     assert site.all_told(Evaluation) and any(text.startswith("There is no key for Groq") for text in notices(site))
-    (path,) = site.registry.evaluations.folder(3).glob("*.json")
+    (path,) = evaluation_folder(site.registry, 3).glob("*.json")
     record = Record.from_json(path.read_text())
     assert record.writing is not None and record.judged == () and not service.calls
 

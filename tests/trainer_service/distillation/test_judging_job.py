@@ -10,6 +10,7 @@ import pytest
 from tests import groq_service
 from tests.groq_service import KEY, GroqService, Outcome
 from tests.redis_process import PROJECT, RedisServer
+from tests.registries import evaluation_folder
 from tests.trainer_service.distillation.judging import answering, fair
 from tests.trainer_service.distillation.workplace import Workplace
 from tests.trainer_service.site import Site
@@ -39,7 +40,7 @@ def workplace(site: Site, mortal_redis: RedisServer, service: GroqService) -> It
 
 
 def record_of(site: Site, version: int) -> Record:
-    (path,) = site.registry.evaluations.folder(version).glob("*.json")
+    (path,) = evaluation_folder(site.registry, version).glob("*.json")
     return Record.from_json(path.read_text())
 
 
@@ -72,5 +73,5 @@ def test_a_job_that_pauses_goes_on_with_the_version_that_its_label_named(
     site.registry.decisions.set_stable(3)
     assert workplace.wait(job).state is JobState.FINISHED
     assert record_of(site, 2).judged[0].unanswered == {}
-    assert not list(site.registry.evaluations.folder(3).glob("*.json"))
+    assert not list(evaluation_folder(site.registry, 3).glob("*.json"))
     assert len(service.charged()) == QUESTIONS and set(service.charged().values()) == {1}

@@ -4,7 +4,8 @@ import pytest
 
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound
 from shared.registry.manifest import VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry
 from tests.shared.registry.scenarios import publish
 from trainer_service.distillation.trial import trial_of_generations, trial_of_stories, trial_of_teachers
 from trainer_service.jobs.requests import EvaluateRequest, TrainRequest
@@ -17,7 +18,7 @@ COMMON = TrainRequest(name="wide", notes="a trial", after=("3f2a91c4",), force=T
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path)
+    return disk_registry(tmp_path)
 
 
 def publish_version(registry: Registry, config: TrainingConfig = DEMO, **values: object) -> VersionManifest:

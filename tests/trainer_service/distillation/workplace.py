@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shared.registry.identity import registry_id
 from tests.end_to_end.conftest import children
 from tests.groq_service import GroqService
 from tests.redis_process import PROJECT, RedisServer
+from tests.registries import registry_id
 from tests.waiting import wait_until
 from trainer_service.distillation.ledger import Account, read_account, stories_folder
 from trainer_service.jobs.queue import JobQueue

@@ -4,14 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.registry.evaluations import Figures
-from shared.registry.store import Registry
 from tests.fakes import publish_tiny_version
+from tests.registries import disk_registry
 from trainer_service.evaluation.method import HeldOutText, Method
 from trainer_service.evaluation.record import Interval, Record, Subject, TextQuality
 
 
 def test_the_registry_reads_the_figures_of_a_record(tmp_path: Path) -> None:
-    registry = Registry(tmp_path)
+    registry = disk_registry(tmp_path)
     version = publish_tiny_version(registry, 1.0)
     method = Method(
         text=HeldOutText("stories, held out", "r1", tokens=3000, text_bytes=9000, documents=2, digest="d"),

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 import pytest
 
+from shared.registry.registry import Checkpoint
+from tests.registries import evaluation_folder
 from tests.trainer_service.site import TINY_RUN, Site
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.evaluation.record import Record, Standing, Verdict
@@ -106,7 +108,7 @@ def test_a_student_whose_teachers_may_have_seen_the_held_out_text_is_not_promote
     said = [event.text for event in site.all_told(Notice) if "held-out" in event.text]
     assert len(said) == 2 and all(f"The teacher, version {number}, was trained on other text" in each for each in said)
     # The teacher of the teacher is gone from the versions, but the run of its student keeps it.
-    site.registry.remove_version(number)
+    site.registry.remove(Checkpoint(number))
     control = taught(site, middle, **SLOW, distillation_alpha="0")
     found = standing(judge(site, last, {"control": control}, promote=True))
     assert said[0] in found.sentence and not found.promoted
@@ -126,7 +128,7 @@ def test_an_interrupted_verdict_measures_only_what_is_absent(site: Site) -> None
     number, rival = (site.registry.resolve(label).version for label in (student, control))
 
     def files(version: int) -> list[str]:
-        return [path.read_text() for path in site.registry.evaluations.folder(version).glob("*.json")]
+        return [path.read_text() for path in evaluation_folder(site.registry, version).glob("*.json")]
 
     with pytest.raises(Stopped):
         evaluate_version(spec, site.attempt(stop_requested=lambda: bool(files(rival))))

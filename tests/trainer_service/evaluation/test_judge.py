@@ -10,7 +10,9 @@ import pytest
 
 from shared.errors import DataError, InvalidArgument, NotFound
 from shared.registry.manifest import VersionManifest
+from shared.registry.registry import Checkpoint
 from shared.version_format import read_tokenizer
+from tests.registries import evaluation_folder, version_folder
 from tests.trainer_service.site import Site
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.evaluation.judge import Judge
@@ -28,7 +30,7 @@ OWN = DatasetSpec(())
 
 
 def texts_of(site: Site, version: VersionManifest, data: DatasetSpec = OWN) -> Texts:
-    tokenizer = read_tokenizer(site.registry.version_directory(version.version))
+    tokenizer = read_tokenizer(version_folder(site.registry, version.version))
     return read_texts(version, data, tokenizer, site.directories.data, lambda *_: None)
 
 
@@ -53,7 +55,7 @@ def timeless(record: Record) -> Record:
 
 
 def kept(site: Site, version: int) -> list[Record]:
-    folder = site.registry.evaluations.folder(version)
+    folder = evaluation_folder(site.registry, version)
     return [Record.from_json(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
@@ -87,7 +89,7 @@ def test_a_job_fills_every_section_of_a_record_once(site: Site, monkeypatch: pyt
 def test_an_evaluation_that_is_stopped_anywhere_ends_with_the_same_record(site: Site) -> None:
     site.train(site.spec())
     whole = timeless(quality(site, 1))
-    written = site.registry.evaluations.folder(1)
+    written = evaluation_folder(site.registry, 1)
     calls = 0
     sections_so_far = set[frozenset[str]]()
 
@@ -122,7 +124,7 @@ def test_other_text_makes_another_record_and_the_training_text_stays_the_version
     # The difference of the losses of unlike texts is not overfitting.
     assert own.training is not None and other.training is None and other.writing is not None
     assert own.writing is not None and own.writing.training_tokens == other.writing.training_tokens > 0
-    site.registry.remove_version(1)
+    site.registry.remove(Checkpoint(1))
     assert kept(site, 1) == []
 
 
@@ -171,7 +173,7 @@ def test_an_evaluation_needs_its_version(site: Site) -> None:
 def test_a_damaged_record_is_measured_again(site: Site) -> None:
     site.train(site.spec())
     record = quality(site, 1)
-    path = site.registry.evaluations.path(1, record.method.digest)
+    path = evaluation_folder(site.registry, 1) / f"{record.method.digest}.json"
     path.write_text(path.read_text()[:-100])
     assert timeless(quality(site, 1)) == timeless(record)
     assert json.loads(path.read_text())["method_digest"] == record.method.digest
@@ -204,7 +206,7 @@ def test_evaluations_change_nothing_in_a_run(tmp_path: Path) -> None:
         folder.mkdir()
         site = Site(folder)
         site.train(site.spec(evaluate_every=every))
-        weights.append((site.registry.version_directory(3) / "model.safetensors").read_bytes())
+        weights.append((version_folder(site.registry, 3) / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
@@ -233,14 +235,14 @@ def test_sections_that_are_not_measured_again_stay(site: Site) -> None:
 def test_a_record_that_is_not_text_is_measured_again(site: Site) -> None:
     site.train(site.spec())
     record = quality(site, 1)
-    site.registry.evaluations.path(1, record.method.digest).write_bytes(b"\xff\xfe")
+    (evaluation_folder(site.registry, 1) / f"{record.method.digest}.json").write_bytes(b"\xff\xfe")
     assert timeless(quality(site, 1)) == timeless(record)
 
 
 def test_a_version_that_fails_keeps_no_other_from_its_evaluation(site: Site) -> None:
     spec = site.spec(evaluate_every="1")
     site.train(replace(spec, config=replace(spec.config, evaluate_every=0)))
-    (site.registry.version_directory(1) / "model.safetensors").write_bytes(b"damaged")
+    (version_folder(site.registry, 1) / "model.safetensors").write_bytes(b"damaged")
     site.told.clear()
     site.train(spec)
     assert kept(site, 1) == [] and len(kept(site, 2)) == len(kept(site, 3)) == 1

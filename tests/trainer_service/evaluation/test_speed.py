@@ -8,9 +8,9 @@ import pytest
 from shared.device.machine import memory_limit_bytes
 from shared.errors import FailedPrecondition
 from shared.gpt.config import count_parameters
-from shared.registry.store import Registry
 from tests.decoders import COMPILED
 from tests.fakes import TINY, publish_tiny_version
+from tests.registries import disk_registry, version_folder
 from trainer_service.evaluation import speed
 from trainer_service.evaluation.speed import batch_sizes, measure_speed
 from trainer_service.plan import Machine, memory_bytes
@@ -24,8 +24,8 @@ CONFIG = replace(find_preset("demo"), batch_size=3, **TINY.to_dict())  # type: i
 def version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a version; what its measurement compiles is kept from one run of the tests to the next."""
     monkeypatch.setenv("GPTLOOP_VAR", str(COMPILED))
-    registry = Registry(tmp_path / "registry")
-    return registry.version_directory(publish_tiny_version(registry, 1.0).version)
+    registry = disk_registry(tmp_path / "registry")
+    return version_folder(registry, publish_tiny_version(registry, 1.0).version)
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT, parameters_of
 from shared.gpt.tokenizer import PATTERN, Tokenizer
 from shared.gpt.weights import load_arrays
+from shared.registry.registry import Registry
 from shared.registry.retention import Retention
-from shared.registry.store import Registry
 from shared.service.settings import Directories
 from tests.fakes import byte_tokenizer, publish_tiny_version
+from tests.registries import disk_registry, root_of, version_folder
 from trainer_service.huggingface import interchange
 from trainer_service.huggingface.gpt2 import read_config, read_model, write_model
 from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer, write_tokenizer
@@ -72,7 +73,7 @@ def directories(tmp_path: Path) -> Directories:
 
 @pytest.fixture
 def registry(directories: Directories) -> Registry:
-    return Registry(directories.registry)
+    return disk_registry(directories.registry)
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_an_imported_version_has_the_losses_of_the_model_on_the_data(
     # Each token is one byte.
     assert version.bits_per_byte == pytest.approx(version.validation_loss / np.log(2), abs=1e-6)
     assert version.claimed_loss == pytest.approx(expected[:16].mean(), abs=1e-5)
-    np.testing.assert_array_equal(np.load(registry.version_directory(1) / "evaluation.npy"), windows[:16])
+    np.testing.assert_array_equal(np.load(version_folder(registry, 1) / "evaluation.npy"), windows[:16])
     assert version.training_loss == pytest.approx(version.validation_loss, abs=0.2) and version.training_loss > 1
 
 
@@ -255,7 +256,7 @@ def test_a_model_whose_loss_is_not_finite_is_rejected(
     folder = write_folder(tmp_path / "gpt2", scale=1e30)
     with pytest.raises(InvalidArgument, match=r"has a loss of (nan|inf) on the held-out text"):
         imported(folder, data, directories)
-    assert not registry.root.exists()
+    assert not root_of(registry).exists()
 
 
 def test_a_vocabulary_too_large_for_training_is_rejected(
@@ -301,12 +302,12 @@ def test_an_export_can_fill_a_mounted_folder(tmp_path: Path, registry: Registry)
     if sys.platform != "linux" or subprocess.run([*mounted, "true"], capture_output=True).returncode:
         pytest.skip("This system does not let a user mount a file system.")
     code = (
-        "import sys; from pathlib import Path; from shared.registry.store import Registry; "
+        "import sys; from pathlib import Path; from tests.registries import disk_registry; "
         "from trainer_service.huggingface.interchange import export_version; "
-        "files = export_version(1, Path(sys.argv[1]), Registry(Path(sys.argv[2]))); "
+        "files = export_version(1, Path(sys.argv[1]), disk_registry(Path(sys.argv[2]))); "
         "assert set(files) == set(Path(sys.argv[1]).iterdir()) and Path(sys.argv[1]).is_mount(); print(len(files))"
     )
-    command = [*mounted, sys.executable, "-c", code, str(target), str(registry.root)]
+    command = [*mounted, sys.executable, "-c", code, str(target), str(root_of(registry))]
     ended = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "5\n"), ended.stderr
     assert list(target.iterdir()) == []  # the mount is gone with its process
@@ -337,7 +338,7 @@ def test_a_missing_or_damaged_version_is_not_exported(tmp_path: Path, registry: 
     with pytest.raises(NotFound, match="There is no version 1"):
         export_version(1, tmp_path / "target", registry)
     publish_tiny_version(registry, 1.0)
-    (registry.version_directory(1) / "evaluation.npy").write_bytes(b"other")
+    (version_folder(registry, 1) / "evaluation.npy").write_bytes(b"other")
     with pytest.raises(CorruptCheckpoint):
         export_version(1, tmp_path / "target", registry)
     assert not (tmp_path / "target").exists()
@@ -377,7 +378,7 @@ def test_the_commands_print_their_results(tmp_path: Path, data: DatasetSpec) -> 
     ended = call("import", str(folder), *files)
     assert ended.returncode == 0, ended.stderr
     assert "measuring the loss" in ended.stderr
-    version = Registry(tmp_path / "var" / "registry").version(1)
+    version = disk_registry(tmp_path / "var" / "registry").version(1)
     for line in (
         "version     1",
         f"parameters  {version.parameters:,}",

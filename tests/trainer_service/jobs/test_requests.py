@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import DataError, InvalidArgument, NotFound
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry
 from trainer_service.jobs.requests import EvaluateRequest, StoriesRequest, TrainRequest, parse_overrides
 from trainer_service.jobs.specs import EvaluateSpec, Kind, TrainSpec, spec_from_json
 from trainer_service.presets import find_preset
@@ -104,7 +105,7 @@ def test_overrides_are_read_from_one_line() -> None:
 
 
 def test_an_evaluation_is_completed_and_checked(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "registry")
+    registry = disk_registry(tmp_path / "registry")
     spec = EvaluateRequest(after=("a",), dataset=("builtin",)).resolve(registry)
     assert spec == EvaluateSpec("best", DatasetSpec(("builtin",)))
     assert spec_from_json(Kind.EVALUATE, spec.to_json()) == spec
@@ -124,15 +125,15 @@ def test_an_evaluation_is_completed_and_checked(tmp_path: Path) -> None:
 def test_a_bad_file_of_minimal_pairs_is_rejected_before_the_job_waits(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
-    spec = EvaluateRequest(after=("a",), pairs=(str(path),)).resolve(Registry(tmp_path))
+    spec = EvaluateRequest(after=("a",), pairs=(str(path),)).resolve(disk_registry(tmp_path))
     assert spec.pairs == (str(path),)
     path.write_text('{"sentence_good": "a"}\n')
     with pytest.raises(DataError, match=r"Line 1 of 'pairs\.jsonl' has no \"sentence_bad\""):
-        EvaluateRequest(after=("a",), pairs=(str(path),)).resolve(Registry(tmp_path))
+        EvaluateRequest(after=("a",), pairs=(str(path),)).resolve(disk_registry(tmp_path))
 
 
 def test_a_run_that_cannot_start_is_rejected(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "registry")
+    registry = disk_registry(tmp_path / "registry")
     with pytest.raises(NotFound, match="still empty"):
         TrainRequest(resume=3).resolve(registry)
     with pytest.raises(NotFound, match=r"absent\.txt"):
@@ -155,11 +156,11 @@ def test_values_about_stories_that_nothing_would_read_are_refused(
     dataset: tuple[str, ...], values: dict[str, str], sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
-        TrainRequest(dataset=dataset, overrides=values).resolve(Registry(tmp_path))
+        TrainRequest(dataset=dataset, overrides=values).resolve(disk_registry(tmp_path))
 
 
 def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "registry")
+    registry = disk_registry(tmp_path / "registry")
     rivals = {"control": "run:wide-control", "the best one": "best"}
     spec = EvaluateRequest(after=("a",), version="run:wide", rivals=rivals, promote=True).resolve(registry)
     assert (spec.version, spec.rivals, spec.promote) == ("run:wide", rivals, True)
@@ -188,7 +189,7 @@ def test_rivals_are_checked_and_a_label_of_a_coming_run_waits_for_its_job(tmp_pa
 )
 def test_wrong_rivals_are_refused_with_what_would_be_right(values: Any, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
-        EvaluateRequest(after=("a",), **values).resolve(Registry(tmp_path))
+        EvaluateRequest(after=("a",), **values).resolve(disk_registry(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -210,12 +211,12 @@ def test_wrong_requests_for_stories_are_refused_with_what_would_be_right(
     values: Any, sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidArgument, match=sentence):
-        StoriesRequest(**{"name": "s", "count": 5, "max_cost_usd": 0.5, **values}).resolve(Registry(tmp_path))
+        StoriesRequest(**{"name": "s", "count": 5, "max_cost_usd": 0.5, **values}).resolve(disk_registry(tmp_path))
 
 
 @given(st.integers(1, 10**10))
 def test_the_cap_of_a_set_of_stories_is_exact(millionths: int) -> None:
     cap_usd = Decimal(millionths).scaleb(-6)
-    spec = StoriesRequest(name="s", count=5, max_cost_usd=float(cap_usd)).resolve(Registry(Path("none")))
+    spec = StoriesRequest(name="s", count=5, max_cost_usd=float(cap_usd)).resolve(disk_registry(Path("none")))
     assert spec_from_json(Kind.STORIES, spec.to_json()) == spec
     assert spec.cap_usd == cap_usd

@@ -1,14 +1,14 @@
 import pytest
 
 from shared.errors import InvalidArgument
-from shared.registry.store import Registry
+from tests.registries import disk_registry
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import Kind, spec_from_json
 from trainer_service.settings import TrainerSettings
 
 
 def test_only_a_complete_specification_is_valid(settings: TrainerSettings) -> None:
-    whole = TrainRequest().resolve(Registry(settings.directories.registry)).to_json()
+    whole = TrainRequest().resolve(disk_registry(settings.directories.registry)).to_json()
     assert spec_from_json(Kind.TRAIN, whole).to_json() == whole
     assert spec_from_json(Kind.PREPARE, whole).kind is Kind.PREPARE
     # A job that an older program has queued says nothing of stories.

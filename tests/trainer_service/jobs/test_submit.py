@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, shown
-from shared.registry.fence import Fence
+from shared.registry.registry import Checkpoint, Registry
 from shared.registry.retention import Retention, prune
-from shared.registry.store import Checkpoint, Registry
+from tests.registries import disk_registry, root_of
 from tests.shared.registry.scenarios import make_manifest, publish, take_teachers, write_model
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.commands.options import version_number
@@ -30,10 +30,10 @@ TEXT = DatasetSpec(("builtin",), ())
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     """Three versions with their states, the last of them the best."""
-    registry = Registry(tmp_path / "registry")
-    fence = Fence.raise_for(registry.run_directory("run-1"))
+    registry = disk_registry(tmp_path / "registry")
+    fence = registry.take_over("run-1")
     for number in range(1, 4):
-        registry.write_state(fence, "run-1", 10 * number, write_model)
+        registry.write_state(fence, 10 * number, write_model)
         registry.publish_version(
             fence, write_model, lambda number, files: make_manifest(number, files, bits_per_byte=2.0 - number / 10)
         )
@@ -123,9 +123,9 @@ def test_a_teacher_that_was_removed_or_replaced_is_not_queued(registry: Registry
 
 def test_a_teacher_that_only_the_continued_run_keeps_is_enough(registry: Registry, queue: JobQueue) -> None:
     teacher = named(registry, 1)
-    fence = Fence.raise_for(registry.run_directory("run-1"))
+    fence = registry.take_over("run-1")
     take_teachers(registry, fence, 1)
-    registry.remove_version(1)
+    registry.remove(Checkpoint(1))
     submit(taught(teacher, resume=3), queue, registry)
     with pytest.raises(NotFound, match="The teacher, version 1, is no longer"):
         submit(taught(teacher), queue, registry)
@@ -159,7 +159,7 @@ def test_a_hold_of_an_unknown_job_is_removed_after_some_time(registry: Registry,
     registry.holds.add("new-1234", 1)
     release_ended(queue, registry)
     assert registry.holds.jobs() == {1: "new-1234"}
-    path = registry.root / "holds" / "new-1234"
+    path = root_of(registry) / "holds" / "new-1234"
     before_s = path.stat().st_mtime - 100
     os.utime(path, (before_s, before_s))
     release_ended(queue, registry)
@@ -204,7 +204,7 @@ def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_i
     chain = EvaluateSpec("run:run-2", TEXT, rivals={"control": "run:run-1"})
     job = submit(chain, queue, registry).id
     assert registry.holds.runs() == {"run-1": job, "run-2": job}
-    other = Fence.raise_for(registry.run_directory("run-2"))
+    other = registry.take_over("run-2")
     for bits_per_byte in (1.5, 1.4):
         publish(registry, other, run="run-2", bits_per_byte=bits_per_byte)
     assert left(registry)[0] == [3, 5]

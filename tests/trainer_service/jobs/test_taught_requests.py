@@ -7,7 +7,8 @@ import pytest
 
 from shared.errors import FailedPrecondition, InvalidArgument, NotFound
 from shared.registry.manifest import IMPORTED, TeacherRecord, VersionManifest
-from shared.registry.store import Registry
+from shared.registry.registry import Registry
+from tests.registries import disk_registry
 from tests.shared.registry.scenarios import publish, write_state
 from trainer_service.jobs.requests import PrepareRequest, TrainRequest
 from trainer_service.jobs.specs import Kind, Teacher, TrainSpec, spec_from_json
@@ -22,7 +23,7 @@ OWN = replace(DEMO, vocabulary_size=500, layers=2, validation_share=0.2, seed=7,
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "registry")
+    return disk_registry(tmp_path / "registry")
 
 
 def teach(registry: Registry, config: TrainingConfig = OWN, **values: object) -> VersionManifest:

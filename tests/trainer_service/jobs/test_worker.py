@@ -15,9 +15,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from rq.job import JobStatus
 
 from shared.errors import FailedPrecondition, Unavailable
-from shared.registry.identity import registry_id
 from tests.jobs import training
 from tests.redis_process import PROJECT, RedisServer
+from tests.registries import registry_id
 from tests.waiting import HANG_S, wait_until
 from trainer_service.jobs.job_store import LEASE_S
 from trainer_service.jobs.needs import Offer
