@@ -194,13 +194,13 @@ class InferenceMetrics:
 
     def certificate(self, ends_at: Callable[[], float]) -> None:
         """Shows when the certificate of the server ends."""
-        self._certificate_ends_at = Gauge(
+        gauge = Gauge(
             "tls_certificate_expiry_timestamp_seconds",
             "When the certificate of the server ends.",
             namespace=_NAMESPACE,
             registry=self._collectors,
         )
-        self._certificate_ends_at.set_function(ends_at)
+        gauge.set_function(ends_at)
 
     def answered_over_http(self, status: int) -> None:
         """Counts a request over HTTP by the status of its answer."""

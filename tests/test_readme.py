@@ -52,8 +52,8 @@ TESTS_ONLY = {"GPTLOOP_TEST_DATA"}
 def empty_queue() -> JobQueue:
     """Returns a queue without jobs and without Redis."""
     store = SimpleNamespace(
-        jobs=lambda states: iter(()),
-        waiting=lambda: [],
+        jobs=lambda: iter(()),
+        open_jobs=lambda: [],
         counts=lambda: dict.fromkeys(JobState, 0),
         tokens=lambda: 0,
         diverged=lambda: 0,

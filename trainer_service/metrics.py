@@ -1,6 +1,6 @@
 """Prometheus metrics of the trainer, computed at each scrape from the records of the jobs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import grpc
@@ -32,14 +32,15 @@ class TrainingCollector(Collector):
         """Yields every metric family of the page."""
         try:
             store = self._queue.store
-            counts, shown, tokens, waiting = store.counts(), _shown(store), store.tokens(), store.waiting()
+            counts, tokens, open_jobs = store.counts(), store.tokens(), store.open_jobs()
+            shown = _shown(store, open_jobs)
             workers, diverged = store.workers.count(), store.diverged()
         except Unavailable:
             yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=0)
             return
         yield GaugeMetricFamily("gptloop_training_redis_up", "Whether Redis answers.", value=1)
         yield CounterMetricFamily("gptloop_training_tokens", "Tokens trained on by all jobs ever.", value=tokens)
-        yield from _queued(waiting)
+        yield from _queued([job for job in open_jobs if job.state is JobState.QUEUED])
         yield GaugeMetricFamily("gptloop_training_workers", "Workers that are alive.", value=workers)
         yield _jobs(counts)
         yield CounterMetricFamily(
@@ -121,16 +122,20 @@ def _jobs(counts: Mapping[JobState, int]) -> GaugeMetricFamily:
     return family
 
 
-def _shown(store: JobStore) -> dict[str, tuple[JobRecord, Progress]]:
+def _shown(store: JobStore, open_jobs: Iterable[JobRecord]) -> dict[str, tuple[JobRecord, Progress]]:
     """Returns the runs on the page: those in training, or else the newest that has trained."""
+    working = dict(_trained(filter(_is_working, open_jobs)))
+    return working or dict(islice(_trained(store.jobs()), 1))
 
-    def with_progress(states: Sequence[JobState]) -> Iterator[tuple[str, tuple[JobRecord, Progress]]]:
-        for record in store.jobs(states):
-            if record.progress and isinstance(record.spec, TrainSpec):
-                yield record.spec.run, (record, record.progress)
 
-    working = {run: each for run, each in with_progress(WORKING) if each[0].is_held}
-    return working or dict(islice(with_progress(()), 1))
+def _trained(jobs: Iterable[JobRecord]) -> Iterator[tuple[str, tuple[JobRecord, Progress]]]:
+    for record in jobs:
+        if record.progress and isinstance(record.spec, TrainSpec):
+            yield record.spec.run, (record, record.progress)
+
+
+def _is_working(record: JobRecord) -> bool:
+    return record.state in WORKING and record.is_held
 
 
 def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) -> Iterator[GaugeMetricFamily]:
@@ -141,9 +146,6 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) ->
                 gauge.add_metric([run], value)
         return gauge
 
-    def working(record: JobRecord) -> bool:
-        return record.state in WORKING and record.is_held
-
     def kept_at(record: JobRecord, run: str) -> float | None:
         states = registry.states(run)
         written_at = registry.written_at(Checkpoint(states[-1], run)) if states else 0.0
@@ -152,7 +154,7 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) ->
     yield family(
         "tokens_per_second",
         "Tokens trained on per second since the last report; 0 when the run does not run.",
-        {run: progress.tokens_per_second if working(record) else 0.0 for run, (record, progress) in runs.items()},
+        {run: progress.tokens_per_second if _is_working(record) else 0.0 for run, (record, progress) in runs.items()},
     )
     yield family("loss", "Training loss in nats per token.", {run: p.loss for run, (_, p) in runs.items()})
     yield family(
@@ -172,13 +174,13 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) ->
     yield family(
         "checkpoint_timestamp_seconds",
         "When a run in training last kept a state, or began its first step if that is later.",
-        {run: kept_at(record, run) for run, (record, _) in runs.items() if working(record)},
+        {run: kept_at(record, run) for run, (record, _) in runs.items() if _is_working(record)},
     )
     memory = GaugeMetricFamily(
         "gptloop_training_memory_bytes", "Memory of the training process.", labels=["run", "kind"]
     )
     for run, (record, progress) in runs.items():
-        if working(record):
+        if _is_working(record):
             memory.add_metric([run, "active"], progress.active_memory_bytes)
             memory.add_metric([run, "cache"], progress.cache_memory_bytes)
             memory.add_metric([run, "peak"], progress.peak_memory_bytes)
@@ -188,6 +190,6 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) ->
         "gptloop_training_memory_limit_bytes", "The most that the training process may use.", labels=["run", "kind"]
     )
     for run, (record, _) in runs.items():
-        if working(record) and record.started and record.started.memory_limit_bytes:
+        if _is_working(record) and record.started and record.started.memory_limit_bytes:
             limit.add_metric([run, "resident"], record.started.memory_limit_bytes)
     yield limit

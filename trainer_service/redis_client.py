@@ -92,7 +92,7 @@ def read_redis(environment: Environment, directories: Directories) -> RedisAddre
         # The client would use database 0.
         raise InvalidArgument(
             f"REDIS_URL ends in {shown(parts.path, 40)}, but only the number of a database can follow the host, as in "
-            " redis://localhost:6379/0."
+            "redis://localhost:6379/0."
         )
     options = {name: values[0] for name, values in parse_qs(parts.query).items()}
     if file and (has_password or "password" in options):

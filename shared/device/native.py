@@ -44,12 +44,14 @@ def build_library(source: str, language: str, options: Sequence[str], cache: Pat
     It is one that `prebuild_library` built for a processor like this one. Otherwise it is compiled into `cache`, if it
     is not there yet. Raises `FailedPrecondition` if that needs a compiler and there is none, or if the compiler fails.
     """
+    processor = _processor()
+    features = frozenset(processor.split())
     for baseline in _baselines():
         library = PREBUILT / _file_name(language, source, _built_for(baseline, options))
-        if baseline.features <= _features() and library.exists():
+        if baseline.features <= features and library.exists():
             return library
     # Machines of different kinds may share the disk of the cache.
-    library = cache / _file_name(language, source, [*options, _processor()])
+    library = cache / _file_name(language, source, [*options, processor])
     if not library.exists():
         _compile(source, language, options, library)
     return library
@@ -105,12 +107,8 @@ def _unsuitable_sentence() -> str:
     if not PREBUILT.is_dir() or not _baselines():
         return ""
     least = _baselines()[-1]
-    missing = ", ".join(sorted(least.features - _features()))
+    missing = ", ".join(sorted(least.features.difference(_processor().split())))
     return f" The prebuilt libraries are for {least.name} or newer; this processor lacks {missing}." if missing else ""
-
-
-def _features() -> frozenset[str]:
-    return frozenset(_processor().split())
 
 
 def _processor() -> str:

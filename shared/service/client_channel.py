@@ -76,7 +76,7 @@ def _look_up(address: str) -> tuple[socket.AddressFamily, str]:
 
 
 def open_channel(address: str, credentials: Credentials = PLAIN, options: tuple[Option, ...] = ()) -> grpc.Channel:
-    """Opens a channel, which connects with the first call; raises `InvalidArgument` if it cannot be one."""
+    """Opens a channel, which connects with the first call; raises as `Connection`."""
     channel: grpc.Channel = _open(grpc, address, credentials, options)
     return channel
 
@@ -84,7 +84,7 @@ def open_channel(address: str, credentials: Credentials = PLAIN, options: tuple[
 def open_aio_channel(
     address: str, credentials: Credentials = PLAIN, options: tuple[Option, ...] = ()
 ) -> grpc.aio.Channel:
-    """Opens a channel of the running event loop."""
+    """Opens a channel of the running event loop; raises as `Connection`."""
     channel: grpc.aio.Channel = _open(grpc.aio, address, credentials, options)
     return channel
 
@@ -101,7 +101,8 @@ def _open(module: Any, address: str, credentials: Credentials, options: tuple[Op
 class Connection:
     """A gRPC channel to the servers at an address. It connects with the first call; leaving a `with` block closes it.
 
-    Raises `InvalidArgument` if the address or the credentials cannot be used.
+    Raises `InvalidArgument` if the address or the credentials cannot be used, and `Unavailable` if one of several hosts
+    is unknown.
     """
 
     def __init__(self, address: str, credentials: Credentials = PLAIN, *options: Option) -> None:

@@ -1,4 +1,4 @@
-"""Explains why a client could not connect."""
+"""Explains why a client could not connect, or lost its connection."""
 
 from shared.errors import FailedPrecondition, GptloopError, Unavailable
 
@@ -33,19 +33,28 @@ _ALL_FAILED = "connections to all backends"
 # A server that refuses a handshake gives its client no reason.
 _NOT_CONNECTED = ("failed to connect", _ALL_FAILED)
 _CLOSED = "Socket closed"
+# How details begin if the server of a call has ended.
+_LOST = (_CLOSED, "Cancelling all calls", "GOAWAY received")
 _NOT_READY = "backend unhealthy"
 _UNKNOWN_NAME = ("errors resolving", "DNS resolution failed")
 
 
-def connection_error(details: str, address: str) -> GptloopError | None:
-    """Returns the error for a call that got no connection, or None if it failed otherwise or no server answers.
+def connection_error(details: str, address: str, start: str = "") -> GptloopError | None:
+    """Returns the error for a call that got no connection or lost it, or None if it failed otherwise.
 
     details: those of the call, whose status is UNAVAILABLE.
+    start: the command that starts the server.
     """
     if details.startswith(_UNKNOWN_NAME):
         return Unavailable(f"No server is known by the name {address}.")
-    if not details.startswith(_NOT_CONNECTED):
-        return None
+    if details.startswith(_NOT_CONNECTED) and (error := _explained(details, address)) is not None:
+        return error
+    if details.startswith((*_NOT_CONNECTED, *_LOST)):
+        return Unavailable(f"No server answers at {address}{start and f': start it with `{start}`'}.")
+    return None
+
+
+def _explained(details: str, address: str) -> GptloopError | None:
     for part, sentence in _REASONS:
         if part in details:
             # Of several servers, others may only be down for a moment.

@@ -14,12 +14,6 @@ from shared.service.log_ids import REQUEST_ID
 # The metadata key of a status's details (gRPC's richer error model).
 _DETAILS_KEY = "grpc-status-details-bin"
 
-# How the details of a call begin if gRPC could not reach a server.
-_NO_SERVER = (
-    *("failed to connect", "Socket closed", "connections to all backends"),
-    *("Cancelling all calls", "GOAWAY received"),
-)
-
 # How gRPC describes what a server refuses as too large, and the limit.
 _TOO_LARGE = {
     "message": re.compile(r"SERVER: Received message larger than max \(.* (\d+)\)"),
@@ -77,10 +71,8 @@ def _error_of(call: Any, address: str, start: str) -> errors.GptloopError:
                     f"The {part} of this call has more than {int(limit[1]):,} bytes, which is the limit of the server."
                 )
         return errors.ResourceExhausted(details, _retry_after_s(call))
-    if code is grpc.StatusCode.UNAVAILABLE and (error := connection_error(details, address)) is not None:
+    if code is grpc.StatusCode.UNAVAILABLE and (error := connection_error(details, address, start)) is not None:
         return error
-    if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NO_SERVER):
-        return errors.Unavailable(f"No server answers at {address}{start and f': start it with `{start}`'}.")
     for kind, kind_code in _CODES.items():
         if kind_code is code:
             return kind(details)

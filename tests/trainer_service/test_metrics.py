@@ -1,6 +1,7 @@
 """The trainer's metrics page, from a real Redis and a registry on disk."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from tests.fakes import publish_tiny_version
 from tests.jobs import finish, report, start, training
 from tests.registries import disk_registry
 from trainer_service.jobs.events import Evaluation, JobState, StateChanged, TimedEvent
+from trainer_service.jobs.job_store import JobStore
 from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.records import JobRecord
 from trainer_service.metrics import make_metrics
 from trainer_service.redis_client import RedisAddress, connect
 
@@ -139,3 +142,20 @@ def test_a_job_without_a_time_of_its_own_hides_no_other(
 def test_the_page_stands_while_redis_is_gone(tmp_path: Path, registry: Registry) -> None:
     metrics = make_metrics(JobQueue(connect(RedisAddress(f"unix://{tmp_path}/none.sock")), "none"), registry)
     assert value(metrics, "redis_up") == 0
+
+
+def test_a_scrape_reads_each_open_job_once(
+    queue: JobQueue, metrics: CollectorRegistry, job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = queue.enqueue(training(tmp_path, name="waiting")).id
+    queue.store.renew_attempt(job, 1)
+    report(queue, job, StateChanged(JobState.RUNNING), STARTED, PROGRESS)
+    ids: list[str] = []
+    read = JobStore.read
+
+    def reading(store: JobStore, asked: Sequence[str]) -> list[JobRecord | None]:
+        ids.extend(asked)
+        return read(store, asked)
+
+    monkeypatch.setattr(JobStore, "read", reading)
+    assert value(metrics, "queue_depth") == 1 and ids == [job, waiting]

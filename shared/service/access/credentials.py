@@ -61,11 +61,10 @@ class Credentials:
             return None
         # Checks what gRPC would only report as a failed connection.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        authorities = _system_authorities()
-        if self.ca != SYSTEM:
-            file = PemFile(Path(self.ca), names["ca"])
-            file.load_authority(context)
-            authorities = file.read()
+        if self.ca == SYSTEM:
+            authorities = _system_authorities()
+        else:
+            authorities = PemFile(Path(self.ca), names["ca"]).load_authority(context)
         if self.certificate is None and self.key is None:
             return grpc.ssl_channel_credentials(authorities)
         if self.certificate is None or self.key is None:
@@ -73,8 +72,8 @@ class Credentials:
             raise InvalidArgument(f"{names[there]} is set, but not {names[missing]}; a client needs both or neither.")
         certificate = PemFile(Path(self.certificate), names["certificate"])
         key = PemFile(Path(self.key), names["key"])
-        load_pair(context, certificate, key)
-        return grpc.ssl_channel_credentials(authorities, key.read(), certificate.read())
+        chain, own_key = load_pair(context, certificate, key)
+        return grpc.ssl_channel_credentials(authorities, own_key, chain)
 
     def to_metadata(self) -> tuple[tuple[str, str], ...]:
         """Returns the metadata that every call carries."""

@@ -44,12 +44,16 @@ class PemFile:
         return f"{self.setting} is {shown(str(self.path), _PATH_LETTERS)}, which"
 
 
-def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> None:
-    """Gives a context its own certificate chain and key; raises `InvalidArgument` if they do not belong together."""
-    for file, marker in ((certificate, b"CERTIFICATE-----"), (key, b"PRIVATE KEY-----")):
-        if marker not in file.read():
-            what = "certificate" if file is certificate else "private key"
-            raise InvalidArgument(f"{file} contains no {what} in PEM form.")
+def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> tuple[bytes, bytes]:
+    """Gives a context its own certificate chain and key, and returns the bytes of both files.
+
+    Raises `InvalidArgument` if they do not belong together.
+    """
+    chain, own_key = certificate.read(), key.read()
+    if b"CERTIFICATE-----" not in chain:
+        raise InvalidArgument(f"{certificate} contains no certificate in PEM form.")
+    if b"PRIVATE KEY-----" not in own_key:
+        raise InvalidArgument(f"{key} contains no private key in PEM form.")
 
     def refuse() -> NoReturn:
         raise InvalidArgument(f"{key} is encrypted with a password; it must be readable without one.")
@@ -64,3 +68,4 @@ def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> No
         ) from None
     except OSError as error:
         raise InvalidArgument(f"{certificate} or {key.setting} cannot be read: {error.strerror}.") from None
+    return chain, own_key

@@ -127,17 +127,16 @@ class ServerTls:
         key = PemFile(self._files.key, KEY_VARIABLE)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        load_pair(context, certificate, key)
+        chain, own_key = load_pair(context, certificate, key)
         authority = None
         if self._files.client_ca is not None:
             authority = PemFile(self._files.client_ca, CLIENT_CA_VARIABLE).load_authority(context)
             context.verify_mode = ssl.CERT_REQUIRED
-        chain = certificate.read()
         try:
             end = ends_at(chain)
         except ValueError as error:
             raise InvalidArgument(f"{certificate} cannot be used: {error}.") from None
-        return _Certificates(grpc.ssl_server_certificate_configuration([(key.read(), chain)], authority), context, end)
+        return _Certificates(grpc.ssl_server_certificate_configuration([(own_key, chain)], authority), context, end)
 
 
 class _ChangingContext(ssl.SSLContext):

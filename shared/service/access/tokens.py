@@ -40,7 +40,6 @@ class Caller:
 class _Entry:
     name: str
     digest: bytes
-    line: int
 
 
 class TokenFile:
@@ -128,7 +127,7 @@ class TokenFile:
                 f"has a token of {len(token)} characters in line {number}, but a token must have {MIN_CHARACTERS} to "
                 f"{MAX_CHARACTERS}; `openssl rand -hex 24` makes one"
             )
-        return _Entry(name, digest_of(token.encode()), number)
+        return _Entry(name, digest_of(token.encode()))
 
     def _place(self) -> str:
         return shown(str(self._path), _SHOWN_CHARACTERS)

@@ -2,6 +2,7 @@ import socket
 import threading
 import urllib.request
 from contextlib import ExitStack, suppress
+from socketserver import ThreadingMixIn
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -66,6 +67,17 @@ def test_silent_scrapers_leave_room_for_others_after_a_while(monkeypatch: pytest
         assert [each.recv(1) for each in silent] == [b""] * len(silent)
         # A connection is closed before it leaves its room.
         wait_until(lambda: _answers(port))
+
+
+def test_a_connection_for_which_no_thread_can_start_takes_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with metrics_page(CollectorRegistry(), Address("127.0.0.1", 0, "THE_HOST", "THE_PORT")) as port:
+        with monkeypatch.context() as full:
+            full.setattr(ThreadingMixIn, "process_request", failing)
+            assert not any(_answers(port) for _ in range(metrics_page_module.MAX_CONNECTIONS + 1))
+        assert _answers(port)
 
 
 def _answers(port: int) -> bool:

@@ -3,7 +3,9 @@ from pathlib import Path
 import pytest
 
 from shared.errors import InvalidArgument
+from shared.service.access import credentials as credentials_module
 from shared.service.access.credentials import Credentials, read_credentials
+from shared.service.access.pem import PemFile
 from tests.certificates import Authority, replace
 
 TOKEN = "a-token-of-a-client"
@@ -42,6 +44,23 @@ def test_every_setting_is_read(authority: Authority, tmp_path: Path) -> None:
 
 def test_the_system_may_say_whom_to_trust() -> None:
     assert Credentials(ca="system").to_channel_credentials() is not None
+
+
+def test_each_file_is_read_once(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = authority.issue("client")
+    paths, read = [], PemFile.read
+
+    def reading(file: PemFile) -> bytes:
+        paths.append(file.path)
+        return read(file)
+
+    def of_the_system() -> None:
+        paths.append(Path("system"))
+
+    monkeypatch.setattr(PemFile, "read", reading)
+    monkeypatch.setattr(credentials_module, "_system_authorities", of_the_system)
+    Credentials(authority.file, own.certificate, own.key).to_channel_credentials()
+    assert paths == [authority.file, own.certificate, own.key]
 
 
 def test_the_token_shows_nowhere() -> None:

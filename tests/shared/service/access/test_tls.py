@@ -178,6 +178,19 @@ def test_files_that_vanish_while_they_are_read_keep_the_certificates_from_before
         before = tls.current()
 
 
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(tmp_path / "ca")
+    pair, paths, read = authority.issue(HOST), [], PemFile.read
+
+    def reading(file: PemFile) -> bytes:
+        paths.append(file.path)
+        return read(file)
+
+    monkeypatch.setattr(PemFile, "read", reading)
+    ServerTls(TlsFiles(pair.certificate, pair.key, authority.file))
+    assert paths == [pair.certificate, pair.key, authority.file]
+
+
 def test_an_authority_may_have_comments_in_any_language(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "old")
     file = tmp_path / "ca.crt"
