@@ -1,5 +1,6 @@
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc.aio
@@ -7,6 +8,8 @@ import hypothesis
 import pytest
 
 from shared.device.accelerator import prepare
+from tests.object_storage.proxy import FaultyProxy
+from tests.object_storage.server import MISSING, ObjectServer, is_installed
 
 # The time of an example depends on the machine.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -33,3 +36,21 @@ def pytest_report_header(config: pytest.Config) -> str:
     """Reports the expected time."""
     fast = config.getoption("markexpr") == "not slow"
     return f"about {'one minute' if fast else 'a quarter of an hour'} with two processes (-n 2) on two quiet cores"
+
+
+@pytest.fixture(scope="session")
+def object_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A real S3 server that stands for the whole session; each test takes a place of its own."""
+    if not is_installed():
+        pytest.skip(MISSING)
+    server = ObjectServer(tmp_path_factory.mktemp("objects"))
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def object_proxy(object_server: ObjectServer) -> Iterator[FaultyProxy]:
+    """A proxy before that server, which fails requests as a test asks for."""
+    proxy = FaultyProxy(object_server.port)
+    yield proxy
+    proxy.end()
