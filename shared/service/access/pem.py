@@ -27,21 +27,32 @@ class PemFile:
             raise InvalidArgument(f"{self} cannot be read: {reason}.") from None
 
     def load_authority(self, context: ssl.SSLContext) -> bytes:
-        """Makes a context trust the certificates in the file, and returns the bytes of the file.
+        """Makes a context trust the certificates in the file, and returns them in PEM form.
 
         Raises `InvalidArgument` if it cannot be read or has no certificates.
         """
-        content = self.read()
+        certificates = _without_comments(self.read())
         try:
-            # The path could lead to another file by now, or to none. Comments may be in any language.
-            context.load_verify_locations(cadata=content.decode("ascii", errors="ignore"))
+            # The path could lead to another file by now, or to none.
+            context.load_verify_locations(cadata=certificates.decode("ascii"))
         except (ssl.SSLError, ValueError):
             raise InvalidArgument(f"{self} contains no certificates in PEM form.") from None
-        return content
+        return certificates
 
     def __str__(self) -> str:
         """Returns how an error names the file."""
         return f"{self.setting} is {shown(str(self.path), _PATH_LETTERS)}, which"
+
+
+def _without_comments(content: bytes) -> bytes:
+    """Returns the lines from each BEGIN to its END; those around them may be in any language."""
+    kept, is_inside = [], False
+    for line in content.splitlines(keepends=True):
+        begins, ends = line.startswith(b"-----BEGIN "), line.startswith(b"-----END ")
+        if is_inside or begins:
+            kept.append(line)
+        is_inside = (is_inside or begins) and not ends
+    return b"".join(kept)
 
 
 def load_pair(context: ssl.SSLContext, certificate: PemFile, key: PemFile) -> tuple[bytes, bytes]:

@@ -194,11 +194,21 @@ def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_an_authority_may_have_comments_in_any_language(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "old")
     file = tmp_path / "ca.crt"
-    file.write_bytes("# Autorité\n".encode() + authority.file.read_bytes())
+    certificates = authority.file.read_bytes()
+    file.write_bytes("# Autorité\n".encode() + certificates + "# fin de l'autorité\n".encode("utf-16"))
     context = ssl.create_default_context()
     before = len(context.get_ca_certs())
-    assert PemFile(file, "GPTLOOP_TLS_CA").load_authority(context) == file.read_bytes()
+    assert PemFile(file, "GPTLOOP_TLS_CA").load_authority(context) == certificates
     assert len(context.get_ca_certs()) == before + 1
+
+
+@pytest.mark.parametrize("at", [3, 15, 100, -10])
+def test_an_authority_with_bytes_that_no_certificate_has_is_refused(tmp_path: Path, at: int) -> None:
+    content = Authority(tmp_path / "ca").file.read_bytes()
+    file = tmp_path / "ca.crt"
+    file.write_bytes(content[:at] + b"\xff" + content[at:])
+    with pytest.raises(InvalidArgument, match=r"ca\.crt', which contains no certificates in PEM form"):
+        PemFile(file, "GPTLOOP_TLS_CA").load_authority(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
 
 @pytest.mark.parametrize("breaks", ["key", "empty", "removed", "authority"])
