@@ -19,6 +19,7 @@ from shared.service import logs, traces
 from shared.service.log_ids import about
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.jobs.local_files import require_same
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import Reporter
@@ -120,6 +121,7 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
     run = {"run": spec.run} if isinstance(spec, RunSpec) else {}
     facts = {f"gptloop.{name}": value for name, value in {"job": record.id, **run}.items()}
     with about(**run), traces.span(f"job {spec.kind.value}", {**facts, "gptloop.attempt": attempt.number}):
+        require_same(spec.files, spec.file_sizes)
         try:
             if isinstance(spec, StoriesSpec):
                 from trainer_service.distillation.stories import write_stories

@@ -24,7 +24,7 @@ from trainer_service.jobs.events import StateChanged
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import JobRequest
-from trainer_service.jobs.submit import submit, with_stories
+from trainer_service.jobs.submit import on_this_machine, submit
 from trainer_service.metrics import CallMetrics, make_metrics, show_certificate
 from trainer_service.redis_client import Outage, connect
 from trainer_service.settings import (
@@ -68,7 +68,7 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         return pb.EnqueueJobResponse(job=job_to_pb(record), live_workers=live_workers)
 
     def _submit(self, wanted: JobRequest) -> JobRecord:
-        spec = with_stories(wanted.resolve(self._registry), wanted.after, self._data, self._queue.store)
+        spec = on_this_machine(wanted.resolve(self._registry), wanted.after, self._data, self._queue.store)
         return submit(spec, self._queue, self._registry, wanted.after)
 
     async def GetJob(self, request: pb.GetJobRequest, context: Any) -> pb.GetJobResponse:  # noqa: N802

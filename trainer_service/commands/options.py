@@ -15,7 +15,7 @@ from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import DEFAULT_PRESET, JobRequest
 from trainer_service.jobs.specs import TrainSpec
-from trainer_service.jobs.submit import submit, with_stories
+from trainer_service.jobs.submit import on_this_machine, submit
 from trainer_service.plan import Machine, Plan
 from trainer_service.presets import PRESETS
 from trainer_service.redis_client import connect
@@ -101,7 +101,7 @@ def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry, storie
     """Queues a job and prints its id and its plan. `stories`: how many stories it reads, if it reads any."""
     plan = list[str]()
     data = settings().directories.data
-    spec = with_stories(request.resolve(registry), request.after, data, queue.store, stories)
+    spec = on_this_machine(request.resolve(registry), request.after, data, queue.store, stories)
     if isinstance(spec, TrainSpec):
         earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)
         plan = Plan.of(spec, registry, earlier, Machine.here()).lines()
@@ -112,12 +112,13 @@ def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry, storie
 
 def require_worker(queue: JobQueue, record: JobRecord) -> None:
     """Raises `Unavailable` if no worker is running; prints a note if a job needs what none of them has."""
-    if record.awaited:
-        print(f"note: The job waits for {record.awaited}: no worker that is running has this.", flush=True)
-    elif not queue.store.workers.count():
+    # Several ranks may also be started by a cluster, which then takes the job.
+    if record.needs.ranks == 1 and not queue.store.workers.count():
         raise Unavailable(
             f"No worker is running. Start one with `gptloop up`; the job {record.id} stays queued until then."
         )
+    if record.awaited:
+        print(f"note: The job waits for {record.awaited}; none is running.", flush=True)
 
 
 def follow_job(queue: JobQueue, job: str) -> None:

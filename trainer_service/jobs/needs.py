@@ -17,11 +17,15 @@ _MAX_BYTES = 1 << 50
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job needs: whether each rank computes on a GPU, the memory of each device, and the number of ranks."""
+    """What a job needs: whether each rank computes on a GPU, the memory of each device, and the number of ranks.
+
+    place: the folder that has what a large teacher was paid for, as `place_of` names it; empty: any.
+    """
 
     gpu: bool = False
     memory_bytes: int = 0
     ranks: int = 1
+    place: str = ""
 
     @classmethod
     def parse(cls, text: str, ranks: int = 1) -> Self:
@@ -45,19 +49,22 @@ class Needs:
         ranks = f"{self.ranks} ranks" if self.ranks > 1 else ""
         gpus = ("a GPU" if self.ranks == 1 else "a GPU for each") if self.gpu else ""
         memory = f"{format_size(self.memory_bytes)} of memory" if self.memory_bytes else ""
-        return ", ".join(filter(None, (ranks, gpus, memory)))
+        place = f"the data folder {shown(self.place, 20)} of its large teacher" if self.place else ""
+        return ", ".join(filter(None, (ranks, gpus, memory, place)))
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a worker has: how many ranks it can start and how many of them get a GPU, and the memory of a device."""
+    """What a worker has: how many ranks it can start and how many of them get a GPU, the memory of a device, and the
+    id of its folder of data."""
 
     gpus: int = 0
     memory_bytes: int = 0
     ranks: int = 1
+    place: str = ""
 
     @classmethod
-    def of_this_machine(cls, ranks: int | None, launcher: bool) -> Self:
+    def of_this_machine(cls, ranks: int | None, launcher: bool, place: str = "") -> Self:
         """Returns what a worker on this machine has. `ranks` replaces the number of its GPUs, or else of its cores.
 
         A launcher starts ranks on other machines, which are taken to be like this one.
@@ -65,7 +72,7 @@ class Offer:
         memories = gpu_memories_bytes()
         count = ranks or len(memories) or cores()
         gpus = count if launcher and memories else len(memories)
-        return cls(gpus, min(memories, default=memory_limit_bytes()), count)
+        return cls(gpus, min(memories, default=memory_limit_bytes()), count, place)
 
     def meets(self, needs: Needs) -> bool:
         """Whether this is enough for a job."""
@@ -73,6 +80,7 @@ class Offer:
             self.ranks >= needs.ranks
             and (self.gpus >= needs.ranks or not needs.gpu)
             and self.memory_bytes >= needs.memory_bytes
+            and needs.place in ("", self.place)
         )
 
     def to_json(self) -> str:

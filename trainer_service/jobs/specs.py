@@ -5,13 +5,14 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from enum import Enum
 from typing import Any, ClassVar
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.manifest import typed
+from trainer_service.jobs.local_files import files_of
 from trainer_service.jobs.needs import Needs
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.training.config import TrainingConfig
@@ -30,6 +31,17 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class _Spec:
+    """What every specification has.
+
+    needs: what the job needs of a worker, as `Needs.parse` reads it.
+    place: the folder of data whose worker must do the job, as `place_of` names it; empty: any.
+    file_sizes: the sizes of `files` in bytes when the job was queued.
+    """
+
+    needs: str = field(default="", kw_only=True)
+    place: str = field(default="", kw_only=True)
+    file_sizes: tuple[int, ...] = field(default=(), kw_only=True)
+
     def to_json(self) -> str:
         """Returns the JSON text that the queue stores."""
         return json.dumps(asdict(self))
@@ -37,7 +49,12 @@ class _Spec:
     @property
     def wants(self) -> Needs:
         """What the job needs of a worker."""
-        return Needs()
+        return replace(Needs.parse(self.needs), place=self.place)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The local files that the job reads."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,6 @@ class RunSpec(_Spec):
     teachers: the mean of their predicted probabilities is learned.
     force: whether teachers, and the version that is continued, may be badly trained.
     stories: how many stories are read of the set of a teacher that the text names, the first ones; None stands for all.
-    needs: what the job needs of a worker, as `Needs.parse` reads it.
     """
 
     run: str
@@ -68,12 +84,11 @@ class RunSpec(_Spec):
     teachers: tuple[Teacher, ...] = ()
     force: bool = False
     stories: int | None = None
-    needs: str = ""
 
     @property
-    def wants(self) -> Needs:
-        """What the job needs of a worker."""
-        return Needs.parse(self.needs)
+    def files(self) -> tuple[str, ...]:
+        """The local files that the job reads."""
+        return files_of(self.data)
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,6 @@ class EvaluateSpec(_Spec):
       that the report names, such as `control`.
     promote: whether the version becomes the stable one if it is better than every rival.
     judge_usd: the most that judgements of the large teacher may cost, in US dollars; 0 asks for none.
-    needs: as in `RunSpec`.
     """
 
     kind: ClassVar[Kind] = Kind.EVALUATE
@@ -117,12 +131,11 @@ class EvaluateSpec(_Spec):
     rivals: Mapping[str, str] = field(default_factory=dict)
     promote: bool = False
     judge_usd: float = 0.0
-    needs: str = ""
 
     @property
-    def wants(self) -> Needs:
-        """What the job needs of a worker."""
-        return Needs.parse(self.needs)
+    def files(self) -> tuple[str, ...]:
+        """The local files that the job reads."""
+        return files_of(self.data, self.pairs)
 
     @property
     def judge_cap_usd(self) -> Decimal:
@@ -188,13 +201,13 @@ def spec_from_json(kind: Kind, text: str) -> Spec:
 
 
 def _typed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a dataclass as `typed` does; raises `TypeError` if a list or a mapping has another element
-    than a text."""
+    """Returns the fields of a dataclass as `typed` does; raises `TypeError` if a list or a mapping has an element of
+    another type."""
     found = typed(owner, values)
     for name, value in found.items():
         parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ()
-        if not all(isinstance(part, str | Teacher) for part in parts):
-            raise TypeError(f"{name} has an element that is not text")
+        if not all(type(part) is int if name == "file_sizes" else isinstance(part, str | Teacher) for part in parts):
+            raise TypeError(f"{name} has an element of another type")
     return found
 
 

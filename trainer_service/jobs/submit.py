@@ -13,6 +13,7 @@ from shared.registry.numbering import is_number
 from shared.registry.registry import Registry
 from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import JobStore
+from trainer_service.jobs.local_files import place_of, sizes_bytes
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec, StoriesSpec
@@ -55,12 +56,22 @@ def submit(spec: Spec, queue: JobQueue, registry: Registry, after: Sequence[str]
     return record
 
 
-def with_stories(spec: Spec, after: Sequence[str], directory: Path, store: JobStore, count: int | None = None) -> Spec:
-    """Returns a run with the number of stories that it reads if its text names a set of them, whatever the set gains.
+def on_this_machine(
+    spec: Spec, after: Sequence[str], directory: Path, store: JobStore, count: int | None = None
+) -> Spec:
+    """Returns a job with what it finds on the machine that queues it.
 
-    This is `count`, that of another run which has to read the same stories, or else the number that the set has now, or
-    that a job before this one brings it to. Raises `NotFound` or `DataError` if it has none and none are coming.
+    These are the sizes of its files; the folder of data, `directory`, if the job needs what a large teacher was paid
+    for; and how many stories it reads if it is a run on a set of them, whatever the set gains. That is `count`, the
+    number of another run which has to read the same stories, or else the number that the set has now, or that a job
+    before this one brings it to. Raises `NotFound` or `DataError` if the set has none and none are coming, or if a file
+    cannot be read, and `FailedPrecondition` if `directory` cannot be written.
     """
+    spec = replace(spec, file_sizes=sizes_bytes(spec.files))
+    asks = isinstance(spec, StoriesSpec) or (isinstance(spec, EvaluateSpec) and spec.judge_usd > 0)
+    if asks or spec.data.story_set:
+        # Limits hold for what the ledgers of one folder say.
+        spec = replace(spec, place=place_of(directory))
     name = spec.data.story_set
     if not name:
         return spec

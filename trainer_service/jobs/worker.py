@@ -15,6 +15,7 @@ from shared.errors import NotFound, Unavailable
 from shared.registry.store import Store
 from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import START_LEASE_S
+from trainer_service.jobs.local_files import place_of
 from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
@@ -117,7 +118,8 @@ def work(settings: TrainerSettings) -> None:
     with connect(settings.redis) as own, connect(settings.redis) as connection:
         _wait_for_redis(connection)
         queue = JobQueue(connection, registry)
-        offer = Offer.of_this_machine(settings.worker_ranks, launcher=bool(settings.launcher))
+        place = place_of(settings.directories.data)
+        offer = Offer.of_this_machine(settings.worker_ranks, bool(settings.launcher), place)
         runner = AttemptRunner(queue, offer)
         worker = AttemptWorker(queue.attempts, connection, runner)
         ended = threading.Event()

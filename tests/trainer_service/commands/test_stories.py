@@ -10,6 +10,7 @@ from shared.service.settings import Directories
 from tests.redis_process import RedisServer
 from tests.registries import registry_id
 from trainer_service.commands.stories import app
+from trainer_service.jobs.local_files import place_of
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.specs import StoriesSpec
 
@@ -36,7 +37,7 @@ def test_the_command_shows_what_stories_will_cost_and_queues_a_job(tmp_path: Pat
     assert queued.endswith(" queued: stories stories animals")
     queue = JobQueue(redis_server.connect(), registry_id(Directories(tmp_path).registry))
     (record,) = queue.store.jobs()
-    assert record.spec == StoriesSpec("animals", 2000, 0.5)
+    assert record.spec == StoriesSpec("animals", 2000, 0.5, place=place_of(tmp_path / "data"))
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,12 @@ from tests.shared.registry.scenarios import make_manifest, publish, take_teacher
 from tests.trainer_service.story_sets import add_stories, tales
 from trainer_service.commands.options import version_number
 from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
+from trainer_service.jobs.local_files import place_of
+from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import EvaluateRequest
 from trainer_service.jobs.specs import EvaluateSpec, StoriesSpec, Teacher, TrainSpec
-from trainer_service.jobs.submit import release_ended, submit, with_stories
+from trainer_service.jobs.submit import on_this_machine, release_ended, submit
 from trainer_service.presets import find_preset
 from trainer_service.teachers import named_teachers
 from trainer_service.text.corpus import DatasetSpec
@@ -172,19 +174,19 @@ ON_STORIES = DatasetSpec(("builtin", "teacher:noon"))
 def test_a_job_on_stories_that_are_absent_is_refused_unless_a_job_before_it_asks_for_them(
     queue: JobQueue, tmp_path: Path
 ) -> None:
-    spec = replace(resuming(None), data=ON_STORIES)
+    spec, place = replace(resuming(None), data=ON_STORIES), place_of(tmp_path)
     other, wanted = (queue.enqueue(StoriesSpec(name, 30, 0.5)).id for name in ("dusk", "noon"))
     between = queue.enqueue(resuming(None, "between"), [other, wanted]).id
     for after in ((), (other,), ("3f2a91c4", "\udce9")):
         with pytest.raises(NotFound, match="no set of stories 'noon'"):
-            with_stories(spec, after, tmp_path, queue.store)
-    assert with_stories(spec, (between,), tmp_path, queue.store) == replace(spec, stories=30)
+            on_this_machine(spec, after, tmp_path, queue.store)
+    assert on_this_machine(spec, (between,), tmp_path, queue.store) == replace(spec, stories=30, place=place)
     plain = resuming(None)
-    assert with_stories(plain, (), tmp_path, queue.store) == plain
+    assert on_this_machine(plain, (), tmp_path, queue.store) == plain
     alone = EvaluateSpec("best", DatasetSpec(("teacher:noon",)))
     with pytest.raises(NotFound, match="no set of stories 'noon'"):
-        with_stories(alone, (), tmp_path, queue.store)
-    assert with_stories(alone, (wanted,), tmp_path, queue.store) == alone
+        on_this_machine(alone, (), tmp_path, queue.store)
+    assert on_this_machine(alone, (wanted,), tmp_path, queue.store) == replace(alone, place=place)
 
 
 def test_a_run_reads_the_stories_that_its_set_has_when_it_is_queued_or_that_are_asked_for(
@@ -192,10 +194,11 @@ def test_a_run_reads_the_stories_that_its_set_has_when_it_is_queued_or_that_are_
 ) -> None:
     spec = replace(resuming(None), data=ON_STORIES)
     add_stories(tmp_path, tales(0, 4), "noon")
+    place = place_of(tmp_path)
     few, many = (queue.enqueue(StoriesSpec("noon", count, 0.5)).id for count in (3, 7))
     for after, count in (((), 4), ((few,), 4), ((many,), 7), ((few, many), 7)):
-        assert with_stories(spec, after, tmp_path, queue.store) == replace(spec, stories=count)
-    assert with_stories(spec, (), tmp_path, queue.store, 2) == replace(spec, stories=2)
+        assert on_this_machine(spec, after, tmp_path, queue.store) == replace(spec, stories=count, place=place)
+    assert on_this_machine(spec, (), tmp_path, queue.store, 2) == replace(spec, stories=2, place=place)
 
 
 def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_it(
@@ -211,3 +214,28 @@ def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_i
     queue.cancel(job)
     release_ended(queue, registry)
     assert left(registry)[0] == [5]
+
+
+def test_what_a_large_teacher_is_paid_for_is_worked_on_where_its_ledgers_are(queue: JobQueue, tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    asked = StoriesSpec("noon", 30, 0.5)
+    job = queue.enqueue(on_this_machine(asked, (), here, queue.store)).id
+    judged = on_this_machine(EvaluateSpec("3", DatasetSpec(()), judge_usd=0.5), (), here, queue.store)
+    assert judged.place == place_of(here) != place_of(there)
+    queue.store.workers.renew("there", Offer(place=place_of(there)))
+    assert queue.take(Offer(place=place_of(there))) is None
+    assert queue.store.get(job).awaited == f"a worker with the data folder '{place_of(here)}' of its large teacher"
+    assert queue.take(Offer(place=place_of(here))) == (job, 1)
+
+
+def test_a_job_knows_the_sizes_of_the_files_that_it_was_queued_with(queue: JobQueue, tmp_path: Path) -> None:
+    for name in ("one.txt", "held.txt", "pairs.jsonl"):
+        (tmp_path / name).write_text(name)
+    text, held, pairs = (str(tmp_path / name) for name in ("one.txt", "held.txt", "pairs.jsonl"))
+    run = replace(resuming(None), data=DatasetSpec((text,), (held,)))
+    assert on_this_machine(run, (), tmp_path, queue.store).file_sizes == (7, 8)
+    measured = EvaluateSpec("3", DatasetSpec((), (held,)), pairs=(pairs,))
+    assert on_this_machine(measured, (), tmp_path, queue.store).file_sizes == (8, 11)
+    (tmp_path / "one.txt").unlink()
+    with pytest.raises(NotFound, match=r"one\.txt"):
+        on_this_machine(run, (), tmp_path, queue.store)
