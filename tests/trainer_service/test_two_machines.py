@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.registry.identity import registry_id
-from shared.registry.store import Registry
+from shared.registry.disk_store import DiskStore
+from shared.registry.registry import Registry
 from tests.nvidia import nvidia_machine
 from tests.redis_process import PROJECT, RedisServer
 from tests.trainer_service.site import TINY_RUN, Site
@@ -74,7 +74,8 @@ class Cluster:
 
     def __init__(self, folder: Path, redis: RedisServer) -> None:
         root = folder / "shared"
-        self.queue, self.registry = JobQueue(redis.connect(), registry_id(root)), Registry(root)
+        self.registry = Registry(DiskStore(root))
+        self.queue = JobQueue(redis.connect(), self.registry.store.id())
         self.text = Site.write(folder / "text.txt", 0)
         self.small = Machine(folder / "small", root, redis.url, {})
         self.large = Machine(folder / "large", root, redis.url, nvidia_machine(folder / "devices", [81559]))
