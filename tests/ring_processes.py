@@ -40,11 +40,17 @@ def start(function: Callable[..., Any], arguments: Sequence[Any], result: Path, 
 
 
 def in_ranks(
-    count: int, function: Callable[..., Any], folder: Path, *arguments: Any, codes: Sequence[int] = ()
+    count: int,
+    function: Callable[..., Any],
+    folder: Path,
+    *arguments: Any,
+    codes: Sequence[int] = (),
+    error: str = "",
 ) -> list[Any]:
     """Returns what the function returns in each of `count` processes; it may call `Ranks.join`.
 
-    `codes` are the expected exit codes, 0 if not given; a process with another result has None.
+    `codes` are the expected exit codes, 0 if not given; a process with another result has None. `error` is part of
+    what the processes write on standard error.
     """
     results = [folder / f"result-{rank}" for rank in range(count)]
     with ring(count, folder) as environments:
@@ -56,7 +62,7 @@ def in_ranks(
                 process.kill()
                 process.communicate()
     ended = [process.returncode for process in processes]
-    assert ended == list(codes or [0] * count), "\n".join(errors)
+    assert ended == list(codes or [0] * count) and error in "".join(errors), "\n".join(errors)
     return [pickle.loads(each.read_bytes()) if each.exists() else None for each in results]
 
 

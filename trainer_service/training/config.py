@@ -28,6 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "context_length": (2, 1 << 17),
     "max_steps": (1, 10**9),
     "batch_size": (1, 1 << 16),
+    "world_size": (1, 1024),
     "learning_rate": (_LEAST_RATE, 1),
     "warmup_steps": (0, 10**9),
     "decay_ratio": (1e-6, 1),
@@ -96,6 +97,8 @@ class TrainingConfig:
     # Each n-th version is evaluated on the whole held-out text while the run pauses; 0 means none.
     evaluate_every: int = 0
     report_interval: int = 10
+    # The processes that share each batch; a run may change their number between attempts.
+    world_size: int = 1
     # Data. 0 means as many tokens as training, or evaluation, will read.
     max_train_tokens: int = 0
     max_validation_tokens: int = 0
@@ -119,6 +122,10 @@ class TrainingConfig:
             raise InvalidArgument(
                 f"max_gradient_norm is {shown(self.max_gradient_norm)}, but must be from {least} to {most}, or 0 "
                 "to clip nothing."
+            )
+        if self.world_size > self.batch_size:
+            raise InvalidArgument(
+                f"world_size is {self.world_size}, but batch_size is {self.batch_size}: each process needs a row."
             )
         if not self.learning_rate * self.weight_decay < 1:
             raise InvalidArgument(

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import mlx.core as mx
@@ -64,11 +65,13 @@ class Ranks:
     def sum(self, loss: mx.array, gradients: Tree, flag: mx.array) -> tuple[mx.array, Tree, mx.array]:
         """Returns the sums over all ranks of two scalars and of a tree of gradients, in fp32, the same bits in all.
 
-        They travel in one buffer: each collective costs some 80 µs on a GPU whatever its size, and some ms over TCP.
+        They travel in one buffer, because a small collective costs as much as a large one (80 µs on a GPU), and because
+        MLX gives the collectives of one evaluation an order of its own, which may differ between ranks.
         """
         if self.count == 1:
             return loss, gradients, flag
-        names, arrays = zip(*tree_flatten(gradients), strict=True)
+        # A restored tree may have another order.
+        names, arrays = zip(*sorted(tree_flatten(gradients), key=itemgetter(0)), strict=True)
         scalars = mx.stack([loss, flag]).astype(mx.float32)
         joined = mx.concatenate([*(array.reshape(-1).astype(mx.float32) for array in arrays), scalars])
         edges = np.cumsum([array.size for array in arrays]).tolist()
@@ -92,12 +95,16 @@ class Ranks:
         return received[:size].tobytes().decode()
 
     def share_array(self, array: mx.array) -> mx.array:
-        """Returns the numbers of the first rank in all ranks; each gives an array of the same shape and type."""
+        """Returns the numbers of the first rank in all ranks, evaluated; each gives an array of the same shape and
+        type. Raises `RankLost`."""
         if self.count == 1:
             return array
         flat = (array if self.rank == 0 else mx.zeros_like(array)).reshape(-1)
         padded = mx.concatenate([flat, mx.zeros(max(self.count - flat.size, 0), flat.dtype)])
-        return mx.distributed.all_sum(padded)[: flat.size].reshape(array.shape)
+        with self.guard():
+            shared = mx.distributed.all_sum(padded)[: flat.size].reshape(array.shape)
+            mx.eval(shared)
+        return shared
 
     def agree(self, numbers: mx.array) -> bool:
         """Whether all ranks give the same numbers (N,), bit for bit; raises `RankLost`."""
@@ -105,9 +112,9 @@ class Ranks:
             return True
         padded = mx.concatenate([numbers, mx.zeros(max(self.count - numbers.size, 0), numbers.dtype)])
         with self.guard():
-            least, most = mx.distributed.all_min(padded), mx.distributed.all_max(padded)
-            mx.eval(least, most)
-        return bool(mx.array_equal(least, most, equal_nan=True).item())
+            least = np.array(mx.distributed.all_min(padded))
+            most = np.array(mx.distributed.all_max(padded))
+        return np.array_equal(least, most, equal_nan=True)
 
     @contextmanager
     def guard(self) -> Iterator[None]:

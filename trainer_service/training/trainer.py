@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens.
 """
 
+import hashlib
 import json
 import math
 import threading
@@ -15,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from shared.errors import CorruptCheckpoint, InvalidArgument
-from shared.gpt.model import GPT
+from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument
+from shared.gpt.model import GPT, parameters_of
 from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
 from shared.version_format import MODEL_FILE, OPTIMIZER_FILE, POSITION_FILE
@@ -24,6 +25,7 @@ from trainer_service.training.batches import Batch, TrainingText, batch
 from trainer_service.training.config import TrainingConfig, micro_batches
 from trainer_service.training.loss import Distillation, mean_loss
 from trainer_service.training.optimizer import AdamW
+from trainer_service.training.ranks import Ranks
 from trainer_service.training.workers import Workers
 
 # What a saved state holds beside arrays and the configuration: attributes of a trainer.
@@ -35,18 +37,20 @@ Gradients = tuple[mx.array, dict[str, Any]]
 
 @dataclass(frozen=True)
 class StepResult:
-    """Two scalars of a step, which may still be computing."""
+    """Scalars of a step, which may still be computing; `stops` is above 0 if a rank asked to stop before the step."""
 
     loss: mx.array
     gradient_norm: mx.array
+    stops: mx.array
 
 
 class Trainer:
     """Everything that a step changes. A step depends only on the state before it, the configuration, the text, the
-    teachers and the number of workers: its windows and its dropout follow from (seed, step). So a restored run
-    continues exactly, if it is given the same teachers.
+    teachers and the numbers of ranks and workers: its windows and its dropout follow from (seed, step). So a restored
+    run continues exactly, if it is given the same teachers.
 
-    Each worker takes a part of every batch. On an NVIDIA GPU the model computes in bf16 from weights in fp32.
+    Each rank takes a part of every batch, and each of its workers a part of that; the state is the same in all ranks.
+    On an NVIDIA GPU the model computes in bf16 from weights in fp32, and gradients are summed over the ranks in fp32.
     Teachers have the student's vocabulary and at least its context; if there are none, or if `distillation_alpha` is 0,
     the loss is the plain one.
     """
@@ -57,8 +61,10 @@ class Trainer:
         text: TrainingText,
         workers: Workers | None = None,
         teachers: Sequence[GPT] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks.alone()
         self.workers = workers or Workers()
         self.step = 0
         self.tokens = 0
@@ -76,26 +82,32 @@ class Trainer:
     def _start(self) -> None:
         """Compiles the step over the current arrays of the state; the compiled step would not see replaced arrays."""
 
-        def update(parts: list[Gradients], rate: mx.array) -> tuple[mx.array, mx.array]:
+        def update(parts: list[Gradients], rate: mx.array, stops: mx.array) -> tuple[mx.array, mx.array, mx.array]:
             (loss, gradients), *others = parts
             for other_loss, other in others:
                 loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
+            loss, gradients, stops = self.ranks.sum(loss, gradients, stops)
             weights, norm = self.optimizer.update(self.model.trainable_parameters(), gradients, rate)
             self.model.update(weights)
-            return loss, norm
+            return loss, norm, stops
 
         self._captured = [self.model.state, self.optimizer.state]
         self._update = mx.compile(update, inputs=self._captured, outputs=self._captured)
         self._of_thread = threading.local()
-        self._previous: mx.array | None = None
+        # The last step, and the one before it.
+        self._previous: StepResult | None = None
+        self._before: StepResult | None = None
 
     @property
     def learning_rate(self) -> float:
         """The learning rate of the last step."""
         return self.config.learning_rate_at(max(self.step - 1, 0))
 
-    def take_step(self) -> StepResult:
-        """Starts the next step and waits for the one before it, so that the device always has work."""
+    def take_step(self, stop: bool = False) -> StepResult:
+        """Starts the next step and waits for the one before it, so that the device always has work.
+
+        `stop` is the wish of this rank that all stop; see `all_stop`.
+        """
         config = self.config
         drawn = batch(
             self._text,
@@ -107,23 +119,36 @@ class Trainer:
         )
         weights = self.model.trainable_parameters()
 
-        def work(part: int) -> Gradients:
-            rows = drawn.part(*(config.batch_size * edge // parts for edge in (part, part + 1)))
-            seed = np.random.SeedSequence((config.seed, self.step, part)).generate_state(1, np.uint64)[0]
-            return self._gradients(weights, rows, int(seed))
+        first, end = self.ranks.rows(config.batch_size)
 
-        parts = min(self.workers.count, config.batch_size)
+        def work(part: int) -> Gradients:
+            rows = drawn.part(*(first + (end - first) * edge // parts for edge in (part, part + 1)))
+            # A last 0 changes nothing, so the first rank has the dropout of a run in one process.
+            seeds = np.random.SeedSequence((config.seed, self.step, part, self.ranks.rank))
+            return self._gradients(weights, rows, int(seeds.generate_state(1, np.uint64)[0]))
+
+        parts = min(self.workers.count, end - first)
         rate = mx.array(config.learning_rate_at(self.step))
-        loss, norm = self._update(self.workers.map(work, range(parts)), rate)
-        mx.async_eval(loss, norm, self._captured)
+        result = StepResult(*self._update(self.workers.map(work, range(parts)), rate, mx.array(float(stop))))
+        mx.async_eval(result.loss, result.gradient_norm, result.stops, self._captured)
         if parts > 1:
             mx.eval(self._captured)  # other threads may only use evaluated weights
         elif self._previous is not None:
-            mx.eval(self._previous)
-        self._previous = loss
+            mx.eval(self._previous.loss)
+        self._before, self._previous = self._previous, result
         self.step += 1
         self.tokens += config.tokens_per_step
-        return StepResult(loss, norm)
+        return result
+
+    def all_stop(self, wanted: bool) -> bool:
+        """Whether all ranks stop after the last step; `wanted` is the wish of this one, which it gives `take_step` too.
+
+        Several ranks stop two steps after one of them wished it: the wish travels with the gradients of the next step,
+        and is read when that has ended, while the device computes the one after it.
+        """
+        if self.ranks.count == 1:
+            return wanted
+        return self._before is not None and scalar(self._before.stops) > 0
 
     def _gradients(self, weights: dict[str, Any], drawn: Batch, seed: int) -> Gradients:
         """Returns this thread's share of a step's mean loss and gradients, from its rows of the batch."""
@@ -154,7 +179,7 @@ class Trainer:
         """Writes everything that a step depends on into an empty folder; raises `OSError` if that fails."""
         save_model(self.model, directory / MODEL_FILE)
         save_arrays(dict(tree_flatten(self.optimizer.state)), directory / OPTIMIZER_FILE)
-        position = {name: getattr(self, name) for name in _POSITION} | {"config": self.config.to_dict()}
+        position = self._position() | {"config": self.config.to_dict()}
         (directory / POSITION_FILE).write_text(json.dumps(position, indent=2), encoding="utf-8")
 
     def restore(self, directory: Path) -> None:
@@ -170,11 +195,51 @@ class Trainer:
             raise InvalidArgument("The saved model has another shape: a run must keep the shape of its model.")
         weights = load_arrays(directory / MODEL_FILE)
         moments = load_arrays(directory / OPTIMIZER_FILE)
+        self._put(weights, moments, restored)
+
+    def take_first_state(self) -> None:
+        """Takes the state of the first rank, the only one that has to restore it.
+
+        Raises `FailedPrecondition` if this rank has other values or another text, and `RankLost`.
+        """
+        ranks = self.ranks
+        if ranks.count == 1:
+            return
+        own = {"data": self._digest(), "position": self._position()}
+        first = json.loads(ranks.share(json.dumps(own)))
+        if first["data"] != own["data"]:
+            raise FailedPrecondition(
+                f"Rank {ranks.rank} of {ranks.count} has other values, teachers or text than the first rank: all "
+                "ranks need the same job, and the same files of its data."
+            )
+        weights, moments = (
+            {name: ranks.share_array(arrays[name]) for name in sorted(arrays)}
+            for arrays in (parameters_of(self.model), dict(tree_flatten(self.optimizer.state)))
+        )
+        self._put(weights, moments, first["position"])
+
+    def _position(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _POSITION}
+
+    def _put(self, weights: dict[str, mx.array], moments: dict[str, mx.array], position: dict[str, Any]) -> None:
         self.model.load_weights(list(weights.items()))
         self.optimizer.state = tree_unflatten(list(moments.items()))
         mx.eval(self.model.parameters(), self.optimizer.state)
-        vars(self).update(restored)
+        vars(self).update(position)
         self._start()
+
+    def _digest(self) -> str:
+        """Returns a digest of what steps depend on beside the state; of a text, of tokens at regular distances."""
+        teacher = self._text.teacher
+        texts = [self._text.tokens] if teacher is None else [self._text.tokens, teacher.tokens]
+        digest = hashlib.sha256(json.dumps([self.config.to_dict(), self._distillation is None]).encode())
+        for tokens in texts:
+            digest.update(str(tokens.size).encode() + tokens[:: tokens.size // 4096 + 1].tobytes())
+        return digest.hexdigest()
+
+    def norms(self) -> mx.array:
+        """Returns the square of the norm of each array of weights (N,), which differs if the weights do."""
+        return mx.stack([mx.square(weight).sum() for _, weight in sorted(parameters_of(self.model).items())])
 
 
 def _distillation(config: TrainingConfig, teachers: Sequence[GPT]) -> Distillation | None:

@@ -93,6 +93,8 @@ def test_every_value_can_be_overridden_by_text() -> None:
         ({"max_steps": "٣"}, "max_steps is '٣', but must be a whole number"),
         ({"dropout": "٣"}, "dropout is '٣', but must be a number"),
         ({"max_steps": "9" * 5000}, "max_steps is '9+…9+', but must be a whole number"),
+        ({"world_size": "0"}, "world_size is 0, but must be from 1 to 1024"),
+        ({"world_size": "17"}, "world_size is 17, but batch_size is 16: each process needs a row"),
         ({"batch_size": str(2**63)}, "batch_size is 9223372036854775808, but must be from 1 to 65536"),
         ({"learning_rate": "0"}, "learning_rate is 0.0, but must be from 1e-08 to 1"),
         ({"learning_rate": "1e-300"}, "learning_rate is 1e-300"),
@@ -267,7 +269,7 @@ def test_a_lower_rate_starts_a_new_schedule_and_other_values_do_not() -> None:
     begun = replace(find_preset("demo"), max_steps=400, warmup_steps=50, learning_rate=1e-3)
     lower = replace(begun, learning_rate=1e-4).continuing(begun, 100, {"learning_rate"})
     assert (lower.schedule_start, lower.schedule_start_ratio) == (100, 1.0)
-    same = replace(begun, dropout=0.2, batch_size=3, max_gradient_norm=0.5)
+    same = replace(begun, dropout=0.2, batch_size=3, world_size=3, max_gradient_norm=0.5)
     assert same.continuing(begun, 100) == same
     # A version at step 0 is untrained.
     fresh = replace(begun, warmup_steps=0)

@@ -185,6 +185,6 @@ def test_the_estimate_of_the_remaining_time_ignores_the_first_step(monkeypatch: 
     estimates = []
     for trainer.step, duration_s in ((1, 3600.0), (2, 1.0), (3, 1.0)):
         now_s += duration_s
-        meter.add(StepResult(mx.array(1.0), mx.array(1.0)))
+        meter.add(StepResult(mx.array(1.0), mx.array(1.0), mx.array(0.0)))
         estimates.append(meter.report().eta_s)
     assert estimates == [None, 10.0, 9.0]

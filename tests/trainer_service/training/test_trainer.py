@@ -9,54 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument
-from shared.gpt.config import GPTConfig
-from shared.gpt.model import GPT, parameters_of
-from trainer_service.presets import find_preset
+from shared.gpt.model import parameters_of
+from tests.trainer_service.training.tiny_runs import MIXTURE, TEXT, TOKENS, teachers, tiny, weights
 from trainer_service.training.batches import TeacherText, TrainingText
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.loss import window_losses
 from trainer_service.training.optimizer import AdamW
 from trainer_service.training.trainer import Trainer, scalar
 from trainer_service.training.workers import Workers
-
-
-def tiny(**values: object) -> TrainingConfig:
-    config = replace(
-        find_preset("demo"),
-        vocabulary_size=300,
-        layers=1,
-        width=16,
-        heads=2,
-        hidden_width=32,
-        context_length=8,
-        batch_size=4,
-        max_steps=20,
-        warmup_steps=3,
-        dropout=0.1,
-    )
-    return replace(config, **values)  # type: ignore[arg-type]
-
-
-TOKENS = (np.arange(5000) * 7 % 300).astype(np.uint16)
-TEXT = TrainingText(TOKENS)
-# A text of a teacher, of which two thirds count.
-MIXTURE = TrainingText(TOKENS, TeacherText(TOKENS[::-1], np.arange(5000) % 3 > 0))
-
-
-def teachers(count: int, dropout: float = 0.5) -> list[GPT]:
-    """Models of other shapes than the student's."""
-    mx.random.seed(count)
-    models = []
-    for number in range(count):
-        shape = GPTConfig(1 + number, 8 * (3 + number), 4, 32, 16, 300, number % 2 == 0, dropout)
-        models.append(GPT(shape))
-        # Predictions that differ enough to be learned.
-        models[-1].apply(lambda weight: 10 * weight if weight.ndim == 2 else weight)
-    return models
-
-
-def weights(trainer: Trainer) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in parameters_of(trainer.model).items()}
 
 
 def test_a_restored_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_path: Path) -> None:
