@@ -28,7 +28,7 @@ class Needs:
     place: str = ""
 
     @classmethod
-    def parse(cls, text: str, ranks: int = 1) -> Self:
+    def parse(cls, text: str) -> Self:
         """Reads `gpu,memory=16G`; raises `InvalidArgument` if the text has another form."""
         gpu, memory_bytes = False, 0
         for word in filter(None, (each.strip() for each in text.split(","))):
@@ -43,7 +43,7 @@ class Needs:
                     f"needs is {shown(text)}, but must be gpu, memory=<size> or both, each once, as in gpu,memory=16G."
                 )
             memory_bytes = value
-        return cls(gpu, memory_bytes, ranks)
+        return cls(gpu, memory_bytes)
 
     def __str__(self) -> str:
         ranks = f"{self.ranks} ranks" if self.ranks > 1 else ""

@@ -104,6 +104,11 @@ class TrainSpec(RunSpec):
 
     kind: ClassVar[Kind] = Kind.TRAIN
 
+    @property
+    def wants(self) -> Needs:
+        """What the job needs of a worker, which starts its ranks."""
+        return replace(super().wants, ranks=self.config.world_size)
+
 
 @dataclass(frozen=True)
 class EvaluateSpec(_Spec):

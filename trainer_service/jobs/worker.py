@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from redis import Redis
 
-from shared.errors import NotFound, Unavailable
+from shared.errors import FailedPrecondition, NotFound, Unavailable
 from shared.registry.store import Store
 from shared.service.log_ids import with_ids
 from trainer_service.jobs.job_store import START_LEASE_S
@@ -124,16 +124,16 @@ def work(settings: TrainerSettings) -> None:
         worker = AttemptWorker(queue.attempts, connection, runner)
         ended = threading.Event()
         watch = threading.Thread(
-            target=_watch,
-            args=(JobQueue(own, registry), runner, worker.name, offer, store, ended),
-            name="watch",
-            daemon=True,
+            target=_watch, args=(JobQueue(own, registry), runner, worker.name, offer, ended), name="watch", daemon=True
         )
+        # Apart from the watch, which may not wait for a store that fails.
+        check = threading.Thread(target=_check_registry, args=(store, registry, ended), name="registry", daemon=True)
         # Until RQ's own handler replaces this one: the watch, too, ends the worker by this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         logger.info("the worker offers %s", offer)
         try:
             watch.start()
+            check.start()
             with reachable(connection):
                 worker.work(logging_level="WARNING")
         finally:
@@ -152,22 +152,13 @@ def _wait_for_redis(connection: Redis) -> None:
             time.sleep(_POLL_S)
 
 
-def _watch(
-    queue: JobQueue, runner: AttemptRunner, name: str, offer: Offer, store: Store, ended: threading.Event
-) -> None:
-    """Renews this worker's lease, watches all jobs, and ends the worker if another registry replaces its own."""
-    watch, is_ending = Watch(queue), False
+def _watch(queue: JobQueue, runner: AttemptRunner, name: str, offer: Offer, ended: threading.Event) -> None:
+    """Renews this worker's lease, and watches all jobs."""
+    watch = Watch(queue)
     while not ended.is_set():
         try:
             queue.store.workers.renew(name, offer)
             runner.end_lost(watch.look())
-            if store.id() != queue.registry and not is_ending:
-                logger.error(
-                    "%s contains another registry now: the worker ends, and its next start uses that one",
-                    store.address,
-                )
-                is_ending = True
-                os.kill(os.getpid(), signal.SIGTERM)
         except Unavailable as error:
             logger.debug("the watch waits: %s", error)
         except Exception:
@@ -175,3 +166,22 @@ def _watch(
         ended.wait(_WATCH_INTERVAL_S)
     with suppress(Unavailable):
         queue.store.workers.end(name)
+
+
+def _check_registry(store: Store, registry: str, ended: threading.Event) -> None:
+    """Ends the worker if another registry replaces its own."""
+    fails = False
+    while not ended.wait(_WATCH_INTERVAL_S):
+        try:
+            if store.id() != registry:
+                logger.error(
+                    "%s contains another registry now: the worker ends, and its next start uses that one",
+                    store.address,
+                )
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            fails = False
+        except (FailedPrecondition, OSError) as error:
+            if not fails:
+                logger.warning("%s", error)
+            fails = True

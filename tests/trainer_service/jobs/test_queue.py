@@ -28,7 +28,7 @@ from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
-from trainer_service.jobs.specs import EvaluateSpec, Kind, StoriesSpec
+from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, StoriesSpec
 from trainer_service.redis_client import RedisAddress, connect
 from trainer_service.text.corpus import DatasetSpec
 
@@ -192,6 +192,15 @@ def test_a_worker_takes_the_first_attempt_whose_needs_it_meets(queue: JobQueue, 
     assert queue.take(gpu) == (on_gpu, 1)
     assert queue.take(gpu) is None
     assert queue.attempts.waiting() == [(large, 1)]
+
+
+def test_the_ranks_of_a_run_are_a_need_of_its_training_alone(queue: JobQueue, tmp_path: Path) -> None:
+    prepared = queue.enqueue(PrepareSpec(**vars(training(tmp_path, world_size="4")))).id
+    job = queue.enqueue(training(tmp_path, name="wide", world_size="4")).id
+    assert queue.take(Offer(ranks=2)) == (prepared, 1)
+    assert queue.take(Offer(ranks=2)) is None
+    assert queue.store.get(job).awaited == "a worker with 4 ranks"
+    assert queue.take(Offer(ranks=4)) == (job, 1)
 
 
 def test_an_attempt_that_comes_back_is_taken_in_the_order_of_the_tickets(queue: JobQueue, tmp_path: Path) -> None:
