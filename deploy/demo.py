@@ -252,7 +252,9 @@ def demo() -> None:
     console = Console(markup=False, highlight=False)
     directories = Directories(read_directories(os.environ).var / "demo")
     environment = {
-        name: value for name, value in os.environ.items() if name != "REDIS_URL" and not name.endswith("_PROBE_PORT")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("REDIS_URL", "GPTLOOP_REGISTRY") and not name.endswith("_PROBE_PORT")
     }
     ports, later = free_ports(), read_ports(environment)
     stack = Stack(directories, ports, environment, worker_stop_s=_WORKER_STOP_S)

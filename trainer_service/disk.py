@@ -44,6 +44,11 @@ def usage(directories: Directories) -> list[Usage]:
         ("prepared text", directories.data, "removed after 30 days without use; prepared again if it is missing"),
         ("jobs", directories.redis, "the files of Redis; jobs that have ended are removed after 30 days"),
         ("logs", directories.log, "you can remove them while no process runs"),
+        (
+            "copies of the registry",
+            directories.registry_cache,
+            "GPTLOOP_REGISTRY_CACHE_BYTES; fetched again",
+        ),
         ("compiled", directories.cache, "you can remove it while no process runs; compiled again if it is missing"),
     ]
     counted: set[tuple[int, int]] = set()

@@ -15,6 +15,7 @@ from shared.errors import (
     Unavailable,
     shown,
 )
+from shared.registry.store import StoreFailed
 from shared.service import logs, traces
 from shared.service.log_ids import about
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped
@@ -85,7 +86,7 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     except RunOwnershipLost as error:
         # The process that owns the run now reports how it continues.
         logger.warning("job %s: %s", job_id, error)
-    except Unavailable as error:
+    except (Unavailable, StoreFailed) as error:
         # The next attempt may find the missing service again.
         logger.warning("job %s: %s", job_id, error)
         reason = shown(error, _REASON_LENGTH).rstrip(".")

@@ -12,6 +12,7 @@ from shared.gpt.weights import NotFiniteWeights
 from shared.registry.findings import CORRUPT, LOSS_MISMATCH
 from shared.registry.manifest import VersionManifest
 from shared.registry.registry import Registry
+from shared.registry.store import StoreFailed
 from shared.version_format import SERVED_FILES, read_model, read_tokenizer, read_windows
 
 # Nats a token by which the loss that a server measures may differ from the one that training measured: on another
@@ -42,10 +43,12 @@ class Content:
 def read_content(registry: Registry, manifest: VersionManifest) -> Content:
     """Reads a version; raises `Refused` if it cannot serve, `IncompleteCheckpoint` if it lacks files, and `NotFound` or
     `OSError` if it cannot be read."""
-    # Before the files are read, so that a change meanwhile shows.
-    state = registry.store.state(f"versions/{manifest.version}")
     try:
+        # Before the files are read, so that a change meanwhile shows.
+        state = registry.store.state(f"versions/{manifest.version}")
         directory = registry.verified(manifest)
+    except StoreFailed as error:
+        raise OSError(str(error)) from None  # the version is not to blame
     except IncompleteCheckpoint:
         raise
     except CorruptCheckpoint as error:

@@ -196,11 +196,16 @@ class Registry:
 
         Raises `RunOwnershipLost` if another process took over the run in the meantime; nothing is visible then.
         """
+        made: dict[int, VersionManifest] = {}
         with self.store.new_folder() as folder:
             write(folder)
             files = record_files(folder)
-            number = self.store.publish(fence, folder, files, lambda number: manifest(number, files).to_json())
-        return manifest(number, files)
+
+            def text(number: int) -> str:
+                made[number] = manifest(number, files)
+                return made[number].to_json()
+
+            return made[self.store.publish(fence, folder, files, text)]
 
     # States
 

@@ -22,8 +22,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from shared.errors import FailedPrecondition
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord
+
+
+class StoreFailed(FailedPrecondition, OSError):
+    """The place of the registry cannot be reached or refuses: to writers and to readers what a failing disk is.
+
+    Its text is a sentence that names the place and says what to do.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.strerror = sentence.removesuffix(".")
 
 
 class Texts(Mapping[str, str]):

@@ -6,14 +6,21 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote
 
 from shared.errors import InvalidArgument, shown
+from shared.registry.bucket import SCHEMES
 from shared.registry.decisions import BestBy
 from shared.registry.disk_store import DiskStore
+from shared.registry.object_store import ObjectStore
 from shared.registry.registry import Registry
+from shared.registry.store import Store
 from shared.text import excerpt
 
 Environment = Mapping[str, str]
+
+REGISTRY_CACHE_BYTES = 20 << 30
+MAX_REGISTRY_CACHE_BYTES = 2**60
 
 _BYTES = re.compile(r"([0-9]{1,19})([KMGTkmgt]?)")
 _SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -108,15 +115,32 @@ class Directories:
     """The folders of all state, below one folder, `GPTLOOP_VAR` (default `var`)."""
 
     var: Path
+    # Where the registry is, if `GPTLOOP_REGISTRY` names another place: the URL of object storage, or a folder.
+    registry_url: str = ""
+    registry_folder: Path | None = None
+    registry_cache_bytes: int = REGISTRY_CACHE_BYTES
 
     @property
     def registry(self) -> Path:
-        """States and versions."""
-        return self.var / "registry"
+        """States and versions, unless they are in object storage."""
+        return self.registry_folder or self.var / "registry"
+
+    @property
+    def registry_cache(self) -> Path:
+        """Copies of states and versions that are in object storage."""
+        return self.cache / "registry"
 
     def open_registry(self, best_by: BestBy = BestBy.TRAINING) -> Registry:
-        """Returns the registry, which need not exist yet."""
-        return Registry(DiskStore(self.registry), best_by)
+        """Returns the registry, which need not exist yet.
+
+        Raises `InvalidArgument` if object storage does not take its URL, and `FailedPrecondition` if what reaches it is
+        not installed.
+        """
+        if self.registry_url:
+            store: Store = ObjectStore(self.registry_url, self.registry_cache, self.registry_cache_bytes)
+        else:
+            store = DiskStore(self.registry)
+        return Registry(store, best_by)
 
     @property
     def data(self) -> Path:
@@ -165,4 +189,20 @@ def read_directories(environment: Environment) -> Directories:
         raise InvalidArgument(f"{finding}, which is not a possible path: {error.strerror}.") from None
     if is_other:
         raise InvalidArgument(f"{finding}, but must be a folder, or the name of a new one.")
-    return Directories(var)
+    cache_bytes = read_bytes(
+        environment, "GPTLOOP_REGISTRY_CACHE_BYTES", REGISTRY_CACHE_BYTES, maximum=MAX_REGISTRY_CACHE_BYTES
+    )
+    return Directories(var, *_registry_place(environment), cache_bytes)
+
+
+def _registry_place(environment: Environment) -> tuple[str, Path | None]:
+    """Returns the URL of a registry in object storage, or the folder of one elsewhere, as `GPTLOOP_REGISTRY` says."""
+    text = read_str(environment, "GPTLOOP_REGISTRY", "")
+    scheme, mark, rest = text.partition("://")
+    if mark and scheme in SCHEMES and rest.strip("/"):
+        return text, None
+    path = Path(unquote(rest)) if scheme == "file" and mark else Path(text)
+    if (mark and scheme != "file") or (scheme == "file" and mark and not path.is_absolute()):
+        right = ", ".join(f"{each}://BUCKET/PREFIX" for each in SCHEMES)
+        raise InvalidArgument(f"GPTLOOP_REGISTRY is {shown(text)}, but must be a folder, file:///FOLDER, or {right}.")
+    return "", path.absolute() if text else None

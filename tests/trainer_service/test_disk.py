@@ -22,6 +22,7 @@ def test_every_file_is_counted_once_with_its_kind(tmp_path: Path) -> None:
         "data/judgements/a1b2/ledger.jsonl": "judgements",
         "redis/appendonly.aof": "jobs",
         "log/worker.log": "logs",
+        "cache/registry/0123/4567/model": "copies of the registry",
         "cache/trainer/kernels-0/a.so": "compiled",
         "run/command": "other",
         "demo/registry/versions/1/model": "other",
@@ -58,7 +59,7 @@ def test_a_teacher_takes_room_once_its_version_is_gone(tmp_path: Path) -> None:
 
 
 def test_nothing_takes_no_room(tmp_path: Path) -> None:
-    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 11
+    assert [each.size_bytes for each in usage(Directories(tmp_path / "var"))] == [0] * 12
     assert not (tmp_path / "var").exists()
 
 

@@ -31,21 +31,25 @@ _LATEST_S = 253370764800
 
 @dataclass(frozen=True)
 class Description:
-    """What a backup is: its format, who wrote it when, and the id of its registry."""
+    """What a backup is: its format, who wrote it when, and the id of its registry.
+
+    `url` is where the registry is if it is in object storage, and so not in the backup, except for its id.
+    """
 
     format: int
     written_by: str
     created_at: float
     registry: str
+    url: str = ""
 
 
 class Writer:
     """Writes a backup into a stream, member by member; the end of its block completes it."""
 
-    def __init__(self, stream: BinaryIO, registry: str) -> None:
+    def __init__(self, stream: BinaryIO, registry: str, url: str = "") -> None:
         self._tar = tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._hashes: dict[str, str] = {}
-        description = Description(FORMAT, f"gptloop {metadata.version('gptloop')}", time.time(), registry)
+        description = Description(FORMAT, f"gptloop {metadata.version('gptloop')}", time.time(), registry, url)
         self.add_bytes(DESCRIPTION_NAME, json.dumps(asdict(description)).encode())
 
     def add_bytes(self, name: str, content: bytes) -> None:
@@ -153,7 +157,8 @@ def _described(text: bytes) -> Description:
             f"it was written by a newer gptloop ({shown(values['written_by'], 40)}), in format {values['format']}, and "
             f"this one reads formats up to {FORMAT}"
         )
-    for name, kinds in (("written_by", (str,)), ("registry", (str,)), ("created_at", (int, float))):
+    values.setdefault("url", "")  # of an older program
+    for name, kinds in (("written_by", (str,)), ("registry", (str,)), ("url", (str,)), ("created_at", (int, float))):
         if type(values[name]) not in kinds:
             raise ValueError(f"{name} is {shown(values[name], 40)} in its description")
     if not 0 < values["created_at"] < _LATEST_S:

@@ -12,6 +12,7 @@ from shared.errors import AlreadyExists, FailedPrecondition, shown
 from shared.registry.disk_store import DiskStore
 from shared.registry.numbering import numbers
 from shared.registry.snapshot import snapshot
+from shared.service.settings import Directories
 from trainer_service.backup.archive import JOBS_NAME, Writer
 from trainer_service.backup.jobs_copy import copy_jobs
 from trainer_service.backup.running_redis import running_redis
@@ -35,26 +36,38 @@ class Contents:
 def write_backup(path: Path, settings: TrainerSettings) -> Contents:
     """Writes the registry, the jobs and what large teachers were paid for into a new file, whole or not at all.
 
-    Raises `AlreadyExists` if there is such a file, `FailedPrecondition` if the disk fails, and `Unavailable` if Redis
-    does not answer.
+    A registry in object storage is left out: its provider keeps it. Raises `AlreadyExists` if there is such a file,
+    `FailedPrecondition` if the disk fails, and `Unavailable` if Redis does not answer.
     """
     if path.exists() or path.is_symlink():
         raise AlreadyExists(f"{shown(path)} exists already: name a new file.")
-    store = DiskStore(settings.directories.registry)
-    identity = store.id()
+    directories = settings.directories
+    identity = settings.open_registry().store.id()
     with _disk(path), tempfile.TemporaryFile(dir=path.parent) as jobs:
-        with running_redis(settings.directories, settings.redis) as redis:
+        with running_redis(directories, settings.redis) as redis:
             # Read before the registry: what a job has written by now is in it.
             count = _copy(JobStore(redis, identity), jobs)
-        with snapshot(store) as frozen, _disk(path):
-            with replacing(path, mode=0o600) as file, Writer(file, identity) as writer:
+        with _frozen(directories, identity) as frozen, _disk(path):
+            with replacing(path, mode=0o600) as file, Writer(file, identity, directories.registry_url) as writer:
                 writer.add_file(JOBS_NAME, jobs)
                 _add_folder(writer, frozen, "registry")
                 for name in _PAID:
-                    _add_folder(writer, settings.directories.data / name, f"data/{name}")
+                    _add_folder(writer, directories.data / name, f"data/{name}")
             versions = len(numbers(frozen / "versions"))
             states = sum(len(numbers(run / "states")) for run in (frozen / "runs").glob("*"))
     return Contents(versions, states, count, path.stat().st_size)
+
+
+@contextmanager
+def _frozen(directories: Directories, identity: str) -> Iterator[Path]:
+    """Yields a folder with the registry as it is now; with its id only if it is in object storage."""
+    if not directories.registry_url:
+        with snapshot(DiskStore(directories.registry)) as folder:
+            yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        (Path(temporary) / "id").write_text(identity, encoding="utf-8")
+        yield Path(temporary)
 
 
 @contextmanager

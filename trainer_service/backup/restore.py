@@ -54,6 +54,7 @@ def restore_backup(path: Path, settings: TrainerSettings) -> Description:
                 )
             if DiskStore(extracted / "registry").id() != description.registry:
                 raise FailedPrecondition(f"{shown(path)} is damaged: its registry has another id than its description.")
+            _require_place(path, description, settings)
             with running_redis(directories, settings.redis) as redis, (extracted / JOBS_NAME).open("rb") as lines:
                 check_server(redis)
                 restore_jobs(JobQueue(redis, description.registry), lines, digest)
@@ -61,11 +62,25 @@ def restore_backup(path: Path, settings: TrainerSettings) -> Description:
             replace_text(staging / _DIGEST, digest)
             # The registry comes last: with it, everything is there.
             for name in reversed(FOLDERS):
-                if (files / name).is_dir():
-                    _move(files / name, directories.var / name)
+                if (files / name).is_dir() and not (name == "registry" and description.url):
+                    _move(files / name, directories.registry if name == "registry" else directories.var / name)
             shutil.rmtree(staging)
             sync(directories.var)
     return description
+
+
+def _require_place(path: Path, description: Description, settings: TrainerSettings) -> None:
+    """Raises `FailedPrecondition` unless the registry of a backup is, or can be put, where the settings say."""
+    url = settings.directories.registry_url
+    if description.url and not (url and settings.open_registry().store.id() == description.registry):
+        raise FailedPrecondition(
+            f"{shown(path)} has the jobs of a registry in object storage, which was at {shown(description.url)}: "
+            "GPTLOOP_REGISTRY must name this registry, or a copy of its objects."
+        )
+    if url and not description.url:
+        raise FailedPrecondition(
+            f"{shown(path)} has a registry from a disk: restore it into a folder, without GPTLOOP_REGISTRY."
+        )
 
 
 @contextmanager

@@ -19,15 +19,19 @@ app = cli.new_app(__doc__)
 def backup(file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")]) -> None:
     """Write the registry, the jobs and the stories that were paid for into one file.
 
-    Training and serving go on. Text files outside GPTLOOP_VAR are not in it; prepared text is prepared again.
+    Training and serving go on. Text files outside GPTLOOP_VAR are not in it; prepared text is prepared again. A
+    registry in object storage is not in it either.
 
     Example: gptloop backup /backups/monday.tar
     """
-    contents = write_backup(file.absolute(), settings())
+    given = settings()
+    contents = write_backup(file.absolute(), given)
     print(
         f"{file}: {format_size(contents.size_bytes)}, {contents.versions:,} versions, {contents.states:,} states, "
         f"{contents.jobs:,} jobs."
     )
+    if given.directories.registry_url:
+        print(f"The registry {given.directories.registry_url} is not in it: keep versions of the bucket's objects.")
 
 
 @app.command()

@@ -1,0 +1,113 @@
+"""JSON objects in object storage that change by compare-and-swap, and the texts of a group in one of them."""
+
+import json
+import random
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from shared.errors import CorruptCheckpoint
+from shared.registry.bucket import Bucket, Conflict
+from shared.registry.store import Change, StoreFailed, Texts
+
+Document = dict[str, Any]
+
+# A change is tried again for this long while others change the same object.
+_CHANGE_S = 60.0
+_PAUSE_S = 0.02
+_MAX_PAUSE_S = 1.0
+
+
+class DocumentTexts(Texts):
+    """The texts in a document: the text of each name, and when it was written."""
+
+    def __init__(self, document: Document) -> None:
+        self._texts: Mapping[str, list[Any]] = document.get("texts", {})
+
+    def __getitem__(self, name: str) -> str:
+        return str(self._texts[name][0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def written_at(self, name: str) -> float:
+        """Returns when a text was written."""
+        return float(self._texts[name][1]) if name in self._texts else 0.0
+
+
+def with_texts(document: Document, change: Change) -> Document | None:
+    """Returns a document with changed texts; None if nothing changes."""
+    changed = change(DocumentTexts(document))
+    if not changed:
+        return None
+    now = time.time()
+    texts = dict(document.get("texts", {})) | {name: [text, now] for name, text in changed.items() if text is not None}
+    kept = {name: text for name, text in texts.items() if changed.get(name, "") is not None}
+    return document | {"texts": kept}
+
+
+class Documents:
+    """The JSON objects of a bucket, each empty until it is first changed. Methods raise as those of `Bucket` do, and
+    `CorruptCheckpoint` if one cannot be understood."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._bucket = bucket
+
+    def read(self, name: str) -> Document:
+        """Returns an object as it is now."""
+        return self._read(name)[0]
+
+    def change(self, name: str, change: Callable[[Document], Document | None]) -> Document:
+        """Replaces an object by what `change` returns, None for no change, and returns it; no change is lost.
+
+        `change` is called again if another process was faster.
+        """
+        begin, pause_s = time.monotonic(), _PAUSE_S
+        while True:
+            document, e_tag = self._read(name)
+            changed = change(document)
+            if changed is None:
+                return document
+            # The writer finds its own write by this word.
+            content = encoded(changed | {"write": secrets.token_hex(8)})
+            try:
+                if e_tag is None:
+                    self._bucket.create(name, content)
+                else:
+                    self._bucket.replace(name, content, e_tag)
+                return changed
+            except Conflict:
+                if time.monotonic() - begin > _CHANGE_S:
+                    raise StoreFailed(
+                        f"The registry {self._bucket.address} cannot be written: others have changed {name} for "
+                        f"{_CHANGE_S:.0f} seconds; try again."
+                    ) from None
+            time.sleep(random.uniform(0, pause_s))
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
+
+    def _read(self, name: str) -> tuple[Document, str | None]:
+        try:
+            content, e_tag = self._bucket.read(name)
+        except FileNotFoundError:
+            return {}, None
+        return decoded(content, f"{self._bucket.address}/{name}"), e_tag
+
+
+def encoded(document: Document) -> bytes:
+    """Returns the content of an object."""
+    return json.dumps(document).encode()
+
+
+def decoded(content: bytes, place: str) -> Document:
+    """Returns an object from its content; raises `CorruptCheckpoint`, which names its place."""
+    try:
+        document = json.loads(content)
+        if type(document) is not dict:
+            raise ValueError
+    except (ValueError, RecursionError):
+        raise CorruptCheckpoint(f"{place} cannot be understood: it is not what this program writes.") from None
+    return document
