@@ -1,6 +1,7 @@
 """Prometheus metrics of the trainer, computed at each scrape from the records of the jobs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 
 import grpc
@@ -10,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from shared.errors import Unavailable
 from shared.pb.training.v1 import training_pb2
-from shared.registry.registry import Checkpoint, Registry
+from shared.registry.registry import Registry
 from trainer_service.jobs.events import JobState, Progress
 from trainer_service.jobs.job_store import WORKING, JobStore
 from trainer_service.jobs.queue import JobQueue
@@ -46,13 +47,14 @@ class TrainingCollector(Collector):
         yield CounterMetricFamily(
             "gptloop_training_diverged", "Jobs that failed because their loss was not finite.", value=diverged
         )
-        versions = self._registry.store.versions()
-        yield GaugeMetricFamily(
-            "gptloop_training_newest_version",
-            "Number of the newest version in the registry.",
-            value=max(versions, default=0),
-        )
-        yield from _runs(shown, self._registry)
+        written_at: dict[str, float] = {}
+        with suppress(OSError):  # the series of a registry that cannot be read are absent
+            newest = max(self._registry.store.versions(), default=0)
+            written_at = {run: _written_at(run, self._registry) for run in shown}
+            yield GaugeMetricFamily(
+                "gptloop_training_newest_version", "Number of the newest version in the registry.", value=newest
+            )
+        yield from _runs(shown, written_at)
 
 
 def make_metrics(queue: JobQueue, registry: Registry) -> CollectorRegistry:
@@ -138,7 +140,14 @@ def _is_working(record: JobRecord) -> bool:
     return record.state in WORKING and record.is_held
 
 
-def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) -> Iterator[GaugeMetricFamily]:
+def _written_at(run: str, registry: Registry) -> float:
+    """Returns when the newest state of a run was written; 0 if it has none."""
+    return max(registry.store.run(run).states.values(), default=0.0)
+
+
+def _runs(
+    runs: Mapping[str, tuple[JobRecord, Progress]], written_at: Mapping[str, float]
+) -> Iterator[GaugeMetricFamily]:
     def family(name: str, text: str, values: dict[str, float | None]) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(f"gptloop_training_{name}", text, labels=["run"])
         for run, value in values.items():
@@ -147,9 +156,9 @@ def _runs(runs: Mapping[str, tuple[JobRecord, Progress]], registry: Registry) ->
         return gauge
 
     def kept_at(record: JobRecord, run: str) -> float | None:
-        states = registry.states(run)
-        written_at = registry.written_at(Checkpoint(states[-1], run)) if states else 0.0
-        return max(written_at, record.stepping_since or 0.0) or None
+        if run not in written_at:
+            return None
+        return max(written_at[run], record.stepping_since or 0.0) or None
 
     yield family(
         "tokens_per_second",

@@ -1,10 +1,12 @@
 """JSON objects in object storage that change by compare-and-swap, and the texts of a group in one of them."""
 
+import hashlib
 import json
 import random
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from shared.errors import CorruptCheckpoint
@@ -17,6 +19,8 @@ Document = dict[str, Any]
 _CHANGE_S = 60.0
 _PAUSE_S = 0.02
 _MAX_PAUSE_S = 1.0
+# How often an object that arrives altered is read again.
+_READS = 3
 
 
 class DocumentTexts(Texts):
@@ -91,23 +95,32 @@ class Documents:
 
     def _read(self, name: str) -> tuple[Document, str | None]:
         try:
-            content, e_tag = self._bucket.read(name)
+            return read_document(self._bucket, name)
         except FileNotFoundError:
             return {}, None
-        return decoded(content, f"{self._bucket.address}/{name}"), e_tag
 
 
 def encoded(document: Document) -> bytes:
-    """Returns the content of an object."""
-    return json.dumps(document).encode()
+    """Returns the content of an object: JSON, with the SHA-256 of its value."""
+    value = json.dumps(document, sort_keys=True)
+    return json.dumps({"sha256": _sha256(value), "value": document}, sort_keys=True).encode()
 
 
-def decoded(content: bytes, place: str) -> Document:
-    """Returns an object from its content; raises `CorruptCheckpoint`, which names its place."""
-    try:
-        document = json.loads(content)
-        if type(document) is not dict:
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise CorruptCheckpoint(f"{place} cannot be understood: it is not what this program writes.") from None
-    return document
+def read_document(bucket: Bucket, name: str) -> tuple[Document, str]:
+    """Returns the value of an object, empty if its content is, and its e_tag.
+
+    Raises `FileNotFoundError` if it is absent, and `CorruptCheckpoint` if it arrives altered again and again.
+    """
+    for _ in range(_READS):
+        content, e_tag = bucket.read(name)
+        if not content:
+            return {}, e_tag
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            document = json.loads(content)
+            if _sha256(json.dumps(document["value"], sort_keys=True)) == document["sha256"]:
+                return dict(document["value"]), e_tag
+    raise CorruptCheckpoint(f"{bucket.address}/{name} cannot be understood: it is not what this program writes.")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

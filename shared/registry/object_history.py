@@ -14,6 +14,8 @@ from shared.registry.store import StoreFailed
 
 # Lines wait at most this long for the next one.
 _WAIT_S = 30.0
+# The next try after a failure.
+_RETRY_S = 120.0
 # A last piece that is smaller is written again, longer, so that a history has few pieces.
 _PIECE_BYTES = 256 << 10
 # A reader may have begun with a list of pieces that has changed since.
@@ -73,6 +75,8 @@ class ObjectHistories:
             try:
                 self._write(fence, waiting.content, place)
             except StoreFailed:
+                # Each try takes some seconds, in which training waits.
+                waiting.since_s = time.monotonic() + _RETRY_S - _WAIT_S
                 if len(waiting.content) > _PIECE_BYTES:
                     waiting.content = b""
                 raise

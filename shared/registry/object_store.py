@@ -29,7 +29,7 @@ from typing import Any
 from shared.errors import CorruptCheckpoint, FailedPrecondition, RunOwnershipLost, shown
 from shared.registry.bucket import Bucket, Conflict
 from shared.registry.commit import verify_files
-from shared.registry.documents import Document, Documents, DocumentTexts, decoded, encoded, with_texts
+from shared.registry.documents import Document, Documents, DocumentTexts, encoded, read_document, with_texts
 from shared.registry.fence import FENCE, Fence
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
 from shared.registry.numbering import next_number, number_of
@@ -45,6 +45,8 @@ _FETCHES = 3
 _ABANDONED_S = 24 * 3600.0
 # A folder that a dead process has hidden is shown again after this time.
 _HIDDEN_S = 3600.0
+# A version whose object cannot be understood.
+_UNREADABLE = {"id": "", "manifest": "", "size_bytes": 0, "at": 0.0}
 
 
 @dataclass(frozen=True)
@@ -222,19 +224,12 @@ class ObjectStore:
 
     def _read_version(self, number: int) -> tuple[str, Document | None]:
         try:
-            content, e_tag = self._bucket.read(f"versions/{number}")
+            values, e_tag = read_document(self._bucket, f"versions/{number}")
         except FileNotFoundError:
             return "", None
-        if not content:
-            return e_tag, None
-        try:
-            values = decoded(content, self.place(f"versions/{number}"))
-            _Folder.of(values)
-        except (CorruptCheckpoint, KeyError, TypeError, ValueError):
-            # A version with a manifest that nobody can read.
-            text = content.decode(errors="replace")
-            return e_tag, {"id": "", "manifest": text, "size_bytes": 0, "at": 0.0}
-        return e_tag, None if "hidden" in values else values
+        except CorruptCheckpoint:
+            return "", dict(_UNREADABLE)
+        return e_tag, None if not values or "hidden" in values else values
 
     def _counts(self, number: int, values: Document, documents: dict[str, Document]) -> bool:
         """Whether the writer of a version owned its run; `documents` are those of runs that were read after it."""
@@ -371,10 +366,8 @@ class ObjectStore:
         return True
 
     def _show_version(self, number: int) -> None:
-        content, e_tag = self._bucket.read(f"versions/{number}")
-        values = decoded(content, self.place(f"versions/{number}"))
-        values.pop("hidden", None)
-        self._bucket.replace(f"versions/{number}", encoded(values), e_tag)
+        values, e_tag = read_document(self._bucket, f"versions/{number}")
+        self._bucket.replace(f"versions/{number}", encoded(_without(values, "hidden")), e_tag)
 
     def _bury(self, number: int) -> None:
         """Leaves an empty object, so that the number is not given again."""
