@@ -57,7 +57,9 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     report = preparation_report(attempt)
     # A set of stories may have grown since the run was queued.
     stories = _begun_with(state).get("stories", spec.stories) if state else spec.stories
-    data = prepare(spec.data, config, attempt.directories.data, report, tokenizer, stories=stories)
+    data = prepare(
+        spec.data, config, attempt.directories.data, report, tokenizer, stories=stories, shared=attempt.shared_tokens()
+    )
     for text in (*data.notices, *_other_text(spec, data, state, registry)):
         attempt.emit(Notice(text))
     return data
@@ -267,7 +269,15 @@ class TrainingRun:
     def _whole_texts(self, version: VersionManifest) -> Texts:
         report = preparation_report(self._attempt)
         directory, data = self._attempt.directories.data, self._data
-        return read_texts(version, DatasetSpec(()), data.tokenizer, directory, report, stories=data.stories)
+        return read_texts(
+            version,
+            DatasetSpec(()),
+            data.tokenizer,
+            directory,
+            report,
+            stories=data.stories,
+            shared=self._attempt.shared_tokens(),
+        )
 
     def _record(self, *lines: Line, synced: bool = False) -> None:
         """Adds lines to the history of the run; a disk that fails costs lines, and not the run."""

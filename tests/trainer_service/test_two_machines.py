@@ -4,21 +4,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from shared.registry.disk_store import DiskStore
-from shared.registry.registry import Registry
+from shared.registry.object_store import ObjectStore
+from shared.service.settings import read_directories
 from tests.nvidia import nvidia_machine
+from tests.object_storage.server import MISSING, is_installed
 from tests.redis_process import PROJECT, RedisServer
 from tests.trainer_service.site import TINY_RUN, Site
 from tests.waiting import wait_until
-from trainer_service.jobs.events import JobState
+from trainer_service.jobs.events import JobState, Preparation
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.requests import TrainRequest
+from trainer_service.text.tokens import Stage
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +28,9 @@ pytestmark = pytest.mark.slow
 class Machine:
     """A machine with a worker; what it has of its own lies below a folder that is named after it."""
 
-    def __init__(self, folder: Path, registry: Path, redis: str, devices: dict[str, str]) -> None:
+    def __init__(self, folder: Path, shared: Mapping[str, str], devices: Mapping[str, str]) -> None:
         self.var = folder / "var"
         self.var.mkdir(parents=True)
-        (self.var / "registry").symlink_to(registry)
         # Kernels are compiled once.
         cache = PROJECT / ".pytest_cache" / "workers"
         cache.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ class Machine:
         # Python runs this file first: the host name is the only thing that is not real.
         (folder / "sitecustomize.py").write_text(f"import socket\nsocket.gethostname = lambda: {folder.name!r}\n")
         search = os.pathsep.join(filter(None, [str(folder), devices.get("PYTHONPATH", "")]))
-        self._environment = os.environ | devices | {"GPTLOOP_VAR": str(self.var), "REDIS_URL": redis}
+        self._environment = {**os.environ, **devices, **shared, "GPTLOOP_VAR": str(self.var)}
         self._environment["PYTHONPATH"] = search
         self._log = folder / "worker.log"
         self._worker: subprocess.Popen[bytes] | None = None
@@ -72,13 +73,13 @@ class Machine:
 class Cluster:
     """Both machines, and what they share. One of them has a GPU, as far as its worker can see."""
 
-    def __init__(self, folder: Path, redis: RedisServer) -> None:
-        root = folder / "shared"
-        self.registry = Registry(DiskStore(root))
+    def __init__(self, folder: Path, redis: RedisServer, registry: Mapping[str, str]) -> None:
+        shared = {**registry, "REDIS_URL": redis.url}
+        self.registry = read_directories(shared | {"GPTLOOP_VAR": str(folder / "client")}).open_registry()
         self.queue = JobQueue(redis.connect(), self.registry.store.id())
         self.text = Site.write(folder / "text.txt", 0)
-        self.small = Machine(folder / "small", root, redis.url, {})
-        self.large = Machine(folder / "large", root, redis.url, nvidia_machine(folder / "devices", [81559]))
+        self.small = Machine(folder / "small", shared, {})
+        self.large = Machine(folder / "large", shared, nvidia_machine(folder / "devices", [81559]))
 
     def train(self, name: str, needs: str = "", **values: str) -> str:
         request = TrainRequest(name=name, dataset=(self.text,), needs=needs, overrides=TINY_RUN | values)
@@ -90,14 +91,27 @@ class Cluster:
     def wait_for(self, job: str, state: JobState) -> None:
         wait_until(lambda: self.job(job).state is state, lost=lambda: self.job(job).state is JobState.FAILED)
 
+    def prepared(self, job: str) -> bool:
+        """Whether a job has tokenised its text itself."""
+        events = [timed.event for _, timed in self.queue.store.read_events(job)]
+        return any(isinstance(each, Preparation) and each.stage == Stage.TRAIN for each in events)
+
     def step(self, job: str) -> int:
         progress = self.job(job).progress
         return progress.step if progress else 0
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, mortal_redis: RedisServer) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path, mortal_redis)
+@pytest.fixture(params=["folder", "bucket"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path, mortal_redis: RedisServer) -> Iterator[Cluster]:
+    registry = {"GPTLOOP_REGISTRY": str(tmp_path / "shared")}
+    if request.param == "bucket":
+        if not is_installed():
+            pytest.skip(MISSING)
+        registry = request.getfixturevalue("object_server").place().settings
+        patch = request.getfixturevalue("monkeypatch")
+        for name, value in registry.items():
+            patch.setenv(name, value)
+    cluster = Cluster(tmp_path, mortal_redis, registry)
     yield cluster
     cluster.small.lose_power()
     cluster.large.lose_power()
@@ -111,9 +125,11 @@ def test_each_machine_takes_the_jobs_that_it_has_enough_for(cluster: Cluster) ->
     cluster.large.start()
     cluster.wait_for(on_gpu, JobState.FINISHED)
     assert {each.run for each in cluster.registry.versions()} == {"on-gpu", "anywhere"}
-    # Each has prepared the text in its own folder.
+    # Each has the tokens in its own folder; only from a bucket it can get what the other one has prepared.
     for machine in (cluster.small, cluster.large):
         assert list((machine.var / "data" / "shards").glob("*/train.bin"))
+    is_shared = isinstance(cluster.registry.store, ObjectStore)
+    assert cluster.prepared(anywhere) and cluster.prepared(on_gpu) is not is_shared
 
 
 def test_a_job_goes_on_elsewhere_when_its_machine_is_gone(cluster: Cluster) -> None:

@@ -28,6 +28,7 @@ from trainer_service.commands.options import (
     submit_job,
     version_number,
 )
+from trainer_service.jobs.attempt import shared_tokens
 from trainer_service.jobs.requests import DEFAULT_DATASET, DEFAULT_PRESET, PrepareRequest, TrainRequest, parse_overrides
 from trainer_service.jobs.specs import Kind
 from trainer_service.presets import find_preset
@@ -113,7 +114,8 @@ def data(
     spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))
     check_spec(spec)
     with cli.Stages() as stages:
-        prepared = tokens.prepare(spec, config, settings().directories.data, stages.show)
+        directories = settings().directories
+        prepared = tokens.prepare(spec, config, directories.data, stages.show, shared=shared_tokens(directories))
     for notice in prepared.notices:
         print(f"note: {notice}")
     teacher = prepared.teacher

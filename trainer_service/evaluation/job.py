@@ -92,7 +92,7 @@ def _texts(
         data = DatasetSpec(judged.dataset_files, judged.validation_files)
     tokenizer = read_tokenizer(attempt.open_registry().fetch(version))
     share = TrainingConfig.from_dict(judged.training).validation_share
-    return read_texts(version, data, tokenizer, attempt.directories.data, report, share)
+    return read_texts(version, data, tokenizer, attempt.directories.data, report, share, shared=attempt.shared_tokens())
 
 
 def _tokens(version: VersionManifest) -> int:

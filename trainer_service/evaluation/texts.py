@@ -7,6 +7,7 @@ from shared.errors import GptloopError
 from shared.gpt.tokenizer import Tokenizer
 from shared.registry.manifest import IMPORTED, VersionManifest
 from trainer_service.text.corpus import DatasetSpec
+from trainer_service.text.shared_tokens import SharedTokens
 from trainer_service.text.tokens import PreparedData, Report, prepare
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import TrainingConfig
@@ -37,13 +38,14 @@ def read_texts(
     report: Report,
     share: float | None = None,
     stories: int | None = None,
+    shared: SharedTokens | None = None,
 ) -> Texts:
     """Returns the texts for a version, in tokens of its tokenizer.
 
     The held-out text is that of `data`, or of the version's own data if `data` is empty; without a split of its own, it
     is the `share` of the text, by default the share of the version's own training. Of a teacher's stories the first
-    `stories` are read, or all of them. Raises the errors of `prepare` for it; a problem with the training text is a
-    note.
+    `stories` are read, or all of them. `shared` is as in `prepare`. Raises the errors of `prepare` for it; a problem
+    with the training text is a note.
     """
     config = TrainingConfig.from_dict(version.training)
     share = share or config.validation_share
@@ -52,7 +54,9 @@ def read_texts(
     data = data.without_mixed
 
     def read(spec: DatasetSpec, config: TrainingConfig) -> PreparedData:
-        return prepare(spec, config, directory, report, tokenizer, whole_validation=True, stories=stories)
+        return prepare(
+            spec, config, directory, report, tokenizer, whole_validation=True, stories=stories, shared=shared
+        )
 
     named = data if data.dataset or data.validation else own
     if named != own and named.validation:

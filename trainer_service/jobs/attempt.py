@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from shared.device.accelerator import Accelerator
+from shared.registry.bucket import Bucket
 from shared.registry.decisions import BestBy
 from shared.registry.registry import Registry
 from shared.registry.retention import Retention
@@ -12,6 +13,7 @@ from shared.service.settings import Directories
 from trainer_service.distillation.groq_settings import GroqSettings
 from trainer_service.jobs.events import Event, Preparation
 from trainer_service.jobs.specs import EvaluateSpec
+from trainer_service.text.shared_tokens import SharedTokens
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Attempt:
     def open_registry(self) -> Registry:
         """Returns the registry."""
         return self.directories.open_registry(self.best_by)
+
+    def shared_tokens(self) -> SharedTokens | None:
+        """Returns where machines share what they have prepared."""
+        return shared_tokens(self.directories)
+
+
+def shared_tokens(directories: Directories) -> SharedTokens | None:
+    """Returns where machines share prepared tokens: beside a registry in object storage; None if it is on a disk."""
+    return SharedTokens(Bucket(directories.registry_url)) if directories.registry_url else None
 
 
 class Stopped(Exception):

@@ -3,15 +3,13 @@
 Workers may run on other machines than the one on which a job was queued.
 """
 
-import os
 import secrets
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from shared.atomic_file import PARTIAL_SUFFIX
 from shared.errors import DataError, FailedPrecondition, NotFound, shown
+from shared.registry.commit import locked, replace_text
 from trainer_service.text.corpus import DatasetSpec, is_named
 from trainer_service.text.file_bytes import identify
 
@@ -61,12 +59,9 @@ def place_of(data: Path) -> str:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            mine = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
-            mine.write_text(secrets.token_hex(4), encoding="ascii")
-            # Of several processes, the first one gives the id.
-            with suppress(FileExistsError):
-                os.link(mine, path)
-            mine.unlink()
+            with locked(path.with_name(f"{path.name}.lock")):
+                if not path.exists():
+                    replace_text(path, secrets.token_hex(4))
         return path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
         raise FailedPrecondition(f"The folder {shown(str(path.parent))} cannot be written: {error.strerror}.") from None

@@ -17,6 +17,7 @@ HEADER_BYTES = 4096
 DTYPE = np.dtype("<u2")
 # A partial file that has not changed for this long belongs to a process that was killed.
 ABANDONED_S = 3600.0
+_ALL = "all"
 
 
 def read_shard(path: Path, limit: int | None) -> Tokens | None:
@@ -67,3 +68,20 @@ def write_shard(path: Path, origin: Mapping[str, str], arrays: Iterable[Tokens],
         assert len(content) <= HEADER_BYTES
         file.seek(0)
         file.write(content.ljust(HEADER_BYTES))
+
+
+def portable_name(path: Path) -> str:
+    """Returns a name for a shard that says what `sufficient` needs to know of it."""
+    with path.open("rb") as file:
+        values = json.loads(file.read(HEADER_BYTES))
+    return f"{path.stem}-{VERSION}-{_ALL if values['complete'] else values['count']}"
+
+
+def sufficient(names: Iterable[str], split: str, limit: int | None) -> str | None:
+    """Returns the smallest of some shards that has the first `limit` tokens of a split, or all; None if none has."""
+    prefix = f"{split}-{VERSION}-"
+    counts = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    enough = [int(count) for count in counts if count.isdecimal() and limit is not None and int(count) >= limit]
+    if enough:
+        return f"{prefix}{min(enough)}"
+    return f"{prefix}{_ALL}" if _ALL in counts else None

@@ -18,7 +18,8 @@ from shared.gpt.tokenizer import LONGEST_WORD, Tokenizer, load_gpt2, train_bpe
 from trainer_service.text import background, bpe_process, token_cache
 from trainer_service.text.corpus import Corpus, DatasetSpec, open_corpus
 from trainer_service.text.documents import Passage
-from trainer_service.text.shards import read_shard, write_shard
+from trainer_service.text.shards import portable_name, read_shard, sufficient, write_shard
+from trainer_service.text.shared_tokens import SharedTokens
 from trainer_service.text.story_set import read_story_set
 from trainer_service.text.teacher_text import prepare_stories
 from trainer_service.training.batches import TeacherText, Tokens
@@ -34,6 +35,8 @@ class Stage(StrEnum):
     """The stages of preparation, in words."""
 
     OPEN = "reading the text"
+    FETCH = "looking for what another machine has prepared"
+    SHARE = "sharing what was prepared"
     TOKENIZER = "training the tokenizer"
     TRAIN = "tokenising the training text"
     VALIDATION = "tokenising the held-out text"
@@ -110,8 +113,11 @@ def prepare(
     *,
     whole_validation: bool = False,
     stories: int | None = None,
+    shared: SharedTokens | None = None,
 ) -> PreparedData:
     """Returns the tokens of a data set, from the shards below `directory`; tokenises the text if they are missing.
+
+    With `shared`, what another machine has prepared is fetched instead, and what this one prepares is shared.
 
     `tokenizer` is that of the version which a run continues. Without one, the configuration decides; a tokenizer that
     is trained on little text may get fewer tokens than configured. Only the text that the run will read is tokenised,
@@ -128,6 +134,7 @@ def prepare(
     if not whole_validation:
         validation_limit = config.max_validation_tokens or config.evaluation_windows * config.context_length + 1
     progress = _Progress(report)
+    cache = _Cache(shared, progress)
     progress.begin(Stage.OPEN)
     story_set = read_story_set(directory, spec.story_set, stories) if spec.story_set else None
     if config.teacher_prompts and story_set and not spec.mixes_stories:
@@ -142,7 +149,7 @@ def prepare(
             f"{story_set.name} has grown since the run was queued; the run reads the first {stories:,} stories."
         )
     if tokenizer is None:
-        tokenizer = _tokenizer(corpus, config, directory / "tokenizers", progress)
+        tokenizer = _tokenizer(corpus, config, directory / "tokenizers", cache)
         if tokenizer.vocabulary_size < config.vocabulary_size:
             notices.append(
                 f"The text is enough for a vocabulary of only {tokenizer.vocabulary_size:,} tokens, not "
@@ -156,10 +163,10 @@ def prepare(
     more = "ask for more stories" if is_growing else "add text"
     train = np.empty(0, dtype=np.uint16)
     if spec.dataset:
-        train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, progress)
+        train = _tokens(corpus, Stage.TRAIN, tokenizer, folder / "train.bin", train_limit, cache)
         if not whole_validation:
             _check_size("training", train.size, window, corpus.source, more)
-    validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, progress)
+    validation = _tokens(corpus, Stage.VALIDATION, tokenizer, folder / "validation.bin", validation_limit, cache)
     remedy = more if spec.validation else "raise validation_share or name a longer file"
     if not spec.validation and is_growing:
         remedy = f"raise validation_share or {more}"
@@ -209,12 +216,41 @@ def _check_size(which: str, count: int, window: int, source: str, remedy: str) -
         )
 
 
-def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _Progress) -> Tokenizer:
+class _Cache:
+    """Shares files with other machines, if there is a place for it, in the background of the progress."""
+
+    def __init__(self, shared: SharedTokens | None, progress: _Progress) -> None:
+        self._shared = shared
+        self.progress = progress
+
+    def fetch(self, key: str, names: Callable[[list[str]], str | None], path: Path) -> bool:
+        """Fetches the one of the shared files of a key that `names` chooses; returns whether there was one."""
+        if (shared := self._shared) is None:
+            return False
+        self.progress.begin(Stage.FETCH)
+
+        def fetch() -> bool:
+            name = names(shared.names(key))
+            return name is not None and shared.fetch(key, name, path)
+
+        with _writing(path.parent):
+            return background.call(fetch, self.progress.tick)
+
+    def offer(self, key: str, name: str, path: Path) -> None:
+        """Shares a file, unless another machine has already; its file then replaces this one."""
+        if (shared := self._shared) is not None:
+            self.progress.begin(Stage.SHARE)
+            with _writing(path.parent):
+                background.call(lambda: shared.offer(key, name, path), self.progress.tick)
+
+
+def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, cache: _Cache) -> Tokenizer:
+    progress = cache.progress
     if config.tokenizer == "gpt2":
         progress.begin(Stage.TOKENIZER)
         return background.call(load_gpt2, progress.tick)
     path = folder / f"{_key(corpus.revision, config.vocabulary_size, TOKENIZER_CHARACTERS, LONGEST_WORD)}.json"
-    if path.exists():
+    if path.exists() or cache.fetch(path.stem, lambda names: path.name if path.name in names else None, path):
         try:
             return Tokenizer.load(path)
         except InvalidArgument:
@@ -233,20 +269,23 @@ def _tokenizer(corpus: Corpus, config: TrainingConfig, folder: Path, progress: _
         else:
             tokenizer = bpe_process.train_apart(texts, config.vocabulary_size, folder, progress.tick)
         tokenizer.save(path)
-    return tokenizer
+    cache.offer(path.stem, path.name, path)
+    return Tokenizer.load(path)
 
 
-def _tokens(
-    corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limit: int | None, progress: _Progress
-) -> Tokens:
+def _tokens(corpus: Corpus, stage: Stage, tokenizer: Tokenizer, path: Path, limit: int | None, cache: _Cache) -> Tokens:
     """Returns a split, or its first `limit` tokens, from its shard; writes the shard first if it has too few."""
+    progress, key = cache.progress, path.parent.name
     tokens = read_shard(path, limit)
+    if tokens is None and cache.fetch(key, lambda names: sufficient(names, path.stem, limit), path):
+        tokens = read_shard(path, limit)
     if tokens is None:
         split = corpus.train if stage is Stage.TRAIN else corpus.validation
         origin = {"tokenizer": tokenizer.digest, "source": corpus.source, "revision": corpus.revision}
         progress.begin(stage, limit or 0)
         with _writing(path.parent):
             write_shard(path, origin, _encode(split(), tokenizer, limit, progress), limit)
+        cache.offer(key, portable_name(path), path)
         tokens = read_shard(path, limit)
         assert tokens is not None
     return tokens
