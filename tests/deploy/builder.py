@@ -37,6 +37,8 @@ def foreign_images() -> dict[str, Foreign]:
     server, _ = find_redis_server()
     clients = [server.with_name("redis-cli"), *(Path(found) for found in [shutil.which("redis-cli")] if found)]
     found = {"redis": Foreign((server, next(client for client in clients if client.exists())), "999:999", "/data")}
+    if (weed := Path(sys.prefix, "bin", "weed")).exists() and shutil.which("wget"):
+        found["chrislusf/seaweedfs"] = Foreign((weed,), "1000:1000", "/data")
     if (prometheus := shutil.which("prometheus")) and shutil.which("wget"):
         found["prom/prometheus"] = Foreign((Path(prometheus),), "65534:65534", "/prometheus", ("prometheus",))
     return found

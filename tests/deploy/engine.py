@@ -1,6 +1,7 @@
 """Starts and stops the services of compose.yaml in their order, as plain processes.
 
-All have one network, with the names of all services. Limits are left out.
+All have one network, with the names of all services. A second one of a kind, such as `inference-2`, has an address of
+its own, and each listens on its address instead of all. Limits are left out.
 """
 
 import os
@@ -31,12 +32,21 @@ class Engine:
         self._images: dict[str, Image] = {}
         self.containers: dict[str, Container] = {}
         self._hosts = folder / "hosts"
-        self._hosts.write_text("".join(f"127.0.0.1 {name}\n" for name in ("localhost", *services)))
+        self._hosts.write_text("".join(f"{address(name)} {name}\n" for name in ("localhost", *services)))
 
     def is_here(self, name: str) -> bool:
         """Whether the programs of a service are on this machine."""
-        service = self._services[name]
-        return service.target is not None or service.image.partition(":")[0] in self._foreign
+        return self.has_programs(self._services[name])
+
+    @staticmethod
+    def has_programs(service: Service) -> bool:
+        """Whether the programs of a service are on this machine."""
+        return service.target is not None or service.image.partition(":")[0] in foreign_images()
+
+    def is_running(self, name: str) -> bool:
+        """Whether a service has been started and not ended."""
+        process = self.containers[name].process
+        return process is not None and process.poll() is None
 
     def start(self, name: str) -> Container:
         """Starts a service once those that it needs are as it needs them."""
@@ -48,7 +58,7 @@ class Engine:
         mounts.append(Mount(str(self._hosts), "/etc/hosts", True))
         container = Container(image, mounts, service.tmpfs, service.is_read_only)
         command = (
-            [*image.configuration.command, *(service.command or [])]
+            [*(service.entrypoint or image.configuration.command), *(service.command or [])]
             if service.target is None
             else (service.command or image.configuration.command)
         )
@@ -97,6 +107,11 @@ class Engine:
             )
         image = self._images[service.image]
         environment = {**image.configuration.environment, **service.environment}
+        own = {key: address(service.name) for key, value in environment.items() if value == "0.0.0.0"}
+        environment |= own
+        if environment.get("GPTLOOP_TLS_CA") and address(service.name) != address("localhost"):
+            # The certificate has its name, and not this address.
+            environment["GPTLOOP_TLS_SERVER_NAME"] = service.name
         return replace(image, configuration=replace(image.configuration, environment=environment))
 
     def _mount(self, mount: Mount, image: Image) -> Mount:
@@ -110,3 +125,8 @@ class Engine:
             if place.exists():
                 os.chown(volume, place.stat().st_uid, place.stat().st_gid)
         return replace(mount, source=str(volume))
+
+
+def address(name: str) -> str:
+    """Returns the address of a service in the network of all."""
+    return "127.0.0.2" if name.endswith("-2") else "127.0.0.1"

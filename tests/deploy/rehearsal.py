@@ -18,7 +18,7 @@ from inference_service.client import Credentials, InferenceClient
 from shared.errors import GptloopError
 from tests.deploy.compose import read_services
 from tests.deploy.container import start_loopback
-from tests.deploy.engine import Engine
+from tests.deploy.engine import Engine, address
 from tests.waiting import wait_until
 from tests.workplace import PROJECT
 
@@ -31,9 +31,21 @@ _TINY = (
 )
 
 
+# What deploy/docker/README.md writes to deploy/.env.
+SEVERAL = {
+    "COMPOSE_PROFILES": "several",
+    "GPTLOOP_REGISTRY": "s3://gptloop/registry",
+    "AWS_ACCESS_KEY_ID": "gptloop",
+    "AWS_SECRET_ACCESS_KEY": "the secret key of a rehearsal",
+}
+
+
 def rehearse(folder: Path) -> None:
     start_loopback()
-    services = read_services(COMPOSITION)
+    services = read_services(COMPOSITION, SEVERAL)
+    if not Engine.has_programs(services["object-store"]):
+        print("The profile `several` is not run, because SeaweedFS is not on this machine.", flush=True)
+        services = read_services(COMPOSITION)
     engine = Engine(services, COMPOSITION, folder)
     names = [name for name in services if engine.is_here(name)]
     for name in services.keys() - set(names):
@@ -46,11 +58,13 @@ def rehearse(folder: Path) -> None:
                 print(f"{name}: is healthy", flush=True)
         _check_confinement(engine, names)
         _generate(engine, folder)
+        if "inference-2" in names:
+            _share(engine, folder)
         if "prometheus" in names:
             wait_until(lambda: _scraped() == {"gptloop-inference": "1", "gptloop-training": "1"})
             print("Prometheus scrapes both services.", flush=True)
         for name in reversed(names):
-            if name != "secrets":
+            if engine.is_running(name):
                 code = engine.stop(name)
                 assert code == 0, f"{name} ended with {code}:\n{engine.log(name)}"
                 print(f"{name}: ended", flush=True)
@@ -85,8 +99,7 @@ def _generate(engine: Engine, folder: Path) -> None:
     written = inference.run("gptloop", "generate", "--prompt", "Once", "--max-tokens", "8")
     assert written.returncode == 0 and written.stdout.startswith("Once"), written
     # From the machine itself, by the ports that are published.
-    authority = str(folder / "volumes/tls/ca.crt")
-    token = (folder / "volumes/tokens/clients").read_text().split()[-1]
+    authority, token = _access(folder)
     with InferenceClient("localhost:50051", credentials=Credentials(ca=authority, token=token)) as client:
         assert client.complete("Once", max_tokens=4).text
     with InferenceClient("localhost:50051", credentials=Credentials(ca=authority, token="x" * 20)) as client:
@@ -103,6 +116,31 @@ def _generate(engine: Engine, folder: Path) -> None:
     with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=authority)) as answer:
         assert json.load(answer)["choices"][0]["text"]
     print("A model was trained, and wrote over gRPC and HTTPS for a client with a token.", flush=True)
+
+
+def _access(folder: Path) -> tuple[str, str]:
+    """Returns the file of the authority, and the token of a client."""
+    return str(folder / "volumes/tls/ca.crt"), (folder / "volumes/tokens/clients").read_text().split()[-1]
+
+
+def _share(engine: Engine, folder: Path) -> None:
+    """The second worker continues, without the first one, what that has trained, and both servers follow."""
+    assert engine.stop("worker") == 0, engine.log("worker")
+    trained = engine.containers["trainer"].run("gptloop", "train", "--resume", "best", "--set", "max_steps=30")
+    assert trained.returncode == 0, trained
+    authority, token = _access(folder)
+    versions = set[int]()
+    for name in ("inference", "inference-2"):
+        credentials = Credentials(ca=authority, token=token, server_name=name)
+        with InferenceClient(f"{address(name)}:50051", credentials=credentials) as client:
+            wait_until(lambda client=client: client.model().version > 2)  # type: ignore[misc]
+            assert client.complete("Once", max_tokens=4).text
+            versions.add(client.model().version)
+    assert len(versions) == 1
+    print(
+        "A second worker continued the best version of the object store, and two servers serve what it made.",
+        flush=True,
+    )
 
 
 def _scraped() -> dict[str, str]:

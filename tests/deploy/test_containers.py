@@ -15,12 +15,13 @@ from tests.deploy.builder import DOCKERFILE, is_in_context
 from tests.deploy.compose import Service, read_services
 from tests.deploy.dockerfile import configuration_of, has_compiler, read_stages
 from tests.deploy.manifests import container
-from tests.deploy.rehearsal import COMPOSITION, NAMESPACES
+from tests.deploy.rehearsal import COMPOSITION, NAMESPACES, SEVERAL
+from tests.object_storage.server import is_installed
 from tests.pages import rows
 from tests.waiting import HANG_S
 from tests.workplace import PROJECT
 
-SERVICES = read_services(COMPOSITION)
+SERVICES = read_services(COMPOSITION, SEVERAL)
 DESCRIBED = yaml.safe_load(COMPOSITION.read_text())
 OURS = [service for service in SERVICES.values() if service.target]
 every_service = pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES.keys())
@@ -35,9 +36,9 @@ def test_a_container_has_no_right_that_it_does_not_need(service: Service) -> Non
 
 
 @every_service
-def test_only_inference_and_grafana_are_published_and_on_this_machine_only(service: Service) -> None:
+def test_only_the_servers_and_grafana_are_published_and_on_this_machine_only(service: Service) -> None:
     ports = DESCRIBED["services"][service.name].get("ports", [])
-    assert bool(ports) == (service.name in ("inference", "grafana"))
+    assert bool(ports) == (service.name in ("inference", "inference-2", "grafana"))
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
@@ -45,8 +46,11 @@ def test_redis_and_metrics_are_reached_from_their_own_networks_only() -> None:
     internal = {name for name, network in DESCRIBED["networks"].items() if network.get("internal")}
     networks = {name: set(service.get("networks", [])) for name, service in DESCRIBED["services"].items()}
     assert networks["redis"] == {"jobs"} and networks["prometheus"] == {"metrics"}
-    assert {"jobs", "metrics"} == internal
+    assert {"jobs", "metrics", "store"} == internal
     assert not networks["inference"] & networks["redis"] and not networks["grafana"] & networks["redis"]
+    assert networks["object-store"] == {"store"}
+    with_registry = {name for name, service in SERVICES.items() if "GPTLOOP_REGISTRY" in service.environment}
+    assert {name for name in networks if "store" in networks[name]} == {"object-store", *with_registry}
 
 
 @every_service
@@ -57,7 +61,10 @@ def test_a_service_sees_only_the_secrets_that_it_reads(service: Service) -> None
         "redis": {"redis-password"},
         "trainer": {"tls", "tokens", "redis-password"},
         "worker": {"redis-password"},
+        "worker-2": {"redis-password"},
         "inference": {"tls", "tokens"},
+        "inference-2": {"tls", "tokens"},
+        "object-store": set[str](),
         "prometheus": set[str](),
         "grafana": {"grafana-password"},
     }
@@ -68,7 +75,22 @@ def test_a_service_sees_only_the_secrets_that_it_reads(service: Service) -> None
 
 @pytest.mark.parametrize("service", OURS, ids=lambda service: service.name)
 def test_our_services_take_the_variables_that_they_get(service: Service) -> None:
-    assert set(service.environment) <= {row[0] for row in rows("Settings")}
+    ours = {name for name in service.environment if not name.startswith("AWS_")}
+    assert ours <= {row[0] for row in rows("Settings")}
+
+
+def test_the_second_of_a_kind_shares_no_state_with_the_first_but_the_store_and_redis() -> None:
+    for name in ("worker", "inference"):
+        first, second = SERVICES[name], SERVICES[f"{name}-2"]
+        assert first.environment == second.environment and first.command == second.command
+        changed = {mount.source for mount in second.mounts} ^ {mount.source for mount in first.mounts}
+        assert changed == {"state", "state-2"}
+
+
+def test_nothing_waits_for_the_store_unless_the_profile_is_chosen() -> None:
+    assert not [service.name for service in read_services(COMPOSITION).values() if "object-store" in service.needs]
+    waiting = {service.name for service in SERVICES.values() if "object-store" in service.needs}
+    assert waiting == {service.name for service in SERVICES.values() if "GPTLOOP_REGISTRY" in service.environment}
 
 
 def test_the_drain_ends_before_the_container_is_killed() -> None:
@@ -148,3 +170,4 @@ def test_compose_goes_from_nothing_to_a_generated_text(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "wrote over gRPC and HTTPS" in ended.stdout
+    assert ("A second worker continued" in ended.stdout) == is_installed()

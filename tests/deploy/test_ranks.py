@@ -119,7 +119,7 @@ def _action(rules: list[dict[str, Any]], message: str) -> str:
 
 def test_ranks_read_the_variables_that_they_get() -> None:
     variables = set()
-    for name in ("ranks/ranks.env",):
+    for name in ("ranks/ranks.env", "registry/registry.env"):
         lines = (KUBERNETES / name).read_text(encoding="utf-8").splitlines()
         variables |= {line.partition("=")[0] for line in lines}
     given = {each["name"] for each in pod(JOBSET)["containers"][0]["env"]}

@@ -52,7 +52,7 @@ FAULTS = (
     Fault("envoy", "deploy/envoy/envoy.yaml", "LEAST_REQUEST", "LEAST_REQUESTS", "LEAST_REQUESTS"),
     Fault("image", "deploy/docker/Dockerfile", " && rm -rf /var/lib/apt/lists/*", "", "DL3009"),
     Fault("image", "deploy/docker/Dockerfile", "\nUSER 10001:10001\n", "\n", "CKV_DOCKER_3"),
-    Fault("compose", "deploy/compose.yaml", "  worker:\n", "  worker:\n    imagine: a word\n", "imagine"),
+    Fault("compose", "deploy/compose.yaml", "  worker-2:\n", "  worker-2:\n    imagine: a word\n", "imagine"),
     Fault("prometheus", "deploy/docker/prometheus.yml", "static_configs:", "static_config:", "not found"),
     Fault("shell", "requirements/install", 'tail -n 20 "$log"', "tail -n 20 $missing", "SC2154"),
     Fault("shell", "deploy/slurm/train.sbatch", 'kill -TERM "$ranks"', "kill -TERM $job", "SC2154"),
