@@ -8,8 +8,9 @@ import time
 from dataclasses import dataclass, field
 
 from shared.registry.bucket import Bucket
-from shared.registry.documents import Document, Documents, DocumentTexts
+from shared.registry.documents import Document
 from shared.registry.fence import Fence
+from shared.registry.object_runs import ObjectRuns, without
 from shared.registry.store import StoreFailed
 
 # Lines wait at most this long for the next one.
@@ -29,11 +30,11 @@ class _Waiting:
 
 
 class ObjectHistories:
-    """The histories of one registry; `check` raises `RunOwnershipLost` for a fence and the document of its run."""
+    """The histories of one registry."""
 
-    def __init__(self, bucket: Bucket, documents: Documents) -> None:
+    def __init__(self, bucket: Bucket, runs: ObjectRuns) -> None:
         self._bucket = bucket
-        self._documents = documents
+        self._runs = runs
         self._waiting: dict[str, _Waiting] = {}
         # The last piece that was read or written, by the run.
         self._last: dict[str, tuple[str, bytes]] = {}
@@ -41,7 +42,7 @@ class ObjectHistories:
     def read(self, run: str, start: int) -> bytes:
         """Returns a history from a byte on; raises `FileNotFoundError` if there is none."""
         for left in reversed(range(_READS)):
-            document = self._documents.read(f"texts/runs/{run}")
+            document = self._runs.read(run)
             if "history" not in document:
                 raise FileNotFoundError(2, "No such history", f"{self._bucket.address}/history/{run}")
             try:
@@ -65,15 +66,15 @@ class ObjectHistories:
             known = self._last[run] = (name, self._bucket.read(f"history/{run}/{name}")[0])
         return known[1]
 
-    def append(self, fence: Fence, content: bytes, synced: bool, place: str) -> None:
-        """Appends to a history, at once if `synced` or after some time; `place` is that of the fence."""
+    def append(self, fence: Fence, content: bytes, synced: bool) -> None:
+        """Appends to a history, at once if `synced` or after some time."""
         waiting = self._waiting.setdefault(fence.run, _Waiting())
         if not waiting.content:
             waiting.since_s = time.monotonic()
         waiting.content += content
         if waiting.content and (synced or time.monotonic() - waiting.since_s > _WAIT_S):
             try:
-                self._write(fence, waiting.content, place)
+                self._write(fence, waiting.content)
             except StoreFailed:
                 # Each try takes some seconds, in which training waits.
                 waiting.since_s = time.monotonic() + _RETRY_S - _WAIT_S
@@ -82,18 +83,18 @@ class ObjectHistories:
                 raise
             waiting.content = b""
 
-    def _write(self, fence: Fence, content: bytes, place: str) -> None:
+    def _write(self, fence: Fence, content: bytes) -> None:
         run = fence.run
-        document = self._documents.read(f"texts/runs/{run}")
+        document = self._runs.read(run)
         pieces = _pieces(document)
         old = pieces[-1:] if pieces and pieces[-1][1] < _PIECE_BYTES else []
         content = b"".join(self._piece(run, name) for name, _ in old) + content
-        self._replace(fence, pieces, [*pieces[: len(pieces) - len(old)], self._put(run, content)], place)
+        self._replace(fence, pieces, [*pieces[: len(pieces) - len(old)], self._put(run, content)])
 
-    def cut(self, fence: Fence, size_bytes: int, place: str) -> None:
+    def cut(self, fence: Fence, size_bytes: int) -> None:
         """Cuts a history back to its first bytes."""
         self._waiting.pop(fence.run, None)
-        pieces = _pieces(self._documents.read(f"texts/runs/{fence.run}"))
+        pieces = _pieces(self._runs.read(fence.run))
         kept, end = list[tuple[str, int]](), 0
         for name, piece_bytes in pieces:
             begin, end = end, end + piece_bytes
@@ -101,19 +102,12 @@ class ObjectHistories:
                 kept.append((name, piece_bytes))
             elif begin < size_bytes:
                 kept.append(self._put(fence.run, self._piece(fence.run, name)[: size_bytes - begin]))
-        self._replace(fence, pieces, kept, place)
+        self._replace(fence, pieces, kept)
 
     def remove(self, run: str) -> None:
         """Removes a history."""
-        pieces = _pieces(self._documents.read(f"texts/runs/{run}"))
-        self._documents.change(
-            f"texts/runs/{run}",
-            lambda document: (
-                {name: value for name, value in document.items() if name != "history"}
-                if "history" in document
-                else None
-            ),
-        )
+        pieces = _pieces(self._runs.read(run))
+        self._runs.change(run, lambda document: without(document, "history") if "history" in document else None)
         self._bucket.delete(f"history/{run}/{name}" for name, _ in pieces)
 
     def _put(self, run: str, content: bytes) -> tuple[str, int]:
@@ -122,14 +116,14 @@ class ObjectHistories:
         self._last[run] = (name, content)
         return name, len(content)
 
-    def _replace(self, fence: Fence, old: list[tuple[str, int]], new: list[tuple[str, int]], place: str) -> None:
+    def _replace(self, fence: Fence, old: list[tuple[str, int]], new: list[tuple[str, int]]) -> None:
         """Lists other pieces; only the owner of the run does, so nobody else has changed them meanwhile."""
 
         def change(document: Document) -> Document:
-            fence.check(DocumentTexts(document), place)
+            self._runs.check(fence, document)
             return document | {"history": {"pieces": new, "at": time.time()}}
 
-        self._documents.change(f"texts/runs/{fence.run}", change)
+        self._runs.change(fence.run, change)
         kept = {name for name, _ in new}
         self._bucket.delete(f"history/{fence.run}/{name}" for name, _ in old if name not in kept)
 

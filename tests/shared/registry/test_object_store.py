@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, RunOwnershipLost
-from shared.registry import bucket, object_store
+from shared.registry import bucket, object_files, object_runs, object_versions
 from shared.registry.bucket import Bucket
 from shared.registry.fence import Fence
+from shared.registry.object_runs import ObjectRuns
 from shared.registry.object_store import ObjectStore
 from shared.registry.registry import Checkpoint, Registry
 from shared.registry.store import StoreFailed
@@ -189,12 +190,12 @@ def test_a_version_of_a_replaced_owner_who_died_is_never_seen(
     publish(registry, fence)
     newer: list[Fence] = []
 
-    def die(store: ObjectStore, number: int, values: object, documents: object) -> bool:
+    def die(runs: ObjectRuns, run: str, token: int, number: int) -> bool:
         raise KeyboardInterrupt
 
     def replaced_meanwhile(number: int, files: object) -> object:
         newer.append(open_at(place, tmp_path / "other").take_over(RUN))
-        monkeypatch.setattr(object_store.ObjectStore, "_counts", die)
+        monkeypatch.setattr(ObjectRuns, "owned", die)
         return make_manifest(number, files)  # type: ignore[arg-type]
 
     with pytest.raises(KeyboardInterrupt):
@@ -212,7 +213,7 @@ def test_a_takeover_whose_owner_died_in_the_middle_is_settled_by_the_next_reader
     version = publish(registry, fence)
     other = open_at(place, tmp_path / "other")
     with monkeypatch.context() as patched:
-        patched.setattr(ObjectStore, "_settle", lambda *_: pytest.fail("killed"))
+        patched.setattr(ObjectRuns, "_settle", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             other.take_over(RUN)
     assert open_at(place, tmp_path / "reader").versions() == [version]
@@ -312,6 +313,12 @@ def test_a_copy_that_finds_no_room_is_an_error(
 # Sweeping
 
 
+def abandon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets what is left behind count as old."""
+    for module in (object_files, object_versions):
+        monkeypatch.setattr(module, "ABANDONED_S", -1.0)
+
+
 def test_what_dead_processes_leave_goes_after_a_day(
     place: Place, registry: Registry, fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +338,7 @@ def test_what_dead_processes_leave_goes_after_a_day(
             registry.write_state(fence, 1, write_model)
     registry.sweep()
     assert len(plain.list("files")) == 6 and len(plain.list("staging")) == 2
-    monkeypatch.setattr(object_store, "_ABANDONED_S", -1.0)
+    abandon(monkeypatch)
     registry.sweep()
     assert plain.list("staging") == [] and len(plain.list("files")) == 4
     registry.check(Checkpoint(version.version))
@@ -359,7 +366,8 @@ def test_what_a_dead_process_was_about_to_remove_is_shown_again(
     assert checkpoint not in other.checkpoints()
     other.sweep()
     assert checkpoint not in other.checkpoints()
-    monkeypatch.setattr(object_store, "_HIDDEN_S", -1.0)
+    for module in (object_runs, object_versions):
+        monkeypatch.setattr(module, "HIDDEN_S", -1.0)
     other.sweep()
     assert checkpoint in other.checkpoints()
     other.check(checkpoint)
@@ -372,7 +380,7 @@ def test_empty_objects_of_old_removals_go_but_not_that_of_the_highest_number(
         publish(registry, fence)
     for number in (1, 3):
         registry.remove(Checkpoint(number))
-    monkeypatch.setattr(object_store, "_ABANDONED_S", -1.0)
+    abandon(monkeypatch)
     registry.sweep()
     assert [each.name for each in Bucket(place.url).list("versions")] == ["versions/2", "versions/3"]
     assert publish(registry, fence).version == 4
