@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.device.accelerator import prepare
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,9 +32,11 @@ def ring(count: int, folder: Path) -> Iterator[list[dict[str, str]]]:
         yield [os.environ | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} for rank in range(count)]
 
 
-def start(function: Callable[..., Any], arguments: Sequence[Any], result: Path, environment: dict[str, str]) -> Any:
-    """Starts a process that calls a function of a module and writes what it returns."""
-    called = pickle.dumps((function.__module__, function.__name__, arguments, result))
+def start(
+    function: Callable[..., Any], arguments: Sequence[Any], result: Path, environment: dict[str, str], among: int = 1
+) -> Any:
+    """Starts a process that calls a function of a module and writes what it returns, once all of them are ready."""
+    called = pickle.dumps((function.__module__, function.__name__, arguments, result, among))
     command = [sys.executable, "-m", "tests.ring_processes", called.hex()]
     return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -54,7 +56,7 @@ def in_ranks(
     """
     results = [folder / f"result-{rank}" for rank in range(count)]
     with ring(count, folder) as environments:
-        processes = [start(function, arguments, *each) for each in zip(results, environments, strict=True)]
+        processes = [start(function, arguments, *each, count) for each in zip(results, environments, strict=True)]
         try:
             errors = [process.communicate(timeout=HANG_S)[1] for process in processes]
         finally:
@@ -67,6 +69,10 @@ def in_ranks(
 
 
 if __name__ == "__main__":
-    module, name, arguments, result = pickle.loads(bytes.fromhex(sys.argv[1]))
+    module, name, arguments, result, among = pickle.loads(bytes.fromhex(sys.argv[1]))
     prepare(ROOT / ".pytest_cache" / "accelerator")
-    result.write_bytes(pickle.dumps(getattr(importlib.import_module(module), name)(*arguments)))
+    called = getattr(importlib.import_module(module), name)
+    # MLX gives up if a rank comes half a minute after another, as on a machine with much other work.
+    result.with_suffix(".ready").touch()
+    wait_until(lambda: len(list(result.parent.glob("*.ready"))) >= among)
+    result.write_bytes(pickle.dumps(called(*arguments)))

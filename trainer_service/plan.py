@@ -142,7 +142,8 @@ class Plan:
             lines.append(f"teachers    {names}: {config.distillation_alpha:g} of the loss")
         memory = memory_bytes(config, self.machine, self.teachers)
         if memory is not None:
-            lines.append(f"memory      about {format_size(memory)}, on {self.machine.threads} CPU threads")
+            each = f" in each of {config.world_size} processes" if config.world_size > 1 else ""
+            lines.append(f"memory      about {format_size(memory)}{each}, on {self.machine.threads} CPU threads")
         lines.append(f"time        {self._time()}")
         if memory is not None and memory > self.machine.memory_bytes:
             lines.append(
@@ -205,7 +206,7 @@ def _characters(spec: TrainSpec) -> float:
 
 def _work(spec: TrainSpec) -> tuple[object, ...]:
     """Returns the values on which the speed of a step depends."""
-    return spec.config.gpt, spec.config.batch_size, _teaching(spec)
+    return spec.config.gpt, spec.config.batch_size, spec.config.world_size, _teaching(spec)
 
 
 def _teaching(spec: TrainSpec) -> tuple[Teacher, ...]:
@@ -230,13 +231,16 @@ def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[Tr
     In fp32, training holds the weights and two moments, and for each thread the activations or the gradients of a
     micro-batch, whichever are larger, and the sum of the gradients if the thread has several micro-batches. An
     evaluation takes all rows of a thread at once. Its arrays have other sizes than those of training, which stay in
-    MLX's cache. A teacher has weights, and for each thread the arrays of its predictions for a micro-batch.
+    MLX's cache. A teacher has weights, and for each thread the arrays of its predictions for a micro-batch. Several
+    processes share the rows and, on one machine, the threads; each joins its gradients in one more array.
     """
     if machine.threads is None:
         return None
     T, L = config.context_length, config.layers
-    threads = min(machine.threads, config.batch_size)
-    rows = -(-config.batch_size // threads)
+    processes = config.world_size
+    own_rows = -(-config.batch_size // processes)
+    threads = min(max(machine.threads // processes, 1), own_rows)
+    rows = -(-own_rows // threads)
     batches = micro_batches(rows, T)
     parameters = count_parameters(config.gpt).total
     # The arrays that the layers keep for their gradients, and those of one more layer at work.
@@ -248,7 +252,7 @@ def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[Tr
     evaluation = 4 * evaluating * _activations(config, rows * T, _EVALUATED_LAYERS)
     return (
         _PROCESS_BYTES
-        + 4 * (3 * parameters + sum(count_parameters(each.gpt).total for each in teachers))
+        + 4 * ((3 + (processes > 1)) * parameters + sum(count_parameters(each.gpt).total for each in teachers))
         + max(training, min(training, array_cache_bytes(machine.memory_bytes)) + evaluation)
     )
 

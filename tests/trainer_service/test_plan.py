@@ -200,6 +200,17 @@ def test_estimated_memory_is_near_measurements(
     assert expected / 2**20 == pytest.approx(measured_mib, rel=0.3)
 
 
+def test_several_processes_share_the_rows_and_the_threads() -> None:
+    config = replace(find_preset("tinystories-53m"), batch_size=8)
+    half = replace(config, batch_size=4)
+    joined = 4 * count_parameters(config.gpt).total
+    for threads in (4, 1):
+        together = memory_bytes(replace(config, world_size=2), Machine(32 << 30, threads))
+        assert together == (memory_bytes(half, Machine(32 << 30, max(threads // 2, 1))) or 0) + joined
+    plan = make(replace(config, world_size=2), machine=Machine(32 << 30, 4))
+    assert "in each of 2 processes, on 4 CPU threads" in line(plan, "memory")
+
+
 def test_too_little_memory_is_a_warning() -> None:
     big = find_preset("gpt2-124m")
     assert not any(text.startswith("warning") for text in make(big, machine=Machine(64 << 30, 4)).lines())

@@ -47,7 +47,7 @@ def measure_speed(
     `FailedPrecondition` if no batch size is left, or if a process fails, for example because memory is short.
     """
     machine = Machine(memory_limit_bytes(), threads if Machine.here().threads is not None else None)
-    configs = [replace(config, batch_size=size) for size in batch_sizes(config.batch_size)]
+    configs = [replace(config, batch_size=size, world_size=1) for size in batch_sizes(config.batch_size)]
     estimates = [memory_bytes(each, machine) for each in configs]
     fitting = [
         (each, need) for each, need in zip(configs, estimates, strict=True) if (need or 0) <= machine.memory_bytes

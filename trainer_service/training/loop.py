@@ -117,14 +117,15 @@ def _evaluate(
 def _held_out(
     trainer: Trainer, evaluation_set: EvaluationSet, stop_requested: Callable[[], bool]
 ) -> HeldOutLoss | None:
-    """Returns the held-out loss, or None if a stop was requested."""
+    """Returns the held-out loss, or None if a stop was requested; computes as many rows at a time as a step does."""
 
     def check_stop(_: float) -> None:
         if stop_requested():
             raise _Interrupted
 
+    first, end = trainer.ranks.rows(trainer.config.batch_size)
     try:
-        return evaluate(trainer.model, evaluation_set, trainer.config.batch_size, trainer.workers, check_stop)
+        return evaluate(trainer.model, evaluation_set, end - first, trainer.workers, check_stop)
     except _Interrupted:
         return None
 

@@ -41,7 +41,7 @@ def test_serving_and_training_are_measured_in_processes_of_their_own(
 ) -> None:
     monkeypatch.setattr(speed, "ROWS", (2,))
     shares: list[float] = []
-    speeds, memory = measure_speed(version, CONFIG, 2, shares.append)
+    speeds, memory = measure_speed(version, replace(CONFIG, world_size=2), 2, shares.append)
     assert [each.rows for each in speeds.decoding] == [2]
     assert (speeds.threads, speeds.serving_threads, speeds.training_rows) == (2, 1, 3)
     assert min(speeds.training_tokens_per_s, speeds.prefill_tokens_per_s) > 0
