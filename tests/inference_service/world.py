@@ -33,8 +33,13 @@ from tests.waiting import HANG_S, eventually
 class World:
     """A registry, an engine and a version manager that polls often."""
 
-    def __init__(self, root: Path, best_by: BestBy = BestBy.TRAINING) -> None:
-        self.registry = disk_registry(root, best_by)
+    def __init__(
+        self,
+        root: Path,
+        best_by: BestBy = BestBy.TRAINING,
+        open_registry: Callable[[Path, BestBy], Registry] = disk_registry,
+    ) -> None:
+        self.registry = open_registry(root, best_by)
         self.collectors = CollectorRegistry()
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0, {})
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)

@@ -1,5 +1,6 @@
 """Machines share prepared tokens through a real bucket; each has a folder of data of its own."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -102,14 +103,14 @@ def test_a_machine_that_is_second_uses_what_the_first_one_has_shared(
     assert other.shared.names("key") == ["name"]
 
 
-@pytest.mark.parametrize("content", [b"other bytes with the right name", b""])
+@pytest.mark.parametrize("change", [lambda content: content[:-1] + bytes([content[-1] ^ 1]), lambda content: b""])
 def test_a_file_that_was_changed_in_the_bucket_is_prepared_instead(
-    machines: tuple[Machine, Machine], object_server: ObjectServer, text: Path, content: bytes
+    machines: tuple[Machine, Machine], text: Path, change: Callable[[bytes], bytes]
 ) -> None:
     one, other = machines
     first = one.prepare(text)
     for entry in one.bucket.list("prepared-files"):
-        one.bucket.upload(entry.name, content)
+        one.bucket.upload(entry.name, change(one.bucket.read(entry.name)[0]))
     assert np.array_equal(other.prepare(text).train, first.train)
     assert other.did(Stage.TRAIN)
     assert list(other.data.glob("**/*.partial")) == []
