@@ -32,6 +32,11 @@ class ObjectCache:
         self._held: OrderedDict[str, int] = OrderedDict()
         self._guard = threading.Lock()
 
+    @property
+    def versions(self) -> Path:
+        """A file for what is known of the versions."""
+        return self._root / "versions.json"
+
     def new_folder(self) -> AbstractContextManager[Path]:
         """Yields an empty folder, and removes it at the end unless it was moved."""
         return self._staging.new()

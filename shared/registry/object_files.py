@@ -46,11 +46,16 @@ class ObjectFolder:
         manifest = str(document["manifest"]).encode()
         return cls(str(document["id"]), manifest, int(document["size_bytes"]), float(document["at"]))
 
+    def document(self) -> Document:
+        """Returns the document that describes it."""
+        manifest = self.manifest.decode()
+        return {"id": self.id, "manifest": manifest, "size_bytes": self.size_bytes, "at": self.written_at}
+
 
 def described(id: str, manifest: str, files: Sequence[FileRecord]) -> Document:
     """Returns the document that describes a folder which is written now."""
-    size_bytes = sum(each.size_bytes for each in files) + len(manifest.encode())
-    return {"id": id, "manifest": manifest, "size_bytes": size_bytes, "at": time.time()}
+    content = manifest.encode()
+    return ObjectFolder(id, content, sum(each.size_bytes for each in files) + len(content), time.time()).document()
 
 
 def in_parallel(act: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

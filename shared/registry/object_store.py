@@ -42,7 +42,7 @@ class ObjectStore:
         self._copies: ObjectCache | None = None
         self._files = ObjectFiles(self._bucket, self._cache)
         self._runs = ObjectRuns(self._bucket, self._documents, self._files)
-        self._versions = ObjectVersions(self._bucket, self._runs, self._files)
+        self._versions = ObjectVersions(self._bucket, self._runs, self._files, lambda: self._cache().versions)
         self._histories = ObjectHistories(self._bucket, self._runs)
         self._id: str | None = None
 

@@ -5,11 +5,13 @@ names the run and the token of the owner who wrote it. A version that an owner w
 its number is lost.
 """
 
+import json
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from shared.atomic_file import replacing
 from shared.errors import CorruptCheckpoint, RunOwnershipLost
 from shared.registry.bucket import Bucket, Conflict
 from shared.registry.documents import Document, encoded, read_document
@@ -20,6 +22,8 @@ from shared.registry.object_files import ABANDONED_S, ObjectFiles, ObjectFolder,
 from shared.registry.object_runs import HIDDEN_S, ObjectRuns, given_numbers, without
 
 _PARENT = "versions"
+# So many versions are worth a file.
+_MANY = 100
 # A version whose object cannot be understood.
 _UNREADABLE = {"id": "", "manifest": "", "size_bytes": 0, "at": 0.0}
 
@@ -27,12 +31,15 @@ _UNREADABLE = {"id": "", "manifest": "", "size_bytes": 0, "at": 0.0}
 class ObjectVersions:
     """The versions of one registry, each of which is read once."""
 
-    def __init__(self, bucket: Bucket, runs: ObjectRuns, files: ObjectFiles) -> None:
+    def __init__(self, bucket: Bucket, runs: ObjectRuns, files: ObjectFiles, index: Callable[[], Path]) -> None:
         self._bucket = bucket
         self._runs = runs
         self._files = files
+        # The file in which this machine keeps what was read, so that the next process need not read it again.
+        self._index = index
         # The e_tag of each object, and the version that it is; None if it is none.
         self._known: dict[int, tuple[str, ObjectFolder | None]] = {}
+        self._is_loaded = False
 
     def all(self) -> Mapping[int, Hashable]:
         """Returns the numbers of the versions, each with its e_tag; reads only those that are new."""
@@ -41,11 +48,36 @@ class ObjectVersions:
             for each in self._bucket.list(_PARENT)
             if (number := number_of(each.name.rpartition("/")[2])) is not None
         }
+        if not self._is_loaded and len(entries) >= _MANY:
+            self._known = self._load() | self._known
+        self._is_loaded = True
         new = [number for number, each in entries.items() if self._known.get(number, ("", None))[0] != each.e_tag]
         self._known |= {number: (entries[number].e_tag, None) for number in new if not entries[number].size_bytes}
         self._look([number for number in new if entries[number].size_bytes])
         self._known = {number: known for number, known in self._known.copy().items() if number in entries}
+        if len(new) >= _MANY:
+            self._save()
         return {number: e_tag for number, (e_tag, folder) in self._known.items() if folder is not None}
+
+    def _load(self) -> dict[int, tuple[str, ObjectFolder | None]]:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            known = json.loads(self._index().read_bytes())
+            return {
+                int(number): (str(e_tag), None if document is None else ObjectFolder.of(document))
+                for number, (e_tag, document) in known.items()
+            }
+        return {}
+
+    def _save(self) -> None:
+        known = {
+            number: (e_tag, None if folder is None else folder.document())
+            for number, (e_tag, folder) in self._known.items()
+        }
+        path = self._index()
+        with suppress(OSError):  # it only saves time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                file.write(json.dumps(known).encode())
 
     def stamp(self, number: int) -> Hashable:
         """Returns the e_tag of a version as it is now; None if there is none."""

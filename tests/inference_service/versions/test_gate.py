@@ -12,6 +12,7 @@ from shared import version_format
 from shared.errors import CorruptCheckpoint, FailedPrecondition
 from shared.registry.manifest import VersionManifest
 from shared.registry.registry import Checkpoint
+from shared.registry.store import StoreFailed
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import (
@@ -226,7 +227,10 @@ async def test_a_refused_version_is_examined_again_when_an_operator_loads_it(fre
 
 
 @async_test
-async def test_a_version_that_cannot_be_read_is_tried_again(fresh: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), StoreFailed("Input/output error.")], ids=repr)
+async def test_a_version_that_cannot_be_read_is_tried_again(
+    fresh: World, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
     publish_tiny_version(fresh.registry, 2.0)
     publish_tiny_version(fresh.registry, 1.0)
     verified = fresh.registry.verified
@@ -234,7 +238,7 @@ async def test_a_version_that_cannot_be_read_is_tried_again(fresh: World, monkey
 
     def unreadable(manifest: VersionManifest) -> Path:
         if failing and manifest.version == 2:
-            raise OSError(5, "Input/output error")
+            raise error
         return verified(manifest)
 
     monkeypatch.setattr(fresh.registry, "verified", unreadable)

@@ -241,6 +241,25 @@ def test_a_look_reads_only_what_is_new(
     assert [each.path.rpartition("/")[2] for each in object_proxy.requests if each.reads("/versions/")] == ["4"]
 
 
+def test_many_versions_are_read_once_on_a_machine(
+    place: Place,
+    registry: Registry,
+    fence: Fence,
+    object_proxy: FaultyProxy,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(object_versions, "_MANY", 3)
+    versions = [publish(registry, fence) for _ in range(4)]
+    registry.remove(Checkpoint(1))
+    assert open_at(place, tmp_path / "cache").versions() == versions[1:]
+    object_proxy.clear()
+    assert open_at(place, tmp_path / "cache").versions() == versions[1:]
+    assert not [each for each in object_proxy.requests if each.reads("/versions/")]
+    (tmp_path / "cache" / registry.store.id() / "versions.json").write_text("{")
+    assert open_at(place, tmp_path / "cache").versions() == versions[1:]
+
+
 def test_reports_are_no_requests_until_they_are_synced(
     registry: Registry, fence: Fence, object_proxy: FaultyProxy
 ) -> None:

@@ -52,3 +52,27 @@ def test_a_text_that_is_not_a_whole_number_is_rejected(text: str) -> None:
 def test_a_text_that_is_not_a_number_in_the_range_is_rejected(text: str) -> None:
     with pytest.raises(InvalidArgument, match=r"NAME is .*, but must be"):
         read_float({"NAME": text}, "NAME", 5.0, minimum=1.0, maximum=9.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "url", "folder"),
+    [
+        ("", "", None),
+        ("/srv/registry", "", "/srv/registry"),
+        ("file:///srv/a%20b", "", "/srv/a b"),
+        ("s3://bucket/prefix", "s3://bucket/prefix", None),
+        ("gs://bucket", "gs://bucket", None),
+        ("az://container/a/b", "az://container/a/b", None),
+    ],
+)
+def test_the_registry_is_in_a_folder_or_in_object_storage(text: str, url: str, folder: str | None) -> None:
+    directories = read_directories({"GPTLOOP_VAR": "/srv", "GPTLOOP_REGISTRY": text})
+    assert (directories.registry_url, directories.registry) == (url, Path(folder or "/srv/registry"))
+
+
+@pytest.mark.parametrize("text", ["s3://", "s4://bucket", "http://bucket/x", "file://relative"])
+def test_a_place_that_is_no_registry_is_rejected(text: str) -> None:
+    with pytest.raises(
+        InvalidArgument, match=r"^GPTLOOP_REGISTRY is '.+', but must be a folder, file:///FOLDER, or s3://"
+    ):
+        read_directories({"GPTLOOP_REGISTRY": text})
