@@ -1,8 +1,10 @@
 """The histories of runs as columns, which grow with the runs: what the page draws."""
 
+import math
 import re
 import secrets
 import threading
+import time
 from array import array
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +14,10 @@ from shared.registry.history import EvaluationLine, Histories, HistoryReader, Li
 
 # The run as it was first read, its reports and its evaluations that a reader knows.
 _CURSOR = re.compile(r"([0-9a-f]+)\.([0-9]{1,18})\.([0-9]{1,18})")
+
+
+# The clocks of machines may differ by this much, and the times of files are coarse.
+_SETTLED_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class _Curve:
 
     def __init__(self, reader: HistoryReader) -> None:
         self._reader = reader
+        # When it was read last, on the monotonic clock.
+        self.read_s = -math.inf
         self._clear()
 
     def _clear(self) -> None:
@@ -107,7 +115,9 @@ class Curves:
             ages_s = self._histories.ages_s()
             self._curves = {run: curve for run, curve in self._curves.items() if run in ages_s}
             lasts = [
-                self._last(run, age_s, curve) for run, age_s in ages_s.items() if (curve := self._read(run)) is not None
+                self._last(run, age_s, curve)
+                for run, age_s in ages_s.items()
+                if (curve := self._read(run, age_s)) is not None
             ]
         return sorted(lasts, key=lambda last: last.age_s)
 
@@ -117,15 +127,20 @@ class Curves:
         Returns all lines, with `continues` false, if the cursor is empty or the run was cut back. Raises `NotFound`.
         """
         with self._lock:
-            curve = self._read(run) if run in self._histories.ages_s() else None
+            age_s = self._histories.ages_s().get(run)
+            curve = None if age_s is None else self._read(run, age_s)
             if curve is None:
                 raise NotFound(f"There is no history of a run named {shown(run)}.")
             return curve.since(cursor)
 
-    def _read(self, run: str) -> _Curve | None:
+    def _read(self, run: str, age_s: float) -> _Curve | None:
         curve = self._curves.get(run) or _Curve(self._histories.reader(run))
+        now_s = time.monotonic()
+        if now_s - age_s < curve.read_s - _SETTLED_S:
+            return curve  # nothing has been written since
         try:
             curve.read()
+            curve.read_s = now_s
         except FileNotFoundError:
             self._curves.pop(run, None)
             return None

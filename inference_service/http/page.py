@@ -132,7 +132,8 @@ def _json(message: Message, **more: Any) -> JSONResponse:
 
 
 def _read_lasts(curves: Curves, registry: Registry) -> list[tuple[Last, bool]]:
-    return [(last, registry.has_ended(last.run)) for last in curves.lasts()]
+    lasts, ended = curves.lasts(), registry.ended()
+    return [(last, last.run in ended) for last in lasts]
 
 
 def _run(last: Last, ended: bool, versions: list[VersionManifest]) -> dict[str, Any]:

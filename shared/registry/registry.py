@@ -239,6 +239,10 @@ class Registry:
         """Returns whether a run is finished."""
         return ENDED in self.store.read(f"runs/{run}")
 
+    def ended(self) -> frozenset[str]:
+        """Returns the runs that are finished."""
+        return frozenset(name for name, run in self.store.runs().items() if ENDED in run.texts)
+
     def states(self, run: str) -> list[int]:
         """Returns the steps that have a state, in ascending order."""
         return sorted(self.store.run(run).states)

@@ -38,7 +38,14 @@ class DueEvaluations:
 
     def measure(self) -> None:
         """Completes the records of the versions that are due; a stop leaves the rest to the next call."""
-        for version in self._registry.versions():
+        try:
+            versions = self._registry.versions()
+        except OSError as error:
+            self._notice(
+                f"{error.strerror or error}. Training continues without evaluations until the registry can be read."
+            )
+            return
+        for version in versions:
             if version.run != self._run or not is_due(version.step, self._config):
                 continue
             try:

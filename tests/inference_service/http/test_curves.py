@@ -1,5 +1,6 @@
 """What the page reads of histories: columns that grow, and the end of each run."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from inference_service.http.curves import Curves
 from shared.errors import NotFound
 from shared.registry.history import EvaluationLine, HistoryWriter, ReportLine
 from shared.registry.registry import Registry
-from tests.registries import disk_registry
+from tests.registries import disk_registry, run_folder
 
 
 def report(step: int, attempt: int = 1) -> ReportLine:
@@ -94,6 +95,26 @@ def test_a_cursor_that_no_answer_had_brings_all_lines(registry: Registry, curves
     known = curves.since("calm", "")["cursor"].partition(".")[0]
     answer = curves.since("calm", f"{known}.{counts}")
     assert (answer["continues"], answer["reports"]["step"]) == (False, [1, 2])
+
+
+def test_a_history_that_has_not_changed_is_not_read_again(
+    registry: Registry, curves: Curves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run in ("calm", "at-work"):
+        writer(registry, run).append(report(1))
+    os.utime(run_folder(registry, "calm") / "history.jsonl", (1e9, 1e9))
+    curves.lasts()
+    read, whole = list[str](), registry.store.read_history
+
+    def count(run: str, start: int = 0) -> bytes:
+        read.append(run)
+        return whole(run, start)
+
+    monkeypatch.setattr(registry.store, "read_history", count)
+    assert {last.run: last.step for last in curves.lasts()} == {"calm": 1, "at-work": 1}
+    assert read == ["at-work"]
+    writer(registry, "calm", step=1).append(report(2))
+    assert curves.since("calm", "")["reports"]["step"] == [1, 2]
 
 
 def test_a_run_without_a_history_is_named(registry: Registry, curves: Curves) -> None:
