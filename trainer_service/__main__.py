@@ -9,6 +9,9 @@ if __name__ == "__main__":
 
 import asyncio
 import os
+from typing import Annotated
+
+import typer
 
 from shared.service import cli, logs, traces
 from trainer_service.commands import backup, distill, evaluation, history, jobs, registry, stories
@@ -37,6 +40,17 @@ def work() -> None:
 
     logs.configure("worker")
     worker.work(settings())
+
+
+@app.command()
+def rank(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="The id of the job.")],
+    attempt: Annotated[int | None, typer.Argument(min=1, metavar="ATTEMPT", help="Its attempt.")] = None,
+) -> int:
+    """Run one rank of a job, as a launcher starts it; without an attempt, rank 0 takes the job when it waits."""
+    from trainer_service.ranks.rank import run_rank
+
+    return run_rank(job, attempt)
 
 
 @app.command()

@@ -4,12 +4,16 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from shared.device import accelerator
 from shared.errors import (
     FailedPrecondition,
     GptloopError,
+    RankLost,
     RunOwnershipLost,
     TrainingDiverged,
     Unavailable,
@@ -26,8 +30,12 @@ from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.reporter import Reporter
 from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, RunSpec, StoriesSpec, TrainSpec
 from trainer_service.jobs.submit import release_ended, settle
+from trainer_service.ranks.coordinator import commands, run_ranks, visible_gpus
 from trainer_service.redis_client import connect
-from trainer_service.settings import read_settings
+from trainer_service.settings import TrainerSettings, read_settings
+
+if TYPE_CHECKING:
+    from trainer_service.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -35,26 +43,95 @@ logger = logging.getLogger(__name__)
 _REASON_LENGTH = 400
 
 
+class Termination:
+    """Whether SIGTERM or SIGINT has asked this process to end after its step. It handles the signals from now on."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, _signal: int, _frame: object) -> None:
+        self._requested = True
+
+    def __call__(self) -> bool:
+        """Returns whether the process has to end."""
+        return self._requested
+
+
+def _alone(_spec: TrainSpec, _attempt: Attempt) -> "Ranks":
+    from trainer_service.training.ranks import Ranks
+
+    return Ranks.alone()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """An attempt that this process works on.
+
+    worker: the pid of the process that started this one.
+    join: joins the ranks of a training job, of which this process is the first.
+    is_coordinated: whether a coordinator reports that a rank was lost.
+    """
+
+    queue: JobQueue
+    settings: TrainerSettings
+    job: str
+    attempt: int
+    worker: int
+    terminated: Callable[[], bool]
+    join: Callable[[TrainSpec, Attempt], "Ranks"] = _alone
+    is_coordinated: bool = False
+
+    def report(self, state: JobState, reason: str = "", diverged: bool = False) -> bool:
+        """Reports a state of the job; returns False if the attempt is over."""
+        event = TimedEvent(StateChanged(state, reason))
+        return self.queue.store.report(self.job, self.attempt, [event], diverged=diverged)
+
+
 def run_attempt(job_id: str, attempt: int, worker: int) -> None:
-    """Works on a job until it has finished or the attempt is ended; `worker` is the pid of the worker.
+    """Works on a job until it has finished or the attempt is ended; `worker` is the pid of the worker."""
+    terminated = Termination()
+    logs.configure("trainer", more_ids=traces.ids, job=job_id)
+    settings = read_settings(os.environ)
+    queue = JobQueue(connect(settings.redis), settings.open_registry().store.id())
+    assignment = Assignment(queue, settings, job_id, attempt, worker, terminated)
+    try:
+        spec = queue.store.get(job_id).spec
+        if isinstance(spec, TrainSpec) and spec.config.world_size > 1:
+            _coordinate(assignment, spec.config.world_size)
+            return
+    except GptloopError as error:
+        logger.error("job %s does not start: %s", job_id, error)
+        sys.exit(1)
+    traces.start("trainer")
+    work_on(assignment)
+
+
+def _coordinate(assignment: Assignment, world_size: int) -> None:
+    """Runs the ranks of an attempt, of which the first does the work; ends the attempt if that rank has not."""
+    queue, job, attempt = assignment.queue, assignment.job, assignment.attempt
+    launcher = assignment.settings.launcher
+    gpus = () if launcher else visible_gpus(os.environ)
+    programs = commands(job, attempt, world_size, launcher, os.environ, gpus)
+    reason = run_ranks(programs, assignment.terminated, lambda: os.getppid() != assignment.worker)
+    if not queue.store.is_current(job, attempt):
+        return
+    if assignment.terminated():
+        queue.give_back(job, attempt)
+    else:
+        reason = reason or "The ranks ended without an end of the job"
+        logger.warning("job %s: %s", job, reason)
+        queue.lose(job, attempt, reason)
+
+
+def work_on(assignment: Assignment) -> bool:
+    """Does the work of an attempt, and ends the attempt; returns False if a coordinator has to end it.
 
     An error of the job itself, such as bad data or a diverging loss, fails the job at once.
     """
-    terminated = False
-
-    def terminate(_signal: int, _frame: object) -> None:
-        nonlocal terminated
-        terminated = True
-
-    signal.signal(signal.SIGTERM, terminate)
-    logs.configure("trainer", more_ids=traces.ids, job=job_id)
-    settings = read_settings(os.environ)
-    traces.start("trainer")
-    queue = JobQueue(connect(settings.redis), settings.open_registry().store.id())
-
-    def report(state: JobState, reason: str = "", diverged: bool = False) -> bool:
-        return queue.store.report(job_id, attempt, [TimedEvent(StateChanged(state, reason))], diverged=diverged)
-
+    queue, settings, job_id, attempt = assignment.queue, assignment.settings, assignment.job, assignment.attempt
+    report, is_lost = assignment.report, False
     try:
         is_current = report(JobState.RUNNING)
     except GptloopError as error:
@@ -62,11 +139,11 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
         sys.exit(1)
     if not is_current:
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
-        return
-    reporter = Reporter(queue, job_id, attempt, worker, settings.stuck_s)
+        return True
+    reporter = Reporter(queue, job_id, attempt, assignment.worker, settings.stuck_s)
 
     def stop_requested() -> bool:
-        return reporter.stop_requested() or terminated
+        return reporter.stop_requested() or assignment.terminated()
 
     end: partial[bool] | None = None
     try:
@@ -80,17 +157,19 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
             job=job_id,
             settle=partial(settle, queue, settings.open_registry(), job_id, attempt),
         )
-        completed = _work(queue.store.get(job_id), given)
+        completed = _work(queue.store.get(job_id), given, assignment.join)
     except Paused as paused:
         end = partial(queue.pause, job_id, attempt, paused.until, str(paused))
     except RunOwnershipLost as error:
         # The process that owns the run now reports how it continues.
         logger.warning("job %s: %s", job_id, error)
     except (Unavailable, StoreFailed) as error:
+        is_lost = isinstance(error, RankLost) and assignment.is_coordinated
         # The next attempt may find the missing service again.
         logger.warning("job %s: %s", job_id, error)
         reason = shown(error, _REASON_LENGTH).rstrip(".")
-        end = partial(queue.lose, job_id, attempt, reason)
+        # A coordinator knows which rank was lost, and why.
+        end = None if is_lost else partial(queue.lose, job_id, attempt, reason)
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
         diverged = isinstance(error, TrainingDiverged)
@@ -112,9 +191,10 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
             release_ended(queue, settings.open_registry())
         except GptloopError as error:
             logger.warning("the holds of ended jobs stay until another job ends: %s", error)
+    return not is_lost
 
 
-def _work(record: JobRecord, attempt: Attempt) -> bool:
+def _work(record: JobRecord, attempt: Attempt, join: Callable[[TrainSpec, Attempt], "Ranks"]) -> bool:
     """Does the work of a job; returns whether it is complete."""
     spec = record.spec
     if spec is None:
@@ -129,12 +209,14 @@ def _work(record: JobRecord, attempt: Attempt) -> bool:
 
                 write_stories(spec, attempt)
                 return True
-            return _compute(spec, attempt)
+            return _compute(spec, attempt, join)
         except Stopped:
             return False
 
 
-def _compute(spec: PrepareSpec | TrainSpec | EvaluateSpec, attempt: Attempt) -> bool:
+def _compute(
+    spec: PrepareSpec | TrainSpec | EvaluateSpec, attempt: Attempt, join: Callable[[TrainSpec, Attempt], "Ranks"]
+) -> bool:
     """Does the work of a job that may need MLX; returns whether it is complete."""
     if attempt.device.backend == "cpu" and attempt.device.blas is None:
         attempt.emit(Notice(accelerator.NO_BLAS))
@@ -148,7 +230,7 @@ def _compute(spec: PrepareSpec | TrainSpec | EvaluateSpec, attempt: Attempt) -> 
         case PrepareSpec():
             prepare_data(spec, attempt)
         case TrainSpec():
-            return TrainingRun(spec, attempt).train()
+            return TrainingRun(spec, attempt, join(spec, attempt)).train()
     return True
 
 

@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from trainer_service.evaluation.texts import Texts, read_texts
 from trainer_service.jobs.attempt import Attempt, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
+from trainer_service.ranks.together import lead, together
+from trainer_service.ranks.watchdog import Watchdog
 from trainer_service.teachers import keep_teachers, of_other_text, taught_by, teachers_of, with_tokenizer
 from trainer_service.text.corpus import DatasetSpec
 from trainer_service.text.tokens import PreparedData, prepare
 from trainer_service.training.batches import TrainingText
 from trainer_service.training.evaluate import EvaluationSet, HeldOutLoss
 from trainer_service.training.loop import train
+from trainer_service.training.ranks import Ranks
 from trainer_service.training.report import Report
 from trainer_service.training.trainer import Trainer
 from trainer_service.training.workers import Workers
@@ -97,23 +101,17 @@ class TrainingRun:
     """Trains a run to its end: from the start, from the version that it continues, or from its own last state.
 
     It is the observer of the training loop: turns reports and evaluations into events, and checkpoints into states and
-    versions.
+    versions. If there are several ranks, this is the first, and the others are `Follower`s.
     """
 
-    def __init__(self, spec: TrainSpec, attempt: Attempt) -> None:
+    def __init__(self, spec: TrainSpec, attempt: Attempt, ranks: Ranks | None = None) -> None:
         # Preparing the data raises `Stopped` if the attempt has to end.
         self._attempt = attempt
+        self._ranks = ranks or Ranks.alone()
         self._emit = attempt.emit
         self._registry = attempt.open_registry()
         self._registry.sweep()
-        self._teachers = keep_teachers(spec, self._registry, attempt.number)
-        try:
-            with traces.span("prepare"):
-                self._data = prepare_data(spec, attempt)
-        except GptloopError:
-            if not self._registry.states(spec.run):
-                self._registry.teachers.remove(spec.run)
-            raise
+        self._data = lead(self._ranks, partial(self._prepare, spec), lambda data: data.revision, attempt.stop_requested)
         teachers = [each.manifest for each in self._teachers]
         before = [earlier for each in teachers for earlier in taught_by(each, self._registry)]
         for text in dict.fromkeys(of_other_text((*teachers, *before), self._data.revision)):
@@ -129,18 +127,27 @@ class TrainingRun:
         self._fence = self._registry.take_over(spec.run, attempt.number)
         self._due: DueEvaluations | None = None
 
+    def _prepare(self, spec: TrainSpec, must_end: Callable[[], bool]) -> PreparedData:
+        self._teachers = keep_teachers(spec, self._registry, self._attempt.number)
+        try:
+            with traces.span("prepare"):
+                return prepare_data(spec, replace(self._attempt, stop_requested=must_end))
+        except GptloopError:
+            if not self._registry.states(spec.run):
+                self._registry.teachers.remove(spec.run)
+            raise
+
     def train(self) -> bool:
         """Trains; returns True at the end of the schedule, and False if the attempt had to end before."""
         config, attempt = self._spec.config, self._attempt
         with Workers(attempt.device.threads) as workers:
             self._emit(Preparation("building the model"))
-            text = TrainingText(self._data.train, self._data.teacher)
-            trainer = Trainer(config, text, workers, self._read_teachers())
-            self._restore(trainer)
+            trainer = together(self._ranks, lambda _: self._build(workers), attempt.stop_requested)
             self._history = self._registry.histories.writer(self._fence, trainer.step, self._published(trainer))
             self._history_fails = False
             self._record()
             parameters = count_parameters(config.gpt)
+            count, device = self._ranks.count, attempt.device.device
             self._emit(
                 RunStarted(
                     parameters=parameters.total,
@@ -151,7 +158,7 @@ class TrainingRun:
                     first_step=trainer.step + 1,
                     first_tokens=trainer.tokens,
                     max_steps=config.max_steps,
-                    device=attempt.device.device,
+                    device=f"{count} ranks on {device}" if count > 1 else device,
                     preparation_s=time.monotonic() - attempt.began_s,
                     memory_limit_bytes=memory_limit_bytes(),
                 )
@@ -162,11 +169,18 @@ class TrainingRun:
                     self._spec.run, config, self._registry, judge, self._whole_texts, self.notice
                 )
                 self._due.measure()
-            with traces.span("train", {"gptloop.first_step": trainer.step + 1}):
-                completed = train(trainer, self._evaluation_set, self, attempt.stop_requested)
+            with traces.span("train", {"gptloop.first_step": trainer.step + 1}), Watchdog() as watchdog:
+                stop_requested = watchdog.watched(attempt.stop_requested) if count > 1 else attempt.stop_requested
+                completed = train(trainer, self._evaluation_set, self, stop_requested, watchdog.pause)
             if completed:
                 self._end()
         return completed
+
+    def _build(self, workers: Workers) -> Trainer:
+        text = TrainingText(self._data.train, self._data.teacher)
+        trainer = Trainer(self._spec.config, text, workers, self._read_teachers(), self._ranks)
+        self._restore(trainer)
+        return trainer
 
     def _read_teachers(self) -> list[GPT]:
         return [read_model(each.folder, GPTConfig.from_dict(each.manifest.model)) for each in self._teachers]

@@ -132,7 +132,7 @@ class _Member:
             return ""
         if self.sentence and self.process.returncode > 0:
             return f"{self.name}: {excerpt(self.sentence.decode(errors='replace'), _LONGEST_SENTENCE)}".rstrip(".")
-        last = self.last_line.decode(errors="replace")
+        last = self.last_line.decode(errors="replace") if self.process.returncode > 0 else ""
         return f"{self.name} {describe_end(self.process.returncode, last)}".rstrip(".")
 
 

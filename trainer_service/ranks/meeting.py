@@ -17,6 +17,7 @@ from typing import Any
 from shared.errors import FailedPrecondition, Unavailable, shown
 from trainer_service.jobs.attempt import Stopped
 from trainer_service.ranks.place import Place
+from trainer_service.ranks.watchdog import EXIT_CODE
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +30,21 @@ _LONGEST_MESSAGE = 1 << 17
 _HEAD_START_S = 0.2
 
 
+class Dismissed(Stopped):
+    """Rank 0 does not need this rank, which ends with an exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
 @dataclass(frozen=True)
 class Meeting:
     """The meeting of the ranks of an attempt; `attempt` is None if only rank 0 knows it.
 
     Both methods return `host:port` of each rank, in their order. They call `tick` several times a second, with the
     number of ranks that are there, and pass on what it raises. They raise `Unavailable` if ranks are missing for too
-    long, `FailedPrecondition` if this rank belongs elsewhere, and `Stopped` if rank 0 has ended.
+    long, `FailedPrecondition` if this rank belongs elsewhere, and `Dismissed` if rank 0 has ended.
     """
 
     place: Place
@@ -60,7 +69,7 @@ class Meeting:
             except Exception:
                 for connection in present.values():
                     with suppress(OSError):
-                        _send(connection, {"over": "Rank 0 has ended before all ranks were there."})
+                        _dismiss(connection, "Rank 0 has ended before all ranks were there.", EXIT_CODE)
                 raise
             # Before anybody connects through MLX to the same port.
             listener.close()
@@ -76,14 +85,14 @@ class Meeting:
                     raise Unavailable(f"Rank {rank} has gone: {shown(error)}.") from error
         return addresses
 
-    def dismiss(self, sentence: str) -> None:
-        """Tells the others, as rank 0, that there is nothing to do; those that do not come soon find out later."""
+    def dismiss(self, sentence: str, code: int) -> None:
+        """Sends the others home, as rank 0, if there is nothing to do; waits for them a minute at most."""
         deadline_s, told = time.monotonic() + _DISMISSAL_S, set[int]()
         with self._listen() as listener:
             while len(told) + 1 < self.place.count and time.monotonic() < deadline_s:
                 with suppress(TimeoutError), listener.accept()[0] as connection:
                     if (rank := self._admit(connection)) is not None:
-                        _send(connection, {"over": sentence})
+                        _dismiss(connection, sentence, code)
                         told.add(rank)
 
     def attend(self, tick: Callable[[int], object]) -> list[str]:
@@ -102,7 +111,7 @@ class Meeting:
                 continue
             if "over" in answer:
                 logger.warning("%s", answer["over"])
-                raise Stopped
+                raise Dismissed(answer["code"])
             if "error" in answer:
                 raise FailedPrecondition(answer["error"])
             time.sleep(_HEAD_START_S)
@@ -162,6 +171,10 @@ def _with_ports(hosts: list[str], port: int) -> list[str]:
         addresses.append(f"{host}:{port + seen[host]}")
         seen[host] += 1
     return addresses
+
+
+def _dismiss(connection: socket.socket, sentence: str, code: int) -> None:
+    _send(connection, {"over": sentence, "code": code})
 
 
 def _send(connection: socket.socket, message: dict[str, Any]) -> None:

@@ -56,6 +56,15 @@ class Watchdog:
                 self._intervals_s.append(now_s - self._beat_s)
             self._beat_s = now_s
 
+    def watched(self, stop_requested: Callable[[], bool]) -> Callable[[], bool]:
+        """Returns the function, which the training loop calls after each step, with a `beat` in it."""
+
+        def beat_and_ask() -> bool:
+            self.beat()
+            return stop_requested()
+
+        return beat_and_ask
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Expects no step in a block, such as while rank 0 evaluates and the others wait for it."""

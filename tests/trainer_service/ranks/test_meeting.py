@@ -10,7 +10,7 @@ import pytest
 from shared.errors import FailedPrecondition, Unavailable
 from trainer_service.jobs.attempt import Stopped
 from trainer_service.ranks.coordinator import free_ports
-from trainer_service.ranks.meeting import Meeting
+from trainer_service.ranks.meeting import Dismissed, Meeting
 from trainer_service.ranks.place import Place
 
 
@@ -120,16 +120,17 @@ def test_a_rank_0_that_stops_sends_the_others_home(pool: ThreadPoolExecutor, por
     other = pool.submit(meeting(port, 1).attend, wait)
     with pytest.raises(Stopped):
         meeting(port, 0).hold(stop_at(2))
-    with pytest.raises(Stopped):
+    with pytest.raises(Dismissed):
         other.result()
 
 
 def test_ranks_that_are_not_needed_are_sent_home(pool: ThreadPoolExecutor, port: int) -> None:
     others = [pool.submit(meeting(port, rank).attend, wait) for rank in (1, 2)]
-    meeting(port, 0, attempt=None).dismiss("The job ab is finished already.")
+    meeting(port, 0, attempt=None).dismiss("The job ab is finished already.", 3)
     for each in others:
-        with pytest.raises(Stopped):
+        with pytest.raises(Dismissed) as dismissed:
             each.result()
+        assert dismissed.value.code == 3
 
 
 def test_a_rank_that_waits_for_rank_0_can_be_stopped(port: int) -> None:
