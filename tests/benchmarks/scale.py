@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shared.gpt.config import count_parameters
 from shared.service import cli
 from shared.service.lists import print_rows
-from shared.text import format_duration, format_size
+from shared.text import format_size
 from trainer_service.presets import PRESETS
 
 GPUS = 100
@@ -135,13 +135,37 @@ def copy_rows() -> list[list[str]]:
     """Returns how long all servers need to copy a version, by what the store gives in all."""
     all_bytes = SERVERS * VERSION_BYTES
     return [
-        [name, f"{speed / 1e9:g} GB/s", format_duration(all_bytes / speed)]
+        [name, f"{speed / 1e9:g} GB/s", f"{all_bytes / speed:.1f} s"]
         for name, speed in (
             ("one machine with 10 Gb/s", 1.25e9),
             ("ten machines with 25 Gb/s", 31e9),
             ("S3, each server 1 GB/s", SERVERS * 1e9),
         )
     ]
+
+
+# What a look at a registry in which nothing changes asks: `python -m tests.benchmarks.registry_load`.
+_READS_OF_A_LOOK = 3
+_LISTS_BESIDE_VERSIONS = 1
+_NAMES_OF_A_LIST = 1000
+# What Amazon promises for one prefix, and its list prices of a read and of a list in dollars.
+_READS_PER_S = 5500
+_READ_DOLLARS, _LIST_DOLLARS = 0.4e-6, 5e-6
+
+
+def look_rows() -> list[list[str]]:
+    """Returns what the looks of all servers ask of S3, by the versions of the registry and the interval of looks: their
+    requests a second, the share of what one prefix takes, and the dollars of a month."""
+    rows = []
+    for versions in (100, 10_000):
+        lists = _LISTS_BESIDE_VERSIONS + -(-versions // _NAMES_OF_A_LIST)
+        for interval_s in (1, 10, 60):
+            looks_per_s = SERVERS / interval_s
+            requests_per_s = looks_per_s * (lists + _READS_OF_A_LOOK)
+            dollars = looks_per_s * (lists * _LIST_DOLLARS + _READS_OF_A_LOOK * _READ_DOLLARS) * 30 * 24 * 3600
+            share = f"{requests_per_s / _READS_PER_S:.0%}"
+            rows.append([f"{versions:,}", f"{interval_s} s", f"{requests_per_s:,.0f}", share, f"${dollars:,.0f}"])
+    return rows
 
 
 def main() -> None:
@@ -151,6 +175,7 @@ def main() -> None:
     print_rows(["network", *headings], training_rows())
     print_rows(["writes", "a checkpoint", "1 GPU", "8", str(GPUS)], pause_rows())
     print_rows(["asked by", "Redis", "trainer", "most, alone"], service_rows())
+    print_rows(["versions", "a look each", "requests/s", "of a prefix of S3", "a month"], look_rows())
     print_rows(["store", "gives", f"{SERVERS:,} copies of a version"], copy_rows())
 
 

@@ -9,7 +9,7 @@ PAGE = (PROJECT / "deploy/scale.md").read_text(encoding="utf-8")
 
 def test_the_page_has_the_tables_that_the_script_prints() -> None:
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("|")]
-    for rows in (scale.training_rows(), scale.pause_rows(), scale.service_rows(), scale.copy_rows()):
+    for rows in (scale.training_rows(), scale.pause_rows(), scale.service_rows(), scale.copy_rows(), scale.look_rows()):
         for row in rows:
             assert row in lines, row
 
