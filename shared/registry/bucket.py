@@ -64,6 +64,12 @@ class Bucket:
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES or not parts.hostname:
             raise InvalidArgument(f"GPTLOOP_REGISTRY is {shown(url)}, but must be {_RIGHT}.")
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+        allows_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("true", "1")
+        if parts.scheme == "s3" and endpoint.startswith("http://") and not allows_http:
+            raise InvalidArgument(
+                f"AWS_ENDPOINT_URL is {shown(endpoint)}, which encrypts nothing; AWS_ALLOW_HTTP=true allows it."
+            )
         self._obstore = obstore
         self._bucket = parts.netloc
         try:
@@ -71,7 +77,7 @@ class Bucket:
                 url,
                 client_options={
                     # Options replace what the library reads from the environment.
-                    "allow_http": os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("true", "1"),
+                    "allow_http": allows_http,
                     "connect_timeout": timedelta(seconds=_CONNECT_S),
                     "timeout": timedelta(seconds=_REQUEST_S),
                 },

@@ -1,6 +1,7 @@
 """What only object storage has: requests that fail, local copies, and a commit in two objects."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,6 +157,22 @@ def test_a_missing_bucket_and_wrong_keys_are_named(
     for act in (lambda each: each.versions(), lambda each: each.holds.jobs(), lambda each: each.take_over(RUN)):
         with pytest.raises(StoreFailed, match=r"it refuses the keys \(.+\); check AWS_ACCESS_KEY_ID"):
             act(open_at(place, tmp_path))
+
+
+def test_an_address_without_tls_has_to_be_allowed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(
+        InvalidArgument, match=r"AWS_ENDPOINT_URL is 'http://.+', which encrypts nothing; AWS_ALLOW_HTTP"
+    ):
+        open_at(place, tmp_path)
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(FailedPrecondition, match=r"obstore is not installed.*: make \.venv/object-storage"):
+        Bucket("s3://bucket/prefix")
 
 
 @pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "ftp://bucket/x", "s3:///x"])
