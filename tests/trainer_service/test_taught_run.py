@@ -221,7 +221,8 @@ def test_the_teachers_of_a_run_that_nothing_keeps_are_gone(taught: Site) -> None
     spec = student(taught, "3")
     taught.train(spec)
     assert taught.registry.teachers.runs() == [spec.run]
-    os.utime((run_folder(taught.registry, spec.run) / "teachers"), (0, 0))
+    for teacher in (run_folder(taught.registry, spec.run) / "teachers").iterdir():
+        os.utime(teacher, (0, 0))
     other = taught.spec()
     taught.train(other, retention=Retention(states=1, best=1, newest=1, runs=1))
     for checkpoint in [Checkpoint(step, spec.run) for step in taught.registry.states(spec.run)]:

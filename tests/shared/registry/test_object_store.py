@@ -80,9 +80,9 @@ def test_a_write_whose_outcome_is_unknown_takes_place_once(
     registry.write_state(fence, 1, write_model)
     assert rule.hits > 0
     object_proxy.clear()
-    assert [each.version for each in registry.versions()] == [each.version for each in versions]
-    numbers = [each.version for each in versions]
-    assert numbers == sorted(set(numbers)) and registry.states(RUN) == [1]
+    # A number that is left out could be taken later, by whoever has been replaced meanwhile.
+    assert [each.version for each in versions] == [1, 2]
+    assert registry.versions() == versions and registry.states(RUN) == [1]
     for checkpoint in registry.checkpoints():
         registry.check(checkpoint)
 
