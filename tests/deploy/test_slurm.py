@@ -3,12 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.trainer_service.ranks.workplace import ENDLESS, Workplace
 from tests.waiting import HANG_S, wait_until
 from tests.workplace import PROJECT
+from trainer_service.jobs.events import JobState
+from trainer_service.ranks.coordinator import free_ports
 
 SCRIPT = PROJECT / "deploy/slurm/train.sbatch"
 # Says how it was called, and does as its caller says: `$folder/code` has the codes of its calls, one a line.
@@ -21,6 +25,22 @@ if [ "$code" = wait ]; then
     touch "$folder/waits"
     while :; do read -r -t 1 < "$folder/silence" || true; done
 fi
+exit "$code"
+"""
+# Starts two tasks on this machine, and passes signals on.
+_TWO_TASKS = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+shift
+tasks=()
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_NTASKS=2 SLURM_LOCALID=$task SLURM_JOB_NODELIST=localhost "$PYTHON" "$@" &
+    tasks+=($!)
+done
+trap 'kill -TERM "${tasks[@]}"' TERM
+code=0
+for task in "${tasks[@]}"; do
+    while kill -0 "$task" 2> /dev/null; do wait "$task"; code=$?; done
+done
 exit "$code"
 """
 
@@ -74,6 +94,34 @@ def test_the_end_of_the_time_is_passed_on_and_nothing_starts_again(tmp_path: Pat
     code, said = _ended(script)
     assert code == 75, said
     assert "The time is over" in said and len(slurm.calls()) == 1
+
+
+@pytest.mark.slow
+def test_the_end_of_the_time_returns_a_run_with_its_last_step(tmp_path: Path) -> None:
+    work = Workplace(tmp_path)
+    try:
+        job = work.enqueue(**ENDLESS)
+        (tmp_path / "srun").write_text(_TWO_TASKS)
+        (tmp_path / "srun").chmod(0o755)
+        script = subprocess.Popen(
+            ["bash", SCRIPT, job],
+            cwd=PROJECT,
+            env=work.environment
+            | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+            | {"GPTLOOP_RANK_PORT": str(free_ports(2))},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        work.wait_for_steps(job)
+        script.send_signal(signal.SIGTERM)
+        code, said = _ended(script)
+        assert (code, said.count("Start ")) == (75, 1), said
+        record = work.record(job)
+        assert (record.state, record.attempt) == (JobState.QUEUED, 2), said
+        work.cancel_all()
+    finally:
+        work.redis.end()
 
 
 @pytest.mark.parametrize(
