@@ -45,6 +45,14 @@ class Needs:
             memory_bytes = value
         return cls(gpu, memory_bytes)
 
+    def to_text(self) -> str:
+        """Returns the shortest text that `parse` reads, which says nothing of ranks and place."""
+        size, unit = self.memory_bytes, ""
+        for larger in "KMGT":
+            if size % 1024 == 0:
+                size, unit = size // 1024, larger
+        return ",".join(["gpu"] * self.gpu + [f"memory={size}{unit}"] * bool(self.memory_bytes))
+
     def __str__(self) -> str:
         ranks = f"{self.ranks} ranks" if self.ranks > 1 else ""
         gpus = ("a GPU" if self.ranks == 1 else "a GPU for each") if self.gpu else ""

@@ -138,7 +138,7 @@ class _RunRequest(_DataRequest):
         return spec(
             *(run, preset, config, absolute(data), self.resume, notes, teachers),
             force=self.force,
-            needs=self.needs,
+            needs=Needs.parse(self.needs).to_text(),
         )
 
     def _check_stories(self, data: DatasetSpec, config: TrainingConfig) -> None:
@@ -272,7 +272,7 @@ class EvaluateRequest(_DataRequest):
             rivals=dict(self.rivals),
             promote=self.promote,
             judge_usd=self.judge_usd,
-            needs=self.needs,
+            needs=Needs.parse(self.needs).to_text(),
         )
 
     def _check_version(self, name: str, version: str, registry: Registry) -> None:

@@ -34,6 +34,16 @@ def test_other_needs_are_refused_with_what_would_be_right(text: str) -> None:
         Needs.parse(text)
 
 
+@given(st.booleans(), st.integers(0, 1 << 50))
+def test_needs_have_a_shortest_text(gpu: bool, memory_bytes: int) -> None:
+    needs = Needs(gpu, memory_bytes)
+    assert Needs.parse(needs.to_text()) == needs
+
+
+def test_a_long_text_of_needs_becomes_short() -> None:
+    assert Needs.parse("memory=16384MB" + "," * 1000 + " gpu").to_text() == "gpu,memory=16G"
+
+
 @given(st.text())
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
