@@ -1,10 +1,12 @@
 """Registries in folders, and where their files are."""
 
+import os
 from pathlib import Path
 
 from shared.registry.decisions import BestBy
 from shared.registry.disk_store import DiskStore
 from shared.registry.registry import Registry
+from shared.service.settings import read_directories
 
 
 def disk_registry(root: Path, best_by: BestBy = BestBy.TRAINING) -> Registry:
@@ -34,3 +36,8 @@ def state_folder(registry: Registry, run: str, step: int) -> Path:
 
 def evaluation_folder(registry: Registry, number: int) -> Path:
     return root_of(registry) / "evaluations" / str(number)
+
+
+def own_registry() -> Registry:
+    """Returns the registry that the variables of this process name."""
+    return read_directories(os.environ).open_registry()

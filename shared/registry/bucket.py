@@ -128,13 +128,13 @@ class Bucket:
 
     def upload(self, name: str, content: Path | bytes) -> None:
         """Writes an object, whatever is there."""
-        self._asked("write", name, lambda: self._obstore.put(self._store, name, content, max_concurrency=4))
+        self._repeated(name, lambda: self._obstore.put(self._store, name, content, max_concurrency=4))
 
     def delete(self, names: Iterable[str]) -> None:
         """Removes objects that need not exist."""
         for name in names:
             try:
-                self._asked("write", name, partial(self._obstore.delete, self._store, name))
+                self._repeated(name, partial(self._obstore.delete, self._store, name))
             except FileNotFoundError:
                 continue
 
@@ -167,12 +167,25 @@ class Bucket:
                 now, now_tag = None, None
             if now == content:
                 return
-            if now_tag != e_tag or (is_conflict and left == 0):
+            if now_tag != e_tag:
                 raise Conflict(name)
             if left == 0:
                 raise self._failed("write", failure) from failure
             time.sleep(_PAUSE_S)
         raise AssertionError
+
+    def _repeated(self, name: str, ask: Callable[[], object]) -> None:
+        """Asks for a write that may take place twice, which the library does not repeat after a lost connection."""
+        begin = time.monotonic()
+        while True:
+            try:
+                self._asked("write", name, ask)
+                return
+            except StoreFailed as error:
+                cause, over = error.__cause__, time.monotonic() - begin >= _RETRY_S
+                if over or not isinstance(cause, Exception) or not _may_pass(cause):
+                    raise
+            time.sleep(_PAUSE_S)
 
     def _asked(self, act: str, name: str, ask: Callable[[], Result]) -> Result:
         try:

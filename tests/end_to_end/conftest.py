@@ -25,7 +25,6 @@ from shared.pb.training.v1 import training_pb2 as pb
 from shared.registry.registry import Registry
 from shared.service.access.credentials import Credentials
 from shared.service.settings import Directories
-from tests.registries import disk_registry, registry_id, version_folder
 from tests.waiting import HANG_S, wait_until
 from trainer_service.client import TrainerClient
 from trainer_service.jobs.events import TimedEvent
@@ -78,11 +77,11 @@ class System:
         self.credentials = own_credentials(self.environment)
         self.trainer = TrainerClient(f"127.0.0.1:{self.ports.trainer}", credentials=self.credentials)
         self.redis = connect(read_redis(self.environment, self.directories))
-        self.queue = JobQueue(self.redis, registry_id(self.directories.registry))
+        self.queue = JobQueue(self.redis, self.registry.store.id())
 
     @property
     def registry(self) -> Registry:
-        return disk_registry(self.directories.registry)
+        return self.directories.open_registry()
 
     def client(self) -> InferenceClient:
         return InferenceClient(f"127.0.0.1:{self.ports.inference}", credentials=self.credentials)
@@ -143,10 +142,7 @@ class System:
         last_step = registry.states(run)[-1]
         state = registry.verified_state(run, last_step)
         return Result(
-            {
-                version.step: _bytes(version_folder(registry, version.version) / "model.safetensors")
-                for version in versions
-            },
+            {version.step: _bytes(registry.fetch(version) / "model.safetensors") for version in versions},
             last_step,
             _bytes(state / "model.safetensors") | _bytes(state / "optimizer.safetensors"),
         )

@@ -3,15 +3,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from deploy.ports import free_numbers
 from tests.waiting import wait_until
 
 PROGRAM = Path(sys.prefix) / "bin" / "weed"
@@ -78,7 +77,7 @@ class ObjectServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        numbers = iter(_free_ports(2 * len(_PARTS)))
+        numbers = iter(free_numbers(2 * len(_PARTS)))
         self._ports = {part: (next(numbers), next(numbers)) for part in _PARTS}
         self.port = self._ports["s3"][0]
         self.endpoint = f"http://127.0.0.1:{self.port}"
@@ -136,12 +135,6 @@ class ObjectServer:
             return not obstore.get(store, "ready").bytes()
         except BaseError:
             return False
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in sockets]
 
 
 def is_gone(pid: int) -> bool:
