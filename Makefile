@@ -24,8 +24,8 @@ PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=
   $(GENERATED:%=shared/pb/%.proto)
 
 TARGETS := help demo up down status service train distill eval stories runs history jobs watch cancel data checkpoints verify disk \
-  prune backup restore import export generate chat info test bench bench-serve soak soak-serve soak-swap soak-replicas fuzz check fix proto \
-  lock
+  prune backup restore import export generate chat info test bench bench-serve soak soak-serve soak-swap soak-replicas \
+  soak-ranks fuzz check fix proto lock
 .PHONY: $(TARGETS)
 # Checks all targets before the first one runs.
 $(foreach goal,$(filter-out $(TARGETS) .venv/% requirements/%,$(MAKECMDGOALS)),\
@@ -149,6 +149,10 @@ soak-swap: $(VENV) ## Swap a hundred versions under 64 streams and check that no
 soak-replicas: $(VENV) .venv/validators ## Drain, restart and rotate two replicas under 64 streams and check that no call fails (ten minutes).
 	$(call TAKES)
 	@$(RUN) tests.soak.replicas
+
+soak-ranks: $(VENV) ## Kill the ranks of a run and check that nothing is lost (ten minutes).
+	$(call TAKES)
+	@$(RUN) tests.soak.ranks
 
 fuzz: $(VENV) ## Feed odd inputs to every edge of live services (seven minutes).
 	$(call TAKES)

@@ -93,14 +93,20 @@ class Soak:
     """A run whose processes are killed at random steps."""
 
     def __init__(
-        self, system: System, kills: int, seed: int, targets: Mapping[str, Target] = TARGETS, **values: str
+        self,
+        system: System,
+        kills: int,
+        seed: int,
+        targets: Mapping[str, Target] = TARGETS,
+        steps_per_kill: int = _STEPS_PER_KILL,
+        **values: str,
     ) -> None:
         self._system = system
         self._choices = targets
         self._values = values
         self._random = random.Random(seed)
         self._count = kills
-        steps = kills * _STEPS_PER_KILL
+        steps = kills * steps_per_kill
         self._max_steps = steps
         # No kill happens in the last tenth, so that the run can recover from the last one.
         self._planned = sorted(self._random.randrange(1, steps * 9 // 10) for _ in range(kills))
@@ -209,6 +215,7 @@ def soak(
     seed: int | None,
     find: Callable[[System, str, Result], list[str]] = check,
     targets: Mapping[str, Target] = TARGETS,
+    steps_per_kill: int = _STEPS_PER_KILL,
     **values: str,
 ) -> list[str]:
     """Trains a run with these values twice, the second time with kills, and returns the violations, which `find` finds
@@ -217,7 +224,7 @@ def soak(
     var = Path(tempfile.mkdtemp(prefix="gptloop-soak-"))
     print(f"seed {seed}, files in {var}", flush=True)
     with running(Directories(var)) as system:
-        run = Soak(system, kills, seed, targets, **values)
+        run = Soak(system, kills, seed, targets, steps_per_kill, **values)
         began_s = time.monotonic()
         uninterrupted = run.train()
         system.end(uninterrupted, hang_s=3600.0)

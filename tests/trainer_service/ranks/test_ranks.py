@@ -2,11 +2,13 @@
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.end_to_end.conftest import is_gone
@@ -59,6 +61,23 @@ def test_killed_ranks_are_named_and_the_run_goes_on(work: Workplace, victims: tu
     assert reason.endswith("The job resumes from its last state now.")
     first, second = work.first_steps(job)
     assert first == 1 < second
+
+
+def test_a_run_whose_ranks_are_killed_ends_as_an_undisturbed_one(work: Workplace) -> None:
+    values = {"max_steps": "1000", "evaluation_interval": "100"}
+    with work.worker() as worker:
+        whole, killed = work.enqueue(**values), work.enqueue(**values)
+        work.end(whole)
+        for attempt, victims in ((1, [1]), (2, [0, 1])):
+            work.wait_for_steps(killed, attempt)
+            ranks = ranks_of(worker.pid)
+            for victim in victims:
+                os.kill(ranks[victim], signal.SIGKILL)
+        assert work.end(killed).attempt == 3
+    expected, found = (work.last_state(job) for job in (whole, killed))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
 def test_a_worker_that_is_asked_to_stop_returns_the_run_with_its_last_step(work: Workplace) -> None:
@@ -186,6 +205,23 @@ def test_mlx_launch_starts_ranks(work: Workplace) -> None:
     with work.worker(GPTLOOP_LAUNCHER=f"{MLX_LAUNCH} -n {{world_size}} --"):
         record = work.end(work.enqueue())
     assert record.state is JobState.FINISHED, record.reason
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is not installed")
+def test_mpirun_starts_ranks_which_end_with_their_step(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setitem(work.environment, name, "1")
+    launcher = "mpirun --oversubscribe -n {world_size} --mca odls_base_sigkill_timeout 10"
+    with work.worker(GPTLOOP_LAUNCHER=launcher) as worker:
+        assert work.end(work.enqueue()).state is JobState.FINISHED
+        job = work.enqueue(**ENDLESS | {"evaluation_interval": "1000000"})
+        work.wait_for_steps(job, saved=False)
+        worker.terminate()
+        assert worker.wait() == 0
+    assert work.reasons(job) == ["The worker was stopped; the job resumes when a worker is back."]
+    record = work.record(job)
+    assert record.spec and record.progress
+    assert work.registry.states(record.spec.run) == [record.progress.step]
 
 
 def test_ranks_of_their_own_take_a_job_that_waits(work: Workplace) -> None:

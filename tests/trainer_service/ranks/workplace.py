@@ -9,8 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from shared.errors import FailedPrecondition
+from shared.gpt.weights import load_arrays
 from shared.service.settings import Directories
+from shared.version_format import MODEL_FILE, OPTIMIZER_FILE
 from tests.end_to_end.conftest import PROJECT, children, is_gone
 from tests.redis_process import RedisServer
 from tests.trainer_service.site import TINY_RUN, Site
@@ -117,6 +121,16 @@ class Workplace:
 
     def events(self, job: str, kind: type[Told]) -> list[Told]:
         return [event for event in self.all_events(job) if isinstance(event, kind)]
+
+    def last_state(self, job: str) -> dict[str, np.ndarray]:
+        """Returns the weights and the moments of the last state of a job's run."""
+        spec = self.record(job).spec
+        assert spec is not None
+        folder = self.registry.verified_state(spec.run, self.registry.states(spec.run)[-1])
+        files = (MODEL_FILE, OPTIMIZER_FILE)
+        return {
+            f"{file}/{name}": np.array(array) for file in files for name, array in load_arrays(folder / file).items()
+        }
 
     def reasons(self, job: str) -> list[str]:
         """Returns why the attempts of a job ended, except the last one."""
