@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument
 from shared.registry import bucket, object_files, object_runs, object_versions
 from shared.registry.bucket import Bucket
 from shared.registry.fence import Fence
+from shared.registry.manifest import FileRecord
+from shared.registry.object_files import ObjectFiles
 from shared.registry.object_runs import ObjectRuns
 from shared.registry.object_store import ObjectStore
 from shared.registry.registry import Checkpoint, Registry
@@ -114,6 +116,15 @@ def test_files_that_are_damaged_in_the_store_are_an_error_and_leave_no_copy(
     assert reader.verified(version).is_dir()
 
 
+def test_a_text_that_was_altered_in_the_store_is_an_error(place: Place, registry: Registry) -> None:
+    registry.decisions.set_stable(1)
+    plain = Bucket(place.url)
+    content, _ = plain.read("texts/serving")
+    plain.upload("texts/serving", content.replace(b'"stable": ["1"', b'"stable": ["2"'))
+    with pytest.raises(CorruptCheckpoint, match=r"texts/serving cannot be understood"):
+        registry.decisions.stable()
+
+
 def test_a_missing_file_is_an_error_that_names_it(
     place: Place, registry: Registry, fence: Fence, tmp_path: Path
 ) -> None:
@@ -199,6 +210,21 @@ def test_a_version_that_a_replaced_owner_creates_in_the_last_moment_is_never_see
         registry.publish_version(fence, write_model, replaced_meanwhile)  # type: ignore[arg-type]
     assert [each.version for each in registry.versions()] == [1]
     assert publish(registry, others[0]).version == 3
+
+
+def test_a_state_of_an_owner_who_is_replaced_during_the_upload_is_not_committed(
+    place: Place, registry: Registry, fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = ObjectFiles.upload
+
+    def replaced_meanwhile(files: ObjectFiles, folder: Path, records: Sequence[FileRecord]) -> str:
+        open_at(place, tmp_path / "other").take_over(RUN)
+        return upload(files, folder, records)
+
+    monkeypatch.setattr(ObjectFiles, "upload", replaced_meanwhile)
+    with pytest.raises(RunOwnershipLost):
+        registry.write_state(fence, 1, write_model)
+    assert registry.states(RUN) == [] and Bucket(place.url).list("files") == []
 
 
 def test_a_version_of_a_replaced_owner_who_died_is_never_seen(
