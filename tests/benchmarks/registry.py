@@ -28,7 +28,7 @@ from shared.device.accelerator import Memory
 from shared.errors import Unavailable
 from shared.registry.disk_store import DiskStore
 from shared.registry.documents import encoded
-from shared.registry.manifest import FileRecord, VersionManifest
+from shared.registry.manifest import MANIFEST_NAME, FileRecord, VersionManifest
 from shared.registry.registry import Registry
 from shared.service import cli
 from shared.service.lists import print_rows
@@ -40,10 +40,9 @@ from tests.object_storage.server import Place
 from tests.registries import own_registry
 from tests.shared.registry.scenarios import make_manifest
 
-# Publishers that fill the registry together.
+# Writers that fill the registry together.
 _THREADS = 8
 _EVALUATION_SET = "held-out"
-_LOOKS = 200
 _TIMES = 5
 
 
@@ -81,8 +80,8 @@ def _show(seconds: float) -> str:
 def fill(registry: Registry, versions: int) -> None:
     """Publishes versions of a few bytes, each a little better than the one before it.
 
-    In object storage, whose requests take longer, only the first one is published; the others are copies of its object
-    with ids and manifests of their own, whose files nobody reads.
+    Only the first one is published, which takes long when it is repeated; the others are copies with ids and manifests
+    of their own.
     """
     fence = registry.take_over("many")
 
@@ -94,24 +93,25 @@ def fill(registry: Registry, versions: int) -> None:
             number, files, run="many", evaluation_set=_EVALUATION_SET, bits_per_byte=3 - number / (versions + 1)
         )
 
-    def publish(_: int = 0) -> VersionManifest:
-        return registry.publish_version(fence, write, manifest)
+    first = registry.publish_version(fence, write, manifest)
+    others = range(2, versions + 1)
+    if isinstance(registry.store, DiskStore):
+        for number in others:
+            folder = registry.store.path(f"versions/{number}")
+            shutil.copytree(registry.store.path("versions/1"), folder)
+            (folder / MANIFEST_NAME).write_text(manifest(number, first.files).to_json(), encoding="utf-8")
+        return
+    import obstore
+
+    bucket = open_place(Place(registry.store.address, os.environ["AWS_ENDPOINT_URL"]))
+    content = json.loads(bytes(obstore.get(bucket, "versions/1").bytes()))["value"]
+
+    def copy(number: int) -> None:
+        changed = content | {"id": secrets.token_hex(16), "manifest": manifest(number, first.files).to_json()}
+        obstore.put(bucket, f"versions/{number}", encoded(changed))
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        if isinstance(registry.store, DiskStore):
-            list(pool.map(publish, range(versions)))
-            return
-        import obstore
-
-        first = publish()
-        bucket = open_place(Place(registry.store.address, os.environ["AWS_ENDPOINT_URL"]))
-        content = json.loads(bytes(obstore.get(bucket, "versions/1").bytes()))["value"]
-
-        def copy(number: int) -> None:
-            changed = content | {"id": secrets.token_hex(16), "manifest": manifest(number, first.files).to_json()}
-            obstore.put(bucket, f"versions/{number}", encoded(changed))
-
-        list(pool.map(copy, range(2, versions + 1)))
+        list(pool.map(copy, others))
 
 
 def resident_mib() -> float:
@@ -120,7 +120,7 @@ def resident_mib() -> float:
     return pages * 4096 / 2**20
 
 
-async def _look(registry: Registry, table: Table, count: Count) -> None:
+async def _look(registry: Registry, table: Table, count: Count, looks: int) -> None:
     """Looks as a server does, often, and adds what it costs."""
     metrics = InferenceMetrics(CollectorRegistry(), lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0, {})
     catalogue = Catalogue(registry, "cpu", metrics)
@@ -128,15 +128,15 @@ async def _look(registry: Registry, table: Table, count: Count) -> None:
     catalogue.seen()
     seconds, memory = [], []
     count()
-    for _ in range(_LOOKS):
+    for _ in range(looks):
         begin = time.perf_counter()
         await catalogue.look()
         catalogue.seen()
         seconds.append(time.perf_counter() - begin)
         memory.append(resident_mib())
-    table.add("a server's look", _show(statistics.median(seconds)), describe(count(), _LOOKS))
-    table.add(f"resident memory after {_LOOKS // 10} looks", f"{memory[_LOOKS // 10]:.0f} MiB")
-    table.add(f"resident memory after {_LOOKS} looks", f"{memory[-1]:.0f} MiB")
+    table.add("a server's look", _show(statistics.median(seconds)), describe(count(), looks))
+    table.add(f"resident memory after {looks // 10} looks", f"{memory[looks // 10]:.0f} MiB")
+    table.add(f"resident memory after {looks} looks", f"{memory[-1]:.0f} MiB")
 
 
 def _hot_load(registry: Registry, table: Table, count: Count, var: Path) -> None:
@@ -183,6 +183,7 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 def main(
     store: Annotated[Kind, typer.Option(help="Where the registry is.")] = Kind.DISK,
     versions: Annotated[int, typer.Option(min=10, help="How many versions it has.")] = 10_000,
+    looks: Annotated[int, typer.Option(min=10, help="How often a server looks.")] = 200,
 ) -> None:
     folder = Path(tempfile.mkdtemp(prefix="gptloop-registry-"))
     try:
@@ -202,7 +203,7 @@ def main(
             table.measure("look again", registry.versions)
             table.measure("`best`", lambda: registry.resolve("best"))
             table.measure("publish", publish)
-            asyncio.run(_look(registry, table, count))
+            asyncio.run(_look(registry, table, count, looks))
             _hot_load(registry, table, count, folder / "var")
             print(f"\n{store}, {versions:,} versions")
             table.print()
