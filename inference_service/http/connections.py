@@ -48,6 +48,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends what waits for the connection."""
         self._stop_waiting()
+        # After a reset, uvicorn would keep the connection until its idle time is over.
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

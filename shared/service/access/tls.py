@@ -3,6 +3,7 @@
 import logging
 import ssl
 import threading
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 CERTIFICATE_VARIABLE = "GPTLOOP_TLS_CERT"
 KEY_VARIABLE = "GPTLOOP_TLS_KEY"
 CLIENT_CA_VARIABLE = "GPTLOOP_TLS_CLIENT_CA"
+
+# The longest record of TLS (RFC 8446, section 5.1).
+_RECORD_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,10 @@ class ServerTls:
         )
 
     def context(self) -> ssl.SSLContext:
-        """Returns a context for servers of asyncio."""
+        """Returns a context for servers of asyncio, whose buffers for TLS have the size of a record from now on."""
+        # 256 KiB otherwise, which each connection has before any certificate is checked. Before Python 3.11.8 a failed
+        # handshake also leaves its buffer to the garbage collector (python/cpython#109534).
+        SSLProtocol.max_size = _RECORD_BYTES
         return _ChangingContext.of(lambda: self.current().context)
 
     def current(self) -> _Certificates:

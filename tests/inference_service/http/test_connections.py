@@ -2,7 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import resource
+import socket
+import struct
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -12,10 +16,11 @@ from starlette.routing import Route
 
 from inference_service.generation import ClientLeft
 from inference_service.http import connections
+from inference_service.http import server as server_module
 from inference_service.http.server import HttpServer
 from shared.service.access.tokens import Callers
 from shared.service.listening import Address
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, eventually
 
 GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n"
 POST = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n"
@@ -122,6 +127,25 @@ def test_connections_beyond_the_limit_are_closed_until_others_end(monkeypatch: p
         assert b"0 bytes" in await rest(first)
         again, _ = await world.connect(GET + b"\r\n")
         assert (await again.readline()).startswith(b"HTTP/1.1 200")
+
+    run(test)
+
+
+def test_a_connection_that_its_client_resets_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "_IDLE_S", 1000)
+
+    async def test(world: World) -> None:
+        reader, writer = await world.connect(GET + b"\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        (connection,) = map(weakref.ref, world.server._server.server_state.connections)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+
+        def is_forgotten() -> bool:
+            gc.collect()
+            return connection() is None
+
+        await eventually(is_forgotten)
 
     run(test)
 

@@ -6,6 +6,7 @@ import logging
 import socket
 import ssl
 import time
+import tracemalloc
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -209,6 +210,23 @@ def test_an_authority_with_bytes_that_no_certificate_has_is_refused(tmp_path: Pa
     file.write_bytes(content[:at] + b"\xff" + content[at:])
     with pytest.raises(InvalidArgument, match=r"ca\.crt', which contains no certificates in PEM form"):
         PemFile(file, "GPTLOOP_TLS_CA").load_authority(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+
+
+@async_test
+async def test_a_connection_has_little_memory(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "ca")
+    async with Serving(Installed(tmp_path / "server", authority.issue(HOST))).started() as serving:
+        context, count = ssl.create_default_context(cafile=authority.file), 20
+        tracemalloc.start()
+        try:
+            opened = [await asyncio.open_connection(HOST, serving.plain_port, ssl=context) for _ in range(count)]
+            used, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        # Of both ends.
+        assert used / count < 2 * (64 << 10)
+        for _, writer in opened:
+            writer.close()
 
 
 @pytest.mark.parametrize("breaks", ["key", "empty", "removed", "authority"])
