@@ -120,7 +120,7 @@ Start with `gptloop demo`, or with these three commands:
 _EPILOG = """Process managers start single processes:
 
 \b
-  python -m trainer_service serve | work | redis
+  python -m trainer_service serve | work | rank | redis
   python -m inference_service serve
 """
 

@@ -56,7 +56,7 @@ def test_every_command_of_the_services_and_the_stack_has_a_topic() -> None:
     services = (inference_service.__main__.app, trainer_service.__main__.app)
     apps = (deploy.demo.app, deploy.service.app, deploy.stack.app, *services)
     found = {name for each in apps for name in typer.main.get_group(each).commands}
-    of_processes = {"serve", "work", "redis", "measure"}
+    of_processes = {"serve", "work", "rank", "redis", "measure"}
     assert found - of_processes == set(COMMANDS) - {"eval", "prepare"} | {"evaluate", "data"}
 
 
