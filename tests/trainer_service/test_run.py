@@ -197,11 +197,11 @@ def test_continuing_a_version_on_changed_text_emits_a_notice(site: Site) -> None
             sum("text.txt has changed, or is read in another way, since version 3" in text for text in notices) == said
         )
     site.told.clear()
-    evaluate_version(EvaluateSpec("3", DatasetSpec(())), site.attempt())
+    evaluate_version(EvaluateSpec("3", DatasetSpec(()), speed=False), site.attempt())
     assert any("text.txt has changed" in notice.text for notice in site.all_told(Notice))
     site.told.clear()
     site.train(site.spec(resume=3, dataset=site.other_text, max_steps="12"))
-    evaluate_version(EvaluateSpec("3", DatasetSpec((site.other_text,))), site.attempt())
+    evaluate_version(EvaluateSpec("3", DatasetSpec((site.other_text,)), speed=False), site.attempt())
     assert not any("has changed" in notice.text for notice in site.all_told(Notice))
 
 
