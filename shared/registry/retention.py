@@ -104,9 +104,15 @@ def prune(registry: Registry, retention: Retention) -> list[Checkpoint]:
 
 def _remove(registry: Registry, checkpoint: Checkpoint) -> bool:
     """Removes a checkpoint, unless it became needed since it was judged."""
+    try:
+        judged = [registry.version(checkpoint.number)] if checkpoint.run is None else []
+    except (CorruptCheckpoint, NotFound):
+        return False  # removed or damaged since it was judged
 
     def is_needed() -> bool:
-        versions = registry.versions()
+        # The store may hide the checkpoint before it asks.
+        found = {each.version: each for each in (*judged, *registry.versions())}
+        versions = [found[number] for number in sorted(found)]
         needed = _needed(registry, versions, registry.decided(versions))
         kept = [each for each in versions if each.version in needed]
         return any(checkpoint in (Checkpoint(each.version), Checkpoint(each.step, each.run)) for each in kept)

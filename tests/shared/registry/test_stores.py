@@ -294,6 +294,24 @@ def test_pruning_keeps_the_same(opened: Open, registry: Registry, fence: Fence) 
         other.check(checkpoint)
 
 
+def test_a_version_that_is_held_during_pruning_is_kept(
+    opened: Open, registry: Registry, fence: Fence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 4):
+        write_state(registry, fence, step)
+        publish(registry, fence, step=step, bits_per_byte=2 - step / 10)
+    remove = registry.remove
+
+    def hold_and_remove(checkpoint: Checkpoint, unless: Callable[[], bool]) -> bool:
+        opened().holds.add("job", 2)
+        return remove(checkpoint, unless)
+
+    monkeypatch.setattr(registry, "remove", hold_and_remove)
+    gone = prune(registry, Retention(states=1, best=0, newest=0, runs=0))
+    assert gone == [Checkpoint(1), Checkpoint(1, RUN)]
+    assert [each.version for each in opened().versions()] == opened().states(RUN) == [2, 3]
+
+
 def test_a_registry_keeps_its_id(opened: Open) -> None:
     with ThreadPoolExecutor(8) as threads:
         (id,) = set(threads.map(lambda _: opened().store.id(), range(16)))
