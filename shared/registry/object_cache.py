@@ -70,7 +70,8 @@ class ObjectCache:
 
     def discard(self, id: str) -> None:
         """Removes a copy."""
-        with self._disk():
+        # Others add up the sizes of copies under this lock.
+        with self._disk(), locked(self._root / "lock"):
             self._staging.remove(self._root / id)
 
     def _move(self, folder: Path, entry: Path) -> None:

@@ -131,9 +131,11 @@ class ObjectRuns:
         id = self._files.upload(folder, files)
         replaced: list[str] = []
 
-        def change(document: Document) -> Document:
-            self.check(fence, document)
+        def change(document: Document) -> Document | None:
             folders = document.get(kind, {})
+            if folders.get(number, {}).get("id") == id:
+                return None  # an earlier try took place, although it was not confirmed
+            self.check(fence, document)
             replaced[:] = [folders[number]["id"]] if number in folders else []
             return document | {kind: folders | {number: described(id, manifest, files)}}
 
@@ -153,20 +155,29 @@ class ObjectRuns:
         if found is None:
             return False
         key = f"{kind}/{number}"
+        entry = [found.document(), time.time()]
 
         def hide(document: Document) -> Document | None:
             folders = document.get(kind, {})
-            if number not in folders:
+            if folders.get(number, {}).get("id") != found.id:
                 return None
-            hidden = document.get("hidden", {}) | {key: [folders[number], time.time()]}
-            return document | {kind: without(folders, number), "hidden": hidden}
+            return document | {kind: without(folders, number), "hidden": document.get("hidden", {}) | {key: entry}}
 
-        self.change(run, hide)
+        def is_hidden(document: Document) -> bool:
+            return bool(document.get("hidden", {}).get(key) == entry)
+
+        if not is_hidden(self.change(run, hide)):
+            return False  # another process removes it
         is_needed = unless()
-        self.change(run, lambda document: _unhidden(document, key, show=is_needed))
-        if not is_needed:
-            self._files.remove(found.id)
-        return not is_needed
+
+        def decide(document: Document) -> Document | None:
+            # If this process paused for long, another one has shown it again.
+            return _unhidden(document, key, show=is_needed) if is_hidden(document) else None
+
+        if found.id in _ids(self.change(run, decide)):
+            return False
+        self._files.remove(found.id)
+        return True
 
     def remove_teachers(self, run: str) -> None:
         """Removes the teachers from the document of a run, then their files."""
@@ -189,9 +200,7 @@ class ObjectRuns:
     def ids(self) -> Iterator[str]:
         """Yields the ids of the files of all folders."""
         for document in self._look().values():
-            for kind in _KINDS:
-                yield from (str(each["id"]) for each in document.get(kind, {}).values())
-            yield from (str(each["id"]) for each, _ in document.get("hidden", {}).values())
+            yield from _ids(document)
 
 
 def _run(document: Document) -> Run:
@@ -201,6 +210,13 @@ def _run(document: Document) -> Run:
     history = document.get("history")
     at = None if history is None else float(history["at"])
     return Run(DocumentTexts(document), written_at("states"), written_at("teachers"), at)
+
+
+def _ids(document: Document) -> Iterator[str]:
+    """Yields the ids of the folders of a run, also of those that are hidden."""
+    for kind in _KINDS:
+        yield from (str(each["id"]) for each in document.get(kind, {}).values())
+    yield from (str(each["id"]) for each, _ in document.get("hidden", {}).values())
 
 
 def without(document: Document, name: str) -> Document:

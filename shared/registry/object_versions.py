@@ -52,12 +52,13 @@ class ObjectVersions:
             self._known = self._load() | self._known
         self._is_loaded = True
         new = [number for number, each in entries.items() if self._known.get(number, ("", None))[0] != each.e_tag]
-        self._known |= {number: (entries[number].e_tag, None) for number in new if not entries[number].size_bytes}
+        self._known.update({number: (entries[number].e_tag, None) for number in new if not entries[number].size_bytes})
         self._look([number for number in new if entries[number].size_bytes])
-        self._known = {number: known for number, known in self._known.copy().items() if number in entries}
+        known = {number: known for number, known in self._known.copy().items() if number in entries}
+        self._known = known.copy()
         if len(new) >= _MANY:
-            self._save()
-        return {number: e_tag for number, (e_tag, folder) in self._known.items() if folder is not None}
+            self._save(known)
+        return {number: e_tag for number, (e_tag, folder) in known.items() if folder is not None}
 
     def _load(self) -> dict[int, tuple[str, ObjectFolder | None]]:
         with suppress(OSError, ValueError, TypeError, KeyError):
@@ -68,30 +69,29 @@ class ObjectVersions:
             }
         return {}
 
-    def _save(self) -> None:
-        known = {
-            number: (e_tag, None if folder is None else folder.document())
-            for number, (e_tag, folder) in self._known.items()
+    def _save(self, known: Mapping[int, tuple[str, ObjectFolder | None]]) -> None:
+        values = {
+            number: (e_tag, None if folder is None else folder.document()) for number, (e_tag, folder) in known.items()
         }
         path = self._index()
         with suppress(OSError):  # it only saves time
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
-                file.write(json.dumps(known).encode())
+                file.write(json.dumps(values).encode())
 
     def stamp(self, number: int) -> Hashable:
         """Returns the e_tag of a version as it is now; None if there is none."""
-        self._look([number])
-        e_tag, folder = self._known[number]
+        e_tag, folder = self._look([number])[number]
         return None if folder is None else e_tag
 
     def folder(self, number: int) -> ObjectFolder | None:
         """Returns a version; None if there is none."""
-        if self._known.get(number, ("", None))[1] is None:
-            self._look([number])
-        return self._known[number][1]
+        known = self._known.get(number, ("", None))[1]
+        return self._look([number])[number][1] if known is None else known
 
-    def _look(self, numbers: Sequence[int]) -> None:
+    def _look(self, numbers: Sequence[int]) -> dict[int, tuple[str, ObjectFolder | None]]:
+        """Reads versions as they are now. Another thread may replace `_known` meanwhile."""
+        looked: dict[int, tuple[str, ObjectFolder | None]] = {}
         found = in_parallel(self._read, numbers)
         # Read after the versions: see `ObjectRuns.owned`.
         runs = {run: self._runs.read(run) for run in {str(each["run"]) for _, each in found if each and "run" in each}}
@@ -100,7 +100,9 @@ class ObjectVersions:
                 "run" not in document
                 or self._runs.owned(document["run"], document["token"], number, runs[document["run"]])
             )
-            self._known[number] = (e_tag, ObjectFolder.of(document) if document is not None and counts else None)
+            looked[number] = (e_tag, ObjectFolder.of(document) if document is not None and counts else None)
+        self._known.update(looked)
+        return looked
 
     def _read(self, number: int) -> tuple[str, Document | None]:
         try:
@@ -141,7 +143,10 @@ class ObjectVersions:
             if unless():
                 self._show(number)
                 return False
-            self._bury(number)
+            content, e_tag = self._bucket.read(f"{_PARENT}/{number}")
+            if content != hidden:
+                return False  # this process paused for long, and another one has shown it again
+            self._bucket.replace(f"{_PARENT}/{number}", b"", e_tag)
         except Conflict:
             return False  # another process removes it
         self._known.pop(number, None)
@@ -180,6 +185,12 @@ class ObjectVersions:
         for number in self.all():
             if (folder := self.folder(number)) is not None:
                 yield folder.id
+        for number, (_, folder) in self._known.copy().items():
+            if folder is None:
+                with suppress(FileNotFoundError):
+                    document, _ = read_document(self._bucket, f"{_PARENT}/{number}")
+                    if "hidden" in document:
+                        yield document["id"]
 
     def unknown(self) -> list[str]:
         """Returns the URLs among the versions whose names are not numbers."""

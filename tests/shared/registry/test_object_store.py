@@ -9,7 +9,7 @@ import pytest
 
 from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, RunOwnershipLost
 from shared.registry import bucket, object_files, object_runs, object_versions
-from shared.registry.bucket import Bucket
+from shared.registry.bucket import Bucket, Conflict
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord
 from shared.registry.object_files import ObjectFiles
@@ -186,7 +186,7 @@ def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.Mo
         Bucket("s3://bucket/prefix")
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "ftp://bucket/x", "s3:///x"])
+@pytest.mark.parametrize("url", ["s3://", "s3:/bucket/x", "ftp://bucket/x", "s3:///x", "s3://[x"])
 def test_a_url_that_is_none_is_an_error(url: str) -> None:
     with pytest.raises(InvalidArgument, match=r"GPTLOOP_REGISTRY is .* but must be a folder, or s3://"):
         Bucket(url)
@@ -225,6 +225,25 @@ def test_a_state_of_an_owner_who_is_replaced_during_the_upload_is_not_committed(
     with pytest.raises(RunOwnershipLost):
         registry.write_state(fence, 1, write_model)
     assert registry.states(RUN) == [] and Bucket(place.url).list("files") == []
+
+
+def test_a_state_that_was_committed_unconfirmed_before_the_next_owner_keeps_its_files(
+    place: Place, registry: Registry, fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = open_at(place, tmp_path / "other")
+    replace = Bucket.replace
+
+    def unconfirmed(self: Bucket, name: str, content: bytes, e_tag: str) -> None:
+        replace(self, name, content, e_tag)
+        monkeypatch.setattr(Bucket, "replace", replace)
+        other.take_over(RUN)
+        raise Conflict(name)
+
+    monkeypatch.setattr(Bucket, "replace", unconfirmed)
+    registry.write_state(fence, 1, write_model)
+    other.check(Checkpoint(1, RUN))
+    with pytest.raises(RunOwnershipLost):
+        registry.write_state(fence, 2, write_model)
 
 
 def test_a_version_of_a_replaced_owner_who_died_is_never_seen(
@@ -433,6 +452,47 @@ def test_what_a_dead_process_was_about_to_remove_is_shown_again(
     other.sweep()
     assert checkpoint in other.checkpoints()
     other.check(checkpoint)
+
+
+@pytest.mark.parametrize("checkpoint", [Checkpoint(1), Checkpoint(1, RUN)], ids=str)
+def test_what_was_shown_again_during_a_long_removal_is_not_removed(
+    place: Place,
+    registry: Registry,
+    fence: Fence,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Checkpoint,
+) -> None:
+    publish(registry, fence)
+    registry.write_state(fence, 1, write_model)
+    other = open_at(place, tmp_path / "other")
+    for module in (object_runs, object_versions):
+        monkeypatch.setattr(module, "HIDDEN_S", -1.0)
+
+    def pause() -> bool:
+        other.sweep()
+        return False
+
+    assert not registry.remove(checkpoint, unless=pause)
+    other.check(checkpoint)
+
+
+def test_a_sweep_keeps_the_files_of_a_version_that_is_hidden(
+    place: Place, registry: Registry, fence: Fence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish(registry, fence)
+    id = registry.store.state(f"versions/{version.version}")
+    # Its publisher died before it removed this object.
+    Bucket(place.url).upload(f"staging/{id}", b"files")
+    other = open_at(place, tmp_path / "other")
+    abandon(monkeypatch)
+
+    def is_needed() -> bool:
+        other.sweep()
+        return True
+
+    assert not registry.remove(Checkpoint(version.version), unless=is_needed)
+    other.check(Checkpoint(version.version))
 
 
 def test_empty_objects_of_old_removals_go_but_not_that_of_the_highest_number(
