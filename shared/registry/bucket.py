@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from shared.errors import FailedPrecondition, InvalidArgument, shown
@@ -61,7 +61,10 @@ class Bucket:
         except ModuleNotFoundError:
             raise FailedPrecondition(f"GPTLOOP_REGISTRY is {shown(url)}, but {_MISSING}.") from None
         self.address = url
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise InvalidArgument(f"GPTLOOP_REGISTRY is {shown(url)}, but must be {_RIGHT}.") from None
         if parts.scheme not in SCHEMES or not parts.hostname:
             raise InvalidArgument(f"GPTLOOP_REGISTRY is {shown(url)}, but must be {_RIGHT}.")
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
@@ -72,6 +75,8 @@ class Bucket:
             )
         self._obstore = obstore
         self._bucket = parts.netloc
+        # The e_tag and the version of an object when it was last read: a replacement at Google names the version.
+        self._versions: dict[str, tuple[str, str]] = {}
         try:
             self._store = obstore.store.from_url(
                 url,
@@ -97,7 +102,10 @@ class Bucket:
 
         def read() -> tuple[bytes, str]:
             found = self._obstore.get(self._store, name)
-            return bytes(found.bytes()), found.meta["e_tag"] or ""
+            content, e_tag, version = bytes(found.bytes()), found.meta["e_tag"] or "", found.meta["version"]
+            if version is not None and self.address.startswith("gs:"):
+                self._versions[name] = (e_tag, version)
+            return content, e_tag
 
         return self._asked("read", name, read)
 
@@ -151,9 +159,11 @@ class Bucket:
 
     def _write(self, name: str, content: bytes, e_tag: str | None) -> None:
         errors = self._obstore.exceptions
+        read_tag, version = self._versions.get(name, ("", ""))
+        expected: Any = {"e_tag": e_tag} | ({"version": version} if read_tag and read_tag == e_tag else {})
         for left in reversed(range(_TRIES)):
             try:
-                self._obstore.put(self._store, name, content, mode="create" if e_tag is None else {"e_tag": e_tag})
+                self._obstore.put(self._store, name, content, mode="create" if e_tag is None else expected)
                 return
             except (errors.BaseError, FileNotFoundError) as error:
                 failure: Exception = error
