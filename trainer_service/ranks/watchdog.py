@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 # The process ends with this code, `EX_TEMPFAIL`: another attempt may succeed.
 EXIT_CODE = 75
 LEAST_S = 60.0
+# Before the length of a step is known; the first one also compiles.
+FIRST_S = 600.0
 _MEDIANS = 20
 _REMEMBERED = 50
 _INTERVAL_S = 0.5
@@ -24,7 +26,7 @@ _FROZEN_S = 5.0
 
 class Watchdog:
     """Ends the process if no step follows the one before within `LEAST_S` or 20 times the median of the last intervals,
-    whichever is longer.
+    whichever is longer, or the first one within `FIRST_S`.
 
     A thread of its own watches, because a thread that waits inside MLX runs neither Python nor its signal handlers.
     """
@@ -84,7 +86,7 @@ class Watchdog:
                 return
             now_s = self._clock()
             self._beat_s = min(self._beat_s + late_s, now_s)
-            limit_s = max(LEAST_S, _MEDIANS * median(self._intervals_s or [0.0]))
+            limit_s = max(LEAST_S, _MEDIANS * median(self._intervals_s)) if self._intervals_s else FIRST_S
             waited_s = now_s - self._beat_s
         if waited_s > limit_s:
             sentence = f"No step ended within {limit_s:.0f} s: another rank is stuck or cannot be reached."

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from trainer_service.ranks.watchdog import EXIT_CODE, LEAST_S, Watchdog
+from trainer_service.ranks.watchdog import EXIT_CODE, FIRST_S, LEAST_S, Watchdog
 
 
 class Clock:
@@ -37,6 +37,7 @@ def test_a_rank_without_another_step_ends(
     watchdog: Watchdog, clock: Clock, ended: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     watchdog.beat()
+    watchdog.beat()
     clock.now_s += LEAST_S
     watchdog.look()
     assert not ended
@@ -58,6 +59,16 @@ def test_long_steps_may_take_longer(watchdog: Watchdog, clock: Clock, ended: lis
     assert ended
 
 
+def test_the_first_of_very_long_steps_may_end(watchdog: Watchdog, clock: Clock, ended: list[int]) -> None:
+    watchdog.beat()
+    clock.now_s += FIRST_S
+    watchdog.look()
+    assert not ended
+    clock.now_s += 1
+    watchdog.look()
+    assert ended
+
+
 def test_nothing_is_expected_before_the_first_step(watchdog: Watchdog, clock: Clock, ended: list[int]) -> None:
     clock.now_s += 1e4
     watchdog.look()
@@ -65,6 +76,7 @@ def test_nothing_is_expected_before_the_first_step(watchdog: Watchdog, clock: Cl
 
 
 def test_nothing_is_expected_while_rank_0_evaluates(watchdog: Watchdog, clock: Clock, ended: list[int]) -> None:
+    watchdog.beat()
     watchdog.beat()
     with watchdog.pause():
         watchdog.beat()
