@@ -6,11 +6,10 @@ from enum import IntEnum
 from typing import TypeVar
 
 import mlx.core as mx
-import numpy as np
 
 from shared.errors import GptloopError, Unavailable
 from trainer_service.jobs.attempt import Stopped
-from trainer_service.training.ranks import Ranks
+from trainer_service.training.ranks import Ranks, read
 
 Result = TypeVar("Result")
 
@@ -62,7 +61,7 @@ def together(ranks: Ranks, work: Callable[[MustEnd], Result], stop_requested: Mu
         nonlocal states, exchanged_s
         with ranks.guard():
             own = mx.array([int(state) if rank == ranks.rank else 0 for rank in range(ranks.count)], mx.int32)
-            states = [_State(number) for number in np.array(mx.distributed.all_sum(own)).tolist()]
+            states = [_State(number) for number in read(mx.distributed.all_sum(own)).tolist()]
         exchanged_s = time.monotonic()
 
     def must_end() -> bool:

@@ -88,10 +88,10 @@ class Ranks:
         sent = np.frombuffer(text.encode() if self.rank == source else b"", np.uint8)
         with self.guard():
             # MLX's ring adds only arrays with a number for each rank.
-            (size,) = set(np.array(mx.distributed.all_sum(mx.full(self.count, sent.size, mx.int32))).tolist())
+            (size,) = set(read(mx.distributed.all_sum(mx.full(self.count, sent.size, mx.int32))).tolist())
             padded = np.zeros(max(size, self.count), np.uint8)
             padded[: sent.size] = sent
-            received = np.array(mx.distributed.all_sum(mx.array(padded)))
+            received = read(mx.distributed.all_sum(mx.array(padded)))
         return received[:size].tobytes().decode()
 
     def share_array(self, array: mx.array) -> mx.array:
@@ -112,8 +112,8 @@ class Ranks:
             return True
         padded = mx.concatenate([numbers, mx.zeros(max(self.count - numbers.size, 0), numbers.dtype)])
         with self.guard():
-            least = np.array(mx.distributed.all_min(padded))
-            most = np.array(mx.distributed.all_max(padded))
+            least = read(mx.distributed.all_min(padded))
+            most = read(mx.distributed.all_max(padded))
         return np.array_equal(least, most, equal_nan=True)
 
     @contextmanager
@@ -130,6 +130,13 @@ class Ranks:
                 raise
             self._lost = True
             raise lost from error
+
+
+def read(array: mx.array) -> np.ndarray:
+    """Evaluates an array and returns its numbers. NumPy alone would hide the error of a lost peer, and evaluate again,
+    for which MLX waits for ever."""
+    mx.eval(array)
+    return np.array(array)
 
 
 def _variables() -> str:

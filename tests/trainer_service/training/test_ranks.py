@@ -71,6 +71,21 @@ def test_a_lost_rank_is_an_error_in_the_others(tmp_path: Path) -> None:
     ]
 
 
+def leave_or_share(call: str) -> str:
+    ranks = Ranks.join()
+    if ranks.rank == 1:
+        os._exit(9)
+    with pytest.raises(RankLost) as lost:
+        ranks.share("text") if call == "share" else ranks.agree(mx.ones(3))
+    return str(lost.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["share", "agree"])
+def test_a_lost_rank_ends_the_wait_for_its_numbers(call: str, tmp_path: Path) -> None:
+    assert in_ranks(2, leave_or_share, tmp_path, call, codes=[0, 9])[0]
+
+
 def join_within_a_second() -> None:
     Ranks.join(1)
 
