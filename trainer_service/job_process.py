@@ -125,13 +125,13 @@ def _coordinate(assignment: Assignment, world_size: int) -> None:
         queue.lose(job, attempt, reason)
 
 
-def work_on(assignment: Assignment) -> bool:
-    """Does the work of an attempt, and ends the attempt; returns False if a coordinator has to end it.
+def work_on(assignment: Assignment) -> None:
+    """Does the work of an attempt, and ends the attempt, unless a coordinator has to end it because a rank was lost.
 
     An error of the job itself, such as bad data or a diverging loss, fails the job at once.
     """
     queue, settings, job_id, attempt = assignment.queue, assignment.settings, assignment.job, assignment.attempt
-    report, is_lost = assignment.report, False
+    report = assignment.report
     try:
         is_current = report(JobState.RUNNING)
     except GptloopError as error:
@@ -139,12 +139,13 @@ def work_on(assignment: Assignment) -> bool:
         sys.exit(1)
     if not is_current:
         logger.warning("job %s has ended, or is at a later attempt than %d", job_id, attempt)
-        return True
+        return
     reporter = Reporter(queue, job_id, attempt, assignment.worker, settings.stuck_s)
 
     def stop_requested() -> bool:
         return reporter.stop_requested() or assignment.terminated()
 
+    # Stays None if another process ends the attempt.
     end: partial[bool] | None = None
     try:
         # An evaluation decodes beside busy processes, whose cores its threads must not take while they wait.
@@ -164,12 +165,11 @@ def work_on(assignment: Assignment) -> bool:
         # The process that owns the run now reports how it continues.
         logger.warning("job %s: %s", job_id, error)
     except (Unavailable, StoreFailed) as error:
-        is_lost = isinstance(error, RankLost) and assignment.is_coordinated
         # The next attempt may find the missing service again.
         logger.warning("job %s: %s", job_id, error)
-        reason = shown(error, _REASON_LENGTH).rstrip(".")
         # A coordinator knows which rank was lost, and why.
-        end = None if is_lost else partial(queue.lose, job_id, attempt, reason)
+        if not (isinstance(error, RankLost) and assignment.is_coordinated):
+            end = partial(queue.lose, job_id, attempt, shown(error, _REASON_LENGTH).rstrip("."))
     except GptloopError as error:
         logger.error("job %s failed: %s", job_id, error)
         diverged = isinstance(error, TrainingDiverged)
@@ -191,7 +191,6 @@ def work_on(assignment: Assignment) -> bool:
             release_ended(queue, settings.open_registry())
         except GptloopError as error:
             logger.warning("the holds of ended jobs stay until another job ends: %s", error)
-    return not is_lost
 
 
 def _work(record: JobRecord, attempt: Attempt, join: Callable[[TrainSpec, Attempt], "Ranks"]) -> bool:

@@ -38,10 +38,11 @@ _PARENT_DEATH_SIGNAL = 1
 def run_rank(job: str, attempt: int | None) -> int:
     """Works on a job as the rank that the environment says, and returns the exit code of the process.
 
-    With an attempt, a coordinator has started this rank and reports its failures: the code is 0 unless the rank itself
-    failed. Without one, rank 0 takes the job from the queue as soon as it waits, and the code is 0 if the job has
-    finished or was cancelled, 1 if it has failed, and 75 if another attempt has to follow. Raises `InvalidArgument` if
-    the environment does not say which rank this is.
+    With an attempt, a coordinator has started this rank, and reports its failures; without one, rank 0 takes the job
+    from the queue as soon as it waits. The code of rank 0 is 0 if the job has finished or was cancelled, 1 if it has
+    failed, and 75 if another attempt has to follow: a launcher then ends the other ranks, which may wait for rank 0
+    for ever. The code of another rank is the same, but 0 with an attempt unless the rank itself failed. Raises
+    `InvalidArgument` if the environment does not say which rank this is.
     """
     terminated = Termination()
     try:
@@ -97,9 +98,7 @@ def _lead(place: Place, settings: TrainerSettings, job: str, given: int | None, 
         join=partial(_join_as_first, place, queue, job),
         is_coordinated=given is not None,
     )
-    is_lost = not work_on(assignment)
-    if given is not None:
-        return EXIT_CODE if is_lost else 0
+    work_on(assignment)
     return _code_of(queue, job)
 
 
@@ -111,7 +110,7 @@ def _code_of(queue: JobQueue, job: str) -> int:
 def _join_as_first(place: Place, queue: JobQueue, job: str, spec: TrainSpec, attempt: Attempt) -> Any:
     """Joins the ranks and tells them what to do; raises `FailedPrecondition` if the job has another number of them."""
     addresses = []
-    if place.meeting:
+    if place.meeting and place.count > 1:
         report = preparation_report(attempt)
         meeting = Meeting(place, job, attempt.number)
         addresses = meeting.hold(lambda count: report("waiting for the other ranks", count / place.count))
@@ -119,7 +118,8 @@ def _join_as_first(place: Place, queue: JobQueue, job: str, spec: TrainSpec, att
     queue.store.renew_attempt(job, attempt.number, START_LEASE_S)
     ranks = _join(place, attempt.device, addresses)
     if ranks.count != spec.config.world_size:
-        sentence = f"The job has world_size {spec.config.world_size}, but {ranks.count} ranks were started."
+        started = "1 rank was" if ranks.count == 1 else f"{ranks.count} ranks were"
+        sentence = f"The job has world_size {spec.config.world_size}, but {started} started."
         ranks.share(json.dumps({"over": sentence}))
         raise FailedPrecondition(sentence)
     ranks.share(json.dumps({"attempt": attempt.number, "spec": spec.to_json()}))
@@ -161,6 +161,8 @@ def _join(place: Place, device: Accelerator, addresses: list[str]) -> Any:
     """Joins the group of MLX; returns `Ranks`."""
     from trainer_service.training.ranks import Ranks
 
+    if place.count == 1:
+        return Ranks.alone()
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(place.variables(device.backend, addresses, Path(folder)))
         return Ranks.join()

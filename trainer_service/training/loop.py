@@ -43,9 +43,9 @@ def train(
     """Runs to the end of the schedule and returns True, or to the end of the step after which `stop_requested` returns
     True, and returns False.
 
-    All ranks of a run call it. Only the first has an observer and an evaluation set: it evaluates, and the others wait,
-    all of them inside a `pause`. Evaluating takes a third of a step for as many rows, so sharing it would save less
-    than a thousandth of the time at the usual intervals.
+    All ranks of a run call it. Only the first has an observer and an evaluation set: it evaluates and writes, and the
+    others wait, all of them inside a `pause`. Evaluating takes a third of a step for as many rows, so sharing it would
+    save less than a thousandth of the time at the usual intervals.
 
     An interrupted evaluation is repeated when the run continues. Raises `TrainingDiverged` in the first rank if a loss
     is not finite; nothing is written then, so the last checkpoint stays valid. Raises `RankLost` if another rank is
@@ -76,9 +76,12 @@ def train(
                 meter.add(result)
                 if stopping or _is_due(trainer) or meter.due:
                     observer.report(meter.report())
-                if stopping:
-                    observer.save(trainer)
             if stopping:
+                # The others wait for the state: some launchers kill all ranks once one has ended.
+                with pause():
+                    if observer:
+                        observer.save(trainer)
+                    ranks.share()
                 return False
 
 

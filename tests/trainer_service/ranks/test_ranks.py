@@ -201,6 +201,24 @@ def test_a_launcher_with_another_number_of_ranks_fails_the_job(work: Workplace) 
     )
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_one_rank_alone_says_that_the_job_needs_more(work: Workplace, given: bool) -> None:
+    job = work.enqueue()
+    attempt = [str(work.queue.claim(job))] if given else []
+    place = {"JOB_COMPLETION_INDEX": "0", "GPTLOOP_RANK_HOSTS": "127.0.0.1"}
+    # So a launcher ends the others.
+    assert work.start("rank", job, *attempt, log="pods.log", **place).wait() == 1
+    record = work.record(job)
+    assert (record.state, record.reason) == (JobState.FAILED, "The job has world_size 2, but 1 rank was started.")
+
+
+def test_one_rank_trains_a_run_in_one_process(work: Workplace) -> None:
+    job = work.enqueue(world_size="1")
+    place = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "localhost"}
+    assert work.start("rank", job, log="pods.log", **place).wait() == 0, work.log("pods.log")
+    assert work.record(job).state is JobState.FINISHED
+
+
 def test_mlx_launch_starts_ranks(work: Workplace) -> None:
     with work.worker(GPTLOOP_LAUNCHER=f"{MLX_LAUNCH} -n {{world_size}} --"):
         record = work.end(work.enqueue())

@@ -1,5 +1,6 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,25 @@ def test_a_stop_finishes_the_step_and_saves_the_state() -> None:
     completed, recorder = run(trainer, lambda: trainer.step >= 7)
     assert not completed
     assert recorder.saved == [7] and recorder.reports[-1].step == 7
+
+
+def test_no_step_is_expected_while_a_stopped_run_saves_its_state() -> None:
+    trainer, paused = Trainer(CONFIG, TEXT), [False]
+
+    class Pausing(Recorder):
+        def save(self, trainer: Trainer) -> None:
+            assert paused == [True]
+            super().save(trainer)
+
+    @contextmanager
+    def pause() -> Iterator[None]:
+        paused[0] = True
+        yield
+        paused[0] = False
+
+    recorder = Pausing()
+    assert not train(trainer, evaluation_set(), recorder, lambda: trainer.step >= 7, pause)
+    assert recorder.saved == [7] and paused == [False]
 
 
 @pytest.mark.parametrize("calls", [range(1, 2), range(2, 4)], ids=["in the last step", "in its evaluation"])
