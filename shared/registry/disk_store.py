@@ -36,7 +36,7 @@ from shared.registry.commit import (
 )
 from shared.registry.disk_texts import FileTexts, write_texts
 from shared.registry.fence import FENCE, Fence
-from shared.registry.manifest import MANIFEST_NAME, RUN_NAME, FileRecord
+from shared.registry.manifest import RUN_NAME, FileRecord, manifest_of
 from shared.registry.numbering import children, next_number, number_of, numbers, whole_number
 from shared.registry.staging import Staging
 from shared.registry.store import Change, Run
@@ -202,7 +202,7 @@ class DiskStore:
 
     def manifest(self, name: str) -> bytes:
         """Returns the content of a folder's `manifest.json`."""
-        return (self.path(name) / MANIFEST_NAME).read_bytes()
+        return manifest_of(self.path(name))
 
     def exists(self, name: str) -> bool:
         """Returns whether there is a folder with this name."""

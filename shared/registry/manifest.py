@@ -35,6 +35,16 @@ LATEST_S = 253402300800
 _DIGEST_NAME = "sha256"
 
 
+def manifest_of(directory: Path) -> bytes:
+    """Returns the content of `manifest.json` in a folder, or the beginning of one that is larger than `MAX_BYTES`."""
+    path = directory / MANIFEST_NAME
+    # To read a pipe could take for ever.
+    if path.exists() and not path.is_file():
+        raise CorruptCheckpoint(f"{path} is not a file.")
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """One file of a checkpoint."""
@@ -85,10 +95,7 @@ class _Manifest:
     @classmethod
     def read(cls, directory: Path) -> Self:
         """Reads the manifest in a checkpoint's folder; raises as `load` does."""
-        path = directory / MANIFEST_NAME
-        if path.exists() and not path.is_file():
-            raise CorruptCheckpoint(f"{path} is not a file.")
-        return cls.load(path.read_bytes, str(path))
+        return cls.load(lambda: manifest_of(directory), str(directory / MANIFEST_NAME))
 
     @classmethod
     def load(cls, read: Callable[[], bytes], place: str) -> Self:
