@@ -31,6 +31,8 @@ from trainer_service.settings import TrainerSettings, read_settings
 
 logger = logging.getLogger(__name__)
 
+# The exit code if the job has failed. NCCL ends a process that has lost a peer with the code 1.
+_FAILED_CODE = 3
 # `PR_SET_PDEATHSIG` of prctl(2).
 _PARENT_DEATH_SIGNAL = 1
 
@@ -39,7 +41,7 @@ def run_rank(job: str, attempt: int | None) -> int:
     """Works on a job as the rank that the environment says, and returns the exit code of the process.
 
     With an attempt, a coordinator has started this rank, and reports its failures; without one, rank 0 takes the job
-    from the queue as soon as it waits. The code of rank 0 is 0 if the job has finished or was cancelled, 1 if it has
+    from the queue as soon as it waits. The code of rank 0 is 0 if the job has finished or was cancelled, 3 if it has
     failed, and 75 if another attempt has to follow: a launcher then ends the other ranks, which may wait for rank 0
     for ever. The code of another rank is the same, but 0 with an attempt unless the rank itself failed. Raises
     `InvalidArgument` if the environment does not say which rank this is.
@@ -62,7 +64,7 @@ def run_rank(job: str, attempt: int | None) -> int:
     except GptloopError as error:
         logger.error("%s", error)
         _tell(str(error))
-        code = EXIT_CODE if isinstance(error, Unavailable) else 1
+        code = EXIT_CODE if isinstance(error, Unavailable) else _FAILED_CODE
     except Exception as error:
         logger.exception("the rank failed")
         _tell(f"{type(error).__name__}: {shown(error, 200)}")
@@ -103,7 +105,7 @@ def _lead(place: Place, settings: TrainerSettings, job: str, given: int | None, 
 
 
 def _code_of(queue: JobQueue, job: str) -> int:
-    codes = {JobState.FINISHED: 0, JobState.CANCELLED: 0, JobState.FAILED: 1}
+    codes = {JobState.FINISHED: 0, JobState.CANCELLED: 0, JobState.FAILED: _FAILED_CODE}
     return codes.get(queue.store.get(job).state, EXIT_CODE)
 
 

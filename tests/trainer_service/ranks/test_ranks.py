@@ -207,7 +207,7 @@ def test_one_rank_alone_says_that_the_job_needs_more(work: Workplace, given: boo
     attempt = [str(work.queue.claim(job))] if given else []
     place = {"JOB_COMPLETION_INDEX": "0", "GPTLOOP_RANK_HOSTS": "127.0.0.1"}
     # So a launcher ends the others.
-    assert work.start("rank", job, *attempt, log="pods.log", **place).wait() == 1
+    assert work.start("rank", job, *attempt, log="pods.log", **place).wait() == 3
     record = work.record(job)
     assert (record.state, record.reason) == (JobState.FAILED, "The job has world_size 2, but 1 rank was started.")
 
