@@ -247,7 +247,6 @@ class AttemptWorker(Worker):
 
     def run_maintenance_tasks(self) -> None:
         """Cleans RQ's registries, if they contain nothing that RQ cannot read."""
-        self._patiently(self._attempts.drop_foreign)
         try:
             self._patiently(super().run_maintenance_tasks)
         except _UNREADABLE as error:
@@ -262,6 +261,7 @@ class AttemptWorker(Worker):
         """
         while True:
             self._patiently(lambda: self.set_state(WorkerStatus.BUSY))
+            self._patiently(self._attempts.drop_foreign)
             if taken := self._patiently(self._runner.take):
                 if job := self._patiently(lambda: self._attempts.fetch(*taken)):
                     return job, self._attempts.rq

@@ -122,6 +122,7 @@ def test_disk_says_what_takes_how_much_and_what_makes_it_less(registry: Registry
         "prepared text",
         "jobs",
         "logs",
+        "copies of the registry",
         "compiled",
         "other",
     ]
