@@ -227,7 +227,7 @@ def test_all_ranks_stop_after_the_same_step_and_go_on_with_another_world_size(tm
         *("report 1", "report 5", "save 5"),
         *("report 10", "checkpoint 10", "report 12", "checkpoint 12"),
     ]
-    assert second["lines"] == [] and first["pauses"] == second["pauses"] == [5, 5, 10, 12]
+    assert second["lines"] == [] and first["pauses"] == second["pauses"] == [5, 9, 5, 10, 12]
     for what in ("stopped", "interrupted", "end"):
         assert first[what] == second[what]
     alone = Rank(tmp_path)
