@@ -9,6 +9,7 @@ import pytest
 from tests.deploy.manifests import BASE, KUBERNETES, named, read, selects, workloads
 from tests.pages import rows
 from trainer_service.ranks.place import DEFAULT_PORT, HOSTS_VARIABLE, INDEX_VARIABLE, find_place
+from trainer_service.ranks.rank import FAILED_CODE
 from trainer_service.ranks.watchdog import EXIT_CODE
 
 JOBSET = read(KUBERNETES / "jobset/base/jobset.yaml")[0]
@@ -96,12 +97,12 @@ def test_ranks_start_whenever_the_cluster_starts_them() -> None:
 def test_a_rank_that_another_attempt_follows_does_not_fail_its_job() -> None:
     for jobset in (JOBSET, RUNTIME):
         failed, moved = job(jobset)["template"]["spec"]["podFailurePolicy"]["rules"]
-        assert failed["onExitCodes"]["values"] == [1] != [EXIT_CODE]
+        assert failed["onExitCodes"]["values"] == [FAILED_CODE] != [EXIT_CODE]
         assert failed["onExitCodes"]["containerName"] == pod(jobset)["containers"][0]["name"]
         assert moved["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
         rules = jobset["spec"]["failurePolicy"]["rules"]
         # What Kubernetes writes if a rule of a Job matches an exit code, or a condition.
-        by_code = "Container rank for pod gptloop/x failed with exit code 1 matching FailJob rule at index 0"
+        by_code = "Container rank for pod gptloop/x failed with exit code 3 matching FailJob rule at index 0"
         by_condition = "Pod gptloop/x has condition DisruptionTarget matching FailJob rule at index 1"
         actions = [_action(rules, message) for message in (by_code, by_condition)]
         assert actions == ["FailJobSet", "RestartJobSetAndIgnoreMaxRestarts"]

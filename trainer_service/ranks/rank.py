@@ -32,7 +32,7 @@ from trainer_service.settings import TrainerSettings, read_settings
 logger = logging.getLogger(__name__)
 
 # The exit code if the job has failed. NCCL ends a process that has lost a peer with the code 1.
-_FAILED_CODE = 3
+FAILED_CODE = 3
 # `PR_SET_PDEATHSIG` of prctl(2).
 _PARENT_DEATH_SIGNAL = 1
 
@@ -64,7 +64,7 @@ def run_rank(job: str, attempt: int | None) -> int:
     except GptloopError as error:
         logger.error("%s", error)
         _tell(str(error))
-        code = EXIT_CODE if isinstance(error, Unavailable) else _FAILED_CODE
+        code = EXIT_CODE if isinstance(error, Unavailable) else FAILED_CODE
     except Exception as error:
         logger.exception("the rank failed")
         _tell(f"{type(error).__name__}: {shown(error, 200)}")
@@ -105,7 +105,7 @@ def _lead(place: Place, settings: TrainerSettings, job: str, given: int | None, 
 
 
 def _code_of(queue: JobQueue, job: str) -> int:
-    codes = {JobState.FINISHED: 0, JobState.CANCELLED: 0, JobState.FAILED: _FAILED_CODE}
+    codes = {JobState.FINISHED: 0, JobState.CANCELLED: 0, JobState.FAILED: FAILED_CODE}
     return codes.get(queue.store.get(job).state, EXIT_CODE)
 
 
