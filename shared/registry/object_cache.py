@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from shared.registry.commit import locked, sync
+from shared.registry.commit import is_locked, locked, sync
 from shared.registry.numbering import children
 from shared.registry.staging import Staging
 from shared.registry.store import StoreFailed
@@ -105,21 +105,11 @@ class ObjectCache:
             for path in sorted(copies, key=lambda each: each.stat().st_mtime):
                 if total <= self._limit_bytes:
                     return
-                if not self._is_held(path.name):
+                if not is_locked(self._lock(path.name, "held")):
                     self._staging.remove(path)
                     for kind in ("held", "filling"):
                         self._lock(path.name, kind).unlink(missing_ok=True)
                     total -= sizes[path]
-
-    def _is_held(self, id: str) -> bool:
-        descriptor = os.open(self._lock(id, "held"), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
 
     def _lock(self, id: str, kind: str) -> Path:
         folder = self._root / "locks"

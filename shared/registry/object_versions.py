@@ -22,7 +22,7 @@ from shared.registry.object_files import ABANDONED_S, ObjectFiles, ObjectFolder,
 from shared.registry.object_runs import HIDDEN_S, ObjectRuns, given_numbers, without
 
 _PARENT = "versions"
-# So many versions are worth a file.
+# From this number of versions on, what is known of them is kept in a file.
 _MANY = 100
 # A version whose object cannot be understood.
 _UNREADABLE = {"id": "", "manifest": "", "size_bytes": 0, "at": 0.0}
