@@ -13,8 +13,6 @@ from shared.service import cli
 from tests.end_to_end.conftest import Result, System, children
 from tests.soak.kills import Target, damages, programs, soak, with_training
 
-# Their steps wait for one another, and so for the scheduler of a busy machine.
-_STEPS_PER_KILL = 20
 # What two ranks add in another order than one may differ by this, relative to the largest number of an array.
 _TOLERANCE = 1e-4
 
@@ -68,7 +66,7 @@ def main(
     kills: Annotated[int, typer.Option(min=1, help="The number of kills.")] = 30,
     seed: Annotated[int | None, typer.Option(help="Seed of the targets and the steps; random by default.")] = None,
 ) -> None:
-    if soak(kills, seed, check, TARGETS, _STEPS_PER_KILL, world_size="2", evaluation_interval="10"):
+    if soak(kills, seed, check, TARGETS, world_size="2", evaluation_interval="10"):
         raise typer.Exit(1)
     print("Nothing was lost, and the end of the run is that of the uninterrupted run within the tolerance.")
 
