@@ -177,7 +177,7 @@ class TrainingRun:
         return completed
 
     def _build(self, workers: Workers) -> Trainer:
-        text = TrainingText(self._data.train, self._data.teacher)
+        text = TrainingText(self._data.train, self._data.tokenizer.end_token, self._data.teacher)
         trainer = Trainer(self._spec.config, text, workers, self._read_teachers(), self._ranks)
         self._restore(trainer)
         return trainer

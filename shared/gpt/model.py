@@ -28,7 +28,14 @@ class Dropout(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Any shape to the same shape."""
-        return dropout(x, self.rate) if self.training and self.rate > 0 else x
+        return self._drop(x, x.shape)
+
+    def vectors(self, x: mx.array) -> mx.array:
+        """(..., D) to the same shape; the D numbers of a vector are kept or set to zero together."""
+        return self._drop(x, (*x.shape[:-1], 1))
+
+    def _drop(self, x: mx.array, shape: Sequence[int]) -> mx.array:
+        return dropout(x, self.rate, shape) if self.training and self.rate > 0 else x
 
 
 class Attention(nn.Module):
@@ -87,7 +94,9 @@ class GPT(nn.Module):
     """The whole model.
 
     Weights start as in GPT-2: N(0, 0.02), and N(0, 0.02 / sqrt(2 layers)) for projections to the residual stream.
-    Dropout applies to the embeddings and to the outputs of attention and feed-forward, not to attention probabilities.
+    Dropout applies to the embeddings, to the outputs of attention and feed-forward, and in attention to whole values: in
+    each head, all queries of a row miss the same ones. For one query this is dropout of its attention weights, as in
+    GPT-2, but it stays outside the attention, so that every backend can fuse that.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -129,7 +138,7 @@ class GPT(nn.Module):
         scale = self.config.head_width**-0.5
 
         def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-            return causal_attention(q, k, v, scale)
+            return causal_attention(q, k, self.dropout.vectors(v), scale)
 
         return self.through_blocks(self.embed(tokens, mx.arange(tokens.shape[1])), [attend] * self.config.layers)
 

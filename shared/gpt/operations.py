@@ -7,6 +7,7 @@ Shapes: B rows, H heads, T tokens, S keys, K queries of a block, D head width.
 """
 
 import math
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -89,13 +90,14 @@ def add_norm(x: mx.array, delta: mx.array, norm: nn.LayerNorm) -> tuple[mx.array
     return total, normed
 
 
-def dropout(x: mx.array, rate: float) -> mx.array:
-    """Sets a random share `rate` of the numbers to zero and divides the others by 1 - rate."""
+def dropout(x: mx.array, rate: float, shape: Sequence[int]) -> mx.array:
+    """Sets a random share `rate` of the numbers to zero and divides the others by 1 - rate; draws a number for each
+    element of `shape`, which broadcasts to `x`."""
     if on_cpu():
-        drawn = _random_24_bits(x.size).reshape(x.shape)
+        drawn = _random_24_bits(math.prod(shape)).reshape(shape)
         kept = (drawn >= round(rate * 2**24)).astype(mx.float32)
     else:
-        kept = mx.random.bernoulli(1 - rate, x.shape)
+        kept = mx.random.bernoulli(1 - rate, shape)
     result: mx.array = x * kept * (1 / (1 - rate))
     return result
 

@@ -49,7 +49,7 @@ def measure_steps(config: TrainingConfig, device: Accelerator, *, timed: bool) -
         config.vocabulary_size, size=max(_TEXT_TOKENS, config.context_length + 1), dtype=np.uint16
     )
     with Workers(device.threads) as workers:
-        trainer = Trainer(config, TrainingText(text), workers)
+        trainer = Trainer(config, TrainingText(text, end_token=0), workers)
         moments: Any = tree_flatten(trainer.optimizer.state)
         optimizer_bytes = sum(array.nbytes for _, array in moments)
         del moments

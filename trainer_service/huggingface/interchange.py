@@ -68,7 +68,7 @@ def import_folder(
     # Only one batch of the training text is needed.
     one_batch = replace(config, max_train_tokens=config.tokens_per_step + 1)
     prepared = prepare(data, one_batch, settings.directories.data, report, tokenizer)
-    trainer = Trainer(config, TrainingText(prepared.train), workers)
+    trainer = Trainer(config, TrainingText(prepared.train, tokenizer.end_token), workers)
     trainer.model.load_weights(list(parameters_of(model).items()))
     report("measuring the loss", None)
     training_set, evaluation_set = (

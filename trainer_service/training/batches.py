@@ -1,4 +1,4 @@
-"""Draws the windows of text that a step reads: a pure function of the seed and the step.
+"""The windows of text that a step reads: a pure function of the seed and the step.
 
 Shapes: B rows, T tokens of context, N tokens of text, M of a teacher's text.
 """
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trainer_service.training.document_order import DocumentOrder
 
 Tokens = NDArray[np.uint16]
 
@@ -21,9 +23,11 @@ class TeacherText:
 
 @dataclass(frozen=True)
 class TrainingText:
-    """What a run reads: (N,) tokens, more than a window has, and text of a teacher that is mixed with them."""
+    """What a run reads: (N,) tokens, more than a window has, with the same end token after every document, and text of
+    a teacher that is mixed with them."""
 
     tokens: Tokens
+    end_token: int
     teacher: TeacherText | None = None
 
 
@@ -45,27 +49,40 @@ class Batch:
         return Batch(self.inputs[rows], self.targets[rows], None if self.weights is None else self.weights[rows])
 
 
-def batch(
-    text: TrainingText, *, seed: int, step: int, rows: int, context_length: int, teacher_share: float = 0.0
-) -> Batch:
-    """Returns the batch of a step: windows that start anywhere in the text, each with the probability `teacher_share`
-    in that of the teacher, if there is one. Philox, keyed with the seed and the step, draws where they start."""
-    generator = np.random.Generator(np.random.Philox(key=[seed, step]))
-    starts = generator.integers(0, text.tokens.size - context_length, size=rows)
-    teacher = text.teacher
-    if teacher is None:
-        windows = np.stack([text.tokens[start : start + context_length + 1] for start in starts])  # (B, T+1)
-        return _batch(windows, None)
-    from_teacher = generator.random(rows) < teacher_share  # (B,)
-    starts = np.where(from_teacher, generator.integers(0, teacher.tokens.size - context_length, size=rows), starts)
-    spans = [slice(start, start + context_length + 1) for start in starts]
-    chosen = list(zip(spans, from_teacher, strict=True))
-    windows = np.stack([(teacher if taught else text).tokens[span] for span, taught in chosen])  # (B, T+1)
-    if teacher.counted is None:
-        return _batch(windows, None)
-    every = np.ones(context_length + 1, np.bool_)
-    counted = np.stack([teacher.counted[span] if taught else every for span, taught in chosen])  # (B, T+1)
-    return _batch(windows, counted)
+class Batches:
+    """The batches of a run: a pure function of the text, the seed, the number of rows and the step.
+
+    The windows of the text and those of the teacher's are each read in the order of `DocumentOrder`. Of all windows,
+    the share `teacher_share` is the teacher's, evenly spread, if there is one.
+    """
+
+    def __init__(
+        self, text: TrainingText, *, seed: int, rows: int, context_length: int, teacher_share: float = 0.0
+    ) -> None:
+        self._text = text
+        self._rows = rows
+        self._share = teacher_share if text.teacher else 0.0
+        self._order = DocumentOrder(text.tokens, text.end_token, context_length, (seed, 0))
+        if text.teacher:
+            self._teacher_order = DocumentOrder(text.teacher.tokens, text.end_token, context_length, (seed, 1))
+
+    def at(self, step: int) -> Batch:
+        """Returns the batch of a step, counted from 0."""
+        windows = np.arange(step * self._rows, (step + 1) * self._rows)  # (B,)
+        teacher = self._text.teacher
+        if teacher is None:
+            return _batch(self._text.tokens[self._order.positions(windows)], None)
+        before, after = (np.floor(numbers * self._share).astype(np.int64) for numbers in (windows, windows + 1))
+        taught = after > before  # (B,)
+        own = self._order.positions((windows - before)[~taught])
+        others = self._teacher_order.positions(before[taught])
+        tokens = np.empty((self._rows, own.shape[1]), np.uint16)  # (B, T+1)
+        tokens[~taught], tokens[taught] = self._text.tokens[own], teacher.tokens[others]
+        if teacher.counted is None:
+            return _batch(tokens, None)
+        counted = np.ones(tokens.shape, np.bool_)
+        counted[taught] = teacher.counted[others]
+        return _batch(tokens, counted)
 
 
 def _batch(windows: Tokens, counted: NDArray[np.bool_] | None) -> Batch:

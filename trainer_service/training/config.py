@@ -50,6 +50,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "distillation_temperature": (0.05, 20),
     "teacher_share": (0, 1),
 }
+_CHOICES = {"tokenizer": ("gpt2", "bpe"), "schedule": ("cosine", "wsd"), "optimizer": ("adamw", "muon")}
 # Gradients that are clipped below this range vanish beside AdamW's epsilon.
 _GRADIENT_NORMS = (1e-3, 1e9)
 
@@ -86,6 +87,8 @@ class TrainingConfig:
     # run continues a version with a new schedule.
     schedule_start: int = 0
     schedule_start_ratio: float = 0.0
+    # "adamw" for all parameters, or "muon" for the matrices of the blocks and AdamW for the others.
+    optimizer: str = "adamw"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -132,16 +135,15 @@ class TrainingConfig:
                 f"weight_decay is {self.weight_decay} with a learning_rate of {self.learning_rate}, but their product "
                 "must be below 1: a step shrinks each weight by that share."
             )
-        if self.tokenizer not in ("gpt2", "bpe"):
-            raise InvalidArgument(f"tokenizer is {shown(self.tokenizer)}, but must be gpt2 or bpe.")
         if self.tokenizer == "gpt2" and self.vocabulary_size != 50257:
             raise InvalidArgument(f"GPT-2's tokenizer has 50257 tokens, but vocabulary_size is {self.vocabulary_size}.")
         if self.tokenizer == "bpe" and not 257 <= self.vocabulary_size <= 65536:
             raise InvalidArgument(
                 f"vocabulary_size is {self.vocabulary_size}, but a byte-level BPE has from 257 to 65536 tokens."
             )
-        if self.schedule not in ("cosine", "wsd"):
-            raise InvalidArgument(f"schedule is {shown(self.schedule)}, but must be cosine or wsd.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InvalidArgument(f"{name} is {shown(getattr(self, name))}, but must be {' or '.join(choices)}.")
         if not 0 <= self.schedule_start < self.max_steps:
             raise InvalidArgument(
                 f"schedule_start is {shown(self.schedule_start)}, but must be at least 0 and less than max_steps, "

@@ -21,10 +21,10 @@ from shared.gpt.model import GPT, parameters_of
 from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
 from shared.version_format import MODEL_FILE, OPTIMIZER_FILE, POSITION_FILE
-from trainer_service.training.batches import Batch, TrainingText, batch
+from trainer_service.training.batches import Batch, Batches, TrainingText
 from trainer_service.training.config import TrainingConfig, micro_batches
 from trainer_service.training.loss import Distillation, mean_loss
-from trainer_service.training.optimizer import AdamW
+from trainer_service.training.optimizer import Optimizer
 from trainer_service.training.ranks import Ranks
 from trainer_service.training.workers import Workers
 
@@ -72,10 +72,17 @@ class Trainer:
         self.evaluated_step = 0
         self.best_validation_loss: float | None = None
         self._text = text
+        self._batches = Batches(
+            text,
+            seed=config.seed,
+            rows=config.batch_size,
+            context_length=config.context_length,
+            teacher_share=config.teacher_share,
+        )
         self._distillation = _distillation(config, teachers)
         mx.random.seed(config.seed)
         self.model = GPT(config.gpt)
-        self.optimizer = AdamW(config, self.model.trainable_parameters())
+        self.optimizer = Optimizer(config, self.model.trainable_parameters())
         mx.eval(self.model.parameters(), self.optimizer.state)
         self._start()
 
@@ -109,14 +116,7 @@ class Trainer:
         `stop` is the wish of this rank that all stop; see `all_stop`.
         """
         config = self.config
-        drawn = batch(
-            self._text,
-            seed=config.seed,
-            step=self.step,
-            rows=config.batch_size,
-            context_length=config.context_length,
-            teacher_share=config.teacher_share,
-        )
+        drawn = self._batches.at(self.step)
         weights = self.model.trainable_parameters()
 
         first, end = self.ranks.rows(config.batch_size)

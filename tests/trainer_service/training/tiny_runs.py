@@ -31,9 +31,10 @@ def tiny(**values: object) -> TrainingConfig:
 
 
 TOKENS = (np.arange(5000) * 7 % 300).astype(np.uint16)
-TEXT = TrainingText(TOKENS)
+END = 0
+TEXT = TrainingText(TOKENS, END)
 # A text of a teacher, of which two thirds count.
-MIXTURE = TrainingText(TOKENS, TeacherText(TOKENS[::-1], np.arange(5000) % 3 > 0))
+MIXTURE = TrainingText(TOKENS, END, TeacherText(TOKENS[::-1], np.arange(5000) % 3 > 0))
 
 
 def teachers(count: int, dropout: float = 0.5) -> list[GPT]:
