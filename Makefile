@@ -23,7 +23,7 @@ GENERATED := inference/v1/inference training/v1/training
 PROTOC = $(RUN) grpc_tools.protoc -Ishared/pb=proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
   $(GENERATED:%=shared/pb/%.proto)
 
-TARGETS := help demo up down status service train distill eval stories runs history jobs watch cancel data checkpoints verify disk \
+TARGETS := help demo up down status service train sweep distill eval stories runs history jobs watch cancel data checkpoints verify disk \
   prune backup restore import export generate chat info test bench bench-serve soak soak-serve soak-swap soak-replicas \
   soak-ranks fuzz check fix proto lock
 .PHONY: $(TARGETS)
@@ -57,6 +57,9 @@ service: $(VENV) ## Let launchd or systemd keep the processes running: ACTION=in
 
 train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" NAME= NOTES= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) train
+
+sweep: $(VENV) ## Try a grid of values: TRY="learning_rate=1e-3,3e-3 dropout=0,0.1" PRESET= DATASET= SET= NAME= RUNGS=3 KEEP=1/3 FOLLOW=0
+	$(COMMAND) sweep
 
 distill: $(VENV) ## Teach and judge: TEACHER="3 7" or GENERATIONS= or STORIES=<name>; PRESET= RESUME=<version> PROMOTE=1 FORCE=1 SET= …
 	$(COMMAND) distill

@@ -6,7 +6,7 @@ from tests.registries import disk_registry
 from trainer_service.jobs.events import Event, JobState, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest
-from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
+from trainer_service.jobs.specs import EvaluateSpec, PrepareSpec, TrainSpec
 from trainer_service.text.corpus import DatasetSpec
 
 EVALUATION = EvaluateSpec("best", DatasetSpec(()))
@@ -16,6 +16,11 @@ def training(tmp_path: Path, name: str = "", notes: str = "", needs: str = "", *
     """Returns a run on the built-in stories."""
     request = TrainRequest(overrides={"max_steps": "7"} | overrides, name=name, notes=notes, needs=needs)
     return request.resolve(disk_registry(tmp_path / "registry"))
+
+
+def preparation(spec: TrainSpec) -> PrepareSpec:
+    """Returns the job that prepares the tokens of a run."""
+    return PrepareSpec(**{name: value for name, value in vars(spec).items() if name != "until"})
 
 
 def start(queue: JobQueue, job: str, attempt: int = 1) -> None:

@@ -14,12 +14,15 @@ from typing import Annotated
 import typer
 
 from shared.service import cli, logs, traces
-from trainer_service.commands import backup, distill, evaluation, history, jobs, registry, stories
+from trainer_service.commands import backup, distill, evaluation, history, jobs, registry, stories, sweep
 from trainer_service.commands.options import settings
 from trainer_service.redis_server import run
 
 app = cli.new_app(__doc__)
-for group in (jobs.app, distill.app, evaluation.app, stories.app, history.app, registry.app, backup.app):
+for group in (
+    *(jobs.app, sweep.app, distill.app, evaluation.app),
+    *(stories.app, history.app, registry.app, backup.app),
+):
     app.add_typer(group)
 
 

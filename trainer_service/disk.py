@@ -38,7 +38,7 @@ def usage(directories: Directories) -> list[Usage]:
             "`gptloop prune`, GPTLOOP_KEEP_STATES, GPTLOOP_KEEP_RUNS, GPTLOOP_KEEP_BYTES",
         ),
         ("evaluations", registry / "evaluations", "removed with their versions"),
-        ("reports", directories.reports, "you can remove them; `gptloop eval` writes them again"),
+        ("reports", directories.reports, "you can remove them; `gptloop eval` and `gptloop sweep` write them again"),
         ("stories", directories.data / "stories", "a large teacher was paid for them: nothing removes them"),
         ("judgements", directories.data / "judgements", "a large teacher was paid for them: nothing removes them"),
         ("prepared text", directories.data, "removed after 30 days without use; prepared again if it is missing"),

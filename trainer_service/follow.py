@@ -140,6 +140,8 @@ def describe_job(record: JobRecord) -> str:
 
 def _describe_wait(record: JobRecord) -> str:
     """Describes what a queued job waits for; `_WAITING` if that is the next free worker."""
+    if record.is_suspended:
+        return "waiting for its sweep"
     wait = f"waiting for {record.awaited}, and none is alive" if record.awaited else _WAITING
     return f"{wait}: {describe_ahead(record.ahead)}" if record.ahead else wait
 

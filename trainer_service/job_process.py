@@ -22,7 +22,7 @@ from shared.errors import (
 from shared.registry.store import StoreFailed
 from shared.service import logs, traces
 from shared.service.log_ids import about
-from trainer_service.jobs.attempt import Attempt, Paused, Stopped
+from trainer_service.jobs.attempt import Attempt, Paused, Stopped, Suspended
 from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.local_files import require_same
 from trainer_service.jobs.queue import JobQueue
@@ -161,6 +161,8 @@ def work_on(assignment: Assignment) -> None:
         completed = _work(queue.store.get(job_id), given, assignment.join)
     except Paused as paused:
         end = partial(queue.pause, job_id, attempt, paused.until, str(paused))
+    except Suspended as suspended:
+        end = partial(queue.suspend, job_id, attempt, suspended.evaluation)
     except RunOwnershipLost as error:
         # The process that owns the run now reports how it continues.
         logger.warning("job %s: %s", job_id, error)

@@ -95,7 +95,7 @@ class CallMetrics:
 def _queued(waiting: Sequence[JobRecord]) -> Iterator[GaugeMetricFamily]:
     yield GaugeMetricFamily(
         "gptloop_training_queue_depth",
-        "Jobs that wait for a worker, for others or for their next attempt.",
+        "Jobs that wait for a worker, for others, for their next attempt or at a rung of their sweep.",
         value=len(waiting),
     )
     yield GaugeMetricFamily(

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shared.device import accelerator
 from shared.device.machine import memory_limit_bytes
@@ -23,7 +23,7 @@ from shared.version_format import TEXT_FILE, TOKENIZER_FILE, read_model, read_to
 from trainer_service.evaluation.due import DueEvaluations
 from trainer_service.evaluation.judge import Judge
 from trainer_service.evaluation.texts import Texts, read_texts
-from trainer_service.jobs.attempt import Attempt, preparation_report
+from trainer_service.jobs.attempt import Attempt, Suspended, preparation_report
 from trainer_service.jobs.events import Evaluation, Notice, Preparation, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.specs import RunSpec, TrainSpec
 from trainer_service.ranks.together import lead, together
@@ -138,12 +138,16 @@ class TrainingRun:
             raise
 
     def train(self) -> bool:
-        """Trains; returns True at the end of the schedule, and False if the attempt had to end before."""
+        """Trains; returns True at the end of the schedule, and False if the attempt had to end before.
+
+        Raises `Suspended` at the step at which the job waits.
+        """
         config, attempt = self._spec.config, self._attempt
         with Workers(attempt.device.threads) as workers:
             self._emit(Preparation("building the model"))
             trainer = together(self._ranks, lambda _: self._build(workers), attempt.stop_requested)
-            self._history = self._registry.histories.writer(self._fence, trainer.step, self._published(trainer))
+            self._evaluated = self._published(trainer)
+            self._history = self._registry.histories.writer(self._fence, trainer.step, self._evaluated)
             self._history_fails = False
             self._record()
             parameters = count_parameters(config.gpt)
@@ -171,7 +175,11 @@ class TrainingRun:
                 self._due.measure()
             with traces.span("train", {"gptloop.first_step": trainer.step + 1}), Watchdog() as watchdog:
                 stop_requested = watchdog.watched(attempt.stop_requested) if count > 1 else attempt.stop_requested
-                completed = train(trainer, self._evaluation_set, self, stop_requested, watchdog.pause)
+                completed = train(
+                    trainer, self._evaluation_set, self, stop_requested, watchdog.pause, self._spec.last_step
+                )
+            if completed and trainer.step < config.max_steps:
+                self._suspend(trainer)
             if completed:
                 self._end()
         return completed
@@ -275,7 +283,8 @@ class TrainingRun:
         if version is not None:
             traces.mark({"gptloop.version": version})
         at, attempt = time.time(), self._attempt.number
-        self._record(EvaluationLine(trainer.step, trainer.tokens, loss, bits, version, at, attempt))
+        self._evaluated = EvaluationLine(trainer.step, trainer.tokens, loss, bits, version, at, attempt)
+        self._record(self._evaluated)
         self._prune()
         if self._due:
             self._due.measure()
@@ -303,6 +312,13 @@ class TrainingRun:
             self._history_fails = True
         else:
             self._history_fails = False
+
+    def _suspend(self, trainer: Trainer) -> NoReturn:
+        self._record(synced=True)
+        # The step at which a job waits is a multiple of `evaluation_interval`.
+        assert self._evaluated is not None and self._evaluated.step == trainer.step
+        loss, bits = self._evaluated.validation_loss, self._evaluated.bits_per_byte
+        raise Suspended(Evaluation(trainer.step, trainer.training_loss, loss, bits))
 
     def _end(self) -> None:
         self._record(synced=True)

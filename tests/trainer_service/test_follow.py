@@ -152,6 +152,15 @@ def test_a_waiting_job_shows_which_worker_it_waits_for(queue: JobQueue, job: str
     followed.join(20)
 
 
+def test_a_job_that_waits_at_its_step_waits_for_its_sweep(queue: JobQueue, job: str, tmp_path: Path) -> None:
+    suspended = queue.enqueue(replace(training(tmp_path), until=3)).id
+    start(queue, suspended)
+    queue.suspend(suspended, 1, Evaluation(3, 2.0, 1.9, 0.9))
+    record = queue.store.get(suspended)
+    assert (record.ahead, record.awaited) == (None, "") and follow_module.describe_job(record) == "Waits at step 3."
+    assert follow_module._describe_wait(record) == "waiting for its sweep"
+
+
 def test_the_result_of_an_evaluation_is_one_line_with_version_and_text() -> None:
     measured = Evaluation(1200, None, 1.234, 0.456, version=7, windows=1000, text="letters.txt")
     assert follow_module.describe(measured) == (

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from shared.errors import FailedPrecondition, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
+from shared.gpt.weights import load_arrays
 from shared.registry.decisions import BestBy
 from shared.registry.history import HistoryWriter, Line
 from shared.registry.registry import Checkpoint, Registry
@@ -20,8 +22,8 @@ from tests.records import write_record
 from tests.registries import state_folder, version_folder
 from tests.trainer_service.site import Site
 from trainer_service.evaluation.job import evaluate_version
-from trainer_service.jobs.attempt import Stopped
-from trainer_service.jobs.events import Notice, Progress, VersionPublished
+from trainer_service.jobs.attempt import Stopped, Suspended
+from trainer_service.jobs.events import Evaluation, Notice, Progress, VersionPublished
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
 from trainer_service.run import TrainingRun
@@ -298,6 +300,56 @@ def test_a_state_that_is_damaged_costs_the_steps_since_the_one_before(site: Site
     assert site.train(spec)
     assert any("An older state is used." in notice.text for notice in site.all_told(Notice))
     assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+
+
+def arrays(site: Site, run: str, step: int) -> dict[str, bytes]:
+    folder = state_folder(site.registry, run, step)
+    files = (folder / name for name in ("model.safetensors", "optimizer.safetensors"))
+    return {
+        f"{path.stem}/{name}": np.array(array).tobytes() for path in files for name, array in load_arrays(path).items()
+    }
+
+
+def to_step(site: Site, spec: TrainSpec, until: int, number: int = 1) -> Evaluation:
+    """Trains an attempt that comes to the step at which its job waits."""
+    with pytest.raises(Suspended) as suspended:
+        TrainingRun(replace(spec, until=until), replace(site.attempt(), number=number)).train()
+    return suspended.value.evaluation
+
+
+def test_a_run_that_waits_at_steps_ends_with_the_same_bits_as_one_that_does_not(site: Site) -> None:
+    whole, stepwise = (site.spec(dropout="0.1") for _ in range(2))
+    assert site.train(whole)
+    published = {version.step: version for version in site.registry.versions()}
+    for number, step in enumerate((3, 6), start=1):
+        evaluation = to_step(site, stepwise, step, number)
+        assert (evaluation.step, evaluation.validation_loss) == (step, published[step].validation_loss)
+        assert site.registry.states(stepwise.run)[-1] == step and not site.registry.has_ended(stepwise.run)
+        assert arrays(site, stepwise.run, step).keys()
+    assert TrainingRun(replace(stepwise, until=9), replace(site.attempt(), number=3)).train()
+    assert site.registry.has_ended(stepwise.run)
+    assert arrays(site, stepwise.run, 9) == arrays(site, whole.run, 9)
+    evaluations = [site.registry.histories.read(spec.run).evaluations for spec in (whole, stepwise)]
+    losses = [[(each.step, each.validation_loss) for each in lines] for lines in evaluations]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_dies_at_its_step_is_evaluated_once_and_tells_its_loss(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = site.spec()
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainingRun, "_suspend", die)
+        TrainingRun(replace(spec, until=3), site.attempt()).train()
+    site.told.clear()
+    evaluation = to_step(site, spec, 3, number=2)
+    (version,) = site.registry.versions()
+    assert (evaluation.step, evaluation.validation_loss) == (3, version.validation_loss)
+    assert site.all_told(Progress) == [] and site.all_told(VersionPublished) == []
 
 
 class Killed(BaseException):

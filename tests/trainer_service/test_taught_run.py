@@ -15,12 +15,13 @@ from shared.registry.manifest import TeacherRecord, VersionManifest
 from shared.registry.registry import Checkpoint
 from shared.registry.retention import Retention, prune
 from shared.registry.teachers import Teachers
+from tests.jobs import preparation
 from tests.registries import run_folder, state_folder
 from tests.trainer_service.site import TINY_RUN, Site
 from trainer_service.jobs.attempt import Stopped
 from trainer_service.jobs.events import Notice
 from trainer_service.jobs.requests import TrainRequest
-from trainer_service.jobs.specs import PrepareSpec, Teacher, TrainSpec
+from trainer_service.jobs.specs import Teacher, TrainSpec
 from trainer_service.run import TrainingRun, prepare_data
 
 pytestmark = pytest.mark.slow
@@ -152,7 +153,7 @@ def test_a_student_takes_the_tokenizer_of_its_teachers(site: Site) -> None:
     request = TrainRequest(teachers=("latest",), dataset=(site.other_text,), overrides=TINY_RUN, force=True)
     spec = request.resolve(site.registry)
     assert spec.config.vocabulary_size == 300
-    prepared = prepare_data(PrepareSpec(**vars(spec)), site.attempt())
+    prepared = prepare_data(preparation(spec), site.attempt())
     assert prepared.tokenizer.digest == site.registry.version(3).tokenizer_digest
     begin(site, spec)
     assert site.train(spec)

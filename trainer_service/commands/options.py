@@ -60,7 +60,7 @@ FollowOption = Annotated[bool, typer.Option("--follow/--no-follow", help="Follow
 
 
 # A plan takes the speed and the size of text from the newest jobs.
-_JOBS_TO_LEARN_FROM = 200
+JOBS_TO_LEARN_FROM = 200
 
 
 def settings() -> TrainerSettings:
@@ -103,7 +103,7 @@ def enqueue_job(request: JobRequest, queue: JobQueue, registry: Registry, storie
     data = settings().directories.data
     spec = on_this_machine(request.resolve(registry), request.after, data, queue.store, stories)
     if isinstance(spec, TrainSpec):
-        earlier = islice(queue.store.jobs(), _JOBS_TO_LEARN_FROM)
+        earlier = islice(queue.store.jobs(), JOBS_TO_LEARN_FROM)
         plan = Plan.of(spec, registry, earlier, Machine.here()).lines()
     record = submit(spec, queue, registry, request.after)
     print(f"job {record.id} queued: {spec.kind.value} {spec.run}", *plan, sep="\n", flush=True)

@@ -11,7 +11,7 @@ from shared.registry.registry import Registry
 from shared.registry.retention import Retention
 from shared.service.settings import Directories
 from trainer_service.distillation.groq_settings import GroqSettings
-from trainer_service.jobs.events import Event, Preparation
+from trainer_service.jobs.events import Evaluation, Event, Preparation
 from trainer_service.jobs.specs import EvaluateSpec
 from trainer_service.text.shared_tokens import SharedTokens
 
@@ -61,6 +61,14 @@ class Paused(Exception):
     def __init__(self, until: float, reason: str) -> None:
         super().__init__(reason)
         self.until = until
+
+
+class Suspended(Exception):
+    """The run has come to the step at which its job waits; `evaluation` is that of this step."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        super().__init__()
+        self.evaluation = evaluation
 
 
 def preparation_report(attempt: Attempt) -> Callable[[str, float | None], None]:

@@ -276,7 +276,8 @@ class JobStore:
             return pipeline.execute(raise_on_error=False)
 
     def _with_waits(self, records: Sequence[JobRecord | None]) -> list[JobRecord | None]:
-        """Fills in `awaited` of each queued job, and `ahead`: lower tickets, and higher ones at work."""
+        """Fills in `awaited` of each queued job that is not suspended, and `ahead`: lower tickets, and higher ones at
+        work."""
         offers = self.workers.offers()
         with reachable(self.redis):
             listed: Any = self.redis.zrange(self.keys.open, 0, -1, withscores=True)
@@ -292,7 +293,7 @@ class JobStore:
                 ahead=bisect_left(tickets, record.ticket) + len(working) - bisect_right(working, record.ticket),
                 awaited=awaited_worker(record.needs, offers),
             )
-            if record and record.state is JobState.QUEUED
+            if record and record.state is JobState.QUEUED and not record.is_suspended
             else record
             for record in records
         ]

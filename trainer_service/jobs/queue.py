@@ -6,18 +6,19 @@ Every attempt at a job has a number, and RQ hands each attempt to a worker.
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from redis import Redis
 from redis.client import Pipeline
 
 from shared.errors import AlreadyExists, FailedPrecondition, shown
-from trainer_service.jobs.events import JobState, Preparation, RunStarted, StateChanged, TimedEvent
+from trainer_service.jobs.events import Evaluation, JobState, Preparation, RunStarted, StateChanged, TimedEvent
 from trainer_service.jobs.job_store import LEASE_S, MAX_TICKET, START_LEASE_S, JobStore, ticket_of
 from trainer_service.jobs.needs import Offer
-from trainer_service.jobs.records import Fields, JobRecord, attempt_of, last_event, number_of
+from trainer_service.jobs.records import SUSPENDED, Fields, JobRecord, attempt_of, last_event, number_of
 from trainer_service.jobs.rq_adapter import AttemptQueue
-from trainer_service.jobs.specs import Kind, Spec
+from trainer_service.jobs.specs import Kind, Spec, TrainSpec
 from trainer_service.redis_client import reachable
 
 # Delays before the next attempt after a crash; after one crash more, the job fails. The count starts again if the run
@@ -95,7 +96,7 @@ class JobQueue:
             if name == run.encode() and not never_ran:
                 raise AlreadyExists(f"The job {job_id} has a run named {shown(run)} already; choose another name.")
 
-    def cancel(self, job_id: str) -> JobRecord:
+    def cancel(self, job_id: str, reason: str = "") -> JobRecord:
         """Cancels a job: ends a queued one, and asks a running one to end.
 
         Raises `NotFound`, or `FailedPrecondition` if the job has ended.
@@ -106,7 +107,7 @@ class JobQueue:
             waiting = fields["state"] == JobState.QUEUED.value
             state = JobState.CANCELLED if waiting else JobState.CANCELLING
             pipeline.hset(self.store.keys.job(job_id), "cancel", "1")
-            self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(state))], fields)
+            self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(state, reason))], fields)
 
         if not self.store.change(job_id, None, change):
             raise FailedPrecondition(f"The job {job_id} is {self.store.get(job_id).state.value} already.")
@@ -193,6 +194,40 @@ class JobQueue:
 
         return self.store.change(job_id, attempt, change, also_watch=[self.attempts.key])
 
+    def suspend(self, job_id: str, attempt: int, evaluation: Evaluation) -> bool:
+        """Ends an attempt at a training job that has come to its step `until`; the next one follows after `extend`.
+
+        `evaluation` is that of the step, which the job then has, even if its event was lost with an earlier process.
+        """
+
+        def change(pipeline: Pipeline, fields: Fields) -> None:
+            if self._end_cancelled(pipeline, job_id, fields):
+                return
+            last = last_event(Evaluation, fields)
+            if last is None or last.step != evaluation.step:
+                self.store.add_events(pipeline, job_id, [TimedEvent(evaluation)], fields)
+            pipeline.hset(self.store.keys.job(job_id), SUSPENDED, "1")
+            self._next_attempt(pipeline, job_id, attempt, f"Waits at step {evaluation.step:,}.", None, fields)
+
+        return self.store.change(job_id, attempt, change)
+
+    def extend(self, job: JobRecord, until: int) -> None:
+        """Lets a suspended training job go on to a later step; does nothing if it goes on or has ended already."""
+        spec = job.spec
+        assert isinstance(spec, TrainSpec)
+
+        def change(pipeline: Pipeline, fields: Fields) -> None:
+            if SUSPENDED not in fields:
+                return
+            key = self.store.keys.job(job.id)
+            pipeline.hset(key, "spec", replace(spec, until=until).to_json())
+            pipeline.hdel(key, SUSPENDED)
+            event = StateChanged(JobState.QUEUED, f"Goes on to step {until:,}.")
+            self.store.add_events(pipeline, job.id, [TimedEvent(event)], fields)
+            self.attempts.insert(pipeline, job.id, job.attempt, job.ticket)
+
+        self.store.change(job.id, job.attempt, change, also_watch=[self.attempts.key])
+
     def lose(self, job_id: str, attempt: int, reason: str) -> bool:
         """Ends an attempt that crashed; the next one follows after a delay, unless the job has crashed too often."""
 
@@ -221,15 +256,16 @@ class JobQueue:
         job_id: str,
         attempt: int,
         reason: str,
-        delay_s: float,
+        delay_s: float | None,
         fields: Fields,
         until: float | None = None,
     ) -> None:
-        due: dict[Any, Any] = {"attempt": attempt + 1, "delay_s": delay_s, "until": until or ""}
+        """Ends an attempt; the next one follows after a delay, or at a time, or, without a delay, when it is sent."""
+        due: dict[Any, Any] = {"attempt": attempt + 1, "delay_s": delay_s or 0.0, "until": until or ""}
         pipeline.hset(self.store.keys.job(job_id), mapping=due)
         pipeline.delete(self.store.keys.lease(job_id))
         self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(JobState.QUEUED, reason))], fields)
-        if not delay_s and until is None:
+        if delay_s == 0 and until is None:
             self.attempts.insert(pipeline, job_id, attempt + 1, self.store.get(job_id).ticket)
 
     def _end_cancelled(self, pipeline: Pipeline, job_id: str, fields: Fields) -> bool:

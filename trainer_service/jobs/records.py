@@ -19,6 +19,8 @@ Kept = TypeVar("Kept", Preparation, RunStarted, Progress, Evaluation)
 _LATEST_S = 253402300800
 # The field that holds the evaluation with the lowest loss.
 BEST = "best"
+# The field of a job that waits until somebody extends it.
+SUSPENDED = "suspended"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class JobRecord:
     the number of jobs that come before a queued one. `awaited` names the worker that a queued job waits for if no live
     one meets its needs, as in `a worker with a GPU`, and is empty otherwise. `attempt` counts from 1; `sent` is the
     last attempt that was handed to the workers; the next one follows after `delay_s`, and not before `until` if the job
-    is paused. `after` names the jobs that must finish first. `lease` is the lease of the latest attempt.
+    is paused. `is_suspended` says that a queued job waits at its step until somebody extends it; it then has neither
+    `ahead` nor `awaited`. `after` names the jobs that must finish first. `lease` is the lease of the latest attempt.
     `stepping_since` is when the latest attempt that trains began its first step. `best` is the evaluation with the
     lowest loss.
     """
@@ -47,6 +50,7 @@ class JobRecord:
     sent: int | None
     delay_s: float
     until: float | None
+    is_suspended: bool
     lease: "Lease | None"
     enqueued_at: float | None
     started_at: float | None
@@ -99,7 +103,7 @@ class Lease:
 def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | None = None) -> JobRecord:
     """Reads the record of a job from its fields, except `ahead` and `awaited`; invalid fields are left out."""
     kind, spec, reason = None, None, fields.get("reason", "")
-    attempt = attempt_of(fields)
+    attempt, state = attempt_of(fields), state_of(fields) or JobState.FAILED
     try:
         kind = Kind(fields["kind"])
         spec = spec_from_json(kind, fields["spec"])
@@ -110,7 +114,7 @@ def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | Non
         kind=kind,
         spec=spec,
         after=tuple(fields.get("after", "").split()),
-        state=state_of(fields) or JobState.FAILED,
+        state=state,
         ticket=ticket,
         ahead=None,
         awaited="",
@@ -118,6 +122,7 @@ def read_record(job_id: str, fields: Fields, ticket: int = 0, lease: Lease | Non
         sent=attempt_of(fields, "sent"),
         delay_s=seconds_of(fields, "delay_s") or 0.0,
         until=seconds_of(fields, "until"),
+        is_suspended=state is JobState.QUEUED and SUSPENDED in fields,
         lease=lease if lease and lease.attempt == attempt else None,
         enqueued_at=seconds_of(fields, "enqueued_at"),
         started_at=seconds_of(fields, "started_at"),

@@ -100,9 +100,19 @@ class PrepareSpec(RunSpec):
 
 @dataclass(frozen=True)
 class TrainSpec(RunSpec):
-    """A job that trains a run."""
+    """A job that trains a run.
+
+    until: the step at which the job waits until somebody extends it; None: it trains to the end of its schedule.
+    """
 
     kind: ClassVar[Kind] = Kind.TRAIN
+
+    until: int | None = field(default=None, kw_only=True)
+
+    @property
+    def last_step(self) -> int:
+        """The step after which an attempt ends."""
+        return self.config.max_steps if self.until is None else min(self.until, self.config.max_steps)
 
     @property
     def wants(self) -> Needs:

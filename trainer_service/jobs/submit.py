@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from shared.errors import DataError, FailedPrecondition, NotFound
-from shared.registry.decisions import run_of
+from shared.registry.decisions import run_label, run_of
 from shared.registry.numbering import is_number
 from shared.registry.registry import Registry
 from shared.service.log_ids import with_ids
@@ -16,7 +16,7 @@ from trainer_service.jobs.job_store import JobStore
 from trainer_service.jobs.local_files import place_of, sizes_bytes
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
-from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec, StoriesSpec
+from trainer_service.jobs.specs import EvaluateSpec, RunSpec, Spec, StoriesSpec, TrainSpec
 from trainer_service.teachers import find
 from trainer_service.text.story_set import read_story_set
 
@@ -125,6 +125,8 @@ def _held_names(spec: Spec) -> list[str]:
         names = {each.version for each in spec.teachers}
         if spec.resume is not None:
             names.add(str(spec.resume))
+        if isinstance(spec, TrainSpec) and spec.until is not None:
+            names.add(run_label(spec.run))  # what it has reached, however long it waits there
     elif isinstance(spec, EvaluateSpec):
         names = {spec.version, *spec.rivals.values()}
     return sorted(name for name in names if is_number(name) or run_of(name))

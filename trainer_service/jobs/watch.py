@@ -63,7 +63,7 @@ class Watch:
 
     def _send_due(self, jobs: Sequence[JobRecord]) -> None:
         now_s = self._clock()
-        waiting = {(job.id, job.attempt): job for job in jobs if job.sent != job.attempt}
+        waiting = {(job.id, job.attempt): job for job in jobs if job.sent != job.attempt and not job.is_suspended}
         self._waiting_since_s = {name: self._waiting_since_s.get(name, now_s) for name in waiting}
         for name, job in waiting.items():
             if now_s - self._waiting_since_s[name] >= job.delay_s and self._pause_is_over(job):

@@ -29,12 +29,17 @@ class Follower:
     ranks: Ranks
 
     def train(self) -> bool:
-        """Trains as `TrainingRun` does, in whose constructor and method `train` the same waits are."""
-        attempt = self.attempt
+        """Trains as `TrainingRun` does, in whose constructor and method `train` the same waits are.
+
+        Returns whether the schedule has ended.
+        """
+        attempt, spec = self.attempt, self.spec
         data = follow(self.ranks, self._prepare, attempt.stop_requested)
         with Workers(attempt.device.threads) as workers, Watchdog() as watchdog:
             trainer = together(self.ranks, lambda _: self._build(data, workers), attempt.stop_requested)
-            return train(trainer, None, None, watchdog.watched(attempt.stop_requested), watchdog.pause)
+            stop_requested = watchdog.watched(attempt.stop_requested)
+            completed = train(trainer, None, None, stop_requested, watchdog.pause, spec.last_step)
+        return completed and trainer.step == spec.config.max_steps
 
     def _prepare(self, revision: str, must_end: Callable[[], bool]) -> PreparedData:
         data = prepare_data(self.spec, replace(self.attempt, stop_requested=must_end))

@@ -39,9 +39,10 @@ def train(
     observer: Observer | None,
     stop_requested: Callable[[], bool],
     pause: Callable[[], AbstractContextManager[object]] = nullcontext,
+    until: int | None = None,
 ) -> bool:
-    """Runs to the end of the schedule and returns True, or to the end of the step after which `stop_requested` returns
-    True, and returns False.
+    """Runs to the step `until`, by default the end of the schedule, and returns True, or to the end of the step after
+    which `stop_requested` returns True, and returns False.
 
     All ranks of a run call it. Only the first has an observer and an evaluation set: it evaluates and writes, and the
     others wait, all of them inside a `pause`. Evaluating takes a third of a step for as many rows, so sharing it would
@@ -52,6 +53,7 @@ def train(
     lost, `Unavailable` if the ranks have come to differ, and `FailedPrecondition` if they do not belong together.
     """
     ranks, config = trainer.ranks, trainer.config
+    last_step = config.max_steps if until is None else until
     if ranks.count != config.world_size:
         raise FailedPrecondition(
             f"The run has a world_size of {config.world_size}, but {ranks.count} of its processes have started."
@@ -67,7 +69,7 @@ def train(
                     if not _evaluate(trainer, evaluation_set, observer, watch, stop_requested):
                         return False
                 meter.restart()
-            if trainer.step >= config.max_steps:
+            if trainer.step >= last_step:
                 return True
             result = trainer.take_step(wanted)
             wanted = stop_requested()

@@ -58,7 +58,7 @@ def test_what_makes_no_sense_is_refused_with_what_would(
     assert len(str(refused.value)) <= 300
 
 
-@pytest.mark.parametrize("name", ["distill", "evaluation"])
+@pytest.mark.parametrize("name", ["distill", "evaluation", "sweep"])
 def test_queueing_loads_neither_plots_nor_a_model_framework(name: str) -> None:
     code = (
         f"import sys, trainer_service.commands.{name}; sys.exit(bool({{'matplotlib', 'mlx.core'}} & set(sys.modules)))"

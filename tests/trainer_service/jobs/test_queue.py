@@ -12,7 +12,7 @@ from rq.serializers import JSONSerializer
 
 from shared.errors import FailedPrecondition, NotFound, Unavailable
 from tests.events import PROGRESS, STARTED
-from tests.jobs import events_of, start, training
+from tests.jobs import events_of, preparation, start, training
 from tests.redis_process import RedisServer
 from trainer_service.jobs.events import (
     Evaluation,
@@ -28,7 +28,7 @@ from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import BACKOFF_S, JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.rq_adapter import JOB_FUNCTION, AttemptJob
-from trainer_service.jobs.specs import EvaluateSpec, Kind, PrepareSpec, StoriesSpec
+from trainer_service.jobs.specs import EvaluateSpec, Kind, StoriesSpec, TrainSpec
 from trainer_service.redis_client import RedisAddress, connect
 from trainer_service.text.corpus import DatasetSpec
 
@@ -122,6 +122,66 @@ def test_an_interrupted_attempt_is_followed_by_another(queue: JobQueue, job: str
     assert queue.attempts.waiting() == [(job, 2)]
 
 
+EVALUATED = Evaluation(3, 2.0, 1.9, 0.9)
+
+
+@pytest.fixture
+def suspended(queue: JobQueue, tmp_path: Path) -> JobRecord:
+    """A job that waits at step 3."""
+    job = queue.enqueue(replace(training(tmp_path), until=3)).id
+    start(queue, job)
+    assert queue.suspend(job, 1, EVALUATED)
+    return queue.store.get(job)
+
+
+def test_a_job_that_has_come_to_its_step_waits_until_it_is_extended(queue: JobQueue, suspended: JobRecord) -> None:
+    assert (suspended.state, suspended.is_suspended, suspended.attempt) == (JobState.QUEUED, True, 2)
+    assert (suspended.reason, suspended.evaluation) == ("Waits at step 3.", EVALUATED)
+    assert queue.attempts.waiting() == [] and not suspended.is_ready
+    queue.extend(suspended, 6)
+    # A second process that saw the same changes nothing.
+    queue.extend(suspended, 7)
+    record = queue.store.get(suspended.id)
+    assert isinstance(record.spec, TrainSpec) and record.spec.until == 6
+    assert (record.state, record.is_suspended, record.attempt) == (JobState.QUEUED, False, 2)
+    assert queue.attempts.waiting() == [(suspended.id, 2)]
+
+
+def test_a_job_waits_again_at_the_step_to_which_it_was_extended(queue: JobQueue, suspended: JobRecord) -> None:
+    queue.extend(suspended, 6)
+    start(queue, suspended.id, 2)
+    assert queue.suspend(suspended.id, 2, replace(EVALUATED, step=6))
+    # What was seen at step 3 extends nothing any more.
+    queue.extend(suspended, 7)
+    record = queue.store.get(suspended.id)
+    assert (record.is_suspended, record.attempt) == (True, 3) and queue.attempts.waiting() == []
+
+
+def test_a_job_that_waits_at_its_step_can_be_cancelled_with_a_reason(queue: JobQueue, suspended: JobRecord) -> None:
+    assert queue.cancel(suspended.id, "It fell behind.").reason == "It fell behind."
+    record = queue.store.get(suspended.id)
+    assert (record.state, record.is_suspended) == (JobState.CANCELLED, False)
+    queue.extend(suspended, 6)
+    assert queue.store.get(suspended.id).state is JobState.CANCELLED and queue.attempts.waiting() == []
+
+
+def test_a_job_that_is_cancelled_as_it_comes_to_its_step_has_ended(queue: JobQueue, tmp_path: Path) -> None:
+    job = queue.enqueue(replace(training(tmp_path), until=3)).id
+    start(queue, job)
+    queue.cancel(job)
+    assert queue.suspend(job, 1, EVALUATED)
+    assert queue.store.get(job).state is JobState.CANCELLED
+
+
+def test_an_evaluation_is_told_once_also_if_its_own_event_was_lost(queue: JobQueue, tmp_path: Path) -> None:
+    for told in ([], [EVALUATED]):
+        job = queue.enqueue(replace(training(tmp_path), until=3)).id
+        start(queue, job)
+        assert queue.store.report(job, 1, [TimedEvent(each) for each in told])
+        assert queue.suspend(job, 1, EVALUATED)
+        assert events_of(queue, job).count(EVALUATED) == 1
+
+
 def test_an_earlier_attempt_changes_nothing(queue: JobQueue, job: str) -> None:
     start(queue, job)
     queue.lose(job, 1, "The worker is gone")
@@ -195,7 +255,7 @@ def test_a_worker_takes_the_first_attempt_whose_needs_it_meets(queue: JobQueue, 
 
 
 def test_the_ranks_of_a_run_are_a_need_of_its_training_alone(queue: JobQueue, tmp_path: Path) -> None:
-    prepared = queue.enqueue(PrepareSpec(**vars(training(tmp_path, world_size="4")))).id
+    prepared = queue.enqueue(preparation(training(tmp_path, world_size="4"))).id
     job = queue.enqueue(training(tmp_path, name="wide", world_size="4")).id
     assert queue.take(Offer(ranks=2)) == (prepared, 1)
     assert queue.take(Offer(ranks=2)) is None

@@ -216,6 +216,24 @@ def test_the_best_version_of_a_run_that_a_job_names_stays_whatever_comes_after_i
     assert left(registry)[0] == [5]
 
 
+def test_what_a_run_has_reached_stays_while_its_job_waits_at_a_step(registry: Registry, queue: JobQueue) -> None:
+    job = submit(replace(resuming(None, "run-1"), until=30), queue, registry).id
+    fence = registry.take_over("later")
+    registry.write_state(fence, 10, write_model)
+    registry.publish_version(
+        fence, write_model, lambda number, files: make_manifest(number, files, run="later", bits_per_byte=1.0)
+    )
+    # However long ago, and however many runs came after it.
+    sparing = replace(SPARING, runs=0)
+    registry.end_run("run-1")
+    prune(registry, sparing)
+    assert 3 in [version.version for version in registry.versions()] and registry.states("run-1") == [30]
+    queue.cancel(job)
+    release_ended(queue, registry)
+    prune(registry, sparing)
+    assert registry.states("run-1") == []
+
+
 def test_what_a_large_teacher_is_paid_for_is_worked_on_where_its_ledgers_are(queue: JobQueue, tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     asked = StoriesSpec("noon", 30, 0.5)

@@ -1,5 +1,5 @@
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +7,7 @@ from redis import Redis
 
 from shared.errors import FailedPrecondition, NotFound, Unavailable
 from tests.jobs import EVALUATION, finish, report, start, training
-from trainer_service.jobs.events import JobState, StateChanged
+from trainer_service.jobs.events import Evaluation, JobState, StateChanged
 from trainer_service.jobs.job_store import LEASE_S
 from trainer_service.jobs.queue import BACKOFF_S, LONGEST_PAUSE_S, JobQueue
 from trainer_service.jobs.watch import GRACE_S, Watch
@@ -145,6 +145,17 @@ def test_after_an_outage_of_redis_every_attempt_has_its_time_again(
     assert watch.look() == set()
     clock.now_s += GRACE_S
     assert watch.look() == {(job, 1)}
+
+
+def test_a_job_that_waits_at_its_step_is_neither_sent_nor_given_up(
+    queue: JobQueue, watch: Watch, clock: Clock, tmp_path: Path
+) -> None:
+    job = queue.enqueue(replace(training(tmp_path), until=3)).id
+    start(queue, job)
+    queue.suspend(job, 1, Evaluation(3, 2.0, 1.9, 0.9))
+    assert looked_for(watch, clock, 100) == set() and queue.attempts.waiting() == []
+    queue.extend(queue.store.get(job), 6)
+    assert looked_for(watch, clock, 100) == set() and queue.attempts.waiting() == [(job, 2)]
 
 
 def test_a_job_waits_for_those_before_it(queue: JobQueue, watch: Watch, job: str, tmp_path: Path) -> None:

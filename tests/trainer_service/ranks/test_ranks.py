@@ -255,6 +255,20 @@ def test_ranks_of_their_own_take_a_job_that_waits(work: Workplace) -> None:
     assert work.record(job).state is JobState.FINISHED
 
 
+def test_all_ranks_end_at_the_step_at_which_a_run_waits_and_go_on_from_there(work: Workplace) -> None:
+    job = work.enqueue_until(3)
+    place = {"GPTLOOP_RANK_HOSTS": "localhost,localhost", "GPTLOOP_RANK_PORT": str(free_ports(2))}
+    for code in (75, 0):
+        ranks = [work.start("rank", job, log="pods.log", JOB_COMPLETION_INDEX=str(rank), **place) for rank in range(2)]
+        assert [rank.wait() for rank in ranks] == [code, code], work.log("pods.log")
+        if code:
+            record = work.record(job)
+            assert record.is_suspended
+            work.queue.extend(record, 9)
+    assert work.record(job).state is JobState.FINISHED and work.first_steps(job) == [1, 4]
+    assert work.reasons(job) == ["Waits at step 3.", "Goes on to step 9."]
+
+
 def test_ranks_of_their_own_that_are_stopped_ask_for_another_start(work: Workplace) -> None:
     job = work.enqueue(**ENDLESS)
     place = {"GPTLOOP_RANK_HOSTS": "127.0.0.1,127.0.0.1", "GPTLOOP_RANK_PORT": str(free_ports(2))}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -48,14 +49,21 @@ class Workplace:
 
     def enqueue(self, **values: str) -> str:
         """Queues a run of two ranks."""
-        return self._put(TrainRequest(dataset=(self.text,), overrides=TINY_RUN | {"world_size": "2"} | values))
+        return self._put(self._request(**values))
+
+    def enqueue_until(self, step: int) -> str:
+        """Queues such a run, which waits at a step."""
+        return self._put(self._request(), step)
+
+    def _request(self, **values: str) -> TrainRequest:
+        return TrainRequest(dataset=(self.text,), overrides=TINY_RUN | {"world_size": "2"} | values)
 
     def resume(self, version: int, **values: str) -> str:
         """Queues a run that continues a version."""
         return self._put(TrainRequest(resume=version, overrides=values))
 
-    def _put(self, request: TrainRequest) -> str:
-        return self.queue.enqueue(request.resolve(self.registry)).id
+    def _put(self, request: TrainRequest, until: int | None = None) -> str:
+        return self.queue.enqueue(replace(request.resolve(self.registry), until=until)).id
 
     @contextmanager
     def worker(self, log: str = "worker.log", **settings: str) -> Iterator[subprocess.Popen[bytes]]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from shared.errors import TrainingDiverged
+from shared.gpt.model import parameters_of
 from shared.gpt.tokenizer import Tokenizer
 from trainer_service.training import loop
 from trainer_service.training.batches import Tokens, TrainingText
@@ -94,6 +95,18 @@ def test_reports_and_checkpoints_happen_at_their_intervals() -> None:
     best = min(held_out.nats_per_token for _, _, held_out in recorder.checkpoints)
     assert trainer.best_validation_loss == best
     assert recorder.reports[0].best_validation_loss is None
+
+
+def test_a_run_that_ends_at_an_earlier_step_is_evaluated_there_and_keeps_its_schedule() -> None:
+    trainer, whole, recorder = Trainer(CONFIG, TEXT), Trainer(CONFIG, TEXT), Recorder()
+    assert train(trainer, evaluation_set(), recorder, lambda: False, until=5)
+    run(whole)
+    assert [step for step, _, _ in recorder.checkpoints] == [5] == [trainer.step]
+    assert trainer.learning_rate == CONFIG.learning_rate_at(4)
+    assert train(trainer, evaluation_set(), recorder, lambda: False, until=12)
+    assert [step for step, _, _ in recorder.checkpoints] == [5, 10, 12]
+    for name, weights in parameters_of(whole.model).items():
+        assert mx.array_equal(parameters_of(trainer.model)[name], weights)
 
 
 def test_a_stop_finishes_the_step_and_saves_the_state() -> None:

@@ -25,14 +25,14 @@ class Table:
 class Line:
     """A line of a plot.
 
-    colour: lines with the same number have the same colour.
+    colour: lines with the same number have the same colour; None for a line that stays behind the others.
     dashed, markers: how the line is drawn, besides its colour.
     """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
-    colour: int
+    colour: int | None
     dashed: bool = False
     markers: bool = True
 

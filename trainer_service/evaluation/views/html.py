@@ -104,12 +104,13 @@ def _plot(plot: Plot, name: str) -> str:
 
 def _key(line: Line) -> str:
     """Draws how a line looks."""
-    colour = line.colour % COLOURS
+    place = None if line.colour is None else line.colour % COLOURS
+    colour = "var(--quiet)" if place is None else f"var(--line-{place})"
     dashes = ' stroke-dasharray="5 3"' if line.dashed else ""
-    form = f'<path d="{_FORMS[MARKERS[colour]]}" style="fill:var(--line-{colour})"/>' if line.markers else ""
+    form = f'<path d="{_FORMS[MARKERS[place or 0]]}" style="fill:{colour}"/>' if line.markers else ""
     return (
         f'<svg viewBox="0 0 32 12" aria-hidden="true"><path d="M0 6h32" fill="none" '
-        f'style="stroke:var(--line-{colour})" stroke-width="{2 if line.markers else 1}"{dashes}/>{form}</svg>'
+        f'style="stroke:{colour}" stroke-width="{2 if line.markers else 1}"{dashes}/>{form}</svg>'
     )
 
 

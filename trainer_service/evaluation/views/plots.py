@@ -37,6 +37,7 @@ _STYLE: dict[Any, Any] = {
 _VARIABLES = {
     "#0f0f0a": "var(--text)",
     "#0f0f0b": "var(--rule)",
+    "#0f0f0c": "var(--quiet)",
     **{f"#0f0f0{number}": f"var(--line-{number})" for number in range(COLOURS)},
 }
 # Matplotlib's identifiers are unique in one picture, not in a page with several.
@@ -67,14 +68,14 @@ def draw(plot: Plot, name: str) -> str:
 
 def _fill(axes: Axes, plot: Plot) -> None:
     for line in plot.lines:
-        colour = line.colour % COLOURS
+        colour = None if line.colour is None else line.colour % COLOURS
         axes.plot(
             line.x,
             line.y,
-            color=f"#0f0f0{colour}",
+            color="#0f0f0c" if colour is None else f"#0f0f0{colour}",
             linewidth=1.6 if line.markers else 0.9,
             linestyle="--" if line.dashed else "-",
-            marker=MARKERS[colour] if line.markers else None,
+            marker=MARKERS[colour or 0] if line.markers else None,
             markersize=4,
         )
     for mark in plot.marks:

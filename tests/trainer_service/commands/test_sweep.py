@@ -1,0 +1,53 @@
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from shared.errors import GptloopError, InvalidArgument, NotFound, Unavailable
+from shared.service import cli
+from trainer_service.commands.sweep import app, parse_share
+
+PAIR = ["--try", "learning_rate=1e-3,3e-3"]
+
+
+@pytest.fixture(autouse=True)
+def _no_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is refused may reach the queue."""
+    monkeypatch.setenv("GPTLOOP_VAR", str(tmp_path))
+    monkeypatch.setenv("REDIS_URL", "redis://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "sentence"),
+    [
+        ([], InvalidArgument, "--try is missing."),
+        (["--try", "dropout=0,2"], InvalidArgument, "Candidate 2 (dropout=2): "),
+        ([*PAIR, "--preset", "smal"], InvalidArgument, "Did you mean small?"),
+        ([*PAIR, "--set", "max_steps"], InvalidArgument, "is not of the form name=value"),
+        ([*PAIR, "--rungs", "0"], InvalidArgument, "--rungs is '0', but must be"),
+        ([*PAIR, "--rungs", "9"], InvalidArgument, "9 rungs do not fit: their steps would be 80, 80,"),
+        ([*PAIR, "--keep", "3"], InvalidArgument, "--keep is '3', but must be a share from 1/100 to 9/10, as in 1/3."),
+        ([*PAIR, "--name", "a b"], InvalidArgument, "The name of a run is 'a b-1', but must have"),
+        ([*PAIR, "--dataset", "absent.txt"], NotFound, "absent.txt"),
+        ([*PAIR, "--needs", "tpu"], InvalidArgument, "needs is 'tpu', but must be gpu"),
+        (PAIR, Unavailable, "Redis"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_what_would(
+    words: list[str], kind: type[GptloopError], sentence: str
+) -> None:
+    with pytest.raises(kind) as refused:
+        cli.invoke(app, words)
+    assert sentence in str(refused.value)
+    assert len(str(refused.value)) <= 400
+
+
+@pytest.mark.parametrize(("text", "share"), [("1/3", Fraction(1, 3)), ("0.5", Fraction(1, 2)), (".9", Fraction(9, 10))])
+def test_a_share_is_a_fraction_or_a_decimal_number(text: str, share: Fraction) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["", "a", "0", "1", "1/0", "-1/3", "nan", "inf", "1e-999999999", "1/3333333333", "½"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match="but must be a share from 1/100 to 9/10"):
+        parse_share(text)

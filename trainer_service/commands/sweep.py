@@ -1,0 +1,196 @@
+"""The command that tries a small grid of training values, and stops what falls behind early."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from shared.atomic_file import replacing
+from shared.errors import GptloopError, InvalidArgument, Unavailable, shown
+from shared.gpt.config import count_parameters
+from shared.service import cli
+from shared.service.lists import JsonOption, print_list
+from shared.text import format_duration, format_size, printable
+from trainer_service import dataset_names
+from trainer_service.commands.options import (
+    JOBS_TO_LEARN_FROM,
+    DatasetOption,
+    NeedsOption,
+    OverridesOption,
+    PresetOption,
+    ValidationOption,
+    queue_of,
+    require_worker,
+    settings,
+)
+from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.requests import TrainRequest, parse_overrides
+from trainer_service.jobs.specs import new_run
+from trainer_service.plan import Machine, Plan
+from trainer_service.settings import TrainerSettings
+from trainer_service.sweep.follow import follow
+from trainer_service.sweep.grid import members, parse_tries
+from trainer_service.sweep.halving import Halving
+from trainer_service.sweep.results import Result, columns, report, results
+from trainer_service.sweep.sweep import Sweep
+
+app = cli.new_app(None)
+
+_MOST_RUNGS = 10
+_LEAST_SHARE, _GREATEST_SHARE = Fraction(1, 100), Fraction(9, 10)
+_LONGEST_SHARE = 10
+
+
+@app.command()
+def sweep(
+    tried: Annotated[
+        str, typer.Option("--try", help='Values to combine, as in "learning_rate=1e-3,3e-3 dropout=0,0.1".')
+    ],
+    preset: PresetOption = "",
+    dataset: DatasetOption = None,
+    validation: ValidationOption = None,
+    overrides: OverridesOption = "",
+    name: Annotated[
+        str, typer.Option("--name", help="The name of the sweep; its runs are NAME-1, NAME-2 … Default: a new one.")
+    ] = "",
+    rungs: Annotated[
+        int, typer.Option("--rungs", min=1, max=_MOST_RUNGS, help="At how many steps candidates are compared.")
+    ] = 3,
+    keep: Annotated[
+        str, typer.Option("--keep", help="The share of the candidates that goes on from a rung to the next.")
+    ] = "1/3",
+    needs: NeedsOption = "",
+    wait: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Follow the sweep until it ends, or only do what is due now.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Try a grid of training values, and stop early what falls behind.
+
+    Each combination of the values is a candidate: a run that trains along its whole schedule, with the seed, the text
+    and the order of the others. At each rung, a step of the schedule, candidates wait for one another, and the share
+    with the lowest held-out loss goes on. One that fails counts as the worst. A table and a page with a plot follow.
+
+    The command decides between rungs. Without it, candidates train to their next rung and wait there. The same command
+    with the same --name goes on, also after a kill; with --no-follow it does what is due and prints what is known.
+
+    \b
+    Examples:
+      gptloop sweep --try "learning_rate=1e-3,3e-3,6e-3 weight_decay=0.1,0.3"
+      gptloop sweep --try "dropout=0,0.1,0.2" --preset small --dataset stories.txt --name drop
+      gptloop sweep --try "learning_rate=1e-3,3e-3 seed=1,2" --rungs 2 --keep 1/2
+    """
+    given = settings()
+    registry, console = given.open_registry(), Console(stderr=as_json)
+
+    def say(*lines: str) -> None:
+        for line in lines:
+            console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+
+    common = TrainRequest(
+        preset=preset,
+        dataset=dataset_names.expand(dataset or ()),
+        validation=dataset_names.expand(validation or ()),
+        overrides=parse_overrides(overrides),
+        name=name or new_run("sweep"),
+        needs=needs,
+    )
+    found = members(common, parse_tries(tried), registry)
+    config = found[0].spec.config
+    halving = Halving.of(len(found), config.max_steps, config.evaluation_interval, rungs, parse_share(keep))
+    queue = queue_of(given)
+    running = Sweep(common.name, found, halving, queue, registry, given.directories.data)
+    begun = running.begin()
+    say(*_plan(running, queue, given))
+    if begun:
+        say(f"{begun} of the candidates were queued before, so the sweep goes on.")
+    again = f"Give the same command with --name {common.name} to go on."
+    try:
+        if wait:
+            require_worker(queue, running.jobs()[0])
+        turn = follow(running, queue, console) if wait else running.turn()
+    except KeyboardInterrupt:
+        say(f"The candidates train on to their next rung. {again}")
+        raise typer.Exit(130) from None
+    except Unavailable as error:
+        raise Unavailable(f"{error} {again}") from error
+    ranked = results(running, running.jobs(), registry)
+    print_list(ranked, columns(ranked, halving), as_json=as_json)
+    say(f"page: {_write_page(running, ranked, given)}")
+    if not turn.is_over:
+        say(f"The sweep is not over. {again}")
+    elif not ranked[0].rungs:
+        raise GptloopError(
+            f"No candidate came to a rung; candidate 1: {turn.jobs[0].reason or turn.jobs[0].state.value}"
+        )
+    else:
+        say(*_winner(ranked[0], common))
+
+
+def parse_share(text: str) -> Fraction:
+    """Reads `1/3` or `0.5`; raises `InvalidArgument` if it is no share."""
+    try:
+        share = Fraction(text) if len(text) <= _LONGEST_SHARE and text.isascii() else None
+    except (ValueError, ZeroDivisionError):
+        share = None
+    if share is None or not _LEAST_SHARE <= share <= _GREATEST_SHARE:
+        raise InvalidArgument(
+            f"--keep is {shown(text)}, but must be a share from {_LEAST_SHARE} to {_GREATEST_SHARE}, as in 1/3."
+        )
+    return share
+
+
+def _plan(running: Sweep, queue: JobQueue, given: TrainerSettings) -> Iterator[str]:
+    """Yields what the sweep will do, and take."""
+    halving, count = running.halving, len(running.members)
+    yield f"sweep {running.name}: {count} candidates, {running.members[0].spec.run} to {count}"
+    for rung, (step, size) in enumerate(zip(halving.steps, halving.sizes, strict=True), start=1):
+        end = ", the end of the schedule" if rung == len(halving.steps) else ""
+        yield f"rung {rung:<6} step {step:,}{end}: {size} candidate{'s' * (size > 1)}"
+    yield f"steps       {halving.most_steps:,}, instead of {count * halving.steps[-1]:,} without rungs"
+    spec = running.members[0].spec
+    plan = Plan.of(spec, given.open_registry(), islice(queue.store.jobs(), JOBS_TO_LEARN_FROM), Machine.here())
+    if plan.time_s is None:
+        yield "time        known after the first steps"
+    else:
+        step_s = (plan.time_s - plan.before_s) / halving.steps[-1]
+        time_s = count * plan.before_s + halving.most_steps * step_s
+        guess = "" if plan.tokens_per_second else "; a guess, known after the first steps"
+        yield f"time        about {format_duration(time_s)} on one worker{guess}"
+    # Weights and both moments of each state, and the weights of the best version.
+    arrays = 3 * given.retention.states + 1
+    parameters = sum(count_parameters(each.spec.config.gpt).total for each in running.members)
+    yield f"disk        up to {format_size(4 * arrays * parameters)} for what the candidates reach"
+
+
+def _write_page(running: Sweep, ranked: Sequence[Result], given: TrainerSettings) -> Path:
+    # Imported now, because plots load slowly.
+    from trainer_service.evaluation.views.html import to_html
+
+    folder = given.directories.reports
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"sweep-{running.name}.html"
+    with replacing(path) as file:
+        file.write(to_html(report(running.name, ranked, running.halving)).encode())
+    return path
+
+
+def _winner(best: Result, common: TrainRequest) -> Iterator[str]:
+    """Yields the best candidate, and the commands that serve it and train with its values."""
+    step, loss = max(best.rungs.items())
+    yield (
+        f"Candidate {best.member.number} is the best: {best.member.text}, held-out loss {loss:.4f} nats per token at "
+        f"step {step:,}."
+    )
+    if best.version is not None:
+        yield f"Serve its best version: gptloop pin {best.version}"
+    values = " ".join(f"{name}={value}" for name, value in {**common.overrides, **best.member.values}.items())
+    given: dict[str, tuple[str, ...]] = {"--preset": (common.preset,) if common.preset else ()}
+    given |= {"--dataset": common.dataset, "--validation": common.validation, "--set": (values,)}
+    words = [word for option, texts in given.items() for text in texts for word in (option, shlex.quote(text))]
+    yield f"Train with its values:  gptloop train {' '.join(words)}"

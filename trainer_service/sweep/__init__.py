@@ -1,0 +1,1 @@
+"""Tries a small grid of training values, and stops what falls behind early."""
