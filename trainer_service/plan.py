@@ -206,7 +206,8 @@ def _characters(spec: TrainSpec) -> float:
 
 def _work(spec: TrainSpec) -> tuple[object, ...]:
     """Returns the values on which the speed of a step depends."""
-    return spec.config.gpt, spec.config.batch_size, spec.config.world_size, _teaching(spec)
+    config = spec.config
+    return config.gpt, config.optimizer, config.batch_size, config.world_size, _teaching(spec)
 
 
 def _teaching(spec: TrainSpec) -> tuple[Teacher, ...]:
@@ -228,8 +229,9 @@ def _shapes(spec: TrainSpec, registry: Registry) -> Iterator[TrainingConfig]:
 def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[TrainingConfig] = ()) -> int | None:
     """Returns the peak memory of a training process on a CPU, within about 30 % of measurements; None for a GPU.
 
-    In fp32, training holds the weights and two moments, and for each thread the activations or the gradients of a
-    micro-batch, whichever are larger, and the sum of the gradients if the thread has several micro-batches. An
+    In fp32, training holds the weights and two moments (with Muon one, for the matrices of the blocks), and for each
+    thread the activations or the gradients of a micro-batch, whichever are larger, and the sum of the gradients if the
+    thread has several micro-batches. The arrays of Muon's iterations are smaller than those of a pass. An
     evaluation takes all rows of a thread at once. Its arrays have other sizes than those of training, which stay in
     MLX's cache. A teacher has weights, and for each thread the arrays of its predictions for a micro-batch. Several
     processes share the rows and, on one machine, the threads; each joins its gradients in one more array.
@@ -243,6 +245,8 @@ def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[Tr
     rows = -(-own_rows // threads)
     batches = micro_batches(rows, T)
     parameters = count_parameters(config.gpt).total
+    matrices = L * 2 * config.width * (2 * config.width + config.hidden_width)
+    moments = 2 * parameters - (config.optimizer == "muon") * matrices
     # The arrays that the layers keep for their gradients, and those of one more layer at work.
     activations = _activations(config, -(-rows // batches) * T, L + 1)
     training = 4 * threads * ((batches > 1) * parameters + max(activations, parameters))
@@ -252,7 +256,8 @@ def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[Tr
     evaluation = 4 * evaluating * _activations(config, rows * T, _EVALUATED_LAYERS)
     return (
         _PROCESS_BYTES
-        + 4 * ((3 + (processes > 1)) * parameters + sum(count_parameters(each.gpt).total for each in teachers))
+        + 4
+        * ((1 + (processes > 1)) * parameters + moments + sum(count_parameters(each.gpt).total for each in teachers))
         + max(training, min(training, array_cache_bytes(machine.memory_bytes)) + evaluation)
     )
 

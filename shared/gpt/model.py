@@ -94,8 +94,8 @@ class GPT(nn.Module):
     """The whole model.
 
     Weights start as in GPT-2: N(0, 0.02), and N(0, 0.02 / sqrt(2 layers)) for projections to the residual stream.
-    Dropout applies to the embeddings, to the outputs of attention and feed-forward, and in attention to whole values: in
-    each head, all queries of a row miss the same ones. For one query this is dropout of its attention weights, as in
+    Dropout applies to the embeddings, to the outputs of attention and feed-forward, and in attention to whole values:
+    in each head, all queries of a row miss the same ones. For one query this is dropout of its attention weights, as in
     GPT-2, but it stays outside the attention, so that every backend can fuse that.
     """
 

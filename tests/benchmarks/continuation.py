@@ -60,7 +60,7 @@ def measure(
             print(" ".join(f"{step}:{loss:.4f}" for step, loss in found), flush=True)
             return found
 
-        text = TrainingText(data.train)
+        text = TrainingText(data.train, data.tokenizer.end_token)
         first = Trainer(begun, text, workers)
         before = losses(first)[-1][1]
         state = Path(folder) / "state"

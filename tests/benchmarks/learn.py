@@ -15,13 +15,15 @@ import typer
 from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT, print_table
 from trainer_service.presets import PRESETS
-from trainer_service.training.batches import Tokens, TrainingText, batch
+from trainer_service.training.batches import Batches, Tokens, TrainingText
 from trainer_service.training.config import TrainingConfig
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 # 53M parameters, untied head, dropout 0.1, 12 x 512 tokens, 3e-4 after 2000 steps of warm-up, a cosine to a tenth.
 RECIPE = PRESETS["tinystories-53m"]
+# GPT-2's tokenizer has it last.
+END_TOKEN = RECIPE.vocabulary_size - 1
 Folder = Annotated[Path, typer.Argument(help="Folder of the tokens.")]
 
 
@@ -78,7 +80,7 @@ def resume(folder: Folder, steps: int = 400) -> None:
     length = RECIPE.context_length
     windows = np.stack([held_out[start : start + length + 1] for start in range(0, 64 * length, length)])
     config = replace(RECIPE, max_steps=steps, warmup_steps=steps // 8)
-    text = TrainingText(train)
+    text = TrainingText(train, END_TOKEN)
 
     def trained(trainer: Trainer, until: int) -> Trainer:
         while trainer.step < until:
@@ -111,7 +113,7 @@ def with_gptloop(config: TrainingConfig, train: Tokens, windows: Tokens, interva
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.trainer import Trainer
 
-    trainer = Trainer(config, TrainingText(train))
+    trainer = Trainer(config, TrainingText(train, END_TOKEN))
     evaluation_set = EvaluationSet(windows, 1, "")
     losses = []
     while trainer.step < config.max_steps:
@@ -151,12 +153,13 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
         sizes = [len(windows[start : start + 32]) for start in range(0, len(windows), 32)]
         return float(np.average(losses, weights=sizes))
 
+    text, rows, length = TrainingText(train, END_TOKEN), config.batch_size, config.context_length
+    batches = Batches(text, seed=config.seed, rows=rows, context_length=length)
     results = []
     for step in range(config.max_steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
-        rows, length = config.batch_size, config.context_length
-        drawn = batch(TrainingText(train), seed=config.seed, step=step, rows=rows, context_length=length)
+        drawn = batches.at(step)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = compiled(tensor(drawn.inputs), tensor(drawn.targets))
         loss.backward()

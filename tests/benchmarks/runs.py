@@ -118,7 +118,8 @@ class Runs:
         teachers = [
             load_model(self._work / each.key(self._material) / MODEL_FILE, each.config.gpt) for each in run.teachers
         ]
-        trainer = Trainer(run.config, TrainingText(self._material.train), self._workers, teachers)
+        text = TrainingText(self._material.train, self._material.tokenizer.end_token)
+        trainer = Trainer(run.config, text, self._workers, teachers)
         best: TextQuality | None = None
         best_step, seconds = 0, 0.0
         while trainer.step < run.config.max_steps:

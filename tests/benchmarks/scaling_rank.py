@@ -66,7 +66,7 @@ def measure_training(
     """Measures the steps of a run on random tokens."""
     tokens = np.random.default_rng(1).integers(config.vocabulary_size, size=1_000_000, dtype=np.uint16)
     began_s = time.perf_counter()
-    trainer = Trainer(config, TrainingText(tokens), workers, ranks=ranks)
+    trainer = Trainer(config, TrainingText(tokens, end_token=0), workers, ranks=ranks)
     scalar(trainer.take_step().loss)
     first_step_s = time.perf_counter() - began_s
     _seconds(trainer, steps)
@@ -95,7 +95,8 @@ def _seconds(trainer: Trainer, steps: int) -> float:
 
 def measure_collectives(config: TrainingConfig, ranks: Ranks, rounds: int) -> list[dict[str, Any]]:
     """Measures ways to sum as many numbers as the model has, each twice in a round, and twice before."""
-    model = Trainer(config, TrainingText(np.zeros(2 * config.context_length, np.uint16)), ranks=ranks).model
+    text = TrainingText(np.zeros(2 * config.context_length, np.uint16), end_token=1)
+    model = Trainer(config, text, ranks=ranks).model
     gradients = {
         name: array.astype(mx.bfloat16) if _ACCELERATOR.backend == "cuda" and "embedding" not in name else array
         for name, array in dict(tree_flatten(model.parameters())).items()

@@ -53,7 +53,7 @@ def measure_steps(config: TrainingConfig, material: Material, workers: Workers, 
     teacher = GPT(config.gpt)
     teacher.eval()
     mx.eval(teacher.parameters())
-    text = TrainingText(material.train)
+    text = TrainingText(material.train, material.tokenizer.end_token)
     trainers = [Trainer(config, text, workers, each) for each in ([], [teacher])]
     for trainer in trainers:
         _seconds(trainer, _WARM_UP_STEPS)

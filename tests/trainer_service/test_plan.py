@@ -200,6 +200,20 @@ def test_estimated_memory_is_near_measurements(
     assert expected / 2**20 == pytest.approx(measured_mib, rel=0.3)
 
 
+def test_muon_keeps_one_moment_of_the_matrices() -> None:
+    muon = replace(DEMO, optimizer="muon")
+    adamw_bytes, muon_bytes = (memory_bytes(config, CPU) for config in (DEMO, muon))
+    # 4 blocks with matrices of 3 x 1 + 1 + 4 + 4 squares.
+    assert adamw_bytes is not None and adamw_bytes - (muon_bytes or 0) == 4 * 4 * 12 * 160 * 160
+
+
+def test_the_speed_of_a_job_with_another_optimizer_says_nothing(tmp_path: Path) -> None:
+    fields = {"kind": "train", "spec": make().spec.to_json(), "state": "finished", "attempt": "1"}
+    job = read_record("a", fields | {"Progress": TimedEvent(PROGRESS).to_json()})
+    muon = make(replace(DEMO, optimizer="muon")).spec
+    assert Plan.of(muon, disk_registry(tmp_path), [job], CPU).tokens_per_second is None
+
+
 def test_several_processes_share_the_rows_and_the_threads() -> None:
     config = replace(find_preset("tinystories-53m"), batch_size=8)
     half = replace(config, batch_size=4)

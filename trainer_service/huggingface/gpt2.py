@@ -94,8 +94,8 @@ def tensors(config: GPTConfig) -> Iterator[Tensor]:
 def read_config(directory: Path) -> PublishedConfig:
     """Reads a folder's config.json.
 
-    Our model uses `resid_pdrop` as dropout, also after the embeddings, and has no dropout in attention; this matters
-    only in training. Raises `NotFound` if the folder or the file is missing, and `InvalidArgument` if our model does
+    Our model uses `resid_pdrop` as dropout, also after the embeddings and in attention; this matters only in training.
+    Raises `NotFound` if the folder or the file is missing, and `InvalidArgument` if our model does
     not support a value.
     """
     if not directory.is_dir():
@@ -124,11 +124,11 @@ def read_config(directory: Path) -> PublishedConfig:
             raise unsupported(name, "a number")
     dropout = dropouts["resid_pdrop"]
     notices: tuple[str, ...] = ()
-    if (dropouts["embd_pdrop"], dropouts["attn_pdrop"]) != (dropout, 0):
+    if (dropouts["embd_pdrop"], dropouts["attn_pdrop"]) != (dropout, dropout):
         stated = ", ".join(f"{name} {shown(value, 20)}" for name, value in dropouts.items())
         notices = (
             f"{CONFIG_FILE} sets {stated}; a run that continues this version uses a dropout of {shown(dropout, 20)} "
-            "after embeddings and layers and none in attention, unless you set dropout.",
+            "after embeddings, in attention and after layers, unless you set dropout.",
         )
     tied = settings.get("tie_word_embeddings", True)
     if not isinstance(tied, bool):
@@ -237,7 +237,7 @@ def write_model(model: GPT, end_token: int, directory: Path) -> None:
         "tie_word_embeddings": config.tied_head,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,
-        "attn_pdrop": 0.0,
+        "attn_pdrop": config.dropout,
         "bos_token_id": end_token,
         "eos_token_id": end_token,
     }

@@ -53,7 +53,10 @@ _MAX_STORIES = 1_000_000
 _MAX_COST_USD = 10_000
 
 # What a continued run inherits unchanged from its version.
-_MODEL = ("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head")
+_KEPT = (
+    *("tokenizer", "vocabulary_size", "layers", "width", "heads", "hidden_width", "context_length", "tied_head"),
+    "optimizer",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +174,7 @@ class _RunRequest(_DataRequest):
             )
         begun = TrainingConfig.from_dict(parent.training)
         config = replace(begun, schedule_start=0).override(self.overrides)
-        for name in _MODEL:
+        for name in _KEPT:
             if getattr(config, name) != getattr(begun, name):
                 raise InvalidArgument(
                     f"{name} is {getattr(begun, name)} in version {resume} and cannot change when it is continued."

@@ -53,4 +53,5 @@ class Follower:
     def _build(self, data: PreparedData, workers: Workers) -> Trainer:
         teachers = teachers_of(self.spec, self.attempt.open_registry()) if self.spec.config.distillation_alpha else []
         models = [read_model(each.folder, GPTConfig.from_dict(each.manifest.model)) for each in teachers]
-        return Trainer(data.config, TrainingText(data.train, data.tokenizer.end_token, data.teacher), workers, models, self.ranks)
+        text = TrainingText(data.train, data.tokenizer.end_token, data.teacher)
+        return Trainer(data.config, text, workers, models, self.ranks)

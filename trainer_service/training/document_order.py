@@ -4,7 +4,6 @@ Shapes: N tokens of text, D documents, T tokens of context, B windows.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +14,17 @@ _SEARCHED = 1 << 24
 
 @dataclass(frozen=True)
 class _Epoch:
-    """An epoch: where each of the shuffled documents begins in the text and ends in the epoch, (D,) each, the place in
-    the epoch at which its first window begins, and the order of its windows."""
+    """An epoch, with its number.
 
-    begins: NDArray[np.int64]
+    ends, shifts: for each of the shuffled documents, (D,), where it ends in the epoch, and how many tokens later than
+      in the epoch it stands in the text.
+    offset: where the first window begins in the epoch.
+    order: the places of the windows in the order in which they are read.
+    """
+
+    number: int
     ends: NDArray[np.int64]
+    shifts: NDArray[np.int64]
     offset: int
     order: NDArray[np.int64]
 
@@ -41,30 +46,31 @@ class DocumentOrder:
         self._lengths = np.diff(self._begins, append=tokens.size)  # (D,)
         # The last window has one token more than the others, its last target.
         self.windows_per_epoch = max((tokens.size - context_length) // context_length, 1)
-        # A step may have windows of two epochs.
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self._epoch = self._draw(0)
 
     def positions(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the positions (B, T+1) in the text of the tokens of some windows (B,)."""
         epochs, places = np.divmod(windows, self.windows_per_epoch)
         positions = np.empty((windows.size, self._context_length + 1), np.int64)
         for number in np.unique(epochs):
-            epoch, rows = self._epoch(int(number)), epochs == number
+            if number != self._epoch.number:
+                self._epoch = self._draw(int(number))
+            epoch, rows = self._epoch, epochs == number
             starts = epoch.offset + epoch.order[places[rows]] * self._context_length
             wanted = starts[:, None] + np.arange(self._context_length + 1)  # (b, T+1)
-            documents = np.searchsorted(epoch.ends, wanted, side="right")
-            # Counted from the end of its document, which begins where the one before it ends.
-            first = np.where(documents > 0, epoch.ends[documents - 1], 0)
-            positions[rows] = epoch.begins[documents] + wanted - first
+            positions[rows] = wanted + epoch.shifts[np.searchsorted(epoch.ends, wanted, side="right")]
         return positions
 
     def _draw(self, number: int) -> _Epoch:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((*self._seed, number))))
         documents = generator.permutation(self._begins.size)
+        begins, lengths = self._begins[documents], self._lengths[documents]
+        ends = np.cumsum(lengths)
         left = self._tokens - self.windows_per_epoch * self._context_length
         return _Epoch(
-            begins=self._begins[documents],
-            ends=np.cumsum(self._lengths[documents]),
+            number=number,
+            ends=ends,
+            shifts=begins - (ends - lengths),
             offset=int(generator.integers(min(left, self._context_length))),
             order=generator.permutation(self.windows_per_epoch),
         )

@@ -5,13 +5,14 @@ Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2.
 Shapes: N matrices of R rows and S columns, S at most R.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-# The coefficients of the polynomial x (a + b x^2 + c x^4), which moves every singular value close to 1 in five steps.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_ITERATIONS = 5
+from shared.gpt.operations import on_cpu
+
+# The coefficients (a, b, c) of the polynomials x (a + b x^2 + c x^4) that move every singular value close to 1.
+_POLYNOMIALS = [(3.4445, -4.7750, 2.0315)] * 5
 MOMENTUM = 0.95
 # The root mean square of an update's numbers at a rate of 1: about that of AdamW, so that both take the same rate.
 _UPDATE_RMS = 0.2
@@ -24,29 +25,40 @@ def is_matrix(name: str) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
 
 
-def directions(momenta: Mapping[str, mx.array]) -> dict[str, mx.array]:
+def directions(momenta: Mapping[str, mx.array], streams: Sequence[mx.Stream]) -> dict[str, mx.array]:
     """Returns the updates of matrices at a rate of 1, from their momenta, by their names.
 
-    Matrices of one shape are orthogonalised together, in bf16 on an NVIDIA GPU and else in fp32.
+    Matrices of one shape are orthogonalised together, and those of each shape are shared among the streams.
     """
-    groups: dict[tuple[int, int], list[tuple[str, int, mx.array]]] = {}
-    for name, momentum in momenta.items():
-        count = next((count for end, count in _JOINED.items() if name.endswith(end)), 1)
-        for number, part in enumerate(mx.split(momentum, count)):
-            tall = part if part.shape[0] >= part.shape[1] else part.T
-            groups.setdefault(tuple(tall.shape), []).append((name, number, tall))
-    parts: dict[str, dict[int, mx.array]] = {name: {} for name in momenta}
-    for (rows, _), group in groups.items():
-        stacked = orthogonalised(mx.stack([matrix for _, _, matrix in group])) * (_UPDATE_RMS * rows**0.5)
-        for (name, number, _), matrix in zip(group, stacked, strict=True):
-            parts[name][number] = matrix
-    result = {}
-    for name, momentum in momenta.items():
-        pieces = [parts[name][number] for number in range(len(parts[name]))]
-        if momentum.shape[0] < momentum.shape[1]:
-            pieces = [piece.T for piece in pieces]
-        result[name] = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
-    return result
+    parts = {
+        (name, number): part
+        for name, momentum in momenta.items()
+        for number, part in enumerate(mx.split(momentum, _count(name)))
+    }
+    of_shape: dict[tuple[int, ...], list[tuple[str, int]]] = {}
+    for key, part in parts.items():
+        of_shape.setdefault(tuple(sorted(part.shape)), []).append(key)
+    results: dict[tuple[str, int], mx.array] = {}
+    for keys in of_shape.values():
+        # On a CPU a stack would only take memory.
+        stacks = [[key] for key in keys] if on_cpu() else [keys]
+        for number, stack in enumerate(stacks):
+            with mx.stream(streams[number % len(streams)]):
+                results |= zip(stack, _together([parts[key] for key in stack]), strict=True)
+    return {name: mx.concatenate([results[name, number] for number in range(_count(name))]) for name in momenta}
+
+
+def _count(name: str) -> int:
+    return next((count for end, count in _JOINED.items() if name.endswith(end)), 1)
+
+
+def _together(matrices: Sequence[mx.array]) -> list[mx.array]:
+    """Returns the updates of matrices of one shape, or its transpose."""
+    tall = [matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T for matrix in matrices]
+    updates = orthogonalised(mx.stack(tall)) * (_UPDATE_RMS * tall[0].shape[0] ** 0.5)  # (N, R, S)
+    return [
+        update if update.shape == matrix.shape else update.T for update, matrix in zip(updates, matrices, strict=True)
+    ]
 
 
 def orthogonalised(matrices: mx.array) -> mx.array:
@@ -54,8 +66,8 @@ def orthogonalised(matrices: mx.array) -> mx.array:
     Newton-Schulz iterations."""
     norms = mx.sqrt(mx.square(matrices).sum(axis=(1, 2), keepdims=True))  # (N, 1, 1)
     x = (matrices / (norms + 1e-7)).astype(mx.bfloat16 if mx.cuda.is_available() else mx.float32)
-    for _ in range(_ITERATIONS):
+    for a, b, c in _POLYNOMIALS:
         square = x.swapaxes(1, 2) @ x  # (N, S, S)
-        polynomial = mx.addmm(square, square, square, alpha=_C, beta=_B)  # (N, S, S)
-        x = mx.addmm(x, x, polynomial, beta=_A)
+        polynomial = mx.addmm(square, square, square, alpha=c, beta=b)  # (N, S, S)
+        x = mx.addmm(x, x, polynomial, beta=a)
     return x.astype(mx.float32)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from trainer_service.training import cuda_adamw, muon
 from trainer_service.training.config import TrainingConfig
@@ -26,25 +26,21 @@ class Optimizer:
     an NVIDIA GPU uses a few kernels for all that AdamW updates.
     """
 
-    def __init__(self, config: TrainingConfig, parameters: dict[str, Any]) -> None:
+    def __init__(self, config: TrainingConfig, parameters: dict[str, Any], threads: int = 1) -> None:
         self._config = config
-        adamw = {
-            name: mx.zeros_like(array)
-            for name, array in tree_flatten(parameters)
-            if config.optimizer == "adamw" or not muon.is_matrix(name)
-        }
-        self.state: dict[str, Any] = {
-            "step": mx.array(0),
-            "m": tree_map(mx.zeros_like, parameters),
-            "v": _tree(adamw),
-        }
+        # Muon's products: on a CPU, those of a stream use one core.
+        self._streams = [mx.default_stream(mx.default_device())]
+        if config.optimizer == "muon" and threads > 1:
+            self._streams = [mx.new_stream(mx.cpu) for _ in range(threads)]
+        zeros = {name: mx.zeros_like(array) for name, array in _flat(parameters).items()}
+        both = {name: array for name, array in zeros.items() if config.optimizer == "adamw" or not muon.is_matrix(name)}
+        self.state: dict[str, Any] = {"step": mx.array(0), "m": _tree(zeros), "v": _tree(both)}
 
     def update(
         self, parameters: dict[str, Any], gradients: dict[str, Any], rate: mx.array
     ) -> tuple[dict[str, Any], mx.array]:
         """Updates the moments; returns new parameters, and the norm of the gradients before clipping."""
-        old, changes = dict(tree_flatten(parameters)), dict(tree_flatten(gradients))
-        m, v = (dict(tree_flatten(self.state[moment])) for moment in "mv")
+        old, changes, m, v = map(_flat, (parameters, gradients, self.state["m"], self.state["v"]))
         matrices = [name for name in old if name not in v]
         norm = _norm([changes[name] for name in old])
         scale = self._clip(norm)
@@ -63,7 +59,10 @@ class Optimizer:
         corrections = [1 - mx.power(beta, self.state["step"] + 1) for beta in (config.beta1, config.beta2)]
         if mx.cuda.is_available():
             columns = cuda_adamw.update(
-                *([arrays[name] for name in names] for arrays in (old, changes, m, v)),
+                [old[name] for name in names],
+                [changes[name] for name in names],
+                [m[name] for name in names],
+                [v[name] for name in names],
                 mx.stack([rate, scale, *corrections]),
                 beta1=config.beta1,
                 beta2=config.beta2,
@@ -91,7 +90,7 @@ class Optimizer:
             gradient = changes[name] * scale
             momenta[name] = muon.MOMENTUM * m[name] + (1 - muon.MOMENTUM) * gradient
             ahead[name] = muon.MOMENTUM * momenta[name] + (1 - muon.MOMENTUM) * gradient
-        directions = muon.directions(ahead)
+        directions = muon.directions(ahead, self._streams)
         kept = 1 - rate * self._config.weight_decay
         return {name: old[name] * kept - rate * directions[name] for name in names}, momenta
 
@@ -107,6 +106,11 @@ def _norm(arrays: Sequence[mx.array]) -> mx.array:
     if mx.cuda.is_available():
         return mx.sqrt(cuda_adamw.squared_norm(arrays))
     return mx.sqrt(sum((mx.square(array).sum() for array in arrays), mx.array(0.0)))
+
+
+def _flat(tree: dict[str, Any]) -> Arrays:
+    arrays: Arrays = dict(tree_flatten(tree))
+    return arrays
 
 
 def _tree(arrays: Arrays) -> dict[str, Any]:

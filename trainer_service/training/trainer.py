@@ -82,7 +82,7 @@ class Trainer:
         self._distillation = _distillation(config, teachers)
         mx.random.seed(config.seed)
         self.model = GPT(config.gpt)
-        self.optimizer = Optimizer(config, self.model.trainable_parameters())
+        self.optimizer = Optimizer(config, self.model.trainable_parameters(), self.workers.count)
         mx.eval(self.model.parameters(), self.optimizer.state)
         self._start()
 
@@ -183,8 +183,8 @@ class Trainer:
         (directory / POSITION_FILE).write_text(json.dumps(position, indent=2), encoding="utf-8")
 
     def restore(self, directory: Path) -> None:
-        """Restores a saved state. Raises `InvalidArgument` if its model has another shape, and `CorruptCheckpoint` if
-        it cannot be read."""
+        """Restores a saved state. Raises `InvalidArgument` if its model has another shape or its optimizer is another
+        one, and `CorruptCheckpoint` if it cannot be read."""
         try:
             position = json.loads((directory / POSITION_FILE).read_text(encoding="utf-8"))
             restored = {name: position[name] for name in _POSITION}
@@ -193,6 +193,11 @@ class Trainer:
             raise CorruptCheckpoint(f"{directory / POSITION_FILE} cannot be read: {error}.") from error
         if saved.gpt.to_dict() | {"dropout": 0} != self.config.gpt.to_dict() | {"dropout": 0}:
             raise InvalidArgument("The saved model has another shape: a run must keep the shape of its model.")
+        if saved.optimizer != self.config.optimizer:
+            raise InvalidArgument(
+                f"The saved optimizer is {saved.optimizer}, but the run has {self.config.optimizer}: a run must keep "
+                "its optimizer."
+            )
         weights = load_arrays(directory / MODEL_FILE)
         moments = load_arrays(directory / OPTIMIZER_FILE)
         self._put(weights, moments, restored)

@@ -34,7 +34,7 @@ class Training:
         whole = TrainingConfig.from_dict({**config, "batch_size": rows})
         tokens = np.random.default_rng(1).integers(whole.vocabulary_size, size=1_000_000, dtype=np.uint16)
         self._workers = Workers(_ACCELERATOR.threads)
-        self._trainer = Trainer(whole, TrainingText(tokens), self._workers)
+        self._trainer = Trainer(whole, TrainingText(tokens, end_token=0), self._workers)
 
     def step(self) -> None:
         self._last = self._trainer.take_step()

@@ -155,7 +155,7 @@ def test_a_sum_and_its_norm_agree_with_the_formula(shape: tuple[int, int, int], 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_the_mean_and_its_gradient(rate: float) -> None:
     x = mx.random.normal((50, 400), key=mx.random.key(1))
-    (dropped,), (slope,) = mx.vjp(lambda x: dropout(x, rate), [x], [mx.ones_like(x)])
+    (dropped,), (slope,) = mx.vjp(lambda x: dropout(x, rate, x.shape), [x], [mx.ones_like(x)])
     kept = np.array(dropped) != 0
     np.testing.assert_allclose(dropped, np.where(kept, np.array(x) / (1 - rate), 0), rtol=1e-6)
     np.testing.assert_allclose(slope, kept / (1 - rate), rtol=1e-6)
@@ -163,11 +163,21 @@ def test_dropout_keeps_the_mean_and_its_gradient(rate: float) -> None:
     assert kept.mean() == pytest.approx(1 - rate, abs=5 * (rate * (1 - rate) / x.size) ** 0.5)
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_of_a_smaller_shape_drops_together_what_has_one_number_there(rate: float) -> None:
+    x = mx.random.normal((40, 5, 50, 4), key=mx.random.key(1)).swapaxes(1, 2)  # as the values of attention lie
+    (dropped,), (slope,) = mx.vjp(lambda x: dropout(x, rate, (40, 50, 5, 1)), [x], [mx.ones_like(x)])
+    kept = (np.array(dropped) != 0).any(axis=-1, keepdims=True)
+    np.testing.assert_allclose(dropped, np.where(kept, np.array(x) / (1 - rate), 0), rtol=1e-6)
+    np.testing.assert_allclose(slope, np.broadcast_to(kept / (1 - rate), x.shape), rtol=1e-6)
+    assert kept.mean() == pytest.approx(1 - rate, abs=5 * (rate * (1 - rate) / kept.size) ** 0.5)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("seed", [0, 1, (1337 << 32) | 5])
 def test_dropout_masks_are_independent_of_neighbours_and_of_each_other(rate: float, seed: int) -> None:
     mx.random.seed(seed)
-    first, second = (np.array(dropout(mx.ones(40_000), rate)) != 0 for _ in range(2))
+    first, second = (np.array(dropout(mx.ones(40_000), rate, (40_000,))) != 0 for _ in range(2))
     pairs = [(first[:-lag], first[lag:]) for lag in (1, 2, 3, 4, 8, 16, 64, 100, 256, 1024, 4096)]
     pairs += [(first, second), (first[1:], second[:-1]), (first[:-1], second[1:])]
     for one, other in pairs:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
+from shared.gpt.operations import causal_attention
 from tests.shared.gpt.random_models import models, random_tokens, seeds
 
 TOLERANCE = 1e-5
@@ -77,6 +78,34 @@ def test_dropout_drops_its_share_in_training(place: str) -> None:
     share = (hidden < 0).mean()
     # Six standard deviations of a share of 10,000.
     assert share == pytest.approx(0.25, abs=6 * (0.25 * 0.75 / hidden.size) ** 0.5)
+
+
+def test_attention_misses_whole_values_which_differ_between_rows_and_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[np.ndarray] = []
+
+    def attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+        seen.append(np.array(v))
+        return causal_attention(q, k, v, scale)
+
+    monkeypatch.setattr("shared.gpt.model.causal_attention", attention)
+    model = GPT(GPTConfig(2, 40, 4, 8, 100, 2, tied_head=False, dropout=0.25))
+    model.load_weights([("blocks.1.attention.qkv.weight", mx.zeros((120, 40)))], strict=False)
+    model.load_weights([("blocks.1.attention.qkv.bias", mx.arange(120.0))], strict=False)
+    values = np.arange(80.0, 120.0).reshape(1, 4, 1, 10)
+    tokens = mx.zeros((10, 100), mx.int32)
+    mx.random.seed(1)
+    model(tokens)
+    dropped = seen[1][..., :1] == 0
+    np.testing.assert_allclose(seen[1], np.where(dropped, 0, values / 0.75), rtol=1e-6)
+    assert dropped.mean() == pytest.approx(0.25, abs=6 * (0.25 * 0.75 / dropped.size) ** 0.5)
+    assert len(np.unique(dropped.reshape(40, 100), axis=0)) == 40
+    # Each layer and each pass misses others.
+    assert not np.array_equal((seen[0] == 0).any(axis=-1, keepdims=True), dropped)
+    model(tokens)
+    assert not np.array_equal(seen[3][..., :1] == 0, dropped)
+    model.eval()
+    model(tokens)
+    np.testing.assert_allclose(seen[5], np.broadcast_to(values, seen[5].shape), rtol=1e-6)
 
 
 def test_dropout_drops_other_numbers_each_time() -> None:

@@ -29,7 +29,7 @@ def test_a_written_configuration_has_everything_that_transformers_needs(model_fo
         "tie_word_embeddings": True,
         "resid_pdrop": 0.1,
         "embd_pdrop": 0.1,
-        "attn_pdrop": 0.0,
+        "attn_pdrop": 0.1,
         "bos_token_id": END,
         "eos_token_id": END,
     }
@@ -84,7 +84,8 @@ def test_the_error_for_an_unsupported_value_names_it(model_copy: Path, name: str
 
 @pytest.mark.parametrize(("name", "value"), [("n_layer", 0), ("n_head", 5), ("n_positions", -1), ("resid_pdrop", 1.5)])
 def test_values_that_cannot_form_a_model_are_rejected(model_copy: Path, name: str, value: object) -> None:
-    configure(model_copy, **{name: value, "embd_pdrop": value if name == "resid_pdrop" else TIED.dropout})
+    pdrop = value if name == "resid_pdrop" else TIED.dropout
+    configure(model_copy, **{name: value, "embd_pdrop": pdrop, "attn_pdrop": pdrop})
     with pytest.raises(InvalidArgument):
         read_config(model_copy)
 
@@ -98,8 +99,8 @@ def test_a_configuration_that_is_not_a_json_object_is_rejected(model_copy: Path,
 
 def test_a_notice_reports_different_dropouts_and_the_one_that_training_uses(model_copy: Path) -> None:
     assert read_config(model_copy).notices == ()
-    configure(model_copy, resid_pdrop=0.2, embd_pdrop=0.3, attn_pdrop=0.1)
+    configure(model_copy, resid_pdrop=0.2, embd_pdrop=0.2, attn_pdrop=0.1)
     published = read_config(model_copy)
     assert published.gpt.dropout == 0.2
     (notice,) = published.notices
-    assert notice.startswith("config.json sets resid_pdrop 0.2, embd_pdrop 0.3, attn_pdrop 0.1; a run that continues")
+    assert notice.startswith("config.json sets resid_pdrop 0.2, embd_pdrop 0.2, attn_pdrop 0.1; a run that continues")

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,13 @@ def test_a_version_at_or_past_the_end_is_rejected_with_the_value_to_set(max_step
         resume(DEMO, 400, max_steps=max_steps)
     with pytest.raises(InvalidArgument, match=rf"Version 3 is at step 600 of {max_steps}, so nothing is left to do"):
         resume(longer, 600, max_steps=max_steps)
+
+
+def test_a_continued_run_keeps_its_model_and_its_optimizer() -> None:
+    for name, value, kept in (("optimizer", "muon", "adamw"), ("width", "320", "160")):
+        with pytest.raises(InvalidArgument, match=f"{name} is {kept} in version 3 and cannot change"):
+            resume(DEMO, 160, **{name: value})
+    assert resume(replace(DEMO, optimizer="muon"), 160).config.optimizer == "muon"
 
 
 def test_the_start_of_the_schedule_cannot_be_set() -> None:

@@ -42,7 +42,7 @@ CONFIG = TrainingConfig(
     report_interval=4,
 )
 TOKENS: Tokens = (np.arange(5000) * 7 % 300).astype(np.uint16)
-TEXT = TrainingText(TOKENS)
+TEXT = TrainingText(TOKENS, end_token=0)
 
 
 @dataclass

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from shared.errors import InvalidArgument
 from shared.gpt.model import parameters_of
-from tests.trainer_service.training.tiny_runs import MIXTURE, TEXT, TOKENS, teachers, tiny, weights
+from tests.trainer_service.training.tiny_runs import END, MIXTURE, TEXT, TOKENS, teachers, tiny, weights
 from trainer_service.training.batches import TeacherText, TrainingText
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.loss import window_losses
-from trainer_service.training.optimizer import AdamW
+from trainer_service.training.optimizer import Optimizer
 from trainer_service.training.trainer import Trainer, scalar
 from trainer_service.training.workers import Workers
 
@@ -75,7 +75,7 @@ def test_another_seed_trains_another_model() -> None:
 
 
 def test_dropout_differs_from_step_to_step() -> None:
-    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-8, seed=3), TrainingText(np.full(9, 5, np.uint16)))
+    trainer = Trainer(tiny(dropout=0.5, learning_rate=1e-8, seed=3), TrainingText(np.full(9, 5, np.uint16), END))
     losses = {scalar(trainer.take_step().loss) for _ in range(4)}
     assert len(losses) == 4
 
@@ -225,7 +225,7 @@ def test_a_student_learns_from_its_teacher_alone() -> None:
     teacher = Trainer(tiny(max_steps=200, learning_rate=2e-2, dropout=0.0), TEXT)
     for _ in range(200):
         teacher.take_step()
-    text = TrainingText(TOKENS, TeacherText(TOKENS[::-1].copy()))
+    text = TrainingText(TOKENS, END, TeacherText(TOKENS[::-1].copy()))
     config = tiny(max_steps=200, learning_rate=2e-2, dropout=0.0, distillation_alpha=1.0, teacher_share=1.0)
     student = Trainer(config, text, teachers=[teacher.model])
     for _ in range(200):
@@ -239,7 +239,7 @@ def test_a_student_learns_from_its_teacher_alone() -> None:
 def test_workers_draw_different_dropout() -> None:
     # All rows hold the same tokens, so that only dropout can make their losses differ.
     config = tiny(dropout=0.5, batch_size=2)
-    text = TrainingText(np.full(9, 5, np.uint16))
+    text = TrainingText(np.full(9, 5, np.uint16), END)
     with Workers(2) as workers:
         both = Trainer(config, text, workers).take_step().loss
     one = Trainer(replace(config, batch_size=1), text).take_step().loss
@@ -250,7 +250,7 @@ def test_a_max_gradient_norm_of_0_clips_nothing() -> None:
     gradients = {"matrix": mx.full((5, 3), 100.0)}
     outcomes = []
     for largest in (0.0, 1e9, 1.0):
-        optimizer = AdamW(tiny(max_gradient_norm=largest), gradients)
+        optimizer = Optimizer(tiny(max_gradient_norm=largest), gradients)
         optimizer.update(gradients, gradients, mx.array(0.1))
         outcomes.append(optimizer.state["m"]["matrix"][0, 0].item())
     unclipped, far_below, clipped = outcomes
@@ -273,7 +273,7 @@ def test_the_optimizer_moves_the_weights_with_all_allowed_values(
     config = tiny(learning_rate=rate, beta1=beta1, beta2=beta2, max_gradient_norm=largest, weight_decay=decay)
     weights = {"matrix": mx.full((64, 64), 0.02)}
     gradients = {"matrix": mx.full((64, 64), size) * mx.where(mx.arange(64) % 2, 1, -1)}
-    optimizer = AdamW(config, weights)
+    optimizer = Optimizer(config, weights)
     after, _ = optimizer.update(weights, gradients, mx.array(rate))
     moved = after["matrix"] - weights["matrix"]
     assert mx.all(mx.isfinite(moved)) and not mx.any(moved[:, 1] == 0) and mx.all(moved[:, 1] < 0)
@@ -284,7 +284,7 @@ def test_the_optimizer_equals_clipping_and_adamw_of_mlx() -> None:
     config = tiny(warmup_steps=0, max_steps=10, learning_rate=0.1, max_gradient_norm=0.5)
     parameters = {"matrix": mx.random.normal((5, 3)), "bias": mx.random.normal((7,))}
     expected = dict(parameters)
-    ours = AdamW(config, parameters)
+    ours = Optimizer(config, parameters)
     theirs = {
         name: optim.AdamW(0.0, betas=[0.9, 0.95], weight_decay=0.1 * (name == "matrix"), bias_correction=True)
         for name in parameters
