@@ -205,6 +205,10 @@ def test_muon_keeps_one_moment_of_the_matrices() -> None:
     adamw_bytes, muon_bytes = (memory_bytes(config, CPU) for config in (DEMO, muon))
     # 4 blocks with matrices of 3 x 1 + 1 + 4 + 4 squares.
     assert adamw_bytes is not None and adamw_bytes - (muon_bytes or 0) == 4 * 4 * 12 * 160 * 160
+    small = replace(find_preset("small"), optimizer="muon")
+    for threads, measured_mib in ((1, 1335), (2, 1183)):
+        expected = memory_bytes(small, Machine(round(23.4 * 2**30), threads))
+        assert expected is not None and expected / 2**20 == pytest.approx(measured_mib, rel=0.3)
 
 
 def test_the_speed_of_a_job_with_another_optimizer_says_nothing(tmp_path: Path) -> None:

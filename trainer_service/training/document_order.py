@@ -79,7 +79,7 @@ class DocumentOrder:
 def _begins(tokens: NDArray[np.uint16], end_token: int) -> NDArray[np.int64]:
     """Returns where the documents of a text begin (D,): at its first token, and after each end token but the last."""
     found = [np.zeros(1, np.int64)]
-    for first in range(0, tokens.size - 1, _SEARCHED):
+    for first in range(0, tokens.size, _SEARCHED):
         some = tokens[first : min(first + _SEARCHED, tokens.size - 1)]
         found.append(np.flatnonzero(some == end_token) + first + 1)
     return np.concatenate(found)

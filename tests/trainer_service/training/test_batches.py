@@ -18,12 +18,15 @@ def batches(text: TrainingText = PLAIN, seed: int = 1, rows: int = 8, share: flo
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
-    def windows(seed: int, step: int) -> np.ndarray:
-        return batches(MIXED, seed).at(step).inputs
+    # Windows of the text, of both, and of the teacher's.
+    for share in (0.0, 0.5, 1.0):
 
-    np.testing.assert_array_equal(windows(1, 5), windows(1, 5))
-    assert not np.array_equal(windows(1, 5), windows(1, 6))
-    assert not np.array_equal(windows(1, 5), windows(2, 5))
+        def windows(seed: int, step: int, share: float = share) -> np.ndarray:
+            return batches(MIXED, seed, share=share).at(step).inputs
+
+        np.testing.assert_array_equal(windows(1, 5), windows(1, 5))
+        assert not np.array_equal(windows(1, 5), windows(1, 6))
+        assert not np.array_equal(windows(1, 5), windows(2, 5))
 
 
 def test_targets_are_the_inputs_one_token_later() -> None:

@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> mx.array:
 
 
 def orthogonalised(matrix: Matrix) -> Matrix:
-    """The formula of Jordan et al. for one matrix of any shape, in NumPy."""
+    """The iterations for one matrix of any shape, in NumPy."""
     x: Matrix = matrix / np.linalg.norm(matrix)
     for a, b, c in muon._POLYNOMIALS:
         square = x @ x.T
@@ -46,12 +46,19 @@ def direction(matrix: Matrix) -> Matrix:
 def test_singular_values_become_nearly_1_and_singular_vectors_stay(shape: tuple[int, ...], size: float) -> None:
     u, _, v = np.linalg.svd(np.array(random(*shape)), full_matrices=False)
     # Singular values near 0 would take more steps.
-    before = size * (u * np.linspace(0.02, 1, shape[2]) @ v)
+    before = size * (u * np.linspace(0.05, 1, shape[2]) @ v)
     after = np.array(muon.orthogonalised(mx.array(before.astype(np.float32))))
     values = np.linalg.svd(after, compute_uv=False)
     assert values.min() > 0.6 and values.max() < 1.3
     inner = u.swapaxes(1, 2) @ after @ v.swapaxes(1, 2)
     np.testing.assert_allclose(inner, inner * np.eye(shape[2]), atol=2e-3)
+
+
+def test_the_polynomials_move_all_singular_values_of_their_range_close_to_1() -> None:
+    values = np.geomspace(3e-3, 1.0, 10_000)
+    for a, b, c in muon._POLYNOMIALS:
+        values = a * values + b * values**3 + c * values**5
+    assert values.min() > 0.76 and values.max() < 1.2
 
 
 def test_a_matrix_of_zeros_stays_zero() -> None:
