@@ -14,8 +14,9 @@ from shared.gpt.operations import on_cpu
 # The coefficients (a, b, c) of the polynomials x (a + b x^2 + c x^4) that move every singular value close to 1.
 _POLYNOMIALS = [(3.4445, -4.7750, 2.0315)] * 5
 MOMENTUM = 0.95
-# The root mean square of an update's numbers at a rate of 1: about that of AdamW, so that both take the same rate.
-_UPDATE_RMS = 0.2
+# The root mean square of an update's numbers at a rate of 1: three times that of AdamW, which measured best at the rates
+# that suit the other parameters (`tests/benchmarks/README.md`).
+_UPDATE_RMS = 0.6
 # The matrices that lie side by side in one array: queries, keys and values.
 _JOINED = {"attention.qkv.weight": 3}
 
