@@ -102,7 +102,8 @@ class Plan:
                 return None
             # A teacher only predicts, as an evaluation does.
             flops = flops_per_token(config) + sum(map(flops_per_token, self.teachers)) * _EVALUATION_SHARE
-            speed = min(self.machine.threads, config.batch_size) * _GUESSED_FLOPS_PER_THREAD / flops
+            passes = 2 if config.masked_loss else 1
+            speed = min(self.machine.threads, config.batch_size) * _GUESSED_FLOPS_PER_THREAD / (passes * flops)
         evaluations = config.max_steps // config.evaluation_interval - self.first_step // config.evaluation_interval
         evaluations += config.max_steps % config.evaluation_interval > 0
         evaluated = evaluations * config.evaluation_windows * config.context_length
@@ -207,7 +208,8 @@ def _characters(spec: TrainSpec) -> float:
 def _work(spec: TrainSpec) -> tuple[object, ...]:
     """Returns the values on which the speed of a step depends."""
     config = spec.config
-    return config.gpt, config.optimizer, config.batch_size, config.world_size, _teaching(spec)
+    passes = config.masked_loss > 0
+    return config.gpt, config.optimizer, passes, config.batch_size, config.world_size, _teaching(spec)
 
 
 def _teaching(spec: TrainSpec) -> tuple[Teacher, ...]:

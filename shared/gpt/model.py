@@ -128,10 +128,11 @@ class GPT(nn.Module):
         """Returns the logits (B, T, V) after each of (B, T) tokens; every row starts at position 0."""
         return self.logits(self.hidden(tokens))
 
-    def hidden(self, tokens: mx.array) -> mx.array:
+    def hidden(self, tokens: mx.array, kept: mx.array | None = None) -> mx.array:
         """Returns the final hidden states (B, T, C) of (B, T) tokens; every row starts at position 0.
 
-        Raises `InvalidArgument` if the tokens do not fit the context.
+        A token for which `kept` (B, T, 1) is 0 is masked: the model sees its position only. Raises `InvalidArgument` if
+        the tokens do not fit the context.
         """
         if tokens.shape[1] > self.config.context_length:
             raise InvalidArgument(f"{tokens.shape[1]} tokens do not fit the context of {self.config.context_length}.")
@@ -140,7 +141,7 @@ class GPT(nn.Module):
         def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             return causal_attention(q, k, self.dropout.vectors(v), scale)
 
-        return self.through_blocks(self.embed(tokens, mx.arange(tokens.shape[1])), [attend] * self.config.layers)
+        return self.through_blocks(self.embed(tokens, mx.arange(tokens.shape[1]), kept), [attend] * self.config.layers)
 
     def through_blocks(self, x: mx.array, attends: Sequence[Attend]) -> mx.array:
         """Returns the final hidden states (B, T, C) of embedded tokens (B, T, C), with one `attend` per block."""
@@ -161,9 +162,13 @@ class GPT(nn.Module):
         weight: mx.array = self.token_embedding.weight if self.config.tied_head else self.head.weight
         return weight
 
-    def embed(self, tokens: mx.array, positions: mx.array) -> mx.array:
-        """Returns the embeddings (B, T, C) of tokens (B, T) at positions that broadcast to them."""
-        embedded = self.token_embedding(tokens) + self.position_embedding(positions)
+    def embed(self, tokens: mx.array, positions: mx.array, kept: mx.array | None = None) -> mx.array:
+        """Returns the embeddings (B, T, C) of tokens (B, T) at positions that broadcast to them, those that are not
+        `kept` (B, T, 1) without the token's own part."""
+        embedded = self.token_embedding(tokens)
+        if kept is not None:
+            embedded = embedded * kept
+        embedded = embedded + self.position_embedding(positions)
         # The type in which the layers compute; the embeddings may have a wider one.
         dropped: mx.array = self.dropout(embedded.astype(self.final_norm.weight.dtype))
         return dropped

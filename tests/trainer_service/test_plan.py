@@ -211,11 +211,18 @@ def test_muon_keeps_one_moment_of_the_matrices() -> None:
         assert expected is not None and expected / 2**20 == pytest.approx(measured_mib, rel=0.3)
 
 
-def test_the_speed_of_a_job_with_another_optimizer_says_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [{"optimizer": "muon"}, {"masked_loss": 0.4}])
+def test_the_speed_of_a_job_with_steps_of_another_kind_says_nothing(tmp_path: Path, values: dict[str, object]) -> None:
     fields = {"kind": "train", "spec": make().spec.to_json(), "state": "finished", "attempt": "1"}
     job = read_record("a", fields | {"Progress": TimedEvent(PROGRESS).to_json()})
-    muon = make(replace(DEMO, optimizer="muon")).spec
-    assert Plan.of(muon, disk_registry(tmp_path), [job], CPU).tokens_per_second is None
+    other = make(replace(DEMO, **values)).spec  # type: ignore[arg-type]
+    assert Plan.of(other, disk_registry(tmp_path), [job], CPU).tokens_per_second is None
+
+
+def test_masked_inputs_double_the_guessed_time_of_the_steps() -> None:
+    plain, masked = (make(replace(DEMO, masked_loss=share)) for share in (0.0, 0.4))
+    assert plain.time_s is not None and masked.time_s is not None
+    assert masked.time_s - masked.before_s == pytest.approx(2 * (plain.time_s - plain.before_s))
 
 
 def test_several_processes_share_the_rows_and_the_threads() -> None:

@@ -46,6 +46,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "max_train_tokens": (0, 10**12),
     "max_validation_tokens": (0, 10**12),
     "validation_share": (1e-6, 0.99),
+    "masked_loss": (0, 10),
     "distillation_alpha": (0, 1),
     "distillation_temperature": (0.05, 20),
     "teacher_share": (0, 1),
@@ -107,6 +108,8 @@ class TrainingConfig:
     max_validation_tokens: int = 0
     # The share held out of a data set that has no validation split.
     validation_share: float = 0.05
+    # The weight of a second loss, given inputs of which a random part is masked; it takes a second pass over a batch.
+    masked_loss: float = 0.0
     # With teachers: the weight of their predictions in the loss, and the temperature of both; see `loss.py`.
     distillation_alpha: float = 0.7
     distillation_temperature: float = 1.0

@@ -44,13 +44,14 @@ def mean_loss(
     targets: mx.array,
     weights: mx.array | None = None,
     distillation: Distillation | None = None,
+    kept: mx.array | None = None,
 ) -> mx.array:
     """Returns the mean cross-entropy, in nats per token, of (B, T) targets given (B, T) inputs; each loss is multiplied
-    by its weight, if there are weights (B, T).
+    by its weight, if there are weights (B, T). The model, but no teacher, sees only the inputs that are `kept`.
 
     A distillation changes only the gradient, which is that of its loss: so the values of all runs compare.
     """
-    rows = _rows(model.hidden(inputs))  # (N, C)
+    rows = _rows(model.hidden(inputs, kept))  # (N, C)
     mean_cross_entropy = cuda_loss.mean_cross_entropy if cuda.usable(rows) else _mean_cross_entropy
     taught = distillation or Distillation()
     loss: mx.array = mean_cross_entropy(

@@ -163,9 +163,10 @@ class Trainer:
             inputs, targets = mx.array(some.inputs), mx.array(some.targets)
             target_weights = None if some.weights is None else mx.array(some.weights)
             share = mx.array(inputs.size / self.config.tokens_per_step)
-            total = self._of_thread.add(total, weights, inputs, targets, target_weights, share)
-            if on_cpu():
-                mx.eval(total)  # frees the activations of this micro-batch
+            for masked in (False, True) if self.config.masked_loss else (False,):
+                total = self._of_thread.add(masked, total, weights, inputs, targets, target_weights, share)
+                if on_cpu():
+                    mx.eval(total)  # frees the activations of this pass
         assert total is not None
         return total
 
@@ -265,29 +266,44 @@ def _distillation(config: TrainingConfig, teachers: Sequence[GPT]) -> Distillati
 def _compile_gradients(config: TrainingConfig, distillation: Distillation | None) -> Callable[..., Gradients]:
     """Returns a compiled function that adds a share of the loss and its gradients to a total, which may be None.
 
-    The function has its own model, into which it puts the weights that it receives.
+    With masked inputs it adds only the gradients, so that the losses of all runs compare. The function has its own
+    model, into which it puts the weights that it receives.
     """
     model = GPT(config.gpt)
     model.train()
 
     def share_of_loss(
         weights: dict[str, Any],
+        masked: bool,
         inputs: mx.array,
         targets: mx.array,
         target_weights: mx.array | None,
         share: mx.array,
     ) -> mx.array:
         model.update(weights)
-        return mean_loss(model, inputs, targets, target_weights, distillation) * share
+        kept = _kept_inputs(inputs) if masked else None
+        scale = config.masked_loss * share if masked else share
+        return mean_loss(model, inputs, targets, target_weights, distillation, kept) * scale
 
     loss_and_gradients = mx.value_and_grad(share_of_loss)
 
-    def add(total: Gradients | None, weights: dict[str, Any], *batch: Any) -> Gradients:
-        loss, gradients = loss_and_gradients(_in_compute_type(weights), *batch)
-        return (loss, gradients) if total is None else (total[0] + loss, tree_map(mx.add, total[1], gradients))
+    def add(masked: bool, total: Gradients | None, weights: dict[str, Any], *batch: Any) -> Gradients:
+        loss, gradients = loss_and_gradients(_in_compute_type(weights), masked, *batch)
+        if total is None:
+            return loss, gradients
+        return total[0] if masked else total[0] + loss, tree_map(mx.add, total[1], gradients)
 
     compiled: Callable[..., Gradients] = mx.compile(add, inputs=[mx.random.state], outputs=[mx.random.state])
     return compiled
+
+
+def _kept_inputs(inputs: mx.array) -> mx.array:
+    """Draws which of (B, T) inputs are not masked, (B, T, 1): in each row a random share of them, from half to all.
+
+    Source: Xu et al. 2026, "Data-Constrained Language Model Pretraining: Improved Regularization and Scaling Laws".
+    """
+    masked_share = 0.5 * mx.random.uniform(shape=(inputs.shape[0], 1, 1))
+    return mx.random.uniform(shape=(*inputs.shape, 1)) >= masked_share
 
 
 def _in_compute_type(weights: dict[str, Any]) -> dict[str, Any]:
