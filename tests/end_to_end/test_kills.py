@@ -30,8 +30,8 @@ from trainer_service.jobs.rq_adapter import JOB_FUNCTION
 
 pytestmark = pytest.mark.slow
 
-# With random numbers in every step.
-VALUES = TINY | {"context_length": "64", "dropout": "0.1"}
+# With random numbers in every step, and both optimizers: with Muon, AdamW updates the rest.
+VALUES = TINY | {"context_length": "64", "dropout": "0.1", "optimizer": "muon"}
 # A run takes this long on any machine, so that a test can act before it ends.
 RUN_S = 6.0
 FEWEST_STEPS = 240

@@ -84,6 +84,7 @@ def test_every_value_can_be_overridden_by_text() -> None:
         ({"beta2": "1"}, "beta2"),
         ({"weight_decay": "inf"}, "weight_decay"),
         ({"schedule": "linear"}, "schedule is 'linear', but must be cosine or wsd"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd', but must be adamw or muon"),
         ({"decay_ratio": "0"}, "decay_ratio is 0.0"),
         ({"decay_ratio": "1.1"}, "decay_ratio is 1.1"),
         ({"schedule_start": "5"}, "Unknown training value 'schedule_start'"),
