@@ -1,10 +1,15 @@
-"""Compares the held-out loss with PyTorch: both train the classic recipe on real stories with several seeds.
+"""Compares recipes on real stories, from the classic one to the best one, by the held-out loss of one 53M model.
 
-python -m tests.benchmarks.learn prepare --help, then python -m tests.benchmarks.learn run --help, or resume --help
+python -m tests.benchmarks.learn prepare --help, then python -m tests.benchmarks.learn steps --help, table or resume
 """
 
+import gc
+import json
+import math
+import statistics
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -12,60 +17,161 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from shared.atomic_file import replacing
 from shared.device import accelerator
+from shared.text import format_size
+from tests.benchmarks.material import Material
+from tests.benchmarks.recipes import RECIPES, Recipe
 from tests.benchmarks.side_by_side import ROOT, print_table
-from trainer_service.presets import PRESETS
 from trainer_service.training.batches import Batches, Tokens, TrainingText
-from trainer_service.training.config import TrainingConfig
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-# 53M parameters, untied head, dropout 0.1, 12 x 512 tokens, 3e-4 after 2000 steps of warm-up, a cosine to a tenth.
-RECIPE = PRESETS["tinystories-53m"]
-# GPT-2's tokenizer has it last.
-END_TOKEN = RECIPE.vocabulary_size - 1
-Folder = Annotated[Path, typer.Argument(help="Folder of the tokens.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of the tokens, the weights and the outcomes.")]
+
+# A run ends early if its loss was this much above its best one twice in a row: it will not be better again.
+_WORSE = 0.05
+# Student's t for an interval of 95 % over some seeds.
+_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+
+CLASSIC = RECIPES["classic, as it was"].config
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: the key of its recipe; the held-out loss, in nats per token, after some steps; the time of
+    training alone; and the most memory that the device held."""
+
+    key: str
+    losses: list[tuple[int, float]]
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def best(self) -> tuple[float, int]:
+        """The lowest held-out loss, and the step at which it was measured."""
+        return min((loss, step) for step, loss in self.losses)
+
+
+class Learning:
+    """The evaluations of a run, and the time between them."""
+
+    def __init__(self, interval: int, evaluate: Callable[[], float], wait: Callable[[], object]) -> None:
+        self.losses: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self._interval = interval
+        self._evaluate = evaluate
+        self._wait = wait
+        self._began_s = time.perf_counter()
+
+    def goes_on(self, step: int, last: int) -> bool:
+        """Evaluates after this step if it is due; returns whether another step follows."""
+        if step % self._interval and step != last:
+            return True
+        self._wait()
+        self.seconds += time.perf_counter() - self._began_s
+        self.losses.append((step, self._evaluate()))
+        best = min(loss for _, loss in self.losses)
+        self._began_s = time.perf_counter()
+        return step != last and any(loss <= best + _WORSE for _, loss in self.losses[-2:])
+
+
+class Study:
+    """The runs on one text, whose outcomes and best weights are kept in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.material = Material.load(folder)
+
+    def outcomes(self, recipe: Recipe) -> dict[int, Outcome]:
+        """Returns the outcomes of a recipe by their seeds."""
+        found = {}
+        for path in self._folder.glob("outcomes-*.json"):
+            seed = int(path.stem.split("-")[1])
+            if outcome := self._read(seed).get(recipe.name):
+                found[seed] = outcome
+        return dict(sorted((seed, each) for seed, each in found.items() if each.key == recipe.key(seed)))
+
+    def train(self, recipe: Recipe, seed: int) -> None:
+        """Trains with a recipe, with its teachers first if their weights are missing, and keeps the outcome."""
+        teacher = RECIPES[recipe.teacher] if recipe.teacher else None
+        if teacher and not self._weights(teacher, seed).exists():
+            self.train(teacher, seed)
+        if recipe.pytorch:
+            outcome = with_pytorch(recipe, seed, self.material)
+        else:
+            path = self._weights(recipe, seed)
+            path.parent.mkdir(exist_ok=True)
+            outcome = with_gptloop(recipe, seed, self.material, path, self._weights(teacher, seed) if teacher else None)
+        gc.collect()
+        losses = " ".join(f"{step}:{loss:.4f}" for step, loss in outcome.losses)
+        print(f"{recipe.name}, seed {seed}: {losses}; {outcome.seconds:.0f} s", flush=True)
+        every = self._read(seed) | {recipe.name: outcome}
+        with replacing(self._folder / f"outcomes-{seed}.json") as file:
+            file.write(json.dumps({name: asdict(each) for name, each in every.items()}).encode())
+
+    def _weights(self, recipe: Recipe, seed: int) -> Path:
+        return self._folder / "weights" / f"{recipe.key(seed)}.safetensors"
+
+    def _read(self, seed: int) -> dict[str, Outcome]:
+        path = self._folder / f"outcomes-{seed}.json"
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        return {name: Outcome(**values) for name, values in stored.items()}
 
 
 @app.command()
-def prepare(
+def prepare(folder: Folder, dataset: Annotated[list[str], typer.Option(help="Files of stories. Repeatable.")]) -> None:
+    """Write the tokens of the stories; every tenth story is held out."""
+    print(Material.prepare(dataset, replace(CLASSIC, validation_share=0.1), folder))
+
+
+@app.command()
+def steps(
     folder: Folder,
-    dataset: Annotated[list[str], typer.Option(help="Files of training text. Repeatable.")],
-    validation: Annotated[list[str], typer.Option(help="Files of held-out text. Repeatable.")],
+    seed: Annotated[list[int], typer.Option(help="Repeatable.")] = [1, 2, 3],  # noqa: B006
+    only: Annotated[list[str], typer.Option(help="A recipe by its name. Repeatable; default: all.")] = [],  # noqa: B006
+    minutes: Annotated[float, typer.Option(help="Begin no run after this time; 0 means no limit.")] = 0,
 ) -> None:
-    """Tokenise all of the text with GPT-2's tokenizer into two files."""
-    from trainer_service.text.corpus import DatasetSpec
-    from trainer_service.text.tokens import prepare
+    """Train every recipe with every seed, and print the table.
 
-    config = replace(RECIPE, max_train_tokens=10**9, max_validation_tokens=10**9)
-    data = prepare(DatasetSpec(tuple(dataset), tuple(validation)), config, folder, lambda *_: None)
-    np.save(folder / "train.npy", data.train)
-    np.save(folder / "validation.npy", data.validation)
-    print(f"{data.train.size:,} training and {data.validation.size:,} held-out tokens")
+    A run whose outcome is in the folder is not repeated, so a command that reached its limit goes on where it stopped.
+    Commands with different seeds may run at the same time.
+    """
+    if unknown := sorted(set(only) - RECIPES.keys()):
+        raise typer.BadParameter(f"There is no recipe {unknown[0]!r}; the recipes are: {'; '.join(RECIPES)}.")
+    # Each command at work has a folder of kernels of its own.
+    accelerator.prepare(ROOT / ".pytest_cache" / f"benchmarks-{seed[0]}", own_threads=True)
+    study = Study(folder)
+    print(study.material, flush=True)
+    end_s = time.monotonic() + (60 * minutes or math.inf)
+    for each in seed:
+        for name in only or RECIPES:
+            if each not in study.outcomes(RECIPES[name]) and time.monotonic() < end_s:
+                study.train(RECIPES[name], each)
+    table(folder)
 
 
 @app.command()
-def run(folder: Folder, seeds: int = 2, steps: int = 8000, interval: int = 250) -> None:
-    """Train with both implementations in turn; print the best held-out loss of each run in nats per token."""
-    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
-    train, held_out = (np.load(folder / name) for name in ("train.npy", "validation.npy"))
-    count = (held_out.size - 1) // RECIPE.context_length
-    windows = np.stack([held_out[start : start + RECIPE.context_length + 1] for start in range(0, count * 512, 512)])
-    rows: list[list[str]] = []
-    best: dict[str, list[float]] = {}
-    for implementation in (with_gptloop, with_pytorch):
-        for seed in range(1, seeds + 1):
-            config = replace(RECIPE, max_steps=steps, warmup_steps=min(2000, steps // 4), seed=seed)
-            start_s = time.perf_counter()
-            losses = implementation(config, train, windows, interval)
-            seconds = time.perf_counter() - start_s
-            step, loss = min(losses, key=lambda each: each[1])
-            best.setdefault(implementation.__name__, []).append(loss)
-            print(implementation.__name__, seed, " ".join(f"{at}:{value:.4f}" for at, value in losses), flush=True)
-            rows.append([implementation.__name__[5:], str(seed), f"{loss:.4f}", str(step), f"{seconds:.0f} s"])
-    print_table(["implementation", "seed", "best held-out loss", "at step", "time"], rows)
-    ours, theirs = (sum(losses) / seeds for losses in best.values())
-    print(f"mean of the best: {ours:.4f} here, {theirs:.4f} in PyTorch, difference {ours - theirs:+.4f} nats")
+def table(folder: Folder) -> None:
+    """Print the table of all outcomes in the folder."""
+    study, rows = Study(folder), []
+    for name, recipe in RECIPES.items():
+        if outcomes := study.outcomes(recipe):
+            earlier = study.outcomes(RECIPES[recipe.against]) if recipe.against else {}
+            best = [outcome.best for outcome in outcomes.values()]
+            gains = [outcomes[seed].best[0] - earlier[seed].best[0] for seed in outcomes if seed in earlier]
+            rows.append(
+                [
+                    name,
+                    f"{statistics.mean(loss for loss, _ in best):.4f}",
+                    str(len(best)),
+                    _with_interval(gains),
+                    f"{statistics.mean(step for _, step in best):,.0f}",
+                    f"{statistics.mean(outcome.seconds for outcome in outcomes.values()):.0f} s",
+                    format_size(max(outcome.peak_bytes for outcome in outcomes.values())),
+                ]
+            )
+    print_table(["recipe", "held-out loss", "seeds", "difference", "best at step", "time", "memory"], rows)
 
 
 @app.command()
@@ -76,11 +182,10 @@ def resume(folder: Folder, steps: int = 400) -> None:
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.trainer import Trainer
 
-    train, held_out = (np.load(folder / name) for name in ("train.npy", "validation.npy"))
-    length = RECIPE.context_length
-    windows = np.stack([held_out[start : start + length + 1] for start in range(0, 64 * length, length)])
-    config = replace(RECIPE, max_steps=steps, warmup_steps=steps // 8)
-    text = TrainingText(train, END_TOKEN)
+    material = Material.load(folder)
+    windows = _held_out(material.held_out, CLASSIC.context_length)[:64]
+    config = replace(CLASSIC, max_steps=steps, warmup_steps=steps // 8)
+    text = TrainingText(material.train, material.tokenizer.end_token)
 
     def trained(trainer: Trainer, until: int) -> Trainer:
         while trainer.step < until:
@@ -109,26 +214,46 @@ def resume(folder: Folder, steps: int = 400) -> None:
     print_table(["run", "step", "largest weight difference", "held-out loss", "loss difference"], rows)
 
 
-def with_gptloop(config: TrainingConfig, train: Tokens, windows: Tokens, interval: int) -> list[tuple[int, float]]:
+def with_gptloop(recipe: Recipe, seed: int, material: Material, path: Path, teacher: Path | None) -> Outcome:
+    """Trains with this project, and writes the best weights to a file."""
+    import mlx.core as mx
+
+    from shared.gpt.weights import load_model, save_model
+    from tests.benchmarks.former import former
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.trainer import Trainer
 
-    trainer = Trainer(config, TrainingText(train, END_TOKEN))
-    evaluation_set = EvaluationSet(windows, 1, "")
-    losses = []
-    while trainer.step < config.max_steps:
+    config = replace(recipe.config, seed=seed)
+    evaluation_set = EvaluationSet(_held_out(material.held_out, config.context_length), 1, "")
+    text = TrainingText(material.train, material.tokenizer.end_token)
+    peaks = []
+
+    def held_out_loss() -> float:
+        peaks.append(mx.get_peak_memory())
+        loss = evaluate(trainer.model, evaluation_set, 32, trainer.workers).nats_per_token
+        if all(loss < earlier for _, earlier in learning.losses):
+            save_model(trainer.model, path)
+        mx.reset_peak_memory()
+        return loss
+
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    with former(windows_anywhere=recipe.windows_anywhere, attention_without_dropout=recipe.attention_without_dropout):
+        trainer = Trainer(config, text, teachers=[load_model(teacher, config.gpt)] if teacher else [])
+        learning = Learning(config.evaluation_interval, held_out_loss, lambda: mx.eval(trainer.model.parameters()))
         trainer.take_step()
-        if trainer.step % interval == 0:
-            loss = evaluate(trainer.model, evaluation_set, 32, trainer.workers).nats_per_token
-            losses.append((trainer.step, loss))
-    return losses
+        while learning.goes_on(trainer.step, config.max_steps):
+            trainer.take_step()
+    return Outcome(recipe.key(seed), learning.losses, learning.seconds, max(peaks))
 
 
-def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interval: int) -> list[tuple[int, float]]:
+def with_pytorch(recipe: Recipe, seed: int, material: Material) -> Outcome:
+    """Trains with PyTorch on the same batches; the peak memory is 0 on a CPU."""
     import torch
 
     from tests.benchmarks.peers.pytorch import GPT, make_optimizer
 
+    config = replace(recipe.config, seed=seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
@@ -137,12 +262,15 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
     model = GPT(values, padded).to(device)
     optimizer = make_optimizer(model, values)
     compiled = torch.compile(model.loss)
+    windows = _held_out(material.held_out, config.context_length)
+    text = TrainingText(material.train, material.tokenizer.end_token)
+    batches = Batches(text, seed=config.seed, rows=config.batch_size, context_length=config.context_length)
 
     def tensor(tokens: np.ndarray) -> Any:
         return torch.from_numpy(tokens.astype(np.int64)).to(device, non_blocking=True)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def held_out() -> float:
+    def held_out_loss() -> float:
         model.eval()
         losses = []
         for start in range(0, len(windows), 32):
@@ -153,10 +281,7 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
         sizes = [len(windows[start : start + 32]) for start in range(0, len(windows), 32)]
         return float(np.average(losses, weights=sizes))
 
-    text, rows, length = TrainingText(train, END_TOKEN), config.batch_size, config.context_length
-    batches = Batches(text, seed=config.seed, rows=rows, context_length=length)
-    results = []
-    for step in range(config.max_steps):
+    def take_step(step: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         drawn = batches.at(step)
@@ -166,9 +291,33 @@ def with_pytorch(config: TrainingConfig, train: Tokens, windows: Tokens, interva
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_gradient_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % interval == 0:
-            results.append((step + 1, held_out()))
-    return results
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    learning = Learning(config.evaluation_interval, held_out_loss, wait)
+    step = 0
+    take_step(step)
+    while learning.goes_on(step + 1, config.max_steps):
+        step += 1
+        take_step(step)
+    peak_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    return Outcome(recipe.key(seed), learning.losses, learning.seconds, peak_bytes)
+
+
+def _held_out(tokens: Tokens, context_length: int) -> Tokens:
+    """Returns the held-out text in adjacent windows (N, T+1)."""
+    starts = np.arange((tokens.size - 1) // context_length) * context_length
+    windows: Tokens = tokens[starts[:, None] + np.arange(context_length + 1)]
+    return windows
+
+
+def _with_interval(differences: list[float]) -> str:
+    """Returns the mean of some differences, with the 95 % interval of Student's t."""
+    if len(differences) not in _T:
+        return "" if not differences else f"{statistics.mean(differences):+.4f}"
+    half = _T[len(differences)] * statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.mean(differences):+.4f} ± {half:.4f}"
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Block(nn.Module):
         q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
         q, k, v = (a.view(B, T, self.heads, C // self.heads).transpose(1, 2) for a in (q, k, v))
         if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            dropped = self.dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropped)
         else:
             keys, values = cache
             keys[:, :, position : position + T] = k

@@ -51,7 +51,7 @@ def test_presets_have_the_sizes_in_their_names() -> None:
 
 
 def test_the_error_for_an_unknown_preset_lists_all_presets() -> None:
-    with pytest.raises(InvalidArgument, match=r"'huge'.*demo, small, tinystories-53m, gpt2-124m"):
+    with pytest.raises(InvalidArgument, match=r"'huge'.*demo, small, tinystories-53m, tinystories-53m-plus, gpt2-124m"):
         find_preset("huge")
 
 
