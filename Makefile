@@ -58,7 +58,7 @@ service: $(VENV) ## Let launchd or systemd keep the processes running: ACTION=in
 train: $(VENV) ## Train: PRESET= DATASET= VALIDATION= RESUME=<version> SET="max_steps=500 …" NAME= NOTES= AFTER=<jobs> FOLLOW=0
 	$(COMMAND) train
 
-sweep: $(VENV) ## Try a grid of values: TRY="learning_rate=1e-3,3e-3 dropout=0,0.1" PRESET= DATASET= SET= NAME= RUNGS=3 KEEP=1/3 FOLLOW=0
+sweep: $(VENV) ## Try a grid of values: TRY="learning_rate=1e-3,3e-3 dropout=0,0.1" PRESET= DATASET= SET= NAME= RUNGS=2 KEEP=1/3 FOLLOW=0
 	$(COMMAND) sweep
 
 distill: $(VENV) ## Teach and judge: TEACHER="3 7" or GENERATIONS= or STORIES=<name>; PRESET= RESUME=<version> PROMOTE=1 FORCE=1 SET= …

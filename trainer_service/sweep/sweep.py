@@ -55,11 +55,7 @@ class Sweep:
         Raises `InvalidArgument` if the sweep has begun with other values, `AlreadyExists` if its name is taken, and the
         errors of `submit`.
         """
-        names = {member.spec.run for member in self.members}
-        found = dict[str, JobRecord]()
-        for job in self._queue.store.jobs(kinds=[Kind.TRAIN]):
-            if isinstance(job.spec, TrainSpec) and job.spec.run in names:
-                found.setdefault(job.spec.run, job)
+        found = self._find()
         for member in self.members:
             if member.spec.run in found:
                 _require_same(self.name, member, found[member.spec.run])
@@ -68,8 +64,10 @@ class Sweep:
                     f"The registry has a run named {shown(member.spec.run)} already, and no job of it is left; choose "
                     "another --name."
                 )
-        begun = [member for member in self.members if member.spec.run in found]
-        self.halving.require_possible([_candidate(each.number, found[each.spec.run]) for each in begun])
+        begun = [_candidate(each.number, found[each.spec.run]) for each in self.members if each.spec.run in found]
+        self.halving.require_possible(begun)
+        if len(begun) < len(self.members) and any(each.until > self.halving.first for each in begun):
+            raise self._other_number(len(begun))
         for member in self.members:
             if member.spec.run not in found:
                 # A set of stories may grow between two of the runs.
@@ -81,6 +79,26 @@ class Sweep:
                 found[member.spec.run] = submit(spec, self._queue, self._registry)
         self._ids = [found[member.spec.run].id for member in self.members]
         return len(begun)
+
+    def _find(self) -> dict[str, JobRecord]:
+        """Returns the newest job of each candidate that has one, by its run."""
+        count = len(self.members)
+        names = {f"{self.name}-{number}" for number in range(1, count + 2)}
+        found = dict[str, JobRecord]()
+        for job in self._queue.store.jobs(kinds=[Kind.TRAIN]):
+            if isinstance(job.spec, TrainSpec) and job.spec.run in names:
+                found.setdefault(job.spec.run, job)
+        beyond = found.pop(f"{self.name}-{count + 1}", None)
+        if beyond is not None and isinstance(beyond.spec, TrainSpec) and beyond.spec.until is not None:
+            raise self._other_number(f"more than {count}")
+        return found
+
+    def _other_number(self, begun: int | str) -> InvalidArgument:
+        count = len(self.members)
+        return InvalidArgument(
+            f"The sweep {self.name} has begun with {begun} candidates, but this command names {count}: give the "
+            "command with which it began, or another --name."
+        )
 
     def jobs(self) -> tuple[JobRecord, ...]:
         """Returns the jobs of the candidates; raises `NotFound` if one of them is gone."""

@@ -5,7 +5,10 @@ import pytest
 
 from shared.errors import GptloopError, InvalidArgument, NotFound, Unavailable
 from shared.service import cli
-from trainer_service.commands.sweep import app, parse_share
+from tests.trainer_service.sweep.sweeps import Played
+from trainer_service.commands.options import settings
+from trainer_service.commands.sweep import _plan, app, parse_share
+from trainer_service.jobs.queue import JobQueue
 
 PAIR = ["--try", "learning_rate=1e-3,3e-3"]
 
@@ -51,3 +54,19 @@ def test_a_share_is_a_fraction_or_a_decimal_number(text: str, share: Fraction) -
 def test_what_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match="but must be a share from 1/100 to 9/10"):
         parse_share(text)
+
+
+def test_the_plan_says_what_a_sweep_will_take(queue: JobQueue, tmp_path: Path) -> None:
+    sweep = Played(queue, tmp_path).sweep()
+    lines = list(_plan(sweep, queue, settings()))
+    assert lines[:5] == [
+        "sweep try: 4 candidates, the runs try-1 to try-4",
+        "rung 1      step 10: 4 candidates",
+        "rung 2      step 20: 2 candidates",
+        "rung 3      step 40, the end of the schedule: 1 candidate",
+        "steps       80, instead of 160 without rungs",
+    ]
+    assert [line.split()[0] for line in lines[5:]] == ["time", "disk", "note:"]
+    assert lines[-1].startswith("note: Rung 1 comes so soon after the warm-up, which ends at step 20, that")
+    warm = Played(queue, tmp_path, overrides={"warmup_steps": "3"}).sweep()
+    assert not any("warm-up" in line for line in _plan(warm, queue, settings()))

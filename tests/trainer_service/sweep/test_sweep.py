@@ -124,6 +124,21 @@ def test_a_sweep_that_began_with_other_values_or_rungs_is_refused(played: Played
         replace(played, overrides={}, keep=Fraction(2, 3)).sweep().begin()
 
 
+def test_a_sweep_gets_no_more_candidates_once_some_have_gone_on_and_never_fewer(played: Played) -> None:
+    replace(played, tried="seed=1,2").sweep().begin()
+    sweep = played.sweep()
+    assert sweep.begin() == 2
+    with pytest.raises(InvalidArgument, match="has begun with more than 3 candidates, but this command names 3"):
+        replace(played, tried="seed=1,2,3").sweep().begin()
+    for number in (1, 2, 3, 4):
+        played.train(number, float(number))
+    sweep.turn()
+    with pytest.raises(
+        InvalidArgument, match="has begun with 4 candidates, but this command names 5: give the command"
+    ):
+        replace(played, tried="seed=1,2,3,4,5").sweep().begin()
+
+
 def test_a_name_of_other_runs_is_refused(played: Played, queue: JobQueue, tmp_path: Path) -> None:
     taken = queue.enqueue(training(tmp_path, name="try-2")).id
     with pytest.raises(AlreadyExists, match=f"The job {taken} has a run named 'try-2' already, which is no candidate"):
