@@ -260,7 +260,7 @@ class JobQueue:
         fields: Fields,
         until: float | None = None,
     ) -> None:
-        """Ends an attempt; the next one follows after a delay, or at a time, or, without a delay, when it is sent."""
+        """Ends an attempt; the next one follows after a delay or at a time. Without a delay it waits for `extend`."""
         due: dict[Any, Any] = {"attempt": attempt + 1, "delay_s": delay_s or 0.0, "until": until or ""}
         pipeline.hset(self.store.keys.job(job_id), mapping=due)
         pipeline.delete(self.store.keys.lease(job_id))

@@ -27,7 +27,7 @@ from trainer_service.backup import restore as restore_module
 from trainer_service.backup.backup import write_backup
 from trainer_service.backup.jobs_copy import RESTORED
 from trainer_service.backup.restore import restore_backup
-from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.jobs.events import Evaluation, JobState, Notice, StateChanged, TimedEvent
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.redis_client import RedisAddress
 from trainer_service.settings import TrainerSettings
@@ -75,6 +75,21 @@ def test_what_was_backed_up_is_restored_elsewhere(
     assert events_of(queue, at_work)[-1] == StateChanged(JobState.QUEUED, RESTORED)
     assert queue.store.get(later).after == (at_work,) and queue.store.get(later).sent is None
     assert 0 < int(str(mortal_redis.admin().ttl(queue.store.keys.job(ended)))) <= 30 * 24 * 3600
+
+
+def test_a_job_that_waits_at_its_step_still_waits_there_once_it_is_restored(
+    here: TrainerSettings, there: TrainerSettings, here_queue: JobQueue, mortal_redis: RedisServer, tmp_path: Path
+) -> None:
+    job = here_queue.enqueue(replace(training(tmp_path), until=3)).id
+    start(here_queue, job)
+    here_queue.suspend(job, 1, Evaluation(3, 2.0, 1.9, 0.9))
+    write_backup(tmp_path / "backup.tar", here)
+    restore_backup(tmp_path / "backup.tar", there)
+    queue = JobQueue(mortal_redis.connect(), here_queue.registry)
+    restored = queue.store.get(job)
+    assert restored == here_queue.store.get(job) and restored.is_suspended and queue.attempts.waiting() == []
+    queue.extend(restored, 6)
+    assert queue.attempts.waiting() == [(job, 2)]
 
 
 def test_an_existing_file_is_never_replaced(here: TrainerSettings, tmp_path: Path) -> None:

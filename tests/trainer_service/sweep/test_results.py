@@ -34,7 +34,6 @@ def played(queue: JobQueue, tmp_path: Path) -> Played:
 def finish(played: Played) -> None:
     played.train(3, 2.5)
     played.train(2, 1.5)
-    played.sweep().begin()
     sweep = played.sweep()
     sweep.begin()
     sweep.turn()
