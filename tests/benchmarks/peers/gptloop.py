@@ -30,8 +30,10 @@ from trainer_service.training.workers import Workers  # noqa: E402
 
 
 class Training:
+    """`variant` is the optimizer, if it is not that of the preset."""
+
     def __init__(self, config: dict[str, Any], rows: int, variant: str) -> None:
-        whole = TrainingConfig.from_dict({**config, "batch_size": rows})
+        whole = TrainingConfig.from_dict({**config, "batch_size": rows} | ({"optimizer": variant} if variant else {}))
         tokens = np.random.default_rng(1).integers(whole.vocabulary_size, size=1_000_000, dtype=np.uint16)
         self._workers = Workers(_ACCELERATOR.threads)
         self._trainer = Trainer(whole, TrainingText(tokens, end_token=0), self._workers)
