@@ -247,8 +247,6 @@ def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[Tr
     rows = -(-own_rows // threads)
     batches = micro_batches(rows, T)
     parameters = count_parameters(config.gpt).total
-    matrices = L * 2 * config.width * (2 * config.width + config.hidden_width)
-    moments = 2 * parameters - (config.optimizer == "muon") * matrices
     # The arrays that the layers keep for their gradients, and those of one more layer at work.
     activations = _activations(config, -(-rows // batches) * T, L + 1)
     training = 4 * threads * ((batches > 1) * parameters + max(activations, parameters))
@@ -258,10 +256,17 @@ def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[Tr
     evaluation = 4 * evaluating * _activations(config, rows * T, _EVALUATED_LAYERS)
     return (
         _PROCESS_BYTES
-        + 4
-        * ((1 + (processes > 1)) * parameters + moments + sum(count_parameters(each.gpt).total for each in teachers))
+        + 4 * ((1 + (processes > 1)) * parameters + count_moments(config))
+        + 4 * sum(count_parameters(each.gpt).total for each in teachers)
         + max(training, min(training, array_cache_bytes(machine.memory_bytes)) + evaluation)
     )
+
+
+def count_moments(config: TrainingConfig) -> int:
+    """Returns how many numbers the optimizer keeps: two for each parameter, but with Muon one for those of the matrices
+    of the blocks."""
+    matrices = config.layers * 2 * config.width * (2 * config.width + config.hidden_width)
+    return 2 * count_parameters(config.gpt).total - (config.optimizer == "muon") * matrices
 
 
 def _activations(config: TrainingConfig, tokens: int, layers: int) -> int:

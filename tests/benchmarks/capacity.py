@@ -40,12 +40,10 @@ from trainer_service.jobs.events import (
 )
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest
-from trainer_service.plan import Machine, memory_bytes
+from trainer_service.plan import Machine, count_moments, memory_bytes
 from trainer_service.presets import PRESETS
 
 _FLOAT_BYTES = 4
-# Weights, and the two moments of AdamW.
-_FLOATS_OF_A_STATE = 3
 # Two threads, and more memory than any preset takes.
 _MACHINE = Machine(64 << 30, 2)
 _JOBS = 1000
@@ -63,7 +61,7 @@ def presets() -> None:
     settings = Settings(Directories(Path()))
     for name, config in PRESETS.items():
         parameters = count_parameters(config.gpt).total
-        version, state = _FLOAT_BYTES * parameters, _FLOATS_OF_A_STATE * _FLOAT_BYTES * parameters
+        version, state = _FLOAT_BYTES * parameters, _FLOAT_BYTES * (parameters + count_moments(config))
         published = -(-config.max_steps // config.evaluation_interval)
         # While a version is written, those that it displaces are still there; the best one has its state, too.
         most = (min(published, keep.newest + keep.best) + 1) * version + (keep.states + 2) * state
