@@ -162,7 +162,7 @@ def test_a_finished_run_can_be_extended_and_its_tokens_are_added(system: System)
 
 
 def test_an_impossible_request_is_rejected_with_a_sentence(system: System) -> None:
-    presets = "demo, small, tinystories-53m, gpt2-124m"
+    presets = "demo, small, tinystories-53m, tinystories-53m-plus, gpt2-124m"
     for request, kind, sentence in (
         (TrainRequest(preset="huge"), InvalidArgument, f"^Unknown preset 'huge'. The presets are {presets}.$"),
         (TrainRequest(overrides={"steps": "5"}), InvalidArgument, "steps"),
