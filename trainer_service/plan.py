@@ -102,8 +102,7 @@ class Plan:
                 return None
             # A teacher only predicts, as an evaluation does.
             flops = flops_per_token(config) + sum(map(flops_per_token, self.teachers)) * _EVALUATION_SHARE
-            passes = 2 if config.masked_loss else 1
-            speed = min(self.machine.threads, config.batch_size) * _GUESSED_FLOPS_PER_THREAD / (passes * flops)
+            speed = min(self.machine.threads, config.batch_size) * _GUESSED_FLOPS_PER_THREAD / (_passes(config) * flops)
         evaluations = config.max_steps // config.evaluation_interval - self.first_step // config.evaluation_interval
         evaluations += config.max_steps % config.evaluation_interval > 0
         evaluated = evaluations * config.evaluation_windows * config.context_length
@@ -208,8 +207,12 @@ def _characters(spec: TrainSpec) -> float:
 def _work(spec: TrainSpec) -> tuple[object, ...]:
     """Returns the values on which the speed of a step depends."""
     config = spec.config
-    passes = config.masked_loss > 0
-    return config.gpt, config.optimizer, passes, config.batch_size, config.world_size, _teaching(spec)
+    return config.gpt, config.optimizer, _passes(config), config.batch_size, config.world_size, _teaching(spec)
+
+
+def _passes(config: TrainingConfig) -> int:
+    """Returns how often a step passes over its batch."""
+    return 2 if config.masked_loss else 1
 
 
 def _teaching(spec: TrainSpec) -> tuple[Teacher, ...]:

@@ -19,8 +19,9 @@ PRESETS = {
         dropout=0.0,
         max_steps=400,
         batch_size=16,
-        learning_rate=3e-3,
+        learning_rate=4e-3,
         warmup_steps=50,
+        optimizer="muon",
         evaluation_interval=80,
     ),
     # 10M parameters: small English stories within an hour on a laptop.

@@ -41,7 +41,14 @@ class Size:
 
 def _sizes() -> dict[str, Size]:
     # Minutes on two cores.
-    demo = replace(PRESETS["demo"], max_steps=400, evaluation_interval=200, validation_share=0.05)
+    demo = replace(
+        PRESETS["demo"],
+        optimizer="adamw",
+        learning_rate=3e-3,
+        max_steps=400,
+        evaluation_interval=200,
+        validation_share=0.05,
+    )
     # One NVIDIA GPU. The text is read about fifty times, hence the strong regularization.
     large = replace(
         PRESETS["tinystories-53m"],

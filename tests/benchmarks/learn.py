@@ -8,7 +8,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,6 +92,13 @@ class Study:
                 found[seed] = outcome
         return dict(sorted((seed, each) for seed, each in found.items() if each.key == recipe.key(seed)))
 
+    def train_missing(self, recipes: Sequence[Recipe], seeds: Sequence[int], until_s: float) -> None:
+        """Does the runs that have no outcome yet; begins none after the monotonic clock shows `until_s`."""
+        for seed in seeds:
+            for recipe in recipes:
+                if seed not in self.outcomes(recipe) and time.monotonic() < until_s:
+                    self.train(recipe, seed)
+
     def train(self, recipe: Recipe, seed: int) -> None:
         """Trains with a recipe, with its teachers first if their weights are missing, and keeps the outcome."""
         teacher = RECIPES[recipe.teacher] if recipe.teacher else None
@@ -143,11 +150,8 @@ def steps(
     accelerator.prepare(ROOT / ".pytest_cache" / f"benchmarks-{seed[0]}", own_threads=True)
     study = Study(folder)
     print(study.material, flush=True)
-    end_s = time.monotonic() + (60 * minutes or math.inf)
-    for each in seed:
-        for name in only or RECIPES:
-            if each not in study.outcomes(RECIPES[name]) and time.monotonic() < end_s:
-                study.train(RECIPES[name], each)
+    recipes = [RECIPES[name] for name in only or RECIPES]
+    study.train_missing(recipes, seed, time.monotonic() + (60 * minutes or math.inf))
     table(folder)
 
 

@@ -1,5 +1,6 @@
 """The study of recipes, with tiny models."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,15 +40,26 @@ def test_a_study_trains_each_recipe_once_and_its_teacher_first(
     for seed in (1, 2):
         study.train(FORMER, seed)
         study.train(TAUGHT, seed)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:3]] == ["former, seed 1", "new, seed 1", "taught, seed 1"]
+    told = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == [f"{name}, seed {seed}" for seed in (1, 2) for name in ("former", "new", "taught")]
     outcomes = {recipe.name: learn.Study(folder).outcomes(recipe) for recipe in (FORMER, NEW, TAUGHT)}
     assert all(set(each) == {1, 2} for each in outcomes.values())
     assert all([step for step, _ in each[1].losses] == [2, 4, 6] for each in outcomes.values())
-    assert outcomes["new"][1].losses != outcomes["former"][1].losses != outcomes["taught"][1].losses
+    losses = [str(each[1].losses) for each in outcomes.values()]
+    assert len(set(losses)) == 3
     learn.table(folder)
     _, _, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 3 and "±" in rows[1] and "±" not in rows[0]
+
+
+def test_a_study_goes_on_where_it_stopped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = learn.Study(folder)
+    study.train_missing([FORMER], [1], until_s=math.inf)
+    study.train_missing([FORMER, NEW], [1, 2], until_s=math.inf)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["former, seed 1", "new, seed 1", "former, seed 2", "new, seed 2"]
+    study.train_missing([FORMER, NEW, TAUGHT], [1, 2], until_s=0)
+    assert not capsys.readouterr().out
 
 
 def test_an_outcome_of_other_values_does_not_count(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The windows of text that a step reads: a pure function of the seed and the step.
+"""The windows of text that a step reads: a pure function of the text, the seed and the step.
 
 Shapes: B rows, T tokens of context, N tokens of text, M of a teacher's text.
 """

@@ -13,7 +13,7 @@ from tests.fakes import TINY, publish_tiny_version
 from tests.registries import disk_registry, version_folder
 from trainer_service.evaluation import speed
 from trainer_service.evaluation.speed import batch_sizes, measure_speed
-from trainer_service.plan import Machine, memory_bytes
+from trainer_service.plan import Machine, count_moments, memory_bytes
 from trainer_service.presets import find_preset
 from trainer_service.training.config import TrainingConfig
 
@@ -46,7 +46,7 @@ def test_serving_and_training_are_measured_in_processes_of_their_own(
     assert (speeds.threads, speeds.serving_threads, speeds.training_rows) == (2, 1, 3)
     assert min(speeds.training_tokens_per_s, speeds.prefill_tokens_per_s) > 0
     assert memory.weights_bytes == 4 * count_parameters(TINY).total
-    assert memory.optimizer_bytes == 2 * memory.weights_bytes + 4
+    assert memory.optimizer_bytes == 4 * count_moments(CONFIG) + 4
     assert memory.serving_bytes > memory.weights_bytes + memory.cache_bytes_per_token * 2 * TINY.context_length - 1
     assert [each.batch_size for each in memory.training] == [1, 2, 3]
     assert shares == sorted(shares)

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from shared.device.accelerator import Accelerator
-from shared.gpt.config import count_parameters
 from trainer_service.evaluation import training_steps
 from trainer_service.evaluation.training_steps import StepCosts, measure_steps
+from trainer_service.plan import count_moments
 from trainer_service.presets import find_preset
 
 HERE = Accelerator("A processor", "cpu", "", None, 1 << 40, Path(), threads=2)
@@ -29,8 +29,8 @@ def test_a_step_takes_more_memory_with_more_windows() -> None:
         assert each.peak_bytes > each.activations_bytes
         assert each.tokens_per_s is None
         assert each.threads == 2
-        # Two moments of each parameter, and the number of steps.
-        assert each.optimizer_bytes == 2 * 4 * count_parameters(TINY.gpt).total + 4
+        # The moments, and the number of steps.
+        assert each.optimizer_bytes == 4 * count_moments(TINY) + 4
 
 
 def test_steps_are_timed_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def test_rows_have_the_same_windows_in_batches_of_any_size() -> None:
         np.testing.assert_array_equal(np.concatenate(small), batches(text, rows=12, share=0.3).at(0).inputs)
 
 
-def test_tokens_stay_on_the_disk(tmp_path: Path) -> None:
+def test_a_memory_mapped_text_gives_the_same_batches(tmp_path: Path) -> None:
     np.save(tmp_path / "tokens.npy", TOKENS)
     text = TrainingText(np.load(tmp_path / "tokens.npy", mmap_mode="r"), END)
     drawn = batches(text).at(3)

@@ -101,7 +101,7 @@ def test_every_value_can_be_overridden_by_text() -> None:
         ({"learning_rate": "1e-300"}, "learning_rate is 1e-300"),
         ({"beta1": "1"}, "beta1 is 1.0, but must be from 0 to 0.9999"),
         ({"beta2": "0.9999999999"}, "beta2 is 0.9999999999"),
-        ({"weight_decay": "400"}, "weight_decay is 400.0 with a learning_rate of 0.003"),
+        ({"weight_decay": "400"}, "weight_decay is 400.0 with a learning_rate of 0.004"),
         ({"max_gradient_norm": "-1"}, "max_gradient_norm is -1.0, but must be from 0.001 to .*, or 0 to clip nothing"),
         ({"max_gradient_norm": "1e-30"}, "max_gradient_norm is 1e-30"),
         ({"max_gradient_norm": "nan"}, "max_gradient_norm is nan"),

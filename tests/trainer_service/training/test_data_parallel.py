@@ -130,7 +130,7 @@ def test_dropout_differs_between_ranks_and_is_the_same_after_a_resume(tmp_path: 
     assert results[0][2] == results[1][2] != pytest.approx(scalar(one_row), abs=1e-4)
 
 
-def test_a_seed_has_the_windows_and_the_dropout_that_it_always_had() -> None:
+def test_the_windows_and_the_dropout_of_a_seed_do_not_change() -> None:
     # Any other way to draw them would change the runs that go on.
     trainer = Trainer(tiny(), TEXT)
     assert [scalar(trainer.take_step().loss) for _ in range(2)] == pytest.approx([5.691775, 5.713044], abs=1e-6)

@@ -26,6 +26,8 @@ def tiny(**values: object) -> TrainingConfig:
         max_steps=20,
         warmup_steps=3,
         dropout=0.1,
+        learning_rate=3e-3,
+        optimizer="adamw",
     )
     return replace(config, **values)  # type: ignore[arg-type]
 
