@@ -137,8 +137,10 @@ def sweep(
 
 def parse_share(text: str) -> Fraction:
     """Reads `1/3` or `0.5`; raises `InvalidArgument` if it is no share."""
+    # Eight digits of an exponent would take minutes and gigabytes.
+    is_plain = len(text) <= _LONGEST_SHARE and text.isascii() and "e" not in text.lower()
     try:
-        share = Fraction(text) if len(text) <= _LONGEST_SHARE and text.isascii() else None
+        share = Fraction(text) if is_plain else None
     except (ValueError, ZeroDivisionError):
         share = None
     if share is None or not _LEAST_SHARE <= share <= _GREATEST_SHARE:

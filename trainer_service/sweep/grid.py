@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from shared.errors import InvalidArgument, shown
 from shared.registry.registry import Registry
+from shared.text import excerpt
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import TrainSpec, check_name
 
@@ -86,5 +87,5 @@ def _member(number: int, values: Mapping[str, str], common: TrainRequest, regist
         # Without a name: whether a run of this name has begun is for the sweep to judge, which may have begun it.
         spec = replace(common, name="", overrides={**common.overrides, **values}).resolve(registry)
     except InvalidArgument as error:
-        raise InvalidArgument(f"Candidate {number} ({own}): {error}") from None
+        raise InvalidArgument(f"Candidate {number} ({excerpt(own, 80)}): {error}") from None
     return Member(number, values, replace(spec, run=run, notes=f"sweep {common.name}: {own}"))

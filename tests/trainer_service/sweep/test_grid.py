@@ -49,6 +49,7 @@ def test_a_shape_is_judged_with_the_values_of_all(tmp_path: Path) -> None:
         ("seed=1,x dropout=0,0.1", "Candidate 3 (seed=x dropout=0): seed is 'x', but must be a whole number."),
         ("rate=1,2", "Candidate 1 (rate=1): Unknown training value 'rate'."),
         ("seed=1,\x1b[31m", "Candidate 2 (seed="),
+        (f"seed=1,{'9' * 5000}", "Candidate 2 (seed=999"),
         ("seed=1,2,01", "Candidates 1 (seed=1) and 3 (seed=01) are the same; name each value once."),
         ("batch_size=4,8", "'batch_size' stands in --try and in --set; leave it out of one of them."),
     ],
@@ -57,6 +58,7 @@ def test_what_makes_no_grid_is_refused_with_what_would(tmp_path: Path, text: str
     with pytest.raises(InvalidArgument) as refused:
         of(tmp_path, text, batch_size="2")
     assert str(refused.value).startswith(sentence)
+    assert str(refused.value).isprintable() and len(str(refused.value)) <= 400
 
 
 def test_a_name_that_is_too_long_for_the_runs_is_refused(tmp_path: Path) -> None:
