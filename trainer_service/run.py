@@ -263,14 +263,14 @@ class TrainingRun:
     def checkpoint(self, trainer: Trainer, held_out: HeldOutLoss) -> None:
         """Keeps the state, publishes a version, and prunes the registry.
 
-        If the registry cannot be written, the next evaluation tries again. After the last step no evaluation follows,
-        so pruning makes room for a second try.
+        If the registry cannot be written, the next evaluation tries again. After the last step of an attempt no
+        evaluation follows, so pruning makes room for a second try.
         """
         loss, bits = held_out.nats_per_token, held_out.bits_per_byte
         self._emit(Evaluation(trainer.step, trainer.training_loss, loss, bits))
         # A state is never on the disk without the lines before it.
         self._record(synced=True)
-        is_last = trainer.step == self._spec.config.max_steps
+        is_last = trainer.step == self._spec.last_step
         version = None
         try:
             version = self._keep(trainer, held_out)

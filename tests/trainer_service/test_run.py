@@ -325,7 +325,6 @@ def test_a_run_that_waits_at_steps_ends_with_the_same_bits_as_one_that_does_not(
         evaluation = to_step(site, stepwise, step, number)
         assert (evaluation.step, evaluation.validation_loss) == (step, published[step].validation_loss)
         assert site.registry.states(stepwise.run)[-1] == step and not site.registry.has_ended(stepwise.run)
-        assert arrays(site, stepwise.run, step).keys()
     assert TrainingRun(replace(stepwise, until=9), replace(site.attempt(), number=3)).train()
     assert site.registry.has_ended(stepwise.run)
     assert arrays(site, stepwise.run, 9) == arrays(site, whole.run, 9)
@@ -334,7 +333,7 @@ def test_a_run_that_waits_at_steps_ends_with_the_same_bits_as_one_that_does_not(
     assert losses[0] == losses[1]
 
 
-def test_a_run_that_dies_at_its_step_is_evaluated_once_and_tells_its_loss(
+def test_a_run_that_dies_at_its_step_is_evaluated_once_and_reports_its_loss(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = site.spec()
@@ -350,6 +349,23 @@ def test_a_run_that_dies_at_its_step_is_evaluated_once_and_tells_its_loss(
     (version,) = site.registry.versions()
     assert (evaluation.step, evaluation.validation_loss) == (3, version.validation_loss)
     assert site.all_told(Progress) == [] and site.all_told(VersionPublished) == []
+
+
+def test_a_registry_that_fails_once_at_the_step_of_a_run_has_its_state_before_it_waits(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, write, calls = site.spec(), Registry.write_state, list[object]()
+
+    def fail_once(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise FailedPrecondition("The registry cannot be written.")
+        write(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Registry, "write_state", fail_once)
+    to_step(site, spec, 3)
+    assert site.registry.states(spec.run) == [3] and [each.step for each in site.registry.versions()] == [3]
+    assert not any("without this checkpoint" in notice.text for notice in site.all_told(Notice))
 
 
 class Killed(BaseException):
