@@ -96,7 +96,7 @@ class JobQueue:
             if name == run.encode() and not never_ran:
                 raise AlreadyExists(f"The job {job_id} has a run named {shown(run)} already; choose another name.")
 
-    def cancel(self, job_id: str, reason: str = "") -> JobRecord:
+    def cancel(self, job_id: str) -> JobRecord:
         """Cancels a job: ends a queued one, and asks a running one to end.
 
         Raises `NotFound`, or `FailedPrecondition` if the job has ended.
@@ -107,7 +107,7 @@ class JobQueue:
             waiting = fields["state"] == JobState.QUEUED.value
             state = JobState.CANCELLED if waiting else JobState.CANCELLING
             pipeline.hset(self.store.keys.job(job_id), "cancel", "1")
-            self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(state, reason))], fields)
+            self.store.add_events(pipeline, job_id, [TimedEvent(StateChanged(state))], fields)
 
         if not self.store.change(job_id, None, change):
             raise FailedPrecondition(f"The job {job_id} is {self.store.get(job_id).state.value} already.")
@@ -227,6 +227,15 @@ class JobQueue:
             self.attempts.insert(pipeline, job.id, job.attempt, job.ticket)
 
         self.store.change(job.id, job.attempt, change, also_watch=[self.attempts.key])
+
+    def stop(self, job: JobRecord, reason: str) -> None:
+        """Cancels a suspended training job; does nothing if it goes on or has ended already."""
+
+        def change(pipeline: Pipeline, fields: Fields) -> None:
+            if SUSPENDED in fields:
+                self.store.add_events(pipeline, job.id, [TimedEvent(StateChanged(JobState.CANCELLED, reason))], fields)
+
+        self.store.change(job.id, job.attempt, change)
 
     def lose(self, job_id: str, attempt: int, reason: str) -> bool:
         """Ends an attempt that crashed; the next one follows after a delay, unless the job has crashed too often."""

@@ -1,16 +1,16 @@
 """A sweep: queues its candidates, and carries out what is decided between their rungs.
 
-It keeps nothing. What was decided follows from the jobs: `until` of each, and whether it waits there or has ended. So
-the process may be killed at any moment, and another one goes on.
+A `Sweep` stores nothing: its decisions follow from the jobs, from `until` of each, and from whether it waits there or
+has ended. So the process may be killed at any moment, and another one goes on.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shared.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, shown
+from shared.errors import AlreadyExists, InvalidArgument, NotFound, shown
 from shared.registry.registry import Registry
+from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
 from trainer_service.jobs.specs import Kind, TrainSpec
@@ -48,6 +48,7 @@ class Sweep:
         self._registry = registry
         self._data = data
         self._ids: list[str] = []
+        self._marked: set[str] = set()
 
     def begin(self) -> int:
         """Queues the candidates that have no job yet, and returns how many have one already.
@@ -118,17 +119,22 @@ class Sweep:
         for number in decision.go_on:
             self._queue.extend(jobs[number - 1], decision.until)
         for number in decision.stop:
-            self._stop(jobs[number - 1])
+            job = jobs[number - 1]
+            assert isinstance(job.spec, TrainSpec)
+            self._queue.stop(job, f"Others of the sweep {self.name} have a lower loss at step {job.spec.last_step:,}.")
         if decision.stop:
             release_ended(self._queue, self._registry)
+        self._mark_cancelled(self.jobs() if decision.stop else jobs)
         return Turn(jobs, decision)
 
-    def _stop(self, job: JobRecord) -> None:
-        assert isinstance(job.spec, TrainSpec)
-        # Only the last state of a finished run is kept, and of few such runs.
-        self._registry.end_run(job.spec.run)
-        with suppress(FailedPrecondition):  # somebody else has just ended it
-            self._queue.cancel(job.id, f"Others of the sweep {self.name} have a lower loss at step {job.spec.until:,}.")
+    def _mark_cancelled(self, jobs: Sequence[JobRecord]) -> None:
+        """Marks the runs of cancelled candidates as finished; a process may have been killed before it could."""
+        for member, job in zip(self.members, jobs, strict=True):
+            run = member.spec.run
+            # Only the last state of a finished run is kept, and of few such runs.
+            if job.state is JobState.CANCELLED and job.evaluation and run not in self._marked:
+                self._registry.end_run(run)
+                self._marked.add(run)
 
 
 def _candidate(number: int, job: JobRecord) -> Candidate:
@@ -144,8 +150,8 @@ def _require_same(name: str, member: Member, job: JobRecord) -> None:
     assert isinstance(job.spec, TrainSpec)
     if job.spec.until is None:
         raise AlreadyExists(
-            f"The job {job.id} has a run named {shown(job.spec.run)} already, which is no candidate of a sweep; choose "
-            "another --name."
+            f"The job {job.id} has a run named {shown(job.spec.run)} already, which is not a candidate of a sweep; "
+            "choose another --name."
         )
     wanted, begun = member.spec, job.spec
     if (wanted.config, wanted.data, wanted.preset) == (begun.config, begun.data, begun.preset):

@@ -157,12 +157,28 @@ def test_a_job_waits_again_at_the_step_to_which_it_was_extended(queue: JobQueue,
     assert (record.is_suspended, record.attempt) == (True, 3) and queue.attempts.waiting() == []
 
 
-def test_a_job_that_waits_at_its_step_can_be_cancelled_with_a_reason(queue: JobQueue, suspended: JobRecord) -> None:
-    assert queue.cancel(suspended.id, "It fell behind.").reason == "It fell behind."
+def test_a_job_that_waits_at_its_step_can_be_stopped_there_with_a_reason(queue: JobQueue, suspended: JobRecord) -> None:
+    queue.stop(suspended, "Others are better.")
     record = queue.store.get(suspended.id)
     assert (record.state, record.is_suspended) == (JobState.CANCELLED, False)
+    assert record.reason == "Others are better."
     queue.extend(suspended, 6)
     assert queue.store.get(suspended.id).state is JobState.CANCELLED and queue.attempts.waiting() == []
+
+
+def test_a_job_that_goes_on_or_has_ended_is_not_stopped(queue: JobQueue, suspended: JobRecord) -> None:
+    queue.extend(suspended, 6)
+    queue.stop(suspended, "Others are better.")
+    assert queue.store.get(suspended.id).state is JobState.QUEUED and queue.attempts.waiting() == [(suspended.id, 2)]
+    start(queue, suspended.id, 2)
+    queue.stop(suspended, "Others are better.")
+    assert queue.store.get(suspended.id).state is JobState.RUNNING
+    assert queue.suspend(suspended.id, 2, replace(EVALUATED, step=6))
+    queue.stop(suspended, "Others are better.")
+    assert queue.store.get(suspended.id).is_suspended
+    queue.cancel(suspended.id)
+    queue.stop(suspended, "Others are better.")
+    assert queue.store.get(suspended.id).reason == ""
 
 
 def test_a_job_that_is_cancelled_as_it_comes_to_its_step_has_ended(queue: JobQueue, tmp_path: Path) -> None:
@@ -173,7 +189,7 @@ def test_a_job_that_is_cancelled_as_it_comes_to_its_step_has_ended(queue: JobQue
     assert queue.store.get(job).state is JobState.CANCELLED
 
 
-def test_an_evaluation_is_told_once_also_if_its_own_event_was_lost(queue: JobQueue, tmp_path: Path) -> None:
+def test_an_evaluation_is_reported_once_also_if_its_own_event_was_lost(queue: JobQueue, tmp_path: Path) -> None:
     for told in ([], [EVALUATED]):
         job = queue.enqueue(replace(training(tmp_path), until=3)).id
         start(queue, job)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import AlreadyExists, InvalidArgument, NotFound, Unavailable
+from shared.registry.registry import Registry
 from tests.jobs import training
 from tests.trainer_service.sweep.sweeps import Played
 from trainer_service.jobs.events import JobState
@@ -51,13 +52,13 @@ def test_runs_that_were_stopped_no_longer_count_as_unfinished_and_those_that_wai
 
 
 def test_another_process_goes_on_where_one_was_killed(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kills the command before each of its changes, one after the other."""
+    """Kills the command before the second job, the second extension and the second stop."""
 
     class Killed(BaseException):
         pass
 
-    for name in ("submit", "extend", "cancel"):
-        original = getattr(JobQueue, "enqueue" if name == "submit" else name)
+    for name in ("enqueue", "extend", "stop"):
+        original = getattr(JobQueue, name)
         calls = 0
 
         def act_once(*given: object, original: object = original, **named: object) -> object:
@@ -68,7 +69,7 @@ def test_another_process_goes_on_where_one_was_killed(played: Played, monkeypatc
             return original(*given, **named)  # type: ignore[operator]
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(JobQueue, "enqueue" if name == "submit" else name, act_once)
+            patch.setattr(JobQueue, name, act_once)
             sweep = played.sweep()
             sweep.begin()
             for number in (1, 2, 3, 4):
@@ -80,6 +81,46 @@ def test_another_process_goes_on_where_one_was_killed(played: Played, monkeypatc
     sweep.turn()
     assert [played.until(number) for number in (1, 2, 3, 4)] == [20, 20, 10, 10]
     assert [played.job(number).state for number in (3, 4)] == [JobState.CANCELLED] * 2
+
+
+def test_a_process_that_is_killed_before_it_marks_a_run_leaves_that_to_the_next(
+    played: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    sweep = played.sweep()
+    sweep.begin()
+    for number in (1, 2, 3, 4):
+        played.train(number, float(number))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Registry, "end_run", die)
+        sweep.turn()
+    assert [played.job(number).state for number in (3, 4)] == [JobState.CANCELLED] * 2
+    sweep = played.sweep()
+    sweep.begin()
+    sweep.turn()
+    assert played.registry.ended() == {"try-3", "try-4"}
+
+
+def test_a_process_does_not_stop_what_another_has_just_sent_on(played: Played) -> None:
+    first, second = played.sweep(), played.sweep()
+    first.begin()
+    second.begin()
+    for number in (1, 2, 3, 4):
+        played.train(number, float(number))
+    seen = second.jobs()
+    played.queue.cancel(played.job(1).id)
+    first.turn()
+    assert [played.until(number) for number in (2, 3)] == [20, 20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(second, "jobs", iter([seen, first.jobs()]).__next__)
+        second.turn()
+    assert played.job(3).state is JobState.QUEUED
+    assert played.registry.ended() == {"try-1", "try-4"}
 
 
 def test_two_processes_that_decide_the_same_do_it_once(played: Played) -> None:
@@ -141,7 +182,9 @@ def test_a_sweep_gets_no_more_candidates_once_some_have_gone_on_and_never_fewer(
 
 def test_a_name_of_other_runs_is_refused(played: Played, queue: JobQueue, tmp_path: Path) -> None:
     taken = queue.enqueue(training(tmp_path, name="try-2")).id
-    with pytest.raises(AlreadyExists, match=f"The job {taken} has a run named 'try-2' already, which is no candidate"):
+    with pytest.raises(
+        AlreadyExists, match=f"The job {taken} has a run named 'try-2' already, which is not a candidate"
+    ):
         played.sweep().begin()
     assert len(list(queue.store.jobs())) == 1
 
