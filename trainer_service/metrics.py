@@ -110,9 +110,10 @@ def _queued(waiting: Sequence[JobRecord]) -> Iterator[GaugeMetricFamily]:
     )
     oldest = GaugeMetricFamily(
         "gptloop_training_oldest_waiting_timestamp_seconds",
-        "When the job that waits and was queued first was queued; absent if none waits.",
+        "When the job that waits, except at a rung, and was queued first was queued; absent if none waits.",
     )
-    if since := [job.enqueued_at for job in waiting if job.enqueued_at is not None]:
+    since = [job.enqueued_at for job in waiting if job.enqueued_at is not None and not job.is_suspended]
+    if since:
         oldest.add_metric([], min(since))
     yield oldest
 

@@ -77,6 +77,19 @@ def test_a_job_is_ready_once_it_waits_for_nothing_but_a_worker(
     assert value(metrics, "oldest_waiting_timestamp_seconds") is None
 
 
+def test_a_job_that_waits_at_a_rung_is_not_the_oldest_that_waits(
+    queue: JobQueue, metrics: CollectorRegistry, tmp_path: Path
+) -> None:
+    candidate = queue.enqueue(replace(training(tmp_path), until=3)).id
+    start(queue, candidate)
+    assert queue.suspend(candidate, 1, Evaluation(3, 10.8, 10.7, 3.5))
+    assert (value(metrics, "queue_depth"), value(metrics, "oldest_waiting_timestamp_seconds")) == (1, None)
+    later = queue.enqueue(training(tmp_path)).id
+    assert value(metrics, "oldest_waiting_timestamp_seconds") == queue.store.get(later).enqueued_at
+    queue.extend(queue.store.get(candidate), 6)
+    assert value(metrics, "oldest_waiting_timestamp_seconds") == queue.store.get(candidate).enqueued_at
+
+
 def test_a_job_that_needs_what_no_live_worker_has_is_counted(
     queue: JobQueue, metrics: CollectorRegistry, job: str, tmp_path: Path
 ) -> None:
