@@ -1,4 +1,4 @@
-"""The command that tries a small grid of training values, and stops what falls behind early."""
+"""The command that tries a small grid of training values, and stops the worst candidates early."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,8 @@ from rich.console import Console
 from shared.atomic_file import replacing
 from shared.errors import GptloopError, InvalidArgument, Unavailable, shown
 from shared.gpt.config import count_parameters
+from shared.registry.registry import Registry
+from shared.registry.retention import Retention
 from shared.service import cli
 from shared.service.lists import JsonOption, print_list
 from shared.text import format_duration, format_size, printable
@@ -31,7 +33,7 @@ from trainer_service.commands.options import (
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.requests import TrainRequest, parse_overrides
 from trainer_service.jobs.specs import new_run
-from trainer_service.plan import Machine, Plan
+from trainer_service.plan import Machine, Plan, count_moments
 from trainer_service.settings import TrainerSettings
 from trainer_service.sweep.follow import follow
 from trainer_service.sweep.grid import members, parse_tries
@@ -73,11 +75,12 @@ def sweep(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Try a grid of training values, and stop early what falls behind.
+    """Try a grid of training values, and stop the worst candidates early.
 
-    Each combination of the values is a candidate: a run that trains along its whole schedule, with the seed, the text
-    and the order of the others. At each rung, a step of the schedule, candidates wait for one another, and the share
-    with the lowest held-out loss goes on. One that fails counts as the worst. A table and a page with a plot follow.
+    Each combination of the values is a candidate: a run that trains along its whole schedule. All have one seed and
+    one text, so they read it in the same order, unless you try a value that changes it, such as seed or batch_size. At
+    each rung, a step of the schedule, candidates wait for one another, and the share with the lowest held-out loss
+    goes on. One that fails counts as the worst. A table and a page with a plot follow.
 
     The command decides between rungs. Without it, candidates train to their next rung and wait there. The same command
     with the same --name goes on, also after a kill; with --no-follow it does what is due and prints what is known.
@@ -109,7 +112,7 @@ def sweep(
     queue = queue_of(given)
     running = Sweep(common.name, found, halving, queue, registry, given.directories.data)
     begun = running.begin()
-    say(*_plan(running, queue, given))
+    say(*_plan(running, queue, registry, given.retention))
     if begun:
         say(f"{begun} of the candidates were queued before, so the sweep goes on.")
     again = f"Give the same command with --name {common.name} to go on."
@@ -136,7 +139,7 @@ def sweep(
 
 
 def parse_share(text: str) -> Fraction:
-    """Reads `1/3` or `0.5`; raises `InvalidArgument` if it is no share."""
+    """Reads `1/3` or `0.5`; raises `InvalidArgument` if it is not a share."""
     # Eight digits of an exponent would take minutes and gigabytes.
     is_plain = len(text) <= _LONGEST_SHARE and text.isascii() and "e" not in text.lower()
     try:
@@ -150,7 +153,7 @@ def parse_share(text: str) -> Fraction:
     return share
 
 
-def _plan(running: Sweep, queue: JobQueue, given: TrainerSettings) -> Iterator[str]:
+def _plan(running: Sweep, queue: JobQueue, registry: Registry, retention: Retention) -> Iterator[str]:
     """Yields what the sweep will do, and take."""
     halving, count = running.halving, len(running.members)
     yield f"sweep {running.name}: {count} candidates, the runs {running.name}-1 to {running.name}-{count}"
@@ -158,25 +161,33 @@ def _plan(running: Sweep, queue: JobQueue, given: TrainerSettings) -> Iterator[s
         end = ", the end of the schedule" if rung == len(halving.steps) else ""
         yield f"rung {rung:<6} step {step:,}{end}: {size} candidate{'s' * (size > 1)}"
     yield f"steps       {halving.most_steps:,}, instead of {count * halving.steps[-1]:,} without rungs"
-    spec = running.members[0].spec
-    plan = Plan.of(spec, given.open_registry(), islice(queue.store.jobs(), JOBS_TO_LEARN_FROM), Machine.here())
-    if plan.time_s is None:
-        yield "time        known after the first steps"
-    else:
-        step_s = (plan.time_s - plan.before_s) / halving.steps[-1]
-        time_s = count * plan.before_s + halving.most_steps * step_s
-        guess = "" if plan.tokens_per_second else "; a guess, known after the first steps"
-        yield f"time        about {format_duration(time_s)} on one worker{guess}"
-    # Weights and both moments of each state, and the weights of the best version.
-    arrays = 3 * given.retention.states + 1
-    parameters = sum(count_parameters(each.spec.config.gpt).total for each in running.members)
-    yield f"disk        up to {format_size(4 * arrays * parameters)} for what the candidates reach"
+    yield _time(running, queue, registry)
+    # The last states and that of the best version, each with weights and moments, and the weights of this version.
+    numbers = 0
+    for config in (each.spec.config for each in running.members):
+        parameters = count_parameters(config.gpt).total
+        numbers += (retention.states + 1) * (parameters + count_moments(config)) + parameters
+    yield f"disk        up to {format_size(4 * numbers)} for the states and best versions of all candidates"
     warmup_end = max(each.spec.config.warmup_end for each in running.members)
     if halving.steps[0] < min(_SETTLED * warmup_end, halving.steps[-1]):
         yield (
             f"note: Rung 1 comes so soon after the warm-up, which ends at step {warmup_end:,}, that its losses say "
             "little about the end."
         )
+
+
+def _time(running: Sweep, queue: JobQueue, registry: Registry) -> str:
+    halving, machine = running.halving, Machine.here()
+    earlier = list(islice(queue.store.jobs(), JOBS_TO_LEARN_FROM))
+    plans = [Plan.of(each.spec, registry, earlier, machine) for each in running.members]
+    before_s = sum(plan.before_s for plan in plans)
+    all_s = [plan.time_s for plan in plans if plan.time_s is not None]
+    if len(all_s) < len(plans):
+        return "time        known after the first steps"
+    # Nobody knows yet which of them go on, so a step counts as one of an average candidate.
+    step_s = (sum(all_s) - before_s) / (len(plans) * halving.steps[-1])
+    guess = "" if all(plan.tokens_per_second for plan in plans) else "; a guess, known after the first steps"
+    return f"time        about {format_duration(before_s + halving.most_steps * step_s)} on one worker{guess}"
 
 
 def _write_page(running: Sweep, ranked: Sequence[Result], given: TrainerSettings) -> Path:

@@ -1,14 +1,18 @@
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from shared.errors import GptloopError, InvalidArgument, NotFound, Unavailable
+from shared.gpt.config import count_parameters
+from shared.registry.retention import Retention
 from shared.service import cli
+from shared.text import format_size
 from tests.trainer_service.sweep.sweeps import Played
-from trainer_service.commands.options import settings
 from trainer_service.commands.sweep import _plan, app, parse_share
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.plan import Machine
 
 PAIR = ["--try", "learning_rate=1e-3,3e-3"]
 
@@ -53,14 +57,17 @@ def test_a_share_is_a_fraction_or_a_decimal_number(text: str, share: Fraction) -
 @pytest.mark.parametrize(
     "text", ["", "a", "0", "1", "1/0", "-1/3", "nan", "inf", "1e-9", "1e99999999", "1E-9999999", "1/3333333333", "½"]
 )
-def test_what_is_no_share_is_refused(text: str) -> None:
+def test_what_is_not_a_share_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgument, match="but must be a share from 1/100 to 9/10"):
         parse_share(text)
 
 
+def plan_of(played: Played, retention: Retention | None = None) -> list[str]:
+    return list(_plan(played.sweep(), played.queue, played.registry, retention or Retention()))
+
+
 def test_the_plan_says_what_a_sweep_will_take(queue: JobQueue, tmp_path: Path) -> None:
-    sweep = Played(queue, tmp_path).sweep()
-    lines = list(_plan(sweep, queue, settings()))
+    lines = plan_of(Played(queue, tmp_path))
     assert lines[:5] == [
         "sweep try: 4 candidates, the runs try-1 to try-4",
         "rung 1      step 10: 4 candidates",
@@ -70,5 +77,29 @@ def test_the_plan_says_what_a_sweep_will_take(queue: JobQueue, tmp_path: Path) -
     ]
     assert [line.split()[0] for line in lines[5:]] == ["time", "disk", "note:"]
     assert lines[-1].startswith("note: Rung 1 comes so soon after the warm-up, which ends at step 20, that")
-    warm = Played(queue, tmp_path, overrides={"warmup_steps": "3"}).sweep()
-    assert not any("warm-up" in line for line in _plan(warm, queue, settings()))
+    warm = Played(queue, tmp_path, overrides={"warmup_steps": "3"})
+    assert not any("warm-up" in line for line in plan_of(warm))
+
+
+def test_the_plan_takes_the_time_of_all_candidates(
+    queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machine, "here", lambda: Machine(8 << 30, 2))
+
+    def time(tried: str) -> str:
+        (line,) = (line for line in plan_of(Played(queue, tmp_path, tried)) if line.startswith("time"))
+        return line
+
+    small, large = time("layers=1 seed=1,2"), time("layers=16 seed=1,2")
+    assert time("layers=1,16") == time("layers=16,1") not in (small, large)
+
+
+def test_the_plan_counts_the_last_states_the_best_version_and_its_state(queue: JobQueue, tmp_path: Path) -> None:
+    retention = Retention(states=3)
+    played = Played(queue, tmp_path, overrides={"optimizer": "adamw"})
+    parameters = count_parameters(played.sweep().members[0].spec.config.gpt).total
+    # Of each of 4 candidates 4 states of weights and two moments, and the weights of a version, with 4 bytes a number.
+    size = format_size(4 * 4 * (4 * 3 + 1) * parameters)
+    line = f"disk        up to {size} for the states and best versions of all candidates"
+    assert line in plan_of(played, retention)
+    assert line not in plan_of(replace(played, overrides={"optimizer": "muon"}), retention)
