@@ -19,9 +19,9 @@ from trainer_service.redis_client import Outage
 
 _WAIT_S = 1.0
 # How long a job may have neither a process nor a live worker.
-_PATIENCE_S = 20.0
+PATIENCE_S = 20.0
 # How long Redis may not answer: training continues meanwhile, and its events arrive afterwards.
-_OUTAGE_S = 600.0
+OUTAGE_S = 600.0
 
 _WAITING = "waiting for a worker"
 
@@ -51,13 +51,13 @@ def follow(queue: JobQueue, job_id: str, console: Console) -> None:
 
 def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
     """Yields the events of a job, and a preparation whenever what it waits for changes."""
-    last, abandoned_since_s, outage, shown = "0", None, Outage(_OUTAGE_S), ""
+    last, outage, without_worker, shown = "0", Outage(OUTAGE_S), Outage(PATIENCE_S), ""
     while True:
         try:
             batch = queue.store.read_events(job_id, last, _WAIT_S)
             record, workers = queue.store.get(job_id), queue.store.workers.count()
         except Unavailable as error:
-            abandoned_since_s = None
+            without_worker.end()
             if not outage.has_begun:
                 yield events.Notice(f"{error} The job may continue; its events follow when Redis answers.")
             if not outage.may_retry():
@@ -76,10 +76,8 @@ def _until_end(queue: JobQueue, job_id: str) -> Iterator[Event]:
             shown = wait
             yield events.Preparation(wait)
         if record.is_held or workers:
-            abandoned_since_s = None
-        elif abandoned_since_s is None:
-            abandoned_since_s = time.monotonic()
-        elif time.monotonic() - abandoned_since_s > _PATIENCE_S:
+            without_worker.end()
+        elif not without_worker.may_retry():
             raise Unavailable(
                 f"No worker is alive, so the job {job_id} waits. Start one with `gptloop up`; "
                 "it resumes from its last state."

@@ -227,23 +227,23 @@ def reachable(connection: Redis) -> Iterator[None]:
 
 
 class Outage:
-    """Measures how long Redis has not answered; retries end after `limit_s`."""
+    """Measures how long Redis, or a worker, has not answered; retries end after `limit_s`."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
         self._since_s: float | None = None
 
     def end(self) -> None:
-        """Notes that Redis answered."""
+        """Notes that there was an answer."""
         self._since_s = None
 
     @property
     def has_begun(self) -> bool:
-        """Whether Redis did not answer the last call."""
+        """Whether there was no answer to the last call."""
         return self._since_s is not None
 
     def may_retry(self) -> bool:
-        """Notes that Redis did not answer; returns whether the outage is still shorter than `limit_s`."""
+        """Notes that there was no answer; returns whether the outage is still shorter than `limit_s`."""
         if self._since_s is None:
             self._since_s = time.monotonic()
         return time.monotonic() - self._since_s < self._limit_s

@@ -88,7 +88,7 @@ def test_a_failure_is_raised_with_its_reason(queue: JobQueue, job: str) -> None:
 def test_a_job_without_a_live_worker_is_followed_only_for_a_limited_time(
     queue: JobQueue, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow_module, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(follow_module, "PATIENCE_S", 0.1)
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.05)
     with pytest.raises(Unavailable, match="gptloop up"):
         follow(queue, job, Console(file=io.StringIO()))
@@ -120,7 +120,7 @@ def test_following_continues_after_redis_was_killed_and_restarted(
 def test_following_waits_for_redis_only_for_a_limited_time(
     queue: JobQueue, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow_module, "_OUTAGE_S", 0.1)
+    monkeypatch.setattr(follow_module, "OUTAGE_S", 0.1)
     monkeypatch.setattr(follow_module, "_WAIT_S", 0.05)
     gone = JobQueue(connect(RedisAddress("unix:///none.sock")), queue.registry)
     with pytest.raises(Unavailable, match=f"gptloop watch {job}"):

@@ -9,6 +9,7 @@ from rich.console import Console
 from shared.errors import Unavailable
 from shared.service.live_bar import LiveBar
 from shared.text import printable
+from trainer_service.follow import OUTAGE_S, PATIENCE_S
 from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -16,10 +17,6 @@ from trainer_service.redis_client import Outage
 from trainer_service.sweep.sweep import Sweep, Turn
 
 _LOOK_S = 1.0
-# How long a sweep may have neither a process at work nor a live worker.
-_PATIENCE_S = 20.0
-# How long Redis may not answer: training continues meanwhile.
-_OUTAGE_S = 600.0
 
 
 def follow(sweep: Sweep, queue: JobQueue, console: Console) -> Turn:
@@ -27,7 +24,7 @@ def follow(sweep: Sweep, queue: JobQueue, console: Console) -> Turn:
 
     Raises `Unavailable` if no worker is left, or if Redis does not answer for long, and the errors of `Sweep.turn`.
     """
-    progress, outage, abandoned_since_s = Progress(sweep), Outage(_OUTAGE_S), None
+    view, outage, without_worker = View(sweep), Outage(OUTAGE_S), Outage(PATIENCE_S)
     with LiveBar(console) if console.is_terminal else nullcontext() as bar:
 
         def show(line: str) -> None:
@@ -37,7 +34,7 @@ def follow(sweep: Sweep, queue: JobQueue, console: Console) -> Turn:
             try:
                 turn, workers = sweep.turn(), queue.store.workers.count()
             except Unavailable as error:
-                abandoned_since_s = None
+                without_worker.end()
                 if not outage.has_begun:
                     show(f"note: {error} The sweep goes on when Redis answers.")
                 if not outage.may_retry():
@@ -45,35 +42,33 @@ def follow(sweep: Sweep, queue: JobQueue, console: Console) -> Turn:
                 time.sleep(_LOOK_S)
                 continue
             outage.end()
-            for line in progress.changes(turn):
+            for line in view.changes(turn):
                 show(line)
             if turn.is_over:
                 return turn
             if bar:
-                bar.show(progress.fraction(turn), *progress.facts(turn))
+                bar.show(view.fraction(turn), *view.facts(turn))
             if workers or any(job.is_held for job in turn.jobs):
-                abandoned_since_s = None
-            elif abandoned_since_s is None:
-                abandoned_since_s = time.monotonic()
-            elif time.monotonic() - abandoned_since_s > _PATIENCE_S:
+                without_worker.end()
+            elif not without_worker.may_retry():
                 raise Unavailable("No worker is alive, so the candidates wait. Start one with `gptloop up`.")
             if not turn.decision.is_due:
                 time.sleep(_LOOK_S)
 
 
-class Progress:
+class View:
     """Describes the turns of a sweep, each change once."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._told: set[tuple[int, str]] = set()
+        self._shown: set[tuple[int, str]] = set()
 
     def changes(self, turn: Turn) -> Iterator[str]:
         """Yields a sentence for each candidate that has come to a rung or to its end, and one for a decision."""
         for number, job in enumerate(turn.jobs, start=1):
             text = self._describe(number, job)
-            if text and (number, text) not in self._told:
-                self._told.add((number, text))
+            if text and (number, text) not in self._shown:
+                self._shown.add((number, text))
                 yield text
         decision = turn.decision
         if decision.is_due:

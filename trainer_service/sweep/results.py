@@ -26,9 +26,11 @@ _NAMED = 6
 class Result:
     """What is known of a candidate.
 
+    member, job: the candidate, and its job.
     losses: the held-out loss of each evaluation in nats per token, by ascending step.
     rungs: that at the steps of the rungs to which it has come.
     bits_per_byte: at the last of these rungs.
+    step: the last step that is known to be done.
     training_s: the time that its steps took, without evaluations.
     version: the best version of its run that is in the registry.
     """
@@ -181,7 +183,7 @@ def _plot(ranked: Sequence[Result]) -> Plot | None:
     if others := curves[_NAMED:]:
         # One line with gaps, because a page cannot name a hundred.
         apart = [point for _, points in others for point in (*points, (points[-1][0], math.nan))]
-        lines.insert(0, document.Line(f"{len(others)} others", *_axes(apart), None, markers=False))
+        lines.insert(0, document.Line(f"{len(others)} others", *_axes(apart), None))
     best, points = curves[0]
     return Plot(
         title="Held-out loss over steps",

@@ -38,7 +38,7 @@ def fail(played: Played, *numbers: int) -> None:
         played.end(number, JobState.FAILED, "It broke.")
 
 
-def told(sweep: Sweep, queue: JobQueue, terminal: bool = False) -> Iterator[str]:
+def shown(sweep: Sweep, queue: JobQueue, terminal: bool = False) -> Iterator[str]:
     output = io.StringIO()
     try:
         follow(sweep, queue, Console(file=output, width=120, force_terminal=terminal))
@@ -60,7 +60,7 @@ def test_every_rung_end_and_decision_is_one_line(
         lambda: played.train(2, 1.5),
         lambda: played.train(2, 1.25),
     )
-    assert list(told(sweep, queue)) == [
+    assert list(shown(sweep, queue)) == [
         "candidate 2 (seed=2): held-out loss 2.0000 at step 10",
         "candidate 1 has failed: It diverged.",
         "candidate 4 was cancelled",
@@ -79,22 +79,21 @@ def test_on_a_terminal_a_bar_shows_how_much_is_done(
     for number in (1, 2, 3, 4):
         played.train(number, float(number))
     turn = sweep.turn()
-    progress = follow_module.Progress(sweep)
+    view = follow_module.View(sweep)
     # 40 of 4 * 10 + 2 * 10 + 20 steps.
-    assert progress.fraction(turn) == 0.5
-    assert progress.facts(turn) == ["4 of 4 candidates left", "best held-out 1.000"]
+    assert view.fraction(turn) == 0.5
+    assert view.facts(turn) == ["4 of 4 candidates left", "best held-out 1.000"]
     queue.store.workers.renew("worker", Offer())
     happening(monkeypatch, lambda: fail(played, 1, 2))
-    assert "50%  2 of 4 candidates left" in " ".join(told(sweep, queue, terminal=True))
+    assert "50%  2 of 4 candidates left" in " ".join(shown(sweep, queue, terminal=True))
 
 
 def test_a_sweep_without_a_live_worker_is_followed_only_for_a_limited_time(
     sweep: Sweep, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    happening(monkeypatch, lambda: None)
-    monkeypatch.setattr(follow_module, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr(follow_module, "PATIENCE_S", -1.0)
     with pytest.raises(Unavailable, match="No worker is alive, so the candidates wait"):
-        list(told(sweep, queue))
+        list(shown(sweep, queue))
 
 
 def test_following_goes_on_after_an_outage_of_redis(
@@ -115,7 +114,7 @@ def test_following_goes_on_after_an_outage_of_redis(
         lambda: None,
         lambda: fail(played, 1, 2, 3, 4),
     )
-    first, *others = told(sweep, queue)
+    first, *others = shown(sweep, queue)
     assert first == "note: Redis does not answer. The sweep goes on when Redis answers."
     assert others == [f"candidate {number} has failed: It broke." for number in (1, 2, 3, 4)]
 
@@ -127,6 +126,6 @@ def test_following_waits_for_redis_only_for_a_limited_time(
         raise Unavailable("Redis does not answer.")
 
     monkeypatch.setattr(sweep, "turn", refuse)
-    monkeypatch.setattr(follow_module, "_OUTAGE_S", -1.0)
+    monkeypatch.setattr(follow_module, "OUTAGE_S", -1.0)
     with pytest.raises(Unavailable):
-        list(told(sweep, queue))
+        list(shown(sweep, queue))

@@ -25,8 +25,9 @@ class Table:
 class Line:
     """A line of a plot.
 
-    colour: lines with the same number have the same colour; None for a line that stays behind the others.
+    colour: lines with the same number have the same colour; None for a thin line without markers behind the others.
     dashed, markers: how the line is drawn, besides its colour.
+    y: a value of NaN leaves a gap.
     """
 
     name: str

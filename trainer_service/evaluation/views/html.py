@@ -16,7 +16,7 @@ from trainer_service.evaluation.views.document import (
     Table,
     printable_lines,
 )
-from trainer_service.evaluation.views.plots import COLOURS, MARKERS, draw
+from trainer_service.evaluation.views.plots import COLOURS, draw, marker_of
 
 # The browser itself refuses everything that the file does not hold.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -104,13 +104,13 @@ def _plot(plot: Plot, name: str) -> str:
 
 def _key(line: Line) -> str:
     """Draws how a line looks."""
-    place = None if line.colour is None else line.colour % COLOURS
-    colour = "var(--quiet)" if place is None else f"var(--line-{place})"
+    colour = "var(--quiet)" if line.colour is None else f"var(--line-{line.colour % COLOURS})"
+    marker = marker_of(line)
     dashes = ' stroke-dasharray="5 3"' if line.dashed else ""
-    form = f'<path d="{_FORMS[MARKERS[place or 0]]}" style="fill:{colour}"/>' if line.markers else ""
+    form = f'<path d="{_FORMS[marker]}" style="fill:{colour}"/>' if marker else ""
     return (
         f'<svg viewBox="0 0 32 12" aria-hidden="true"><path d="M0 6h32" fill="none" '
-        f'style="stroke:{colour}" stroke-width="{2 if line.markers else 1}"{dashes}/>{form}</svg>'
+        f'style="stroke:{colour}" stroke-width="{2 if marker else 1}"{dashes}/>{form}</svg>'
     )
 
 

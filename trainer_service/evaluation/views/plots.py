@@ -10,12 +10,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from trainer_service.evaluation.views.document import Plot
+from trainer_service.evaluation.views.document import Line, Plot
 
 # The page declares this many colours for lines, `--line-0` to `--line-5`.
 COLOURS = 6
-# One for each colour, because colours alone do not tell lines apart for everybody.
-MARKERS = "os^DvP"
+# One for each of them, because colours alone do not tell lines apart for everybody.
+_MARKERS = "os^DvP"
 # Small, so that the text can be read on a phone, where a plot has about 330 pixels.
 _SIZE_INCHES = (4.7, 3.1)
 _STYLE: dict[Any, Any] = {
@@ -66,6 +66,11 @@ def draw(plot: Plot, name: str) -> str:
     return _IDENTIFIER.sub(rf"\g<1>{name}-", svg)
 
 
+def marker_of(line: Line) -> str | None:
+    """Returns matplotlib's name of the marker of a line, if it has one."""
+    return _MARKERS[line.colour % COLOURS] if line.markers and line.colour is not None else None
+
+
 def _fill(axes: Axes, plot: Plot) -> None:
     for line in plot.lines:
         colour = None if line.colour is None else line.colour % COLOURS
@@ -73,9 +78,9 @@ def _fill(axes: Axes, plot: Plot) -> None:
             line.x,
             line.y,
             color="#0f0f0c" if colour is None else f"#0f0f0{colour}",
-            linewidth=1.6 if line.markers else 0.9,
+            linewidth=1.6 if marker_of(line) else 0.9,
             linestyle="--" if line.dashed else "-",
-            marker=MARKERS[colour or 0] if line.markers else None,
+            marker=marker_of(line),
             markersize=4,
         )
     for mark in plot.marks:
