@@ -116,7 +116,8 @@ def test_a_sweep_that_is_killed_with_its_worker_goes_on_to_the_same_table(
     # What is due is done once, and the table is that of an unfinished sweep.
     ended = workplace.run(*command("killed"), "--no-follow")
     assert ended.returncode == 0 and "The sweep is not over." in ended.stderr
-    assert [row["loss_at_step_20"] for row in table(ended.stdout)] == sorted(row["loss_at_step_20"] for row in whole)
+    losses = sorted(row["loss_at_step_20"] for row in table(ended.stdout))
+    assert losses == sorted(row["loss_at_step_20"] for row in whole)
     ended = workplace.run(*command("killed"))
     assert ended.returncode == 0, ended
     assert table(ended.stdout) == whole
