@@ -61,7 +61,7 @@ TOPICS = (
         Command("train", "Queue a training job and follow it.", _JOBS),
         Command("prepare", "Prepare a data set and show a sample of it.", _JOBS, "data"),
         Command("eval", "Evaluate versions on the whole held-out text and compare them.", _EVALUATION, "evaluate"),
-        Command("sweep", "Try a grid of training values, and stop early what falls behind.", _SWEEP),
+        Command("sweep", "Try a grid of training values, and stop the worst candidates early.", _SWEEP),
         Command("distill", "Teach a model, and judge it beside a control that had no teacher.", _DISTILL),
         Command("stories", "Pay a large teacher for stories to learn from.", _STORIES),
         Command("jobs", "List the jobs, the newest first.", _JOBS),

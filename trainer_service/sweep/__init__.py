@@ -1,1 +1,1 @@
-"""Tries a small grid of training values, and stops what falls behind early."""
+"""Tries a small grid of training values, and stops the worst candidates early."""
