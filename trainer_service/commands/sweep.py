@@ -135,7 +135,7 @@ def sweep(
             f"No candidate came to a rung; candidate 1: {turn.jobs[0].reason or turn.jobs[0].state.value}"
         )
     else:
-        say(*_winner(ranked[0], common))
+        say(*_winner(ranked[0], common, halving))
 
 
 def parse_share(text: str) -> Fraction:
@@ -202,13 +202,18 @@ def _write_page(running: Sweep, ranked: Sequence[Result], given: TrainerSettings
     return path
 
 
-def _winner(best: Result, common: TrainRequest) -> Iterator[str]:
+def _winner(best: Result, common: TrainRequest, halving: Halving) -> Iterator[str]:
     """Yields the best candidate, and the commands that serve it and train with its values."""
     step, loss = max(best.rungs.items())
     yield (
         f"Candidate {best.member.number} is the best: {best.member.text}, held-out loss {loss:.4f} nats per token at "
         f"step {step:,}."
     )
+    if step < (last := halving.steps[-1]):
+        yield (
+            f"note: No candidate came to the end of the schedule, step {last:,}: the last ones failed or were "
+            "cancelled."
+        )
     if best.version is not None:
         yield f"Serve its best version: gptloop pin {best.version}"
     values = " ".join(f"{name}={value}" for name, value in {**common.overrides, **best.member.values}.items())

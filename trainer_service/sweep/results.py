@@ -47,8 +47,8 @@ class Result:
     @property
     def state(self) -> str:
         """Where it is, in one word."""
-        if self.job.state is JobState.CANCELLED and self.step in self.rungs:
-            return "stopped"
+        if self.job.state is JobState.CANCELLED and self.job.reason:
+            return "stopped"  # a sweep gives a reason, and a person does not
         return "waits" if self.job.is_suspended else self.job.state.value
 
     @property

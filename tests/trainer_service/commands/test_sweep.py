@@ -10,9 +10,12 @@ from shared.registry.retention import Retention
 from shared.service import cli
 from shared.text import format_size
 from tests.trainer_service.sweep.sweeps import Played
-from trainer_service.commands.sweep import _plan, app, parse_share
+from trainer_service.commands.sweep import _plan, _winner, app, parse_share
+from trainer_service.jobs.events import JobState
 from trainer_service.jobs.queue import JobQueue
+from trainer_service.jobs.requests import TrainRequest
 from trainer_service.plan import Machine
+from trainer_service.sweep.results import results
 
 PAIR = ["--try", "learning_rate=1e-3,3e-3"]
 
@@ -103,3 +106,19 @@ def test_the_plan_counts_the_last_states_the_best_version_and_its_state(queue: J
     line = f"disk        up to {size} for the states and best versions of all candidates"
     assert line in plan_of(played, retention)
     assert line not in plan_of(replace(played, overrides={"optimizer": "muon"}), retention)
+
+
+def test_a_winner_that_ended_before_the_schedule_says_so(queue: JobQueue, tmp_path: Path) -> None:
+    played = Played(queue, tmp_path, tried="seed=1,2")
+    sweep = played.sweep()
+    sweep.begin()
+    for number, loss in ((1, 2.0), (2, 3.0)):
+        played.train(number, loss)
+    sweep.turn()
+    best = results(sweep, sweep.jobs(), played.registry)[0]
+    played.end(1, JobState.FAILED, "It diverged.")
+    first, note, *_ = _winner(best, TrainRequest(), sweep.halving)
+    assert first == "Candidate 1 is the best: seed=1, held-out loss 2.0000 nats per token at step 10."
+    assert note.startswith("note: No candidate came to the end of the schedule, step 40:")
+    whole = replace(best, rungs={40: 1.0})
+    assert not any(line.startswith("note:") for line in _winner(whole, TrainRequest(), sweep.halving))

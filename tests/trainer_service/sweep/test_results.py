@@ -70,6 +70,14 @@ def test_the_furthest_come_first_and_of_those_the_lowest_loss(played: Played) ->
     assert [each.training_s for each in found] == [80.0, 40.0, 20.0, 0.0]
 
 
+def test_a_candidate_that_a_person_cancels_at_a_rung_was_not_stopped_by_the_sweep(played: Played) -> None:
+    played.queue.cancel(played.job(2).id)
+    assert {each.member.number: each.state for each in ranked(played)} == {
+        **{1: "stopped", 2: "cancelled"},
+        **{3: "queued", 4: "failed"},
+    }
+
+
 def test_an_unfinished_sweep_has_results_too(played: Played) -> None:
     played.train(3, 2.5)
     found = ranked(played)
