@@ -1,9 +1,27 @@
 """The presets: complete sets of training values. Each value can be overridden."""
 
+from dataclasses import replace
 from difflib import get_close_matches
 
 from shared.errors import InvalidArgument, shown
 from trainer_service.training.config import TrainingConfig
+
+# The original project's model and recipe.
+_CLASSIC = TrainingConfig(
+    tokenizer="gpt2",
+    vocabulary_size=50257,
+    layers=8,
+    width=384,
+    heads=8,
+    hidden_width=1536,
+    context_length=512,
+    tied_head=False,
+    dropout=0.1,
+    max_steps=20000,
+    batch_size=12,
+    learning_rate=3e-4,
+    warmup_steps=2000,
+)
 
 PRESETS = {
     # 1.6M parameters: learns the built-in stories in minutes on two cores.
@@ -40,35 +58,12 @@ PRESETS = {
         learning_rate=1e-3,
         warmup_steps=100,
     ),
-    # The original project's model and recipe.
-    "tinystories-53m": TrainingConfig(
-        tokenizer="gpt2",
-        vocabulary_size=50257,
-        layers=8,
-        width=384,
-        heads=8,
-        hidden_width=1536,
-        context_length=512,
-        tied_head=False,
-        dropout=0.1,
-        max_steps=20000,
-        batch_size=12,
-        learning_rate=3e-4,
-        warmup_steps=2000,
-    ),
-    # The same model with the recipe that learns most from a few thousand stories, each read about 25 times.
-    "tinystories-53m-plus": TrainingConfig(
-        tokenizer="gpt2",
-        vocabulary_size=50257,
-        layers=8,
-        width=384,
-        heads=8,
-        hidden_width=1536,
-        context_length=512,
-        tied_head=False,
+    "tinystories-53m": _CLASSIC,
+    # The same model, with what helped most in trials on 765,000 tokens of stories, which it reads 24 times.
+    "tinystories-53m-plus": replace(
+        _CLASSIC,
         dropout=0.3,
         max_steps=3000,
-        batch_size=12,
         learning_rate=1e-3,
         warmup_steps=300,
         schedule="wsd",

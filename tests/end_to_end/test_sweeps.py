@@ -113,7 +113,7 @@ def test_a_sweep_that_is_killed_with_its_worker_goes_on_to_the_same_table(
         assert killed.returncode == -signal.SIGKILL
     # Candidates go on to their rung while the command is away, and nothing is decided.
     wait_until(lambda: all(at_rest(job) for job in candidates(system, "killed").values()))
-    # What is due is done once, and the table is that of an unfinished sweep.
+    # The command decides once, and prints the table of an unfinished sweep.
     ended = workplace.run(*command("killed"), "--no-follow")
     assert ended.returncode == 0 and "The sweep is not over." in ended.stderr
     losses = sorted(row["loss_at_step_20"] for row in table(ended.stdout))
