@@ -35,6 +35,17 @@ class NewerFormat(FailedPrecondition):
     """A newer gptloop has written a checkpoint, so this one neither reads, replaces nor removes it."""
 
 
+class StoreFailed(FailedPrecondition, OSError):
+    """The place of the registry cannot be reached or refuses: to writers and to readers what a failing disk is.
+
+    Its text is a sentence that names the place and says what to do.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.strerror = sentence.removesuffix(".")
+
+
 class ResourceExhausted(GptloopError):
     """A limit is reached; the same call may succeed after `retry_after_s` seconds, if that is known."""
 

@@ -15,11 +15,11 @@ from shared.errors import (
     GptloopError,
     RankLost,
     RunOwnershipLost,
+    StoreFailed,
     TrainingDiverged,
     Unavailable,
     shown,
 )
-from shared.registry.store import StoreFailed
 from shared.service import logs, traces
 from shared.service.log_ids import about
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped, Suspended
@@ -93,10 +93,10 @@ def run_attempt(job_id: str, attempt: int, worker: int) -> None:
     """Works on a job until it has finished or the attempt is ended; `worker` is the pid of the worker."""
     terminated = Termination()
     logs.configure("trainer", more_ids=traces.ids, job=job_id)
-    settings = read_settings(os.environ)
-    queue = JobQueue(connect(settings.redis), settings.open_registry().store.id())
-    assignment = Assignment(queue, settings, job_id, attempt, worker, terminated)
     try:
+        settings = read_settings(os.environ)
+        queue = JobQueue(connect(settings.redis), settings.open_registry().store.id())
+        assignment = Assignment(queue, settings, job_id, attempt, worker, terminated)
         spec = queue.store.get(job_id).spec
         if isinstance(spec, TrainSpec) and spec.config.world_size > 1:
             _coordinate(assignment, spec.config.world_size)

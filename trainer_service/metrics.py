@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from shared.errors import Unavailable
+from shared.errors import StoreFailed, Unavailable
 from shared.pb.training.v1 import training_pb2
 from shared.registry.registry import Registry
 from trainer_service.jobs.events import JobState, Progress
@@ -48,7 +48,7 @@ class TrainingCollector(Collector):
             "gptloop_training_diverged", "Jobs that failed because their loss was not finite.", value=diverged
         )
         written_at: dict[str, float] = {}
-        with suppress(OSError):  # the series of a registry that cannot be read are absent
+        with suppress(StoreFailed):  # the series of a registry that cannot be read are absent
             newest = max(self._registry.store.versions(), default=0)
             written_at = {run: _written_at(run, self._registry) for run in shown}
             yield GaugeMetricFamily(

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from shared.device import accelerator
 from shared.device.machine import memory_limit_bytes
-from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound
+from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, StoreFailed
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
 from shared.registry.history import EvaluationLine, Line, ReportLine
@@ -339,11 +339,22 @@ class TrainingRun:
         version = publish(
             *(self._registry, self._fence, self._spec, self._data, trainer, self._evaluation_set, held_out, teachers)
         )
-        best = self._registry.labels().get("best") == version.version
         self._emit(
-            VersionPublished(version.version, trainer.step, held_out.nats_per_token, held_out.bits_per_byte, best)
+            VersionPublished(
+                version.version,
+                trainer.step,
+                held_out.nats_per_token,
+                held_out.bits_per_byte,
+                self._is_best(version.version),
+            )
         )
         return version.version
+
+    def _is_best(self, number: int) -> bool:
+        """Returns whether a version has the label `best`; False, too, while the registry cannot be read."""
+        with suppress(StoreFailed):
+            return self._registry.labels().get("best") == number
+        return False
 
     def _version_of(self, step: int) -> VersionManifest | None:
         """Returns the version that the run has published at a step."""

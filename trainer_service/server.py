@@ -164,6 +164,7 @@ async def serve(settings: TrainerSettings) -> None:
 
 
 async def _follow_redis(server: GrpcServer, queue: JobQueue, store: Store, signals: Signals) -> None:
+    said = ""
     while True:
         try:
             await asyncio.to_thread(queue.store.workers.count)
@@ -174,10 +175,13 @@ async def _follow_redis(server: GrpcServer, queue: JobQueue, store: Store, signa
                     store.address,
                 )
                 signals.asked.set()
+            said = ""
         except Unavailable:
             await server.set_serving(False)
         except GptloopError as error:
-            logger.error("%s", error)
+            if str(error) != said:
+                logger.error("%s", error)
+            said = str(error)
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from inference_service.metrics import InferenceMetrics
 from inference_service.versions.planner import Seen, Version
-from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, Unavailable, shown
+from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, StoreFailed, Unavailable, shown
 from shared.registry import policy
 from shared.registry.decisions import BestBy, Decided, check_label, pinned_number, run_of
 from shared.registry.evaluations import Figures, one_of_each
@@ -71,10 +71,10 @@ class Catalogue:
         async with self._looking:
             try:
                 now = await asyncio.to_thread(self._read, dict(self._unsaved))
-            except OSError as error:
+            except StoreFailed as error:
                 if str(error) != self._unreachable:
                     self._unreachable = str(error)
-                    logger.warning("the registry cannot be read now: %s", error)
+                    logger.warning("%s", error)
                 return
             self._unsaved = {
                 number: finding for number, finding in self._unsaved.items() if finding not in now.kept.get(number, ())
@@ -157,11 +157,11 @@ class Catalogue:
         """
         try:
             return await asyncio.to_thread(self._registry.version, number)
-        except OSError as error:
+        except StoreFailed as error:
             for manifest in self.versions:
                 if manifest.version == number:
                     return manifest
-            raise Unavailable(f"The registry cannot be read now: {error.strerror}.") from None
+            raise Unavailable(str(error)) from None
 
     async def resolve(self, label: str) -> VersionManifest | None:
         """Returns the version of a label, None for the one that serves by it.

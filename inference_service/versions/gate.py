@@ -4,7 +4,14 @@ import math
 from dataclasses import dataclass
 
 from inference_service.engine.examination import Window
-from shared.errors import CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, InvalidArgument, NotFound
+from shared.errors import (
+    CorruptCheckpoint,
+    FailedPrecondition,
+    IncompleteCheckpoint,
+    InvalidArgument,
+    NotFound,
+    StoreFailed,
+)
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
@@ -12,7 +19,6 @@ from shared.gpt.weights import NotFiniteWeights
 from shared.registry.findings import CORRUPT, LOSS_MISMATCH
 from shared.registry.manifest import VersionManifest
 from shared.registry.registry import Registry
-from shared.registry.store import StoreFailed
 from shared.version_format import SERVED_FILES, read_model, read_tokenizer, read_windows
 
 # Nats a token by which the loss that a server measures may differ from the one that training measured: on another

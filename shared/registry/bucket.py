@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from shared.errors import FailedPrecondition, InvalidArgument, shown
-from shared.registry.store import StoreFailed
+from shared.errors import FailedPrecondition, InvalidArgument, StoreFailed, shown
 from shared.text import excerpt
 
 Result = TypeVar("Result")

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint
+from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, StoreFailed
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
+from shared.registry.numbering import require_links
 from shared.text import excerpt
 
 # The macOS Finder writes it into folders that a person has opened.
@@ -29,6 +30,7 @@ _ONE_DISK = (
     "all of it must be on one file system: use a link or a mount for the whole registry, not for a folder inside it, "
     "or name a folder on the other file system in GPTLOOP_VAR"
 )
+_CHECK = "check its disk, and that it is mounted"
 _ADVICE = {
     errno.EXDEV: _ONE_DISK,
     errno.ENOSPC: _NO_SPACE,
@@ -42,18 +44,33 @@ _ADVICE = {
 
 
 @contextmanager
+def reading() -> Iterator[None]:
+    """Turns file system errors into `StoreFailed`, except that a file or folder is absent."""
+    try:
+        yield
+    except (FileNotFoundError, StoreFailed):
+        raise
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise StoreFailed(f"The registry cannot be read: {error.strerror or error}{place}; {_CHECK}.") from error
+
+
+@contextmanager
 def writing(root: Path | str) -> Iterator[None]:
-    """Turns file system errors into `FailedPrecondition`, which names the registry and says what to do."""
+    """Turns file system errors into `FailedPrecondition`, which names the registry and says what to do; into
+    `StoreFailed`, which is one, if another try may succeed."""
     try:
         yield
     except FailedPrecondition:
         raise  # one of another store says so itself
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "check its disk")
+        if isinstance(error.filename, str):
+            require_links(Path(error.filename))
+        advice = _ADVICE.get(error.errno or 0, _CHECK)
         place = f" ({error.filename})" if error.filename else ""
-        raise FailedPrecondition(
-            f"The registry {root} cannot be written: {error.strerror or error}{place}; {advice}."
-        ) from error
+        # A disk that is away may come back by itself; the other errors need a person.
+        kind = FailedPrecondition if error.errno is None or error.errno in _ADVICE else StoreFailed
+        raise kind(f"The registry {root} cannot be written: {error.strerror or error}{place}; {advice}.") from error
 
 
 def make_folder(folder: Path, root: Path) -> None:

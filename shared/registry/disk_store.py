@@ -27,6 +27,7 @@ from shared.registry.commit import (
     lacking,
     locked,
     make_folder,
+    reading,
     replace_text,
     reveal,
     seal,
@@ -107,6 +108,7 @@ class DiskStore:
         """Removes a group."""
         self._staging.remove(self.path(group))
 
+    @reading()
     def stamps(self, parent: str) -> Mapping[str, Hashable]:
         """Returns the groups below a name, each with the inodes and the times of its files."""
         return {folder.name: FileTexts(folder).stamp() for folder in children(self.path(parent))}
@@ -117,10 +119,12 @@ class DiskStore:
 
     # Runs
 
+    @reading()
     def runs(self) -> Mapping[str, Run]:
         """Returns every run that has a folder."""
         return {path.name: self.run(path.name) for path in children(self.root / "runs") if _is_run(path)}
 
+    @reading()
     def run(self, name: str) -> Run:
         """Returns a run."""
         folder = self.path(f"runs/{name}")
@@ -153,6 +157,7 @@ class DiskStore:
             fence.check(FileTexts(folder), self._fence(fence.run))
             yield folder
 
+    @reading()
     def read_history(self, run: str, start: int = 0) -> bytes:
         """Returns the history of a run from a byte on."""
         with self.path(f"runs/{run}/{_HISTORY}").open("rb") as file:
@@ -183,6 +188,7 @@ class DiskStore:
 
     # Folders
 
+    @reading()
     def versions(self) -> Mapping[int, Hashable]:
         """Returns the numbers of the versions, each with the inode of its folder."""
         found: dict[int, Hashable] = {}
@@ -196,6 +202,7 @@ class DiskStore:
                     found[number] = None
         return found
 
+    @reading()
     def stamp(self, number: int) -> Hashable:
         """Returns the inode of the folder of a version."""
         return self.path(f"versions/{number}").stat().st_ino
@@ -204,6 +211,7 @@ class DiskStore:
         """Returns the content of a folder's `manifest.json`."""
         return manifest_of(self.path(name))
 
+    @reading()
     def exists(self, name: str) -> bool:
         """Returns whether there is a folder with this name."""
         return self.path(name).exists()
@@ -243,13 +251,12 @@ class DiskStore:
 
     def remove(self, name: str, unless: Callable[[], bool] = lambda: False) -> bool:
         """Removes a folder under the lock of decisions and holds."""
-        folder = self.path(name)
-        if not folder.exists():
+        if not self.exists(name):
             return False
         with writing(self.root), locked(self.root / "serving.lock"):
             if unless():
                 return False
-            self._staging.remove(folder)
+            self._staging.remove(self.path(name))
         return True
 
     def remove_teachers(self, run: str) -> None:
@@ -276,10 +283,12 @@ class DiskStore:
         except OSError as error:
             return f"{error.filename} cannot be read: {error.strerror}"
 
+    @reading()
     def state(self, name: str) -> str:
         """Returns a hash of the names, sizes and times of the files."""
         return files_state(self.path(name))
 
+    @reading()
     def size_bytes(self, name: str) -> int:
         """Returns the size of the files of a folder, with its manifest."""
         try:
@@ -287,6 +296,7 @@ class DiskStore:
         except FileNotFoundError:
             return 0
 
+    @reading()
     def written_at(self, name: str) -> float:
         """Returns the time of a folder, which renaming does not change."""
         return _time(self.path(name))
@@ -295,9 +305,11 @@ class DiskStore:
 
     def sweep(self) -> None:
         """Removes what dead processes have left in `staging`."""
-        parents = (self.root.glob(f"runs/*/{kind}") for kind in ("states", "teachers"))
-        self._staging.sweep(chain([self.root / "versions"], *parents))
+        with writing(self.root):
+            parents = (self.root.glob(f"runs/*/{kind}") for kind in ("states", "teachers"))
+            self._staging.sweep(chain([self.root / "versions"], *parents))
 
+    @reading()
     def unknown(self) -> list[str]:
         """Returns the paths among versions, runs, states and teachers with unknown names."""
         runs = children(self.root / "runs")

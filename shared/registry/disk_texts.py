@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from shared.errors import CorruptCheckpoint
-from shared.registry.commit import make_folder, replace_texts, sync
+from shared.registry.commit import make_folder, reading, replace_texts, sync
 from shared.registry.numbering import children
 from shared.registry.store import Texts
 
@@ -30,19 +30,20 @@ class FileTexts(Texts):
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error}.") from error
 
+    @reading()
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (self._folder / name).exists()
 
     def __iter__(self) -> Iterator[str]:
-        for path in children(self._folder):
-            if path.name == _INNER:
-                yield from (f"{_INNER}/{each.name}" for each in children(path))
-            else:
-                yield path.name
+        with reading():
+            paths = children(self._folder)
+            inner = [f"{_INNER}/{each.name}" for path in paths if path.name == _INNER for each in children(path)]
+        return iter([path.name for path in paths if path.name != _INNER] + inner)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    @reading()
     def written_at(self, name: str) -> float:
         """Returns the time of the file."""
         try:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from shared.errors import CorruptCheckpoint
+from shared.errors import CorruptCheckpoint, StoreFailed
 from shared.registry.bucket import Bucket, Conflict
-from shared.registry.store import Change, StoreFailed, Texts
+from shared.registry.store import Change, Texts
 
 Document = dict[str, Any]
 

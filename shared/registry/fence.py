@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.errors import RunOwnershipLost
+from shared.errors import CorruptCheckpoint, RunOwnershipLost, StoreFailed
 from shared.registry.numbering import whole_number
 
 # The name of the text in the group of a run.
@@ -34,7 +34,11 @@ class Fence:
 
 def last_token(texts: Mapping[str, str], place: str) -> int:
     """Returns the highest token so far; 0 if no process has owned the run. Raises `FailedPrecondition`."""
-    return whole_number(texts.get(FENCE), place, _RIGHT)
+    try:
+        text = texts.get(FENCE)
+    except CorruptCheckpoint as error:
+        raise StoreFailed(str(error)) from error
+    return whole_number(text, place, _RIGHT)
 
 
 def _lost(run: str) -> RunOwnershipLost:

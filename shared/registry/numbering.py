@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from shared.errors import FailedPrecondition, shown
+from shared.errors import FailedPrecondition, StoreFailed, shown
 
 # The number of a version, which fits into 64 bits.
 NUMBER = re.compile("[1-9][0-9]{0,17}")
@@ -20,7 +20,18 @@ def children(directory: Path) -> list[Path]:
     try:
         return list(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
+        require_links(directory)
         return []
+
+
+def require_links(path: Path) -> None:
+    """Raises `StoreFailed` if a link on the way to a path leads nowhere: what it led to is away, and not empty."""
+    for each in (path, *path.parents):
+        if each.is_symlink() and not each.exists():
+            raise StoreFailed(
+                f"The registry cannot be reached: {each} is a link to {each.readlink()}, which does not exist; mount "
+                "its disk, or mend the link."
+            )
 
 
 def numbers(directory: Path) -> list[int]:

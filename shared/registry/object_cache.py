@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from shared.errors import StoreFailed
 from shared.registry.commit import is_locked, locked, sync
 from shared.registry.numbering import children
 from shared.registry.staging import Staging
-from shared.registry.store import StoreFailed
 
 # A process keeps its newest copies from being removed, so that it can open their files later.
 _HELD = 8

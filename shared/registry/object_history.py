@@ -7,11 +7,11 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+from shared.errors import StoreFailed
 from shared.registry.bucket import Bucket
 from shared.registry.documents import Document
 from shared.registry.fence import Fence
 from shared.registry.object_runs import ObjectRuns, without
-from shared.registry.store import StoreFailed
 
 # Lines wait at most this long for the next one.
 _WAIT_S = 30.0

@@ -57,7 +57,7 @@ class Registry:
     `best_by` is what the label `best` compares.
 
     Methods that write raise `FailedPrecondition` if the store fails; no part of the checkpoint is visible then. Methods
-    that read raise `OSError`.
+    that read raise `StoreFailed`.
     """
 
     def __init__(self, store: Store, best_by: BestBy = BestBy.TRAINING) -> None:

@@ -36,10 +36,10 @@ class Staging:
 
     def remove(self, directory: Path) -> None:
         """Removes a folder atomically, if it exists."""
-        if not directory.exists():
-            return
         grave = self._new_place()
         with writing(self._root):
+            if not directory.exists():
+                return
             grave.parent.mkdir(exist_ok=True)
             try:
                 move(directory, grave, directory.parent)

@@ -22,20 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from shared.errors import FailedPrecondition
 from shared.registry.fence import Fence
 from shared.registry.manifest import FileRecord
-
-
-class StoreFailed(FailedPrecondition, OSError):
-    """The place of the registry cannot be reached or refuses: to writers and to readers what a failing disk is.
-
-    Its text is a sentence that names the place and says what to do.
-    """
-
-    def __init__(self, sentence: str) -> None:
-        super().__init__(sentence)
-        self.strerror = sentence.removesuffix(".")
 
 
 class Texts(Mapping[str, str]):
@@ -65,8 +53,8 @@ class Store(Protocol):
     """The place of one registry.
 
     Methods that write raise `FailedPrecondition`, which names the place and says what to do, if it fails; nothing is
-    visible then. Methods that read raise `OSError`. Those with a fence raise `RunOwnershipLost` if another process took
-    over the run.
+    visible then. Methods that read raise `StoreFailed`. Those with a fence raise `RunOwnershipLost` if another process
+    took over the run.
     """
 
     @property

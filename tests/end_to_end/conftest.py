@@ -129,6 +129,17 @@ class System:
         progress = self.queue.store.get(job).progress
         return progress.step if progress else 0
 
+    def advance(self, job: str, steps: int) -> None:
+        """Returns once a job has reported more than so many further steps; fails if it ends before."""
+        begun = self.step(job)
+
+        def has_advanced() -> bool:
+            record = self.queue.store.get(job)
+            assert record.ended_at is None, f"The job {record.state.value}: {record.reason}"
+            return self.step(job) > begun + steps
+
+        wait_until(has_advanced)
+
     def run(self, job: str) -> str:
         spec = self.queue.store.get(job).spec
         assert spec is not None

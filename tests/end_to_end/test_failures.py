@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -88,8 +89,7 @@ def test_a_run_does_not_notice_the_death_of_the_trainers_api(serving: System) ->
     job = _begin(serving)
     old = serving.pid("trainer")
     os.kill(old, signal.SIGKILL)
-    step = serving.step(job)
-    wait_until(lambda: serving.step(job) > step + 20)
+    serving.advance(job, 20)
 
     def answers() -> bool:
         with suppress(Unavailable):
@@ -113,11 +113,31 @@ def test_while_the_registry_cannot_be_read_the_loaded_version_serves_and_trainin
         # Like a file system that is gone, a link to itself refuses every operation.
         _link_to(root, root)
         try:
-            step = serving.step(job)
-            wait_until(lambda: serving.step(job) > step + 100)
+            serving.advance(job, 100)
             assert _text(client, serves) == before
         finally:
             _link_to(files, root)
     wait_until(lambda: max(version.version for version in serving.registry.versions()) > newest + 1)
     ended = _cancel(serving, job)
     assert (ended.state, ended.attempt) == (pb.JOB_STATE_CANCELLED, 1)
+
+
+def test_no_attempt_begins_while_the_registry_cannot_be_read(serving: System) -> None:
+    root, log = serving.directories.registry, serving.directories.var / "log" / "worker.log"
+    job = _begin(serving)
+    files = root.resolve()
+    before = log.read_text()
+    _link_to(root.with_name("absent"), root)
+    try:
+        wait_until(lambda: "the worker takes no job: " in log.read_text().removeprefix(before))
+        os.kill(serving.training_process(), signal.SIGKILL)
+        wait_until(lambda: serving.queue.store.get(job).is_ready)
+        time.sleep(3)  # the worker would have taken it long ago
+        record = serving.queue.store.get(job)
+        assert record.is_ready and record.attempt == 2
+    finally:
+        _link_to(files, root)
+    serving.advance(job, 20)
+    ended = _cancel(serving, job)
+    assert (ended.state, ended.attempt) == (pb.JOB_STATE_CANCELLED, 2)
+    assert "Traceback" not in log.read_text()

@@ -64,8 +64,7 @@ def test_a_killed_store_costs_checkpoints_only_and_another_server_serves_the_sam
         newest = _newest(system)
 
         store.kill()
-        step = system.step(job)
-        wait_until(lambda: system.step(job) > step + 100)
+        system.advance(job, 100)
         assert _text(client, serves) == before
 
         store.start()

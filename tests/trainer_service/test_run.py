@@ -1,5 +1,6 @@
 """Runs from their jobs on, without queue or worker: a tiny model on a text file."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from shared.errors import FailedPrecondition, RunOwnershipLost, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import load_arrays
 from shared.registry.decisions import BestBy
+from shared.registry.disk_store import DiskStore
 from shared.registry.history import HistoryWriter, Line
 from shared.registry.registry import Checkpoint, Registry
 from shared.registry.retention import Retention
@@ -28,6 +30,8 @@ from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
 from trainer_service.run import TrainingRun
 from trainer_service.text.corpus import DatasetSpec
+from trainer_service.training.evaluate import HeldOutLoss
+from trainer_service.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +71,54 @@ def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_not_the_run(
     assert site.registry.versions() == [] and site.registry.states(spec.run) == []
     assert site.train(spec)
     assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+
+
+def test_a_registry_that_goes_away_at_any_moment_costs_checkpoints_and_not_the_run(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = site.directories.registry
+    files, away = root.with_name("files"), root.with_name("away")
+    files.mkdir(parents=True)
+
+    def point_to(target: Path) -> None:
+        away.symlink_to(target)
+        away.replace(root)
+
+    point_to(files)
+    uses, outages, steps = 0, list[bool](), 60
+
+    def counted(method: Callable[..., object]) -> Callable[..., object]:
+        def use(*arguments: object, **named: object) -> object:
+            nonlocal uses
+            # In each checkpoint it goes away one use later than in the one before.
+            if uses == len(outages) < steps - 1:
+                # A link to itself refuses every operation, as a file system that is gone does.
+                point_to(root)
+            uses += 1
+            return method(*arguments, **named)
+
+        return use
+
+    for name, method in vars(DiskStore).items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            monkeypatch.setattr(DiskStore, name, counted(method))
+    checkpoint = TrainingRun.checkpoint
+
+    def disturbed(run: TrainingRun, trainer: Trainer, held_out: HeldOutLoss) -> None:
+        nonlocal uses
+        uses = 0
+        checkpoint(run, trainer, held_out)
+        outages.append(root.readlink() != files)
+        point_to(files)
+
+    monkeypatch.setattr(TrainingRun, "checkpoint", disturbed)
+    spec = site.spec(max_steps=str(steps), evaluation_interval="1")
+    uses = steps  # nothing happens before the first checkpoint
+    assert site.train(spec)
+    assert len(outages) == steps and outages[:10] == [True] * 10 and outages[-1] is False
+    published = [event.version for event in site.all_told(VersionPublished)]
+    assert len(set(published)) == len(published) >= outages.count(False)
+    assert (site.registry.versions()[-1].version, site.registry.versions()[-1].step) == (published[-1], steps)
 
 
 def test_the_last_checkpoint_must_be_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

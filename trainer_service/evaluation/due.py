@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from shared.errors import GptloopError
+from shared.errors import GptloopError, StoreFailed
 from shared.registry.manifest import VersionManifest
 from shared.registry.registry import Registry
 from trainer_service.evaluation.judge import Judge
@@ -40,10 +40,8 @@ class DueEvaluations:
         """Completes the records of the versions that are due; a stop leaves the rest to the next call."""
         try:
             versions = self._registry.versions()
-        except OSError as error:
-            self._notice(
-                f"{error.strerror or error}. Training continues without evaluations until the registry can be read."
-            )
+        except StoreFailed as error:
+            self._notice(f"{error} Training continues without evaluations until then.")
             return
         for version in versions:
             if version.run != self._run or not is_due(version.step, self._config):

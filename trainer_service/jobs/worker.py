@@ -35,12 +35,15 @@ _LOST_LIMIT_S = 10.0
 class AttemptRunner:
     """Runs attempts in processes of this project, `trainer_service.job_process`, and returns interrupted jobs.
 
-    The worker's thread calls the methods, except `end_lost`, which the thread of the watch calls.
+    The worker's thread calls the methods, except `end_lost`, which the thread of the watch calls. Another thread sets
+    `has_registry`.
     """
 
     def __init__(self, queue: JobQueue, offer: Offer) -> None:
         self._queue = queue
         self._offer = offer
+        # No attempt can begin while the registry cannot be reached.
+        self.has_registry = True
         # The attempt that runs, the pid of its process, and since when another attempt has had the job.
         self._attempt: AttemptName | None = None
         self._pid = 0
@@ -48,8 +51,8 @@ class AttemptRunner:
         self._stop_requested = False
 
     def take(self) -> AttemptName | None:
-        """Takes the first waiting attempt whose needs this worker meets."""
-        return self._queue.take(self._offer)
+        """Takes the first waiting attempt whose needs this worker meets; none while it cannot reach its registry."""
+        return self._queue.take(self._offer) if self.has_registry else None
 
     def start(self, job_id: str, attempt: int) -> int:
         """Gives the attempt a longer lease, starts its process in a process group of its own, and returns the pid."""
@@ -77,7 +80,10 @@ class AttemptRunner:
 
     def on_crash(self, job_id: str, attempt: int, exit_code: int) -> None:
         """Ends the attempt of a process that did not end it by itself."""
-        reason = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
+        if exit_code < 0:
+            reason = f"was killed by signal {-exit_code}"
+        else:
+            reason = f"ended with exit code {exit_code} (the worker's log says why)"
         if exit_code == -signal.SIGKILL:
             reason += " (is the machine out of memory? a smaller batch_size needs less)"
         try:
@@ -127,7 +133,9 @@ def work(settings: TrainerSettings) -> None:
             target=_watch, args=(JobQueue(own, registry), runner, worker.name, offer, ended), name="watch", daemon=True
         )
         # Apart from the watch, which may not wait for a store that fails.
-        check = threading.Thread(target=_check_registry, args=(store, registry, ended), name="registry", daemon=True)
+        check = threading.Thread(
+            target=_check_registry, args=(store, registry, runner, ended), name="registry", daemon=True
+        )
         # Until RQ's own handler replaces this one: the watch, too, ends the worker by this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         logger.info("the worker offers %s", offer)
@@ -168,9 +176,8 @@ def _watch(queue: JobQueue, runner: AttemptRunner, name: str, offer: Offer, ende
         queue.store.workers.end(name)
 
 
-def _check_registry(store: Store, registry: str, ended: threading.Event) -> None:
-    """Ends the worker if another registry replaces its own."""
-    fails = False
+def _check_registry(store: Store, registry: str, runner: AttemptRunner, ended: threading.Event) -> None:
+    """Lets the worker take no job while its registry cannot be reached, and ends it if another one is there."""
     while not ended.wait(_WATCH_INTERVAL_S):
         try:
             if store.id() != registry:
@@ -180,8 +187,8 @@ def _check_registry(store: Store, registry: str, ended: threading.Event) -> None
                 )
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            fails = False
-        except (FailedPrecondition, OSError) as error:
-            if not fails:
-                logger.warning("%s", error)
-            fails = True
+            runner.has_registry = True
+        except FailedPrecondition as error:
+            if runner.has_registry:
+                logger.warning("the worker takes no job: %s", error)
+            runner.has_registry = False

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.atomic_file import replacing
+from shared.errors import StoreFailed
 from shared.registry.bucket import Bucket, Conflict
-from shared.registry.store import StoreFailed
 from trainer_service.text.token_cache import UNUSED_S
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,9 @@ import pytest
 from inference_service.versions import gate
 from inference_service.versions.planner import State
 from shared import version_format
-from shared.errors import CorruptCheckpoint, FailedPrecondition
+from shared.errors import CorruptCheckpoint, FailedPrecondition, StoreFailed
 from shared.registry.manifest import VersionManifest
 from shared.registry.registry import Checkpoint
-from shared.registry.store import StoreFailed
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.spoiling import (

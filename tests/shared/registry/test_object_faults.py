@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import CorruptCheckpoint, RunOwnershipLost
+from shared.errors import CorruptCheckpoint, RunOwnershipLost, StoreFailed
 from shared.registry import bucket
 from shared.registry.fence import Fence
 from shared.registry.history import HistoryWriter
 from shared.registry.registry import Checkpoint, Registry
-from shared.registry.store import StoreFailed
 from tests.object_storage.proxy import Fault, FaultyProxy, Request
 from tests.object_storage.server import MISSING, ObjectServer
 from tests.registries import own_registry

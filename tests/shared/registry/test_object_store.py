@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, RunOwnershipLost
+from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument, RunOwnershipLost, StoreFailed
 from shared.registry import bucket, object_files, object_runs, object_versions
 from shared.registry.bucket import Bucket, Conflict
 from shared.registry.fence import Fence
@@ -16,7 +16,6 @@ from shared.registry.object_files import ObjectFiles
 from shared.registry.object_runs import ObjectRuns
 from shared.registry.object_store import ObjectStore
 from shared.registry.registry import Checkpoint, Registry
-from shared.registry.store import StoreFailed
 from tests.object_storage.proxy import Fault, FaultyProxy, Request
 from tests.object_storage.server import ObjectServer, Place
 from tests.shared.registry.scenarios import RUN, make_line, make_manifest, publish, write_model

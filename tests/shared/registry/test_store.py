@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, NotFound, RunOwnershipLost
+from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, NotFound, RunOwnershipLost, StoreFailed
 from shared.registry.commit import reveal
 from shared.registry.fence import Fence
 from shared.registry.manifest import VersionManifest
@@ -230,8 +230,27 @@ def test_an_unreadable_file_is_an_error_that_names_it(registry: Registry) -> Non
 def test_a_registry_that_cannot_be_read_is_an_error_and_not_empty(tmp_path: Path) -> None:
     # A link to itself refuses every operation, as a file system that is gone does.
     (tmp_path / "registry").symlink_to(tmp_path / "registry")
-    with pytest.raises(OSError, match="symbolic links"):
-        disk_registry(tmp_path / "registry").versions()
+    registry = disk_registry(tmp_path / "registry")
+    for read in (registry.versions, registry.runs, registry.labels, lambda: registry.version(1)):
+        with pytest.raises(StoreFailed, match=r"The registry cannot be read: Too many levels .*registry/.*; check its"):
+            read()
+
+
+def test_a_link_to_a_disk_that_is_not_mounted_is_an_error_and_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "registry").symlink_to(tmp_path / "absent")
+    registry = disk_registry(tmp_path / "registry")
+    for use in (registry.versions, registry.runs, registry.store.id, lambda: registry.take_over(RUN)):
+        with pytest.raises(StoreFailed, match=r"registry is a link to .*absent, which does not exist; mount its disk"):
+            use()
+
+
+def test_a_fence_that_cannot_be_read_is_a_failure_of_the_disk(registry: Registry) -> None:
+    fence = registry.take_over(RUN)
+    path = run_folder(registry, RUN) / "fence"
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(StoreFailed, match="fence cannot be read"):
+        registry.write_state(fence, 1, _write_weights)
 
 
 def test_a_version_that_is_removed_while_it_is_read_is_not_corrupt(registry: Registry) -> None:
