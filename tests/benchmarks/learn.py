@@ -1,6 +1,6 @@
 """Compares recipes on real stories, from the classic one to the best one, by the held-out loss of one 53M model.
 
-python -m tests.benchmarks.learn prepare --help, then python -m tests.benchmarks.learn steps --help, table or resume
+python -m tests.benchmarks.learn prepare --help, then steps, trial, table or resume
 """
 
 import gc
@@ -21,13 +21,18 @@ from shared.atomic_file import replacing
 from shared.device import accelerator
 from shared.text import format_size
 from tests.benchmarks.material import Material
-from tests.benchmarks.recipes import RECIPES, Recipe
+from tests.benchmarks.recipes import RECIPES, Recipe, self_taught
 from tests.benchmarks.side_by_side import ROOT, print_table
+from trainer_service.jobs.requests import parse_overrides
+from trainer_service.presets import find_preset
 from trainer_service.training.batches import Batches, Tokens, TrainingText
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the tokens, the weights and the outcomes.")]
+
+Seeds = Annotated[list[int], typer.Option("--seed", help="Repeatable.")]
+Lane = Annotated[int, typer.Option(help="Commands at the same time need different numbers, for their kernels.")]
 
 # A run ends early if its loss was this much above its best one twice in a row: it will not be better again.
 _WORSE = 0.05
@@ -39,10 +44,9 @@ CLASSIC = RECIPES["classic, as it was"].config
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: the key of its recipe; the held-out loss, in nats per token, after some steps; the time of
-    training alone; and the most memory that the device held."""
+    """What came of a run: the held-out loss, in nats per token, after some steps; the time of training alone; and the
+    most memory that the device held."""
 
-    key: str
     losses: list[tuple[int, float]]
     seconds: float
     peak_bytes: int
@@ -83,90 +87,129 @@ class Study:
         self._folder = folder
         self.material = Material.load(folder)
 
-    def outcomes(self, recipe: Recipe) -> dict[int, Outcome]:
+    def outcome(self, recipe: Recipe, seed: int) -> Outcome | None:
+        """Returns the outcome of a recipe with a seed; None if it has not been trained."""
+        path = self._path(recipe, seed, "json")
+        return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+    def outcomes(self, recipe: Recipe, seeds: Sequence[int]) -> dict[int, Outcome]:
         """Returns the outcomes of a recipe by their seeds."""
-        found = {}
-        for path in self._folder.glob("outcomes-*.json"):
-            seed = int(path.stem.split("-")[1])
-            if outcome := self._read(seed).get(recipe.name):
-                found[seed] = outcome
-        return dict(sorted((seed, each) for seed, each in found.items() if each.key == recipe.key(seed)))
+        return {seed: found for seed in seeds if (found := self.outcome(recipe, seed))}
 
     def train_missing(self, recipes: Sequence[Recipe], seeds: Sequence[int], until_s: float) -> None:
         """Does the runs that have no outcome yet; begins none after the monotonic clock shows `until_s`."""
         for seed in seeds:
             for recipe in recipes:
-                if seed not in self.outcomes(recipe) and time.monotonic() < until_s:
+                if self.outcome(recipe, seed) is None and time.monotonic() < until_s:
                     self.train(recipe, seed)
 
     def train(self, recipe: Recipe, seed: int) -> None:
         """Trains with a recipe, with its teachers first if their weights are missing, and keeps the outcome."""
-        teacher = RECIPES[recipe.teacher] if recipe.teacher else None
-        if teacher and not self._weights(teacher, seed).exists():
+        teacher = recipe.teacher
+        if teacher and self.outcome(teacher, seed) is None:
             self.train(teacher, seed)
         if recipe.pytorch:
             outcome = with_pytorch(recipe, seed, self.material)
         else:
-            path = self._weights(recipe, seed)
+            path = self._path(recipe, seed, "safetensors")
             path.parent.mkdir(exist_ok=True)
-            outcome = with_gptloop(recipe, seed, self.material, path, self._weights(teacher, seed) if teacher else None)
+            taught_by = self._path(teacher, seed, "safetensors") if teacher else None
+            outcome = with_gptloop(recipe, seed, self.material, path, taught_by)
         gc.collect()
         losses = " ".join(f"{step}:{loss:.4f}" for step, loss in outcome.losses)
         print(f"{recipe.name}, seed {seed}: {losses}; {outcome.seconds:.0f} s", flush=True)
-        every = self._read(seed) | {recipe.name: outcome}
-        with replacing(self._folder / f"outcomes-{seed}.json") as file:
-            file.write(json.dumps({name: asdict(each) for name, each in every.items()}).encode())
+        with replacing(self._path(recipe, seed, "json")) as file:
+            file.write(json.dumps(asdict(outcome)).encode())
 
-    def _weights(self, recipe: Recipe, seed: int) -> Path:
-        return self._folder / "weights" / f"{recipe.key(seed)}.safetensors"
-
-    def _read(self, seed: int) -> dict[str, Outcome]:
-        path = self._folder / f"outcomes-{seed}.json"
-        stored = json.loads(path.read_text()) if path.exists() else {}
-        return {name: Outcome(**values) for name, values in stored.items()}
+    def _path(self, recipe: Recipe, seed: int, kind: str) -> Path:
+        return self._folder / "runs" / f"{recipe.key(seed)}.{kind}"
 
 
 @app.command()
-def prepare(folder: Folder, dataset: Annotated[list[str], typer.Option(help="Files of stories. Repeatable.")]) -> None:
+def prepare(
+    folder: Folder,
+    dataset: Annotated[list[str], typer.Option(help="As in `gptloop train`. Repeatable.")],
+    preset: Annotated[str, typer.Option(help="Its tokenizer is used.")] = "tinystories-53m",
+) -> None:
     """Write the tokens of the stories; every tenth story is held out."""
-    print(Material.prepare(dataset, replace(CLASSIC, validation_share=0.1), folder))
+    print(Material.prepare(dataset, replace(find_preset(preset), validation_share=0.1), folder))
 
 
 @app.command()
 def steps(
     folder: Folder,
-    seed: Annotated[list[int], typer.Option(help="Repeatable.")] = [1, 2, 3],  # noqa: B006
+    seed: Seeds = [1, 2, 3],  # noqa: B006
     only: Annotated[list[str], typer.Option(help="A recipe by its name. Repeatable; default: all.")] = [],  # noqa: B006
     minutes: Annotated[float, typer.Option(help="Begin no run after this time; 0 means no limit.")] = 0,
+    lane: Lane = 1,
 ) -> None:
     """Train every recipe with every seed, and print the table.
 
     A run whose outcome is in the folder is not repeated, so a command that reached its limit goes on where it stopped.
-    Commands with different seeds may run at the same time.
     """
     if unknown := sorted(set(only) - RECIPES.keys()):
         raise typer.BadParameter(f"There is no recipe {unknown[0]!r}; the recipes are: {'; '.join(RECIPES)}.")
-    # Each command at work has a folder of kernels of its own.
-    accelerator.prepare(ROOT / ".pytest_cache" / f"benchmarks-{seed[0]}", own_threads=True)
-    study = Study(folder)
-    print(study.material, flush=True)
-    recipes = [RECIPES[name] for name in only or RECIPES]
-    study.train_missing(recipes, seed, time.monotonic() + (60 * minutes or math.inf))
-    table(folder)
+    study = open_study(folder, lane)
+    study.train_missing(
+        [RECIPES[name] for name in only or RECIPES], seed, time.monotonic() + (60 * minutes or math.inf)
+    )
+    print_outcomes(study, list(RECIPES.values()), seed)
 
 
 @app.command()
-def table(folder: Folder) -> None:
-    """Print the table of all outcomes in the folder."""
-    study, rows = Study(folder), []
-    for name, recipe in RECIPES.items():
-        if outcomes := study.outcomes(recipe):
-            earlier = study.outcomes(RECIPES[recipe.against]) if recipe.against else {}
+def trial(
+    folder: Folder,
+    values: Annotated[list[str], typer.Option("--set", help="As in `gptloop train`. Repeatable, a trial each.")] = [""],  # noqa: B006
+    preset: str = "tinystories-53m-plus",
+    generations: Annotated[int, typer.Option(min=1, help="The model of each teaches that of the next.")] = 1,
+    seed: Seeds = [1],  # noqa: B006
+    lane: Lane = 1,
+) -> None:
+    """Train with a preset and other values, and print the table, in which each trial is compared with the first.
+
+    Outcomes and best weights are kept as those of `steps`.
+    """
+    study = open_study(folder, lane)
+    vocabulary_size = study.material.tokenizer.vocabulary_size
+    chains = list[Recipe]()
+    for each in values:
+        config = find_preset(preset).override(parse_overrides(each))
+        if vocabulary_size > config.vocabulary_size:
+            raise typer.BadParameter(
+                f"The tokens in {folder} have a vocabulary of {vocabulary_size:,}, but {preset} has one of "
+                f"{config.vocabulary_size:,}: prepare another folder with --preset {preset}."
+            )
+        config = replace(config, vocabulary_size=vocabulary_size)
+        chains += self_taught(each or preset, config, generations, chains[0] if chains else None)
+    study.train_missing(chains, seed, math.inf)
+    print_outcomes(study, chains, seed)
+
+
+def open_study(folder: Path, lane: int) -> Study:
+    """Prepares the device, and opens the study in a folder."""
+    accelerator.prepare(ROOT / ".pytest_cache" / f"benchmarks-{lane}", own_threads=True)
+    study = Study(folder)
+    print(study.material, flush=True)
+    return study
+
+
+@app.command()
+def table(folder: Folder, seed: Seeds = [1, 2, 3]) -> None:  # noqa: B006
+    """Print the table of the outcomes of `steps` in the folder."""
+    print_outcomes(Study(folder), list(RECIPES.values()), seed)
+
+
+def print_outcomes(study: Study, recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
+    """Prints what came of those recipes that have outcomes."""
+    rows = []
+    for recipe in recipes:
+        if outcomes := study.outcomes(recipe, seeds):
+            earlier = study.outcomes(recipe.against, seeds) if recipe.against else {}
             best = [outcome.best for outcome in outcomes.values()]
             gains = [outcomes[seed].best[0] - earlier[seed].best[0] for seed in outcomes if seed in earlier]
             rows.append(
                 [
-                    name,
+                    recipe.name,
                     f"{statistics.mean(loss for loss, _ in best):.4f}",
                     str(len(best)),
                     _with_interval(gains),
@@ -248,7 +291,7 @@ def with_gptloop(recipe: Recipe, seed: int, material: Material, path: Path, teac
         trainer.take_step()
         while learning.goes_on(trainer.step, config.max_steps):
             trainer.take_step()
-    return Outcome(recipe.key(seed), learning.losses, learning.seconds, max(peaks))
+    return Outcome(learning.losses, learning.seconds, max(peaks))
 
 
 def with_pytorch(recipe: Recipe, seed: int, material: Material) -> Outcome:
@@ -306,7 +349,7 @@ def with_pytorch(recipe: Recipe, seed: int, material: Material) -> Outcome:
         step += 1
         take_step(step)
     peak_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    return Outcome(recipe.key(seed), learning.losses, learning.seconds, peak_bytes)
+    return Outcome(learning.losses, learning.seconds, peak_bytes)
 
 
 def _held_out(tokens: Tokens, context_length: int) -> Tokens:

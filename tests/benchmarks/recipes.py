@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from trainer_service.presets import PRESETS
 from trainer_service.training.config import TrainingConfig
@@ -12,7 +12,7 @@ from trainer_service.training.config import TrainingConfig
 class Recipe:
     """A way to train the model.
 
-    against: the recipe that it is compared with; none for the first.
+    against: the recipe that it is compared with; None for the first.
     teacher: the recipe whose model, of the same seed, teaches this one.
     windows_anywhere, attention_without_dropout: as in `former`.
     pytorch: trained with PyTorch, on the same batches.
@@ -20,17 +20,28 @@ class Recipe:
 
     name: str
     config: TrainingConfig
-    against: str = ""
-    teacher: str = ""
+    against: "Recipe | None" = None
+    teacher: "Recipe | None" = None
     windows_anywhere: bool = False
     attention_without_dropout: bool = False
     pytorch: bool = False
 
     def key(self, seed: int) -> str:
         """Returns a digest of everything that the outcome with a seed depends on, except the text."""
-        values = asdict(replace(self, config=replace(self.config, seed=seed), against=""))
-        parts = [json.dumps(values), *([RECIPES[self.teacher].key(seed)] if self.teacher else [])]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:20]
+        parts = (
+            json.dumps(replace(self.config, seed=seed).to_dict()),
+            *(self.windows_anywhere, self.attention_without_dropout, self.pytorch),
+            self.teacher.key(seed) if self.teacher else "",
+        )
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def self_taught(name: str, config: TrainingConfig, generations: int, against: Recipe | None = None) -> list[Recipe]:
+    """Returns a recipe without a teacher, and its further generations, each taught by the model of the one before."""
+    chain = [Recipe(name, config, against)]
+    for number in range(2, generations + 1):
+        chain.append(Recipe(f"generation {number}", config, against=chain[-1], teacher=chain[-1]))
+    return chain
 
 
 def _recipes() -> list[Recipe]:
@@ -40,20 +51,17 @@ def _recipes() -> list[Recipe]:
         classic, max_steps=3000, batch_size=24, learning_rate=6e-4, warmup_steps=200, dropout=0.3, weight_decay=0.3
     )
     best = replace(PRESETS["tinystories-53m-plus"], evaluation_interval=500)
-    decayed = replace(best, masked_loss=0.0)
-    muon = replace(decayed, schedule="cosine", final_learning_rate_ratio=0.05, weight_decay=0.3)
-    return [
-        Recipe("classic, as it was", classic, windows_anywhere=True, attention_without_dropout=True),
-        Recipe("dropout in attention", classic, "classic, as it was", windows_anywhere=True),
-        Recipe("documents in a random order", classic, "dropout in attention"),
-        Recipe("the same in PyTorch, as nanoGPT", classic, "documents in a random order", pytorch=True),
-        Recipe("dropout 0.3, decay 0.3, 24 rows", regularised, "documents in a random order"),
-        Recipe("Muon, 12 rows, rate 1e-3", muon, "dropout 0.3, decay 0.3, 24 rows"),
-        Recipe("decay 2, a linear fall to 0", decayed, "Muon, 12 rows, rate 1e-3"),
-        Recipe("masked inputs", best, "decay 2, a linear fall to 0"),
-        Recipe("generation 2", best, "masked inputs", teacher="masked inputs"),
-        Recipe("generation 3", best, "generation 2", teacher="generation 2"),
-    ]
+    unmasked = replace(best, masked_loss=0.0)
+    muon = replace(unmasked, schedule="cosine", final_learning_rate_ratio=0.05, weight_decay=0.3)
+    first = Recipe("classic, as it was", classic, windows_anywhere=True, attention_without_dropout=True)
+    dropped = Recipe("dropout in attention", classic, first, windows_anywhere=True)
+    ordered = Recipe("documents in a random order", classic, dropped)
+    pytorch = Recipe("the same in PyTorch, as nanoGPT", classic, ordered, pytorch=True)
+    stronger = Recipe("dropout 0.3, decay 0.3, 24 rows", regularised, ordered)
+    matrices = Recipe("Muon, 12 rows, rate 1e-3", muon, stronger)
+    decayed = Recipe("decay 2, a linear fall to 0", unmasked, matrices)
+    chain = self_taught("masked inputs", best, 3, decayed)
+    return [first, dropped, ordered, pytorch, stronger, matrices, decayed, *chain]
 
 
 RECIPES = {recipe.name: recipe for recipe in _recipes()}
