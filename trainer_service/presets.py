@@ -35,12 +35,12 @@ PRESETS = {
         context_length=128,
         tied_head=True,
         dropout=0.0,
-        max_steps=400,
+        max_steps=320,
         batch_size=16,
         learning_rate=4e-3,
         warmup_steps=50,
         optimizer="muon",
-        evaluation_interval=80,
+        evaluation_interval=64,
     ),
     # 10M parameters: small English stories within an hour on a laptop.
     "small": TrainingConfig(

@@ -129,7 +129,7 @@ def test_messages_of_grpcurl_are_those_of_the_contracts() -> None:
     ("line", "said"),
     [
         ('gptloop train --preset small --set "max_steps=500 batch_size=8"', "steps       1 to 500"),
-        ('gptloop train --dataset "one.txt two.jsonl" --validation held-out.txt', "steps       1 to 400"),
+        ('gptloop train --dataset "one.txt two.jsonl" --validation held-out.txt', "steps       1 to 320"),
         ('gptloop train --resume 7 --set "max_steps=800"', "to 800"),
     ],
 )

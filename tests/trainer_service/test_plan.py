@@ -102,7 +102,7 @@ def test_the_schedule_is_described_by_its_coming_phases(config: TrainingConfig, 
 def test_time_is_of_preparation_steps_and_evaluations_at_the_speed_of_an_earlier_job() -> None:
     planned = make(speed=4096.0, preparation_s=6.0)
     assert planned.before_s == 10
-    evaluations = 2000 // 80 * 64 * 128 / 3
+    evaluations = -(-2000 // DEMO.evaluation_interval) * 64 * 128 / 3
     assert planned.time_s == pytest.approx(10 + (4_096_000 + evaluations) / 4096)
     assert line(planned, "time") == (
         "time        about 17 min, 10 s of it until the first step is done, at the 4,096 tokens/s of an earlier job"

@@ -35,7 +35,7 @@ def _no_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ([*PAIR, "--preset", "smal"], InvalidArgument, "Did you mean small?"),
         ([*PAIR, "--set", "max_steps"], InvalidArgument, "is not of the form name=value"),
         ([*PAIR, "--rungs", "0"], InvalidArgument, "--rungs is '0', but must be"),
-        ([*PAIR, "--rungs", "9"], InvalidArgument, "9 rungs do not fit: their steps would be 80, 80,"),
+        ([*PAIR, "--rungs", "9"], InvalidArgument, "9 rungs do not fit: their steps would be 64, 64,"),
         ([*PAIR, "--keep", "3"], InvalidArgument, "--keep is '3', but must be a share from 1/100 to 9/10, as in 1/3."),
         ([*PAIR, "--name", "a b"], InvalidArgument, "The name of a run is 'a b-1', but must have"),
         ([*PAIR, "--dataset", "absent.txt"], NotFound, "absent.txt"),

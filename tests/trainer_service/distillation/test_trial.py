@@ -95,7 +95,7 @@ def test_stories_are_mixed_with_the_text_of_the_version_that_is_continued(regist
     trial = trial_of_stories(TrainRequest(resume=1), "bedtime", registry)
     assert [each.dataset for each in trial.runs] == [("teacher:bedtime", "a.txt"), ("a.txt",)]
     assert [each.validation for each in trial.runs] == [("c.txt",)] * 2
-    assert trial.runs[0].overrides == {"max_steps": "800"}
+    assert trial.runs[0].overrides == {"max_steps": str(2 * DEMO.max_steps)}
     assert trial.evaluation.rivals["before"] == "1"
     publish_version(registry, dataset_files=("teacher:old",))
     with pytest.raises(InvalidArgument, match="needs other text than the teacher's stories; name it with --dataset"):

@@ -36,7 +36,7 @@ def resume(config: TrainingConfig, step: int, **overrides: str) -> TrainSpec:
     return TrainRequest(resume=3, overrides=overrides).resolve(registry_with(config, step))
 
 
-DEMO = find_preset("demo")
+DEMO = replace(find_preset("demo"), max_steps=400)
 
 
 def test_a_version_before_the_end_continues_the_schedule_of_its_run() -> None:

@@ -67,7 +67,7 @@ def test_a_preset_leaves_the_tokenizer_and_the_held_out_text_to_the_teacher(regi
 
 
 def test_a_student_of_a_continued_version_begins_a_schedule_of_its_own(registry: Registry) -> None:
-    longer = replace(DEMO, max_steps=800).continuing(DEMO, 400)
+    longer = replace(DEMO, max_steps=800).continuing(DEMO, DEMO.max_steps)
     assert longer.learning_rate < DEMO.learning_rate
     teach(registry, longer)
     assert ask(registry, "1").config == replace(DEMO, max_steps=800)

@@ -158,8 +158,8 @@ def test_a_value_of_the_wrong_type_raises_an_error_that_names_it(name: str, valu
 
 
 def test_a_schedule_must_start_before_it_ends() -> None:
-    with pytest.raises(InvalidArgument, match="schedule_start is 400, but must be at least 0 and less than max_steps"):
-        replace(find_preset("demo"), schedule_start=400)
+    with pytest.raises(InvalidArgument, match="schedule_start is 320, but must be at least 0 and less than max_steps"):
+        replace(find_preset("demo"), schedule_start=320)
 
 
 @given(schedules())
