@@ -10,7 +10,6 @@ from shared.errors import (
     IncompleteCheckpoint,
     InvalidArgument,
     NotFound,
-    StoreFailed,
 )
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
@@ -53,8 +52,6 @@ def read_content(registry: Registry, manifest: VersionManifest) -> Content:
         # Before the files are read, so that a change meanwhile shows.
         state = registry.store.state(f"versions/{manifest.version}")
         directory = registry.verified(manifest)
-    except StoreFailed as error:
-        raise OSError(str(error)) from None  # the version is not to blame
     except IncompleteCheckpoint:
         raise
     except CorruptCheckpoint as error:

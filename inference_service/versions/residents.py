@@ -25,6 +25,7 @@ from shared.errors import (
     IncompleteCheckpoint,
     NotFound,
     ResourceExhausted,
+    StoreFailed,
     Unavailable,
 )
 from shared.registry.manifest import VersionManifest
@@ -324,11 +325,11 @@ class Residents:
         except Refused as refusal:
             self._catalogue.refuse(manifest, refusal.loss, refusal.reason, str(refusal), refusal.stands_on)
             self._give_up(number, refused(number, str(refusal)))
+        except (IncompleteCheckpoint, StoreFailed) as error:
+            logger.warning("version %d cannot be loaded now: %s", number, error)
+            self._postpone(number, error)
         except (NotFound, FailedPrecondition) as error:
             self._give_up(number, error)
-        except IncompleteCheckpoint as error:
-            logger.warning("version %d lacks files: %s", number, error)
-            self._postpone(number, error)
         except Exception as error:
             # As far as anybody can tell, the version is not to blame.
             logger.exception("version %d cannot be loaded now", number)
