@@ -51,8 +51,9 @@ def reading() -> Iterator[None]:
     except (FileNotFoundError, StoreFailed):
         raise
     except OSError as error:
+        advice = "make it readable for this user" if isinstance(error, PermissionError) else _CHECK
         place = f" ({error.filename})" if error.filename else ""
-        raise StoreFailed(f"The registry cannot be read: {error.strerror or error}{place}; {_CHECK}.") from error
+        raise StoreFailed(f"The registry cannot be read: {error.strerror or error}{place}; {advice}.") from error
 
 
 @contextmanager

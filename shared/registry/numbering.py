@@ -27,10 +27,14 @@ def children(directory: Path) -> list[Path]:
 def require_links(path: Path) -> None:
     """Raises `StoreFailed` if a link on the way to a path leads nowhere: what it led to is away, and not empty."""
     for each in (path, *path.parents):
-        if each.is_symlink() and not each.exists():
+        try:
+            lost = each.readlink() if each.is_symlink() and not each.exists() else None
+        except OSError:
+            continue  # the folder around it may not be read
+        if lost is not None:
             raise StoreFailed(
-                f"The registry cannot be reached: {each} is a link to {each.readlink()}, which does not exist; mount "
-                "its disk, or mend the link."
+                f"The registry cannot be reached: {each} is a link to {lost}, which does not exist; mount its disk, or "
+                "mend the link."
             )
 
 

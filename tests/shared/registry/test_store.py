@@ -244,6 +244,32 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_an_error_and_not_empty(tmp_path
             use()
 
 
+def test_a_registry_that_this_user_may_not_enter_is_an_error_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "registry").mkdir(mode=0o000)
+    script = f"""
+        import os
+        from pathlib import Path
+        from shared.errors import GptloopError
+        from tests.registries import disk_registry
+        registry = disk_registry(Path({str(tmp_path / "registry")!r}))
+        if os.geteuid() == 0:  # nothing is forbidden to root
+            os.seteuid(65534)
+        for use in (registry.versions, registry.store.id, lambda: registry.version(1), registry.sweep):
+            try:
+                use()
+            except GptloopError as error:
+                print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)
+    said = ended.stdout.splitlines()
+    advice = [
+        "make it readable for this user.",
+        "make it writable for this user, or name another folder in GPTLOOP_VAR.",
+    ]
+    assert [line.split("; ")[1] for line in said] == [advice[0], advice[1], advice[0], advice[1]]
+
+
 def test_a_fence_that_cannot_be_read_is_a_failure_of_the_disk(registry: Registry) -> None:
     fence = registry.take_over(RUN)
     path = run_folder(registry, RUN) / "fence"
