@@ -49,7 +49,7 @@ def prepare_data(spec: RunSpec, attempt: Attempt) -> PreparedData:
     `teachers_of`, `FailedPrecondition` if the run began with other text, and `Stopped` if the attempt has to end.
     """
     registry = attempt.open_registry()
-    state = _own_state(spec, registry)
+    state = _own_state(spec.run, registry)
     config, source = spec.config, state
     if state is None and spec.resume is not None:
         source = registry.fetch(registry.version(spec.resume))
@@ -89,11 +89,24 @@ def _begun_with(state: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
-def _own_state(spec: RunSpec, registry: Registry) -> Path | None:
-    """Returns the folder of the run's newest undamaged state, if there is one."""
-    for step in reversed(registry.states(spec.run)):
-        with suppress(CorruptCheckpoint, NotFound):
-            return registry.verified_state(spec.run, step)
+def _own_state(run: str, registry: Registry, notice: Callable[[str], object] = lambda _: None) -> Path | None:
+    """Returns the folder of the run's newest undamaged state; None if it has none.
+
+    `notice` gets a sentence for each damaged one. Raises `StoreFailed` if there are states that cannot be read now, and
+    no other one.
+    """
+    away = None
+    for step in reversed(registry.states(run)):
+        try:
+            return registry.verified_state(run, step)
+        except (CorruptCheckpoint, NotFound) as error:
+            notice(f"{error} An older state is used.")
+            # What is missing or damaged stays so; what is listed and cannot be read may come back.
+            cause = error.__cause__
+            if isinstance(error, NotFound) or (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)):
+                away = error
+    if away:
+        raise StoreFailed(str(away))
     return None
 
 
@@ -196,14 +209,9 @@ class TrainingRun:
     def _restore(self, trainer: Trainer) -> None:
         """Restores the newest undamaged state of the run, or else the state of the version that it continues."""
         run = self._spec.run
-        for step in reversed(self._registry.states(run)):
-            try:
-                state = self._registry.verified_state(run, step)
-            except (CorruptCheckpoint, NotFound) as error:
-                self.notice(f"{error} An older state is used.")
-                continue
+        if state := _own_state(run, self._registry, self.notice):
             trainer.restore(state)
-            if version := self._version_of(step):
+            if version := self._version_of(trainer.step):
                 # The state may be older than the evaluation.
                 trainer.record_evaluation(version.validation_loss)
             return
@@ -365,6 +373,8 @@ class TrainingRun:
     def _prune(self) -> None:
         try:
             prune(self._registry, self._attempt.retention)
+        except StoreFailed:
+            pass  # the checkpoint has said so, or the next one will
         except GptloopError as error:
             self.notice(f"Nothing old was removed: {error}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, StoreFailed
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
-from shared.registry.numbering import require_links
+from shared.registry.numbering import require_way
 from shared.text import excerpt
 
 # The macOS Finder writes it into folders that a person has opened.
@@ -41,19 +41,21 @@ _ADVICE = {
     errno.EEXIST: _IN_THE_WAY,
     errno.ENOTDIR: _IN_THE_WAY,
 }
+# The errors that another try would meet again.
+_LASTING = (errno.EXDEV, errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def reading() -> Iterator[None]:
-    """Turns file system errors into `StoreFailed`, except that a file or folder is absent."""
+def reading(place: Path) -> Iterator[None]:
+    """Turns file system errors into `StoreFailed`, which names the place, except that a file or folder is absent."""
     try:
         yield
     except (FileNotFoundError, StoreFailed):
         raise
     except OSError as error:
         advice = "make it readable for this user" if isinstance(error, PermissionError) else _CHECK
-        place = f" ({error.filename})" if error.filename else ""
-        raise StoreFailed(f"The registry cannot be read: {error.strerror or error}{place}; {advice}.") from error
+        where = error.filename or place
+        raise StoreFailed(f"The registry cannot be read: {error.strerror or error} ({where}); {advice}.") from error
 
 
 @contextmanager
@@ -66,11 +68,11 @@ def writing(root: Path | str) -> Iterator[None]:
         raise  # one of another store says so itself
     except OSError as error:
         if isinstance(error.filename, str):
-            require_links(Path(error.filename))
+            require_way(Path(error.filename))
         advice = _ADVICE.get(error.errno or 0, _CHECK)
         place = f" ({error.filename})" if error.filename else ""
-        # A disk that is away may come back by itself; the other errors need a person.
-        kind = FailedPrecondition if error.errno is None or error.errno in _ADVICE else StoreFailed
+        # A full disk stays full, and MLX gives no number; a disk that is away may come back.
+        kind = FailedPrecondition if error.errno is None or error.errno in _LASTING else StoreFailed
         raise kind(f"The registry {root} cannot be written: {error.strerror or error}{place}; {advice}.") from error
 
 
@@ -191,10 +193,10 @@ def verify_files(directory: Path, records: Sequence[FileRecord]) -> None:
     or too short.
     """
     try:
-        if directory.is_dir() and (what := lacking(directory, records)):
+        present = {path.name for path in directory.iterdir()} - IGNORED_NAMES
+        if what := lacking(directory, records):
             raise IncompleteCheckpoint(f"{directory} lacks files of its manifest: {what}.")
         expected = {record.name for record in records} | {MANIFEST_NAME}
-        present = {path.name for path in directory.iterdir()} - IGNORED_NAMES if directory.is_dir() else set()
         if present != expected:
             odd = ", ".join(excerpt(name, 60) for name in sorted(present ^ expected)[:3])
             raise CorruptCheckpoint(f"{directory} does not match its manifest; missing or extra files: {odd}.")

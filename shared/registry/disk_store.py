@@ -17,8 +17,10 @@ import re
 import secrets
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from itertools import chain
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from shared.errors import FailedPrecondition, shown
 from shared.registry.commit import (
@@ -38,12 +40,27 @@ from shared.registry.commit import (
 from shared.registry.disk_texts import FileTexts, write_texts
 from shared.registry.fence import FENCE, Fence
 from shared.registry.manifest import RUN_NAME, FileRecord, manifest_of
-from shared.registry.numbering import children, next_number, number_of, numbers, whole_number
+from shared.registry.numbering import children, is_there, next_number, number_of, numbers, whole_number
 from shared.registry.staging import Staging
 from shared.registry.store import Change, Run
 
 _HISTORY = "history.jsonl"
 _HIGHEST = "the highest number that any version ever had; write it there"
+
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def _reading(
+    method: Callable[Concatenate["DiskStore", Parameters], Result],
+) -> Callable[Concatenate["DiskStore", Parameters], Result]:
+    @wraps(method)
+    def read(store: "DiskStore", /, *arguments: Parameters.args, **named: Parameters.kwargs) -> Result:
+        with reading(store.root):
+            return method(store, *arguments, **named)
+
+    return read
 
 
 class DiskStore:
@@ -108,7 +125,7 @@ class DiskStore:
         """Removes a group."""
         self._staging.remove(self.path(group))
 
-    @reading()
+    @_reading
     def stamps(self, parent: str) -> Mapping[str, Hashable]:
         """Returns the groups below a name, each with the inodes and the times of its files."""
         return {folder.name: FileTexts(folder).stamp() for folder in children(self.path(parent))}
@@ -119,12 +136,12 @@ class DiskStore:
 
     # Runs
 
-    @reading()
+    @_reading
     def runs(self) -> Mapping[str, Run]:
         """Returns every run that has a folder."""
         return {path.name: self.run(path.name) for path in children(self.root / "runs") if _is_run(path)}
 
-    @reading()
+    @_reading
     def run(self, name: str) -> Run:
         """Returns a run."""
         folder = self.path(f"runs/{name}")
@@ -157,7 +174,7 @@ class DiskStore:
             fence.check(FileTexts(folder), self._fence(fence.run))
             yield folder
 
-    @reading()
+    @_reading
     def read_history(self, run: str, start: int = 0) -> bytes:
         """Returns the history of a run from a byte on."""
         with self.path(f"runs/{run}/{_HISTORY}").open("rb") as file:
@@ -188,7 +205,7 @@ class DiskStore:
 
     # Folders
 
-    @reading()
+    @_reading
     def versions(self) -> Mapping[int, Hashable]:
         """Returns the numbers of the versions, each with the inode of its folder."""
         found: dict[int, Hashable] = {}
@@ -202,7 +219,7 @@ class DiskStore:
                     found[number] = None
         return found
 
-    @reading()
+    @_reading
     def stamp(self, number: int) -> Hashable:
         """Returns the inode of the folder of a version."""
         return self.path(f"versions/{number}").stat().st_ino
@@ -211,10 +228,10 @@ class DiskStore:
         """Returns the content of a folder's `manifest.json`."""
         return manifest_of(self.path(name))
 
-    @reading()
+    @_reading
     def exists(self, name: str) -> bool:
         """Returns whether there is a folder with this name."""
-        return self.path(name).exists()
+        return is_there(self.path(name))
 
     def new_folder(self) -> AbstractContextManager[Path]:
         """Yields an empty folder in `staging`."""
@@ -283,12 +300,12 @@ class DiskStore:
         except OSError as error:
             return f"{error.filename} cannot be read: {error.strerror}"
 
-    @reading()
+    @_reading
     def state(self, name: str) -> str:
         """Returns a hash of the names, sizes and times of the files."""
         return files_state(self.path(name))
 
-    @reading()
+    @_reading
     def size_bytes(self, name: str) -> int:
         """Returns the size of the files of a folder, with its manifest."""
         try:
@@ -296,7 +313,7 @@ class DiskStore:
         except FileNotFoundError:
             return 0
 
-    @reading()
+    @_reading
     def written_at(self, name: str) -> float:
         """Returns the time of a folder, which renaming does not change."""
         return _time(self.path(name))
@@ -309,7 +326,7 @@ class DiskStore:
             parents = (self.root.glob(f"runs/*/{kind}") for kind in ("states", "teachers"))
             self._staging.sweep(chain([self.root / "versions"], *parents))
 
-    @reading()
+    @_reading
     def unknown(self) -> list[str]:
         """Returns the paths among versions, runs, states and teachers with unknown names."""
         runs = children(self.root / "runs")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared.errors import CorruptCheckpoint
 from shared.registry.commit import make_folder, reading, replace_texts, sync
-from shared.registry.numbering import children
+from shared.registry.numbering import children, is_there
 from shared.registry.store import Texts
 
 # A folder inside the folder of a group.
@@ -30,12 +30,12 @@ class FileTexts(Texts):
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error}.") from error
 
-    @reading()
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (self._folder / name).exists()
+        with reading(self._folder):
+            return isinstance(name, str) and is_there(self._folder / name)
 
     def __iter__(self) -> Iterator[str]:
-        with reading():
+        with reading(self._folder):
             paths = children(self._folder)
             inner = [f"{_INNER}/{each.name}" for path in paths if path.name == _INNER for each in children(path)]
         return iter([path.name for path in paths if path.name != _INNER] + inner)
@@ -43,13 +43,13 @@ class FileTexts(Texts):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    @reading()
     def written_at(self, name: str) -> float:
         """Returns the time of the file."""
-        try:
-            return (self._folder / name).stat().st_mtime
-        except FileNotFoundError:
-            return 0.0
+        with reading(self._folder):
+            try:
+                return (self._folder / name).stat().st_mtime
+            except FileNotFoundError:
+                return 0.0
 
     def stamp(self) -> Hashable:
         """Returns a value that changes whenever a text is written or removed."""

@@ -20,15 +20,27 @@ def children(directory: Path) -> list[Path]:
     try:
         return list(directory.iterdir())
     except (FileNotFoundError, NotADirectoryError):
-        require_links(directory)
+        require_way(directory)
         return []
 
 
-def require_links(path: Path) -> None:
-    """Raises `StoreFailed` if a link on the way to a path leads nowhere: what it led to is away, and not empty."""
+def is_there(path: Path) -> bool:
+    """Returns whether a file or a folder exists; raises `OSError` if nobody can tell now."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        require_way(path)
+        return False
+    return True
+
+
+def require_way(path: Path) -> None:
+    """Raises `StoreFailed` if a link on the way to a path leads nowhere, or a file is in the place of a folder: what
+    should be there is away, and not empty."""
     for each in (path, *path.parents):
         try:
             lost = each.readlink() if each.is_symlink() and not each.exists() else None
+            is_in_the_way = each is not path and each.exists() and not each.is_dir()
         except OSError:
             continue  # the folder around it may not be read
         if lost is not None:
@@ -36,6 +48,8 @@ def require_links(path: Path) -> None:
                 f"The registry cannot be reached: {each} is a link to {lost}, which does not exist; mount its disk, or "
                 "mend the link."
             )
+        if is_in_the_way:
+            raise StoreFailed(f"The registry cannot be reached: {each} is a file, and no folder; remove the file.")
 
 
 def numbers(directory: Path) -> list[int]:

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shared.registry.commit import is_locked, locked, make_folder, move, sync, writing
+from shared.registry.numbering import is_there
 
 
 class Staging:
@@ -38,7 +39,7 @@ class Staging:
         """Removes a folder atomically, if it exists."""
         grave = self._new_place()
         with writing(self._root):
-            if not directory.exists():
+            if not is_there(directory):
                 return
             grave.parent.mkdir(exist_ok=True)
             try:

@@ -13,7 +13,7 @@ from deploy.launch import holder
 from deploy.ports import Ports, free_ports
 from deploy.stack import Stack
 from deploy.supervisor import ProcessState
-from shared.errors import AlreadyExists, FailedPrecondition, Unavailable
+from shared.errors import AlreadyExists, FailedPrecondition, StoreFailed, Unavailable
 from shared.service.settings import Directories
 from tests.waiting import wait_until
 
@@ -169,6 +169,15 @@ def test_up_ends_at_once_with_the_reason_if_waiting_cannot_help(fixture: Fixture
         FailedPrecondition,
         match=r"^redis cannot be used, so everything was stopped\. The certificate is for another name\.$",
     ):
+        fixture.stack.up(_ignore)
+    assert fixture.running() == []
+
+
+def test_nothing_is_started_for_a_registry_that_is_away(fixture: Fixture) -> None:
+    registry = fixture.folder / "var" / "registry"
+    registry.parent.mkdir(parents=True, exist_ok=True)
+    registry.symlink_to(fixture.folder / "absent")
+    with pytest.raises(StoreFailed, match=r"registry is a link to .*absent, which does not exist"):
         fixture.stack.up(_ignore)
     assert fixture.running() == []
 

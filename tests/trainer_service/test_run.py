@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from shared.errors import FailedPrecondition, RunOwnershipLost, TrainingDiverged
+from shared.errors import FailedPrecondition, RunOwnershipLost, StoreFailed, TrainingDiverged
 from shared.gpt.tokenizer import Tokenizer
 from shared.gpt.weights import load_arrays
 from shared.registry.decisions import BestBy
@@ -25,7 +25,7 @@ from tests.registries import state_folder, version_folder
 from tests.trainer_service.site import Site
 from trainer_service.evaluation.job import evaluate_version
 from trainer_service.jobs.attempt import Stopped, Suspended
-from trainer_service.jobs.events import Evaluation, Notice, Progress, VersionPublished
+from trainer_service.jobs.events import Evaluation, Notice, Progress, RunStarted, VersionPublished
 from trainer_service.jobs.requests import TrainRequest
 from trainer_service.jobs.specs import EvaluateSpec, TrainSpec
 from trainer_service.run import TrainingRun
@@ -352,6 +352,23 @@ def test_a_state_that_is_damaged_costs_the_steps_since_the_one_before(site: Site
     assert site.train(spec)
     assert any("An older state is used." in notice.text for notice in site.all_told(Notice))
     assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+
+
+def test_a_run_whose_states_cannot_be_read_now_does_not_begin_again(site: Site) -> None:
+    spec = site.spec()
+    assert not site.train(spec, stop_requested=lambda: site.registry.states(spec.run) == [3, 6])
+    steps = site.registry.states(spec.run)
+    weights = {step: state_folder(site.registry, spec.run, step) / "model.safetensors" for step in steps}
+    for step, path in weights.items():
+        path.rename(site.directories.var / str(step))
+        path.symlink_to(path)
+    with pytest.raises(StoreFailed, match="cannot be read: Too many levels"):
+        site.train(spec)
+    for step, path in weights.items():
+        (site.directories.var / str(step)).replace(path)
+    assert site.train(spec)
+    assert [version.step for version in site.registry.versions()] == [3, 6, 9]
+    assert [event.first_step for event in site.all_told(RunStarted)] == [1, steps[-1] + 1]
 
 
 def arrays(site: Site, run: str, step: int) -> dict[str, bytes]:

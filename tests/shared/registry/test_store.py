@@ -244,6 +244,26 @@ def test_a_link_to_a_disk_that_is_not_mounted_is_an_error_and_not_empty(tmp_path
             use()
 
 
+def test_a_file_in_the_place_of_the_registry_is_an_error_and_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "registry").touch()
+    registry = disk_registry(tmp_path / "registry")
+    for use in (registry.versions, registry.runs, registry.store.id, lambda: registry.take_over(RUN)):
+        with pytest.raises(StoreFailed, match=r"registry is a file, and no folder; remove|remove the file that is in"):
+            use()
+
+
+def test_a_version_of_a_registry_that_is_away_was_not_removed(registry: Registry) -> None:
+    manifest = publish(registry)
+    root = root_of(registry)
+    root.rename(root.with_name("aside"))
+    for target in (root.with_name("absent"), root):
+        root.symlink_to(target)
+        for use in (registry.verified, registry.verify, lambda each: registry.version(each.version)):
+            with pytest.raises(StoreFailed):
+                use(manifest)
+        root.unlink()
+
+
 def test_a_registry_that_this_user_may_not_enter_is_an_error_with_advice(tmp_path: Path) -> None:
     (tmp_path / "registry").mkdir(mode=0o000)
     script = f"""
