@@ -11,7 +11,7 @@ from pathlib import Path
 
 from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, StoreFailed
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
-from shared.registry.numbering import require_way
+from shared.registry.numbering import children, require_way
 from shared.text import excerpt
 
 # The macOS Finder writes it into folders that a person has opened.
@@ -179,7 +179,7 @@ def lacking(directory: Path, records: Sequence[FileRecord]) -> str:
 def files_state(directory: Path) -> str:
     """Returns a hash of the names, sizes and times of the files in a folder, which changes if any file changes."""
     states = []
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+    for path in sorted(children(directory)):
         with suppress(FileNotFoundError):
             status = path.stat()
             states.append(f"{path.name!r} {status.st_size} {status.st_mtime_ns} {status.st_ino}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared.errors import CorruptCheckpoint
 from shared.registry.commit import make_folder, reading, replace_texts, sync
-from shared.registry.numbering import children, is_there
+from shared.registry.numbering import children, is_there, require_way
 from shared.registry.store import Texts
 
 # A folder inside the folder of a group.
@@ -25,7 +25,10 @@ class FileTexts(Texts):
             if path.exists() and not path.is_file():
                 raise CorruptCheckpoint(f"{path} cannot be read: it is not a file.")
             return path.read_bytes().decode()
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            require_way(path)
+            raise KeyError(name) from None
+        except NotADirectoryError:
             raise KeyError(name) from None
         except (OSError, UnicodeDecodeError) as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error}.") from error

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.errors import CorruptCheckpoint, RunOwnershipLost, StoreFailed
+from shared.errors import CorruptCheckpoint, FailedPrecondition, RunOwnershipLost, StoreFailed
 from shared.registry.numbering import whole_number
 
 # The name of the text in the group of a run.
@@ -33,11 +33,17 @@ class Fence:
 
 
 def last_token(texts: Mapping[str, str], place: str) -> int:
-    """Returns the highest token so far; 0 if no process has owned the run. Raises `FailedPrecondition`."""
+    """Returns the highest token so far; 0 if no process has owned the run.
+
+    Raises `StoreFailed` if the fence cannot be read now, and `FailedPrecondition` if it is damaged.
+    """
     try:
         text = texts.get(FENCE)
     except CorruptCheckpoint as error:
-        raise StoreFailed(str(error)) from error
+        why = str(error).removesuffix(".")
+        if isinstance(error.__cause__, OSError):
+            raise StoreFailed(f"{why}; check its disk, and that it is mounted.") from error
+        raise FailedPrecondition(f"{why}; it must contain {_RIGHT}.") from error
     return whole_number(text, place, _RIGHT)
 
 

@@ -108,11 +108,11 @@ class Study:
         teacher = recipe.teacher
         if teacher and self.outcome(teacher, seed) is None:
             self.train(teacher, seed)
+        (self._folder / "runs").mkdir(exist_ok=True)
         if recipe.pytorch:
             outcome = with_pytorch(recipe, seed, self.material)
         else:
             path = self._path(recipe, seed, "safetensors")
-            path.parent.mkdir(exist_ok=True)
             taught_by = self._path(teacher, seed, "safetensors") if teacher else None
             outcome = with_gptloop(recipe, seed, self.material, path, taught_by)
         gc.collect()

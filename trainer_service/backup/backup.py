@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from shared.atomic_file import replacing
-from shared.errors import AlreadyExists, FailedPrecondition, shown
+from shared.errors import AlreadyExists, FailedPrecondition, StoreFailed, shown
 from shared.registry.disk_store import DiskStore
 from shared.registry.numbering import numbers
 from shared.registry.snapshot import snapshot
@@ -74,6 +74,8 @@ def _frozen(directories: Directories, identity: str) -> Iterator[Path]:
 def _disk(path: Path) -> Iterator[None]:
     try:
         yield
+    except StoreFailed:
+        raise  # the registry, and not this place
     except OSError as error:
         raise FailedPrecondition(
             f"The backup {shown(path)} cannot be written: {error.strerror or error}; no such file was made."

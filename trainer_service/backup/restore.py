@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.errors import FailedPrecondition, shown
+from shared.errors import FailedPrecondition, StoreFailed, shown
 from shared.registry.commit import locked, make_folder, replace_text, sync
 from shared.registry.disk_store import DiskStore
 from shared.registry.numbering import children
@@ -87,6 +87,8 @@ def _require_place(path: Path, description: Description, settings: TrainerSettin
 def _disk(folder: Path) -> Iterator[None]:
     try:
         yield
+    except StoreFailed:
+        raise  # the registry, and not this place
     except OSError as error:
         raise FailedPrecondition(
             f"The backup cannot be restored into {shown(folder)}: {error.strerror or error}; then repeat it."

@@ -41,7 +41,7 @@ class DueEvaluations:
         try:
             versions = self._registry.versions()
         except StoreFailed as error:
-            self._notice(f"{error} Training continues without evaluations until then.")
+            self._notice(f"{error} Training continues, without evaluations until the registry can be read.")
             return
         for version in versions:
             if version.run != self._run or not is_due(version.step, self._config):

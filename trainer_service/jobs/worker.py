@@ -192,3 +192,5 @@ def _check_registry(store: Store, registry: str, runner: AttemptRunner, ended: t
             if runner.has_registry:
                 logger.warning("the worker takes no job: %s", error)
             runner.has_registry = False
+        except Exception:
+            logger.exception("The watch over the registry failed; it continues.")

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -262,6 +263,22 @@ def test_a_version_of_a_registry_that_is_away_was_not_removed(registry: Registry
             with pytest.raises(StoreFailed):
                 use(manifest)
         root.unlink()
+
+
+def test_a_registry_that_goes_away_under_its_lock_does_not_look_like_a_lost_run(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fence = registry.take_over(RUN)
+    root, check = root_of(registry), Fence.check
+
+    def check_too_late(*arguments: Any) -> None:
+        root.rename(root.with_name("aside"))
+        root.symlink_to(root.with_name("absent"))
+        check(*arguments)
+
+    monkeypatch.setattr(Fence, "check", check_too_late)
+    with pytest.raises(StoreFailed, match="does not exist; mount its disk"):
+        registry.store.append_history(fence, b"{}", synced=False)
 
 
 def test_a_registry_that_this_user_may_not_enter_is_an_error_with_advice(tmp_path: Path) -> None:

@@ -132,6 +132,14 @@ def test_a_worker_drops_what_is_no_attempt_from_its_queue_and_takes_the_next_one
     assert admin.lrange(queue.attempts.key, 0, -1) == []
 
 
+def test_a_worker_takes_no_job_while_its_registry_is_away(queue: JobQueue, job: str) -> None:
+    runner = AttemptRunner(queue, Offer())
+    runner.has_registry = False
+    assert runner.take() is None
+    runner.has_registry = True
+    assert runner.take() == (job, 1)
+
+
 class Sleeper(AttemptRunner):
     """Notes what it takes, and starts processes that end at once."""
 
