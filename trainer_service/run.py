@@ -373,8 +373,6 @@ class TrainingRun:
     def _prune(self) -> None:
         try:
             prune(self._registry, self._attempt.retention)
-        except StoreFailed:
-            pass  # the checkpoint has said so, or the next one will
         except GptloopError as error:
             self.notice(f"Nothing old was removed: {error}")
 

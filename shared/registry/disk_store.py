@@ -86,10 +86,10 @@ class DiskStore:
         """
         path = self.root / "id"
         with writing(self.root):
-            if not path.exists():
+            if not is_there(path):
                 make_folder(self.root, self.root)
                 with locked(self.root / "id.lock"):
-                    if not path.exists():
+                    if not is_there(path):
                         replace_text(path, secrets.token_hex(8))
             text = path.read_text(encoding="utf-8", errors="replace").strip()
         if not re.fullmatch("[0-9a-f]{16}", text):
@@ -251,7 +251,7 @@ class DiskStore:
     def _next_version(self) -> int:
         """Takes the next number: writes it before its version is visible, so that it is not given again."""
         path, versions = self.root / "last_version", self.root / "versions"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+        text = path.read_text(encoding="utf-8", errors="replace") if is_there(path) else None
         number = next_number(max(whole_number(text, str(path), _HIGHEST), *numbers(versions), 0), str(versions))
         replace_text(path, str(number))
         return number

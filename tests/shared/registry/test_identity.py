@@ -28,5 +28,5 @@ def test_a_damaged_id_is_an_error_with_advice(tmp_path: Path, text: str) -> None
 
 def test_a_registry_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "registry").write_text("a file")
-    with pytest.raises(FailedPrecondition, match="cannot be written"):
+    with pytest.raises(FailedPrecondition, match="registry is a file, and no folder; remove the file"):
         registry_id(tmp_path / "registry")
