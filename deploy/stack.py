@@ -122,7 +122,7 @@ class Stack:
             self._supervisor.stop()
             check_access(self._environment)
             self._ports.check_free(self._environment)
-            # Each process would only find out by itself, and be started again.
+            # Otherwise each process finds out by itself, and is started again and again.
             self._directories.open_registry().store.id()
             if not self._has_redis and not (redis := self._checks["redis"]()).is_healthy:
                 raise Unavailable(f"REDIS_URL is set, but its Redis cannot be used. {redis.text}")

@@ -36,9 +36,9 @@ class NewerFormat(FailedPrecondition):
 
 
 class StoreFailed(FailedPrecondition, OSError):
-    """The place of the registry cannot be reached or refuses: to writers and to readers what a failing disk is.
+    """The place of a registry cannot be reached, or refuses an operation; another try may succeed.
 
-    Its text is a sentence that names the place and says what to do.
+    Handlers of a failing disk catch it too. Its text is a sentence that names the place and says what to do.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -80,6 +80,10 @@ class DataError(GptloopError):
 
 class CorruptCheckpoint(GptloopError):
     """A checkpoint's files do not match its manifest, or cannot be read."""
+
+
+class UnreadableCheckpoint(CorruptCheckpoint):
+    """Files of a checkpoint cannot be read now, so nobody can tell whether they are damaged."""
 
 
 class IncompleteCheckpoint(CorruptCheckpoint):

@@ -18,6 +18,7 @@ from shared.errors import (
     StoreFailed,
     TrainingDiverged,
     Unavailable,
+    UnreadableCheckpoint,
     shown,
 )
 from shared.service import logs, traces
@@ -166,7 +167,7 @@ def work_on(assignment: Assignment) -> None:
     except RunOwnershipLost as error:
         # The process that owns the run now reports how it continues.
         logger.warning("job %s: %s", job_id, error)
-    except (Unavailable, StoreFailed) as error:
+    except (Unavailable, StoreFailed, UnreadableCheckpoint) as error:
         # The next attempt may find the missing service again.
         logger.warning("job %s: %s", job_id, error)
         # A coordinator knows which rank was lost, and why.

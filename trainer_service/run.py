@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,14 @@ from typing import Any, NoReturn
 
 from shared.device import accelerator
 from shared.device.machine import memory_limit_bytes
-from shared.errors import CorruptCheckpoint, FailedPrecondition, GptloopError, NotFound, StoreFailed
+from shared.errors import (
+    CorruptCheckpoint,
+    FailedPrecondition,
+    GptloopError,
+    NotFound,
+    StoreFailed,
+    UnreadableCheckpoint,
+)
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
 from shared.registry.history import EvaluationLine, Line, ReportLine
@@ -90,23 +96,21 @@ def _begun_with(state: Path) -> dict[str, Any]:
 
 
 def _own_state(run: str, registry: Registry, notice: Callable[[str], object] = lambda _: None) -> Path | None:
-    """Returns the folder of the run's newest undamaged state; None if it has none.
+    """Returns the folder of the run's newest whole state; None if it has none.
 
-    `notice` gets a sentence for each damaged one. Raises `StoreFailed` if there are states that cannot be read now, and
-    no other one.
+    `notice` gets a sentence for each other one. Raises `StoreFailed` if states are there, but none can be read now.
     """
-    away = None
+    unreadable = None
     for step in reversed(registry.states(run)):
         try:
             return registry.verified_state(run, step)
         except (CorruptCheckpoint, NotFound) as error:
-            notice(f"{error} An older state is used.")
-            # What is missing or damaged stays so; what is listed and cannot be read may come back.
-            cause = error.__cause__
-            if isinstance(error, NotFound) or (isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)):
-                away = error
-    if away:
-        raise StoreFailed(str(away))
+            notice(f"{error} An older state is used, if there is one.")
+            # A damaged one stays damaged; one that is listed and cannot be read may come back.
+            if isinstance(error, NotFound | UnreadableCheckpoint):
+                unreadable = error
+    if unreadable:
+        raise StoreFailed(str(unreadable)) from unreadable
     return None
 
 
@@ -316,7 +320,7 @@ class TrainingRun:
             self._history.append(*lines, synced=synced)
         except FailedPrecondition as error:
             if not self._history_fails:
-                self.notice(f"{error} The history of the run lacks lines until then.")
+                self.notice(f"{error} The history of the run lacks lines until it can be written.")
             self._history_fails = True
         else:
             self._history_fails = False
@@ -359,10 +363,11 @@ class TrainingRun:
         return version.version
 
     def _is_best(self, number: int) -> bool:
-        """Returns whether a version has the label `best`; False, too, while the registry cannot be read."""
-        with suppress(StoreFailed):
+        """Returns whether a version has the label `best`; False if the registry cannot be read."""
+        try:
             return self._registry.labels().get("best") == number
-        return False
+        except StoreFailed:
+            return False
 
     def _version_of(self, step: int) -> VersionManifest | None:
         """Returns the version that the run has published at a step."""

@@ -164,7 +164,7 @@ async def serve(settings: TrainerSettings) -> None:
 
 
 async def _follow_redis(server: GrpcServer, queue: JobQueue, store: Store, signals: Signals) -> None:
-    said = ""
+    problem = ""
     while True:
         try:
             await asyncio.to_thread(queue.store.workers.count)
@@ -175,13 +175,13 @@ async def _follow_redis(server: GrpcServer, queue: JobQueue, store: Store, signa
                     store.address,
                 )
                 signals.asked.set()
-            said = ""
+            problem = ""
         except Unavailable:
             await server.set_serving(False)
         except GptloopError as error:
-            if str(error) != said:
+            if str(error) != problem:
                 logger.error("%s", error)
-            said = str(error)
+            problem = str(error)
         await asyncio.sleep(_HEALTH_INTERVAL_S)
 
 

@@ -71,7 +71,7 @@ class Catalogue:
         async with self._looking:
             try:
                 now = await asyncio.to_thread(self._read, dict(self._unsaved))
-            except OSError as error:
+            except StoreFailed as error:
                 if str(error) != self._unreachable:
                     self._unreachable = str(error)
                     logger.warning("%s", error)

@@ -10,6 +10,7 @@ from shared.errors import (
     IncompleteCheckpoint,
     InvalidArgument,
     NotFound,
+    UnreadableCheckpoint,
 )
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
@@ -46,17 +47,18 @@ class Content:
 
 
 def read_content(registry: Registry, manifest: VersionManifest) -> Content:
-    """Reads a version; raises `Refused` if it cannot serve, `IncompleteCheckpoint` if it lacks files, and `NotFound` or
-    `OSError` if it cannot be read."""
+    """Reads a version.
+
+    Raises `Refused` if it cannot serve, `IncompleteCheckpoint` if it lacks files, `NotFound`, `StoreFailed` or
+    `UnreadableCheckpoint` if it cannot be read, and `OSError` if memory is short.
+    """
     try:
         # Before the files are read, so that a change meanwhile shows.
         state = registry.store.state(f"versions/{manifest.version}")
         directory = registry.verified(manifest)
-    except IncompleteCheckpoint:
-        raise
+    except (IncompleteCheckpoint, UnreadableCheckpoint):
+        raise  # the version is not to blame
     except CorruptCheckpoint as error:
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from None
         raise Refused(CORRUPT, _clause(error), stands_on=state) from None
     missing = SERVED_FILES - {record.name for record in manifest.files}
     if missing:

@@ -27,6 +27,7 @@ from shared.errors import (
     ResourceExhausted,
     StoreFailed,
     Unavailable,
+    UnreadableCheckpoint,
 )
 from shared.registry.manifest import VersionManifest
 from shared.service import traces
@@ -325,7 +326,7 @@ class Residents:
         except Refused as refusal:
             self._catalogue.refuse(manifest, refusal.loss, refusal.reason, str(refusal), refusal.stands_on)
             self._give_up(number, refused(number, str(refusal)))
-        except (IncompleteCheckpoint, StoreFailed) as error:
+        except (IncompleteCheckpoint, StoreFailed, UnreadableCheckpoint) as error:
             logger.warning("version %d cannot be loaded now: %s", number, error)
             self._postpone(number, error)
         except (NotFound, FailedPrecondition) as error:

@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shared.errors import AlreadyExists, CorruptCheckpoint, FailedPrecondition, IncompleteCheckpoint, StoreFailed
+from shared.errors import (
+    AlreadyExists,
+    CorruptCheckpoint,
+    FailedPrecondition,
+    IncompleteCheckpoint,
+    StoreFailed,
+    UnreadableCheckpoint,
+)
 from shared.registry.manifest import MANIFEST_NAME, FileRecord
 from shared.registry.numbering import children, require_way
 from shared.text import excerpt
@@ -71,7 +78,7 @@ def writing(root: Path | str) -> Iterator[None]:
             require_way(Path(error.filename))
         advice = _ADVICE.get(error.errno or 0, _CHECK)
         place = f" ({error.filename})" if error.filename else ""
-        # A full disk stays full, and MLX gives no number; a disk that is away may come back.
+        # A disk that is away may come back; a full one stays full, and may be the cause of an error without a number.
         kind = FailedPrecondition if error.errno is None or error.errno in _LASTING else StoreFailed
         raise kind(f"The registry {root} cannot be written: {error.strerror or error}{place}; {advice}.") from error
 
@@ -189,8 +196,8 @@ def files_state(directory: Path) -> str:
 def verify_files(directory: Path, records: Sequence[FileRecord]) -> None:
     """Compares a folder with its manifest.
 
-    Raises `CorruptCheckpoint`, which names the first file that differs, or `IncompleteCheckpoint` if a file is missing
-    or too short.
+    Raises `CorruptCheckpoint`, which names the first file that differs, `IncompleteCheckpoint` if a file is missing or
+    too short, or `UnreadableCheckpoint`.
     """
     try:
         present = {path.name for path in directory.iterdir()} - IGNORED_NAMES
@@ -208,7 +215,7 @@ def verify_files(directory: Path, records: Sequence[FileRecord]) -> None:
             if sha256(path) != record.sha256:
                 raise CorruptCheckpoint(f"{path} has changed: its SHA-256 differs from the one in its manifest.")
     except OSError as error:
-        raise CorruptCheckpoint(f"{error.filename or directory} cannot be read: {error.strerror}.") from error
+        raise UnreadableCheckpoint(f"{error.filename or directory} cannot be read: {error.strerror}.") from error
 
 
 def sha256(path: Path) -> str:

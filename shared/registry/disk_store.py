@@ -322,9 +322,8 @@ class DiskStore:
 
     def sweep(self) -> None:
         """Removes what dead processes have left in `staging`."""
-        with writing(self.root):
-            parents = (self.root.glob(f"runs/*/{kind}") for kind in ("states", "teachers"))
-            self._staging.sweep(chain([self.root / "versions"], *parents))
+        parents = (self.root.glob(f"runs/*/{kind}") for kind in ("states", "teachers"))
+        self._staging.sweep(chain([self.root / "versions"], *parents))
 
     @_reading
     def unknown(self) -> list[str]:

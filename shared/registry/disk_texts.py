@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from shared.errors import CorruptCheckpoint
+from shared.errors import CorruptCheckpoint, UnreadableCheckpoint
 from shared.registry.commit import make_folder, reading, replace_texts, sync
 from shared.registry.numbering import children, is_there, require_way
 from shared.registry.store import Texts
@@ -29,8 +29,10 @@ class FileTexts(Texts):
             require_way(path)
             raise KeyError(name) from None
         except NotADirectoryError:
-            raise KeyError(name) from None
-        except (OSError, UnicodeDecodeError) as error:
+            raise KeyError(name) from None  # a file in the place of the folder holds no texts
+        except OSError as error:
+            raise UnreadableCheckpoint(f"{path} cannot be read: {error}.") from error
+        except UnicodeDecodeError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error}.") from error
 
     def __contains__(self, name: object) -> bool:
@@ -39,9 +41,11 @@ class FileTexts(Texts):
 
     def __iter__(self) -> Iterator[str]:
         with reading(self._folder):
-            paths = children(self._folder)
-            inner = [f"{_INNER}/{each.name}" for path in paths if path.name == _INNER for each in children(path)]
-        return iter([path.name for path in paths if path.name != _INNER] + inner)
+            for path in children(self._folder):
+                if path.name == _INNER:
+                    yield from (f"{_INNER}/{each.name}" for each in children(path))
+                else:
+                    yield path.name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

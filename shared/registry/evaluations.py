@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 
-from shared.errors import CorruptCheckpoint, NotFound
+from shared.errors import CorruptCheckpoint, NotFound, UnreadableCheckpoint
 from shared.registry.manifest import LATEST_S, VersionManifest
 from shared.registry.store import Store
 
@@ -87,7 +87,7 @@ class Evaluations:
     def figures(self, number: int) -> Sequence[Figures]:
         """Returns the figures of each record of a version that has some, the newest last; ignores other texts.
 
-        Raises `CorruptCheckpoint` if the disk fails.
+        Raises `UnreadableCheckpoint` if one cannot be read.
         """
         texts = self._store.read(_group(number))
         found = []
@@ -95,9 +95,10 @@ class Evaluations:
             if match := _RECORD.fullmatch(name):
                 try:
                     found.append(_figures_of(match[1], texts.get(name, "")))
-                except CorruptCheckpoint as error:
-                    if isinstance(error.__cause__, OSError):
-                        raise
+                except UnreadableCheckpoint:
+                    raise
+                except CorruptCheckpoint:
+                    continue
         return sorted((each for each in found if each is not None), key=lambda each: each.measured_at)
 
     def of(self, versions: Sequence[VersionManifest]) -> dict[int, Sequence[Figures]]:

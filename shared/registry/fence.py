@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shared.errors import CorruptCheckpoint, FailedPrecondition, RunOwnershipLost, StoreFailed
+from shared.errors import CorruptCheckpoint, FailedPrecondition, RunOwnershipLost, StoreFailed, UnreadableCheckpoint
 from shared.registry.numbering import whole_number
 
 # The name of the text in the group of a run.
@@ -39,11 +39,10 @@ def last_token(texts: Mapping[str, str], place: str) -> int:
     """
     try:
         text = texts.get(FENCE)
+    except UnreadableCheckpoint as error:
+        raise StoreFailed(f"{str(error).removesuffix('.')}; check its disk, and that it is mounted.") from error
     except CorruptCheckpoint as error:
-        why = str(error).removesuffix(".")
-        if isinstance(error.__cause__, OSError):
-            raise StoreFailed(f"{why}; check its disk, and that it is mounted.") from error
-        raise FailedPrecondition(f"{why}; it must contain {_RIGHT}.") from error
+        raise FailedPrecondition(f"{str(error).removesuffix('.')}; it must contain {_RIGHT}.") from error
     return whole_number(text, place, _RIGHT)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
-from shared.errors import CorruptCheckpoint, FailedPrecondition, NewerFormat, shown
+from shared.errors import CorruptCheckpoint, FailedPrecondition, NewerFormat, UnreadableCheckpoint, shown
 from shared.text import excerpt
 
 MANIFEST_NAME = "manifest.json"
@@ -101,7 +101,7 @@ class _Manifest:
     def load(cls, read: Callable[[], bytes], place: str) -> Self:
         """Returns the manifest that `read` reads; errors name its place.
 
-        Raises `CorruptCheckpoint` if it is unreadable or invalid, and `NewerFormat` if its format is not known yet.
+        Raises `UnreadableCheckpoint`, `CorruptCheckpoint` if it is invalid, and `NewerFormat` if its format is newer.
         """
         try:
             content = read()
@@ -113,7 +113,7 @@ class _Manifest:
         except FailedPrecondition:
             raise  # the whole store cannot be read
         except OSError as error:
-            raise CorruptCheckpoint(f"{place} cannot be read: {error.strerror}.") from error
+            raise UnreadableCheckpoint(f"{place} cannot be read: {error.strerror}.") from error
         except KeyError as error:
             raise CorruptCheckpoint(f"{place} cannot be understood: it has no {error.args[0]}.") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -35,20 +35,21 @@ def is_there(path: Path) -> bool:
 
 
 def require_way(path: Path) -> None:
-    """Raises `StoreFailed` if a link on the way to a path leads nowhere, or a file is in the place of a folder: what
-    should be there is away, and not empty."""
+    """Raises `StoreFailed` if a link on the way to a path has no target, or a file is in the place of a folder."""
     for each in (path, *path.parents):
         try:
-            lost = each.readlink() if each.is_symlink() and not each.exists() else None
-            is_in_the_way = each is not path and each.exists() and not each.is_dir()
+            if each.is_dir():
+                return  # the way to it is whole
+            target = each.readlink() if each.is_symlink() else None
+            exists = each.exists()
         except OSError:
             continue  # the folder around it may not be read
-        if lost is not None:
+        if target is not None and not exists:
             raise StoreFailed(
-                f"The registry cannot be reached: {each} is a link to {lost}, which does not exist; mount its disk, or "
-                "mend the link."
+                f"The registry cannot be reached: {each} is a link to {target}, which cannot be followed; mount its "
+                "disk, or mend the link."
             )
-        if is_in_the_way:
+        if exists and each is not path:
             raise StoreFailed(f"The registry cannot be reached: {each} is a file, and no folder; remove the file.")
 
 

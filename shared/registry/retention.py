@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound
+from shared.errors import CorruptCheckpoint, InvalidArgument, NotFound, UnreadableCheckpoint
 from shared.registry import policy
 from shared.registry.commit import writing
 from shared.registry.decisions import Decided, run_label
@@ -67,7 +67,8 @@ class Verdict:
 def judge(registry: Registry, retention: Retention) -> list[Verdict]:
     """Judges every version and state, except versions with a damaged manifest, which a person must handle.
 
-    Raises `CorruptCheckpoint` if the disk fails to read a manifest, or if a decision about labels cannot be read.
+    Raises `UnreadableCheckpoint` if a manifest cannot be read, and `CorruptCheckpoint` if a decision about labels is
+    damaged.
     """
     versions = _versions(registry)
     decided = registry.decided(versions)
@@ -144,12 +145,10 @@ def _versions(registry: Registry) -> list[VersionManifest]:
         try:
             if checkpoint.run is None:
                 versions.append(registry.version(checkpoint.number))
-        except NotFound:
+        except UnreadableCheckpoint:
+            raise  # it may be the best one; without it, the others would be judged wrongly
+        except (NotFound, CorruptCheckpoint):
             continue
-        except CorruptCheckpoint as error:
-            # An unreadable version may be the best one; without it, the others would be judged wrongly.
-            if isinstance(error.__cause__, OSError):
-                raise
     return versions
 
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from shared.registry.commit import is_locked, locked, make_folder, move, sync, writing
-from shared.registry.numbering import is_there
+from shared.registry.numbering import children, is_there
 
 
 class Staging:
@@ -50,16 +50,17 @@ class Staging:
 
     def sweep(self, folders: Iterable[Path]) -> None:
         """Removes what dead processes left half-written or half-removed; `folders` are the parents of checkpoints."""
-        if not self._folder.is_dir() or not any(self._folder.iterdir()):
-            return
-        with writing(self._root), locked(self._root / "staging.lock"):
-            # A process that died while removing a checkpoint may not have synced its parent.
-            for folder in folders:
-                if folder.is_dir():
-                    sync(folder)
-            for place in list(self._folder.iterdir()):
-                if not is_locked(place / "lock"):
-                    _discard(place)
+        with writing(self._root):
+            if not children(self._folder):
+                return
+            with locked(self._root / "staging.lock"):
+                # A process that died while removing a checkpoint may not have synced its parent.
+                for folder in folders:
+                    if folder.is_dir():
+                        sync(folder)
+                for place in children(self._folder):
+                    if not is_locked(place / "lock"):
+                        _discard(place)
 
     def _new_place(self) -> Path:
         return self._folder / uuid.uuid4().hex

@@ -27,7 +27,11 @@ from shared.registry.manifest import FileRecord
 
 
 class Texts(Mapping[str, str]):
-    """The texts of a group by their names; to read one raises `CorruptCheckpoint` if it is none, or unreadable."""
+    """The texts of a group by their names.
+
+    To read one raises `CorruptCheckpoint` if it is none, `UnreadableCheckpoint` if it cannot be read, and `StoreFailed`
+    if their place cannot be reached.
+    """
 
     def written_at(self, name: str) -> float:
         """Returns when a text was written, in seconds since the epoch; 0 if there is none."""

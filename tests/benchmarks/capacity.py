@@ -101,7 +101,7 @@ def redis() -> None:
 
 def _events() -> list[Event]:
     config = PRESETS["demo"]
-    started = RunStarted(1_585_600, 327_680, 825_600, 49_152, "bpe", 1, 0, config.max_steps, "cpu")
+    started = RunStarted(1_585_600, 327_680, 660_480, 49_152, "bpe", 1, 0, config.max_steps, "cpu")
     events: list[Event] = [started]
     for step in range(config.report_interval, config.max_steps + 1, config.report_interval):
         tokens = step * config.tokens_per_step

@@ -19,6 +19,7 @@ import typer
 
 from shared.atomic_file import replacing
 from shared.device import accelerator
+from shared.errors import InvalidArgument
 from shared.text import format_size
 from tests.benchmarks.material import Material
 from tests.benchmarks.recipes import RECIPES, Recipe, self_taught
@@ -32,7 +33,6 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pret
 Folder = Annotated[Path, typer.Argument(help="Folder of the tokens, the weights and the outcomes.")]
 
 Seeds = Annotated[list[int], typer.Option("--seed", help="Repeatable.")]
-Lane = Annotated[int, typer.Option(help="Commands at the same time need different numbers, for their kernels.")]
 
 # A run ends early if its loss was this much above its best one twice in a row: it will not be better again.
 _WORSE = 0.05
@@ -104,7 +104,7 @@ class Study:
                     self.train(recipe, seed)
 
     def train(self, recipe: Recipe, seed: int) -> None:
-        """Trains with a recipe, with its teachers first if their weights are missing, and keeps the outcome."""
+        """Trains with a recipe, first with its teacher, if that has no outcome, and keeps the outcome."""
         teacher = recipe.teacher
         if teacher and self.outcome(teacher, seed) is None:
             self.train(teacher, seed)
@@ -121,8 +121,8 @@ class Study:
         with replacing(self._path(recipe, seed, "json")) as file:
             file.write(json.dumps(asdict(outcome)).encode())
 
-    def _path(self, recipe: Recipe, seed: int, kind: str) -> Path:
-        return self._folder / "runs" / f"{recipe.key(seed)}.{kind}"
+    def _path(self, recipe: Recipe, seed: int, suffix: str) -> Path:
+        return self._folder / "runs" / f"{recipe.key(seed)}.{suffix}"
 
 
 @app.command()
@@ -141,7 +141,6 @@ def steps(
     seed: Seeds = [1, 2, 3],  # noqa: B006
     only: Annotated[list[str], typer.Option(help="A recipe by its name. Repeatable; default: all.")] = [],  # noqa: B006
     minutes: Annotated[float, typer.Option(help="Begin no run after this time; 0 means no limit.")] = 0,
-    lane: Lane = 1,
 ) -> None:
     """Train every recipe with every seed, and print the table.
 
@@ -149,7 +148,7 @@ def steps(
     """
     if unknown := sorted(set(only) - RECIPES.keys()):
         raise typer.BadParameter(f"There is no recipe {unknown[0]!r}; the recipes are: {'; '.join(RECIPES)}.")
-    study = open_study(folder, lane)
+    study = open_study(folder)
     study.train_missing(
         [RECIPES[name] for name in only or RECIPES], seed, time.monotonic() + (60 * minutes or math.inf)
     )
@@ -159,24 +158,26 @@ def steps(
 @app.command()
 def trial(
     folder: Folder,
-    values: Annotated[list[str], typer.Option("--set", help="As in `gptloop train`. Repeatable, a trial each.")] = [""],  # noqa: B006
+    values: Annotated[list[str], typer.Option("--set", help="As in `gptloop train`. Repeatable, a trial each.")] = [],  # noqa: B006
     preset: str = "tinystories-53m-plus",
     generations: Annotated[int, typer.Option(min=1, help="The model of each teaches that of the next.")] = 1,
     seed: Seeds = [1],  # noqa: B006
-    lane: Lane = 1,
 ) -> None:
-    """Train with a preset and other values, and print the table, in which each trial is compared with the first.
+    """Train with a preset, then with other values, and print the table, which compares each trial with the preset.
 
-    Outcomes and best weights are kept as those of `steps`.
+    A trial whose outcome is in the folder is not repeated.
     """
-    study = open_study(folder, lane)
+    study = open_study(folder)
     vocabulary_size = study.material.tokenizer.vocabulary_size
     chains = list[Recipe]()
-    for each in values:
-        config = find_preset(preset).override(parse_overrides(each))
+    for each in ["", *values]:
+        try:
+            config = find_preset(preset).override(parse_overrides(each))
+        except InvalidArgument as error:
+            raise typer.BadParameter(str(error)) from None
         if vocabulary_size > config.vocabulary_size:
             raise typer.BadParameter(
-                f"The tokens in {folder} have a vocabulary of {vocabulary_size:,}, but {preset} has one of "
+                f"The tokens in {folder} have a vocabulary of {vocabulary_size:,}, but the model would have one of "
                 f"{config.vocabulary_size:,}: prepare another folder with --preset {preset}."
             )
         config = replace(config, vocabulary_size=vocabulary_size)
@@ -185,9 +186,9 @@ def trial(
     print_outcomes(study, chains, seed)
 
 
-def open_study(folder: Path, lane: int) -> Study:
+def open_study(folder: Path) -> Study:
     """Prepares the device, and opens the study in a folder."""
-    accelerator.prepare(ROOT / ".pytest_cache" / f"benchmarks-{lane}", own_threads=True)
+    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
     study = Study(folder)
     print(study.material, flush=True)
     return study
@@ -195,12 +196,12 @@ def open_study(folder: Path, lane: int) -> Study:
 
 @app.command()
 def table(folder: Folder, seed: Seeds = [1, 2, 3]) -> None:  # noqa: B006
-    """Print the table of the outcomes of `steps` in the folder."""
+    """Print the table of `steps` without training."""
     print_outcomes(Study(folder), list(RECIPES.values()), seed)
 
 
 def print_outcomes(study: Study, recipes: Sequence[Recipe], seeds: Sequence[int]) -> None:
-    """Prints what came of those recipes that have outcomes."""
+    """Prints a table of the recipes that have outcomes."""
     rows = []
     for recipe in recipes:
         if outcomes := study.outcomes(recipe, seeds):

@@ -40,7 +40,7 @@ def self_taught(name: str, config: TrainingConfig, generations: int, against: Re
     """Returns a recipe without a teacher, and its further generations, each taught by the model of the one before."""
     chain = [Recipe(name, config, against)]
     for number in range(2, generations + 1):
-        chain.append(Recipe(f"generation {number}", config, against=chain[-1], teacher=chain[-1]))
+        chain.append(Recipe(f"{name}, generation {number}", config, against=chain[-1], teacher=chain[-1]))
     return chain
 
 

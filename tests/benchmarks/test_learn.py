@@ -72,22 +72,24 @@ def test_an_outcome_of_other_values_does_not_count(folder: Path) -> None:
     assert learn.Study(folder).outcome(replace(NEW, config=replace(TINY, dropout=0.4)), 1) is None
 
 
-def test_trials_are_compared_with_the_first_and_have_generations_of_their_own(
+def test_trials_are_compared_with_the_preset_and_have_generations_of_their_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PRESETS, "tiny", TINY)
     # The tests have prepared the device.
     monkeypatch.setattr("shared.device.accelerator.prepare", lambda *_, **__: None)
     run = partial(CliRunner().invoke, learn.app, catch_exceptions=False)
-    done = run(["trial", str(folder), "--preset", "tiny", "--set", "", "--set", "dropout=0.4", "--generations", "2"])
+    done = run(["trial", str(folder), "--preset", "tiny", "--set", "dropout=0.4", "--generations", "2"])
     rows = [line.split("|")[1:5] for line in done.output.splitlines() if line.startswith("|")][2:]
     names, losses, _, gains = zip(*([cell.strip() for cell in row] for row in rows), strict=True)
-    assert names == ("tiny", "generation 2", "dropout=0.4", "generation 2")
+    assert names == ("tiny", "tiny, generation 2", "dropout=0.4", "dropout=0.4, generation 2")
     assert len(set(losses)) == 4
     assert [gain != "" for gain in gains] == [False, True, True, True]
     assert float(gains[2]) == pytest.approx(float(losses[2]) - float(losses[0]), abs=2e-4)
-    refused = run(["trial", str(folder), "--preset", "tiny", "--set", "vocabulary_size=269"])
-    assert refused.exit_code == 2 and "prepare another folder" in refused.output
+    for value, sentence in (("vocabulary_size=269", "prepare another folder"), ("droput=0.4", "Did you mean dropout?")):
+        refused = run(["trial", str(folder), "--preset", "tiny", "--set", value])
+        said = " ".join(refused.output.replace("│", " ").split())
+        assert refused.exit_code == 2 and sentence in said
 
 
 def test_a_run_ends_when_it_has_been_worse_twice() -> None:

@@ -130,7 +130,7 @@ class System:
         return progress.step if progress else 0
 
     def advance(self, job: str, steps: int) -> None:
-        """Returns once a job has reported more than so many further steps; fails if it ends before."""
+        """Waits until a job has reported more than `steps` further steps; fails if it ends first."""
         begun = self.step(job)
 
         def has_advanced() -> bool:

@@ -121,7 +121,7 @@ def test_while_the_registry_cannot_be_read_the_loaded_version_serves_and_trainin
     assert (ended.state, ended.attempt) == (pb.JOB_STATE_CANCELLED, 1)
 
 
-def test_no_attempt_begins_while_the_registry_cannot_be_read(serving: System) -> None:
+def test_an_attempt_that_is_lost_while_the_registry_is_away_is_followed_once_it_is_back(serving: System) -> None:
     root, log = serving.directories.registry, serving.directories.var / "log" / "worker.log"
     job = _begin(serving)
     files = root.resolve()

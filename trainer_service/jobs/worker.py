@@ -35,15 +35,14 @@ _LOST_LIMIT_S = 10.0
 class AttemptRunner:
     """Runs attempts in processes of this project, `trainer_service.job_process`, and returns interrupted jobs.
 
-    The worker's thread calls the methods, except `end_lost`, which the thread of the watch calls. Another thread sets
-    `has_registry`.
+    The worker's thread calls the methods, except `end_lost`, which the thread of the watch calls. No attempt begins
+    while `may_take` is not set.
     """
 
-    def __init__(self, queue: JobQueue, offer: Offer) -> None:
+    def __init__(self, queue: JobQueue, offer: Offer, may_take: threading.Event) -> None:
         self._queue = queue
         self._offer = offer
-        # No attempt can begin while the registry cannot be reached.
-        self.has_registry = True
+        self._may_take = may_take
         # The attempt that runs, the pid of its process, and since when another attempt has had the job.
         self._attempt: AttemptName | None = None
         self._pid = 0
@@ -51,8 +50,8 @@ class AttemptRunner:
         self._stop_requested = False
 
     def take(self) -> AttemptName | None:
-        """Takes the first waiting attempt whose needs this worker meets; none while it cannot reach its registry."""
-        return self._queue.take(self._offer) if self.has_registry else None
+        """Takes the first waiting attempt whose needs this worker meets, if it may take one."""
+        return self._queue.take(self._offer) if self._may_take.is_set() else None
 
     def start(self, job_id: str, attempt: int) -> int:
         """Gives the attempt a longer lease, starts its process in a process group of its own, and returns the pid."""
@@ -83,7 +82,7 @@ class AttemptRunner:
         if exit_code < 0:
             reason = f"was killed by signal {-exit_code}"
         else:
-            reason = f"ended with exit code {exit_code} (the worker's log says why)"
+            reason = f"ended with exit code {exit_code} (the worker's log has more)"
         if exit_code == -signal.SIGKILL:
             reason += " (is the machine out of memory? a smaller batch_size needs less)"
         try:
@@ -126,7 +125,9 @@ def work(settings: TrainerSettings) -> None:
         queue = JobQueue(connection, registry)
         place = place_of(settings.directories.data)
         offer = Offer.of_this_machine(settings.worker_ranks, bool(settings.launcher), place)
-        runner = AttemptRunner(queue, offer)
+        has_registry = threading.Event()
+        has_registry.set()
+        runner = AttemptRunner(queue, offer, has_registry)
         worker = AttemptWorker(queue.attempts, connection, runner)
         ended = threading.Event()
         watch = threading.Thread(
@@ -134,7 +135,7 @@ def work(settings: TrainerSettings) -> None:
         )
         # Apart from the watch, which may not wait for a store that fails.
         check = threading.Thread(
-            target=_check_registry, args=(store, registry, runner, ended), name="registry", daemon=True
+            target=_check_registry, args=(store, registry, has_registry, ended), name="registry", daemon=True
         )
         # Until RQ's own handler replaces this one: the watch, too, ends the worker by this signal.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -176,8 +177,9 @@ def _watch(queue: JobQueue, runner: AttemptRunner, name: str, offer: Offer, ende
         queue.store.workers.end(name)
 
 
-def _check_registry(store: Store, registry: str, runner: AttemptRunner, ended: threading.Event) -> None:
-    """Lets the worker take no job while its registry cannot be reached, and ends it if another one is there."""
+def _check_registry(store: Store, registry: str, has_registry: threading.Event, ended: threading.Event) -> None:
+    """Clears `has_registry` while the registry cannot be reached; ends the worker if another one is in its place."""
+    problem = ""
     while not ended.wait(_WATCH_INTERVAL_S):
         try:
             if store.id() != registry:
@@ -187,10 +189,12 @@ def _check_registry(store: Store, registry: str, runner: AttemptRunner, ended: t
                 )
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            runner.has_registry = True
-        except FailedPrecondition as error:
-            if runner.has_registry:
+            if problem:
+                logger.info("the worker takes jobs again")
+            problem = ""
+            has_registry.set()
+        except (FailedPrecondition, OSError) as error:
+            if str(error) != problem:
                 logger.warning("the worker takes no job: %s", error)
-            runner.has_registry = False
-        except Exception:
-            logger.exception("The watch over the registry failed; it continues.")
+            problem = str(error)
+            has_registry.clear()

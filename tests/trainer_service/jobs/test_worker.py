@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from urllib.parse import quote
 
 import pytest
@@ -14,7 +15,8 @@ from redis import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from rq.job import JobStatus
 
-from shared.errors import FailedPrecondition, Unavailable
+from shared.errors import FailedPrecondition, StoreFailed, Unavailable
+from shared.registry.store import Store
 from tests.jobs import training
 from tests.redis_process import PROJECT, RedisServer
 from tests.registries import registry_id
@@ -24,12 +26,15 @@ from trainer_service.jobs.needs import Offer
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.rq_adapter import AttemptWorker
 from trainer_service.jobs.watch import AttemptName, Watch
-from trainer_service.jobs.worker import AttemptRunner, work
+from trainer_service.jobs.worker import AttemptRunner, _check_registry, work
 from trainer_service.redis_client import RedisAddress, check_server, connect
 from trainer_service.redis_server import find_redis_server
 from trainer_service.settings import TrainerSettings
 
 pytestmark = pytest.mark.slow
+
+ALWAYS = threading.Event()
+ALWAYS.set()
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +62,7 @@ def test_a_worker_takes_jobs_from_a_socket_with_any_name(tmp_path: Path) -> None
                     assert time.monotonic() < deadline_s
             check_server(connection)
             queue = JobQueue(connection, "none")
-            worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue, Offer()))
+            worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue, Offer(), ALWAYS))
             assert worker.work(burst=True) is False
     finally:
         server.kill()
@@ -107,7 +112,7 @@ def test_a_wait_for_an_attempt_is_not_cut_off_on_a_connection_that_was_open_befo
     with connect(redis_server.address) as connection:
         check_server(connection)
         queue = JobQueue(connection, "none")
-        worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue, Offer()))
+        worker = AttemptWorker(queue.attempts, connection, AttemptRunner(queue, Offer(), ALWAYS))
         taken = connection.connection_pool.get_connection()
         assert taken.socket_timeout > worker.dequeue_timeout
         connection.connection_pool.release(taken)
@@ -126,25 +131,58 @@ def test_a_worker_drops_what_is_no_attempt_from_its_queue_and_takes_the_next_one
 
     admin.lpush(queue.attempts.key, foreign)
     admin.lpush(f"{queue.attempts.key}:intermediate", foreign)
-    worker = AttemptWorker(queue.attempts, redis, Taker(queue, Offer()))
+    worker = AttemptWorker(queue.attempts, redis, Taker(queue, Offer(), ALWAYS))
     assert worker.work(burst=True) is True
     assert taken == [job]
     assert admin.lrange(queue.attempts.key, 0, -1) == []
 
 
-def test_a_worker_takes_no_job_while_its_registry_is_away(queue: JobQueue, job: str) -> None:
-    runner = AttemptRunner(queue, Offer())
-    runner.has_registry = False
+class AwayStore:
+    """A store whose place is away, comes back, fails in another way, and is away for good."""
+
+    address = "nowhere"
+
+    def __init__(self) -> None:
+        self._answers: list[str | Exception] = ["mine", StoreFailed("It is away."), "mine", FileNotFoundError("id")]
+
+    def id(self) -> str:
+        answer = self._answers.pop(0) if self._answers else StoreFailed("It is away for good.")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_worker_takes_no_job_while_its_registry_is_away(
+    queue: JobQueue, job: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("trainer_service.jobs.worker._WATCH_INTERVAL_S", 0.01)
+    has_registry, ended = threading.Event(), threading.Event()
+    has_registry.set()
+    with caplog.at_level("INFO", "trainer_service.jobs.worker"):
+        check = threading.Thread(
+            target=_check_registry, args=(cast(Store, AwayStore()), "mine", has_registry, ended), daemon=True
+        )
+        check.start()
+        wait_until(lambda: "away for good" in caplog.text)
+    runner = AttemptRunner(queue, Offer(), has_registry)
     assert runner.take() is None
-    runner.has_registry = True
+    ended.set()
+    check.join()
+    has_registry.set()
     assert runner.take() == (job, 1)
+    assert caplog.messages == [
+        "the worker takes no job: It is away.",
+        "the worker takes jobs again",
+        "the worker takes no job: id",
+        "the worker takes no job: It is away for good.",
+    ]
 
 
 class Sleeper(AttemptRunner):
     """Notes what it takes, and starts processes that end at once."""
 
     def __init__(self, queue: JobQueue, offer: Offer) -> None:
-        super().__init__(queue, offer)
+        super().__init__(queue, offer, ALWAYS)
         self.taken: list[str] = []
 
     def start(self, job_id: str, attempt: int) -> int:
@@ -225,6 +263,6 @@ def test_a_worker_works_although_the_registries_of_rq_contain_something_foreign(
     redis: Redis, admin: Redis, queue: JobQueue, job: str
 ) -> None:
     admin.zadd(queue.attempts.rq.started_job_registry.key, {b"\xff": 1})
-    worker = AttemptWorker(queue.attempts, redis, AttemptRunner(queue, Offer()))
+    worker = AttemptWorker(queue.attempts, redis, AttemptRunner(queue, Offer(), ALWAYS))
     worker.run_maintenance_tasks()
     assert not worker.should_run_maintenance_tasks
