@@ -60,7 +60,7 @@ def _recipes() -> list[Recipe]:
     stronger = Recipe("dropout 0.3, decay 0.3, 24 rows", regularised, ordered)
     matrices = Recipe("Muon, 12 rows, rate 1e-3", muon, stronger)
     decayed = Recipe("decay 2, a linear fall to 0", unmasked, matrices)
-    chain = self_taught("masked inputs", best, 3, decayed)
+    chain = self_taught("masked inputs", best, 2, decayed)
     return [first, dropped, ordered, pytorch, stronger, matrices, decayed, *chain]
 
 
