@@ -175,10 +175,11 @@ def trial(
             config = find_preset(preset).override(parse_overrides(each))
         except InvalidArgument as error:
             raise typer.BadParameter(str(error)) from None
-        if vocabulary_size > config.vocabulary_size:
+        most = config.vocabulary_size
+        if vocabulary_size > most or (config.tokenizer == "gpt2" and vocabulary_size != most):
             raise typer.BadParameter(
                 f"The tokens in {folder} have a vocabulary of {vocabulary_size:,}, but the model would have one of "
-                f"{config.vocabulary_size:,}: prepare another folder with --preset {preset}."
+                f"{most:,}: prepare another folder with --preset {preset}."
             )
         config = replace(config, vocabulary_size=vocabulary_size)
         chains += self_taught(each or preset, config, generations, chains[0] if chains else None)

@@ -86,8 +86,12 @@ def test_trials_are_compared_with_the_preset_and_have_generations_of_their_own(
     assert len(set(losses)) == 4
     assert [gain != "" for gain in gains] == [False, True, True, True]
     assert float(gains[2]) == pytest.approx(float(losses[2]) - float(losses[0]), abs=2e-4)
-    for value, sentence in (("vocabulary_size=269", "prepare another folder"), ("droput=0.4", "Did you mean dropout?")):
-        refused = run(["trial", str(folder), "--preset", "tiny", "--set", value])
+    for preset, value, sentence in (
+        ("tiny", "vocabulary_size=269", "prepare another folder"),
+        ("tinystories-53m", "max_steps=1", "prepare another folder"),
+        ("tiny", "droput=0.4", "Did you mean dropout?"),
+    ):
+        refused = run(["trial", str(folder), "--preset", preset, "--set", value])
         said = " ".join(refused.output.replace("│", " ").split())
         assert refused.exit_code == 2 and sentence in said
 
