@@ -4,10 +4,15 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
+import mlx.core as mx
+
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
+from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.decoder import Decoder, DecoderFactory
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
+from shared.device.cuda_driver import CudaDriver
 from shared.gpt.model import GPT
+from tests.emulated_gpu import EmulatedGpu
 
 COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "accelerator"
 
@@ -23,6 +28,11 @@ def cpu_decoder(model: GPT, slots: int, threads: int = 1) -> CpuDecoder:
 
 def mlx_decoder(model: GPT, slots: int, spans_together: int = 1) -> MlxDecoder:
     return MlxDecoder(model, slots, ProgramCache(), spans_together)
+
+
+def cuda_decoder(model: GPT, slots: int) -> CudaDecoder:
+    """Returns a decoder on an NVIDIA GPU, or on an emulation of one."""
+    return CudaDecoder(model, slots, CudaDriver(COMPILED) if mx.cuda.is_available() else EmulatedGpu())
 
 
 def make_decoder(model: GPT, slots: int) -> Decoder:

@@ -30,7 +30,8 @@ def main(
     """Print a table of a step's time, tokens per second, the ratio to the first peer and the share of the floor,
     starting at half a context.
 
-    gptloop draws at temperature 0.8, the others take the likeliest token; `gptloop forward` draws nothing.
+    gptloop draws at temperature 0.8, the others take the likeliest token; `gptloop forward` draws nothing. For an
+    NVIDIA GPU: `gptloop cuda`, and `pytorch graph`, which draws too.
     """
     # gptloop decodes on one core, like its server.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"

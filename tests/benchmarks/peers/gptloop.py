@@ -19,9 +19,11 @@ from inference_service.engine.request import Draw, GenerationRequest  # noqa: E4
 from inference_service.engine.runner import Runner  # noqa: E402
 from inference_service.engine.scheduler import Scheduler  # noqa: E402
 from inference_service.engine.sequence import Sequence  # noqa: E402
-from shared.decoding.decoder import DecoderFactory  # noqa: E402
+from shared.decoding.cuda.decoder import CudaDecoder  # noqa: E402
+from shared.decoding.decoder import Decoder, DecoderFactory  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.decoding.spans import SPAN_TOKENS  # noqa: E402
+from shared.device.cuda_driver import CudaDriver  # noqa: E402
 from shared.gpt.model import GPT  # noqa: E402
 from trainer_service.training.batches import TrainingText  # noqa: E402
 from trainer_service.training.config import TrainingConfig  # noqa: E402
@@ -54,7 +56,8 @@ class Training:
 class Decoding:
     """Decodes `rows` sequences that start with `position` tokens, as the engine's thread does.
 
-    `variant` "" draws at temperature 0.8, "greedy" takes the likeliest token, "forward" draws nothing.
+    `variant` "" draws at temperature 0.8, "greedy" takes the likeliest token, "forward" draws nothing; "cuda" draws
+    too, and computes with the kernels for an NVIDIA GPU.
     """
 
     def __init__(self, config: dict[str, Any], rows: int, position: int, variant: str) -> None:
@@ -65,7 +68,11 @@ class Decoding:
         model.eval()
         mx.eval(model.parameters())
         slots = max(2, rows)
-        decoder = DecoderFactory(slots, 1, _ACCELERATOR.cache).make(model)
+        decoder: Decoder
+        if variant == "cuda":
+            decoder = CudaDecoder(model, slots, CudaDriver(_ACCELERATOR.cache))
+        else:
+            decoder = DecoderFactory(slots, 1, _ACCELERATOR.cache).make(model)
         self._runner, self._scheduler = Runner(decoder, prefix_blocks=0), Scheduler(slots)
         sampling = SamplingParameters(temperature=0.0 if variant == "greedy" else 0.8)
         for seed in range(rows):

@@ -27,13 +27,20 @@ class Block(nn.Module):
         self.mlp_proj = nn.Linear(config["hidden_width"], width)
         self.dropout = nn.Dropout(config["dropout"])
 
-    def forward(self, x: torch.Tensor, cache: Any = None, position: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Any = None, position: Any = 0) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
         q, k, v = (a.view(B, T, self.heads, C // self.heads).transpose(1, 2) for a in (q, k, v))
         if cache is None:
             dropped = self.dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropped)
+        elif isinstance(position, torch.Tensor):
+            # One token at a position (1,) that a graph reads from the device.
+            keys, values = cache
+            keys.index_copy_(2, position, k)
+            values.index_copy_(2, position, v)
+            read = (torch.arange(keys.shape[2], device=x.device) <= position)[None, None, None]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=read)
         else:
             keys, values = cache
             keys[:, :, position : position + T] = k
@@ -62,8 +69,9 @@ class GPT(nn.Module):
         if config["tied_head"]:
             self.head.weight = self.wte.weight
 
-    def forward(self, tokens: torch.Tensor, cache: Cache | None = None, position: int = 0) -> torch.Tensor:
-        positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: torch.Tensor, cache: Cache | None = None, position: Any = 0) -> torch.Tensor:
+        graph = isinstance(position, torch.Tensor)
+        positions = position if graph else torch.arange(position, position + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.wte(tokens) + self.wpe(positions))
         for number, block in enumerate(self.blocks):
             x = block(x, cache[number] if cache else None, position)
@@ -120,24 +128,56 @@ class Training:
 
 
 class Decoding:
-    """Decodes `rows` rows greedily, starting at `position` tokens; every step reads the tokens back."""
+    """Decodes `rows` rows greedily, starting at `position` tokens; every step reads the tokens back.
+
+    `variant` "graph" computes in bf16 on an NVIDIA GPU, with one CUDA graph for a step, and draws at temperature 0.8.
+    """
 
     def __init__(self, config: Config, rows: int, position: int, variant: str) -> None:
         torch.set_num_threads(cores())
         torch.manual_seed(1)
-        self._model = GPT(config, config["vocabulary_size"]).eval()
+        self._graph = variant == "graph"
+        device, dtype = ("cuda", torch.bfloat16) if self._graph else ("cpu", torch.float32)
+        self._model = GPT(config, config["vocabulary_size"]).eval().to(device, dtype)
         shape = (rows, config["heads"], config["context_length"], config["width"] // config["heads"])
-        self._cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config["layers"])]
-        self._tokens = torch.zeros((rows, 1), dtype=torch.long)
+        self._cache = [
+            tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)) for _ in range(config["layers"])
+        ]
+        self._tokens = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self._start = self._position = position
         self._last = config["context_length"]
+        if self._graph:
+            self._place = torch.zeros(1, dtype=torch.long, device=device)
+            self._record()
+
+    @torch.inference_mode()
+    def _record(self) -> None:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._compute()
+        torch.cuda.current_stream().wait_stream(side)
+        self._recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._recorded):
+            self._compute()
+
+    def _compute(self) -> None:
+        """Draws the next tokens by the trick with exponential numbers, as gpt-fast does."""
+        logits = self._model(self._tokens, self._cache, self._place)[:, -1].float()
+        weights = torch.softmax(logits / 0.8, dim=-1)
+        noise = torch.empty_like(weights).exponential_(1)
+        self._tokens.copy_((weights / noise).argmax(dim=-1, keepdim=True))
 
     @torch.inference_mode()
     def step(self) -> None:
         if self._position == self._last:
             self._position = self._start
-        logits = self._model(self._tokens, self._cache, self._position)
-        self._tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
+        if self._graph:
+            self._place.fill_(self._position)
+            self._recorded.replay()
+        else:
+            logits = self._model(self._tokens, self._cache, self._position)
+            self._tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
         self._tokens.tolist()
         self._position += 1
 
@@ -145,4 +185,4 @@ class Decoding:
         pass
 
     def peak_bytes(self) -> int:
-        return resident_peak()
+        return torch.cuda.max_memory_allocated() if self._graph else resident_peak()

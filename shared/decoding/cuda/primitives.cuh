@@ -1,0 +1,38 @@
+// What the kernels use of an NVIDIA GPU of compute capability 8.0 or higher. It includes nothing, so that NVRTC alone compiles it.
+
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+
+// A bf16.
+struct Half {
+  unsigned short bits;
+};
+
+__device__ inline Half to_half(float value) {
+  Half half;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
+  return half;
+}
+__device__ inline float to_float(Half half) { return __uint_as_float((unsigned)half.bits << 16); }
+__device__ inline float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_half(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
+
+__device__ inline void synchronise() { __syncthreads(); }
+template <class T>
+__device__ T shuffle_xor(T value, int apart) { return __shfl_xor_sync(0xffffffffu, value, apart); }
+template <class T>
+__device__ T shuffle_up(T value, int apart) { return __shfl_up_sync(0xffffffffu, value, apart); }
+template <class T>
+__device__ T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+__device__ inline unsigned ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+__device__ inline int first_bit(unsigned bits) { return __ffs(bits) - 1; }
+__device__ inline int last_bit(unsigned bits) { return 31 - __clz(bits); }
+
+// Adds the product of a matrix (16, 16) of bf16 and a matrix (16, 8) to sums (16, 8), by a warp. The fragments of its lanes are
+// those of mma.m16n8k16 in NVIDIA's PTX ISA, section "Matrix Fragments for mma.m16n8k16".
+__device__ inline void mma(float (&sums)[4], uint4 a, unsigned b0, unsigned b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}

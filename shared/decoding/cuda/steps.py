@@ -1,0 +1,275 @@
+"""The weights and buffers of a model on an NVIDIA GPU, and how a step starts the kernels of `kernels.cu`.
+
+Shapes: R rows, K wanted rows, N outputs, C inputs, V vocabulary.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.decoding.sampling import Logits
+from shared.decoding.spans import SPAN_TOKENS
+from shared.device.cuda_driver import Gpu
+from shared.gpt.config import GPTConfig
+from shared.gpt.model import GPT
+
+Row = np.dtype([("token", np.int32), ("slot", np.int32), ("position", np.int32), ("unused", np.int32)])
+# `row` is the place of logits; `token` is not drawn, or is the target of a loss.
+Draw = np.dtype([("row", np.int32), ("token", np.int32), ("inverse", np.float32), ("uniform", np.float32)])
+NO_TOKEN = -1
+
+# A launch fills its rows, and those that are wanted, up to one of these numbers.
+_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
+_NO_ROW = (0, -1, 0, 0)
+# The rows of one block of a product, at most.
+_TILE = 64
+# With more rows, or inputs that do not fit the memory that a block shares, a kernel of its own computes a LayerNorm.
+_ROWS_NORMED_WITHIN = 16
+_WIDTH_NORMED_WITHIN = 1024
+_THREADS = 256
+_ATTENTION_THREADS = 128
+_DRAW_THREADS = 512
+
+# A row must fit the registers of a warp, and its scores in attention the memory that a block shares.
+_MOST = {"width": 4096, "head_width": _ATTENTION_THREADS, "context_length": 4096, "vocabulary_size": 1 << 20}
+
+
+def supports(config: GPTConfig) -> bool:
+    """Whether the kernels take models of this shape."""
+    return all(getattr(config, name) <= most for name, most in _MOST.items())
+
+
+class _Arguments(ctypes.Structure):
+    """The argument of each kernel, as in `kernels.cu`."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_uint64)
+            for name in (
+                *("rows", "wanted", "pages", "tokens", "places", "norm_weight", "norm_bias", "weight", "bias"),
+                *("stream", "normed", "queries", "attended", "hidden", "logits", "draws", "drawn", "losses"),
+            )
+        ),
+        *((name, ctypes.c_int) for name in ("layer", "unused")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product with a weight (N, C); the addresses are those of its weight, its bias and the LayerNorm of its inputs,
+    if it has one."""
+
+    kernel: str
+    inputs: int
+    outputs: int
+    addresses: dict[str, int]
+
+
+class Steps:
+    """Computes rows, one token each, of slots whose pages are in a table (slots, pages) at the address `pages`."""
+
+    def __init__(self, model: GPT, gpu: Gpu, pages: int) -> None:
+        """Raises `CudaError` if the GPU has too little memory."""
+        config = self._config = model.config
+        self._gpu = gpu
+        self._kernel = gpu.load(*program(config, model.final_norm.eps))
+        # The memory of weights and buffers.
+        self.memory_bytes = 0
+        self._layers = [
+            (
+                self._product("queries", block.attention.qkv.weight, block.attention.qkv.bias, block.attention_norm),
+                self._product("projection", block.attention.output.weight, block.attention.output.bias),
+                self._product("up", block.feed_forward.up.weight, block.feed_forward.up.bias, block.feed_forward_norm),
+                self._product("down", block.feed_forward.down.weight, block.feed_forward.down.bias),
+            )
+            for block in model.blocks
+        ]
+        self._head = self._product("head", model.head_weight, None, model.final_norm)
+        self.most_rows = most = _SIZES[-1]
+        width, hidden = (-(-size // 32) * 32 for size in (config.width, config.hidden_width))
+        self._memory = {
+            "pages": pages,
+            "rows": self._allocate(most * Row.itemsize),
+            "wanted": self._allocate(most * 4),
+            "tokens": self._upload(_halves(model.token_embedding.weight)),
+            "places": self._upload(_halves(model.position_embedding.weight)),
+            "stream": self._allocate(most * config.width * 4),
+            "normed": self._allocate(most * width * 2),
+            "queries": self._allocate(most * config.width * 4),
+            "attended": self._allocate(most * width * 2),
+            "hidden": self._allocate(most * hidden * 2),
+        }
+        self._rows = gpu.host_memory(most * Row.itemsize).view(Row)
+        self._wanted = gpu.host_memory(most * 4).view(np.int32)
+        self._graphs: dict[tuple[int, int], Any] = {}
+        self._logits_bytes = -(-config.vocabulary_size // 16) * 16 * 4
+        self._most_logits = 0
+        self.make_room(SPAN_TOKENS)
+
+    def make_room(self, logits: int) -> None:
+        """Makes room for this many rows of logits; those that were computed are then lost."""
+        if logits <= self._most_logits:
+            return
+        gpu, rows = self._gpu, _padded(logits)
+        sizes = {"logits": self._logits_bytes, "draws": Draw.itemsize, "drawn": 4, "losses": 4}
+        for name, size in sizes.items():
+            if name in self._memory:
+                gpu.free(self._memory[name])
+                self.memory_bytes -= self._most_logits * size
+            self._memory[name] = self._allocate(rows * size)
+        self._draws = gpu.host_memory(rows * Draw.itemsize).view(Draw)
+        self._drawn = gpu.host_memory(rows * 4).view(np.int32)
+        self._losses = gpu.host_memory(rows * 4).view(np.float32)
+        self._graphs.clear()
+        self._most_logits = rows
+
+    def compute(self, rows: Sequence[tuple[int, int, int, int]], wanted: NDArray[np.intp], place: int) -> None:
+        """Starts to compute at most `most_rows` rows, and puts the logits after the wanted (K,) ones from a place on.
+
+        `rows` are as in `Row`; those of one slot are in the order of their positions. The GPU must have ended its work.
+        """
+        R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
+        self._rows[: len(rows)] = rows
+        self._rows[len(rows) : R] = _NO_ROW
+        self._wanted[: len(wanted)] = wanted
+        self._wanted[len(wanted) : K] = -1
+        self._gpu.write(self._memory["rows"], self._rows[:R].view(np.uint8))
+        if K:
+            self._gpu.write(self._memory["wanted"], self._wanted[:K].view(np.uint8))
+        if place:
+            self._start(R, K, place)
+        else:
+            if (R, K) not in self._graphs:
+                self._graphs[R, K] = self._gpu.record(lambda: self._start(R, K, 0))
+            self._gpu.replay(self._graphs[R, K])
+
+    def draw(self, draws: Sequence[tuple[int, int, float, float]]) -> list[int]:
+        """Draws a token from the logits of each of the draws, which are as in `Draw`; -1 if they are not finite."""
+        return self._run("draw_tokens", draws, "drawn", self._drawn)
+
+    def score(self, targets: Sequence[int]) -> list[float]:
+        """Returns the losses in nats of targets, each by the logits in its place; NaN if they are not finite."""
+        return self._run(
+            "score_tokens", [(place, token, 0, 0) for place, token in enumerate(targets)], "losses", self._losses
+        )
+
+    def logits(self, place: int, count: int) -> Logits:
+        """Returns the logits (count, V) from a place on."""
+        rows = np.empty((count, self._logits_bytes // 4), np.float32)
+        self._gpu.read(self._memory["logits"] + place * self._logits_bytes, rows.reshape(-1).view(np.uint8))
+        self._gpu.wait()
+        return rows[:, : self._config.vocabulary_size]
+
+    def _run(
+        self, kernel: str, draws: Sequence[tuple[int, int, float, float]], name: str, results: NDArray[Any]
+    ) -> list[Any]:
+        gpu, given = self._gpu, list[Any]()
+        for first in range(0, len(draws), len(self._draws)):
+            some = draws[first : first + len(self._draws)]
+            self._draws[: len(some)] = some
+            gpu.write(self._memory["draws"], self._draws[: len(some)].view(np.uint8))
+            gpu.launch(self._kernel(kernel), (len(some), 1), _DRAW_THREADS, _Arguments(**self._memory))
+            gpu.read(self._memory[name], results[: len(some)].view(np.uint8))
+            gpu.wait()
+            given += results[: len(some)].tolist()
+        return given
+
+    def _start(self, R: int, K: int, place: int) -> None:  # noqa: N803
+        """Starts the kernels for R rows, of which K are wanted, each of them when the one before has ended."""
+        gpu, arguments = self._gpu, _Arguments(**self._memory)
+        gpu.launch(self._kernel("embed_rows"), (R, 1), _ATTENTION_THREADS, arguments)
+        for number, (queries, *others) in enumerate(self._layers):
+            arguments.layer = number
+            self._multiply(queries, R, "normalise_rows", arguments)
+            gpu.launch(self._kernel("attend_rows"), (self._config.heads, R), _ATTENTION_THREADS, arguments)
+            for product in others:
+                self._multiply(product, R, "normalise_rows", arguments)
+        if K:
+            arguments.logits += place * self._logits_bytes
+            self._multiply(self._head, K, "normalise_wanted", arguments)
+
+    def _multiply(self, product: _Product, rows: int, normalise: str, arguments: _Arguments) -> None:
+        """Starts a product, and before it the LayerNorm of its rows if it does not compute that itself."""
+        for name, address in product.addresses.items():
+            setattr(arguments, name, address)
+        within = rows <= _ROWS_NORMED_WITHIN and product.inputs <= _WIDTH_NORMED_WITHIN
+        if "norm_weight" in product.addresses and not within:
+            self._gpu.launch(self._kernel(normalise), (rows // 8, 1), _THREADS, arguments)
+        tile, blocks, threads = min(rows, _TILE), -(-product.outputs // 16), 32 * _warps_for(product.inputs)
+        if product is self._head and tile == _TILE:
+            # Each warp has outputs of its own.
+            blocks, threads = -(-blocks // 4), 128
+        self._gpu.launch(self._kernel(f"{product.kernel}_{tile}"), (blocks, rows // tile), threads, arguments)
+
+    def _product(self, kernel: str, weight: mx.array, bias: mx.array | None, norm: Any = None) -> _Product:
+        outputs, inputs = weight.shape
+        addresses = {"weight": self._upload(packed(weight)), "bias": 0 if bias is None else self._upload(_floats(bias))}
+        if norm is not None:
+            addresses |= {
+                "norm_weight": self._upload(_floats(norm.weight)),
+                "norm_bias": self._upload(_floats(norm.bias)),
+            }
+        return _Product(kernel, inputs, outputs, addresses)
+
+    def _allocate(self, size_bytes: int) -> int:
+        self.memory_bytes += size_bytes
+        return self._gpu.allocate(size_bytes)
+
+    def _upload(self, array: NDArray[Any]) -> int:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        address = self._allocate(data.nbytes)
+        self._gpu.write(address, data)
+        self._gpu.wait()
+        return address
+
+
+def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
+    """Returns the source of the kernels, and the constants of a shape with which it is compiled."""
+    folder = Path(__file__).parent
+    source = (folder / "primitives.cuh").read_text() + (folder / "kernels.cu").read_text()
+    return source, {
+        "WIDTH": str(config.width),
+        "HEADS": str(config.heads),
+        "HIDDEN": str(config.hidden_width),
+        "VOCABULARY": str(config.vocabulary_size),
+        "POSITIONS": str(config.context_length),
+        "EPSILON": f"{epsilon!r}f",
+    }
+
+
+def packed(weight: mx.array) -> NDArray[np.uint16]:
+    """Packs a weight (N, C) in the order in which `multiply` loads it.
+
+    For 16 outputs and 32 inputs come the 8 numbers of each of 32 lanes for a product with 16 of the inputs, and then
+    those for the others.
+    """
+    N, C = weight.shape
+    padded = np.pad(_halves(weight), ((0, -N % 16), (0, -C % 32)))
+    # outputs: tile, half of 8, row; inputs: group of 32, quarter, product, half, one of two
+    parts = padded.reshape(len(padded) // 16, 2, 8, -1, 4, 2, 2, 2)
+    return np.ascontiguousarray(parts.transpose(0, 3, 5, 2, 4, 6, 1, 7))
+
+
+def _warps_for(inputs: int) -> int:
+    """Returns the number of warps among which a product divides its inputs, as in `kernels.cu`."""
+    return 8 if inputs > 1024 or -(-inputs // 32) % 8 == 0 else 4
+
+
+def _halves(array: mx.array) -> NDArray[np.uint16]:
+    """Returns the bits of numbers as bf16."""
+    return np.asarray(array.astype(mx.bfloat16).view(mx.uint16))
+
+
+def _floats(array: mx.array) -> NDArray[np.float32]:
+    return np.asarray(array.astype(mx.float32))
+
+
+def _padded(rows: int) -> int:
+    """Returns the number of rows of a launch for some; beyond the most rows of a launch, for several launches."""
+    return next((size for size in _SIZES if size >= rows), -(-rows // _SIZES[-1]) * _SIZES[-1])

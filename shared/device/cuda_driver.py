@@ -1,0 +1,272 @@
+"""Memory, kernels and graphs of an NVIDIA GPU, by CUDA's driver and its compiler NVRTC, which come with MLX for CUDA.
+
+MLX builds its graph anew at each evaluation, and a kernel costs it 10 µs or more. A graph of the driver is built once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.atomic_file import replacing
+
+Bytes = NDArray[np.uint8]
+Kernel = Any
+Graph = Any
+
+# The constants of cuda.h.
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
+_STREAM_NON_BLOCKING = 1
+_CAPTURE_RELAXED = 2
+
+
+class Gpu(Protocol):
+    """One GPU. Work is done in the order in which it is asked for, while the caller goes on.
+
+    Addresses are those of the GPU's memory. A thread calls `use` before it calls anything else.
+    """
+
+    def use(self) -> None:
+        """Makes this thread work on the GPU."""
+
+    def load(self, source: str, constants: dict[str, str]) -> Callable[[str], Kernel]:
+        """Compiles a source, unless that was done before; returns what finds its kernels by name."""
+
+    def allocate(self, size_bytes: int) -> int:
+        """Returns the address of memory that holds zeros."""
+
+    def free(self, address: int) -> None:
+        """Frees memory, after the work that was asked for."""
+
+    def host_memory(self, size_bytes: int) -> Bytes:
+        """Returns memory of the host from which and to which the GPU copies while the caller goes on."""
+
+    def write(self, address: int, data: Bytes) -> None:
+        """Copies from memory of the host, which must keep its content until the copy is done."""
+
+    def read(self, address: int, data: Bytes) -> None:
+        """Copies to memory of the host; waits only if that is not `host_memory`."""
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        """Copies within the GPU's memory."""
+
+    def launch(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
+        """Starts a kernel, which gets a copy of the argument."""
+
+    def record(self, work: Callable[[], None]) -> Graph:
+        """Returns the copies and launches of some work, which are not done now, as a graph."""
+
+    def replay(self, graph: Graph) -> None:
+        """Does the work of a graph."""
+
+    def wait(self) -> None:
+        """Returns when all work is done. Raises `CudaError` if a kernel failed."""
+
+
+class CudaError(RuntimeError):
+    """An error of CUDA's driver or compiler."""
+
+
+class CudaDriver:
+    """The first NVIDIA GPU that this process may use, in the context of MLX, with a stream of work of its own.
+
+    What it gave is freed with it.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        """Compiled kernels are kept in the folder `cache`. Raises `CudaError` if there is no GPU."""
+        self._cache = cache
+        try:
+            self._cuda = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise CudaError(f"CUDA's driver cannot be loaded: {error}.") from None
+        self._call("cuInit", 0)
+        device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(device), 0)
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        self._context = context
+        self.use()
+        self._call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
+        self._stream = stream
+        # What is to be given back, by the function that does it.
+        self._held: dict[str, list[Any]] = {
+            "cuMemFree_v2": [],
+            "cuMemFreeHost": [],
+            "cuGraphExecDestroy": [],
+            "cuModuleUnload": [],
+            "cuStreamDestroy_v2": [stream],
+        }
+        weakref.finalize(self, _release, self._cuda, context, self._held).atexit = False
+        major, minor = (
+            self._attribute(which, device) for which in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR)
+        )
+        self.capability = (major, minor)
+
+    def use(self) -> None:
+        """Makes this thread work on the GPU."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def load(self, source: str, constants: dict[str, str]) -> Callable[[str], Kernel]:
+        """Compiles a source, unless that was done before; returns what finds its kernels by name."""
+        major, minor = self.capability
+        # A multiplication and an addition must not become one operation in one kernel and two in another.
+        options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--fmad=false"]
+        options += [f"--define-macro={name}={value}" for name, value in sorted(constants.items())]
+        digest = hashlib.sha256("\n".join([_Compiler.version(), *options, source]).encode()).hexdigest()[:20]
+        path = self._cache / f"cuda-{digest}.cubin"
+        if path.exists():
+            binary = path.read_bytes()
+        else:
+            binary = _Compiler.compile(source, options)
+            with replacing(path) as file:
+                file.write(binary)
+        module = ctypes.c_void_p()
+        self._call("cuModuleLoadData", ctypes.byref(module), binary)
+        self._held["cuModuleUnload"].append(module)
+
+        @functools.cache
+        def kernel(name: str) -> Kernel:
+            function = ctypes.c_void_p()
+            self._call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+            return function
+
+        return kernel
+
+    def allocate(self, size_bytes: int) -> int:
+        """Returns the address of memory that holds zeros."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        self._held["cuMemFree_v2"].append(address.value)
+        self._call("cuMemsetD8Async", address, ctypes.c_ubyte(0), ctypes.c_size_t(size_bytes), self._stream)
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Frees memory, after the work that was asked for."""
+        self.wait()
+        self._held["cuMemFree_v2"].remove(address)
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def host_memory(self, size_bytes: int) -> Bytes:
+        """Returns memory of the host from which and to which the GPU copies while the caller goes on."""
+        address = ctypes.c_void_p()
+        self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size_bytes), 0)
+        assert address.value is not None
+        self._held["cuMemFreeHost"].append(address)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address.value))
+
+    def write(self, address: int, data: Bytes) -> None:
+        """Copies from memory of the host, which must keep its content until the copy is done."""
+        size = ctypes.c_size_t(data.nbytes)
+        self._call(
+            "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), data.ctypes.data_as(ctypes.c_void_p), size, self._stream
+        )
+
+    def read(self, address: int, data: Bytes) -> None:
+        """Copies to memory of the host; waits only if that is not `host_memory`."""
+        size = ctypes.c_size_t(data.nbytes)
+        self._call(
+            "cuMemcpyDtoHAsync_v2", data.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint64(address), size, self._stream
+        )
+
+    def copy(self, target: int, source: int, size_bytes: int) -> None:
+        """Copies within the GPU's memory."""
+        addresses = (ctypes.c_uint64(target), ctypes.c_uint64(source))
+        self._call("cuMemcpyDtoDAsync_v2", *addresses, ctypes.c_size_t(size_bytes), self._stream)
+
+    def launch(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
+        """Starts a kernel, which gets a copy of the argument."""
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        self._call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, 0, self._stream, arguments, None)
+
+    def record(self, work: Callable[[], None]) -> Graph:
+        """Returns the copies and launches of some work, which are not done now, as a graph."""
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", self._stream, _CAPTURE_RELAXED)
+        try:
+            work()
+        finally:
+            self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        self._call("cuGraphDestroy", graph)
+        self._held["cuGraphExecDestroy"].append(executable)
+        return executable
+
+    def replay(self, graph: Graph) -> None:
+        """Does the work of a graph."""
+        self._call("cuGraphLaunch", graph, self._stream)
+
+    def wait(self) -> None:
+        """Returns when all work is done. Raises `CudaError` if a kernel failed."""
+        self._call("cuStreamSynchronize", self._stream)
+
+    def _attribute(self, which: int, device: ctypes.c_int) -> int:
+        value = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), which, device)
+        return value.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._cuda, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise CudaError(f"{name} failed with {code}: {(text.value or b'unknown error').decode()}.")
+
+
+def _release(cuda: ctypes.CDLL, context: ctypes.c_void_p, held: dict[str, list[Any]]) -> None:
+    """Gives back what a `CudaDriver` held, when its work is done."""
+    cuda.cuCtxSetCurrent(context)
+    cuda.cuStreamSynchronize(held["cuStreamDestroy_v2"][0])
+    for name, handles in held.items():
+        for handle in handles:
+            getattr(cuda, name)(ctypes.c_uint64(handle) if isinstance(handle, int) else handle)
+
+
+class _Compiler:
+    """NVRTC, which MLX loads too."""
+
+    @classmethod
+    def version(cls) -> str:
+        """Returns its version as two numbers."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        cls._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        return f"{major.value}.{minor.value}"
+
+    @classmethod
+    def compile(cls, source: str, options: Sequence[str]) -> bytes:
+        """Returns the machine code of a source; raises `CudaError` with the compiler's report."""
+        program = ctypes.c_void_p()
+        cls._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        try:
+            cls._call("nvrtcCompileProgram", program, len(options), given)
+        except CudaError:
+            report = cls._text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog", program).decode(errors="replace")
+            raise CudaError(f"NVRTC cannot compile the kernels: {report}") from None
+        return cls._text("nvrtcGetCUBINSize", "nvrtcGetCUBIN", program)
+
+    @classmethod
+    def _text(cls, measure: str, read: str, program: ctypes.c_void_p) -> bytes:
+        size = ctypes.c_size_t()
+        cls._call(measure, program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        cls._call(read, program, text)
+        return text.raw
+
+    @classmethod
+    def _call(cls, name: str, *arguments: Any) -> None:
+        # CUDA 13 first: an MLX for CUDA has loaded its own.
+        for library in ("libnvrtc.so.13", "libnvrtc.so.12"):
+            try:
+                code = getattr(ctypes.CDLL(library), name)(*arguments)
+            except OSError:
+                continue
+            if code:
+                raise CudaError(f"{name} failed with {code}.")
+            return
+        raise CudaError("The compiler NVRTC cannot be loaded; it comes with MLX for CUDA.")
