@@ -22,7 +22,8 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Adds a token and returns the text that is now certain; sets `matched_stop` if a stop text is complete."""
-        return self._advance(self._utf8.decode(self._token_bytes(token)))
+        text = self._utf8.decode(self._token_bytes(token))
+        return self._advance(text) if self._stops else text
 
     def finish(self) -> str:
         """Returns the text that was held back, because no token follows."""

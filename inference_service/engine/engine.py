@@ -18,7 +18,6 @@ from inference_service.engine.request import (
     FAILURES_WITHIN_S,
     MAX_FAILURES,
     Admitted,
-    Draw,
     Event,
     Failed,
     Finished,
@@ -250,7 +249,7 @@ class Engine:
         for version, lane in list(self._lanes.items()):
             self._busy_since = time.monotonic()
             self._admit(lane)
-            plan = lane.scheduler.plan(budget)
+            plan = lane.scheduler.plan(budget, lane.runner.most_tokens)
             if plan is None:
                 continue
             budget -= plan.prompt_tokens
@@ -315,10 +314,8 @@ class Engine:
             match result:
                 case PromptRead():
                     self._emit(sequence, sequence.unreported(result))
-                case Draw():
-                    self._finish_step(sequence, sequence.accept(result, now))
-                case GptloopError():
-                    self._finish_step(sequence, [Failed(result)])
+                case draws:
+                    self._finish_step(sequence, sequence.accept(draws, now))
 
     def _recover(self, lane: _Lane, sequences: Many[Sequence]) -> None:
         """Handles a failed step: ends its streams, and discards the content of the slots for the others."""

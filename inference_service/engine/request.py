@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cache
 
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import GptloopError
@@ -86,6 +87,12 @@ class Draw:
     logprob: float | None = None
     rank: int | None = None
     alternatives: tuple[TokenLogprob, ...] = ()
+
+
+@cache
+def plain_draw(token: int) -> Draw:
+    """Returns the draw of a token without log-probabilities; most streams have only such, thousands in a second."""
+    return Draw(token)
 
 
 @dataclass(frozen=True)

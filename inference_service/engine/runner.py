@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from inference_service.engine.prefix_cache import PrefixCache
-from inference_service.engine.request import Draw, NotFinite, PromptRead, StepFailed, TokenLogprob
+from inference_service.engine.request import Draw, NotFinite, PromptRead, StepFailed, TokenLogprob, plain_draw
 from inference_service.engine.scheduler import Chunk, Plan
 from inference_service.engine.sequence import Sequence
 from shared.decoding.decoder import Decoder
@@ -20,6 +20,10 @@ from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.errors import GptloopError
 
 logger = logging.getLogger(__name__)
+
+
+# The next tokens of a sequence; an error ends it.
+Draws = tuple[Draw | GptloopError, ...]
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,18 @@ class Runner:
             first.computed_tokens += SPAN_TOKENS
         first.cached_tokens = first.computed_tokens
 
-    def run(self, plan: Plan) -> list[tuple[Sequence, PromptRead | Draw | GptloopError]]:
-        """Carries a plan out; returns what was read of prompts, and the next token of each sequence that draws, or the
-        error that ends it."""
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens in a row that a sequence should draw in one plan."""
+        return self._decoder.most_steps
+
+    def run(self, plan: Plan) -> list[tuple[Sequence, PromptRead | Draws]]:
+        """Carries a plan out; returns what was read of prompts, and what each sequence draws."""
+        if plan.tokens > 1:
+            return self._draw_in_a_row(plan)
         reads, drawings = self.forward(plan)
-        return reads + list(zip((one.sequence for one in drawings), self.draw(drawings), strict=True))
+        draws = self.draw(drawings)
+        return [*reads, *((one.sequence, (draw,)) for one, draw in zip(drawings, draws, strict=True))]
 
     def forward(self, plan: Plan) -> tuple[list[tuple[Sequence, PromptRead]], list[Drawing]]:
         """Computes the logits, the first half of `run`."""
@@ -97,7 +108,7 @@ class Runner:
         for one in drawings:
             if one.sequence in drawn and one.sequence.request.logprobs is None:
                 token = drawn[one.sequence]
-                draws[one.sequence] = not_finite(one.sequence) if token is None else Draw(token)
+                draws[one.sequence] = not_finite(one.sequence) if token is None else plain_draw(token)
             else:
                 logits = np.asarray(one.logits)
                 try:
@@ -108,10 +119,24 @@ class Runner:
                     logger.exception("drawing a token failed", extra={"ids": ids})
                     draws[one.sequence] = StepFailed(f"The next token of this stream could not be drawn: {error!r}.")
             if isinstance(draws[one.sequence], NotFinite):
-                self._decoder.clear(one.slot)
-                # A block that is not finite may have been cached before the prompt was complete.
-                self._prefixes.clear()
+                self._forget(one.slot)
         return [draws[one.sequence] for one in drawings]
+
+    def _draw_in_a_row(self, plan: Plan) -> list[tuple[Sequence, PromptRead | Draws]]:
+        rows = [row.sequence.continuation(row.slot) for row in plan.rows]
+        results = list[tuple[Sequence, PromptRead | Draws]]()
+        for row, tokens in zip(plan.rows, self._decoder.decode(rows, plan.tokens), strict=True):
+            if tokens[-1] is None:
+                self._forget(row.slot)
+            draws = tuple(not_finite(row.sequence) if token is None else plain_draw(token) for token in tokens)
+            results.append((row.sequence, draws))
+        return results
+
+    def _forget(self, slot: int) -> None:
+        """Removes numbers that are not finite."""
+        self._decoder.clear(slot)
+        # A block that is not finite may have been cached before the prompt was complete.
+        self._prefixes.clear()
 
     def drop(self, slot: int) -> None:
         """Clears the slot of a sequence that ends before its prompt is complete: its numbers may not be finite."""

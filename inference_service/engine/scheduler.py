@@ -46,10 +46,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks of prompts to compute and rows to decode."""
+    """One step: chunks of prompts to compute, and rows to decode, of which each draws `tokens` tokens in a row."""
 
     chunks: tuple[Chunk, ...]
     rows: tuple[Row, ...]
+    tokens: int = 1
 
     @property
     def prompt_tokens(self) -> int:
@@ -115,9 +116,10 @@ class Scheduler:
             admitted.append(group)
         return admitted
 
-    def plan(self, budget: int) -> Plan | None:
+    def plan(self, budget: int, most_tokens: int = 1) -> Plan | None:
         """Plans a step with at most `budget` prompt tokens, at least SPAN_TOKENS; None if no sequence has a slot.
 
+        While no prompt is to be computed, and every sequence draws by itself, each draws up to `most_tokens` tokens.
         Call `record` before planning the next step.
         """
         chunks: list[Chunk] = []
@@ -135,7 +137,12 @@ class Scheduler:
                 # No prompt overtakes another.
                 break
         rows = [Row(sequence, slot) for sequence, slot in self._running.items() if sequence.prefilled]
-        return Plan(tuple(chunks), tuple(rows)) if chunks or rows else None
+        if not chunks and not rows:
+            return None
+        tokens = 1
+        if not chunks and all(row.sequence.draws_by_itself for row in rows):
+            tokens = min(most_tokens, max(row.sequence.most_tokens_left for row in rows))
+        return Plan(tuple(chunks), tuple(rows), tokens)
 
     def record(self, plan: Plan) -> None:
         """Records that a plan was carried out."""
@@ -146,7 +153,7 @@ class Scheduler:
                 for sequence in chunk.group:
                     sequence.computed_tokens = chunk.end
         for row in plan.rows:
-            row.sequence.computed_tokens += 1
+            row.sequence.computed_tokens += plan.tokens
 
     def forget_prompts(self) -> None:
         """Restarts all prompts that are not complete, after the content of the slots was lost."""

@@ -1,19 +1,22 @@
 """One sample of a request while the engine works on it."""
 
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 from inference_service.engine.detokenizer import Detokenizer
 from inference_service.engine.request import (
     Delta,
     Draw,
     Event,
+    Failed,
     Finished,
     FinishReason,
     GenerationRequest,
     PromptRead,
 )
+from shared.decoding.continuation import Continuation
 from shared.decoding.sampling import SamplingParameters
+from shared.errors import GptloopError
 
 
 class Sequence:
@@ -38,7 +41,7 @@ class Sequence:
         self.generated_tokens = 0
         self.last_token: int | None = None
         # How often each token was drawn.
-        self.counts: Counter[int] = Counter()
+        self.counts: dict[int, int] = defaultdict(int)
         # Then the decoder draws, for all such sequences at once.
         self.needs_only_temperature = request.sampling == SamplingParameters(temperature=request.sampling.temperature)
         self._context_length = context_length
@@ -54,6 +57,17 @@ class Sequence:
         return self.computed_tokens >= len(self.request.prompt)
 
     @property
+    def draws_by_itself(self) -> bool:
+        """Whether the decoder can draw the next tokens without the engine in between."""
+        return self.needs_only_temperature and self.request.logprobs is None
+
+    @property
+    def most_tokens_left(self) -> int:
+        """The most tokens that the sequence may still draw."""
+        left = self._context_length - len(self.request.prompt) - self.generated_tokens
+        return min(self.request.max_tokens - self.generated_tokens, left)
+
+    @property
     def seed(self) -> int:
         """The seed with which this sample draws."""
         return self.request.seed + self.index
@@ -64,18 +78,45 @@ class Sequence:
         forbidden = self.request.ignore_eos or self.generated_tokens < self.request.min_tokens
         return self._end_token if forbidden else None
 
-    def accept(self, draw: Draw, now: float) -> list[Event]:
-        """Adds the next token and returns the events that follow, with the end of the stream if the token ends it."""
-        if self._first_token_at is None:
-            self._first_token_at = now
-        self.generated_tokens += 1
-        self.last_token = draw.token
-        self.counts[draw.token] += 1
-        text = self._detokenizer.add(draw.token)
-        reason = self._reason(draw.token)
-        if reason is None:
-            return [Delta((now,), text, (draw,))]
-        return [Delta((now,), text + self._detokenizer.finish(), (draw,)), self._finished(reason, now)]
+    def continuation(self, slot: int) -> Continuation:
+        """Returns what the decoder needs to draw the next tokens by itself."""
+        assert self.last_token is not None
+        request = self.request
+        return Continuation(
+            slot=slot,
+            start=self.computed_tokens,
+            token=self.last_token,
+            temperature=request.sampling.temperature,
+            seed=self.seed,
+            drawn=self.generated_tokens,
+            masked=self._end_token,
+            masked_draws=request.max_tokens
+            if request.ignore_eos
+            else max(request.min_tokens - self.generated_tokens, 0),
+        )
+
+    def accept(self, draws: Iterable[Draw | GptloopError], now: float) -> list[Event]:
+        """Adds the next tokens, up to one that ends the stream, and returns the events that follow.
+
+        An error ends the stream too.
+        """
+        accepted, text, ends = list[Draw](), "", list[Event]()
+        for draw in draws:
+            if isinstance(draw, GptloopError):
+                ends = [Failed(draw)]
+                break
+            accepted.append(draw)
+            self.generated_tokens += 1
+            self.last_token = draw.token
+            self.counts[draw.token] += 1
+            text += self._detokenizer.add(draw.token)
+            if self._first_token_at is None:
+                self._first_token_at = now
+            if (reason := self._reason(draw.token)) is not None:
+                text += self._detokenizer.finish()
+                ends = [self._finished(reason, now)]
+                break
+        return [Delta((now,) * len(accepted), text, tuple(accepted)), *ends] if accepted else ends
 
     def unreported(self, read: PromptRead) -> list[Event]:
         """Returns what was read of the prompt, without the tokens of an earlier reading whose slot was lost."""

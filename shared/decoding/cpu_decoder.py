@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.decoding.continuation import Continuation, decode_in_turn
 from shared.decoding.sampling import Logits, TemperatureSampling, is_finite, log_probabilities, uniform
 from shared.decoding.spans import Span
 from shared.device.native import build_library, prebuild_library
@@ -139,6 +140,11 @@ class CpuDecoder:
         """The memory that each token takes in a slot."""
         return sum(layer[:, 0, :, 0].nbytes for layer in self._caches)
 
+    @property
+    def most_steps(self) -> int:
+        """One: a step takes much longer than what the caller does between two of them."""
+        return 1
+
     def warm_up(self) -> Iterator[None]:
         """Does nothing: the library takes any shape."""
         return iter(())
@@ -192,6 +198,10 @@ class CpuDecoder:
         arrays = (array.ctypes.data for array in (masked, inverse, numbers, tokens))
         self._library.draw(self._model.threads, len(rows), self._model.vocabulary, pointers, *arrays)
         return [None if token < 0 else token for token in tokens.tolist()]
+
+    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
+        """Draws tokens of each slot in a row."""
+        return decode_in_turn(self, rows, steps, self._model.positions)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots."""

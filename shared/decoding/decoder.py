@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.decoding.continuation import Continuation
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.sampling import TemperatureSampling
@@ -34,6 +35,10 @@ class Decoder(Protocol):
     @property
     def bytes_per_token(self) -> int:
         """The memory that each token takes in a slot."""
+
+    @property
+    def most_steps(self) -> int:
+        """The most steps for which `decode` is better than `forward` and `draw`."""
 
     def warm_up(self) -> Iterator[None]:
         """Compiles and loads, in small parts, everything for which the first calls would wait otherwise."""
@@ -61,6 +66,12 @@ class Decoder(Protocol):
 
     def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
         """Draws a token for each row; None if its logits are not finite."""
+
+    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
+        """Draws `steps` tokens of each slot, at most `MOST_STEPS`, from the logits after the one before each.
+
+        A row ends with None if its logits are not finite, and with the token that no longer fits the context.
+        """
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots."""

@@ -71,6 +71,14 @@ def uniform(seed: int, position: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """Returns `uniform` of each pair, (N,)."""
+    both = (np.array([number & _MASK for number in numbers], np.uint64) for numbers in (seeds, positions))
+    mixed = _split_mix_all(next(both))
+    bits = _split_mix_all(mixed ^ next(both))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def adjust(
     logits: Logits, parameters: SamplingParameters, prompt: Sequence[int], generated: Mapping[int, int]
 ) -> Logits:
@@ -151,6 +159,11 @@ def is_finite(logits: Logits) -> bool:
     return bool(np.isfinite(logits.max()) and np.isfinite(logits.min()))
 
 
+def inverse(temperature: float) -> float:
+    """Returns 1 / temperature, finite in fp32 at the lowest temperatures; 0 for the likeliest token."""
+    return min(1 / temperature, _HIGHEST_INVERSE) if temperature else 0.0
+
+
 @dataclass(frozen=True)
 class TemperatureSampling:
     """A draw that needs only a temperature, from logits that a decoder returned; `masked` is not drawn."""
@@ -163,8 +176,8 @@ class TemperatureSampling:
 
     @property
     def inverse_temperature(self) -> float:
-        """0 for the likeliest token; finite in fp32 at the lowest temperatures."""
-        return min(1 / self.temperature, _HIGHEST_INVERSE) if self.temperature else 0.0
+        """As `inverse` gives it."""
+        return inverse(self.temperature)
 
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:
@@ -205,6 +218,13 @@ def _first_above(values: NDArray[np.floating[Any]], lowest: np.floating[Any], co
     above = np.flatnonzero(values > lowest)
     equal = np.flatnonzero(values == lowest)[: count - above.size]
     return np.sort(np.concatenate([above, equal]))
+
+
+def _split_mix_all(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = states + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def _split_mix(state: int) -> int:

@@ -12,9 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.decoding.continuation import MOST_STEPS, Continuation
 from shared.decoding.cuda.pages import Page, PagePool
-from shared.decoding.cuda.steps import NO_TOKEN, Steps, supports
-from shared.decoding.sampling import Logits, SamplingParameters, TemperatureSampling, is_finite, sample, uniform
+from shared.decoding.cuda.steps import NO_TOKEN, Draw, Steps, supports
+from shared.decoding.sampling import (
+    Logits,
+    SamplingParameters,
+    TemperatureSampling,
+    inverse,
+    is_finite,
+    sample,
+    uniforms,
+)
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.device.cuda_driver import Gpu
 from shared.gpt.model import GPT
@@ -34,6 +43,7 @@ class CudaDecoder:
         gpu.use()
         self._gpu = gpu
         pages = -(-config.context_length // SPAN_TOKENS)
+        self._context_length = config.context_length
         self._slots: list[list[Page | None]] = [[None] * pages for _ in range(slots)]
         # The addresses of their pages, as the host and as the GPU know them.
         self._table = gpu.host_memory(slots * pages * 8).view(np.uint64).reshape(slots, pages)
@@ -81,23 +91,43 @@ class CudaDecoder:
     def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
         """Draws a token for each row; None if its logits are not finite."""
         self._gpu.use()
-        here = [isinstance(row.logits, _Row) for row in rows]
-        tokens = iter(
-            self._steps.draw(
-                [
-                    (
-                        row.logits.place,
-                        NO_TOKEN if row.masked is None else row.masked,
-                        row.inverse_temperature,
-                        uniform(row.seed, row.position),
-                    )
-                    for row, on_gpu in zip(rows, here, strict=True)
-                    if on_gpu
-                ]
-            )
-        )
-        drawn = [next(tokens) if on_gpu else _draw(row) for row, on_gpu in zip(rows, here, strict=True)]
-        return [None if token == NO_TOKEN else token for token in drawn]
+        here = [row for row in rows if isinstance(row.logits, _Row)]
+        numbers = uniforms([row.seed for row in here], [row.position for row in here])
+        draws = [
+            (row.logits.place, NO_TOKEN if row.masked is None else row.masked, row.inverse_temperature, number)
+            for row, number in zip(here, numbers, strict=True)
+        ]
+        drawn = iter(self._steps.draw(draws))
+        tokens = [next(drawn) if isinstance(row.logits, _Row) else _draw(row) for row in rows]
+        return [None if token == NO_TOKEN else token for token in tokens]
+
+    @property
+    def most_steps(self) -> int:
+        """As many as there can be: a step is shorter than what the caller does between two of them."""
+        return MOST_STEPS
+
+    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
+        """Draws tokens of each slot in a row, without the host between two of them."""
+        self._gpu.use()
+        self._gpu.wait()
+        self._steps.make_room(len(rows))
+        for row in rows:
+            self._prepare_pages(row.slot, row.start, min(row.start + steps, self._context_length))
+        self._write_table()
+        draws = np.zeros((steps, len(rows)), Draw)
+        draws["inverse"] = [inverse(row.temperature) for row in rows]
+        draws["uniform"] = uniforms(
+            [row.seed for row in rows] * steps, [row.drawn + step for step in range(steps) for row in rows]
+        ).reshape(steps, len(rows))
+        draws["token"] = NO_TOKEN
+        for number, row in enumerate(rows):
+            if row.masked is not None:
+                draws["token"][: row.masked_draws, number] = row.masked
+        drawn = self._steps.decode([(row.token, row.slot, row.start, 0) for row in rows], draws)
+        return [
+            _until_none(tokens[: self._context_length - row.start])
+            for row, tokens in zip(rows, drawn.T.tolist(), strict=True)
+        ]
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots, which share its whole pages."""
@@ -139,10 +169,8 @@ class CudaDecoder:
         self._gpu.wait()
         self._steps.make_room(len(wanted))
         for span in spans:
-            self._prepare_pages(span)
-        if self._table_changed:
-            self._gpu.write(self._table_address, self._table.reshape(-1).view(np.uint8))
-            self._table_changed = False
+            self._prepare_pages(span.slot, span.start, span.start + len(span.tokens))
+        self._write_table()
         rows = [
             (token, span.slot, position, 0) for span in spans for position, token in enumerate(span.tokens, span.start)
         ]
@@ -153,15 +181,19 @@ class CudaDecoder:
                 self._gpu.wait()
             self._steps.compute(some, wanted[before:until] - first, int(before))
 
-    def _prepare_pages(self, span: Span) -> None:
-        """Gives a slot a page of its own for each position that a span writes."""
-        end = span.start + len(span.tokens)
-        for index in range(span.start // SPAN_TOKENS, -(-end // SPAN_TOKENS)):
-            page = self._slots[span.slot][index]
-            if index * SPAN_TOKENS >= span.start or page is None:
-                self._set_page(span.slot, index, self._pool.take())
+    def _prepare_pages(self, slot: int, start: int, end: int) -> None:
+        """Gives a slot a page of its own for each position from one to another, which are to be written."""
+        for index in range(start // SPAN_TOKENS, -(-end // SPAN_TOKENS)):
+            page = self._slots[slot][index]
+            if index * SPAN_TOKENS >= start or page is None:
+                self._set_page(slot, index, self._pool.take())
             elif page.shared:
-                self._set_page(span.slot, index, self._pool.copy_of(page))
+                self._set_page(slot, index, self._pool.copy_of(page))
+
+    def _write_table(self) -> None:
+        if self._table_changed:
+            self._gpu.write(self._table_address, self._table.reshape(-1).view(np.uint8))
+            self._table_changed = False
 
     def _set_page(self, slot: int, index: int, page: Page | None) -> None:
         if self._slots[slot][index] is page:
@@ -194,6 +226,13 @@ class _Block:
 
     page: Page
     whole: bool
+
+
+def _until_none(tokens: list[int]) -> list[int | None]:
+    """Returns drawn tokens; None for the first one without finite logits, which ends them."""
+    if NO_TOKEN in tokens:
+        return [*tokens[: tokens.index(NO_TOKEN)], None]
+    return [*tokens]
 
 
 def _draw(row: TemperatureSampling) -> int:

@@ -18,8 +18,9 @@ constexpr int WIDTH_STRIDE = up_to(32, WIDTH);
 constexpr int HIDDEN_STRIDE = up_to(32, HIDDEN);
 constexpr int VOCABULARY_STRIDE = up_to(16, VOCABULARY);
 
+// `step` counts the tokens that were drawn for the row while the host waited.
 struct Row {
-  int token, slot, position, unused;
+  int token, slot, position, step;
 };
 
 // `row` is one of the rows of logits; `token` is the masked one, or the target of a loss; -1: none.
@@ -30,7 +31,7 @@ struct Draw {
 
 // The argument of every kernel; each uses some of it. Rows without a slot have -1, and so have places of `wanted` without a row.
 struct Arguments {
-  const Row* rows;                 // (R,)
+  Row* rows;                       // (R,)
   const int* wanted;               // (R,): rows whose logits are wanted
   const unsigned long long* pages; // (slots, PAGES): addresses
   const Half* tokens;              // (V, C)
@@ -427,18 +428,14 @@ __device__ Highest find_highest(const float* logits, int masked) {
   return best;
 }
 
-// Draws tokens at temperatures: first a range of the vocabulary by its sum, then the token in it; -1 if a logit is not finite.
-extern "C" __global__ void draw_tokens(Arguments a) {
+// Draws a token at a temperature: first a range of the vocabulary by its sum, then the token in it. Thread 0 returns it; -1 if
+// a logit is not finite.
+__device__ int draw_token(const float* logits, const Draw& wanted) {
   constexpr int RANGE = up_to(32, (VOCABULARY + 1023) / 1024 > 256 ? (VOCABULARY + 1023) / 1024 : 256);
   constexpr int RANGES = (VOCABULARY + RANGE - 1) / RANGE;
   __shared__ float sums[RANGES];
-  const Draw wanted = a.draws[blockIdx.x];
-  const float* logits = a.logits + (long long)wanted.row * VOCABULARY_STRIDE;
   const Highest highest = find_highest(logits, wanted.token);
-  if (!highest.finite || wanted.inverse == 0) {
-    if (threadIdx.x == 0) a.drawn[blockIdx.x] = highest.finite ? highest.token : -1;
-    return;
-  }
+  if (!highest.finite || wanted.inverse == 0) return highest.finite ? highest.token : -1;
   const int masked = wanted.token;
   const float inverse = wanted.inverse, most = highest.value;
   auto weight = [=](int token) {
@@ -452,11 +449,32 @@ extern "C" __global__ void draw_tokens(Arguments a) {
     if (lane == 0) sums[range] = sum;
   }
   synchronise();
-  if (threadIdx.x >= 32) return;
+  if (threadIdx.x >= 32) return -1;
   const float* totals = sums;
   const Place range = find_place(RANGES, wanted.uniform, [=](int i) { return totals[i]; });
   const Place token = find_place(RANGE, range.left, [=](int i) { return weight(range.index * RANGE + i); });
-  if (lane == 0) a.drawn[blockIdx.x] = range.index * RANGE + token.index;
+  return range.index * RANGE + token.index;
+}
+
+extern "C" __global__ void draw_tokens(Arguments a) {
+  const Draw wanted = a.draws[blockIdx.x];
+  const int token = draw_token(a.logits + (long long)wanted.row * VOCABULARY_STRIDE, wanted);
+  if (threadIdx.x == 0) a.drawn[blockIdx.x] = token;
+}
+
+// Draws the next token of each row, and makes it the row's token. The draws, and what is drawn, are (steps, R).
+extern "C" __global__ void draw_next(Arguments a) {
+  const int row = blockIdx.x;
+  const Row at = a.rows[row];
+  if (at.slot < 0) return;
+  const int place = at.step * gridDim.x + row;
+  const int token = draw_token(a.logits + (long long)row * VOCABULARY_STRIDE, a.draws[place]);
+  // The other threads may still read the row.
+  synchronise();
+  if (threadIdx.x > 0) return;
+  a.drawn[place] = token;
+  // A row ends where its context does.
+  a.rows[row] = Row{token < 0 ? 0 : token, at.position + 1 < POSITIONS ? at.slot : -1, at.position + 1, at.step + 1};
 }
 
 // The losses in nats of given tokens; NaN if a logit is not finite.

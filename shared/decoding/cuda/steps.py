@@ -13,13 +13,14 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.decoding.continuation import MOST_STEPS
 from shared.decoding.sampling import Logits
 from shared.decoding.spans import SPAN_TOKENS
 from shared.device.cuda_driver import Gpu
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 
-Row = np.dtype([("token", np.int32), ("slot", np.int32), ("position", np.int32), ("unused", np.int32)])
+Row = np.dtype([("token", np.int32), ("slot", np.int32), ("position", np.int32), ("step", np.int32)])
 # `row` is the place of logits; `token` is not drawn, or is the target of a loss.
 Draw = np.dtype([("row", np.int32), ("token", np.int32), ("inverse", np.float32), ("uniform", np.float32)])
 NO_TOKEN = -1
@@ -107,7 +108,7 @@ class Steps:
         }
         self._rows = gpu.host_memory(most * Row.itemsize).view(Row)
         self._wanted = gpu.host_memory(most * 4).view(np.int32)
-        self._graphs: dict[tuple[int, int], Any] = {}
+        self._graphs: dict[tuple[int, int, bool], Any] = {}
         self._logits_bytes = -(-config.vocabulary_size // 16) * 16 * 4
         self._most_logits = 0
         self.make_room(SPAN_TOKENS)
@@ -117,14 +118,19 @@ class Steps:
         if logits <= self._most_logits:
             return
         gpu, rows = self._gpu, _padded(logits)
-        sizes = {"logits": self._logits_bytes, "draws": Draw.itemsize, "drawn": 4, "losses": 4}
+        sizes = {
+            "logits": self._logits_bytes,
+            "draws": MOST_STEPS * Draw.itemsize,
+            "drawn": MOST_STEPS * 4,
+            "losses": 4,
+        }
         for name, size in sizes.items():
             if name in self._memory:
                 gpu.free(self._memory[name])
                 self.memory_bytes -= self._most_logits * size
             self._memory[name] = self._allocate(rows * size)
-        self._draws = gpu.host_memory(rows * Draw.itemsize).view(Draw)
-        self._drawn = gpu.host_memory(rows * 4).view(np.int32)
+        self._draws = gpu.host_memory(MOST_STEPS * rows * Draw.itemsize).view(Draw)
+        self._drawn = gpu.host_memory(MOST_STEPS * rows * 4).view(np.int32)
         self._losses = gpu.host_memory(rows * 4).view(np.float32)
         self._graphs.clear()
         self._most_logits = rows
@@ -134,20 +140,28 @@ class Steps:
 
         `rows` are as in `Row`; those of one slot are in the order of their positions. The GPU must have ended its work.
         """
-        R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
-        self._rows[: len(rows)] = rows
-        self._rows[len(rows) : R] = _NO_ROW
-        self._wanted[: len(wanted)] = wanted
-        self._wanted[len(wanted) : K] = -1
-        self._gpu.write(self._memory["rows"], self._rows[:R].view(np.uint8))
-        if K:
-            self._gpu.write(self._memory["wanted"], self._wanted[:K].view(np.uint8))
+        R, K = self._write_rows(rows, wanted)
         if place:
             self._start(R, K, place)
         else:
-            if (R, K) not in self._graphs:
-                self._graphs[R, K] = self._gpu.record(lambda: self._start(R, K, 0))
-            self._gpu.replay(self._graphs[R, K])
+            self._replay(R, K, draws=False)
+
+    def decode(self, rows: Sequence[tuple[int, int, int, int]], draws: NDArray[Any]) -> NDArray[np.int32]:
+        """Draws tokens for rows, one after the other, and returns them, (steps, rows); -1 if logits are not finite.
+
+        `draws` (steps, rows) are as in `Draw`. What is returned for a row whose context is full means nothing.
+        """
+        steps, count = draws.shape
+        R, _ = self._write_rows(rows, np.arange(count))
+        for all_of_step, some in zip(self._draws[: steps * R].reshape(steps, R), draws, strict=True):
+            all_of_step[:count] = some
+        gpu, drawn = self._gpu, self._drawn[: steps * R]
+        gpu.write(self._memory["draws"], self._draws[: steps * R].view(np.uint8))
+        for _ in range(steps):
+            self._replay(R, R, draws=True)
+        gpu.read(self._memory["drawn"], drawn.view(np.uint8))
+        gpu.wait()
+        return drawn.reshape(steps, R)[:, :count]
 
     def draw(self, draws: Sequence[tuple[int, int, float, float]]) -> list[int]:
         """Draws a token from the logits of each of the draws, which are as in `Draw`; -1 if they are not finite."""
@@ -179,6 +193,30 @@ class Steps:
             gpu.wait()
             given += results[: len(some)].tolist()
         return given
+
+    def _write_rows(self, rows: Sequence[tuple[int, int, int, int]], wanted: NDArray[np.intp]) -> tuple[int, int]:
+        """Tells the GPU the rows and the wanted ones, and returns the numbers of them that a launch computes."""
+        R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
+        self._rows[: len(rows)] = rows
+        self._rows[len(rows) : R] = _NO_ROW
+        self._wanted[: len(wanted)] = wanted
+        self._wanted[len(wanted) : K] = -1
+        self._gpu.write(self._memory["rows"], self._rows[:R].view(np.uint8))
+        if K:
+            self._gpu.write(self._memory["wanted"], self._wanted[:K].view(np.uint8))
+        return R, K
+
+    def _replay(self, R: int, K: int, *, draws: bool) -> None:  # noqa: N803
+        """Does the work of `_start` by a graph, and draws the next token of each row if asked to."""
+
+        def start() -> None:
+            self._start(R, K, 0)
+            if draws:
+                self._gpu.launch(self._kernel("draw_next"), (R, 1), _DRAW_THREADS, _Arguments(**self._memory))
+
+        if (R, K, draws) not in self._graphs:
+            self._graphs[R, K, draws] = self._gpu.record(start)
+        self._gpu.replay(self._graphs[R, K, draws])
 
     def _start(self, R: int, K: int, place: int) -> None:  # noqa: N803
         """Starts the kernels for R rows, of which K are wanted, each of them when the one before has ended."""

@@ -30,7 +30,7 @@ def carry_out(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
     drawn = [row.sequence for row in plan.rows]
     drawn += [sequence for chunk in plan.chunks if chunk.ends_prompt for sequence in chunk.group]
     for sequence in drawn:
-        if isinstance(sequence.accept(Draw(7), 0.0)[-1], Finished):
+        if isinstance(sequence.accept([Draw(7)] * plan.tokens, 0.0)[-1], Finished):
             scheduler.remove(sequence)
     return drawn
 
@@ -110,10 +110,32 @@ def test_lost_prompts_are_computed_again() -> None:
 
 def test_a_full_context_ends_a_sequence() -> None:
     (one,) = group("a", CONTEXT - 2, max_tokens=100)
-    assert len(one.accept(Draw(7), 0.0)) == 1
-    end = one.accept(Draw(7), 0.0)[-1]
+    assert len(one.accept([Draw(7)], 0.0)) == 1
+    end = one.accept([Draw(7)], 0.0)[-1]
     assert isinstance(end, Finished)
     assert end.reason is FinishReason.CONTEXT_LENGTH
+
+
+def test_sequences_draw_in_a_row_while_nothing_is_between_two_tokens() -> None:
+    scheduler = Scheduler(3)
+    scheduler.add(group("a", 4, max_tokens=4))
+    scheduler.add(group("b", 4, max_tokens=20))
+
+    def tokens() -> int:
+        scheduler.admit()
+        plan = scheduler.plan(BUDGET, 8)
+        assert plan is not None
+        carry_out(scheduler, plan)
+        return plan.tokens
+
+    # Prompts; then as many as the longest may draw, although the other ends before.
+    assert [tokens() for _ in range(2)] == [1, 8]
+    # A stream that needs the host, until it has ended; and no more than are left.
+    (wanting,) = group("c", 4, max_tokens=3)
+    wanting.needs_only_temperature = False
+    scheduler.add((wanting,))
+    assert [tokens() for _ in range(4)] == [1, 1, 1, 8]
+    assert scheduler.sequences == []
 
 
 @dataclass(frozen=True)
@@ -157,8 +179,16 @@ def chunks_of(tokens: int, read: int = 0) -> int:
     return math.ceil(tokens / SPAN_TOKENS) - read // SPAN_TOKENS
 
 
-@given(slots=st.integers(3, 5), per_step=st.integers(1, 4), rest=st.integers(0, SPAN_TOKENS - 1), arrivals=arrivals)
-def test_no_request_waits_longer_than_promised(slots: int, per_step: int, rest: int, arrivals: list[Arrival]) -> None:
+@given(
+    slots=st.integers(3, 5),
+    per_step=st.integers(1, 4),
+    rest=st.integers(0, SPAN_TOKENS - 1),
+    most_tokens=st.integers(1, 8),
+    arrivals=arrivals,
+)
+def test_no_request_waits_longer_than_promised(
+    slots: int, per_step: int, rest: int, most_tokens: int, arrivals: list[Arrival]
+) -> None:
     """The bounds in the scheduler's docstring hold for any arrivals and cancels."""
     budget = per_step * SPAN_TOKENS + rest
     longest = max(chunks_of(one.prompt) for one in arrivals)
@@ -200,10 +230,11 @@ def test_no_request_waits_longer_than_promised(slots: int, per_step: int, rest: 
             )
             # Not before the step of its slot.
             one.first_token_by = now + math.ceil(unread / per_step) - 1
-        plan = scheduler.plan(budget)
+        plan = scheduler.plan(budget, most_tokens)
         decoding = [sequence for sequence in scheduler.sequences if sequence.prefilled]
         if plan is not None:
             assert plan.prompt_tokens <= budget
+            assert 1 <= plan.tokens <= (1 if plan.chunks else most_tokens)
             # The gap between two tokens of a stream is one step.
             assert [row.sequence for row in plan.rows] == decoding
             check_sound(scheduler, plan, slots)

@@ -16,12 +16,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from shared.decoding.continuation import MOST_STEPS, Continuation
 from shared.decoding.decoder import Decoder
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.gpt.model import GPT
-from tests.decoders import cpu_decoder, mlx_decoder
+from tests.decoders import cpu_decoder, cuda_decoder, mlx_decoder
 from tests.shared.gpt.random_models import forward, full_forward, models, random_model, random_text, seeds
 
 pytestmark = pytest.mark.slow
@@ -310,6 +311,47 @@ def test_the_logits_after_every_token_are_those_of_single_spans(make: MakeDecode
 def test_a_score_is_not_finite_if_a_logit_is_not(make: MakeDecoder) -> None:
     decoder = make(spoiled_model(), SLOTS)
     assert np.isnan(decoder.score(Span(0, 0, (1, SPOILED, 2)), (2, 3, 4)))[1:].all()
+
+
+every = pytest.mark.parametrize("make", [*MAKERS, cuda_decoder], ids=["cpu", "mlx", "cuda"])
+
+
+@every
+def test_tokens_in_a_row_are_those_of_single_steps(make: MakeDecoder) -> None:
+    """With masks that end, temperatures, a full context and logits that are not finite, in some of the slots."""
+    model = spoiled_model()
+    in_a_row, single = make(model, 5), make(model, 5)
+    texts = {0: 70, 1: 5, 2: 147, 3: 60, 4: 1}
+    for decoder in (in_a_row, single):
+        forward(
+            decoder,
+            [span for slot, count in texts.items() for span in spans_of(slot, 0, random_text(SOUND, slot, count))],
+        )
+    rows = [
+        Continuation(0, 70, 3, 0.7, seed=1, drawn=4, masked=None, masked_draws=0),
+        Continuation(1, 5, 4, 0.0, seed=2, drawn=0, masked=None, masked_draws=0),
+        Continuation(2, 147, 5, 1.0, seed=2**63 + 5, drawn=9, masked=8, masked_draws=2),
+        Continuation(3, 60, 6, 30.0, seed=-7, drawn=2**40, masked=SPOILED, masked_draws=10**9),
+        Continuation(4, 1, SPOILED, 1.0, seed=0, drawn=0, masked=None, masked_draws=0),
+    ]
+    found = in_a_row.decode(rows, MOST_STEPS)
+    for row, tokens in zip(rows, found, strict=True):
+        last, expected = row.token, list[int | None]()
+        for step in range(MOST_STEPS):
+            if row.start + step == CONFIG.context_length or (expected and expected[-1] is None):
+                break
+            (logits,) = single.forward([Span(row.slot, row.start + step, (last,))])
+            masked = row.masked if step < row.masked_draws else None
+            (token,) = single.draw([TemperatureSampling(logits, row.temperature, row.seed, row.drawn + step, masked)])
+            expected.append(token)
+            last = 0 if token is None else token
+        assert tokens == expected
+    assert [len(tokens) for tokens in found] == [MOST_STEPS, MOST_STEPS, 3, MOST_STEPS, 1]
+    assert found[4] == [None] and SPOILED not in found[3]
+    # The slots go on after what was computed.
+    after = replace(rows[0], start=78, token=found[0][-1] or 0, drawn=12)
+    (logits,) = single.forward([Span(0, 78, (after.token,))])
+    assert in_a_row.decode([after], 1) == [single.draw([after.draw(logits, 0)])]
 
 
 @both

@@ -12,6 +12,7 @@ from shared.decoding.sampling import (
     log_probabilities,
     sample,
     uniform,
+    uniforms,
 )
 from shared.errors import InvalidArgument
 
@@ -224,6 +225,12 @@ def test_no_two_seeds_and_positions_share_a_number() -> None:
 
 def test_every_bit_of_the_seed_counts() -> None:
     assert len({uniform(1 << bit, 0) for bit in range(64)} | {uniform(0, 0)}) == 65
+
+
+def test_many_uniform_numbers_are_those_of_each() -> None:
+    places = [(seed, position) for seed in (0, 1, -5, 2**63 + 1, 2**64 - 1) for position in (0, 7, 2**40)]
+    assert uniforms(*zip(*places, strict=True)).tolist() == [uniform(*place) for place in places]
+    assert uniforms([], []).shape == (0,)
 
 
 @pytest.mark.parametrize(("seed_step", "position_step"), [(0, 1), (1, 0), (1, 1), (64, 64), (1 << 50, 0)])

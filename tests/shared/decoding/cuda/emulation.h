@@ -20,7 +20,7 @@ struct Index {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-static Index threadIdx, blockIdx, blockDim;
+static Index threadIdx, blockIdx, blockDim, gridDim;
 
 struct Half {
   uint16_t bits;
@@ -150,7 +150,7 @@ static void (*kernel)(Arguments);
 static const Arguments* arguments;
 
 extern "C" __global__ void run(void (*function)(Arguments), int blocks_x, int blocks_y, int count, const Arguments* given) {
-  kernel = function, arguments = given, blockDim.x = count;
+  kernel = function, arguments = given, blockDim.x = count, gridDim = {blocks_x, blocks_y};
   for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
     for (blockIdx.x = 0; blockIdx.x < blocks_x; ++blockIdx.x) {
       whole = Barrier{};

@@ -1,0 +1,97 @@
+"""Streams on a decoder that draws several tokens in a row: the same as one token at a time."""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import pytest
+
+from inference_service.engine.request import Delta, Failed, GenerationRequest, NotFinite
+from shared.decoding.continuation import MOST_STEPS, Continuation
+from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.sampling import SamplingParameters
+from shared.gpt.model import GPT
+from tests.decoders import cpu_library
+from tests.fakes import tiny_model
+from tests.inference_service.engine.harness import SLOTS, Harness, request
+
+
+class InARow(CpuDecoder):
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model, SLOTS, 1, cpu_library())
+        self.steps: list[int] = []
+
+    @property
+    def most_steps(self) -> int:
+        return MOST_STEPS
+
+    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
+        self.steps.append(steps)
+        return super().decode(rows, steps)
+
+
+@pytest.fixture
+def decoder() -> InARow:
+    return InARow(tiny_model(0))
+
+
+@pytest.fixture
+def in_a_row(decoder: InARow) -> Iterator[Harness]:
+    harness = Harness()
+    harness.add_model(1, tiny_model(0), decoder)
+    yield harness
+    harness.engine.stop()
+
+
+def some_requests() -> list[GenerationRequest]:
+    """Every kind of end, at different times."""
+    return [
+        request("greedy", max_tokens=21, sampling=SamplingParameters(temperature=0.0)),
+        request("warm", max_tokens=6, seed=3),
+        request("ending", max_tokens=60, ignore_eos=False, min_tokens=11, seed=5),
+        request("stop", max_tokens=60, stop=("e", "t", "a"), seed=6),
+        request("context", "x" * 70, max_tokens=500),
+        request("biased", max_tokens=13, sampling=SamplingParameters(temperature=1.0, frequency_penalty=1.0)),
+        request("measured", max_tokens=13, logprobs=1),
+        request("last", max_tokens=40, seed=9),
+    ]
+
+
+def test_streams_are_those_of_single_steps(in_a_row: Harness, decoder: InARow, harness: Harness) -> None:
+    expected = [harness.generate(one)[0] for one in some_requests()]
+    # Alone, and together in slots that others leave.
+    for found in ([in_a_row.generate(one)[0] for one in some_requests()], in_a_row.generate(*some_requests())):
+        for one, other in zip(found, expected, strict=True):
+            assert (one.tokens, one.text) == (other.tokens, other.text)
+            assert (one.finished.reason, one.finished.matched_stop) == (
+                other.finished.reason,
+                other.finished.matched_stop,
+            )
+            assert one.finished.generated_tokens == len(one.draws)
+    assert {min(decoder.steps) < MOST_STEPS, max(decoder.steps) == MOST_STEPS} == {True}
+
+
+def test_tokens_in_a_row_come_in_one_event_with_their_times(in_a_row: Harness) -> None:
+    (one,) = in_a_row.generate(request("a", max_tokens=20))
+    deltas = [event for event in one.events if isinstance(event, Delta)]
+    assert [len(delta.draws) for delta in deltas] == [1, 8, 8, 3]
+    assert all(len(delta.times) == len(delta.draws) for delta in deltas)
+
+
+def test_a_stream_whose_numbers_are_not_finite_ends_after_its_last_sound_token(harness: Harness) -> None:
+    model = tiny_model(0)
+    (sound,) = harness.generate(request("sound", max_tokens=20))
+    # The fifth token that the stream draws spoils what comes after it.
+    spoiling = sound.tokens[4]
+    assert spoiling not in sound.tokens[:4]
+    model.token_embedding.weight[spoiling] = mx.nan
+    spoiled = Harness()
+    decoder = InARow(model)
+    spoiled.add_model(1, model, decoder)
+    try:
+        spoiled.submit(request("sound", max_tokens=20))
+        result = spoiled.wait("sound")
+        assert result.tokens == sound.tokens[:5]
+        assert isinstance(result.events[-1], Failed) and isinstance(result.events[-1].error, NotFinite)
+        assert decoder.steps == [MOST_STEPS]
+    finally:
+        spoiled.engine.stop()
