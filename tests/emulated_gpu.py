@@ -14,15 +14,19 @@ from tests.workplace import PROJECT
 
 _FOLDER = PROJECT / ".pytest_cache" / "accelerator"
 _EMULATION = PROJECT / "tests/shared/decoding/cuda/emulation.h"
+# As many bytes behind each piece of memory.
+_GUARD = 4096
 _PRIMITIVES = Path(steps.__file__).with_name("primitives.cuh")
 
 
 class EmulatedGpu:
-    """Does all work at once. Freed memory is overwritten with NaN, so that its use shows."""
+    """Does all work at once. Freed memory is overwritten with NaN, so that its use shows, and nothing may be written
+    behind a piece of memory."""
 
     def __init__(self) -> None:
         self.launches = 0
-        self._memory: dict[int, Bytes] = {}
+        self._memory: dict[int, tuple[Bytes, Bytes]] = {}
+        self._freed: list[Bytes] = []
 
     def use(self) -> None:
         pass
@@ -46,13 +50,18 @@ class EmulatedGpu:
         return lambda name: getattr(self._library, name)
 
     def allocate(self, size_bytes: int) -> int:
-        memory = np.zeros(size_bytes + 15, np.uint8)
+        memory = np.zeros(size_bytes + 15 + _GUARD, np.uint8)
         address = -(-memory.ctypes.data // 16) * 16
-        self._memory[address] = memory
+        end = address - memory.ctypes.data + size_bytes
+        memory[end:] = 0xA5
+        self._memory[address] = memory[:end], memory[end:]
         return address
 
     def free(self, address: int) -> None:
-        self._memory.pop(address)[:] = 0xFF
+        self.wait()
+        memory, _ = self._memory.pop(address)
+        memory[:] = 0xFF
+        self._freed.append(memory)
 
     def host_memory(self, size_bytes: int) -> Bytes:
         return np.zeros(size_bytes, np.uint8)
@@ -79,4 +88,5 @@ class EmulatedGpu:
         graph()
 
     def wait(self) -> None:
-        pass
+        for _, guard in self._memory.values():
+            assert (guard == 0xA5).all(), "Something was written behind a piece of memory."

@@ -159,6 +159,8 @@ struct Head {
   static constexpr int INPUTS = WIDTH, OUTPUTS = VOCABULARY;
   static constexpr bool NORMED = true, WANTED = true;
   static __device__ void store(const Arguments& a, int row, int output, float value) {
+    // A later launch of the same call has room for its wanted rows only.
+    if (a.wanted[row] < 0) return;
     a.logits[(long long)row * VOCABULARY_STRIDE + output] = value;
   }
 };

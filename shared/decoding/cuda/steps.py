@@ -37,13 +37,24 @@ _THREADS = 256
 _ATTENTION_THREADS = 128
 _DRAW_THREADS = 512
 
-# A row must fit the registers of a warp, and its scores in attention the memory that a block shares.
-_MOST = {"width": 4096, "head_width": _ATTENTION_THREADS, "context_length": 4096, "vocabulary_size": 1 << 20}
+# A row must fit the registers of a warp, its scores in attention the memory that a block shares, and a wide product is
+# long to compile. One of two tokens can be masked.
+_RANGES = {
+    "width": (1, 4096),
+    "hidden_width": (1, 1 << 15),
+    "head_width": (1, _ATTENTION_THREADS),
+    "context_length": (1, 4096),
+    "vocabulary_size": (2, 1 << 20),
+}
+_KERNELS = (
+    *("embed_rows", "normalise_rows", "normalise_wanted", "attend_rows", "draw_tokens", "draw_next", "score_tokens"),
+    *(f"{name}_{tile}" for name in ("queries", "projection", "up", "down", "head") for tile in (8, 16, 32, _TILE)),
+)
 
 
 def supports(config: GPTConfig) -> bool:
     """Whether the kernels take models of this shape."""
-    return all(getattr(config, name) <= most for name, most in _MOST.items())
+    return all(least <= getattr(config, name) <= most for name, (least, most) in _RANGES.items())
 
 
 class _Arguments(ctypes.Structure):
@@ -80,6 +91,9 @@ class Steps:
         config = self._config = model.config
         self._gpu = gpu
         self._kernel = gpu.load(*program(config, model.final_norm.eps))
+        # The driver may load a kernel when it is first asked for, which must not happen while a graph is recorded.
+        for name in _KERNELS:
+            self._kernel(name)
         # The memory of weights and buffers.
         self.memory_bytes = 0
         self._layers = [
@@ -124,15 +138,18 @@ class Steps:
             "drawn": MOST_STEPS * 4,
             "losses": 4,
         }
+        # If there is not enough memory, nothing must use what was freed.
+        self._graphs.clear()
+        before, self._most_logits = self._most_logits, 0
         for name, size in sizes.items():
             if name in self._memory:
-                gpu.free(self._memory[name])
-                self.memory_bytes -= self._most_logits * size
+                gpu.free(self._memory.pop(name))
+                self.memory_bytes -= before * size
+        for name, size in sizes.items():
             self._memory[name] = self._allocate(rows * size)
         self._draws = gpu.host_memory(MOST_STEPS * rows * Draw.itemsize).view(Draw)
         self._drawn = gpu.host_memory(MOST_STEPS * rows * 4).view(np.int32)
         self._losses = gpu.host_memory(rows * 4).view(np.float32)
-        self._graphs.clear()
         self._most_logits = rows
 
     def compute(self, rows: Sequence[tuple[int, int, int, int]], wanted: NDArray[np.intp], place: int) -> None:
@@ -256,8 +273,9 @@ class Steps:
         return _Product(kernel, inputs, outputs, addresses)
 
     def _allocate(self, size_bytes: int) -> int:
+        address = self._gpu.allocate(size_bytes)
         self.memory_bytes += size_bytes
-        return self._gpu.allocate(size_bytes)
+        return address
 
     def _upload(self, array: NDArray[Any]) -> int:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)

@@ -21,6 +21,7 @@ from shared.decoding.cuda.steps import supports
 from shared.decoding.decoder import Decoder
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import SPAN_TOKENS, Span
+from shared.device.cuda_driver import CudaError
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 from tests.decoders import cuda_decoder
@@ -117,6 +118,32 @@ def test_more_rows_than_the_buffers_hold_are_computed_in_turns(monkeypatch: pyte
     assert np.array_equal(forward(decoder, spans), expected)
 
 
+def test_the_last_turn_of_a_call_has_room_for_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulation notices what is written beyond a buffer."""
+    monkeypatch.setattr(steps, "_SIZES", (8, 16, 32, 64))
+    decoder, alone = decoder_for(slots=61), decoder_for(slots=2)
+    prompt = Span(0, 0, random_text(CONFIG, 1, 64))
+    rows = [Span(slot, 0, (slot % 50,)) for slot in range(1, 61)]
+    for span, logits in zip([prompt, *rows], forward(decoder, [prompt, *rows]), strict=True):
+        assert np.array_equal(logits, forward(alone, [replace(span, slot=0)])[0])
+
+
+def test_without_memory_for_more_logits_the_decoder_goes_on_with_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = EmulatedGpu()
+    decoder = CudaDecoder(model_of(CONFIG), 70, gpu)
+    spans = [Span(slot, 0, (slot,)) for slot in range(70)]
+    expected = forward(decoder, spans[:1])
+    size = decoder.memory_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(gpu, "allocate", lambda size_bytes: (_ for _ in ()).throw(CudaError("out of memory")))
+        for _ in range(2):
+            with pytest.raises(CudaError, match="out of memory"):
+                decoder.forward(spans)
+    assert np.array_equal(forward(decoder, spans[:1]), expected)
+    assert len(decoder.forward(spans)) == 70
+    assert decoder.memory_bytes > size
+
+
 def test_the_whole_context_can_be_filled() -> None:
     config = replace(CONFIG, context_length=65)
     decoder = decoder_for(config, 2)
@@ -210,7 +237,7 @@ def test_temperature_zero_takes_the_first_of_equally_likely_tokens() -> None:
 def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
     number: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "uniform", lambda seed, position: number)
+    monkeypatch.setattr(module, "uniforms", lambda seeds, positions: np.full(len(seeds), number))
     # Only tokens 5 to 2493 and 2500 are possible, the last masked.
     logits = np.full(3000, -1000.0)
     logits[5:2494] = np.sin(np.arange(2489))
@@ -282,6 +309,8 @@ def test_a_step_of_one_row_starts_few_kernels() -> None:
         ({"context_length": 4096}, True),
         ({"context_length": 4097}, False),
         ({"width": 129, "heads": 1}, False),
+        ({"hidden_width": 32769}, False),
+        ({"vocabulary_size": 1}, False),
         ({"width": 4098, "heads": 3}, False),
     ],
 )
