@@ -25,7 +25,7 @@ from trainer_service.presets import find_preset
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-MEASURABLE = ("gptloop-engine", "gptloop-grpc", "gptloop-http", "mlx-lm-batch", "ctranslate2")
+MEASURABLE = ("gptloop-engine", "gptloop-grpc", "gptloop-http", "mlx-lm-batch", "ctranslate2", "pytorch")
 # Each is measured right after the one before it, so that both run in the same conditions.
 FACES = ("gptloop-engine", "gptloop-grpc", "gptloop-http")
 
@@ -54,8 +54,9 @@ def main(
     """Print tokens per second if all requests start together, and start again when all of them have ended.
 
     gptloop-engine is the engine with its thread and its outbox; gptloop-grpc and gptloop-http are the real server,
-    called by a client in another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 computes in fp32, a
-    whole batch at once, and does not stream. gptloop draws at its default temperature, 0.8; the others and
+    called by a client in another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 and pytorch compute in
+    fp32, a whole batch at once, and do not stream; "pytorch graph" does so in bf16, with a CUDA graph for each step on
+    an NVIDIA GPU, and draws too. gptloop draws at its default temperature, 0.8; the others and
     "gptloop-engine greedy" take the likeliest token. The time of a step is the whole time, with prompts, divided by the
     tokens of one request.
 

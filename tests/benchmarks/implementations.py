@@ -24,6 +24,8 @@ IMPLEMENTATIONS = (
     Implementation("gptloop-grpc", SAMPLED),
     Implementation("gptloop-http", SAMPLED),
     Implementation("mlx-lm-batch", ARGMAX, ("mlx_lm",)),
+    Implementation("pytorch", ARGMAX, ("torch",)),
+    Implementation("pytorch graph", SAMPLED, ("torch",)),
     Implementation("ctranslate2", ARGMAX, ("ctranslate2", "torch", "transformers")),
 )
 

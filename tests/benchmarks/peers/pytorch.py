@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from tests.benchmarks.closed_loop import ClosedLoop
+from tests.benchmarks.setup import Setup
 from tests.benchmarks.side_by_side import cores
 from tests.benchmarks.worker import resident_peak
 
@@ -162,11 +164,23 @@ class Decoding:
             self._compute()
 
     def _compute(self) -> None:
-        """Draws the next tokens by the trick with exponential numbers, as gpt-fast does."""
-        logits = self._model(self._tokens, self._cache, self._place)[:, -1].float()
-        weights = torch.softmax(logits / 0.8, dim=-1)
-        noise = torch.empty_like(weights).exponential_(1)
-        self._tokens.copy_((weights / noise).argmax(dim=-1, keepdim=True))
+        self._draw(self._model(self._tokens, self._cache, self._place)[:, -1])
+
+    def _draw(self, logits: torch.Tensor) -> None:
+        """Takes the likeliest tokens, or draws by the trick with exponential numbers, as gpt-fast does."""
+        weights = logits
+        if self._graph:
+            weights = torch.softmax(logits.float() / 0.8, dim=-1)
+            weights = weights / torch.empty_like(weights).exponential_(1)
+        self._tokens.copy_(weights.argmax(dim=-1, keepdim=True))
+
+    @torch.inference_mode()
+    def read(self, prompts: list[list[int]]) -> None:
+        """Reads a prompt of the same length for each row, and draws the first tokens."""
+        tokens = torch.tensor(prompts, device=self._tokens.device)
+        self._draw(self._model(tokens, self._cache, 0)[:, -1])
+        self._tokens.tolist()
+        self._position = tokens.shape[1]
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -176,8 +190,7 @@ class Decoding:
             self._place.fill_(self._position)
             self._recorded.replay()
         else:
-            logits = self._model(self._tokens, self._cache, self._position)
-            self._tokens = logits[:, -1].argmax(dim=-1, keepdim=True)
+            self._draw(self._model(self._tokens, self._cache, self._position)[:, -1])
         self._tokens.tolist()
         self._position += 1
 
@@ -186,3 +199,26 @@ class Decoding:
 
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_allocated() if self._graph else resident_peak()
+
+
+class Generation:
+    """Generates for all rows at once with `Decoding`, which neither streams nor accepts new requests."""
+
+    def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
+        given = Setup.from_dict(setup)
+        self._work = ClosedLoop(**work)
+        config = given.checkpoint.config.to_dict()
+        self._decoding = Decoding(config, self._work.rows, self._work.prompt_tokens, variant)
+        torch.set_num_threads(given.threads)
+        self._prompts = self._work.prompts()
+
+    def step(self) -> None:
+        self._decoding.read(next(self._prompts))
+        for _ in range(self._work.output_tokens - 1):
+            self._decoding.step()
+
+    def wait(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return self._decoding.peak_bytes()

@@ -80,16 +80,18 @@ def test_logits_agree_with_a_full_forward_after_any_operations() -> None:
 @pytest.mark.parametrize("config", [CONFIG, *SHAPES], ids=lambda config: str(config.width))
 def test_neither_the_pieces_of_a_prompt_nor_neighbours_change_one_bit(config: GPTConfig) -> None:
     """Each number of rows has kernels of its own, for products and for logits."""
-    tokens = random_text(config, 1, 70)
+    # A wide model takes long in the emulation.
+    tokens = random_text(config, 1, 70 if config.width < 1000 else 42)
     decoder = decoder_for(config)
     expected = full_forward(model_of(config), tokens)
     single = [forward(decoder, [Span(0, place, (token,))])[0] for place, token in enumerate(tokens)]
     assert_logits(np.stack(single), expected)
-    # The rows of one step: 64, all wanted, and then 6; and three prompts of 70.
+    # In one step: up to 64 rows, all wanted; and three prompts.
     every = [np.array(decoder.logits(span)[0]) for span in spans_of(1, 0, tokens)]
     assert np.array_equal(np.concatenate(every), np.stack(single))
-    for logits in forward(decoder, [span for slot in (1, 2, 3) for span in spans_of(slot, 0, tokens)])[1::2]:
-        assert np.array_equal(logits, single[-1])
+    spans = [span for slot in (1, 2, 3) for span in spans_of(slot, 0, tokens)]
+    for span, logits in zip(spans, forward(decoder, spans), strict=True):
+        assert np.array_equal(logits, single[span.start + len(span.tokens) - 1])
     # Some prompts of 10, 20 and 40 tokens beside slots that decode.
     for length in (10, 20, 40):
         forward(decoder, spans_of(0, 0, tokens[:5]))
