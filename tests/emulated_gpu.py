@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,24 @@ from tests.workplace import PROJECT
 
 _FOLDER = PROJECT / ".pytest_cache" / "accelerator"
 _EMULATION = PROJECT / "tests/shared/decoding/cuda/emulation.h"
+_PRIMITIVES = Path(steps.__file__).with_name("primitives.cuh")
 # As many bytes behind each piece of memory.
 _GUARD = 4096
-_PRIMITIVES = Path(steps.__file__).with_name("primitives.cuh")
 
 
 class EmulatedGpu:
-    """Does all work at once. Freed memory is overwritten with NaN, so that its use shows, and nothing may be written
-    behind a piece of memory."""
+    """Does its work as late as a GPU may: when the caller waits, with what the memory of the host holds then.
+
+    A graph keeps the arguments with which it was recorded. Freed memory is overwritten with NaN, so that its use shows,
+    and nothing may be written behind a piece of memory.
+    """
 
     def __init__(self) -> None:
         self.launches = 0
         self._memory: dict[int, tuple[Bytes, Bytes]] = {}
         self._freed: list[Bytes] = []
+        self._asked: list[Callable[[], object]] = []
+        self._recording: list[Callable[[], object]] | None = None
 
     def use(self) -> None:
         pass
@@ -38,11 +44,7 @@ class EmulatedGpu:
         # The function that enters a kernel needs its argument, which the kernels define.
         whole = f"{_EMULATION.read_text()}\n{kernels}\nENTER\n"
         options = (
-            "-std=c++17",
-            "-O2",
-            "-w",
-            "-fvisibility=hidden",
-            "-U_FORTIFY_SOURCE",
+            *("-std=c++17", "-O2", "-w", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
             *(f"-D{name}={value}" for name, value in sorted(constants.items())),
         )
         _FOLDER.mkdir(parents=True, exist_ok=True)
@@ -50,6 +52,7 @@ class EmulatedGpu:
         return lambda name: getattr(self._library, name)
 
     def allocate(self, size_bytes: int) -> int:
+        assert self._recording is None
         memory = np.zeros(size_bytes + 15 + _GUARD, np.uint8)
         address = -(-memory.ctypes.data // 16) * 16
         end = address - memory.ctypes.data + size_bytes
@@ -68,25 +71,42 @@ class EmulatedGpu:
 
     def write(self, address: int, data: Bytes) -> None:
         assert data.dtype == np.uint8 and data.flags.c_contiguous
-        ctypes.memmove(address, data.ctypes.data, data.nbytes)
+        self._ask(lambda: ctypes.memmove(address, data.ctypes.data, data.nbytes))
 
     def read(self, address: int, data: Bytes) -> None:
         assert data.dtype == np.uint8 and data.flags.c_contiguous
-        ctypes.memmove(data.ctypes.data, address, data.nbytes)
+        self._ask(lambda: ctypes.memmove(data.ctypes.data, address, data.nbytes))
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        ctypes.memmove(target, source, size_bytes)
+        self._ask(lambda: ctypes.memmove(target, source, size_bytes))
 
     def launch(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
-        self.launches += 1
-        self._library.run(kernel, *grid, threads, ctypes.byref(argument))
+        copied = type(argument).from_buffer_copy(argument)
+        self._ask(partial(self._run, kernel, grid, threads, copied))
 
     def record(self, work: Callable[[], None]) -> Graph:
-        return work
+        assert self._recording is None
+        self._recording = recorded = list[Callable[[], object]]()
+        try:
+            work()
+        finally:
+            self._recording = None
+        return recorded
 
     def replay(self, graph: Any) -> None:
-        graph()
+        self._asked += graph
 
     def wait(self) -> None:
+        assert self._recording is None
+        asked, self._asked = self._asked, []
+        for work in asked:
+            work()
         for _, guard in self._memory.values():
             assert (guard == 0xA5).all(), "Something was written behind a piece of memory."
+
+    def _ask(self, work: Callable[[], object]) -> None:
+        (self._asked if self._recording is None else self._recording).append(work)
+
+    def _run(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
+        self.launches += 1
+        self._library.run(kernel, *grid, threads, ctypes.byref(argument))

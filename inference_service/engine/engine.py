@@ -249,7 +249,7 @@ class Engine:
         for version, lane in list(self._lanes.items()):
             self._busy_since = time.monotonic()
             self._admit(lane)
-            plan = lane.scheduler.plan(budget, lane.runner.most_tokens)
+            plan = lane.scheduler.plan(budget, lane.runner.max_decode_steps)
             if plan is None:
                 continue
             budget -= plan.prompt_tokens

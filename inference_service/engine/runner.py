@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 # The next tokens of a sequence; an error ends it.
-Draws = tuple[Draw | GptloopError, ...]
+NextTokens = tuple[Draw | GptloopError, ...]
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Runner:
         first.cached_tokens = first.computed_tokens
 
     @property
-    def most_tokens(self) -> int:
-        """The most tokens in a row that a sequence should draw in one plan."""
-        return self._decoder.most_steps
+    def max_decode_steps(self) -> int:
+        """The most tokens that a sequence should draw in one plan."""
+        return self._decoder.max_decode_steps
 
-    def run(self, plan: Plan) -> list[tuple[Sequence, PromptRead | Draws]]:
+    def run(self, plan: Plan) -> list[tuple[Sequence, PromptRead | NextTokens]]:
         """Carries a plan out; returns what was read of prompts, and what each sequence draws."""
-        if plan.tokens > 1:
-            return self._draw_in_a_row(plan)
+        if plan.decode_steps > 1:
+            return self._decode_multi_step(plan)
         reads, drawings = self.forward(plan)
         draws = self.draw(drawings)
         return [*reads, *((one.sequence, (draw,)) for one, draw in zip(drawings, draws, strict=True))]
@@ -119,21 +119,22 @@ class Runner:
                     logger.exception("drawing a token failed", extra={"ids": ids})
                     draws[one.sequence] = StepFailed(f"The next token of this stream could not be drawn: {error!r}.")
             if isinstance(draws[one.sequence], NotFinite):
-                self._forget(one.slot)
+                self._discard_not_finite(one.slot)
         return [draws[one.sequence] for one in drawings]
 
-    def _draw_in_a_row(self, plan: Plan) -> list[tuple[Sequence, PromptRead | Draws]]:
-        rows = [row.sequence.continuation(row.slot) for row in plan.rows]
-        results = list[tuple[Sequence, PromptRead | Draws]]()
-        for row, tokens in zip(plan.rows, self._decoder.decode(rows, plan.tokens), strict=True):
+    def _decode_multi_step(self, plan: Plan) -> list[tuple[Sequence, PromptRead | NextTokens]]:
+        """Carries out a plan of rows that draw several tokens."""
+        rows = [row.sequence.decode_row(row.slot) for row in plan.rows]
+        results = list[tuple[Sequence, PromptRead | NextTokens]]()
+        for row, tokens in zip(plan.rows, self._decoder.decode(rows, plan.decode_steps), strict=True):
             if tokens[-1] is None:
-                self._forget(row.slot)
+                self._discard_not_finite(row.slot)
             draws = tuple(not_finite(row.sequence) if token is None else plain_draw(token) for token in tokens)
             results.append((row.sequence, draws))
         return results
 
-    def _forget(self, slot: int) -> None:
-        """Removes numbers that are not finite."""
+    def _discard_not_finite(self, slot: int) -> None:
+        """Clears a slot with numbers that are not finite, and all cached prefixes."""
         self._decoder.clear(slot)
         # A block that is not finite may have been cached before the prompt was complete.
         self._prefixes.clear()

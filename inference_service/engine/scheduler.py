@@ -2,7 +2,8 @@
 
 Its promises, with B prompt tokens per step at most, chunks of at most C = SPAN_TOKENS tokens, and m slots:
 
-- A sequence whose prompt is computed gets a token in every step, and no step computes more than B prompt tokens.
+- A sequence whose prompt is computed gets at least one token in every step, and no step computes more than B prompt
+  tokens.
 - Prompts are computed in the order in which they got their slots, and a step computes at least B // C chunks if there
   are that many. If q chunks of a prompt and of all earlier prompts are left when it gets its slot, it gets its first
   token at most ceil(q / (B // C)) steps later, whatever arrives after it.
@@ -46,11 +47,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks of prompts to compute, and rows to decode, of which each draws `tokens` tokens in a row."""
+    """One step: chunks of prompts to compute, and rows to decode, each by up to `decode_steps` tokens."""
 
     chunks: tuple[Chunk, ...]
     rows: tuple[Row, ...]
-    tokens: int = 1
+    decode_steps: int = 1
 
     @property
     def prompt_tokens(self) -> int:
@@ -116,11 +117,12 @@ class Scheduler:
             admitted.append(group)
         return admitted
 
-    def plan(self, budget: int, most_tokens: int = 1) -> Plan | None:
+    def plan(self, budget: int, max_decode_steps: int = 1) -> Plan | None:
         """Plans a step with at most `budget` prompt tokens, at least SPAN_TOKENS; None if no sequence has a slot.
 
-        While no prompt is to be computed, and every sequence draws by itself, each draws up to `most_tokens` tokens.
-        Call `record` before planning the next step.
+        If the step computes no prompt, and no row needs the engine between two tokens, rows draw up to
+        `max_decode_steps` tokens, as many as the longest may still draw. A row that ends earlier keeps its slot until
+        the step ends. Call `record` before planning the next step.
         """
         chunks: list[Chunk] = []
         for first, group in self._prefilling.items():
@@ -139,10 +141,10 @@ class Scheduler:
         rows = [Row(sequence, slot) for sequence, slot in self._running.items() if sequence.prefilled]
         if not chunks and not rows:
             return None
-        tokens = 1
-        if not chunks and all(row.sequence.draws_by_itself for row in rows):
-            tokens = min(most_tokens, max(row.sequence.most_tokens_left for row in rows))
-        return Plan(tuple(chunks), tuple(rows), tokens)
+        steps = 1
+        if not chunks and all(row.sequence.can_decode_multi_step for row in rows):
+            steps = min(max_decode_steps, max(row.sequence.most_tokens_left for row in rows))
+        return Plan(tuple(chunks), tuple(rows), steps)
 
     def record(self, plan: Plan) -> None:
         """Records that a plan was carried out."""
@@ -153,7 +155,8 @@ class Scheduler:
                 for sequence in chunk.group:
                     sequence.computed_tokens = chunk.end
         for row in plan.rows:
-            row.sequence.computed_tokens += plan.tokens
+            # A sequence that drew fewer has ended.
+            row.sequence.computed_tokens += plan.decode_steps
 
     def forget_prompts(self) -> None:
         """Restarts all prompts that are not complete, after the content of the slots was lost."""

@@ -14,7 +14,7 @@ from inference_service.engine.request import (
     GenerationRequest,
     PromptRead,
 )
-from shared.decoding.continuation import Continuation
+from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import SamplingParameters
 from shared.errors import GptloopError
 
@@ -57,8 +57,8 @@ class Sequence:
         return self.computed_tokens >= len(self.request.prompt)
 
     @property
-    def draws_by_itself(self) -> bool:
-        """Whether the decoder can draw the next tokens without the engine in between."""
+    def can_decode_multi_step(self) -> bool:
+        """Whether the decoder can draw several tokens without the engine in between."""
         return self.needs_only_temperature and self.request.logprobs is None
 
     @property
@@ -78,11 +78,11 @@ class Sequence:
         forbidden = self.request.ignore_eos or self.generated_tokens < self.request.min_tokens
         return self._end_token if forbidden else None
 
-    def continuation(self, slot: int) -> Continuation:
-        """Returns what the decoder needs to draw the next tokens by itself."""
+    def decode_row(self, slot: int) -> DecodeRow:
+        """Returns what a decoder needs to draw several tokens."""
         assert self.last_token is not None
         request = self.request
-        return Continuation(
+        return DecodeRow(
             slot=slot,
             start=self.computed_tokens,
             token=self.last_token,

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.continuation import Continuation, decode_in_turn
+from shared.decoding.multi_step import DecodeRow, decode_step_by_step
 from shared.decoding.sampling import Logits, TemperatureSampling, is_finite, log_probabilities, uniform
 from shared.decoding.spans import Span
 from shared.device.native import build_library, prebuild_library
@@ -141,8 +141,8 @@ class CpuDecoder:
         return sum(layer[:, 0, :, 0].nbytes for layer in self._caches)
 
     @property
-    def most_steps(self) -> int:
-        """One: a step takes much longer than what the caller does between two of them."""
+    def max_decode_steps(self) -> int:
+        """One: a step takes much longer than its caller needs between two of them."""
         return 1
 
     def warm_up(self) -> Iterator[None]:
@@ -199,9 +199,9 @@ class CpuDecoder:
         self._library.draw(self._model.threads, len(rows), self._model.vocabulary, pointers, *arrays)
         return [None if token < 0 else token for token in tokens.tolist()]
 
-    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
-        """Draws tokens of each slot in a row."""
-        return decode_in_turn(self, rows, steps, self._model.positions)
+    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+        """Draws several tokens for each row."""
+        return decode_step_by_step(self, rows, steps, self._model.positions)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots."""

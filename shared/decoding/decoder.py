@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.continuation import Continuation
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
+from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import Span
 from shared.gpt.model import GPT
@@ -37,8 +37,8 @@ class Decoder(Protocol):
         """The memory that each token takes in a slot."""
 
     @property
-    def most_steps(self) -> int:
-        """The most steps for which `decode` is better than `forward` and `draw`."""
+    def max_decode_steps(self) -> int:
+        """The most steps that a caller should ask of `decode`; 1 if `forward` and `draw` are as fast."""
 
     def warm_up(self) -> Iterator[None]:
         """Compiles and loads, in small parts, everything for which the first calls would wait otherwise."""
@@ -67,10 +67,11 @@ class Decoder(Protocol):
     def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
         """Draws a token for each row; None if its logits are not finite."""
 
-    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
-        """Draws `steps` tokens of each slot, at most `MOST_STEPS`, from the logits after the one before each.
+    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+        """Draws up to `steps` tokens, at most `MAX_DECODE_STEPS`, for each row, each after the one before.
 
-        A row ends with None if its logits are not finite, and with the token that no longer fits the context.
+        Returns a list for each row. It ends early if the context is full, and with None at the first logits that are
+        not finite.
         """
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from shared.decoding.continuation import Continuation, decode_in_turn
+from shared.decoding.multi_step import DecodeRow, decode_step_by_step
 from shared.decoding.sampling import Logits, TemperatureSampling, uniform
 from shared.decoding.spans import SCORED_TOKENS, SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig
@@ -66,8 +66,8 @@ class MlxDecoder:
         return self._layers * 2 * heads * width * self._type.size
 
     @property
-    def most_steps(self) -> int:
-        """One: a step takes much longer than what the caller does between two of them."""
+    def max_decode_steps(self) -> int:
+        """One: a step takes much longer than its caller needs between two of them."""
         return 1
 
     def warm_up(self) -> Iterator[None]:
@@ -151,9 +151,9 @@ class MlxDecoder:
         tokens: list[int] = np.asarray(drawn).tolist()
         return [None if tokens[index] < 0 else tokens[index] for index in turn]
 
-    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
-        """Draws tokens of each slot in a row."""
-        return decode_in_turn(self, rows, steps, self._context_length)
+    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+        """Draws several tokens for each row."""
+        return decode_step_by_step(self, rows, steps, self._context_length)
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots."""

@@ -73,9 +73,10 @@ def uniform(seed: int, position: int) -> float:
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
     """Returns `uniform` of each pair, (N,)."""
-    both = (np.array([number & _MASK for number in numbers], np.uint64) for numbers in (seeds, positions))
-    mixed = _split_mix_all(next(both))
-    bits = _split_mix_all(mixed ^ next(both))
+    seed_bits, position_bits = (
+        np.array([number & _MASK for number in numbers], np.uint64) for numbers in (seeds, positions)
+    )
+    bits = _split_mix_all(_split_mix_all(seed_bits) ^ position_bits)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -159,7 +160,7 @@ def is_finite(logits: Logits) -> bool:
     return bool(np.isfinite(logits.max()) and np.isfinite(logits.min()))
 
 
-def inverse(temperature: float) -> float:
+def inverse_temperature(temperature: float) -> float:
     """Returns 1 / temperature, finite in fp32 at the lowest temperatures; 0 for the likeliest token."""
     return min(1 / temperature, _HIGHEST_INVERSE) if temperature else 0.0
 
@@ -176,8 +177,8 @@ class TemperatureSampling:
 
     @property
     def inverse_temperature(self) -> float:
-        """As `inverse` gives it."""
-        return inverse(self.temperature)
+        """1 / temperature, limited as by the function."""
+        return inverse_temperature(self.temperature)
 
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:

@@ -27,13 +27,13 @@ _CAPTURE_RELAXED = 2
 
 
 class Gpu(Protocol):
-    """One GPU. Work is done in the order in which it is asked for, while the caller goes on.
+    """One GPU. Calls are asynchronous, and run in the order of the calls.
 
     Addresses are those of the GPU's memory. A thread calls `use` before it calls anything else.
     """
 
     def use(self) -> None:
-        """Makes this thread work on the GPU."""
+        """Makes the GPU's context current in this thread."""
 
     def load(self, source: str, constants: dict[str, str]) -> Callable[[str], Kernel]:
         """Compiles a source, unless that was done before; returns what finds its kernels by name."""
@@ -76,7 +76,7 @@ class CudaError(RuntimeError):
 class CudaDriver:
     """The first NVIDIA GPU that this process may use, in the context of MLX, with a stream of work of its own.
 
-    What it gave is freed with it.
+    Memory, graphs and modules are freed with it.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -109,21 +109,22 @@ class CudaDriver:
         self.capability = (major, minor)
 
     def use(self) -> None:
-        """Makes this thread work on the GPU."""
+        """As in `Gpu`."""
         self._call("cuCtxSetCurrent", self._context)
 
     def load(self, source: str, constants: dict[str, str]) -> Callable[[str], Kernel]:
-        """Compiles a source, unless that was done before; returns what finds its kernels by name."""
+        """As in `Gpu`."""
         major, minor = self.capability
         # A multiplication and an addition must not become one operation in one kernel and two in another.
         options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--fmad=false"]
         options += [f"--define-macro={name}={value}" for name, value in sorted(constants.items())]
-        digest = hashlib.sha256("\n".join([_Compiler.version(), *options, source]).encode()).hexdigest()[:20]
+        compiler = _Nvrtc()
+        digest = hashlib.sha256("\n".join([compiler.version(), *options, source]).encode()).hexdigest()[:20]
         path = self._cache / f"cuda-{digest}.cubin"
         if path.exists():
             binary = path.read_bytes()
         else:
-            binary = _Compiler.compile(source, options)
+            binary = compiler.compile(source, options)
             with replacing(path) as file:
                 file.write(binary)
         module = ctypes.c_void_p()
@@ -139,7 +140,7 @@ class CudaDriver:
         return kernel
 
     def allocate(self, size_bytes: int) -> int:
-        """Returns the address of memory that holds zeros."""
+        """As in `Gpu`."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
         self._held["cuMemFree_v2"].append(address.value)
@@ -147,13 +148,13 @@ class CudaDriver:
         return address.value
 
     def free(self, address: int) -> None:
-        """Frees memory, after the work that was asked for."""
+        """As in `Gpu`."""
         self.wait()
         self._held["cuMemFree_v2"].remove(address)
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def host_memory(self, size_bytes: int) -> Bytes:
-        """Returns memory of the host from which and to which the GPU copies while the caller goes on."""
+        """As in `Gpu`."""
         address = ctypes.c_void_p()
         self._call("cuMemHostAlloc", ctypes.byref(address), ctypes.c_size_t(size_bytes), 0)
         assert address.value is not None
@@ -161,48 +162,51 @@ class CudaDriver:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address.value))
 
     def write(self, address: int, data: Bytes) -> None:
-        """Copies from memory of the host, which must keep its content until the copy is done."""
+        """As in `Gpu`."""
         size = ctypes.c_size_t(data.nbytes)
         self._call(
             "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(address), data.ctypes.data_as(ctypes.c_void_p), size, self._stream
         )
 
     def read(self, address: int, data: Bytes) -> None:
-        """Copies to memory of the host; waits only if that is not `host_memory`."""
+        """As in `Gpu`."""
         size = ctypes.c_size_t(data.nbytes)
         self._call(
             "cuMemcpyDtoHAsync_v2", data.ctypes.data_as(ctypes.c_void_p), ctypes.c_uint64(address), size, self._stream
         )
 
     def copy(self, target: int, source: int, size_bytes: int) -> None:
-        """Copies within the GPU's memory."""
+        """As in `Gpu`."""
         addresses = (ctypes.c_uint64(target), ctypes.c_uint64(source))
         self._call("cuMemcpyDtoDAsync_v2", *addresses, ctypes.c_size_t(size_bytes), self._stream)
 
     def launch(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
-        """Starts a kernel, which gets a copy of the argument."""
+        """As in `Gpu`."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         self._call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, 0, self._stream, arguments, None)
 
     def record(self, work: Callable[[], None]) -> Graph:
-        """Returns the copies and launches of some work, which are not done now, as a graph."""
+        """As in `Gpu`."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, _CAPTURE_RELAXED)
         try:
             work()
-        finally:
-            self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
+        except BaseException:
+            self._cuda.cuStreamEndCapture(self._stream, ctypes.byref(graph))
+            self._cuda.cuGraphDestroy(graph)
+            raise
+        self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
         self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
         self._call("cuGraphDestroy", graph)
         self._held["cuGraphExecDestroy"].append(executable)
         return executable
 
     def replay(self, graph: Graph) -> None:
-        """Does the work of a graph."""
+        """As in `Gpu`."""
         self._call("cuGraphLaunch", graph, self._stream)
 
     def wait(self) -> None:
-        """Returns when all work is done. Raises `CudaError` if a kernel failed."""
+        """As in `Gpu`."""
         self._call("cuStreamSynchronize", self._stream)
 
     def _attribute(self, which: int, device: ctypes.c_int) -> int:
@@ -227,46 +231,45 @@ def _release(cuda: ctypes.CDLL, context: ctypes.c_void_p, held: dict[str, list[A
             getattr(cuda, name)(ctypes.c_uint64(handle) if isinstance(handle, int) else handle)
 
 
-class _Compiler:
-    """NVRTC, which MLX loads too."""
+class _Nvrtc:
+    """CUDA's compiler, as MLX has loaded it."""
 
-    @classmethod
-    def version(cls) -> str:
-        """Returns its version as two numbers."""
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        cls._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
-        return f"{major.value}.{minor.value}"
-
-    @classmethod
-    def compile(cls, source: str, options: Sequence[str]) -> bytes:
-        """Returns the machine code of a source; raises `CudaError` with the compiler's report."""
-        program = ctypes.c_void_p()
-        cls._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
-        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        try:
-            cls._call("nvrtcCompileProgram", program, len(options), given)
-        except CudaError:
-            report = cls._text("nvrtcGetProgramLogSize", "nvrtcGetProgramLog", program).decode(errors="replace")
-            raise CudaError(f"NVRTC cannot compile the kernels: {report}") from None
-        return cls._text("nvrtcGetCUBINSize", "nvrtcGetCUBIN", program)
-
-    @classmethod
-    def _text(cls, measure: str, read: str, program: ctypes.c_void_p) -> bytes:
-        size = ctypes.c_size_t()
-        cls._call(measure, program, ctypes.byref(size))
-        text = ctypes.create_string_buffer(size.value)
-        cls._call(read, program, text)
-        return text.raw
-
-    @classmethod
-    def _call(cls, name: str, *arguments: Any) -> None:
-        # CUDA 13 first: an MLX for CUDA has loaded its own.
-        for library in ("libnvrtc.so.13", "libnvrtc.so.12"):
+    def __init__(self) -> None:
+        for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
             try:
-                code = getattr(ctypes.CDLL(library), name)(*arguments)
+                self._library = ctypes.CDLL(name)
+                return
             except OSError:
                 continue
-            if code:
-                raise CudaError(f"{name} failed with {code}.")
-            return
         raise CudaError("The compiler NVRTC cannot be loaded; it comes with MLX for CUDA.")
+
+    def version(self) -> str:
+        """Returns its version as two numbers."""
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+        return f"{major.value}.{minor.value}"
+
+    def compile(self, source: str, options: Sequence[str]) -> bytes:
+        """Returns the machine code of a source; raises `CudaError` with the compiler's report."""
+        program = ctypes.c_void_p()
+        self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
+        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        try:
+            self._call("nvrtcCompileProgram", program, len(options), given)
+            return self._read("nvrtcGetCUBIN", program)
+        except CudaError:
+            report = self._read("nvrtcGetProgramLog", program).decode(errors="replace")
+            raise CudaError(f"NVRTC cannot compile the kernels: {report}") from None
+        finally:
+            self._library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _read(self, name: str, program: ctypes.c_void_p) -> bytes:
+        size = ctypes.c_size_t()
+        self._call(f"{name}Size", program, ctypes.byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        self._call(name, program, text)
+        return text.raw
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if code := getattr(self._library, name)(*arguments):
+            raise CudaError(f"{name} failed with {code}.")

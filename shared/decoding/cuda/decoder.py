@@ -1,7 +1,8 @@
 """Computes prompts and decodes on an NVIDIA GPU.
 
-MLX builds its graph anew at each step, which takes ten times as long as such a GPU needs for a step of a small model.
-Here a step is a CUDA graph, made once for each of a few numbers of rows.
+MLX builds its graph again at each step, which takes ten times as long as such a GPU needs for a step of a small model.
+Here a step is a CUDA graph, made once for each of a few numbers of rows. `DecoderFactory` does not choose this decoder
+yet: its kernels have run in an emulation only.
 Shapes: T tokens, K wanted tokens, V vocabulary.
 """
 
@@ -12,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.continuation import MOST_STEPS, Continuation
 from shared.decoding.cuda.pages import Page, PagePool
-from shared.decoding.cuda.steps import NO_TOKEN, Draw, Steps, supports
+from shared.decoding.cuda.steps import NO_TOKEN, DrawInput, Steps, supports
+from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import (
     Logits,
     SamplingParameters,
     TemperatureSampling,
-    inverse,
+    inverse_temperature,
     is_finite,
     sample,
     uniforms,
@@ -64,17 +65,24 @@ class CudaDecoder:
         """The memory that each token takes in a slot."""
         return self._pool.page_bytes // SPAN_TOKENS
 
+    @property
+    def max_decode_steps(self) -> int:
+        """As many as there can be: a step is shorter than what its caller does between two of them."""
+        return MAX_DECODE_STEPS
+
     def warm_up(self) -> Iterator[None]:
-        """Makes the graph of few rows."""
-        (row,) = self.forward([Span(0, 0, (0,))])
-        self.draw([TemperatureSampling(row, 1.0, seed=0, position=0, masked=None)])
-        yield
+        """Records the graphs of single tokens in any number of slots. Those of prompts are recorded when they come."""
+        for count in self._steps.sizes_up_to(len(self._slots)):
+            slots = range(min(count, len(self._slots)))
+            self.forward([Span(slot, 0, (0,)) for slot in slots])
+            self.decode([DecodeRow(slot, 0, 0, 1.0, seed=0, drawn=0, masked=0, masked_draws=0) for slot in slots], 1)
+            yield
         self.reset()
 
-    def forward(self, spans: Sequence[Span]) -> Sequence["_Row"]:
+    def forward(self, spans: Sequence[Span]) -> Sequence["_DeviceLogits"]:
         """Computes spans and returns the logits (V,) after each, on the GPU until `np.asarray` reads them."""
         self._compute(spans, np.cumsum([len(span.tokens) for span in spans]) - 1)
-        return [_Row(self._steps, place) for place in range(len(spans))]
+        return [_DeviceLogits(self._steps, row) for row in range(len(spans))]
 
     def logits(self, span: Span) -> tuple[Logits, Logits]:
         """Returns the logits (T, V) after each token of a span, and those after the last one."""
@@ -91,38 +99,32 @@ class CudaDecoder:
     def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
         """Draws a token for each row; None if its logits are not finite."""
         self._gpu.use()
-        here = [row for row in rows if isinstance(row.logits, _Row)]
+        here = [row for row in rows if isinstance(row.logits, _DeviceLogits)]
         numbers = uniforms([row.seed for row in here], [row.position for row in here])
         draws = [
-            (row.logits.place, NO_TOKEN if row.masked is None else row.masked, row.inverse_temperature, number)
+            (row.logits.row, NO_TOKEN if row.masked is None else row.masked, row.inverse_temperature, number)
             for row, number in zip(here, numbers, strict=True)
         ]
         drawn = iter(self._steps.draw(draws))
-        tokens = [next(drawn) if isinstance(row.logits, _Row) else _draw(row) for row in rows]
+        tokens = [next(drawn) if isinstance(row.logits, _DeviceLogits) else _draw(row) for row in rows]
         return [None if token == NO_TOKEN else token for token in tokens]
 
-    @property
-    def most_steps(self) -> int:
-        """As many as there can be: a step is shorter than what the caller does between two of them."""
-        return MOST_STEPS
-
-    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
-        """Draws tokens of each slot in a row, without the host between two of them."""
+    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+        """Draws several tokens for each row, without the host between two of them."""
         self._gpu.use()
         self._gpu.wait()
         self._steps.make_room(len(rows))
         for row in rows:
             self._prepare_pages(row.slot, row.start, min(row.start + steps, self._context_length))
         self._write_table()
-        draws = np.zeros((steps, len(rows)), Draw)
-        draws["inverse"] = [inverse(row.temperature) for row in rows]
+        draws = np.zeros((steps, len(rows)), DrawInput)
+        draws["inverse_temperature"] = [inverse_temperature(row.temperature) for row in rows]
         draws["uniform"] = uniforms(
             [row.seed for row in rows] * steps, [row.drawn + step for step in range(steps) for row in rows]
         ).reshape(steps, len(rows))
         draws["token"] = NO_TOKEN
         for number, row in enumerate(rows):
-            if row.masked is not None:
-                draws["token"][: row.masked_draws, number] = row.masked
+            draws["token"][: row.masked_draws, number] = row.masked
         drawn = self._steps.decode([(row.token, row.slot, row.start, 0) for row in rows], draws)
         return [
             _until_none(tokens[: self._context_length - row.start])
@@ -142,7 +144,7 @@ class CudaDecoder:
         page = self._slots[slot][start // SPAN_TOKENS]
         assert page is not None and start % SPAN_TOKENS == 0
         if end - start == SPAN_TOKENS:
-            page.shared = True
+            page.share()
             return _Block(page, whole=True)
         return _Block(self._pool.copy_of(page), whole=False)
 
@@ -163,7 +165,7 @@ class CudaDecoder:
             self.clear(slot)
 
     def _compute(self, spans: Sequence[Span], wanted: NDArray[np.intp]) -> None:
-        """Computes spans; the logits after the wanted (K,) of all tokens are then in their places."""
+        """Computes spans; the logits after the wanted (K,) of all tokens are then in the first rows of logits."""
         self._gpu.use()
         # The GPU may still copy what the last call wrote for it.
         self._gpu.wait()
@@ -182,7 +184,7 @@ class CudaDecoder:
             self._steps.compute(some, wanted[before:until] - first, int(before))
 
     def _prepare_pages(self, slot: int, start: int, end: int) -> None:
-        """Gives a slot a page of its own for each position from one to another, which are to be written."""
+        """Gives a slot pages of its own for the positions from `start` up to `end`, so that they can be written."""
         for index in range(start // SPAN_TOKENS, -(-end // SPAN_TOKENS)):
             page = self._slots[slot][index]
             if index * SPAN_TOKENS >= start or page is None:
@@ -207,15 +209,15 @@ class CudaDecoder:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """The logits (V,) in a place, valid until the decoder computes others."""
+class _DeviceLogits:
+    """A row of logits (V,) on the GPU, valid until the decoder computes others."""
 
     steps: Steps
-    place: int
+    row: int
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Logits:
         """Reads them from the GPU."""
-        (logits,) = self.steps.logits(self.place, 1)
+        (logits,) = self.steps.logits(self.row, 1)
         row: Logits = logits
         return row
 

@@ -7,15 +7,21 @@ _PIECE_BYTES = 32 << 20
 
 
 class Page:
-    """Keys and values of all layers at some consecutive positions; its memory is free again when nobody refers to it.
-
-    shared: whether more than one slot or block may refer to it, so that nobody may write to it.
-    """
+    """Keys and values of all layers at consecutive positions. Its memory is free again when nobody refers to it."""
 
     def __init__(self, address: int, free: list[int]) -> None:
         self.address = address
-        self.shared = False
+        self._shared = False
         self._free = free
+
+    @property
+    def shared(self) -> bool:
+        """Whether several slots or blocks may refer to it, so that nobody may write to it."""
+        return self._shared
+
+    def share(self) -> None:
+        """Says that several slots or blocks may refer to it from now on."""
+        self._shared = True
 
     def __del__(self) -> None:
         self._free.append(self.address)

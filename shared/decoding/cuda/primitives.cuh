@@ -3,19 +3,18 @@
 #define INFINITY __int_as_float(0x7f800000)
 #define NAN __int_as_float(0x7fffffff)
 
-// A bf16.
-struct Half {
+struct Bf16 {
   unsigned short bits;
 };
 
-__device__ inline Half to_half(float value) {
-  Half half;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(half.bits) : "f"(value));
-  return half;
+__device__ inline Bf16 to_bf16(float value) {
+  Bf16 converted;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(converted.bits) : "f"(value));
+  return converted;
 }
-__device__ inline float to_float(Half half) { return __uint_as_float((unsigned)half.bits << 16); }
-__device__ inline float low_half(unsigned pair) { return __uint_as_float(pair << 16); }
-__device__ inline float high_half(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ inline float to_float(Bf16 value) { return __uint_as_float((unsigned)value.bits << 16); }
+__device__ inline float low_bf16(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_bf16(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
 __device__ inline void synchronise() { __syncthreads(); }

@@ -1,4 +1,4 @@
-"""The weights and buffers of a model on an NVIDIA GPU, and how a step starts the kernels of `kernels.cu`.
+"""The weights and buffers of a model on an NVIDIA GPU, and how a step starts the kernels.
 
 Shapes: R rows, K wanted rows, N outputs, C inputs, V vocabulary.
 """
@@ -13,16 +13,18 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.continuation import MOST_STEPS
+from shared.decoding.multi_step import MAX_DECODE_STEPS
 from shared.decoding.sampling import Logits
 from shared.decoding.spans import SPAN_TOKENS
 from shared.device.cuda_driver import Gpu
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 
+# As in `rows.cuh`.
 Row = np.dtype([("token", np.int32), ("slot", np.int32), ("position", np.int32), ("step", np.int32)])
-# `row` is the place of logits; `token` is not drawn, or is the target of a loss.
-Draw = np.dtype([("row", np.int32), ("token", np.int32), ("inverse", np.float32), ("uniform", np.float32)])
+DrawInput = np.dtype(
+    [("logits_row", np.int32), ("token", np.int32), ("inverse_temperature", np.float32), ("uniform", np.float32)]
+)
 NO_TOKEN = -1
 
 # A launch fills its rows, and those that are wanted, up to one of these numbers.
@@ -35,10 +37,10 @@ _ROWS_NORMED_WITHIN = 16
 _WIDTH_NORMED_WITHIN = 1024
 _THREADS = 256
 _ATTENTION_THREADS = 128
-_DRAW_THREADS = 512
+_DRAW_WARPS = 16
 
-# A row must fit the registers of a warp, its scores in attention the memory that a block shares, and a wide product is
-# long to compile. One of two tokens can be masked.
+# A warp holds a row in registers, and a block holds its attention scores in shared memory. Wider products compile
+# slowly. With one token masked, another must be left.
 _RANGES = {
     "width": (1, 4096),
     "hidden_width": (1, 1 << 15),
@@ -46,9 +48,10 @@ _RANGES = {
     "context_length": (1, 4096),
     "vocabulary_size": (2, 1 << 20),
 }
+_SOURCES = ("primitives.cuh", "rows.cuh", "products.cu", "attention.cu", "draws.cu")
 _KERNELS = (
     *("embed_rows", "normalise_rows", "normalise_wanted", "attend_rows", "draw_tokens", "draw_next", "score_tokens"),
-    *(f"{name}_{tile}" for name in ("queries", "projection", "up", "down", "head") for tile in (8, 16, 32, _TILE)),
+    *(f"{name}_{tile}" for name in ("qkv", "attention_output", "up", "down", "head") for tile in (8, 16, 32, _TILE)),
 )
 
 
@@ -58,17 +61,29 @@ def supports(config: GPTConfig) -> bool:
 
 
 class _Arguments(ctypes.Structure):
-    """The argument of each kernel, as in `kernels.cu`."""
+    """The argument of each kernel, as in `rows.cuh`."""
 
     _fields_ = [
         *(
             (name, ctypes.c_uint64)
             for name in (
-                *("rows", "wanted", "pages", "tokens", "places", "norm_weight", "norm_bias", "weight", "bias"),
-                *("stream", "normed", "queries", "attended", "hidden", "logits", "draws", "drawn", "losses"),
+                *("rows", "wanted", "pages", "token_embedding", "position_embedding", "norm_weight", "norm_bias"),
+                *(
+                    "weight",
+                    "bias",
+                    "residual",
+                    "normed",
+                    "queries",
+                    "attended",
+                    "hidden",
+                    "logits",
+                    "draws",
+                    "drawn",
+                    "losses",
+                ),
             )
         ),
-        *((name, ctypes.c_int) for name in ("layer", "unused")),
+        ("layer", ctypes.c_int),
     ]
 
 
@@ -98,8 +113,8 @@ class Steps:
         self.memory_bytes = 0
         self._layers = [
             (
-                self._product("queries", block.attention.qkv.weight, block.attention.qkv.bias, block.attention_norm),
-                self._product("projection", block.attention.output.weight, block.attention.output.bias),
+                self._product("qkv", block.attention.qkv.weight, block.attention.qkv.bias, block.attention_norm),
+                self._product("attention_output", block.attention.output.weight, block.attention.output.bias),
                 self._product("up", block.feed_forward.up.weight, block.feed_forward.up.bias, block.feed_forward_norm),
                 self._product("down", block.feed_forward.down.weight, block.feed_forward.down.bias),
             )
@@ -112,9 +127,9 @@ class Steps:
             "pages": pages,
             "rows": self._allocate(most * Row.itemsize),
             "wanted": self._allocate(most * 4),
-            "tokens": self._upload(_halves(model.token_embedding.weight)),
-            "places": self._upload(_halves(model.position_embedding.weight)),
-            "stream": self._allocate(most * config.width * 4),
+            "token_embedding": self._upload(_bf16_bits(model.token_embedding.weight)),
+            "position_embedding": self._upload(_bf16_bits(model.position_embedding.weight)),
+            "residual": self._allocate(most * config.width * 4),
             "normed": self._allocate(most * width * 2),
             "queries": self._allocate(most * config.width * 4),
             "attended": self._allocate(most * width * 2),
@@ -134,8 +149,8 @@ class Steps:
         gpu, rows = self._gpu, _padded(logits)
         sizes = {
             "logits": self._logits_bytes,
-            "draws": MOST_STEPS * Draw.itemsize,
-            "drawn": MOST_STEPS * 4,
+            "draws": MAX_DECODE_STEPS * DrawInput.itemsize,
+            "drawn": MAX_DECODE_STEPS * 4,
             "losses": 4,
         }
         # If there is not enough memory, nothing must use what was freed.
@@ -147,26 +162,33 @@ class Steps:
                 self.memory_bytes -= before * size
         for name, size in sizes.items():
             self._memory[name] = self._allocate(rows * size)
-        self._draws = gpu.host_memory(MOST_STEPS * rows * Draw.itemsize).view(Draw)
-        self._drawn = gpu.host_memory(MOST_STEPS * rows * 4).view(np.int32)
+        self._draws = gpu.host_memory(MAX_DECODE_STEPS * rows * DrawInput.itemsize).view(DrawInput)
+        self._drawn = gpu.host_memory(MAX_DECODE_STEPS * rows * 4).view(np.int32)
         self._losses = gpu.host_memory(rows * 4).view(np.float32)
         self._most_logits = rows
 
-    def compute(self, rows: Sequence[tuple[int, int, int, int]], wanted: NDArray[np.intp], place: int) -> None:
-        """Starts to compute at most `most_rows` rows, and puts the logits after the wanted (K,) ones from a place on.
+    def sizes_up_to(self, rows: int) -> list[int]:
+        """Returns the numbers of rows of the launches for at most some."""
+        return [size for size in _SIZES if size <= _padded(rows)]
+
+    def compute(self, rows: Sequence[tuple[int, int, int, int]], wanted: NDArray[np.intp], logits_row: int) -> None:
+        """Starts to compute at most `most_rows` rows, and writes the logits after the wanted (K,) ones to the rows of
+        logits from `logits_row` on.
 
         `rows` are as in `Row`; those of one slot are in the order of their positions. The GPU must have ended its work.
         """
         R, K = self._write_rows(rows, wanted)
-        if place:
-            self._start(R, K, place)
+        if logits_row:
+            # A graph holds the address of its logits.
+            self._launch_step(R, K, logits_row)
         else:
             self._replay(R, K, draws=False)
 
     def decode(self, rows: Sequence[tuple[int, int, int, int]], draws: NDArray[Any]) -> NDArray[np.int32]:
-        """Draws tokens for rows, one after the other, and returns them, (steps, rows); -1 if logits are not finite.
+        """Draws tokens for at most `most_rows` rows, one after the other, and returns them, (steps, rows), valid until
+        the next call; -1 if logits are not finite.
 
-        `draws` (steps, rows) are as in `Draw`. What is returned for a row whose context is full means nothing.
+        `draws` (steps, rows) are as in `DrawInput`. What is returned for a row whose context is full is undefined.
         """
         steps, count = draws.shape
         R, _ = self._write_rows(rows, np.arange(count))
@@ -181,38 +203,38 @@ class Steps:
         return drawn.reshape(steps, R)[:, :count]
 
     def draw(self, draws: Sequence[tuple[int, int, float, float]]) -> list[int]:
-        """Draws a token from the logits of each of the draws, which are as in `Draw`; -1 if they are not finite."""
+        """Draws a token for each of the draws, which are as in `DrawInput`; -1 if its logits are not finite."""
         return self._run("draw_tokens", draws, "drawn", self._drawn)
 
     def score(self, targets: Sequence[int]) -> list[float]:
-        """Returns the losses in nats of targets, each by the logits in its place; NaN if they are not finite."""
+        """Returns the losses in nats of targets, one for each row of logits; NaN if they are not finite."""
         return self._run(
-            "score_tokens", [(place, token, 0, 0) for place, token in enumerate(targets)], "losses", self._losses
+            "score_tokens", [(row, token, 0, 0) for row, token in enumerate(targets)], "losses", self._losses
         )
 
-    def logits(self, place: int, count: int) -> Logits:
-        """Returns the logits (count, V) from a place on."""
+    def logits(self, first: int, count: int) -> Logits:
+        """Returns some rows of logits, (count, V)."""
         rows = np.empty((count, self._logits_bytes // 4), np.float32)
-        self._gpu.read(self._memory["logits"] + place * self._logits_bytes, rows.reshape(-1).view(np.uint8))
+        self._gpu.read(self._memory["logits"] + first * self._logits_bytes, rows.reshape(-1).view(np.uint8))
         self._gpu.wait()
         return rows[:, : self._config.vocabulary_size]
 
     def _run(
-        self, kernel: str, draws: Sequence[tuple[int, int, float, float]], name: str, results: NDArray[Any]
+        self, kernel: str, draws: Sequence[tuple[int, int, float, float]], name: str, host: NDArray[Any]
     ) -> list[Any]:
-        gpu, given = self._gpu, list[Any]()
+        gpu, results = self._gpu, list[Any]()
         for first in range(0, len(draws), len(self._draws)):
-            some = draws[first : first + len(self._draws)]
-            self._draws[: len(some)] = some
-            gpu.write(self._memory["draws"], self._draws[: len(some)].view(np.uint8))
-            gpu.launch(self._kernel(kernel), (len(some), 1), _DRAW_THREADS, _Arguments(**self._memory))
-            gpu.read(self._memory[name], results[: len(some)].view(np.uint8))
+            batch = draws[first : first + len(self._draws)]
+            self._draws[: len(batch)] = batch
+            gpu.write(self._memory["draws"], self._draws[: len(batch)].view(np.uint8))
+            gpu.launch(self._kernel(kernel), (len(batch), 1), 32 * _DRAW_WARPS, _Arguments(**self._memory))
+            gpu.read(self._memory[name], host[: len(batch)].view(np.uint8))
             gpu.wait()
-            given += results[: len(some)].tolist()
-        return given
+            results += host[: len(batch)].tolist()
+        return results
 
     def _write_rows(self, rows: Sequence[tuple[int, int, int, int]], wanted: NDArray[np.intp]) -> tuple[int, int]:
-        """Tells the GPU the rows and the wanted ones, and returns the numbers of them that a launch computes."""
+        """Copies the rows and the wanted ones to the GPU; returns the numbers of them that a launch computes."""
         R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
         self._rows[: len(rows)] = rows
         self._rows[len(rows) : R] = _NO_ROW
@@ -224,29 +246,29 @@ class Steps:
         return R, K
 
     def _replay(self, R: int, K: int, *, draws: bool) -> None:  # noqa: N803
-        """Does the work of `_start` by a graph, and draws the next token of each row if asked to."""
+        """Does the work of `_launch_step` by a graph, and draws the next token of each row if asked to."""
 
         def start() -> None:
-            self._start(R, K, 0)
+            self._launch_step(R, K, 0)
             if draws:
-                self._gpu.launch(self._kernel("draw_next"), (R, 1), _DRAW_THREADS, _Arguments(**self._memory))
+                self._gpu.launch(self._kernel("draw_next"), (R, 1), 32 * _DRAW_WARPS, _Arguments(**self._memory))
 
         if (R, K, draws) not in self._graphs:
             self._graphs[R, K, draws] = self._gpu.record(start)
         self._gpu.replay(self._graphs[R, K, draws])
 
-    def _start(self, R: int, K: int, place: int) -> None:  # noqa: N803
+    def _launch_step(self, R: int, K: int, logits_row: int) -> None:  # noqa: N803
         """Starts the kernels for R rows, of which K are wanted, each of them when the one before has ended."""
         gpu, arguments = self._gpu, _Arguments(**self._memory)
-        gpu.launch(self._kernel("embed_rows"), (R, 1), _ATTENTION_THREADS, arguments)
-        for number, (queries, *others) in enumerate(self._layers):
+        gpu.launch(self._kernel("embed_rows"), (R, 1), _THREADS, arguments)
+        for number, (qkv, *others) in enumerate(self._layers):
             arguments.layer = number
-            self._multiply(queries, R, "normalise_rows", arguments)
+            self._multiply(qkv, R, "normalise_rows", arguments)
             gpu.launch(self._kernel("attend_rows"), (self._config.heads, R), _ATTENTION_THREADS, arguments)
             for product in others:
                 self._multiply(product, R, "normalise_rows", arguments)
         if K:
-            arguments.logits += place * self._logits_bytes
+            arguments.logits += logits_row * self._logits_bytes
             self._multiply(self._head, K, "normalise_wanted", arguments)
 
     def _multiply(self, product: _Product, rows: int, normalise: str, arguments: _Arguments) -> None:
@@ -264,11 +286,11 @@ class Steps:
 
     def _product(self, kernel: str, weight: mx.array, bias: mx.array | None, norm: Any = None) -> _Product:
         outputs, inputs = weight.shape
-        addresses = {"weight": self._upload(packed(weight)), "bias": 0 if bias is None else self._upload(_floats(bias))}
+        addresses = {"weight": self._upload(packed(weight)), "bias": 0 if bias is None else self._upload(_fp32(bias))}
         if norm is not None:
             addresses |= {
-                "norm_weight": self._upload(_floats(norm.weight)),
-                "norm_bias": self._upload(_floats(norm.bias)),
+                "norm_weight": self._upload(_fp32(norm.weight)),
+                "norm_bias": self._upload(_fp32(norm.bias)),
             }
         return _Product(kernel, inputs, outputs, addresses)
 
@@ -287,8 +309,7 @@ class Steps:
 
 def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
     """Returns the source of the kernels, and the constants of a shape with which it is compiled."""
-    folder = Path(__file__).parent
-    source = (folder / "primitives.cuh").read_text() + (folder / "kernels.cu").read_text()
+    source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
     return source, {
         "WIDTH": str(config.width),
         "HEADS": str(config.heads),
@@ -296,6 +317,11 @@ def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
         "VOCABULARY": str(config.vocabulary_size),
         "POSITIONS": str(config.context_length),
         "EPSILON": f"{epsilon!r}f",
+        "PAGE": str(SPAN_TOKENS),
+        "NORMED_ROWS": str(_ROWS_NORMED_WITHIN),
+        "NORMED_WIDTH": str(_WIDTH_NORMED_WITHIN),
+        "ATTENTION_THREADS": str(_ATTENTION_THREADS),
+        "DRAW_WARPS": str(_DRAW_WARPS),
     }
 
 
@@ -306,23 +332,23 @@ def packed(weight: mx.array) -> NDArray[np.uint16]:
     those for the others.
     """
     N, C = weight.shape
-    padded = np.pad(_halves(weight), ((0, -N % 16), (0, -C % 32)))
+    padded = np.pad(_bf16_bits(weight), ((0, -N % 16), (0, -C % 32)))
     # outputs: tile, half of 8, row; inputs: group of 32, quarter, product, half, one of two
     parts = padded.reshape(len(padded) // 16, 2, 8, -1, 4, 2, 2, 2)
     return np.ascontiguousarray(parts.transpose(0, 3, 5, 2, 4, 6, 1, 7))
 
 
 def _warps_for(inputs: int) -> int:
-    """Returns the number of warps among which a product divides its inputs, as in `kernels.cu`."""
+    """Returns the number of warps among which a product divides its inputs, as `warps_for` in `rows.cuh`."""
     return 8 if inputs > 1024 or -(-inputs // 32) % 8 == 0 else 4
 
 
-def _halves(array: mx.array) -> NDArray[np.uint16]:
+def _bf16_bits(array: mx.array) -> NDArray[np.uint16]:
     """Returns the bits of numbers as bf16."""
     return np.asarray(array.astype(mx.bfloat16).view(mx.uint16))
 
 
-def _floats(array: mx.array) -> NDArray[np.float32]:
+def _fp32(array: mx.array) -> NDArray[np.float32]:
     return np.asarray(array.astype(mx.float32))
 
 

@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.mlp_proj = nn.Linear(config["hidden_width"], width)
         self.dropout = nn.Dropout(config["dropout"])
 
-    def forward(self, x: torch.Tensor, cache: Any = None, position: Any = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Any = None, position: int | torch.Tensor = 0) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(self.ln_1(x)).split(C, dim=2)
         q, k, v = (a.view(B, T, self.heads, C // self.heads).transpose(1, 2) for a in (q, k, v))
@@ -71,9 +71,13 @@ class GPT(nn.Module):
         if config["tied_head"]:
             self.head.weight = self.wte.weight
 
-    def forward(self, tokens: torch.Tensor, cache: Cache | None = None, position: Any = 0) -> torch.Tensor:
-        graph = isinstance(position, torch.Tensor)
-        positions = position if graph else torch.arange(position, position + tokens.shape[1], device=tokens.device)
+    def forward(
+        self, tokens: torch.Tensor, cache: Cache | None = None, position: int | torch.Tensor = 0
+    ) -> torch.Tensor:
+        if isinstance(position, torch.Tensor):
+            positions = position
+        else:
+            positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.wte(tokens) + self.wpe(positions))
         for number, block in enumerate(self.blocks):
             x = block(x, cache[number] if cache else None, position)
@@ -130,9 +134,10 @@ class Training:
 
 
 class Decoding:
-    """Decodes `rows` rows greedily, starting at `position` tokens; every step reads the tokens back.
+    """Decodes `rows` rows, from `position` tokens on; every step reads the tokens back.
 
-    `variant` "graph" computes in bf16 on an NVIDIA GPU, with one CUDA graph for a step, and draws at temperature 0.8.
+    `variant` "" takes the likeliest tokens, in fp32 on the CPU. "graph" draws at temperature 0.8, in bf16 on an NVIDIA
+    GPU, in one CUDA graph a step; its attention reads the whole cache, masked, as gpt-fast does.
     """
 
     def __init__(self, config: Config, rows: int, position: int, variant: str) -> None:
@@ -141,7 +146,7 @@ class Decoding:
         self._graph = variant == "graph"
         device, dtype = ("cuda", torch.bfloat16) if self._graph else ("cpu", torch.float32)
         self._model = GPT(config, config["vocabulary_size"]).eval().to(device, dtype)
-        shape = (rows, config["heads"], config["context_length"], config["width"] // config["heads"])
+        shape = (rows, config["heads"], config["context_length"], config["width"] // config["heads"])  # (B, H, T, D)
         self._cache = [
             tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)) for _ in range(config["layers"])
         ]
@@ -154,7 +159,9 @@ class Decoding:
 
     @torch.inference_mode()
     def _record(self) -> None:
+        # PyTorch needs some runs on another stream before it records.
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 self._compute()
@@ -167,7 +174,7 @@ class Decoding:
         self._draw(self._model(self._tokens, self._cache, self._place)[:, -1])
 
     def _draw(self, logits: torch.Tensor) -> None:
-        """Takes the likeliest tokens, or draws by the trick with exponential numbers, as gpt-fast does."""
+        """Takes the likeliest tokens, or draws: the largest probability after a division by exponential noise."""
         weights = logits
         if self._graph:
             weights = torch.softmax(logits.float() / 0.8, dim=-1)

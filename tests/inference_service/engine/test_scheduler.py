@@ -30,7 +30,7 @@ def carry_out(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
     drawn = [row.sequence for row in plan.rows]
     drawn += [sequence for chunk in plan.chunks if chunk.ends_prompt for sequence in chunk.group]
     for sequence in drawn:
-        if isinstance(sequence.accept([Draw(7)] * plan.tokens, 0.0)[-1], Finished):
+        if isinstance(sequence.accept([Draw(7)] * plan.decode_steps, 0.0)[-1], Finished):
             scheduler.remove(sequence)
     return drawn
 
@@ -116,7 +116,7 @@ def test_a_full_context_ends_a_sequence() -> None:
     assert end.reason is FinishReason.CONTEXT_LENGTH
 
 
-def test_sequences_draw_in_a_row_while_nothing_is_between_two_tokens() -> None:
+def test_sequences_decode_multi_step_while_nothing_is_between_two_tokens() -> None:
     scheduler = Scheduler(3)
     scheduler.add(group("a", 4, max_tokens=4))
     scheduler.add(group("b", 4, max_tokens=20))
@@ -126,7 +126,7 @@ def test_sequences_draw_in_a_row_while_nothing_is_between_two_tokens() -> None:
         plan = scheduler.plan(BUDGET, 8)
         assert plan is not None
         carry_out(scheduler, plan)
-        return plan.tokens
+        return plan.decode_steps
 
     # Prompts; then as many as the longest may draw, although the other ends before.
     assert [tokens() for _ in range(2)] == [1, 8]
@@ -183,11 +183,11 @@ def chunks_of(tokens: int, read: int = 0) -> int:
     slots=st.integers(3, 5),
     per_step=st.integers(1, 4),
     rest=st.integers(0, SPAN_TOKENS - 1),
-    most_tokens=st.integers(1, 8),
+    max_decode_steps=st.integers(1, 8),
     arrivals=arrivals,
 )
 def test_no_request_waits_longer_than_promised(
-    slots: int, per_step: int, rest: int, most_tokens: int, arrivals: list[Arrival]
+    slots: int, per_step: int, rest: int, max_decode_steps: int, arrivals: list[Arrival]
 ) -> None:
     """The bounds in the scheduler's docstring hold for any arrivals and cancels."""
     budget = per_step * SPAN_TOKENS + rest
@@ -230,11 +230,11 @@ def test_no_request_waits_longer_than_promised(
             )
             # Not before the step of its slot.
             one.first_token_by = now + math.ceil(unread / per_step) - 1
-        plan = scheduler.plan(budget, most_tokens)
+        plan = scheduler.plan(budget, max_decode_steps)
         decoding = [sequence for sequence in scheduler.sequences if sequence.prefilled]
         if plan is not None:
             assert plan.prompt_tokens <= budget
-            assert 1 <= plan.tokens <= (1 if plan.chunks else most_tokens)
+            assert 1 <= plan.decode_steps <= (1 if plan.chunks else max_decode_steps)
             # The gap between two tokens of a stream is one step.
             assert [row.sequence for row in plan.rows] == decoding
             check_sound(scheduler, plan, slots)

@@ -16,8 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from shared.decoding.continuation import MOST_STEPS, Continuation
 from shared.decoding.decoder import Decoder
+from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.gpt.config import GPTConfig, count_parameters
@@ -328,16 +328,16 @@ def test_tokens_in_a_row_are_those_of_single_steps(make: MakeDecoder) -> None:
             [span for slot, count in texts.items() for span in spans_of(slot, 0, random_text(SOUND, slot, count))],
         )
     rows = [
-        Continuation(0, 70, 3, 0.7, seed=1, drawn=4, masked=None, masked_draws=0),
-        Continuation(1, 5, 4, 0.0, seed=2, drawn=0, masked=None, masked_draws=0),
-        Continuation(2, 147, 5, 1.0, seed=2**63 + 5, drawn=9, masked=8, masked_draws=2),
-        Continuation(3, 60, 6, 30.0, seed=-7, drawn=2**40, masked=SPOILED, masked_draws=10**9),
-        Continuation(4, 1, SPOILED, 1.0, seed=0, drawn=0, masked=None, masked_draws=0),
+        DecodeRow(0, 70, 3, 0.7, seed=1, drawn=4, masked=0, masked_draws=0),
+        DecodeRow(1, 5, 4, 0.0, seed=2, drawn=0, masked=0, masked_draws=0),
+        DecodeRow(2, 147, 5, 1.0, seed=2**63 + 5, drawn=9, masked=8, masked_draws=2),
+        DecodeRow(3, 60, 6, 30.0, seed=-7, drawn=2**40, masked=SPOILED, masked_draws=10**9),
+        DecodeRow(4, 1, SPOILED, 1.0, seed=0, drawn=0, masked=0, masked_draws=0),
     ]
-    found = in_a_row.decode(rows, MOST_STEPS)
+    found = in_a_row.decode(rows, MAX_DECODE_STEPS)
     for row, tokens in zip(rows, found, strict=True):
         last, expected = row.token, list[int | None]()
-        for step in range(MOST_STEPS):
+        for step in range(MAX_DECODE_STEPS):
             if row.start + step == CONFIG.context_length or (expected and expected[-1] is None):
                 break
             (logits,) = single.forward([Span(row.slot, row.start + step, (last,))])
@@ -346,7 +346,7 @@ def test_tokens_in_a_row_are_those_of_single_steps(make: MakeDecoder) -> None:
             expected.append(token)
             last = 0 if token is None else token
         assert tokens == expected
-    assert [len(tokens) for tokens in found] == [MOST_STEPS, MOST_STEPS, 3, MOST_STEPS, 1]
+    assert [len(tokens) for tokens in found] == [MAX_DECODE_STEPS, MAX_DECODE_STEPS, 3, MAX_DECODE_STEPS, 1]
     assert found[4] == [None] and SPOILED not in found[3]
     # The slots go on after what was computed.
     after = replace(rows[0], start=78, token=found[0][-1] or 0, drawn=12)

@@ -1,5 +1,6 @@
 // Runs kernels of CUDA on a CPU, one block at a time and each of its threads as a coroutine: it takes the place of
-// `cuda_primitives.cuh`. A missing barrier shows as a wrong number, since a thread runs alone until its next barrier.
+// `primitives.cuh`. Threads run one after the other up to a barrier, so many missing barriers show as a wrong number: all
+// by which a thread reads what a later one writes.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -22,7 +23,7 @@ struct alignas(16) uint4 {
 };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
-struct Half {
+struct Bf16 {
   uint16_t bits;
 };
 static float from_bits(uint32_t bits) {
@@ -35,14 +36,14 @@ static uint32_t to_bits(float value) {
   memcpy(&bits, &value, 4);
   return bits;
 }
-static Half to_half(float value) {
+static Bf16 to_bf16(float value) {
   const uint32_t bits = to_bits(value);
-  if (value != value) return Half{0x7fff};
-  return Half{(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  if (value != value) return Bf16{0x7fff};
+  return Bf16{(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-static float to_float(Half half) { return from_bits((uint32_t)half.bits << 16); }
-static float low_half(uint32_t pair) { return from_bits(pair << 16); }
-static float high_half(uint32_t pair) { return from_bits(pair & 0xffff0000u); }
+static float to_float(Bf16 value) { return from_bits((uint32_t)value.bits << 16); }
+static float low_bf16(uint32_t pair) { return from_bits(pair << 16); }
+static float high_bf16(uint32_t pair) { return from_bits(pair & 0xffff0000u); }
 static bool is_finite(float value) { return std::isfinite(value); }
 static float rsqrtf(float value) { return 1 / sqrtf(value); }
 static int first_bit(unsigned bits) { return __builtin_ctz(bits); }
@@ -121,7 +122,7 @@ static void mma(float (&sums)[4], uint4 a, uint32_t b0, uint32_t b1) {
     float sum = 0;
     for (int k = 0; k < 16; ++k) {
       const uint32_t left = words[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2], right = words[column * 4 + k % 8 / 2][4 + k / 8];
-      sum += k % 2 ? high_half(left) * high_half(right) : low_half(left) * low_half(right);
+      sum += k % 2 ? high_bf16(left) * high_bf16(right) : low_bf16(left) * low_bf16(right);
     }
     sums[i] += sum;
   }

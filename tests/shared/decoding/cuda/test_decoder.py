@@ -14,11 +14,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import run_state_machine_as_test
 
-from shared.decoding.cuda import decoder as module
 from shared.decoding.cuda import steps
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.cuda.steps import supports
 from shared.decoding.decoder import Decoder
+from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.device.cuda_driver import CudaError
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.slow
 
 # Logits of a few units; those of a wide model are larger.
 TOLERANCE = 0.08
-# Shapes whose inputs are whole groups, parts of groups, and more than one block normalises itself.
+# Widths of whole groups of 32, of a part of one, and above the width up to which a product computes its own LayerNorm.
 SHAPES = [
     replace(CONFIG, width=64, heads=1, hidden_width=96),
     replace(CONFIG, width=260, heads=4, hidden_width=1030, layers=1, tied_head=True, vocabulary_size=65),
@@ -110,6 +110,20 @@ def test_any_number_of_rows_has_logits(wanted: int) -> None:
         assert np.array_equal(logits, forward(alone, [replace(span, slot=0)])[0])
 
 
+@pytest.mark.parametrize("count", [9, 33])
+def test_any_number_of_rows_draws_several_tokens(count: int) -> None:
+    """Also after a call that needed more memory for logits, to which no graph from before may write."""
+    decoder, alone = decoder_for(slots=count), decoder_for(slots=2)
+    rows = [DecodeRow(slot, 0, slot, 1.0, seed=slot, drawn=0, masked=3, masked_draws=2) for slot in range(count)]
+    few = decoder.decode(rows[:2], MAX_DECODE_STEPS)
+    found = decoder.decode(rows, MAX_DECODE_STEPS)
+    for row, tokens in zip(rows, found, strict=True):
+        assert [tokens] == alone.decode([replace(row, slot=0)], MAX_DECODE_STEPS)
+    wanted = SPAN_TOKENS + 1
+    forward(decoder, [Span(0, place, (1,)) for place in range(wanted)])
+    assert decoder.decode(rows[:2], MAX_DECODE_STEPS) == few == found[:2]
+
+
 def test_more_rows_than_the_buffers_hold_are_computed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = forward(
         decoder_for(), [span for slot in range(3) for span in spans_of(slot, 0, random_text(CONFIG, 4, 150))]
@@ -136,8 +150,12 @@ def test_without_memory_for_more_logits_the_decoder_goes_on_with_fewer(monkeypat
     spans = [Span(slot, 0, (slot,)) for slot in range(70)]
     expected = forward(decoder, spans[:1])
     size = decoder.memory_bytes
+
+    def refuse(size_bytes: int) -> int:
+        raise CudaError("out of memory")
+
     with monkeypatch.context() as patched:
-        patched.setattr(gpu, "allocate", lambda size_bytes: (_ for _ in ()).throw(CudaError("out of memory")))
+        patched.setattr(gpu, "allocate", refuse)
         for _ in range(2):
             with pytest.raises(CudaError, match="out of memory"):
                 decoder.forward(spans)
@@ -239,7 +257,7 @@ def test_temperature_zero_takes_the_first_of_equally_likely_tokens() -> None:
 def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
     number: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "uniforms", lambda seeds, positions: np.full(len(seeds), number))
+    monkeypatch.setattr("shared.decoding.cuda.decoder.uniforms", lambda seeds, positions: np.full(len(seeds), number))
     # Only tokens 5 to 2493 and 2500 are possible, the last masked.
     logits = np.full(3000, -1000.0)
     logits[5:2494] = np.sin(np.arange(2489))
@@ -301,6 +319,7 @@ def test_a_step_of_one_row_starts_few_kernels() -> None:
     forward(decoder, [Span(0, 0, (1,))])
     before = gpu.launches
     forward(decoder, [Span(0, 1, (1,))])
+    # Per layer four products and attention; then the embedding and the head.
     assert gpu.launches - before == 5 * CONFIG.layers + 2
 
 
@@ -316,7 +335,7 @@ def test_a_step_of_one_row_starts_few_kernels() -> None:
         ({"width": 4098, "heads": 3}, False),
     ],
 )
-def test_a_shape_that_the_kernels_do_not_take_is_known(changes: dict[str, Any], supported: bool) -> None:
+def test_only_shapes_that_the_kernels_take_are_supported(changes: dict[str, Any], supported: bool) -> None:
     assert supports(replace(CONFIG, **changes)) is supported
 
 

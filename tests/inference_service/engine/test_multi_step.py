@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 
 from inference_service.engine.request import Delta, Failed, GenerationRequest, NotFinite
-from shared.decoding.continuation import MOST_STEPS, Continuation
 from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import SamplingParameters
 from shared.gpt.model import GPT
 from tests.decoders import cpu_library
@@ -15,27 +15,27 @@ from tests.fakes import tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, request
 
 
-class InARow(CpuDecoder):
+class MultiStep(CpuDecoder):
     def __init__(self, model: GPT) -> None:
         super().__init__(model, SLOTS, 1, cpu_library())
         self.steps: list[int] = []
 
     @property
-    def most_steps(self) -> int:
-        return MOST_STEPS
+    def max_decode_steps(self) -> int:
+        return MAX_DECODE_STEPS
 
-    def decode(self, rows: Sequence[Continuation], steps: int) -> list[list[int | None]]:
+    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
         self.steps.append(steps)
         return super().decode(rows, steps)
 
 
 @pytest.fixture
-def decoder() -> InARow:
-    return InARow(tiny_model(0))
+def decoder() -> MultiStep:
+    return MultiStep(tiny_model(0))
 
 
 @pytest.fixture
-def in_a_row(decoder: InARow) -> Iterator[Harness]:
+def multi_step(decoder: MultiStep) -> Iterator[Harness]:
     harness = Harness()
     harness.add_model(1, tiny_model(0), decoder)
     yield harness
@@ -43,7 +43,7 @@ def in_a_row(decoder: InARow) -> Iterator[Harness]:
 
 
 def some_requests() -> list[GenerationRequest]:
-    """Every kind of end, at different times."""
+    """Returns requests that end for each reason, and some that need the engine between two tokens."""
     return [
         request("greedy", max_tokens=21, sampling=SamplingParameters(temperature=0.0)),
         request("warm", max_tokens=6, seed=3),
@@ -56,10 +56,10 @@ def some_requests() -> list[GenerationRequest]:
     ]
 
 
-def test_streams_are_those_of_single_steps(in_a_row: Harness, decoder: InARow, harness: Harness) -> None:
+def test_streams_are_those_of_single_steps(multi_step: Harness, decoder: MultiStep, harness: Harness) -> None:
     expected = [harness.generate(one)[0] for one in some_requests()]
     # Alone, and together in slots that others leave.
-    for found in ([in_a_row.generate(one)[0] for one in some_requests()], in_a_row.generate(*some_requests())):
+    for found in ([multi_step.generate(one)[0] for one in some_requests()], multi_step.generate(*some_requests())):
         for one, other in zip(found, expected, strict=True):
             assert (one.tokens, one.text) == (other.tokens, other.text)
             assert (one.finished.reason, one.finished.matched_stop) == (
@@ -67,13 +67,13 @@ def test_streams_are_those_of_single_steps(in_a_row: Harness, decoder: InARow, h
                 other.finished.matched_stop,
             )
             assert one.finished.generated_tokens == len(one.draws)
-    assert {min(decoder.steps) < MOST_STEPS, max(decoder.steps) == MOST_STEPS} == {True}
+    assert min(decoder.steps) < MAX_DECODE_STEPS == max(decoder.steps)
 
 
-def test_tokens_in_a_row_come_in_one_event_with_their_times(in_a_row: Harness) -> None:
-    (one,) = in_a_row.generate(request("a", max_tokens=20))
+def test_several_tokens_come_in_one_event_with_their_times(multi_step: Harness) -> None:
+    (one,) = multi_step.generate(request("a", max_tokens=20))
     deltas = [event for event in one.events if isinstance(event, Delta)]
-    assert [len(delta.draws) for delta in deltas] == [1, 8, 8, 3]
+    assert [len(delta.draws) for delta in deltas] == [1, MAX_DECODE_STEPS, MAX_DECODE_STEPS, 19 - 2 * MAX_DECODE_STEPS]
     assert all(len(delta.times) == len(delta.draws) for delta in deltas)
 
 
@@ -85,13 +85,13 @@ def test_a_stream_whose_numbers_are_not_finite_ends_after_its_last_sound_token(h
     assert spoiling not in sound.tokens[:4]
     model.token_embedding.weight[spoiling] = mx.nan
     spoiled = Harness()
-    decoder = InARow(model)
+    decoder = MultiStep(model)
     spoiled.add_model(1, model, decoder)
     try:
         spoiled.submit(request("sound", max_tokens=20))
         result = spoiled.wait("sound")
         assert result.tokens == sound.tokens[:5]
         assert isinstance(result.events[-1], Failed) and isinstance(result.events[-1].error, NotFinite)
-        assert decoder.steps == [MOST_STEPS]
+        assert decoder.steps == [MAX_DECODE_STEPS]
     finally:
         spoiled.engine.stop()

@@ -1,0 +1,66 @@
+// Computes rows of a GPT-2 on an NVIDIA GPU: weights, keys and values in bf16, sums and the residual stream in fp32.
+//
+// A row is a token at a position of a slot. Nothing that is computed for a row depends on the rows beside it, nor on how many
+// there are: a product sums over its inputs in an order that follows from their number alone, attention in one that follows from
+// the positions. Prompts and decoding rows use the same kernels.
+//
+// `steps.py` joins the files of this folder: primitives.cuh, rows.cuh, products.cu, attention.cu and draws.cu. It defines the shape,
+// WIDTH, HEADS, HIDDEN, VOCABULARY, POSITIONS and EPSILON, and PAGE, NORMED_ROWS, NORMED_WIDTH, ATTENTION_THREADS and DRAW_WARPS.
+// Shapes: R rows, K inputs of a product, N outputs, C width, H heads, D head width, F hidden width, V vocabulary.
+
+constexpr int HEAD_WIDTH = WIDTH / HEADS;
+// A page holds keys and values of all layers at PAGE positions.
+constexpr int PAGES = (POSITIONS + PAGE - 1) / PAGE;
+// Numbers are loaded and multiplied in groups of 8 and 32; buffers and weights are padded with zeros to whole groups.
+__device__ constexpr int up_to(int multiple, int size) { return (size + multiple - 1) / multiple * multiple; }
+constexpr int HEAD_GROUPS = up_to(8, HEAD_WIDTH) / 8;
+constexpr int WIDTH_STRIDE = up_to(32, WIDTH);
+constexpr int HIDDEN_STRIDE = up_to(32, HIDDEN);
+constexpr int VOCABULARY_STRIDE = up_to(16, VOCABULARY);
+
+// `step` counts the tokens that were drawn for the row while the host waited.
+struct Row {
+  int token, slot, position, step;
+};
+
+// What a draw, or a score, needs beside a row of logits. `token` is not drawn, or is the target of a loss; -1: none.
+struct DrawInput {
+  int logits_row, token;
+  float inverse_temperature, uniform;
+};
+
+// The argument of every kernel; each uses some of it. Rows without a slot have -1, and so have entries of `wanted` without a row.
+struct Arguments {
+  Row* rows;                       // (R,)
+  const int* wanted;               // (R,): rows whose logits are wanted
+  const unsigned long long* pages; // (slots, PAGES): addresses
+  const Bf16* token_embedding;     // (V, C)
+  const Bf16* position_embedding;  // (POSITIONS, C)
+  const float* norm_weight;        // (C,)
+  const float* norm_bias;          // (C,)
+  const uint4* weight;             // (N, K), packed for `mma`
+  const float* bias;               // (N,)
+  float* residual;                 // (R, C): the residual stream
+  Bf16* normed;                    // (R, WIDTH_STRIDE)
+  float* queries;                  // (R, C)
+  Bf16* attended;                  // (R, WIDTH_STRIDE)
+  Bf16* hidden;                    // (R, HIDDEN_STRIDE)
+  float* logits;                   // (R, VOCABULARY_STRIDE)
+  const DrawInput* draws;
+  int* drawn;
+  float* losses;
+  int layer;
+};
+
+// The number of warps among which a product divides its inputs: eight if they are many, or are eight equal parts.
+__device__ constexpr int warps_for(int K) { return K > 1024 || up_to(32, K) / 32 % 8 == 0 ? 8 : 4; }
+
+__device__ float sum_of_warp(float value) {
+  for (int apart = 16; apart > 0; apart /= 2) value += shuffle_xor(value, apart);
+  return value;
+}
+
+__device__ float max_of_warp(float value) {
+  for (int apart = 16; apart > 0; apart /= 2) value = fmaxf(value, shuffle_xor(value, apart));
+  return value;
+}
