@@ -164,6 +164,34 @@ def test_without_memory_for_more_logits_the_decoder_goes_on_with_fewer(monkeypat
     assert decoder.memory_bytes > size
 
 
+def test_calls_need_not_wait_for_each_other() -> None:
+    """The GPU may still read the memory of the host when the next call comes."""
+    tokens = random_text(CONFIG, 1, 70)
+    decoder, waiting = decoder_for(slots=3), decoder_for(slots=3)
+    first, second = spans_of(0, 0, tokens)
+    expected = [*forward(waiting, [first]), *forward(waiting, [second])]
+    decoder.forward([first])
+    (row,) = decoder.forward([second])
+    assert np.array_equal(np.array(row), expected[1])
+    block = decoder.read(0, 0, SPAN_TOKENS)
+    (row,) = decoder.forward([replace(first, slot=1, tokens=tokens[1:65])])
+    decoder.write(1, 0, block)
+    (other,) = forward(waiting, [replace(first, slot=1, tokens=tokens[1:65])])
+    assert np.array_equal(np.array(row), other)
+    assert np.array_equal(forward(decoder, [replace(second, slot=1)])[0], expected[1])
+
+
+def test_a_row_at_the_end_of_its_context_writes_nothing_more() -> None:
+    config = replace(CONFIG, context_length=2 * SPAN_TOKENS)
+    decoder = decoder_for(config, slots=2)
+    tokens = random_text(config, 1, 126)
+    forward(decoder, [*spans_of(0, 0, tokens), *spans_of(1, 0, tokens)])
+    expected = forward(decoder, [Span(1, 126, (1,))])
+    row = DecodeRow(0, 126, 1, 1.0, seed=0, drawn=0, masked=0, masked_draws=0)
+    assert [len(drawn) for drawn in decoder.decode([row], MAX_DECODE_STEPS)] == [2]
+    assert np.array_equal(forward(decoder, [Span(1, 126, (1,))]), expected)
+
+
 def test_the_whole_context_can_be_filled() -> None:
     config = replace(CONFIG, context_length=65)
     decoder = decoder_for(config, 2)
