@@ -142,10 +142,14 @@ class AwayStore:
 
     address = "nowhere"
 
-    def __init__(self) -> None:
+    def __init__(self, has_registry: threading.Event) -> None:
         self._answers: list[str | Exception] = ["mine", StoreFailed("It is away."), "mine", FileNotFoundError("id")]
+        self._has_registry = has_registry
+        # What the worker knew at each look, by the one before it.
+        self.known: list[bool] = []
 
     def id(self) -> str:
+        self.known.append(self._has_registry.is_set())
         answer = self._answers.pop(0) if self._answers else StoreFailed("It is away for good.")
         if isinstance(answer, Exception):
             raise answer
@@ -158,9 +162,10 @@ def test_a_worker_takes_no_job_while_its_registry_is_away(
     monkeypatch.setattr("trainer_service.jobs.worker._WATCH_INTERVAL_S", 0.01)
     has_registry, ended = threading.Event(), threading.Event()
     has_registry.set()
+    store = AwayStore(has_registry)
     with caplog.at_level("INFO", "trainer_service.jobs.worker"):
         check = threading.Thread(
-            target=_check_registry, args=(cast(Store, AwayStore()), "mine", has_registry, ended), daemon=True
+            target=_check_registry, args=(cast(Store, store), "mine", has_registry, ended), daemon=True
         )
         check.start()
         wait_until(lambda: "away for good" in caplog.text)
@@ -168,6 +173,7 @@ def test_a_worker_takes_no_job_while_its_registry_is_away(
     assert runner.take() is None
     ended.set()
     check.join()
+    assert store.known[:5] == [True, True, False, True, False]
     has_registry.set()
     assert runner.take() == (job, 1)
     assert caplog.messages == [
