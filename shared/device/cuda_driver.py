@@ -1,6 +1,6 @@
 """Memory, kernels and graphs of an NVIDIA GPU, by CUDA's driver and its compiler NVRTC, which come with MLX for CUDA.
 
-MLX builds its graph anew at each evaluation, and a kernel costs it 10 µs or more. A graph of the driver is built once.
+MLX builds its graph at each evaluation, and spends 10 µs or more on each kernel. A CUDA graph is built once.
 """
 
 import ctypes

@@ -67,7 +67,7 @@ class CudaDecoder:
 
     @property
     def max_decode_steps(self) -> int:
-        """As many as there can be: a step is shorter than what its caller does between two of them."""
+        """The most that `decode` allows: the GPU needs less time for a step than the caller between two steps."""
         return MAX_DECODE_STEPS
 
     def warm_up(self) -> Iterator[None]:

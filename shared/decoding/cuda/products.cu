@@ -66,12 +66,16 @@ struct Qkv {
   }
 };
 
-struct AttentionOutput {
-  static constexpr int INPUTS = WIDTH, OUTPUTS = WIDTH;
+// Adds to the residual stream a product with the numbers of a buffer.
+template <int K, Bf16* Arguments::*BUFFER>
+struct ToResidual {
+  static constexpr int INPUTS = K, OUTPUTS = WIDTH;
   static constexpr bool NORMED = false, WANTED = false;
-  static __device__ const Bf16* from(const Arguments& a) { return a.attended; }
+  static __device__ const Bf16* from(const Arguments& a) { return a.*BUFFER; }
   static __device__ void store(const Arguments& a, int row, int output, float value) { a.residual[row * WIDTH + output] += value; }
 };
+using AttentionOutput = ToResidual<WIDTH, &Arguments::attended>;
+using Down = ToResidual<HIDDEN, &Arguments::hidden>;
 
 struct Up {
   static constexpr int INPUTS = WIDTH, OUTPUTS = HIDDEN;
@@ -81,13 +85,6 @@ struct Up {
     const float inner = 0.7978845608028654f * fmaf(0.044715f * value * value, value, value);
     a.hidden[row * HIDDEN_STRIDE + output] = to_bf16(0.5f * value * (1.0f + tanhf(inner)));
   }
-};
-
-struct Down {
-  static constexpr int INPUTS = HIDDEN, OUTPUTS = WIDTH;
-  static constexpr bool NORMED = false, WANTED = false;
-  static __device__ const Bf16* from(const Arguments& a) { return a.hidden; }
-  static __device__ void store(const Arguments& a, int row, int output, float value) { a.residual[row * WIDTH + output] += value; }
 };
 
 struct Head {
@@ -104,7 +101,7 @@ struct Head {
 // warps in their order. With few rows, a block computes the LayerNorm of its rows itself.
 template <class Kind, int TILES>
 __device__ void multiply(const Arguments& a) {
-  constexpr int K = Kind::INPUTS, GROUPS = up_to(32, K) / 32, WARPS = warps_for(K);
+  constexpr int K = Kind::INPUTS, GROUPS = up_to(32, K) / 32, WARPS = K == WIDTH ? WIDTH_WARPS : HIDDEN_WARPS;
   constexpr bool NORMS = Kind::NORMED && 8 * TILES <= NORMED_ROWS && K <= NORMED_WIDTH;
   // Eight lanes read two rows at a time, which lie in different banks with this stride.
   constexpr int STRIDE = NORMS ? GROUPS * 32 + (GROUPS % 2 == 0 ? 32 : 0) : GROUPS * 32;
@@ -161,7 +158,7 @@ __device__ void multiply(const Arguments& a) {
 
 // The same sums for the head with many rows: each of four warps has 16 outputs of its own, and 64 rows.
 __device__ void multiply_wide(const Arguments& a) {
-  constexpr int GROUPS = WIDTH_STRIDE / 32, PARTS = warps_for(WIDTH), TILES = 8;
+  constexpr int GROUPS = WIDTH_STRIDE / 32, PARTS = WIDTH_WARPS, TILES = 8;
   const int lane = threadIdx.x % 32, first = blockIdx.y * 8 * TILES, block = blockIdx.x * 4 + threadIdx.x / 32;
   if (a.wanted[first] < 0 || block * 16 >= VOCABULARY) return;
   const uint4* weights = a.weight + (long long)block * GROUPS * 64 + lane;

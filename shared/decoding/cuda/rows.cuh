@@ -4,8 +4,8 @@
 // there are: a product sums over its inputs in an order that follows from their number alone, attention in one that follows from
 // the positions. Prompts and decoding rows use the same kernels.
 //
-// `steps.py` joins the files of this folder: primitives.cuh, rows.cuh, products.cu, attention.cu and draws.cu. It defines the shape,
-// WIDTH, HEADS, HIDDEN, VOCABULARY, POSITIONS and EPSILON, and PAGE, NORMED_ROWS, NORMED_WIDTH, ATTENTION_THREADS and DRAW_WARPS.
+// `steps.py` joins primitives.cuh, rows.cuh, products.cu, attention.cu and draws.cu, and defines the shape, the sizes of pages and
+// blocks, and up to how many rows, NORMED_ROWS, and inputs, NORMED_WIDTH, a product computes the LayerNorm of its inputs itself.
 // Shapes: R rows, K inputs of a product, N outputs, C width, H heads, D head width, F hidden width, V vocabulary.
 
 constexpr int HEAD_WIDTH = WIDTH / HEADS;
@@ -51,9 +51,6 @@ struct Arguments {
   float* losses;
   int layer;
 };
-
-// The number of warps among which a product divides its inputs: eight if they are many, or are eight equal parts.
-__device__ constexpr int warps_for(int K) { return K > 1024 || up_to(32, K) / 32 % 8 == 0 ? 8 : 4; }
 
 __device__ float sum_of_warp(float value) {
   for (int apart = 16; apart > 0; apart /= 2) value += shuffle_xor(value, apart);

@@ -318,6 +318,8 @@ def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
         "POSITIONS": str(config.context_length),
         "EPSILON": f"{epsilon!r}f",
         "PAGE": str(SPAN_TOKENS),
+        "WIDTH_WARPS": str(_warps_for(config.width)),
+        "HIDDEN_WARPS": str(_warps_for(config.hidden_width)),
         "NORMED_ROWS": str(_ROWS_NORMED_WITHIN),
         "NORMED_WIDTH": str(_WIDTH_NORMED_WITHIN),
         "ATTENTION_THREADS": str(_ATTENTION_THREADS),
@@ -339,7 +341,7 @@ def packed(weight: mx.array) -> NDArray[np.uint16]:
 
 
 def _warps_for(inputs: int) -> int:
-    """Returns the number of warps among which a product divides its inputs, as `warps_for` in `rows.cuh`."""
+    """Returns the number of warps among which a product divides its inputs: eight if they are many, or eight parts."""
     return 8 if inputs > 1024 or -(-inputs // 32) % 8 == 0 else 4
 
 

@@ -63,18 +63,12 @@ def assert_drawn(draw: TemperatureSampling, logits: np.ndarray, token: int | Non
     assert (sums[token - 1] if token else 0.0) - 1e-5 <= number <= sums[token] + 1e-5
 
 
-@both
-@pytest.mark.parametrize("vocabulary_size", [2, 16, 97, 1023, 1024, 1025, 5000])
-@pytest.mark.parametrize("temperature", [0.0, 1e-4, 0.3, 1.0, 100.0])
-def test_a_draw_follows_the_exact_distribution(make: MakeDecoder, vocabulary_size: int, temperature: float) -> None:
-    model = random_model(replace(CONFIG, vocabulary_size=vocabulary_size), 1)
-    decoder = make(model, SLOTS)
-    rows = some_rows(decoder, vocabulary_size)
+def assert_draws_follow_the_distribution(decoder: Decoder, rows: Sequence[Any], temperature: float) -> None:
     # Every row, with and without the likeliest token, with several seeds as for the samples of one prompt.
     wanted = [
         draw
         for row in rows
-        for masked in (None, int(np.asarray(row).argmax()), vocabulary_size - 1)
+        for masked in (None, int(np.asarray(row).argmax()), len(np.asarray(row)) - 1)
         for draw in draws(row, temperature, masked, 7)
     ]
     tokens = decoder.draw(wanted)
@@ -83,6 +77,15 @@ def test_a_draw_follows_the_exact_distribution(make: MakeDecoder, vocabulary_siz
     # In any order, and each alone.
     assert decoder.draw(wanted[::-1]) == tokens[::-1]
     assert [decoder.draw([draw])[0] for draw in wanted] == tokens
+
+
+@both
+@pytest.mark.parametrize("vocabulary_size", [2, 16, 97, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("temperature", [0.0, 1e-4, 0.3, 1.0, 100.0])
+def test_a_draw_follows_the_exact_distribution(make: MakeDecoder, vocabulary_size: int, temperature: float) -> None:
+    model = random_model(replace(CONFIG, vocabulary_size=vocabulary_size), 1)
+    decoder = make(model, SLOTS)
+    assert_draws_follow_the_distribution(decoder, some_rows(decoder, vocabulary_size), temperature)
 
 
 @both

@@ -36,7 +36,7 @@ from tests.shared.decoding.test_decoders import (
     spans_of,
     spoiled_model,
 )
-from tests.shared.decoding.test_draws import assert_drawn, decoder_of, draws
+from tests.shared.decoding.test_draws import assert_draws_follow_the_distribution, decoder_of, draws
 from tests.shared.gpt.random_models import forward, full_forward, random_model, random_text
 
 pytestmark = pytest.mark.slow
@@ -263,18 +263,7 @@ def test_the_logits_after_a_prompt_stay_while_others_are_computed() -> None:
 def test_a_draw_follows_the_exact_distribution(vocabulary_size: int, temperature: float) -> None:
     decoder = decoder_for(replace(CONFIG, layers=1, vocabulary_size=vocabulary_size))
     rows = decoder.forward([Span(2, 0, (1, 0, 1)), Span(1, 0, (1,))])
-    wanted = [
-        draw
-        for row in rows
-        for masked in (None, int(np.array(row).argmax()))
-        for draw in draws(row, temperature, masked, 7)
-    ]
-    tokens = decoder.draw(wanted)
-    for draw, token in zip(wanted, tokens, strict=True):
-        assert_drawn(draw, np.array(draw.logits), token)
-    # In any order, and each alone.
-    assert decoder.draw(wanted[::-1]) == tokens[::-1]
-    assert [decoder.draw([draw])[0] for draw in wanted] == tokens
+    assert_draws_follow_the_distribution(decoder, rows, temperature)
 
 
 def test_temperature_zero_takes_the_first_of_equally_likely_tokens() -> None:
