@@ -34,6 +34,10 @@ class EmulatedGpu:
         self._asked: list[Callable[[], object]] = []
         self._recording: list[Callable[[], object]] | None = None
 
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(memory.nbytes for memory, _ in self._memory.values())
+
     def use(self) -> None:
         pass
 

@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
+from shared.decoding.cuda.decoder import LEAST_CAPABILITY, CudaDecoder
+from shared.decoding.cuda.steps import supports
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import Span
+from shared.device.cuda_driver import CudaDriver
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
 
@@ -30,7 +33,7 @@ class Decoder(Protocol):
 
     @property
     def memory_bytes(self) -> int:
-        """The memory of the weights and of all slots."""
+        """The memory of the weights, and of all slots when they are full."""
 
     @property
     def bytes_per_token(self) -> int:
@@ -93,8 +96,8 @@ class Decoder(Protocol):
 class DecoderFactory:
     """Makes a decoder with `slots` slots for each model, in the form that suits the device.
 
-    On a CPU a step runs in `threads` threads, and the library that computes it is built in the folder `cache`. On a GPU
-    models of one configuration share their compiled programs.
+    On a CPU a step runs in `threads` threads. What is compiled for a CPU or an NVIDIA GPU is kept in the folder
+    `cache`; decoders in MLX share their compiled programs if their models have one configuration.
     """
 
     def __init__(self, slots: int, threads: int, cache: Path) -> None:
@@ -107,6 +110,12 @@ class DecoderFactory:
         """Returns the decoder of an evaluated model. May be called from any one thread."""
         if on_cpu():
             return CpuDecoder(model, self._slots, self._threads, self._library)
+        if mx.cuda.is_available() and supports(model.config):
+            gpu = CudaDriver(self._cache)
+            if gpu.capability >= LEAST_CAPABILITY:
+                # MLX keeps freed memory for itself.
+                mx.clear_cache()
+                return CudaDecoder(model, self._slots, gpu)
         spans_together = _CUDA_SPANS_TOGETHER if mx.cuda.is_available() else 1
         return MlxDecoder(model, self._slots, self._programs, spans_together)
 

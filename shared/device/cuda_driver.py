@@ -25,12 +25,19 @@ _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
 _STREAM_NON_BLOCKING = 1
 _CAPTURE_RELAXED = 2
 
+# The sizes of what is allocated, by address, in this process.
+_allocated: dict[int, int] = {}
+
 
 class Gpu(Protocol):
     """One GPU. Calls are asynchronous, and run in the order of the calls.
 
     Addresses are those of the GPU's memory. A thread calls `use` before it calls anything else.
     """
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The memory that was allocated and not freed."""
 
     def use(self) -> None:
         """Makes the GPU's context current in this thread."""
@@ -73,6 +80,11 @@ class CudaError(RuntimeError):
     """An error of CUDA's driver or compiler."""
 
 
+def allocated_bytes() -> int:
+    """Returns the memory that all `CudaDriver`s hold. Any thread may call it."""
+    return sum(list(_allocated.values()))
+
+
 class CudaDriver:
     """The first NVIDIA GPU that this process may use, in the context of MLX, with a stream of work of its own.
 
@@ -107,6 +119,11 @@ class CudaDriver:
             self._attribute(which, device) for which in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR)
         )
         self.capability = (major, minor)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """As in `Gpu`."""
+        return sum(_allocated[address] for address in self._held["cuMemFree_v2"])
 
     def use(self) -> None:
         """As in `Gpu`."""
@@ -143,6 +160,7 @@ class CudaDriver:
         """As in `Gpu`."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        _allocated[address.value] = size_bytes
         self._held["cuMemFree_v2"].append(address.value)
         self._call("cuMemsetD8Async", address, ctypes.c_ubyte(0), ctypes.c_size_t(size_bytes), self._stream)
         return address.value
@@ -151,6 +169,7 @@ class CudaDriver:
         """As in `Gpu`."""
         self.wait()
         self._held["cuMemFree_v2"].remove(address)
+        del _allocated[address]
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def host_memory(self, size_bytes: int) -> Bytes:
@@ -226,6 +245,8 @@ def _release(cuda: ctypes.CDLL, context: ctypes.c_void_p, held: dict[str, list[A
     """Gives back what a `CudaDriver` held, when its work is done."""
     cuda.cuCtxSetCurrent(context)
     cuda.cuStreamSynchronize(held["cuStreamDestroy_v2"][0])
+    for address in held["cuMemFree_v2"]:
+        del _allocated[address]
     for name, handles in held.items():
         for handle in handles:
             getattr(cuda, name)(ctypes.c_uint64(handle) if isinstance(handle, int) else handle)

@@ -12,10 +12,12 @@ from shared.gpt.config import GPTConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """The speed of this machine: products of large matrices in FLOP/s, copies in bytes read and written per second."""
+    """The speed of this machine: products of large matrices in FLOP/s, copies in bytes read and written per second; and
+    the bytes of a number in them."""
 
     flops: float
     bytes_per_s: float
+    bytes_per_number: int
 
     @classmethod
     def measured(cls) -> "Machine":
@@ -34,11 +36,12 @@ class Machine:
         return rows * T * (6 * _weights(config) + attention) / self.flops
 
     def decode_s(self, config: GPTConfig, rows: int, position: int) -> float:
-        """Returns the seconds of a decode step in fp32, which reads every weight, key and value."""
+        """Returns the seconds of a decode step, which reads every weight, key and value."""
         C = config.width
         cached = 2 * config.layers * position * C
         operations = 2 * rows * (_weights(config) + cached)
-        return max(operations / self.flops, 4 * (_weights(config) + rows * cached) / self.bytes_per_s)
+        read = self.bytes_per_number * (_weights(config) + rows * cached)
+        return max(operations / self.flops, read / self.bytes_per_s)
 
 
 def _weights(config: GPTConfig) -> int:
@@ -56,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(cores())
     device, kind, size = ("cuda", torch.bfloat16, 8192) if on_gpu else ("cpu", torch.float32, 2048)
     matrix = torch.ones((size, size), dtype=kind, device=device)
-    source = torch.ones(1 << 27, dtype=torch.uint8, device=device)
+    source = torch.ones(1 << (30 if on_gpu else 27), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     def best_s(work: Callable[[], object]) -> float:
@@ -70,7 +73,7 @@ def main() -> None:
         return min(times)
 
     flops = 2 * size**3 / best_s(lambda: matrix @ matrix)
-    print(json.dumps([flops, 2 * source.numel() / best_s(lambda: target.copy_(source))]))
+    print(json.dumps([flops, 2 * source.numel() / best_s(lambda: target.copy_(source)), matrix.itemsize]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Computes prompts and decodes on an NVIDIA GPU.
 
 MLX builds its graph again at each step, which takes ten times as long as such a GPU needs for a step of a small model.
-Here a step is a CUDA graph, made once for each of a few numbers of rows. `DecoderFactory` does not choose this decoder
-yet: its kernels have run in an emulation only.
+Here a step is a CUDA graph, made once for each of a few numbers of rows.
 Shapes: T tokens, K wanted tokens, V vocabulary.
 """
 
@@ -28,6 +27,9 @@ from shared.decoding.sampling import (
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.device.cuda_driver import Gpu
 from shared.gpt.model import GPT
+
+# The kernels use instructions of this compute capability.
+LEAST_CAPABILITY = (8, 0)
 
 
 class CudaDecoder:
@@ -57,8 +59,8 @@ class CudaDecoder:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory of the weights, of the buffers and of all pages that were ever in use."""
-        return self._steps.memory_bytes + self._table.nbytes + self._pool.memory_bytes
+        """The memory of the weights, of the buffers, and of the pages of all slots when they are full."""
+        return self._gpu.allocated_bytes - self._pool.memory_bytes + self._table.size * self._pool.page_bytes
 
     @property
     def bytes_per_token(self) -> int:

@@ -109,8 +109,6 @@ class Steps:
         # The driver may load a kernel when it is first asked for, which must not happen while a graph is recorded.
         for name in _KERNELS:
             self._kernel(name)
-        # The memory of weights and buffers.
-        self.memory_bytes = 0
         self._layers = [
             (
                 self._product("qkv", block.attention.qkv.weight, block.attention.qkv.bias, block.attention_norm),
@@ -125,15 +123,15 @@ class Steps:
         width, hidden = (-(-size // 32) * 32 for size in (config.width, config.hidden_width))
         self._memory = {
             "pages": pages,
-            "rows": self._allocate(most * Row.itemsize),
-            "wanted": self._allocate(most * 4),
+            "rows": gpu.allocate(most * Row.itemsize),
+            "wanted": gpu.allocate(most * 4),
             "token_embedding": self._upload(_bf16_bits(model.token_embedding.weight)),
             "position_embedding": self._upload(_bf16_bits(model.position_embedding.weight)),
-            "residual": self._allocate(most * config.width * 4),
-            "normed": self._allocate(most * width * 2),
-            "queries": self._allocate(most * config.width * 4),
-            "attended": self._allocate(most * width * 2),
-            "hidden": self._allocate(most * hidden * 2),
+            "residual": gpu.allocate(most * config.width * 4),
+            "normed": gpu.allocate(most * width * 2),
+            "queries": gpu.allocate(most * config.width * 4),
+            "attended": gpu.allocate(most * width * 2),
+            "hidden": gpu.allocate(most * hidden * 2),
         }
         self._rows = gpu.host_memory(most * Row.itemsize).view(Row)
         self._wanted = gpu.host_memory(most * 4).view(np.int32)
@@ -155,13 +153,12 @@ class Steps:
         }
         # If there is not enough memory, nothing must use what was freed.
         self._graphs.clear()
-        before, self._most_logits = self._most_logits, 0
-        for name, size in sizes.items():
+        self._most_logits = 0
+        for name in sizes:
             if name in self._memory:
                 gpu.free(self._memory.pop(name))
-                self.memory_bytes -= before * size
         for name, size in sizes.items():
-            self._memory[name] = self._allocate(rows * size)
+            self._memory[name] = gpu.allocate(rows * size)
         self._draws = gpu.host_memory(MAX_DECODE_STEPS * rows * DrawInput.itemsize).view(DrawInput)
         self._drawn = gpu.host_memory(MAX_DECODE_STEPS * rows * 4).view(np.int32)
         self._losses = gpu.host_memory(rows * 4).view(np.float32)
@@ -294,14 +291,9 @@ class Steps:
             }
         return _Product(kernel, inputs, outputs, addresses)
 
-    def _allocate(self, size_bytes: int) -> int:
-        address = self._gpu.allocate(size_bytes)
-        self.memory_bytes += size_bytes
-        return address
-
     def _upload(self, array: NDArray[Any]) -> int:
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        address = self._allocate(data.nbytes)
+        address = self._gpu.allocate(data.nbytes)
         self._gpu.write(address, data)
         self._gpu.wait()
         return address

@@ -15,15 +15,14 @@ _ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_th
 
 import mlx.core as mx  # noqa: E402
 
-from inference_service.engine.request import Draw, GenerationRequest  # noqa: E402
+from inference_service.engine.request import Draw, GenerationRequest, PromptRead, plain_draw  # noqa: E402
 from inference_service.engine.runner import Runner  # noqa: E402
 from inference_service.engine.scheduler import Scheduler  # noqa: E402
 from inference_service.engine.sequence import Sequence  # noqa: E402
-from shared.decoding.cuda.decoder import CudaDecoder  # noqa: E402
 from shared.decoding.decoder import Decoder, DecoderFactory  # noqa: E402
+from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.decoding.spans import SPAN_TOKENS  # noqa: E402
-from shared.device.cuda_driver import CudaDriver  # noqa: E402
 from shared.gpt.model import GPT  # noqa: E402
 from trainer_service.training.batches import TrainingText  # noqa: E402
 from trainer_service.training.config import TrainingConfig  # noqa: E402
@@ -56,21 +55,23 @@ class Training:
 class Decoding:
     """Decodes `rows` sequences that start with `position` tokens, as the engine's thread does.
 
-    `variant` "" draws at temperature 0.8, "greedy" takes the likeliest token, "forward" draws nothing; "cuda" draws
-    too, and computes with the kernels for an NVIDIA GPU.
+    `variant` "" draws at temperature 0.8, "greedy" takes the likeliest token, "forward" draws nothing; "mlx" draws
+    too, and computes in MLX on any device.
     """
 
     def __init__(self, config: dict[str, Any], rows: int, position: int, variant: str) -> None:
         whole = TrainingConfig.from_dict(config)
-        self._position, self._last, self._draws = position, whole.context_length, variant != "forward"
+        self._position, self._draws = position, variant != "forward"
+        # The steps that the decoder has taken ahead of `step`.
+        self._ahead = 0
         mx.random.seed(1)
         model = GPT(whole.gpt)
         model.eval()
         mx.eval(model.parameters())
         slots = max(2, rows)
         decoder: Decoder
-        if variant == "cuda":
-            decoder = CudaDecoder(model, slots, CudaDriver(_ACCELERATOR.cache))
+        if variant == "mlx":
+            decoder = MlxDecoder(model, slots, ProgramCache(), spans_together=8)
         else:
             decoder = DecoderFactory(slots, 1, _ACCELERATOR.cache).make(model)
         self._runner, self._scheduler = Runner(decoder, prefix_blocks=0), Scheduler(slots)
@@ -92,18 +93,24 @@ class Decoding:
             self.step()
 
     def step(self) -> None:
-        plan = self._scheduler.plan(SPAN_TOKENS)
+        if self._ahead:
+            self._ahead -= 1
+            return
+        plan = self._scheduler.plan(SPAN_TOKENS, self._runner.max_decode_steps if self._draws else 1)
         assert plan is not None
-        _, after = self._runner.forward(plan)
-        draws = self._runner.draw(after) if self._draws else [Draw(0)] * len(after)
+        if self._draws:
+            results = self._runner.run(plan)
+        else:
+            results = [(one.sequence, (plain_draw(0),)) for one in self._runner.forward(plan)[1]]
         self._scheduler.record(plan)
-        for one, draw in zip(after, draws, strict=True):
-            assert isinstance(draw, Draw)
-            one.sequence.generated_tokens += 1
-            one.sequence.last_token = draw.token
+        self._ahead = plan.decode_steps - 1
+        for sequence, drawn in results:
+            assert not isinstance(drawn, PromptRead) and isinstance(drawn[-1], Draw)
+            sequence.generated_tokens += len(drawn)
+            sequence.last_token = drawn[-1].token
         for sequence in self._sequences:
-            if sequence.computed_tokens == self._last:
-                sequence.computed_tokens = self._position
+            if sequence.prefilled and sequence.most_tokens_left <= 0:
+                sequence.computed_tokens, sequence.generated_tokens = self._position, 1
 
     def wait(self) -> None:
         pass

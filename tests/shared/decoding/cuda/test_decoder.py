@@ -149,7 +149,7 @@ def test_without_memory_for_more_logits_the_decoder_goes_on_with_fewer(monkeypat
     decoder = CudaDecoder(model_of(CONFIG), 70, gpu)
     spans = [Span(slot, 0, (slot,)) for slot in range(70)]
     expected = forward(decoder, spans[:1])
-    size = decoder.memory_bytes
+    size = gpu.allocated_bytes
 
     def refuse(size_bytes: int) -> int:
         raise CudaError("out of memory")
@@ -161,7 +161,7 @@ def test_without_memory_for_more_logits_the_decoder_goes_on_with_fewer(monkeypat
                 decoder.forward(spans)
     assert np.array_equal(forward(decoder, spans[:1]), expected)
     assert len(decoder.forward(spans)) == 70
-    assert decoder.memory_bytes > size
+    assert gpu.allocated_bytes > size
 
 
 def test_calls_need_not_wait_for_each_other() -> None:
@@ -296,12 +296,13 @@ def test_logits_that_are_not_finite_draw_nothing(value: float) -> None:
 
 def test_memory_follows_the_tokens_in_use_and_whole_pages_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.decoding.cuda.pages._PIECE_BYTES", 1)  # a piece is a page
-    decoder = decoder_for(slots=64)
-    empty = decoder.memory_bytes
+    gpu = EmulatedGpu()
+    decoder = CudaDecoder(model_of(CONFIG), 64, gpu)
+    empty = gpu.allocated_bytes
     page = SPAN_TOKENS * decoder.bytes_per_token
 
-    def pages() -> float:
-        return (decoder.memory_bytes - empty) / page
+    def pages() -> int:
+        return (gpu.allocated_bytes - empty) // page
 
     tokens = random_text(CONFIG, 1, 70)
     forward(decoder, spans_of(0, 0, tokens))
