@@ -27,6 +27,9 @@ class EmulatedGpu:
     and nothing may be written behind a piece of memory.
     """
 
+    # Few, so that small models have products with many rows in a block, too.
+    multiprocessors = 10
+
     def __init__(self) -> None:
         self.launches = 0
         self._memory: dict[int, tuple[Bytes, Bytes]] = {}

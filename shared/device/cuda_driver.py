@@ -21,9 +21,10 @@ Kernel = Any
 Graph = Any
 
 # The constants of cuda.h.
-_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
+_MULTIPROCESSORS, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 16, 75, 76
 _STREAM_NON_BLOCKING = 1
 _CAPTURE_RELAXED = 2
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 # The sizes of what is allocated, by address, in this process.
 _allocated: dict[int, int] = {}
@@ -34,6 +35,10 @@ class Gpu(Protocol):
 
     Addresses are those of the GPU's memory. A thread calls `use` before it calls anything else.
     """
+
+    @property
+    def multiprocessors(self) -> int:
+        """The number of blocks that run at a time, at least."""
 
     @property
     def allocated_bytes(self) -> int:
@@ -64,7 +69,11 @@ class Gpu(Protocol):
         """Copies within the GPU's memory."""
 
     def launch(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
-        """Starts a kernel, which gets a copy of the argument."""
+        """Starts a kernel, which gets a copy of the argument.
+
+        It may begin while a kernel before it still runs, whose end it waits for itself (CUDA's programming guide,
+        "Programmatic Dependent Launch").
+        """
 
     def record(self, work: Callable[[], None]) -> Graph:
         """Returns the copies and launches of some work, which are not done now, as a graph."""
@@ -78,6 +87,23 @@ class Gpu(Protocol):
 
 class CudaError(RuntimeError):
     """An error of CUDA's driver or compiler."""
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """`CUlaunchAttribute` of cuda.h: an id and one of several values."""
+
+    _fields_ = [("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("__", ctypes.c_int * 15)]
+
+
+class _Launch(ctypes.Structure):
+    """`CUlaunchConfig` of cuda.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
 
 
 def allocated_bytes() -> int:
@@ -119,6 +145,9 @@ class CudaDriver:
             self._attribute(which, device) for which in (_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR)
         )
         self.capability = (major, minor)
+        self.multiprocessors = self._attribute(_MULTIPROCESSORS, device)
+        self._early = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        self._starts_early = int(self.capability >= (9, 0))
 
     @property
     def allocated_bytes(self) -> int:
@@ -202,7 +231,8 @@ class CudaDriver:
     def launch(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
         """As in `Gpu`."""
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        self._call("cuLaunchKernel", kernel, *grid, 1, threads, 1, 1, 0, self._stream, arguments, None)
+        launch = _Launch(*grid, 1, threads, 1, 1, 0, self._stream, ctypes.pointer(self._early), self._starts_early)
+        self._call("cuLaunchKernelEx", ctypes.byref(launch), kernel, arguments, None)
 
     def record(self, work: Callable[[], None]) -> Graph:
         """As in `Gpu`."""

@@ -104,7 +104,7 @@ class CudaDecoder:
         here = [row for row in rows if isinstance(row.logits, _DeviceLogits)]
         numbers = uniforms([row.seed for row in here], [row.position for row in here])
         draws = [
-            (row.logits.row, NO_TOKEN if row.masked is None else row.masked, row.inverse_temperature, number)
+            (row.logits.row, NO_TOKEN if row.masked is None else row.masked, NO_TOKEN, row.inverse_temperature, number)
             for row, number in zip(here, numbers, strict=True)
         ]
         drawn = iter(self._steps.draw(draws))
@@ -120,13 +120,14 @@ class CudaDecoder:
             self._prepare_pages(row.slot, row.start, min(row.start + steps, self._context_length))
         self._write_table()
         draws = np.zeros((steps, len(rows)), DrawInput)
+        draws["logits_row"] = range(len(rows))
         draws["inverse_temperature"] = [inverse_temperature(row.temperature) for row in rows]
         draws["uniform"] = uniforms(
             [row.seed for row in rows] * steps, [row.drawn + step for step in range(steps) for row in rows]
         ).reshape(steps, len(rows))
-        draws["token"] = NO_TOKEN
+        draws["masked"] = NO_TOKEN
         for number, row in enumerate(rows):
-            draws["token"][: row.masked_draws, number] = row.masked
+            draws["masked"][: row.masked_draws, number] = row.masked
         drawn = self._steps.decode([(row.token, row.slot, row.start, 0) for row in rows], draws)
         return [
             _until_none(tokens[: self._context_length - row.start])

@@ -1,4 +1,4 @@
-// Drawing and scoring: a block of DRAW_WARPS warps for each draw.
+// Drawing and scoring: first sums of ranges of the vocabulary, then a warp for each draw.
 
 struct CdfPoint {
   int index;
@@ -37,100 +37,125 @@ __device__ CdfPoint find_in_cdf(int count, float share, Weight weight) {
   return CdfPoint{shuffle(point.index, from), shuffle(point.fraction, from)};
 }
 
-struct Highest {
-  float value;
-  int token;
-  bool finite;
-};
-
-// Returns the highest logit that may be drawn, the first of equal ones, and whether all logits are finite, to all threads.
-__device__ Highest find_highest(const float* logits, int masked) {
-  __shared__ float values[DRAW_WARPS];
-  __shared__ int tokens[DRAW_WARPS], sound[DRAW_WARPS];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Highest mine{-INFINITY, VOCABULARY, true};
-  for (int token = threadIdx.x; token < VOCABULARY; token += 32 * DRAW_WARPS) {
-    const float value = logits[token];
-    mine.finite &= is_finite(value);
-    if (token != masked && value > mine.value) mine = Highest{value, token, mine.finite};
+// Sums ranges of the logits of a draw, one for each warp.
+__device__ void sum_ranges(const Arguments& a, const DrawInput& draw, int number) {
+  const int range = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (range >= RANGES) return;
+  constexpr int EACH = RANGE / 128;
+  const float4* logits = reinterpret_cast<const float4*>(a.logits + (long long)draw.logits_row * VOCABULARY_STRIDE);
+  float values[EACH][4];
+  float highest = -INFINITY, sum = 0;
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int vector = range * (RANGE / 4) + i * 32 + lane;
+    const float4 four = vector * 4 < VOCABULARY ? logits[vector] : float4{0, 0, 0, 0};
+    const float each[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int token = vector * 4 + j;
+      finite &= token >= VOCABULARY || is_finite(each[j]);
+      values[i][j] = token >= VOCABULARY || token == draw.masked ? -INFINITY : each[j];
+      highest = fmaxf(highest, values[i][j]);
+    }
   }
-  for (int apart = 16; apart > 0; apart /= 2) {
-    const float value = shuffle_xor(mine.value, apart);
-    const int token = shuffle_xor(mine.token, apart);
-    if (value > mine.value || (value == mine.value && token < mine.token)) mine = Highest{value, token, mine.finite};
-  }
-  const bool finite = ballot(mine.finite) == 0xffffffffu;
-  if (lane == 0) values[warp] = mine.value, tokens[warp] = mine.token, sound[warp] = finite;
-  synchronise();
-  Highest best{values[0], tokens[0], true};
-  for (int each = 0; each < DRAW_WARPS; ++each) {
-    best.finite &= sound[each] != 0;
-    if (values[each] > best.value || (values[each] == best.value && tokens[each] < best.token))
-      best = Highest{values[each], tokens[each], best.finite};
-  }
-  return best;
+  highest = max_of_warp(highest);
+#pragma unroll
+  for (int i = 0; i < EACH; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (values[i][j] > -INFINITY) sum += expf((values[i][j] - highest) * draw.inverse_temperature);
+  sum = sum_of_warp(sum);
+  if (ballot(!finite)) sum = NAN;
+  if (lane == 0) a.ranges[number * RANGES + range] = RangeSum{highest, sum};
 }
 
-// Draws a token at a temperature: first a range of the vocabulary by its sum, then the token in it. Thread 0 returns it; -1 if
-// a logit is not finite.
-__device__ int draw_token(const float* logits, const DrawInput& wanted) {
-  constexpr int RANGE = up_to(32, (VOCABULARY + 1023) / 1024 > 256 ? (VOCABULARY + 1023) / 1024 : 256);
-  constexpr int RANGES = (VOCABULARY + RANGE - 1) / RANGE;
-  __shared__ float sums[RANGES];
-  const Highest highest = find_highest(logits, wanted.token);
-  if (!highest.finite || wanted.inverse_temperature == 0) return highest.finite ? highest.token : -1;
-  const int masked = wanted.token;
-  const float inverse = wanted.inverse_temperature, most = highest.value;
-  auto weight = [=](int token) {
-    return token == masked || token >= VOCABULARY ? 0.0f : expf((logits[token] - most) * inverse);
-  };
-  const int lane = threadIdx.x % 32;
-  for (int range = threadIdx.x / 32; range < RANGES; range += DRAW_WARPS) {
-    float sum = 0;
-    for (int i = lane; i < RANGE; i += 32) sum += weight(range * RANGE + i);
-    sum = sum_of_warp(sum);
-    if (lane == 0) sums[range] = sum;
+// Returns to all lanes of a warp the highest logit of a draw; NaN if a logit is not finite.
+__device__ float find_highest(const RangeSum* ranges) {
+  float highest = -INFINITY;
+  bool finite = true;
+  for (int range = threadIdx.x % 32; range < RANGES; range += 32) {
+    highest = fmaxf(highest, ranges[range].highest);
+    finite &= is_finite(ranges[range].sum);
   }
+  highest = max_of_warp(highest);
+  return ballot(!finite) ? NAN : highest;
+}
+
+// Returns to all lanes the first of (count,) items for which a condition holds.
+template <class Condition>
+__device__ int find_first(int count, Condition holds) {
+  for (int first = 0;; first += 32) {
+    const int i = first + threadIdx.x % 32;
+    if (const unsigned found = ballot(i < count && holds(i))) return first + first_bit(found);
+  }
+}
+
+// Draws a token at a temperature, by one warp: first a range by its sum, then the token in it. Returns it to all lanes; -1 if a
+// logit is not finite.
+__device__ int draw_token(const Arguments& a, const DrawInput& draw, int number) {
+  __shared__ float sums[RANGES];
+  const RangeSum* ranges = a.ranges + number * RANGES;
+  const float* logits = a.logits + (long long)draw.logits_row * VOCABULARY_STRIDE;
+  const float highest = find_highest(ranges), inverse = draw.inverse_temperature;
+  const int masked = draw.masked;
+  if (!is_finite(highest)) return -1;
+  if (inverse == 0) {
+    const int first = find_first(RANGES, [=](int i) { return ranges[i].highest == highest; }) * RANGE;
+    return first + find_first(RANGE, [=](int i) { return first + i < VOCABULARY && first + i != masked && logits[first + i] == highest; });
+  }
+  for (int range = threadIdx.x; range < RANGES; range += 32)
+    sums[range] = ranges[range].sum > 0 ? ranges[range].sum * expf((ranges[range].highest - highest) * inverse) : 0.0f;
   synchronise();
-  if (threadIdx.x >= 32) return -1;
   const float* totals = sums;
-  const CdfPoint range = find_in_cdf(RANGES, wanted.uniform, [=](int i) { return totals[i]; });
-  const CdfPoint token = find_in_cdf(RANGE, range.fraction, [=](int i) { return weight(range.index * RANGE + i); });
-  return range.index * RANGE + token.index;
+  const CdfPoint range = find_in_cdf(RANGES, draw.uniform, [=](int i) { return totals[i]; });
+  const int first = range.index * RANGE;
+  const CdfPoint token = find_in_cdf(RANGE, range.fraction, [=](int i) {
+    return first + i == masked || first + i >= VOCABULARY ? 0.0f : expf((logits[first + i] - highest) * inverse);
+  });
+  return first + token.index;
+}
+
+// The draws for rows, and what is drawn, are (steps, R).
+__device__ int draw_of_row(const Arguments& a, const Row& row) { return row.step * gridDim.y + blockIdx.y; }
+
+extern "C" __global__ void sum_ranges_of_draws(Arguments a) {
+  wait_for_last_kernel();
+  sum_ranges(a, a.draws[blockIdx.y], blockIdx.y);
+}
+
+extern "C" __global__ void sum_ranges_of_rows(Arguments a) {
+  const Row row = a.rows[blockIdx.y];
+  wait_for_last_kernel();
+  if (row.slot >= 0) sum_ranges(a, a.draws[draw_of_row(a, row)], blockIdx.y);
 }
 
 extern "C" __global__ void draw_tokens(Arguments a) {
-  const DrawInput wanted = a.draws[blockIdx.x];
-  const int token = draw_token(a.logits + (long long)wanted.logits_row * VOCABULARY_STRIDE, wanted);
-  if (threadIdx.x == 0) a.drawn[blockIdx.x] = token;
+  wait_for_last_kernel();
+  const int token = draw_token(a, a.draws[blockIdx.y], blockIdx.y);
+  if (threadIdx.x == 0) a.drawn[blockIdx.y] = token;
 }
 
-// Draws the next token of each row, and makes it the row's token. The draws, and what is drawn, are (steps, R).
+// Draws the next token of each row, and makes it the row's token.
 extern "C" __global__ void draw_next(Arguments a) {
-  const int row = blockIdx.x;
-  const Row at = a.rows[row];
-  if (at.slot < 0) return;
-  const int output = at.step * gridDim.x + row;
-  const int token = draw_token(a.logits + (long long)row * VOCABULARY_STRIDE, a.draws[output]);
-  // All threads have read the row before a barrier in `draw_token`.
+  const Row row = a.rows[blockIdx.y];
+  wait_for_last_kernel();
+  if (row.slot < 0) return;
+  const int number = draw_of_row(a, row), token = draw_token(a, a.draws[number], blockIdx.y);
   if (threadIdx.x > 0) return;
-  a.drawn[output] = token;
+  a.drawn[number] = token;
   // A row ends where its context does.
-  a.rows[row] = Row{token < 0 ? 0 : token, at.position + 1 < POSITIONS ? at.slot : -1, at.position + 1, at.step + 1};
+  a.rows[blockIdx.y] = Row{token < 0 ? 0 : token, row.position + 1 < POSITIONS ? row.slot : -1, row.position + 1, row.step + 1};
 }
 
-// The losses in nats of given tokens; NaN if a logit is not finite.
+// The losses in nats of targets; NaN if a logit is not finite.
 extern "C" __global__ void score_tokens(Arguments a) {
-  __shared__ float sums[DRAW_WARPS];
-  const DrawInput wanted = a.draws[blockIdx.x];
-  const float* logits = a.logits + (long long)wanted.logits_row * VOCABULARY_STRIDE;
-  const Highest highest = find_highest(logits, -1);
+  wait_for_last_kernel();
+  const DrawInput draw = a.draws[blockIdx.y];
+  const RangeSum* ranges = a.ranges + blockIdx.y * RANGES;
+  const float highest = find_highest(ranges);
   float sum = 0;
-  for (int token = threadIdx.x; token < VOCABULARY; token += 32 * DRAW_WARPS) sum += expf(logits[token] - highest.value);
+  for (int range = threadIdx.x; range < RANGES; range += 32) sum += ranges[range].sum * expf(ranges[range].highest - highest);
   sum = sum_of_warp(sum);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  synchronise();
-  if (threadIdx.x > 0) return;
-  for (int each = 1; each < DRAW_WARPS; ++each) sum += sums[each];
-  a.losses[blockIdx.x] = highest.finite ? logf(sum) + highest.value - logits[wanted.token] : NAN;
+  if (threadIdx.x == 0) a.losses[blockIdx.y] = logf(sum) + highest - a.logits[(long long)draw.logits_row * VOCABULARY_STRIDE + draw.target];
 }

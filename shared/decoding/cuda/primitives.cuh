@@ -17,6 +17,16 @@ __device__ inline float low_bf16(unsigned pair) { return __uint_as_float(pair <<
 __device__ inline float high_bf16(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
+// From compute capability 9.0 on, a kernel starts while the one before it still runs, and loads what no kernel changes. This waits
+// until that one has ended, and only then allows the next to start: so everything is complete that came before that one.
+__device__ inline void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Loads a line of 128 bytes into the cache of the whole GPU, where the writes of all kernels are.
+__device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 __device__ inline void synchronise() { __syncthreads(); }
 template <class T>
 __device__ T shuffle_xor(T value, int apart) { return __shfl_xor_sync(0xffffffffu, value, apart); }

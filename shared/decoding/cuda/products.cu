@@ -1,8 +1,8 @@
 // Embeddings, LayerNorms and products.
 
-// Writes the LayerNorm (C,) of a row, by one warp.
-__device__ void normalise(const Arguments& a, const float* from, Bf16* to) {
-  constexpr int EACH = (WIDTH + 31) / 32;
+// Writes the LayerNorm of `from` (C,) to a row of packed inputs, by one warp.
+__device__ void normalise(const Arguments& a, const float* from, Bf16* to, int row) {
+  constexpr int EACH = WIDTH_GROUPS;
   const int lane = threadIdx.x % 32;
   float values[EACH];
   float sum = 0;
@@ -22,47 +22,54 @@ __device__ void normalise(const Arguments& a, const float* from, Bf16* to) {
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const int c = lane + 32 * i;
-    if (c < WIDTH) to[c] = to_bf16(fmaf((values[i] - mean) * scale, a.norm_weight[c], a.norm_bias[c]));
+    to[packed<WIDTH_GROUPS>(row, c)] = to_bf16(c < WIDTH ? fmaf((values[i] - mean) * scale, a.norm_weight[c], a.norm_bias[c]) : 0.0f);
   }
 }
 
 // Token and position embeddings.
 extern "C" __global__ void embed_rows(Arguments a) {
+  wait_for_last_kernel();
   const Row row = a.rows[blockIdx.x];
   for (int c = threadIdx.x; c < WIDTH; c += blockDim.x)
     a.residual[blockIdx.x * WIDTH + c] =
         row.slot < 0 ? 0.0f : to_float(a.token_embedding[(long long)row.token * WIDTH + c]) + to_float(a.position_embedding[row.position * WIDTH + c]);
 }
 
-// LayerNorm of all rows, one for each warp.
+// LayerNorm of all rows, or of the wanted ones, one for each block of one warp.
 extern "C" __global__ void normalise_rows(Arguments a) {
-  const int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  normalise(a, a.residual + row * WIDTH, a.normed + row * WIDTH_STRIDE);
+  wait_for_last_kernel();
+  normalise(a, a.residual + blockIdx.x * WIDTH, a.normed, blockIdx.x);
 }
-
-// LayerNorm of the wanted rows.
 extern "C" __global__ void normalise_wanted(Arguments a) {
-  const int number = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, row = a.wanted[number];
-  if (row >= 0) normalise(a, a.residual + row * WIDTH, a.normed + number * WIDTH_STRIDE);
+  const int row = a.wanted[blockIdx.x];
+  wait_for_last_kernel();
+  if (row >= 0) normalise(a, a.residual + row * WIDTH, a.normed, blockIdx.x);
 }
 
-// The kinds of products: what comes in, and where the sums go.
+// The kinds of products: what comes in, and where the sums go. A place is found before the sum is known.
 
 struct Qkv {
   static constexpr int INPUTS = WIDTH, OUTPUTS = 3 * WIDTH;
   static constexpr bool NORMED = true, WANTED = false;
-  // Stores queries in a buffer, keys and values in the page of the position.
-  static __device__ void store(const Arguments& a, int row, int output, float value) {
+  // Queries go to a buffer, keys and values to the page of the position.
+  float* query = nullptr;
+  Bf16* cached = nullptr;
+  __device__ Qkv() {}
+  __device__ Qkv(const Arguments& a, int row, int output) {
     const Row at = a.rows[row];
     if (at.slot < 0) return;
-    const int kind = output / WIDTH, c = output % WIDTH, d = c % HEAD_WIDTH;
+    const int kind = output / WIDTH, c = output % WIDTH, d = c % HEAD_WIDTH, place = at.position % PAGE;
     if (kind == 0) {
-      a.queries[row * WIDTH + c] = value;
+      query = a.queries + row * WIDTH + c;
     } else {
-      Bf16* page = reinterpret_cast<Bf16*>(a.pages[at.slot * PAGES + at.position / PAGE]);
-      const int group = ((a.layer * 2 + kind - 1) * HEADS + c / HEAD_WIDTH) * HEAD_GROUPS + d / 8;
-      page[(group * PAGE + at.position % PAGE) * 8 + d % 8] = to_bf16(value);
+      const int head = (a.layer * 2 + kind - 1) * HEADS + c / HEAD_WIDTH;
+      const int vector = head * HEAD_GROUPS * PAGE + (kind == 1 ? d / 8 * PAGE + place : place * HEAD_GROUPS + d / 8);
+      cached = reinterpret_cast<Bf16*>(a.pages[at.slot * PAGES + at.position / PAGE]) + vector * 8 + d % 8;
     }
+  }
+  __device__ void store(float value) const {
+    if (query) *query = value;
+    if (cached) *cached = to_bf16(value);
   }
 };
 
@@ -70,9 +77,13 @@ struct Qkv {
 template <int K, Bf16* Arguments::*BUFFER>
 struct ToResidual {
   static constexpr int INPUTS = K, OUTPUTS = WIDTH;
-  static constexpr bool NORMED = false, WANTED = false;
+  static constexpr bool NORMED = false;
   static __device__ const Bf16* from(const Arguments& a) { return a.*BUFFER; }
-  static __device__ void store(const Arguments& a, int row, int output, float value) { a.residual[row * WIDTH + output] += value; }
+  float* place;
+  float before;
+  __device__ ToResidual() {}
+  __device__ ToResidual(const Arguments& a, int row, int output) : place(a.residual + row * WIDTH + output), before(*place) {}
+  __device__ void store(float value) const { *place = before + value; }
 };
 using AttentionOutput = ToResidual<WIDTH, &Arguments::attended>;
 using Down = ToResidual<HIDDEN, &Arguments::hidden>;
@@ -80,99 +91,141 @@ using Down = ToResidual<HIDDEN, &Arguments::hidden>;
 struct Up {
   static constexpr int INPUTS = WIDTH, OUTPUTS = HIDDEN;
   static constexpr bool NORMED = true, WANTED = false;
+  Bf16* place;
+  __device__ Up() {}
+  __device__ Up(const Arguments& a, int row, int output) : place(a.hidden + packed<HIDDEN_GROUPS>(row, output)) {}
   // GELU in its tanh form, as in the model.
-  static __device__ void store(const Arguments& a, int row, int output, float value) {
+  __device__ void store(float value) const {
     const float inner = 0.7978845608028654f * fmaf(0.044715f * value * value, value, value);
-    a.hidden[row * HIDDEN_STRIDE + output] = to_bf16(0.5f * value * (1.0f + tanhf(inner)));
+    *place = to_bf16(0.5f * value * (1.0f + tanhf(inner)));
   }
 };
 
 struct Head {
   static constexpr int INPUTS = WIDTH, OUTPUTS = VOCABULARY;
   static constexpr bool NORMED = true, WANTED = true;
-  static __device__ void store(const Arguments& a, int row, int output, float value) {
-    // A later launch of the same call has room for its wanted rows only.
-    if (a.wanted[row] < 0) return;
-    a.logits[(long long)row * VOCABULARY_STRIDE + output] = value;
+  float* place = nullptr;
+  // A later launch of the same call has room for its wanted rows only.
+  __device__ Head(const Arguments& a, int row, int output) {
+    if (a.wanted[row] >= 0) place = a.logits + (long long)row * VOCABULARY_STRIDE + output;
+  }
+  __device__ void store(float value) const {
+    if (place) *place = value;
   }
 };
 
-// Multiplies 16 outputs with 8 * TILES rows: each warp sums over its groups of 32 inputs, and the block adds the sums of the
-// warps in their order. With few rows, a block computes the LayerNorm of its rows itself.
+// A product sums its groups of 32 inputs in an order that follows from their number alone: every SUMS-th one, and then these
+// sums.
+template <class Kind>
+struct Order {
+  static constexpr int GROUPS = up_to(32, Kind::INPUTS) / 32, SUMS = Kind::INPUTS == WIDTH ? WIDTH_WARPS : HIDDEN_WARPS;
+  static constexpr int EACH = (GROUPS + SUMS - 1) / SUMS;
+};
+
+// Multiplies 16 outputs with 8 * TILES rows, of which it computes the LayerNorm if the product has one. Each warp has one of the
+// sums, and the block adds them.
 template <class Kind, int TILES>
 __device__ void multiply(const Arguments& a) {
-  constexpr int K = Kind::INPUTS, GROUPS = up_to(32, K) / 32, WARPS = K == WIDTH ? WIDTH_WARPS : HIDDEN_WARPS;
-  constexpr bool NORMS = Kind::NORMED && 8 * TILES <= NORMED_ROWS && K <= NORMED_WIDTH;
-  // Eight lanes read two rows at a time, which lie in different banks with this stride.
-  constexpr int STRIDE = NORMS ? GROUPS * 32 + (GROUPS % 2 == 0 ? 32 : 0) : GROUPS * 32;
-  alignas(16) __shared__ Bf16 own[NORMS ? 8 * TILES * STRIDE : 8];
-  __shared__ float sums[WARPS][16 * 8 * TILES];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * 8 * TILES;
-  const uint4* weights = a.weight + (long long)blockIdx.x * GROUPS * 64 + lane;
-  const Bf16* rows;
-  if constexpr (NORMS) {
-    for (int row = warp; row < 8 * TILES; row += WARPS) {
-      for (int c = K + lane; c < STRIDE; c += 32) own[row * STRIDE + c] = to_bf16(0.0f);
-      const int from = Kind::WANTED ? a.wanted[first + row] : first + row;
-      if (from >= 0) {
-        normalise(a, a.residual + from * WIDTH, own + row * STRIDE);
-      } else {
-        for (int c = lane; c < K; c += 32) own[row * STRIDE + c] = to_bf16(0.0f);
+  constexpr int GROUPS = Order<Kind>::GROUPS, EACH = Order<Kind>::EACH, WARPS = Order<Kind>::SUMS;
+  constexpr int SUMS = 16 * 8 * TILES, EACH_SUMS = (SUMS + 32 * WARPS - 1) / (32 * WARPS);
+  // Weights that are loaded before the last kernel ends take registers.
+  constexpr bool EARLY = EACH <= 6;
+  constexpr int NORMED_BYTES = Kind::NORMED ? 8 * TILES * GROUPS * 32 * (int)sizeof(Bf16) : 0, SUMS_BYTES = WARPS * SUMS * (int)sizeof(float);
+  // A block may share this much; wide rows with a LayerNorm are multiplied with fewer TILES.
+  if constexpr (NORMED_BYTES <= SHARED_BYTES) {
+    alignas(16) __shared__ char memory[NORMED_BYTES > SUMS_BYTES ? NORMED_BYTES : SUMS_BYTES];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * 8 * TILES;
+    const uint4* weights = a.weight + (long long)blockIdx.x * GROUPS * 64 + lane;
+    uint4 early[EARLY ? EACH : 1][2];
+    if constexpr (EARLY) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) {
+        const int group = i * WARPS + warp;
+        if (group < GROUPS) early[i][0] = weights[group * 64], early[i][1] = weights[group * 64 + 32];
       }
     }
-    synchronise();
-    rows = own;
-  } else {
-    if constexpr (Kind::NORMED) rows = a.normed + (long long)first * STRIDE;
-    else rows = Kind::from(a) + (long long)first * STRIDE;
-  }
-  const uint4* inputs = reinterpret_cast<const uint4*>(rows + lane / 4 * STRIDE) + lane % 4;
+    // The sums of a thread are all of one output.
+    const int output = blockIdx.x * 16 + threadIdx.x % 16;
+    const float bias = output < Kind::OUTPUTS ? a.bias[output] : 0.0f;
+    wait_for_last_kernel();
 
-  float partial[TILES][4] = {};
+    Kind places[EACH_SUMS];
 #pragma unroll
-  for (int i = 0; i < (GROUPS + WARPS - 1) / WARPS; ++i) {
-    const int group = i * WARPS + warp;
-    if (group >= GROUPS) break;
-    const uint4 low = weights[group * 64], high = weights[group * 64 + 32];
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      const uint4 input = inputs[tile * STRIDE + group * 4];
-      mma(partial[tile], low, input.x, input.y);
-      mma(partial[tile], high, input.z, input.w);
+    for (int number = 0; number < EACH_SUMS; ++number) {
+      const int i = number * 32 * WARPS + threadIdx.x;
+      if (i < SUMS && output < Kind::OUTPUTS) places[number] = Kind(a, first + i / 16, output);
     }
-  }
+    const uint4* inputs;
+    if constexpr (Kind::NORMED) {
+      for (int row = warp; row < 8 * TILES; row += WARPS) normalise(a, a.residual + (first + row) * WIDTH, reinterpret_cast<Bf16*>(memory), row);
+      synchronise();
+      inputs = reinterpret_cast<const uint4*>(memory) + lane;
+    } else {
+      inputs = reinterpret_cast<const uint4*>(Kind::from(a)) + first * GROUPS * 4 + lane;
+    }
+
+    float partial[TILES][4] = {};
 #pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
+    for (int i = 0; i < EACH; ++i) {
+      const int group = i * WARPS + warp;
+      if (group >= GROUPS) break;
+      uint4 low, high;
+      if constexpr (EARLY) low = early[i][0], high = early[i][1];
+      else low = weights[group * 64], high = weights[group * 64 + 32];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      sums[warp][(tile * 8 + lane % 4 * 2 + i % 2) * 16 + lane / 4 + i / 2 * 8] = partial[tile][i];
-  synchronise();
-  for (int i = threadIdx.x; i < 16 * 8 * TILES; i += 32 * WARPS) {
-    const int output = blockIdx.x * 16 + i % 16;
-    if (output >= Kind::OUTPUTS) continue;
-    float sum = sums[0][i];
-    for (int each = 1; each < WARPS; ++each) sum += sums[each][i];
-    Kind::store(a, first + i / 16, output, a.bias ? sum + a.bias[output] : sum);
+      for (int tile = 0; tile < TILES; ++tile) {
+        const uint4 input = inputs[(tile * GROUPS + group) * 32];
+        mma(partial[tile], low, input.x, input.y);
+        mma(partial[tile], high, input.z, input.w);
+      }
+    }
+    // The sums take the place of the LayerNorm.
+    if constexpr (Kind::NORMED) synchronise();
+    float* sums = reinterpret_cast<float*>(memory);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[warp * SUMS + (tile * 8 + lane % 4 * 2 + i % 2) * 16 + lane / 4 + i / 2 * 8] = partial[tile][i];
+    synchronise();
+    if (output >= Kind::OUTPUTS) return;
+#pragma unroll
+    for (int number = 0; number < EACH_SUMS; ++number) {
+      const int i = number * 32 * WARPS + threadIdx.x;
+      if (i >= SUMS) return;
+      float sum = sums[i];
+#pragma unroll
+      for (int each = 1; each < WARPS; ++each) sum += sums[each * SUMS + i];
+      places[number].store(sum + bias);
+    }
   }
 }
 
-// The same sums for the head with many rows: each of four warps has 16 outputs of its own, and 64 rows.
+// The same for many outputs or many rows, after another kernel's LayerNorm: each warp multiplies 16 outputs with 8 * TILES rows.
+// Blocks with the same outputs follow each other.
+template <class Kind, int TILES>
 __device__ void multiply_wide(const Arguments& a) {
-  constexpr int GROUPS = WIDTH_STRIDE / 32, PARTS = WIDTH_WARPS, TILES = 8;
-  const int lane = threadIdx.x % 32, first = blockIdx.y * 8 * TILES, block = blockIdx.x * 4 + threadIdx.x / 32;
-  if (a.wanted[first] < 0 || block * 16 >= VOCABULARY) return;
-  const uint4* weights = a.weight + (long long)block * GROUPS * 64 + lane;
-  const uint4* inputs = reinterpret_cast<const uint4*>(a.normed + (long long)(first + lane / 4) * WIDTH_STRIDE) + lane % 4;
+  constexpr int GROUPS = Order<Kind>::GROUPS, EACH = Order<Kind>::EACH, SUMS = Order<Kind>::SUMS;
+  const int lane = threadIdx.x % 32, first = blockIdx.x * 8 * TILES, block = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
+  const bool needed = block * 16 < Kind::OUTPUTS && (!Kind::WANTED || a.wanted[first] >= 0);
+  const uint4* weights = a.weight + (long long)block * GROUPS * 64;
+  if (needed)
+    for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights + line * 8);
+  wait_for_last_kernel();
+  if (!needed) return;
+  const uint4* inputs = reinterpret_cast<const uint4*>(a.normed) + first * GROUPS * 4 + lane;
   float sums[TILES][4];
-#pragma unroll
-  for (int part = 0; part < PARTS; ++part) {
+#pragma unroll(TILES > 4 ? 4 : 12)
+  for (int number = 0; number < SUMS; ++number) {
     float partial[TILES][4] = {};
 #pragma unroll
-    for (int group = part; group < GROUPS; group += PARTS) {
-      const uint4 low = weights[group * 64], high = weights[group * 64 + 32];
+    for (int i = 0; i < EACH; ++i) {
+      const int group = i * SUMS + number;
+      if (group >= GROUPS) break;
+      const uint4 low = weights[group * 64 + lane], high = weights[group * 64 + 32 + lane];
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) {
-        const uint4 input = inputs[tile * WIDTH_STRIDE + group * 4];
+        const uint4 input = inputs[(tile * GROUPS + group) * 32];
         mma(partial[tile], low, input.x, input.y);
         mma(partial[tile], high, input.z, input.w);
       }
@@ -180,28 +233,31 @@ __device__ void multiply_wide(const Arguments& a) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[tile][i] = part == 0 ? partial[tile][i] : sums[tile][i] + partial[tile][i];
+      for (int i = 0; i < 4; ++i) sums[tile][i] = number == 0 ? partial[tile][i] : sums[tile][i] + partial[tile][i];
   }
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int output = block * 16 + lane / 4 + i / 2 * 8;
-      if (output < VOCABULARY) Head::store(a, first + tile * 8 + lane % 4 * 2 + i % 2, output, sums[tile][i]);
+      if (output >= Kind::OUTPUTS) continue;
+      const Kind place(a, first + tile * 8 + lane % 4 * 2 + i % 2, output);
+      place.store(a.bias ? sums[tile][i] + a.bias[output] : sums[tile][i]);
     }
 }
 
 #define PRODUCT(kind, name)                                            \
   extern "C" __global__ void name##_8(Arguments a) { multiply<kind, 1>(a); }  \
   extern "C" __global__ void name##_16(Arguments a) { multiply<kind, 2>(a); } \
-  extern "C" __global__ void name##_32(Arguments a) { multiply<kind, 4>(a); } \
-  extern "C" __global__ void name##_64(Arguments a) { multiply<kind, 8>(a); }
+  extern "C" __global__ void name##_32(Arguments a) { multiply<kind, 4>(a); }
 
 PRODUCT(Qkv, qkv)
 PRODUCT(AttentionOutput, attention_output)
 PRODUCT(Up, up)
 PRODUCT(Down, down)
-extern "C" __global__ void head_8(Arguments a) { multiply<Head, 1>(a); }
-extern "C" __global__ void head_16(Arguments a) { multiply<Head, 2>(a); }
-extern "C" __global__ void head_32(Arguments a) { multiply<Head, 4>(a); }
-extern "C" __global__ void head_64(Arguments a) { multiply_wide(a); }
+extern "C" __global__ void qkv_wide_32(Arguments a) { multiply_wide<Qkv, 4>(a); }
+extern "C" __global__ void up_wide_32(Arguments a) { multiply_wide<Up, 4>(a); }
+extern "C" __global__ void head_wide_8(Arguments a) { multiply_wide<Head, 1>(a); }
+extern "C" __global__ void head_wide_16(Arguments a) { multiply_wide<Head, 2>(a); }
+extern "C" __global__ void head_wide_32(Arguments a) { multiply_wide<Head, 4>(a); }
+extern "C" __global__ void head_wide_64(Arguments a) { multiply_wide<Head, 8>(a); }

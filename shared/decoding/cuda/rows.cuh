@@ -5,7 +5,10 @@
 // the positions. Prompts and decoding rows use the same kernels.
 //
 // `steps.py` joins primitives.cuh, rows.cuh, products.cu, attention.cu and draws.cu, and defines the shape, the sizes of pages and
-// blocks, and up to how many rows, NORMED_ROWS, and inputs, NORMED_WIDTH, a product computes the LayerNorm of its inputs itself.
+// ranges of the vocabulary, and the warps of a product.
+//
+// Every kernel waits for the last one before it reads what a kernel writes, except for rows and pages, which a step does not change
+// before its end.
 // Shapes: R rows, K inputs of a product, N outputs, C width, H heads, D head width, F hidden width, V vocabulary.
 
 constexpr int HEAD_WIDTH = WIDTH / HEADS;
@@ -14,19 +17,28 @@ constexpr int PAGES = (POSITIONS + PAGE - 1) / PAGE;
 // Numbers are loaded and multiplied in groups of 8 and 32; buffers and weights are padded with zeros to whole groups.
 __device__ constexpr int up_to(int multiple, int size) { return (size + multiple - 1) / multiple * multiple; }
 constexpr int HEAD_GROUPS = up_to(8, HEAD_WIDTH) / 8;
-constexpr int WIDTH_STRIDE = up_to(32, WIDTH);
-constexpr int HIDDEN_STRIDE = up_to(32, HIDDEN);
+constexpr int WIDTH_GROUPS = up_to(32, WIDTH) / 32;
+constexpr int HIDDEN_GROUPS = up_to(32, HIDDEN) / 32;
 constexpr int VOCABULARY_STRIDE = up_to(16, VOCABULARY);
+// Inputs of products are packed for `mma`, whose lanes load 32 of 8 rows at a time: (R / 8, GROUPS, 8, 32).
+template <int GROUPS>
+__device__ int packed(int row, int input) { return ((row / 8 * GROUPS + input / 32) * 8 + row % 8) * 32 + input % 32; }
 
 // `step` counts the tokens that were drawn for the row while the host waited.
 struct Row {
   int token, slot, position, step;
 };
 
-// What a draw, or a score, needs beside a row of logits. `token` is not drawn, or is the target of a loss; -1: none.
+// What a draw, or a score, needs beside a row of logits. `masked` is not drawn; -1: none.
 struct DrawInput {
-  int logits_row, token;
+  int logits_row, masked, target;
   float inverse_temperature, uniform;
+};
+
+// The highest logit of a range of the vocabulary that may be drawn, and the sum of exp((logit - highest) * inverse temperature);
+// NaN if a logit is not finite.
+struct RangeSum {
+  float highest, sum;
 };
 
 // The argument of every kernel; each uses some of it. Rows without a slot have -1, and so have entries of `wanted` without a row.
@@ -41,12 +53,13 @@ struct Arguments {
   const uint4* weight;             // (N, K), packed for `mma`
   const float* bias;               // (N,)
   float* residual;                 // (R, C): the residual stream
-  Bf16* normed;                    // (R, WIDTH_STRIDE)
+  Bf16* normed;                    // (R, C), packed
   float* queries;                  // (R, C)
-  Bf16* attended;                  // (R, WIDTH_STRIDE)
-  Bf16* hidden;                    // (R, HIDDEN_STRIDE)
+  Bf16* attended;                  // (R, C), packed
+  Bf16* hidden;                    // (R, F), packed
   float* logits;                   // (R, VOCABULARY_STRIDE)
   const DrawInput* draws;
+  RangeSum* ranges;                // (draws, RANGES)
   int* drawn;
   float* losses;
   int layer;

@@ -23,35 +23,44 @@ from shared.gpt.model import GPT
 # As in `rows.cuh`.
 Row = np.dtype([("token", np.int32), ("slot", np.int32), ("position", np.int32), ("step", np.int32)])
 DrawInput = np.dtype(
-    [("logits_row", np.int32), ("token", np.int32), ("inverse_temperature", np.float32), ("uniform", np.float32)]
+    [
+        *((name, np.int32) for name in ("logits_row", "masked", "target")),
+        *((name, np.float32) for name in ("inverse_temperature", "uniform")),
+    ]
 )
 NO_TOKEN = -1
 
 # A launch fills its rows, and those that are wanted, up to one of these numbers.
 _SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 _NO_ROW = (0, -1, 0, 0)
-# The rows of one block of a product, at most.
-_TILE = 64
-# With more rows, or inputs that do not fit the memory that a block shares, a kernel of its own computes a LayerNorm.
-_ROWS_NORMED_WITHIN = 16
-_WIDTH_NORMED_WITHIN = 1024
+# Up to so many rows, more warps share the pages of a row.
+_FEW_ROWS = 16
+# The rows that a block of a product, and one of the head, may have; with a LayerNorm, it computes fewer.
+_TILES = (8, 16, 32)
+_HEAD_TILES = (8, 16, 32, 64)
+_NORMED_TILE = 16
+# From so many rows on, a kernel of its own computes a LayerNorm.
+_MANY_ROWS = 128
+# What the threads of a block may share.
+_SHARED_BYTES = 48 << 10
 _THREADS = 256
-_ATTENTION_THREADS = 128
-_DRAW_WARPS = 16
 
-# A warp holds a row in registers, and a block holds its attention scores in shared memory. Wider products compile
+# A block holds the inputs of eight rows, and the sums of all pages of a row, in shared memory. Wider products compile
 # slowly. With one token masked, another must be left.
 _RANGES = {
-    "width": (1, 4096),
+    "width": (1, 3072),
     "hidden_width": (1, 1 << 15),
-    "head_width": (1, _ATTENTION_THREADS),
+    "head_width": (1, 128),
     "context_length": (1, 4096),
     "vocabulary_size": (2, 1 << 20),
 }
 _SOURCES = ("primitives.cuh", "rows.cuh", "products.cu", "attention.cu", "draws.cu")
 _KERNELS = (
-    *("embed_rows", "normalise_rows", "normalise_wanted", "attend_rows", "draw_tokens", "draw_next", "score_tokens"),
-    *(f"{name}_{tile}" for name in ("qkv", "attention_output", "up", "down", "head") for tile in (8, 16, 32, _TILE)),
+    *("embed_rows", "normalise_rows", "normalise_wanted", "attend_rows", "sum_ranges_of_draws", "sum_ranges_of_rows"),
+    *("draw_tokens", "draw_next", "score_tokens"),
+    *(f"{name}_{tile}" for name in ("qkv", "attention_output", "up", "down") for tile in _TILES),
+    *("qkv_wide_32", "up_wide_32"),
+    *(f"head_wide_{tile}" for tile in _HEAD_TILES),
 )
 
 
@@ -78,6 +87,7 @@ class _Arguments(ctypes.Structure):
                     "hidden",
                     "logits",
                     "draws",
+                    "ranges",
                     "drawn",
                     "losses",
                 ),
@@ -96,6 +106,20 @@ class _Product:
     inputs: int
     outputs: int
     addresses: dict[str, int]
+
+    @property
+    def normed(self) -> bool:
+        """Whether its inputs are a LayerNorm."""
+        return "norm_weight" in self.addresses
+
+    def fits(self, rows: int) -> bool:
+        """Whether a block can hold the inputs of so many rows, if it computes them."""
+        return not self.normed or (rows <= _NORMED_TILE and rows * -(-self.inputs // 32) * 64 <= _SHARED_BYTES)
+
+    def enter_addresses(self, arguments: _Arguments) -> None:
+        """Writes them to the arguments of a kernel."""
+        for name, address in self.addresses.items():
+            setattr(arguments, name, address)
 
 
 class Steps:
@@ -148,6 +172,7 @@ class Steps:
         sizes = {
             "logits": self._logits_bytes,
             "draws": MAX_DECODE_STEPS * DrawInput.itemsize,
+            "ranges": _range_count(self._config) * 8,
             "drawn": MAX_DECODE_STEPS * 4,
             "losses": 4,
         }
@@ -199,15 +224,14 @@ class Steps:
         gpu.wait()
         return drawn.reshape(steps, R)[:, :count]
 
-    def draw(self, draws: Sequence[tuple[int, int, float, float]]) -> list[int]:
+    def draw(self, draws: Sequence[tuple[int, int, int, float, float]]) -> list[int]:
         """Draws a token for each of the draws, which are as in `DrawInput`; -1 if its logits are not finite."""
         return self._run("draw_tokens", draws, "drawn", self._drawn)
 
     def score(self, targets: Sequence[int]) -> list[float]:
         """Returns the losses in nats of targets, one for each row of logits; NaN if they are not finite."""
-        return self._run(
-            "score_tokens", [(row, token, 0, 0) for row, token in enumerate(targets)], "losses", self._losses
-        )
+        scores = [(row, NO_TOKEN, token, 1.0, 0.0) for row, token in enumerate(targets)]
+        return self._run("score_tokens", scores, "losses", self._losses)
 
     def logits(self, first: int, count: int) -> Logits:
         """Returns some rows of logits, (count, V)."""
@@ -217,14 +241,14 @@ class Steps:
         return rows[:, : self._config.vocabulary_size]
 
     def _run(
-        self, kernel: str, draws: Sequence[tuple[int, int, float, float]], name: str, host: NDArray[Any]
+        self, kernel: str, draws: Sequence[tuple[int, int, int, float, float]], name: str, host: NDArray[Any]
     ) -> list[Any]:
         gpu, results = self._gpu, list[Any]()
         for first in range(0, len(draws), len(self._draws)):
             batch = draws[first : first + len(self._draws)]
             self._draws[: len(batch)] = batch
             gpu.write(self._memory["draws"], self._draws[: len(batch)].view(np.uint8))
-            gpu.launch(self._kernel(kernel), (len(batch), 1), 32 * _DRAW_WARPS, _Arguments(**self._memory))
+            self._launch_draws("sum_ranges_of_draws", kernel, len(batch))
             gpu.read(self._memory[name], host[: len(batch)].view(np.uint8))
             gpu.wait()
             results += host[: len(batch)].tolist()
@@ -248,7 +272,7 @@ class Steps:
         def start() -> None:
             self._launch_step(R, K, 0)
             if draws:
-                self._gpu.launch(self._kernel("draw_next"), (R, 1), 32 * _DRAW_WARPS, _Arguments(**self._memory))
+                self._launch_draws("sum_ranges_of_rows", "draw_next", R)
 
         if (R, K, draws) not in self._graphs:
             self._graphs[R, K, draws] = self._gpu.record(start)
@@ -260,26 +284,42 @@ class Steps:
         gpu.launch(self._kernel("embed_rows"), (R, 1), _THREADS, arguments)
         for number, (qkv, *others) in enumerate(self._layers):
             arguments.layer = number
-            self._multiply(qkv, R, "normalise_rows", arguments)
-            gpu.launch(self._kernel("attend_rows"), (self._config.heads, R), _ATTENTION_THREADS, arguments)
+            self._multiply(qkv, R, arguments)
+            gpu.launch(self._kernel("attend_rows"), (self._config.heads, R), 32 * self._attention_warps(R), arguments)
             for product in others:
-                self._multiply(product, R, "normalise_rows", arguments)
+                self._multiply(product, R, arguments)
         if K:
             arguments.logits += logits_row * self._logits_bytes
-            self._multiply(self._head, K, "normalise_wanted", arguments)
+            self._multiply_wide(self._head, K, min(K, _HEAD_TILES[-1]), "normalise_wanted", arguments)
 
-    def _multiply(self, product: _Product, rows: int, normalise: str, arguments: _Arguments) -> None:
-        """Starts a product, and before it the LayerNorm of its rows if it does not compute that itself."""
-        for name, address in product.addresses.items():
-            setattr(arguments, name, address)
-        within = rows <= _ROWS_NORMED_WITHIN and product.inputs <= _WIDTH_NORMED_WITHIN
-        if "norm_weight" in product.addresses and not within:
-            self._gpu.launch(self._kernel(normalise), (rows // 8, 1), _THREADS, arguments)
-        tile, blocks, threads = min(rows, _TILE), -(-product.outputs // 16), 32 * _warps_for(product.inputs)
-        if product is self._head and tile == _TILE:
-            # Each warp has outputs of its own.
-            blocks, threads = -(-blocks // 4), 128
-        self._gpu.launch(self._kernel(f"{product.kernel}_{tile}"), (blocks, rows // tile), threads, arguments)
+    def _multiply_wide(self, product: _Product, rows: int, tile: int, normalise: str, arguments: _Arguments) -> None:
+        """Starts a LayerNorm, and a product in which each warp has outputs of its own."""
+        product.enter_addresses(arguments)
+        self._gpu.launch(self._kernel(normalise), (rows, 1), 32, arguments)
+        grid = (rows // tile, -(-product.outputs // 64))
+        self._gpu.launch(self._kernel(f"{product.kernel}_wide_{tile}"), grid, 128, arguments)
+
+    def _multiply(self, product: _Product, rows: int, arguments: _Arguments) -> None:
+        """Starts a product with as many rows in a block as leave enough blocks for the GPU, and fit."""
+        if product.normed and rows >= _MANY_ROWS:
+            self._multiply_wide(product, rows, 32, "normalise_rows", arguments)
+            return
+        product.enter_addresses(arguments)
+        blocks = -(-product.outputs // 16)
+        least = self._gpu.multiprocessors // blocks
+        tile = max((tile for tile in _TILES if rows // tile > least and product.fits(tile)), default=8)
+        grid, threads = (blocks, rows // tile), 32 * _warps_for(product.inputs)
+        self._gpu.launch(self._kernel(f"{product.kernel}_{tile}"), grid, threads, arguments)
+
+    def _attention_warps(self, rows: int) -> int:
+        """Returns the number of warps that share the pages of a row in a head: more if there are few rows."""
+        pages = -(-self._config.context_length // SPAN_TOKENS)
+        return 4 if rows > _FEW_ROWS else min(max(pages, 4), 16)
+
+    def _launch_draws(self, sums: str, kernel: str, count: int) -> None:
+        arguments = _Arguments(**self._memory)
+        self._gpu.launch(self._kernel(sums), (-(-_range_count(self._config) // 8), count), _THREADS, arguments)
+        self._gpu.launch(self._kernel(kernel), (1, count), 32, arguments)
 
     def _product(self, kernel: str, weight: mx.array, bias: mx.array | None, norm: Any = None) -> _Product:
         outputs, inputs = weight.shape
@@ -312,10 +352,10 @@ def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
         "PAGE": str(SPAN_TOKENS),
         "WIDTH_WARPS": str(_warps_for(config.width)),
         "HIDDEN_WARPS": str(_warps_for(config.hidden_width)),
-        "NORMED_ROWS": str(_ROWS_NORMED_WITHIN),
-        "NORMED_WIDTH": str(_WIDTH_NORMED_WITHIN),
-        "ATTENTION_THREADS": str(_ATTENTION_THREADS),
-        "DRAW_WARPS": str(_DRAW_WARPS),
+        "SHARED_BYTES": str(_SHARED_BYTES),
+        "FEW_ROWS": str(_FEW_ROWS),
+        "RANGE": str(_range_size(config)),
+        "RANGES": str(_range_count(config)),
     }
 
 
@@ -332,9 +372,19 @@ def packed(weight: mx.array) -> NDArray[np.uint16]:
     return np.ascontiguousarray(parts.transpose(0, 3, 5, 2, 4, 6, 1, 7))
 
 
+def _range_size(config: GPTConfig) -> int:
+    """Returns the number of tokens in a range of the vocabulary, of which there are at most 1,024."""
+    return max(256, -(-config.vocabulary_size // 1024 // 128) * 128)
+
+
+def _range_count(config: GPTConfig) -> int:
+    return -(-config.vocabulary_size // _range_size(config))
+
+
 def _warps_for(inputs: int) -> int:
-    """Returns the number of warps among which a product divides its inputs: eight if they are many, or eight parts."""
-    return 8 if inputs > 1024 or -(-inputs // 32) % 8 == 0 else 4
+    """Returns the number of warps among which a product divides its groups of 32 inputs."""
+    groups = -(-inputs // 32)
+    return max((warps for warps in range(4, 13) if groups % warps == 0), default=8)
 
 
 def _bf16_bits(array: mx.array) -> NDArray[np.uint16]:

@@ -21,6 +21,9 @@ struct Index {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
 struct Bf16 {
@@ -82,6 +85,9 @@ static void wait_at(Barrier& barrier, int count) {
   }
   while (barrier.generation == generation) give_way();
 }
+// Kernels run one after the other.
+static void wait_for_last_kernel() {}
+static void prefetch(const void*) {}
 static void synchronise() { wait_at(whole, blockDim.x); }
 
 // Gives `count` words to the other lanes of the warp, and returns those of all.
