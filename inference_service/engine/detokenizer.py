@@ -20,10 +20,19 @@ class Detokenizer:
         self._held = ""
         self.matched_stop: str | None = None
 
-    def add(self, token: int) -> str:
-        """Adds a token and returns the text that is now certain; sets `matched_stop` if a stop text is complete."""
-        text = self._utf8.decode(self._token_bytes(token))
-        return self._advance(text) if self._stops else text
+    def add(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """Adds tokens, up to one that completes a stop text, which sets `matched_stop`.
+
+        Returns the text that is now certain, and the number of tokens that were added.
+        """
+        if not self._stops:
+            return self._utf8.decode(b"".join(map(self._token_bytes, tokens))), len(tokens)
+        certain = ""
+        for count, token in enumerate(tokens, 1):
+            certain += self._advance(self._utf8.decode(self._token_bytes(token)))
+            if self.matched_stop is not None:
+                return certain, count
+        return certain, len(tokens)
 
     def finish(self) -> str:
         """Returns the text that was held back, because no token follows."""

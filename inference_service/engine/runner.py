@@ -126,11 +126,13 @@ class Runner:
         """Carries out a plan of rows that draw several tokens."""
         rows = [row.sequence.decode_row(row.slot) for row in plan.rows]
         results = list[tuple[Sequence, PromptRead | NextTokens]]()
-        for row, tokens in zip(plan.rows, self._decoder.decode(rows, plan.decode_steps), strict=True):
+        drawn = self._decoder.decode(rows, plan.decode_steps, plan.next_decode_steps)
+        for row, tokens in zip(plan.rows, drawn, strict=True):
             if tokens[-1] is None:
                 self._discard_not_finite(row.slot)
-            draws = tuple(not_finite(row.sequence) if token is None else plain_draw(token) for token in tokens)
-            results.append((row.sequence, draws))
+                results.append((row.sequence, (*map(plain_draw, tokens[:-1]), not_finite(row.sequence))))
+            else:
+                results.append((row.sequence, tuple(map(plain_draw, tokens))))
         return results
 
     def _discard_not_finite(self, slot: int) -> None:

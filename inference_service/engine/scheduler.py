@@ -6,7 +6,7 @@ Its promises, with B prompt tokens per step at most, chunks of at most C = SPAN_
   tokens.
 - Prompts are computed in the order in which they got their slots, and a step computes at least B // C chunks if there
   are that many. If q chunks of a prompt and of all earlier prompts are left when it gets its slot, it gets its first
-  token at most ceil(q / (B // C)) steps later, whatever arrives after it.
+  token at most ceil(q / (B // C)) steps later, or one more with multi-step decoding, whatever arrives after it.
 - Slots go to the request that waits longest. No sequence keeps a slot for more than h steps, which follows from the
   lengths of its prompt and of its output. A request with k samples before it in the queue gets its slots after at most
   (2 (k // (m + 1)) + 2) h steps: a request with several samples waits until enough slots are free at once.
@@ -47,11 +47,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: chunks of prompts to compute, and rows to decode, each by up to `decode_steps` tokens."""
+    """One step: chunks of prompts to compute, and rows to decode, each by up to `decode_steps` tokens.
+
+    The next plan decodes those rows that go on by `next_decode_steps` tokens, if that is not 0.
+    """
 
     chunks: tuple[Chunk, ...]
     rows: tuple[Row, ...]
     decode_steps: int = 1
+    next_decode_steps: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -74,6 +78,8 @@ class Scheduler:
         # The sequences with a slot, and the groups of those whose prompt is not complete, in the order of their slots.
         self._running: dict[Sequence, int] = {}
         self._prefilling: dict[Sequence, Group] = {}
+        # What the last plan said of the next one.
+        self._next_decode_steps = 0
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -122,8 +128,12 @@ class Scheduler:
 
         If the step computes no prompt, and no row needs the engine between two tokens, rows draw up to
         `max_decode_steps` tokens, as many as the longest may still draw. A row that ends earlier keeps its slot until
-        the step ends. Call `record` before planning the next step.
+        the step ends. The next step then does the same before it computes a prompt that came meanwhile. Call `record`
+        before planning the next step.
         """
+        rows = tuple(Row(sequence, slot) for sequence, slot in self._running.items() if sequence.prefilled)
+        if self._next_decode_steps and rows:
+            return self._plan_multi_step(rows, self._next_decode_steps, max_decode_steps)
         chunks: list[Chunk] = []
         for first, group in self._prefilling.items():
             start, length = first.computed_tokens, len(first.request.prompt)
@@ -138,16 +148,21 @@ class Scheduler:
             if start < length:
                 # No prompt overtakes another.
                 break
-        rows = [Row(sequence, slot) for sequence, slot in self._running.items() if sequence.prefilled]
         if not chunks and not rows:
             return None
-        steps = 1
-        if not chunks and all(row.sequence.can_decode_multi_step for row in rows):
-            steps = min(max_decode_steps, max(row.sequence.most_tokens_left for row in rows))
-        return Plan(tuple(chunks), tuple(rows), steps)
+        if max_decode_steps > 1 and not chunks and all(row.sequence.can_decode_multi_step for row in rows):
+            return self._plan_multi_step(rows, max_decode_steps, max_decode_steps)
+        return Plan(tuple(chunks), rows)
+
+    def _plan_multi_step(self, rows: tuple[Row, ...], steps: int, next_steps: int) -> Plan:
+        """Plans several tokens for each row, and as many for the next plan unless a prompt waits."""
+        left = max(row.sequence.most_tokens_left for row in rows)
+        steps = min(steps, left)
+        return Plan((), rows, steps, 0 if self._prefilling else min(next_steps, left - steps))
 
     def record(self, plan: Plan) -> None:
         """Records that a plan was carried out."""
+        self._next_decode_steps = plan.next_decode_steps
         for chunk in plan.chunks:
             chunk.group[0].computed_tokens = chunk.end
             if chunk.ends_prompt:
@@ -158,8 +173,9 @@ class Scheduler:
             # A sequence that drew fewer has ended.
             row.sequence.computed_tokens += plan.decode_steps
 
-    def forget_prompts(self) -> None:
+    def forget_slots(self) -> None:
         """Restarts all prompts that are not complete, after the content of the slots was lost."""
+        self._next_decode_steps = 0
         for group in self._prefilling.values():
             group[0].computed_tokens = 0
             for sequence in group:

@@ -1,7 +1,8 @@
 """One sample of a request while the engine works on it."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 
 from inference_service.engine.detokenizer import Detokenizer
 from inference_service.engine.request import (
@@ -40,7 +41,7 @@ class Sequence:
         self.admitted_at: float | None = None
         self.generated_tokens = 0
         self.last_token: int | None = None
-        # How often each token was drawn.
+        # How often each token was drawn, unless only a temperature is needed.
         self.counts: dict[int, int] = defaultdict(int)
         # Then the decoder draws, for all such sequences at once.
         self.needs_only_temperature = request.sampling == SamplingParameters(temperature=request.sampling.temperature)
@@ -95,28 +96,30 @@ class Sequence:
             else max(request.min_tokens - self.generated_tokens, 0),
         )
 
-    def accept(self, draws: Iterable[Draw | GptloopError], now: float) -> list[Event]:
+    def accept(self, draws: Many[Draw | GptloopError], now: float) -> list[Event]:
         """Adds the next tokens, up to one that ends the stream, and returns the events that follow.
 
-        An error ends the stream too.
+        The last of them may be an error, which ends the stream too.
         """
-        accepted, text, ends = list[Draw](), "", list[Event]()
-        for draw in draws:
-            if isinstance(draw, GptloopError):
-                ends = [Failed(draw)]
-                break
-            accepted.append(draw)
-            self.generated_tokens += 1
-            self.last_token = draw.token
-            self.counts[draw.token] += 1
-            text += self._detokenizer.add(draw.token)
-            if self._first_token_at is None:
-                self._first_token_at = now
-            if (reason := self._reason(draw.token)) is not None:
-                text += self._detokenizer.finish()
-                ends = [self._finished(reason, now)]
-                break
-        return [Delta((now,) * len(accepted), text, tuple(accepted)), *ends] if accepted else ends
+        ends: list[Event] = [Failed(draw) for draw in draws if isinstance(draw, GptloopError)]
+        drawn = [draw for draw in draws if isinstance(draw, Draw)]
+        tokens = [draw.token for draw in drawn[: self.most_tokens_left]]
+        if self._end_token in tokens:
+            del tokens[tokens.index(self._end_token) + 1 :]
+        text, count = self._detokenizer.add(tokens)
+        if not count:
+            return ends
+        self.generated_tokens += count
+        self.last_token = tokens[count - 1]
+        if not self.needs_only_temperature:
+            for token in tokens[:count]:
+                self.counts[token] += 1
+        if self._first_token_at is None:
+            self._first_token_at = now
+        if (reason := self._reason(self.last_token)) is not None:
+            text += self._detokenizer.finish()
+            ends = [self._finished(reason, now)]
+        return [Delta((now,) * count, text, tuple(drawn[:count])), *ends]
 
     def unreported(self, read: PromptRead) -> list[Event]:
         """Returns what was read of the prompt, without the tokens of an earlier reading whose slot was lost."""

@@ -199,7 +199,7 @@ class CpuDecoder:
         self._library.draw(self._model.threads, len(rows), self._model.vocabulary, pointers, *arrays)
         return [None if token < 0 else token for token in tokens.tolist()]
 
-    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+    def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
         """Draws several tokens for each row."""
         return decode_step_by_step(self, rows, steps, self._model.positions)
 

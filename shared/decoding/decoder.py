@@ -70,11 +70,12 @@ class Decoder(Protocol):
     def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
         """Draws a token for each row; None if its logits are not finite."""
 
-    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+    def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
         """Draws up to `steps` tokens, at most `MAX_DECODE_STEPS`, for each row, each after the one before.
 
         Returns a list for each row. It ends early if the context is full, and with None at the first logits that are
-        not finite.
+        not finite. Next the caller will ask for `next_steps` tokens, for rows that go on and no others, so that the
+        decoder may begin with them; the caller can also change its mind.
         """
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:

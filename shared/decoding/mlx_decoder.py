@@ -151,7 +151,7 @@ class MlxDecoder:
         tokens: list[int] = np.asarray(drawn).tolist()
         return [None if tokens[index] < 0 else tokens[index] for index in turn]
 
-    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+    def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
         """Draws several tokens for each row."""
         return decode_step_by_step(self, rows, steps, self._context_length)
 

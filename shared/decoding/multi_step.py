@@ -1,8 +1,7 @@
 """Multi-step decoding: a decoder draws several tokens for each slot, and its caller goes on only after the last."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import Span
@@ -11,8 +10,7 @@ from shared.decoding.spans import Span
 MAX_DECODE_STEPS = 8
 
 
-@dataclass(frozen=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """A slot that decodes: its last token, at position `start`, is not computed yet.
 
     Step i draws as `TemperatureSampling` does at the position `drawn` + i, and cannot draw `masked` while i is below

@@ -71,12 +71,14 @@ def uniform(seed: int, position: int) -> float:
     return (bits >> 11) * 2.0**-53
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """Returns `uniform` of each pair, (N,)."""
-    seed_bits, position_bits = (
-        np.array([number & _MASK for number in numbers], np.uint64) for numbers in (seeds, positions)
-    )
-    bits = _split_mix_all(_split_mix_all(seed_bits) ^ position_bits)
+def to_bits(numbers: Sequence[int]) -> NDArray[np.uint64]:
+    """Returns the lowest 64 bits of numbers, (N,), for `uniforms`."""
+    return np.array([number & _MASK for number in numbers], np.uint64)
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Returns `uniform` of each pair."""
+    bits = _split_mix_all(_split_mix_all(seeds) ^ positions)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

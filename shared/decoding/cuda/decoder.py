@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.decoding.cuda.burst import Burst
 from shared.decoding.cuda.pages import Page, PagePool
-from shared.decoding.cuda.steps import NO_TOKEN, DrawInput, Steps, supports
+from shared.decoding.cuda.steps import NO_TOKEN, Steps, supports
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import (
     Logits,
     SamplingParameters,
     TemperatureSampling,
-    inverse_temperature,
     is_finite,
     sample,
+    to_bits,
     uniforms,
 )
 from shared.decoding.spans import SPAN_TOKENS, Span
@@ -48,12 +49,15 @@ class CudaDecoder:
         pages = -(-config.context_length // SPAN_TOKENS)
         self._context_length = config.context_length
         self._slots: list[list[Page | None]] = [[None] * pages for _ in range(slots)]
-        # The addresses of their pages, as the host and as the GPU know them.
-        self._table = gpu.host_memory(slots * pages * 8).view(np.uint64).reshape(slots, pages)
+        # The addresses of their pages, and those that the GPU copies, or has copied.
+        self._table = np.zeros((slots, pages), np.uint64)
+        self._given_table = gpu.host_memory(self._table.nbytes).view(np.uint64).reshape(slots, pages)
         self._table_address = gpu.allocate(self._table.nbytes)
         self._table_changed = True
         self._steps = Steps(model, gpu, self._table_address)
         groups = -(-config.head_width // 8)
+        # What the GPU draws before anyone has asked for it.
+        self._begun: Burst | None = None
         self._pool = PagePool(gpu, config.layers * 2 * config.heads * groups * 8 * SPAN_TOKENS * 2)
         gpu.wait()
 
@@ -102,7 +106,7 @@ class CudaDecoder:
         """Draws a token for each row; None if its logits are not finite."""
         self._gpu.use()
         here = [row for row in rows if isinstance(row.logits, _DeviceLogits)]
-        numbers = uniforms([row.seed for row in here], [row.position for row in here])
+        numbers = uniforms(to_bits([row.seed for row in here]), to_bits([row.position for row in here]))
         draws = [
             (row.logits.row, NO_TOKEN if row.masked is None else row.masked, NO_TOKEN, row.inverse_temperature, number)
             for row, number in zip(here, numbers, strict=True)
@@ -111,28 +115,34 @@ class CudaDecoder:
         tokens = [next(drawn) if isinstance(row.logits, _DeviceLogits) else _draw(row) for row in rows]
         return [None if token == NO_TOKEN else token for token in tokens]
 
-    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
-        """Draws several tokens for each row, without the host between two of them."""
+    def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
+        """Draws several tokens for each row, without the host between two of them.
+
+        The GPU begins with the next ones while the caller handles these.
+        """
         self._gpu.use()
-        self._gpu.wait()
-        self._steps.make_room(len(rows))
-        for row in rows:
-            self._prepare_pages(row.slot, row.start, min(row.start + steps, self._context_length))
-        self._write_table()
-        draws = np.zeros((steps, len(rows)), DrawInput)
-        draws["logits_row"] = range(len(rows))
-        draws["inverse_temperature"] = [inverse_temperature(row.temperature) for row in rows]
-        draws["uniform"] = uniforms(
-            [row.seed for row in rows] * steps, [row.drawn + step for step in range(steps) for row in rows]
-        ).reshape(steps, len(rows))
-        draws["masked"] = NO_TOKEN
-        for number, row in enumerate(rows):
-            draws["masked"][: row.masked_draws, number] = row.masked
-        drawn = self._steps.decode([(row.token, row.slot, row.start, 0) for row in rows], draws)
-        return [
-            _until_none(tokens[: self._context_length - row.start])
-            for row, tokens in zip(rows, drawn.T.tolist(), strict=True)
-        ]
+        burst, self._begun = self._begun, None
+        places = None if burst is None else burst.places(rows, steps)
+        # One that was begun may have more steps than are wanted in the end.
+        if burst is None or places is None or (next_steps and steps < burst.steps):
+            burst, places = Burst.of(rows, steps), list(range(len(rows)))
+            self._prepare_burst(burst)
+            self._begin(burst, burst.draws())
+        following = burst.following(next_steps, self._context_length)
+        if next_steps:
+            self._prepare_burst(following)
+            draws = following.draws()
+        drawn = self._steps.drawn(burst.steps, len(burst.slots))
+        if next_steps:
+            self._begun = following.with_tokens(drawn[:, -1])
+            self._begin(self._begun, draws)
+        tokens = drawn.tolist()
+        if drawn.min() == NO_TOKEN or (following.starts > self._context_length).any():
+            tokens = [
+                _until_none(row[: self._context_length - start])
+                for row, start in zip(tokens, burst.starts.tolist(), strict=True)
+            ]
+        return [tokens[place][:steps] for place in places]
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots, which share its whole pages."""
@@ -164,12 +174,14 @@ class CudaDecoder:
 
     def reset(self) -> None:
         """Discards the content of all slots."""
+        self._begun = None
         for slot in range(len(self._slots)):
             self.clear(slot)
 
     def _compute(self, spans: Sequence[Span], wanted: NDArray[np.intp]) -> None:
         """Computes spans; the logits after the wanted (K,) of all tokens are then in the first rows of logits."""
         self._gpu.use()
+        self._begun = None
         # The GPU may still copy what the last call wrote for it.
         self._gpu.wait()
         self._steps.make_room(len(wanted))
@@ -186,6 +198,20 @@ class CudaDecoder:
                 self._gpu.wait()
             self._steps.compute(some, wanted[before:until] - first, int(before))
 
+    def _prepare_burst(self, burst: Burst) -> None:
+        """Gives the slots of a burst pages of their own."""
+        ends = np.minimum(burst.starts + burst.steps, self._context_length)
+        for slot, start, end in zip(burst.slots.tolist(), burst.starts.tolist(), ends.tolist(), strict=True):
+            if slot >= 0:
+                self._prepare_pages(slot, start, end)
+
+    def _begin(self, burst: Burst, draws: NDArray[Any]) -> None:
+        """Starts to compute a burst whose pages are prepared."""
+        self._gpu.wait()
+        self._steps.make_room(len(burst.slots))
+        self._write_table()
+        self._steps.begin_decode(burst.rows(), draws)
+
     def _prepare_pages(self, slot: int, start: int, end: int) -> None:
         """Gives a slot pages of its own for the positions from `start` up to `end`, so that they can be written."""
         for index in range(start // SPAN_TOKENS, -(-end // SPAN_TOKENS)):
@@ -196,19 +222,17 @@ class CudaDecoder:
                 self._set_page(slot, index, self._pool.copy_of(page))
 
     def _write_table(self) -> None:
+        """Copies the addresses of pages to the GPU, which must have ended its work."""
         if self._table_changed:
-            self._gpu.write(self._table_address, self._table.reshape(-1).view(np.uint8))
+            self._given_table[:] = self._table
+            self._gpu.write(self._table_address, self._given_table.reshape(-1).view(np.uint8))
             self._table_changed = False
 
     def _set_page(self, slot: int, index: int, page: Page | None) -> None:
-        if self._slots[slot][index] is page:
-            return
-        if not self._table_changed:
-            # The GPU may still copy the table.
-            self._gpu.wait()
+        if self._slots[slot][index] is not page:
+            self._slots[slot][index] = page
+            self._table[slot, index] = 0 if page is None else page.address
             self._table_changed = True
-        self._slots[slot][index] = page
-        self._table[slot, index] = 0 if page is None else page.address
 
 
 @dataclass(frozen=True)

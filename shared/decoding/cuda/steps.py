@@ -206,23 +206,27 @@ class Steps:
         else:
             self._replay(R, K, draws=False)
 
-    def decode(self, rows: Sequence[tuple[int, int, int, int]], draws: NDArray[Any]) -> NDArray[np.int32]:
-        """Draws tokens for at most `most_rows` rows, one after the other, and returns them, (steps, rows), valid until
-        the next call; -1 if logits are not finite.
+    def begin_decode(self, rows: NDArray[Any], draws: NDArray[Any]) -> None:
+        """Starts to draw tokens for at most `most_rows` rows, one after the other. The GPU must have ended its work.
 
-        `draws` (steps, rows) are as in `DrawInput`. What is returned for a row whose context is full is undefined.
+        `rows` (R,) are as in `Row`, `draws` (S, R) as in `DrawInput`.
         """
         steps, count = draws.shape
         R, _ = self._write_rows(rows, np.arange(count))
-        for all_of_step, some in zip(self._draws[: steps * R].reshape(steps, R), draws, strict=True):
-            all_of_step[:count] = some
-        gpu, drawn = self._gpu, self._drawn[: steps * R]
-        gpu.write(self._memory["draws"], self._draws[: steps * R].view(np.uint8))
+        self._draws[: steps * R].reshape(steps, R)[:, :count] = draws
+        self._gpu.write(self._memory["draws"], self._draws[: steps * R].view(np.uint8))
         for _ in range(steps):
             self._replay(R, R, draws=True)
-        gpu.read(self._memory["drawn"], drawn.view(np.uint8))
-        gpu.wait()
-        return drawn.reshape(steps, R)[:, :count]
+        self._gpu.read(self._memory["drawn"], self._drawn[: steps * R].view(np.uint8))
+
+    def drawn(self, steps: int, count: int) -> NDArray[np.int32]:
+        """Returns the tokens (R, S) that were drawn since `begin_decode`; -1 if logits are not finite.
+
+        What is returned for a row whose context is full is undefined.
+        """
+        self._gpu.wait()
+        R = _padded(count)
+        return self._drawn[: steps * R].reshape(steps, R)[:, :count].T.copy()
 
     def draw(self, draws: Sequence[tuple[int, int, int, float, float]]) -> list[int]:
         """Draws a token for each of the draws, which are as in `DrawInput`; -1 if its logits are not finite."""
@@ -254,7 +258,9 @@ class Steps:
             results += host[: len(batch)].tolist()
         return results
 
-    def _write_rows(self, rows: Sequence[tuple[int, int, int, int]], wanted: NDArray[np.intp]) -> tuple[int, int]:
+    def _write_rows(
+        self, rows: Sequence[tuple[int, int, int, int]] | NDArray[Any], wanted: NDArray[np.intp]
+    ) -> tuple[int, int]:
         """Copies the rows and the wanted ones to the GPU; returns the numbers of them that a launch computes."""
         R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
         self._rows[: len(rows)] = rows

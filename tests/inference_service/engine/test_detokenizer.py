@@ -17,7 +17,7 @@ def run(tokens: list[bytes], stops: list[str]) -> tuple[list[str], str | None]:
     detokenizer = Detokenizer(lambda token: tokens[token], stops)
     texts = []
     for token in range(len(tokens)):
-        texts.append(detokenizer.add(token))
+        texts.append(detokenizer.add([token])[0])
         if detokenizer.matched_stop is not None:
             break
     texts.append(detokenizer.finish())

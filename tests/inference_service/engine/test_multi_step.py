@@ -24,9 +24,9 @@ class MultiStep(CpuDecoder):
     def max_decode_steps(self) -> int:
         return MAX_DECODE_STEPS
 
-    def decode(self, rows: Sequence[DecodeRow], steps: int) -> list[list[int | None]]:
+    def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
         self.steps.append(steps)
-        return super().decode(rows, steps)
+        return super().decode(rows, steps, next_steps)
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def test_lost_prompts_are_computed_again() -> None:
     scheduler = Scheduler(2)
     scheduler.add(group("a", 200, max_tokens=1))
     step(scheduler)
-    scheduler.forget_prompts()
+    scheduler.forget_slots()
     assert [step(scheduler) for _ in range(2)] == [[], ["a"]]
 
 
@@ -119,7 +119,7 @@ def test_a_full_context_ends_a_sequence() -> None:
 def test_sequences_decode_multi_step_while_nothing_is_between_two_tokens() -> None:
     scheduler = Scheduler(3)
     scheduler.add(group("a", 4, max_tokens=4))
-    scheduler.add(group("b", 4, max_tokens=20))
+    scheduler.add(group("b", 4, max_tokens=25))
 
     def tokens() -> int:
         scheduler.admit()
@@ -130,11 +130,12 @@ def test_sequences_decode_multi_step_while_nothing_is_between_two_tokens() -> No
 
     # Prompts; then as many as the longest may draw, although the other ends before.
     assert [tokens() for _ in range(2)] == [1, 8]
-    # A stream that needs the host, until it has ended; and no more than are left.
+    # What was promised for the next step comes before a prompt; then a stream that needs the host, until it has ended;
+    # and no more than are left.
     (wanting,) = group("c", 4, max_tokens=3)
     wanting.needs_only_temperature = False
     scheduler.add((wanting,))
-    assert [tokens() for _ in range(4)] == [1, 1, 1, 8]
+    assert [tokens() for _ in range(5)] == [8, 1, 1, 1, 5]
     assert scheduler.sequences == []
 
 
@@ -192,7 +193,9 @@ def test_no_request_waits_longer_than_promised(
     """The bounds in the scheduler's docstring hold for any arrivals and cancels."""
     budget = per_step * SPAN_TOKENS + rest
     longest = max(chunks_of(one.prompt) for one in arrivals)
-    h = math.ceil(slots * longest / per_step) + max(one.max_tokens for one in arrivals)
+    # What was begun for the next step comes before a prompt.
+    begun = int(max_decode_steps > 1)
+    h = math.ceil(slots * longest / per_step) + max(one.max_tokens for one in arrivals) + begun
     scheduler = Scheduler(slots)
     watched: list[Watched] = []
     coming = sorted(enumerate(arrivals), key=lambda pair: pair[1].step)
@@ -229,7 +232,7 @@ def test_no_request_waits_longer_than_promised(
                 if other.admitted is not None and other.group[0] in scheduler.sequences and not other.group[0].prefilled
             )
             # Not before the step of its slot.
-            one.first_token_by = now + math.ceil(unread / per_step) - 1
+            one.first_token_by = now + math.ceil(unread / per_step) - 1 + begun
         plan = scheduler.plan(budget, max_decode_steps)
         decoding = [sequence for sequence in scheduler.sequences if sequence.prefilled]
         if plan is not None:

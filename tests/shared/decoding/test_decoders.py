@@ -349,7 +349,7 @@ def test_tokens_in_a_row_are_those_of_single_steps(make: MakeDecoder) -> None:
     assert [len(tokens) for tokens in found] == [MAX_DECODE_STEPS, MAX_DECODE_STEPS, 3, MAX_DECODE_STEPS, 1]
     assert found[4] == [None] and SPOILED not in found[3]
     # The slots go on after what was computed.
-    after = replace(rows[0], start=78, token=found[0][-1] or 0, drawn=12)
+    after = rows[0]._replace(start=78, token=found[0][-1] or 0, drawn=12)
     (logits,) = single.forward([Span(0, 78, (after.token,))])
     assert in_a_row.decode([after], 1) == [single.draw([after.draw(logits, 0)])]
 

@@ -11,6 +11,7 @@ from shared.decoding.sampling import (
     draw,
     log_probabilities,
     sample,
+    to_bits,
     uniform,
     uniforms,
 )
@@ -229,8 +230,8 @@ def test_every_bit_of_the_seed_counts() -> None:
 
 def test_many_uniform_numbers_are_those_of_each() -> None:
     places = [(seed, position) for seed in (0, 1, -5, 2**63 + 1, 2**64 - 1) for position in (0, 7, 2**40)]
-    assert uniforms(*zip(*places, strict=True)).tolist() == [uniform(*place) for place in places]
-    assert uniforms([], []).shape == (0,)
+    assert uniforms(*map(to_bits, zip(*places, strict=True))).tolist() == [uniform(*place) for place in places]
+    assert uniforms(to_bits([]), to_bits([])).shape == (0,)
 
 
 @pytest.mark.parametrize(("seed_step", "position_step"), [(0, 1), (1, 0), (1, 1), (64, 64), (1 << 50, 0)])

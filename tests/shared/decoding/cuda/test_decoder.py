@@ -118,10 +118,59 @@ def test_any_number_of_rows_draws_several_tokens(count: int) -> None:
     few = decoder.decode(rows[:2], MAX_DECODE_STEPS)
     found = decoder.decode(rows, MAX_DECODE_STEPS)
     for row, tokens in zip(rows, found, strict=True):
-        assert [tokens] == alone.decode([replace(row, slot=0)], MAX_DECODE_STEPS)
+        assert [tokens] == alone.decode([row._replace(slot=0)], MAX_DECODE_STEPS)
     wanted = SPAN_TOKENS + 1
     forward(decoder, [Span(0, place, (1,)) for place in range(wanted)])
     assert decoder.decode(rows[:2], MAX_DECODE_STEPS) == few == found[:2]
+
+
+def test_what_was_begun_before_it_was_asked_for_is_the_same() -> None:
+    """Rows end, go on alone, or reach the end of their context; the caller changes its mind, or computes a prompt."""
+    ahead, plain = decoder_for(slots=5), decoder_for(slots=5)
+    starts = [1, 60, 130, 5, 0]
+    for decoder in (ahead, plain):
+        forward(
+            decoder, [span for slot in range(4) for span in spans_of(slot, 0, random_text(CONFIG, slot, starts[slot]))]
+        )
+    rows = [
+        DecodeRow(slot, starts[slot], slot, 0.8, seed=slot, drawn=slot, masked=3, masked_draws=11) for slot in range(5)
+    ]
+
+    def decode(steps: int, next_steps: int) -> None:
+        found = ahead.decode(rows, steps, next_steps)
+        assert found == plain.decode(rows, steps)
+        rows[:] = [
+            row._replace(
+                start=row.start + steps,
+                token=tokens[-1] or 0,
+                drawn=row.drawn + steps,
+                masked_draws=max(row.masked_draws - steps, 0),
+            )
+            for row, tokens in zip(rows, found, strict=True)
+            if len(tokens) == steps
+        ]
+
+    decode(8, 8)
+    decode(8, 8)
+    assert len(rows) == 5
+    decode(8, 8)
+    # The context of one has ended, and another ends meanwhile.
+    assert len(rows) == 4
+    del rows[1]
+    decode(8, 8)
+    # Fewer than were begun, and then others.
+    decode(3, 0)
+    decode(8, 5)
+    decode(8, 8)
+    for decoder in (ahead, plain):
+        forward(decoder, spans_of(1, 0, random_text(CONFIG, 7, 70)))
+    rows.append(DecodeRow(1, 70, 9, 0.8, seed=9, drawn=0, masked=3, masked_draws=0))
+    decode(8, 8)
+    ahead.reset()
+    plain.reset()
+    rows[:] = [DecodeRow(slot, 0, 1, 0.8, seed=9, drawn=0, masked=3, masked_draws=0) for slot in range(2)]
+    decode(8, 8)
+    decode(8, 0)
 
 
 def test_more_rows_than_the_buffers_hold_are_computed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

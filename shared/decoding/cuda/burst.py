@@ -1,0 +1,85 @@
+"""Several tokens for each of some rows, which the GPU draws without the host in between.
+
+Shapes: R rows, S steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.decoding.cuda.steps import NO_TOKEN, DrawInput, Row
+from shared.decoding.multi_step import DecodeRow
+from shared.decoding.sampling import inverse_temperature, to_bits, uniforms
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Some steps for rows (R,), whose numbers are as in `DecodeRow`. A row that has ended has no slot, but -1."""
+
+    steps: int
+    slots: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    tokens: NDArray[np.signedinteger[Any]]
+    inverse_temperatures: NDArray[np.float32]
+    seeds: NDArray[np.uint64]
+    drawn: NDArray[np.uint64]
+    masked: NDArray[np.int64]
+    masked_draws: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Sequence[DecodeRow], steps: int) -> "Burst":
+        """Returns the burst of some rows."""
+        return cls(
+            steps,
+            slots=np.array([row.slot for row in rows]),
+            starts=np.array([row.start for row in rows]),
+            tokens=np.array([row.token for row in rows]),
+            inverse_temperatures=np.array([inverse_temperature(row.temperature) for row in rows], np.float32),
+            seeds=to_bits([row.seed for row in rows]),
+            drawn=to_bits([row.drawn for row in rows]),
+            masked=np.array([row.masked for row in rows]),
+            masked_draws=np.array([row.masked_draws for row in rows]),
+        )
+
+    def places(self, rows: Sequence[DecodeRow], steps: int) -> list[int] | None:
+        """Returns where some rows are among those of the burst; None if it does not draw what they ask for."""
+        places = {slot: place for place, slot in enumerate(self.slots.tolist())}
+        starts = self.starts.tolist()
+        found = [places.get(row.slot, -1) for row in rows]
+        as_asked = all(place >= 0 and starts[place] == row.start for place, row in zip(found, rows, strict=True))
+        return found if as_asked and steps <= self.steps else None
+
+    def following(self, steps: int, context_length: int) -> "Burst":
+        """Returns the burst after this one, which still has this one's tokens."""
+        starts = self.starts + self.steps
+        return replace(
+            self,
+            steps=steps,
+            slots=np.where(starts < context_length, self.slots, -1),
+            starts=starts,
+            drawn=self.drawn + np.uint64(self.steps),
+            masked_draws=self.masked_draws - self.steps,
+        )
+
+    def with_tokens(self, tokens: NDArray[np.int32]) -> "Burst":
+        """Returns the burst that begins with other tokens (R,); -1: the row has ended."""
+        return replace(self, slots=np.where(tokens == NO_TOKEN, -1, self.slots), tokens=tokens)
+
+    def rows(self) -> NDArray[Any]:
+        """Returns the rows (R,) of the first step, as in `Row`."""
+        rows = np.zeros(len(self.slots), Row)
+        rows["token"], rows["slot"], rows["position"] = self.tokens, self.slots, self.starts
+        return rows
+
+    def draws(self) -> NDArray[Any]:
+        """Returns the draws (S, R), as in `DrawInput`."""
+        steps = np.arange(self.steps)[:, None]
+        draws = np.zeros((self.steps, len(self.slots)), DrawInput)
+        draws["logits_row"] = np.arange(len(self.slots))
+        draws["masked"] = np.where(steps < self.masked_draws, self.masked, NO_TOKEN)
+        draws["inverse_temperature"] = self.inverse_temperatures
+        draws["uniform"] = uniforms(self.seeds, self.drawn + steps.astype(np.uint64))
+        return draws
