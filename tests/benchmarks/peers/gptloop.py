@@ -91,6 +91,7 @@ class Decoding:
         self._sequences = [one for group in self._scheduler.admit() for one in group]
         while not all(sequence.prefilled for sequence in self._sequences):
             self.step()
+        self._start_over()
 
     def step(self) -> None:
         if self._ahead:
@@ -108,9 +109,12 @@ class Decoding:
             assert not isinstance(drawn, PromptRead) and isinstance(drawn[-1], Draw)
             sequence.generated_tokens += len(drawn)
             sequence.last_token = drawn[-1].token
+        if any(sequence.most_tokens_left <= 0 for sequence in self._sequences):
+            self._start_over()
+
+    def _start_over(self) -> None:
         for sequence in self._sequences:
-            if sequence.prefilled and sequence.most_tokens_left <= 0:
-                sequence.computed_tokens, sequence.generated_tokens = self._position, 1
+            sequence.computed_tokens, sequence.generated_tokens = min(sequence.computed_tokens, self._position), 1
 
     def wait(self) -> None:
         pass
