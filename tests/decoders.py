@@ -10,7 +10,7 @@ from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.decoder import Decoder, DecoderFactory
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
-from shared.device.cuda_driver import CudaDriver
+from shared.device.cuda_driver import CudaDriver, Gpu
 from shared.gpt.model import GPT
 from tests.emulated_gpu import EmulatedGpu
 
@@ -30,9 +30,13 @@ def mlx_decoder(model: GPT, slots: int, spans_together: int = 1) -> MlxDecoder:
     return MlxDecoder(model, slots, ProgramCache(), spans_together)
 
 
+def make_gpu() -> Gpu:
+    """Returns an NVIDIA GPU, or an emulation of one."""
+    return CudaDriver(COMPILED) if mx.cuda.is_available() else EmulatedGpu()
+
+
 def cuda_decoder(model: GPT, slots: int) -> CudaDecoder:
-    """Returns a decoder on an NVIDIA GPU, or on an emulation of one."""
-    return CudaDecoder(model, slots, CudaDriver(COMPILED) if mx.cuda.is_available() else EmulatedGpu())
+    return CudaDecoder(model, slots, make_gpu())
 
 
 def make_decoder(model: GPT, slots: int) -> Decoder:

@@ -15,7 +15,7 @@ from shared.decoding.decoder import Decoder
 from shared.decoding.sampling import Logits, SamplingParameters
 from shared.decoding.spans import Span
 from shared.gpt.model import GPT
-from tests.decoders import make_decoder
+from tests.decoders import cpu_decoder
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.waiting import HANG_S
 
@@ -45,7 +45,7 @@ class Result:
 
 
 class Harness:
-    """An engine whose events the test's thread reads."""
+    """An engine whose events the test's thread reads. It decodes on the CPU, one token a step."""
 
     def __init__(self, slots: int = SLOTS, prefill_tokens: int = 64, prefix_bytes: int = 0) -> None:
         self.failures = 0
@@ -69,7 +69,7 @@ class Harness:
         self.add_model(version, tiny_model(seed))
 
     def add_model(self, version: int, model: GPT, decoder: Decoder | None = None) -> None:
-        decoder = decoder or make_decoder(model, self.slots)
+        decoder = decoder or cpu_decoder(model, self.slots)
         self.engine.add_version(version, decoder, byte_tokenizer(), model.config.context_length).result(HANG_S)
 
     def submit(self, *requests: GenerationRequest) -> None:

@@ -1,42 +1,74 @@
 """Streams on a decoder that draws several tokens in a row: the same as one token at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import pytest
 
 from inference_service.engine.request import Delta, Failed, GenerationRequest, NotFinite
 from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import SamplingParameters
 from shared.gpt.model import GPT
-from tests.decoders import cpu_library
+from tests.decoders import cpu_library, make_gpu
 from tests.fakes import tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, request
 
 
-class MultiStep(CpuDecoder):
+class OnCpu(CpuDecoder):
+    max_decode_steps = MAX_DECODE_STEPS
+
     def __init__(self, model: GPT) -> None:
         super().__init__(model, SLOTS, 1, cpu_library())
         self.steps: list[int] = []
-
-    @property
-    def max_decode_steps(self) -> int:
-        return MAX_DECODE_STEPS
 
     def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
         self.steps.append(steps)
         return super().decode(rows, steps, next_steps)
 
 
+class OnGpu(CudaDecoder):
+    """It begins with tokens before the engine asks for them."""
+
+    max_decode_steps = MAX_DECODE_STEPS
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model, SLOTS, make_gpu())
+        self.steps: list[int] = []
+
+    def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
+        self.steps.append(steps)
+        return super().decode(rows, steps, next_steps)
+
+
+MultiStep = OnCpu | OnGpu
+MakeMultiStep = Callable[[GPT], MultiStep]
+
+
+@pytest.fixture(params=[OnCpu, pytest.param(OnGpu, marks=pytest.mark.slow)])
+def make(request: pytest.FixtureRequest) -> MakeMultiStep:
+    made: MakeMultiStep = request.param
+    return made
+
+
 @pytest.fixture
-def decoder() -> MultiStep:
-    return MultiStep(tiny_model(0))
+def decoder(make: MakeMultiStep) -> MultiStep:
+    return make(tiny_model(0))
 
 
 @pytest.fixture
 def multi_step(decoder: MultiStep) -> Iterator[Harness]:
     harness = Harness()
+    harness.add_model(1, tiny_model(0), decoder)
+    yield harness
+    harness.engine.stop()
+
+
+@pytest.fixture
+def single_step(make: MakeMultiStep, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
+    harness, decoder = Harness(), make(tiny_model(0))
+    monkeypatch.setattr(decoder, "max_decode_steps", 1)
     harness.add_model(1, tiny_model(0), decoder)
     yield harness
     harness.engine.stop()
@@ -56,8 +88,8 @@ def some_requests() -> list[GenerationRequest]:
     ]
 
 
-def test_streams_are_those_of_single_steps(multi_step: Harness, decoder: MultiStep, harness: Harness) -> None:
-    expected = [harness.generate(one)[0] for one in some_requests()]
+def test_streams_are_those_of_single_steps(multi_step: Harness, decoder: MultiStep, single_step: Harness) -> None:
+    expected = [single_step.generate(one)[0] for one in some_requests()]
     # Alone, and together in slots that others leave.
     for found in ([multi_step.generate(one)[0] for one in some_requests()], multi_step.generate(*some_requests())):
         for one, other in zip(found, expected, strict=True):
@@ -77,21 +109,23 @@ def test_several_tokens_come_in_one_event_with_their_times(multi_step: Harness) 
     assert all(len(delta.times) == len(delta.draws) for delta in deltas)
 
 
-def test_a_stream_whose_numbers_are_not_finite_ends_after_its_last_sound_token(harness: Harness) -> None:
+def test_a_stream_whose_numbers_are_not_finite_ends_after_its_last_sound_token(
+    make: MakeMultiStep, single_step: Harness
+) -> None:
     model = tiny_model(0)
-    (sound,) = harness.generate(request("sound", max_tokens=20))
+    (sound,) = single_step.generate(request("sound", max_tokens=20))
     # The fifth token that the stream draws spoils what comes after it.
     spoiling = sound.tokens[4]
     assert spoiling not in sound.tokens[:4]
     model.token_embedding.weight[spoiling] = mx.nan
     spoiled = Harness()
-    decoder = MultiStep(model)
+    decoder = make(model)
     spoiled.add_model(1, model, decoder)
     try:
         spoiled.submit(request("sound", max_tokens=20))
         result = spoiled.wait("sound")
         assert result.tokens == sound.tokens[:5]
         assert isinstance(result.events[-1], Failed) and isinstance(result.events[-1].error, NotFinite)
-        assert decoder.steps == [MAX_DECODE_STEPS]
+        assert decoder.steps[-1] == MAX_DECODE_STEPS
     finally:
         spoiled.engine.stop()

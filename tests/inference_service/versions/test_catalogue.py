@@ -104,7 +104,8 @@ async def test_findings_are_remembered_after_a_restart(fresh: World, monkeypatch
         assert restarted.serving == 1
         assert restarted.value("refused_versions_total", reason="loss_mismatch") == 0
         first, second = await restarted.manager.statuses()
-        assert first.loss == pytest.approx(good.claimed_loss, abs=1e-4)
+        # A GPU may compute in bf16.
+        assert first.loss == pytest.approx(good.claimed_loss, abs=2e-3)
         assert second.reason.startswith("loss_mismatch")
 
 

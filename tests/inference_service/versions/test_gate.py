@@ -153,7 +153,8 @@ async def test_a_version_that_claims_a_better_loss_than_it_has_is_refused(fresh:
         await eventually(lambda: fresh.value("refused_versions_total", reason="loss_mismatch") == 1)
         await eventually(lambda: fresh.serving == 1)
         two = (await fresh.manager.statuses())[1]
-        assert two.loss == pytest.approx(claims_too_much.claimed_loss + 0.1, abs=1e-4)
+        # A GPU may compute in bf16.
+        assert two.loss == pytest.approx(claims_too_much.claimed_loss + 0.1, abs=2e-3)
         assert two.reason.startswith("loss_mismatch: it claims a held-out loss of")
 
 
@@ -245,8 +246,8 @@ async def test_a_version_that_cannot_be_read_is_tried_again(
 
     async with fresh.running():
         await eventually(lambda: fresh.serving == 1)
-        two = (await fresh.manager.statuses())[1]
-        assert "Input/output error" in two.reason and "tried again" in two.reason
+        await eventually(lambda: "tried again" in fresh.manager._statuses()[1].reason)
+        assert "Input/output error" in (await fresh.manager.statuses())[1].reason
         failing = False
         await eventually(lambda: fresh.serving == 2)
         assert fresh.value("refused_versions_total", reason="corrupt") == 0
