@@ -27,7 +27,7 @@ from inference_service.engine.request import (
     PromptRead,
     StepFailed,
 )
-from inference_service.engine.runner import Runner
+from inference_service.engine.runner import NextTokens, Runner
 from inference_service.engine.scheduler import Plan, Scheduler
 from inference_service.engine.sequence import Sequence
 from shared.decoding.decoder import Decoder
@@ -314,8 +314,8 @@ class Engine:
             match result:
                 case PromptRead():
                     self._emit(sequence, sequence.unreported(result))
-                case draws:
-                    self._finish_step(sequence, sequence.accept(draws, now))
+                case NextTokens(draws, error):
+                    self._finish_step(sequence, sequence.accept(draws, error, now))
 
     def _recover(self, lane: _Lane, sequences: Many[Sequence]) -> None:
         """Handles a failed step: ends its streams, and discards the content of the slots for the others."""

@@ -6,7 +6,7 @@ Shapes: V vocabulary.
 import logging
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,11 @@ from shared.errors import GptloopError
 logger = logging.getLogger(__name__)
 
 
-# The next tokens of a sequence; an error ends it.
-NextTokens = tuple[Draw | GptloopError, ...]
+class NextTokens(NamedTuple):
+    """The next tokens of a sequence, and the error that ends it after them."""
+
+    draws: tuple[Draw, ...]
+    error: GptloopError | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Runner:
             return self._decode_multi_step(plan)
         reads, drawings = self.forward(plan)
         draws = self.draw(drawings)
-        return [*reads, *((one.sequence, (draw,)) for one, draw in zip(drawings, draws, strict=True))]
+        tokens = [NextTokens((draw,)) if isinstance(draw, Draw) else NextTokens((), draw) for draw in draws]
+        return [*reads, *((one.sequence, each) for one, each in zip(drawings, tokens, strict=True))]
 
     def forward(self, plan: Plan) -> tuple[list[tuple[Sequence, PromptRead]], list[Drawing]]:
         """Computes the logits, the first half of `run`."""
@@ -128,11 +132,12 @@ class Runner:
         results = list[tuple[Sequence, PromptRead | NextTokens]]()
         drawn = self._decoder.decode(rows, plan.decode_steps, plan.next_decode_steps)
         for row, tokens in zip(plan.rows, drawn, strict=True):
+            error = None
             if tokens[-1] is None:
                 self._discard_not_finite(row.slot)
-                results.append((row.sequence, (*map(plain_draw, tokens[:-1]), not_finite(row.sequence))))
-            else:
-                results.append((row.sequence, tuple(map(plain_draw, tokens))))
+                error = not_finite(row.sequence)
+            draws = tuple(plain_draw(token) for token in tokens if token is not None)
+            results.append((row.sequence, NextTokens(draws, error)))
         return results
 
     def _discard_not_finite(self, slot: int) -> None:

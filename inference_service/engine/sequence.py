@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from collections.abc import Sequence as Many
 
 from inference_service.engine.detokenizer import Detokenizer
 from inference_service.engine.request import (
@@ -45,7 +44,7 @@ class Sequence:
         self.counts: dict[int, int] = defaultdict(int)
         # Then the decoder draws, for all such sequences at once.
         self.needs_only_temperature = request.sampling == SamplingParameters(temperature=request.sampling.temperature)
-        self._context_length = context_length
+        self._most_tokens = min(request.max_tokens, context_length - len(request.prompt))
         self._end_token = end_token
         self._detokenizer = Detokenizer(token_bytes, request.stop)
         self._first_token_at: float | None = None
@@ -65,8 +64,7 @@ class Sequence:
     @property
     def most_tokens_left(self) -> int:
         """The most tokens that the sequence may still draw."""
-        left = self._context_length - len(self.request.prompt) - self.generated_tokens
-        return min(self.request.max_tokens - self.generated_tokens, left)
+        return self._most_tokens - self.generated_tokens
 
     @property
     def seed(self) -> int:
@@ -96,14 +94,13 @@ class Sequence:
             else max(request.min_tokens - self.generated_tokens, 0),
         )
 
-    def accept(self, draws: Many[Draw | GptloopError], now: float) -> list[Event]:
+    def accept(self, draws: tuple[Draw, ...], error: GptloopError | None, now: float) -> list[Event]:
         """Adds the next tokens, up to one that ends the stream, and returns the events that follow.
 
-        The last of them may be an error, which ends the stream too.
+        An error comes after them, and ends the stream too.
         """
-        ends: list[Event] = [Failed(draw) for draw in draws if isinstance(draw, GptloopError)]
-        drawn = [draw for draw in draws if isinstance(draw, Draw)]
-        tokens = [draw.token for draw in drawn[: self.most_tokens_left]]
+        ends: list[Event] = [] if error is None else [Failed(error)]
+        tokens = [draw.token for draw in draws[: self.most_tokens_left]]
         if self._end_token in tokens:
             del tokens[tokens.index(self._end_token) + 1 :]
         text, count = self._detokenizer.add(tokens)
@@ -119,7 +116,7 @@ class Sequence:
         if (reason := self._reason(self.last_token)) is not None:
             text += self._detokenizer.finish()
             ends = [self._finished(reason, now)]
-        return [Delta((now,) * count, text, tuple(drawn[:count])), *ends]
+        return [Delta((now,) * count, text, draws[:count]), *ends]
 
     def unreported(self, read: PromptRead) -> list[Event]:
         """Returns what was read of the prompt, without the tokens of an earlier reading whose slot was lost."""
@@ -140,11 +137,9 @@ class Sequence:
             return FinishReason.STOP
         if token == self._end_token:
             return FinishReason.EOS
-        if self.generated_tokens >= self.request.max_tokens:
-            return FinishReason.LENGTH
-        if len(self.request.prompt) + self.generated_tokens >= self._context_length:
-            return FinishReason.CONTEXT_LENGTH
-        return None
+        if self.most_tokens_left > 0:
+            return None
+        return FinishReason.LENGTH if self.generated_tokens >= self.request.max_tokens else FinishReason.CONTEXT_LENGTH
 
     def _finished(self, reason: FinishReason, now: float) -> Finished:
         arrived = self.request.arrived

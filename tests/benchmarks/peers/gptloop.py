@@ -15,8 +15,8 @@ _ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_th
 
 import mlx.core as mx  # noqa: E402
 
-from inference_service.engine.request import Draw, GenerationRequest, PromptRead, plain_draw  # noqa: E402
-from inference_service.engine.runner import Runner  # noqa: E402
+from inference_service.engine.request import GenerationRequest, plain_draw  # noqa: E402
+from inference_service.engine.runner import NextTokens, Runner  # noqa: E402
 from inference_service.engine.scheduler import Scheduler  # noqa: E402
 from inference_service.engine.sequence import Sequence  # noqa: E402
 from shared.decoding.decoder import Decoder, DecoderFactory  # noqa: E402
@@ -102,13 +102,13 @@ class Decoding:
         if self._draws:
             results = self._runner.run(plan)
         else:
-            results = [(one.sequence, (plain_draw(0),)) for one in self._runner.forward(plan)[1]]
+            results = [(one.sequence, NextTokens((plain_draw(0),))) for one in self._runner.forward(plan)[1]]
         self._scheduler.record(plan)
         self._ahead = plan.decode_steps - 1
         for sequence, drawn in results:
-            assert not isinstance(drawn, PromptRead) and isinstance(drawn[-1], Draw)
-            sequence.generated_tokens += len(drawn)
-            sequence.last_token = drawn[-1].token
+            assert isinstance(drawn, NextTokens) and drawn.error is None
+            sequence.generated_tokens += len(drawn.draws)
+            sequence.last_token = drawn.draws[-1].token
         if any(sequence.most_tokens_left <= 0 for sequence in self._sequences):
             self._start_over()
 

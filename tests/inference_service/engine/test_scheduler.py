@@ -30,7 +30,7 @@ def carry_out(scheduler: Scheduler, plan: Plan) -> list[Sequence]:
     drawn = [row.sequence for row in plan.rows]
     drawn += [sequence for chunk in plan.chunks if chunk.ends_prompt for sequence in chunk.group]
     for sequence in drawn:
-        if isinstance(sequence.accept([Draw(7)] * plan.decode_steps, 0.0)[-1], Finished):
+        if isinstance(sequence.accept((Draw(7),) * plan.decode_steps, None, 0.0)[-1], Finished):
             scheduler.remove(sequence)
     return drawn
 
@@ -110,8 +110,8 @@ def test_lost_prompts_are_computed_again() -> None:
 
 def test_a_full_context_ends_a_sequence() -> None:
     (one,) = group("a", CONTEXT - 2, max_tokens=100)
-    assert len(one.accept([Draw(7)], 0.0)) == 1
-    end = one.accept([Draw(7)], 0.0)[-1]
+    assert len(one.accept((Draw(7),), None, 0.0)) == 1
+    end = one.accept((Draw(7),), None, 0.0)[-1]
     assert isinstance(end, Finished)
     assert end.reason is FinishReason.CONTEXT_LENGTH
 

@@ -28,7 +28,8 @@ def run(tokens: list[bytes], stops: list[str], ending: FinishReason, in_a_row: i
     )
     events: list[Event] = []
     for first in range(0, count, in_a_row):
-        events += sequence.accept([Draw(token) for token in range(first, min(first + in_a_row, count))], now=1.0)
+        draws = tuple(Draw(token) for token in range(first, min(first + in_a_row, count)))
+        events += sequence.accept(draws, None, now=1.0)
         if isinstance(events[-1], Finished):
             return events
     assert ending in (FinishReason.CANCELLED, FinishReason.DEADLINE)
