@@ -67,7 +67,8 @@ class Measurement:
     """What was measured of a version on this machine; `threads` is None on a GPU.
 
     `weights_bytes` is the size of the parameters, and `memory_bytes` that of the weights in the form in which they
-    decode and of all `slots`, each with a whole context. On a CPU a slot takes memory only as its tokens arrive.
+    decode and of all `slots`, each with a whole context. On a CPU and on an NVIDIA GPU a slot takes memory only as its
+    tokens arrive.
     """
 
     device: str

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+from dataclasses import replace
 from functools import partial
 
 from prometheus_client import CollectorRegistry
@@ -38,7 +39,7 @@ from inference_service.watchdog import Watchdog
 from inference_service.write_timeouts import WriteTimeouts
 from shared.decoding.decoder import DecoderFactory
 from shared.device import accelerator
-from shared.device.accelerator import Accelerator
+from shared.device.accelerator import Accelerator, Memory
 from shared.device.machine import memory_limit_bytes
 from shared.pb.inference.v1 import inference_pb2, inference_pb2_grpc
 from shared.service.access.exposure import warn_if_exposed
@@ -77,6 +78,10 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     def fail() -> None:
         loop.call_soon_threadsafe(engine_failed.set)
 
+    def memory() -> Memory:
+        used = accelerator.memory()
+        return replace(used, active_bytes=used.active_bytes + decoders.gpu_bytes)
+
     async def set_health(healthy: bool) -> None:
         metrics.health(healthy)
         await server.set_serving(healthy)
@@ -97,7 +102,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
     decoders = DecoderFactory(settings.slots, settings.threads, device.cache)
     limits = {"resident": memory_limit_bytes()} | ({} if device.backend == "cpu" else {"active": device.memory_bytes})
     metrics = InferenceMetrics(
-        collectors, accelerator.memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams, limits
+        collectors, memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams, limits
     )
     if tls:
         metrics.certificate(lambda: tls.current().ends_at)

@@ -335,7 +335,7 @@ class Engine:
             sequences = lane.scheduler.sequences
         lane.failures.append(now)
         self._fail(sequences, StepFailed("A step of this stream failed; try again."))
-        lane.scheduler.forget_slots()
+        lane.scheduler.forget_prompts()
         lane.runner.reset()
 
     def _all_broken(self) -> bool:

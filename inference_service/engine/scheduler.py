@@ -8,8 +8,9 @@ Its promises, with B prompt tokens per step at most, chunks of at most C = SPAN_
   are that many. If q chunks of a prompt and of all earlier prompts are left when it gets its slot, it gets its first
   token at most ceil(q / (B // C)) steps later, or one more with multi-step decoding, whatever arrives after it.
 - Slots go to the request that waits longest. No sequence keeps a slot for more than h steps, which follows from the
-  lengths of its prompt and of its output. A request with k samples before it in the queue gets its slots after at most
-  (2 (k // (m + 1)) + 2) h steps: a request with several samples waits until enough slots are free at once.
+  lengths of its prompt and of its output, and is one more with multi-step decoding. A request with k samples before it
+  in the queue gets its slots after at most (2 (k // (m + 1)) + 2) h steps: a request with several samples waits until
+  enough slots are free at once.
 """
 
 from collections import deque
@@ -49,7 +50,7 @@ class Row:
 class Plan:
     """One step: chunks of prompts to compute, and rows to decode, each by up to `decode_steps` tokens.
 
-    The next plan decodes those rows that go on by `next_decode_steps` tokens, if that is not 0.
+    If `next_decode_steps` is not 0, the next plan decodes the rows that go on by that many tokens, before any prompt.
     """
 
     chunks: tuple[Chunk, ...]
@@ -78,7 +79,7 @@ class Scheduler:
         # The sequences with a slot, and the groups of those whose prompt is not complete, in the order of their slots.
         self._running: dict[Sequence, int] = {}
         self._prefilling: dict[Sequence, Group] = {}
-        # What the last plan said of the next one.
+        # `next_decode_steps` of the last recorded plan.
         self._next_decode_steps = 0
 
     @property
@@ -128,8 +129,8 @@ class Scheduler:
 
         If the step computes no prompt, and no row needs the engine between two tokens, rows draw up to
         `max_decode_steps` tokens, as many as the longest may still draw. A row that ends earlier keeps its slot until
-        the step ends. The next step then does the same before it computes a prompt that came meanwhile. Call `record`
-        before planning the next step.
+        the step ends. The next step may do the same, before a prompt that arrived meanwhile. Call `record` before
+        planning the next step.
         """
         rows = tuple(Row(sequence, slot) for sequence, slot in self._running.items() if sequence.prefilled)
         if self._next_decode_steps and rows:
@@ -173,9 +174,8 @@ class Scheduler:
             # A sequence that drew fewer has ended.
             row.sequence.computed_tokens += plan.decode_steps
 
-    def forget_slots(self) -> None:
+    def forget_prompts(self) -> None:
         """Restarts all prompts that are not complete, after the content of the slots was lost."""
-        self._next_decode_steps = 0
         for group in self._prefilling.values():
             group[0].computed_tokens = 0
             for sequence in group:

@@ -42,7 +42,7 @@ class Sequence:
         self.last_token: int | None = None
         # How often each token was drawn, unless only a temperature is needed.
         self.counts: dict[int, int] = defaultdict(int)
-        # Then the decoder draws, for all such sequences at once.
+        # The decoder then draws for all such sequences at once.
         self.needs_only_temperature = request.sampling == SamplingParameters(temperature=request.sampling.temperature)
         self._most_tokens = min(request.max_tokens, context_length - len(request.prompt))
         self._end_token = end_token

@@ -1,6 +1,7 @@
 """A decoder: a model with a KV cache for a fixed number of slots, in the form that suits the device."""
 
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from shared.decoding.cpu_decoder import CpuDecoder, load_library
 from shared.decoding.cuda.decoder import LEAST_CAPABILITY, CudaDecoder
-from shared.decoding.cuda.steps import supports
+from shared.decoding.cuda.program import supports
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import TemperatureSampling
@@ -74,8 +75,8 @@ class Decoder(Protocol):
         """Draws up to `steps` tokens, at most `MAX_DECODE_STEPS`, for each row, each after the one before.
 
         Returns a list for each row. It ends early if the context is full, and with None at the first logits that are
-        not finite. Next the caller will ask for `next_steps` tokens, for rows that go on and no others, so that the
-        decoder may begin with them; the caller can also change its mind.
+        not finite. `next_steps` is a hint: the next call will probably ask for that many tokens, for the rows that go
+        on. The decoder may begin with them.
         """
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
@@ -106,9 +107,14 @@ class DecoderFactory:
         self._threads = threads
         self._cache = cache
         self._programs = ProgramCache()
+        # The NVIDIA GPU of each decoder that has one.
+        self._gpus: tuple[weakref.ref[CudaDriver], ...] = ()
 
     def make(self, model: GPT) -> Decoder:
-        """Returns the decoder of an evaluated model. May be called from any one thread."""
+        """Returns the decoder of an evaluated model. May be called from any one thread.
+
+        Raises `CudaError` if an NVIDIA GPU has too little memory.
+        """
         if on_cpu():
             return CpuDecoder(model, self._slots, self._threads, self._library)
         if mx.cuda.is_available() and supports(model.config):
@@ -116,9 +122,15 @@ class DecoderFactory:
             if gpu.capability >= LEAST_CAPABILITY:
                 # MLX keeps freed memory for itself.
                 mx.clear_cache()
+                self._gpus = (*(each for each in self._gpus if each() is not None), weakref.ref(gpu))
                 return CudaDecoder(model, self._slots, gpu)
         spans_together = _CUDA_SPANS_TOGETHER if mx.cuda.is_available() else 1
         return MlxDecoder(model, self._slots, self._programs, spans_together)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """The memory of an NVIDIA GPU that decoders hold beside MLX's arrays. Any thread may read it."""
+        return sum(gpu.allocated_bytes for each in self._gpus if (gpu := each()) is not None)
 
     @property
     def compiled_shapes(self) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 from shared.device.blas import load_blas
-from shared.device.cuda_driver import allocated_bytes
 from shared.device.kernel_compiler import name_mlx_plainly, speed_up_compiler
 from shared.device.machine import array_cache_bytes, cpu_threads, memory_limit_bytes
 from shared.plain_paths import plain_path
@@ -49,10 +48,7 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of this process: arrays, MLX's cache, the peak of the arrays, and all resident memory.
-
-    On an NVIDIA GPU the memory of decoders counts as arrays.
-    """
+    """The memory of this process: MLX's arrays, its cache, the peak of the arrays, and all resident memory."""
 
     active_bytes: int
     cache_bytes: int
@@ -103,10 +99,7 @@ def memory() -> Memory:
     """Returns the memory that this process uses now."""
     import mlx.core as mx
 
-    decoders = allocated_bytes()
-    return Memory(
-        mx.get_active_memory() + decoders, mx.get_cache_memory(), mx.get_peak_memory() + decoders, _resident_bytes()
-    )
+    return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory(), _resident_bytes())
 
 
 def release_memory() -> None:

@@ -26,9 +26,6 @@ _STREAM_NON_BLOCKING = 1
 _CAPTURE_RELAXED = 2
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
-# The sizes of what is allocated, by address, in this process.
-_allocated: dict[int, int] = {}
-
 
 class Gpu(Protocol):
     """One GPU. Calls are asynchronous, and run in the order of the calls.
@@ -38,11 +35,11 @@ class Gpu(Protocol):
 
     @property
     def multiprocessors(self) -> int:
-        """The number of blocks that run at a time, at least."""
+        """The number of streaming multiprocessors."""
 
     @property
     def allocated_bytes(self) -> int:
-        """The memory that was allocated and not freed."""
+        """The memory that was allocated and not freed. Any thread may read it."""
 
     def use(self) -> None:
         """Makes the GPU's context current in this thread."""
@@ -92,7 +89,7 @@ class CudaError(RuntimeError):
 class _LaunchAttribute(ctypes.Structure):
     """`CUlaunchAttribute` of cuda.h: an id and one of several values."""
 
-    _fields_ = [("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("__", ctypes.c_int * 15)]
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
 
 
 class _Launch(ctypes.Structure):
@@ -104,11 +101,6 @@ class _Launch(ctypes.Structure):
         ("attributes", ctypes.POINTER(_LaunchAttribute)),
         ("attribute_count", ctypes.c_uint),
     ]
-
-
-def allocated_bytes() -> int:
-    """Returns the memory that all `CudaDriver`s hold. Any thread may call it."""
-    return sum(list(_allocated.values()))
 
 
 class CudaDriver:
@@ -132,6 +124,8 @@ class CudaDriver:
         self.use()
         self._call("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
         self._stream = stream
+        # Of what is allocated, by address.
+        self._sizes: dict[int, int] = {}
         # What is to be given back, by the function that does it.
         self._held: dict[str, list[Any]] = {
             "cuMemFree_v2": [],
@@ -152,7 +146,7 @@ class CudaDriver:
     @property
     def allocated_bytes(self) -> int:
         """As in `Gpu`."""
-        return sum(_allocated[address] for address in self._held["cuMemFree_v2"])
+        return sum(list(self._sizes.values()))
 
     def use(self) -> None:
         """As in `Gpu`."""
@@ -189,7 +183,7 @@ class CudaDriver:
         """As in `Gpu`."""
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
-        _allocated[address.value] = size_bytes
+        self._sizes[address.value] = size_bytes
         self._held["cuMemFree_v2"].append(address.value)
         self._call("cuMemsetD8Async", address, ctypes.c_ubyte(0), ctypes.c_size_t(size_bytes), self._stream)
         return address.value
@@ -198,7 +192,7 @@ class CudaDriver:
         """As in `Gpu`."""
         self.wait()
         self._held["cuMemFree_v2"].remove(address)
-        del _allocated[address]
+        del self._sizes[address]
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def host_memory(self, size_bytes: int) -> Bytes:
@@ -275,8 +269,6 @@ def _release(cuda: ctypes.CDLL, context: ctypes.c_void_p, held: dict[str, list[A
     """Gives back what a `CudaDriver` held, when its work is done."""
     cuda.cuCtxSetCurrent(context)
     cuda.cuStreamSynchronize(held["cuStreamDestroy_v2"][0])
-    for address in held["cuMemFree_v2"]:
-        del _allocated[address]
     for name, handles in held.items():
         for handle in handles:
             getattr(cuda, name)(ctypes.c_uint64(handle) if isinstance(handle, int) else handle)

@@ -25,13 +25,15 @@ def main(
         "gptloop forward",
     ],
     rounds: int = 5,
-    steps: Annotated[int, typer.Option(help="Steps in a round; several are taken at once on an NVIDIA GPU.")] = 16,
+    steps: Annotated[
+        int, typer.Option(help="Steps in a round: a multiple of 8 on an NVIDIA GPU, which takes eight at a time.")
+    ] = 16,
 ) -> None:
     """Print a table of a step's time, tokens per second, the ratio to the first peer and the share of the floor,
     starting at half a context.
 
-    gptloop draws at temperature 0.8, the others take the likeliest token; `gptloop forward` draws nothing. For a GPU:
-    `pytorch graph`, which draws too, and `gptloop mlx`, without kernels of our own.
+    gptloop draws at temperature 0.8, the others take the likeliest token; `gptloop forward` draws nothing. For an
+    NVIDIA GPU: `pytorch graph`, which draws too, and `gptloop mlx`, without kernels of our own.
     """
     # gptloop decodes on one core, like its server.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"

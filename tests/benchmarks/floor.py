@@ -12,8 +12,11 @@ from shared.gpt.config import GPTConfig
 
 @dataclass(frozen=True)
 class Machine:
-    """The speed of this machine: products of large matrices in FLOP/s, copies in bytes read and written per second; and
-    the bytes of a number in them."""
+    """The speed of this machine.
+
+    `flops`: those of products of large matrices per second; `bytes_per_s`: bytes that a copy reads and writes;
+    `bytes_per_number`: 2 in bf16 on an NVIDIA GPU, else 4.
+    """
 
     flops: float
     bytes_per_s: float

@@ -2,7 +2,7 @@
 // weighted sum of its values. The sums of the pages are added in their order, so the number of warps changes nothing.
 extern "C" __global__ void attend_rows(Arguments a) {
   constexpr int GROUPS = HEAD_GROUPS, EACH = PAGE / 32;
-  // As many lanes load the values of one position, and so many positions are loaded at once, in some rounds.
+  // LANES lanes load the values of one position, AT_ONCE positions are loaded together, in ROUNDS rounds.
   constexpr int LANES = GROUPS > 8 ? 16 : GROUPS > 4 ? 8 : GROUPS > 2 ? 4 : GROUPS, AT_ONCE = 32 / LANES, ROUNDS = PAGE / AT_ONCE;
   constexpr int BATCH = ROUNDS < 8 ? ROUNDS : 8;
   alignas(16) __shared__ float query[GROUPS * 8];
@@ -13,7 +13,7 @@ extern "C" __global__ void attend_rows(Arguments a) {
   const unsigned long long* table = a.pages + at.slot * PAGES;
   // The first vector of the keys and of the values of this head in a page.
   const int keys = (a.layer * 2 * HEADS + head) * GROUPS * PAGE, values = keys + HEADS * GROUPS * PAGE;
-  // With few rows the last kernel leaves memory idle.
+  // With few rows, memory is idle while the previous kernel runs.
   for (int page = warp; page < pages && gridDim.y <= FEW_ROWS; page += warps) {
     const uint4* vectors = reinterpret_cast<const uint4*>(table[page]);
     const int count = length - page * PAGE;
@@ -22,7 +22,7 @@ extern "C" __global__ void attend_rows(Arguments a) {
       if (line * 8 < count * GROUPS) prefetch(vectors + values + line * 8);
     }
   }
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   if (at.slot < 0) return;
   for (int d = threadIdx.x; d < GROUPS * 8; d += blockDim.x)
     query[d] = d < HEAD_WIDTH ? a.queries[row * WIDTH + head * HEAD_WIDTH + d] * rsqrtf((float)HEAD_WIDTH) : 0.0f;

@@ -1,8 +1,8 @@
 """Computes prompts and decodes on an NVIDIA GPU.
 
-MLX builds its graph again at each step, which takes ten times as long as such a GPU needs for a step of a small model.
-Here a step is a CUDA graph, made once for each of a few numbers of rows.
-Shapes: T tokens, K wanted tokens, V vocabulary.
+MLX builds its graph again at each step, which takes longer than a step of a small model itself. Here a step is a CUDA
+graph, made once for each of a few numbers of rows.
+Shapes: R rows, S steps, T tokens, K wanted tokens, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.cuda.burst import Burst
+from shared.decoding.cuda.multi_step_batch import NO_TOKEN, MultiStepBatch
 from shared.decoding.cuda.pages import Page, PagePool
-from shared.decoding.cuda.steps import NO_TOKEN, Steps, supports
+from shared.decoding.cuda.program import DrawInput, Row, supports
+from shared.decoding.cuda.steps import Steps
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import (
     Logits,
@@ -49,15 +50,15 @@ class CudaDecoder:
         pages = -(-config.context_length // SPAN_TOKENS)
         self._context_length = config.context_length
         self._slots: list[list[Page | None]] = [[None] * pages for _ in range(slots)]
-        # The addresses of their pages, and those that the GPU copies, or has copied.
+        # The addresses of the slots' pages, and the pinned copy that is uploaded.
         self._table = np.zeros((slots, pages), np.uint64)
-        self._given_table = gpu.host_memory(self._table.nbytes).view(np.uint64).reshape(slots, pages)
+        self._pinned_table = gpu.host_memory(self._table.nbytes).view(np.uint64).reshape(slots, pages)
         self._table_address = gpu.allocate(self._table.nbytes)
         self._table_changed = True
         self._steps = Steps(model, gpu, self._table_address)
         groups = -(-config.head_width // 8)
-        # What the GPU draws before anyone has asked for it.
-        self._begun: Burst | None = None
+        # What the GPU draws ahead of the next call of `decode`.
+        self._ahead: MultiStepBatch | None = None
         self._pool = PagePool(gpu, config.layers * 2 * config.heads * groups * 8 * SPAN_TOKENS * 2)
         gpu.wait()
 
@@ -100,17 +101,20 @@ class CudaDecoder:
     def score(self, span: Span, targets: Sequence[int]) -> list[float]:
         """Returns the loss in nats of the token after each token of a span."""
         self._compute([span], np.arange(len(span.tokens)))
-        return self._steps.score(targets)
+        draws = np.zeros(len(targets), DrawInput)
+        draws["logits_row"] = np.arange(len(targets))
+        draws["masked"], draws["target"], draws["inverse_temperature"] = NO_TOKEN, targets, 1.0
+        return self._steps.score(draws)
 
     def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
         """Draws a token for each row; None if its logits are not finite."""
         self._gpu.use()
         here = [row for row in rows if isinstance(row.logits, _DeviceLogits)]
-        numbers = uniforms(to_bits([row.seed for row in here]), to_bits([row.position for row in here]))
-        draws = [
-            (row.logits.row, NO_TOKEN if row.masked is None else row.masked, NO_TOKEN, row.inverse_temperature, number)
-            for row, number in zip(here, numbers, strict=True)
-        ]
+        draws = np.zeros(len(here), DrawInput)
+        draws["logits_row"] = [row.logits.row for row in here]
+        draws["masked"] = [NO_TOKEN if row.masked is None else row.masked for row in here]
+        draws["inverse_temperature"] = [row.inverse_temperature for row in here]
+        draws["uniform"] = uniforms(to_bits([row.seed for row in here]), to_bits([row.position for row in here]))
         drawn = iter(self._steps.draw(draws))
         tokens = [next(drawn) if isinstance(row.logits, _DeviceLogits) else _draw(row) for row in rows]
         return [None if token == NO_TOKEN else token for token in tokens]
@@ -118,31 +122,30 @@ class CudaDecoder:
     def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
         """Draws several tokens for each row, without the host between two of them.
 
-        The GPU begins with the next ones while the caller handles these.
+        The GPU goes on with the next ones while the caller handles these.
         """
         self._gpu.use()
-        burst, self._begun = self._begun, None
-        places = None if burst is None else burst.places(rows, steps)
-        # One that was begun may have more steps than are wanted in the end.
-        if burst is None or places is None or (next_steps and steps < burst.steps):
-            burst, places = Burst.of(rows, steps), list(range(len(rows)))
-            self._prepare_burst(burst)
-            self._begin(burst, burst.draws())
-        following = burst.following(next_steps, self._context_length)
+        batch, self._ahead = self._ahead, None
+        places = None if batch is None else batch.places(rows, steps)
+        # One that the GPU began ahead may have more steps than are wanted in the end.
+        if batch is None or places is None or (next_steps and steps < batch.steps):
+            batch, places = MultiStepBatch.of(rows, steps), list(range(len(rows)))
+            self._prepare_batch(batch)
+            self._begin(batch, batch.draws())
+        # Rows that have ended are not among the places, and are computed no further.
+        following = batch.following(places, next_steps, self._context_length)
         if next_steps:
-            self._prepare_burst(following)
+            self._prepare_batch(following)
             draws = following.draws()
-        drawn = self._steps.drawn(burst.steps, len(burst.slots))
+        drawn = self._steps.drawn(batch.steps, len(batch.slots))[places]  # (R, S)
         if next_steps:
-            self._begun = following.with_tokens(drawn[:, -1])
-            self._begin(self._begun, draws)
-        tokens = drawn.tolist()
+            self._ahead = following.with_tokens(drawn[:, -1])
+            self._begin(self._ahead, draws)
+        tokens: list[list[int | None]] = drawn[:, :steps].tolist()
         if drawn.min() == NO_TOKEN or (following.starts > self._context_length).any():
-            tokens = [
-                _until_none(row[: self._context_length - start])
-                for row, start in zip(tokens, burst.starts.tolist(), strict=True)
-            ]
-        return [tokens[place][:steps] for place in places]
+            left = [self._context_length - row.start for row in rows]
+            tokens = [_until_no_token(each[:count]) for each, count in zip(tokens, left, strict=True)]
+        return tokens
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots, which share its whole pages."""
@@ -174,23 +177,25 @@ class CudaDecoder:
 
     def reset(self) -> None:
         """Discards the content of all slots."""
-        self._begun = None
+        self._ahead = None
         for slot in range(len(self._slots)):
             self.clear(slot)
 
     def _compute(self, spans: Sequence[Span], wanted: NDArray[np.intp]) -> None:
         """Computes spans; the logits after the wanted (K,) of all tokens are then in the first rows of logits."""
         self._gpu.use()
-        self._begun = None
+        self._ahead = None
         # The GPU may still copy what the last call wrote for it.
         self._gpu.wait()
         self._steps.make_room(len(wanted))
         for span in spans:
             self._prepare_pages(span.slot, span.start, span.start + len(span.tokens))
         self._write_table()
-        rows = [
-            (token, span.slot, position, 0) for span in spans for position, token in enumerate(span.tokens, span.start)
-        ]
+        counts = [len(span.tokens) for span in spans]
+        rows = np.zeros(sum(counts), Row)
+        rows["token"] = [token for span in spans for token in span.tokens]
+        rows["slot"] = np.repeat([span.slot for span in spans], counts)
+        rows["position"] = [position for span in spans for position in range(span.start, span.start + len(span.tokens))]
         for first in range(0, len(rows), self._steps.most_rows):
             some = rows[first : first + self._steps.most_rows]
             before, until = np.searchsorted(wanted, (first, first + len(some)))
@@ -198,19 +203,19 @@ class CudaDecoder:
                 self._gpu.wait()
             self._steps.compute(some, wanted[before:until] - first, int(before))
 
-    def _prepare_burst(self, burst: Burst) -> None:
-        """Gives the slots of a burst pages of their own."""
-        ends = np.minimum(burst.starts + burst.steps, self._context_length)
-        for slot, start, end in zip(burst.slots.tolist(), burst.starts.tolist(), ends.tolist(), strict=True):
+    def _prepare_batch(self, batch: MultiStepBatch) -> None:
+        """Gives the slots of a batch pages of their own."""
+        ends = np.minimum(batch.starts + batch.steps, self._context_length)
+        for slot, start, end in zip(batch.slots.tolist(), batch.starts.tolist(), ends.tolist(), strict=True):
             if slot >= 0:
                 self._prepare_pages(slot, start, end)
 
-    def _begin(self, burst: Burst, draws: NDArray[Any]) -> None:
-        """Starts to compute a burst whose pages are prepared."""
+    def _begin(self, batch: MultiStepBatch, draws: NDArray[Any]) -> None:
+        """Starts to compute a batch whose pages are prepared."""
         self._gpu.wait()
-        self._steps.make_room(len(burst.slots))
+        self._steps.make_room(len(batch.slots))
         self._write_table()
-        self._steps.begin_decode(burst.rows(), draws)
+        self._steps.begin_decode(batch.rows(), draws)
 
     def _prepare_pages(self, slot: int, start: int, end: int) -> None:
         """Gives a slot pages of its own for the positions from `start` up to `end`, so that they can be written."""
@@ -224,8 +229,8 @@ class CudaDecoder:
     def _write_table(self) -> None:
         """Copies the addresses of pages to the GPU, which must have ended its work."""
         if self._table_changed:
-            self._given_table[:] = self._table
-            self._gpu.write(self._table_address, self._given_table.reshape(-1).view(np.uint8))
+            self._pinned_table[:] = self._table
+            self._gpu.write(self._table_address, self._pinned_table.reshape(-1).view(np.uint8))
             self._table_changed = False
 
     def _set_page(self, slot: int, index: int, page: Page | None) -> None:
@@ -257,11 +262,9 @@ class _Block:
     whole: bool
 
 
-def _until_none(tokens: list[int]) -> list[int | None]:
+def _until_no_token(tokens: list[int | None]) -> list[int | None]:
     """Returns drawn tokens; None for the first one without finite logits, which ends them."""
-    if NO_TOKEN in tokens:
-        return [*tokens[: tokens.index(NO_TOKEN)], None]
-    return [*tokens]
+    return [*tokens[: tokens.index(NO_TOKEN)], None] if NO_TOKEN in tokens else tokens
 
 
 def _draw(row: TemperatureSampling) -> int:

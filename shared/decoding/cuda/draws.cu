@@ -120,18 +120,18 @@ __device__ int draw_token(const Arguments& a, const DrawInput& draw, int number)
 __device__ int draw_of_row(const Arguments& a, const Row& row) { return row.step * gridDim.y + blockIdx.y; }
 
 extern "C" __global__ void sum_ranges_of_draws(Arguments a) {
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   sum_ranges(a, a.draws[blockIdx.y], blockIdx.y);
 }
 
 extern "C" __global__ void sum_ranges_of_rows(Arguments a) {
   const Row row = a.rows[blockIdx.y];
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   if (row.slot >= 0) sum_ranges(a, a.draws[draw_of_row(a, row)], blockIdx.y);
 }
 
 extern "C" __global__ void draw_tokens(Arguments a) {
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   const int token = draw_token(a, a.draws[blockIdx.y], blockIdx.y);
   if (threadIdx.x == 0) a.drawn[blockIdx.y] = token;
 }
@@ -139,7 +139,7 @@ extern "C" __global__ void draw_tokens(Arguments a) {
 // Draws the next token of each row, and makes it the row's token.
 extern "C" __global__ void draw_next(Arguments a) {
   const Row row = a.rows[blockIdx.y];
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   if (row.slot < 0) return;
   const int number = draw_of_row(a, row), token = draw_token(a, a.draws[number], blockIdx.y);
   if (threadIdx.x > 0) return;
@@ -150,7 +150,7 @@ extern "C" __global__ void draw_next(Arguments a) {
 
 // The losses in nats of targets; NaN if a logit is not finite.
 extern "C" __global__ void score_tokens(Arguments a) {
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   const DrawInput draw = a.draws[blockIdx.y];
   const RangeSum* ranges = a.ranges + blockIdx.y * RANGES;
   const float highest = find_highest(ranges);

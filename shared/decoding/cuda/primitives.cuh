@@ -17,9 +17,9 @@ __device__ inline float low_bf16(unsigned pair) { return __uint_as_float(pair <<
 __device__ inline float high_bf16(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
-// From compute capability 9.0 on, a kernel starts while the one before it still runs, and loads what no kernel changes. This waits
-// until that one has ended, and only then allows the next to start: so everything is complete that came before that one.
-__device__ inline void wait_for_last_kernel() {
+// From compute capability 9.0 on, a kernel starts while the previous one still runs, and loads what no kernel changes. This waits
+// until that one has ended, and only then allows the next to start: so everything that came before that one is complete, too.
+__device__ inline void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n griddepcontrol.launch_dependents;" ::: "memory");
 #endif

@@ -28,7 +28,7 @@ __device__ void normalise(const Arguments& a, const float* from, Bf16* to, int r
 
 // Token and position embeddings.
 extern "C" __global__ void embed_rows(Arguments a) {
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   const Row row = a.rows[blockIdx.x];
   for (int c = threadIdx.x; c < WIDTH; c += blockDim.x)
     a.residual[blockIdx.x * WIDTH + c] =
@@ -37,12 +37,12 @@ extern "C" __global__ void embed_rows(Arguments a) {
 
 // LayerNorm of all rows, or of the wanted ones, one for each block of one warp.
 extern "C" __global__ void normalise_rows(Arguments a) {
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   normalise(a, a.residual + blockIdx.x * WIDTH, a.normed, blockIdx.x);
 }
 extern "C" __global__ void normalise_wanted(Arguments a) {
   const int row = a.wanted[blockIdx.x];
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   if (row >= 0) normalise(a, a.residual + row * WIDTH, a.normed, blockIdx.x);
 }
 
@@ -128,7 +128,7 @@ template <class Kind, int TILES>
 __device__ void multiply(const Arguments& a) {
   constexpr int GROUPS = Order<Kind>::GROUPS, EACH = Order<Kind>::EACH, WARPS = Order<Kind>::SUMS;
   constexpr int SUMS = 16 * 8 * TILES, EACH_SUMS = (SUMS + 32 * WARPS - 1) / (32 * WARPS);
-  // Weights that are loaded before the last kernel ends take registers.
+  // Weights are loaded before the previous kernel ends if they fit in registers.
   constexpr bool EARLY = EACH <= 6;
   constexpr int NORMED_BYTES = Kind::NORMED ? 8 * TILES * GROUPS * 32 * (int)sizeof(Bf16) : 0, SUMS_BYTES = WARPS * SUMS * (int)sizeof(float);
   // A block may share this much; wide rows with a LayerNorm are multiplied with fewer TILES.
@@ -147,7 +147,7 @@ __device__ void multiply(const Arguments& a) {
     // The sums of a thread are all of one output.
     const int output = blockIdx.x * 16 + threadIdx.x % 16;
     const float bias = output < Kind::OUTPUTS ? a.bias[output] : 0.0f;
-    wait_for_last_kernel();
+    wait_for_previous_kernel();
 
     Kind places[EACH_SUMS];
 #pragma unroll
@@ -211,7 +211,7 @@ __device__ void multiply_wide(const Arguments& a) {
   const uint4* weights = a.weight + (long long)block * GROUPS * 64;
   if (needed)
     for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights + line * 8);
-  wait_for_last_kernel();
+  wait_for_previous_kernel();
   if (!needed) return;
   const uint4* inputs = reinterpret_cast<const uint4*>(a.normed) + first * GROUPS * 4 + lane;
   float sums[TILES][4];
@@ -248,13 +248,14 @@ __device__ void multiply_wide(const Arguments& a) {
 
 #define PRODUCT(kind, name)                                            \
   extern "C" __global__ void name##_8(Arguments a) { multiply<kind, 1>(a); }  \
-  extern "C" __global__ void name##_16(Arguments a) { multiply<kind, 2>(a); } \
-  extern "C" __global__ void name##_32(Arguments a) { multiply<kind, 4>(a); }
+  extern "C" __global__ void name##_16(Arguments a) { multiply<kind, 2>(a); }
 
 PRODUCT(Qkv, qkv)
 PRODUCT(AttentionOutput, attention_output)
 PRODUCT(Up, up)
 PRODUCT(Down, down)
+extern "C" __global__ void attention_output_32(Arguments a) { multiply<AttentionOutput, 4>(a); }
+extern "C" __global__ void down_32(Arguments a) { multiply<Down, 4>(a); }
 extern "C" __global__ void qkv_wide_32(Arguments a) { multiply_wide<Qkv, 4>(a); }
 extern "C" __global__ void up_wide_32(Arguments a) { multiply_wide<Up, 4>(a); }
 extern "C" __global__ void head_wide_8(Arguments a) { multiply_wide<Head, 1>(a); }

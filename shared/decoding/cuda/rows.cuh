@@ -4,11 +4,11 @@
 // there are: a product sums over its inputs in an order that follows from their number alone, attention in one that follows from
 // the positions. Prompts and decoding rows use the same kernels.
 //
-// `steps.py` joins primitives.cuh, rows.cuh, products.cu, attention.cu and draws.cu, and defines the shape, the sizes of pages and
+// `program.py` joins primitives.cuh, rows.cuh, products.cu, attention.cu and draws.cu, and defines the shape, the sizes of pages and
 // ranges of the vocabulary, and the warps of a product.
 //
-// Every kernel waits for the last one before it reads what a kernel writes, except for rows and pages, which a step does not change
-// before its end.
+// Every kernel waits for the previous one before it reads what a kernel writes. It may read rows, `wanted` and the table of pages
+// earlier: they change only between steps.
 // Shapes: R rows, K inputs of a product, N outputs, C width, H heads, D head width, F hidden width, V vocabulary.
 
 constexpr int HEAD_WIDTH = WIDTH / HEADS;
@@ -58,10 +58,10 @@ struct Arguments {
   Bf16* attended;                  // (R, C), packed
   Bf16* hidden;                    // (R, F), packed
   float* logits;                   // (R, VOCABULARY_STRIDE)
-  const DrawInput* draws;
+  const DrawInput* draws;          // (steps, R), or (draws,)
   RangeSum* ranges;                // (draws, RANGES)
-  int* drawn;
-  float* losses;
+  int* drawn;                      // as draws
+  float* losses;                   // (draws,)
   int layer;
 };
 

@@ -19,6 +19,7 @@ from inference_service.engine.request import GenerationRequest, plain_draw  # no
 from inference_service.engine.runner import NextTokens, Runner  # noqa: E402
 from inference_service.engine.scheduler import Scheduler  # noqa: E402
 from inference_service.engine.sequence import Sequence  # noqa: E402
+from shared.decoding.cuda.decoder import CudaDecoder  # noqa: E402
 from shared.decoding.decoder import Decoder, DecoderFactory  # noqa: E402
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
@@ -70,10 +71,12 @@ class Decoding:
         mx.eval(model.parameters())
         slots = max(2, rows)
         decoder: Decoder
+        self._factory = DecoderFactory(slots, 1, _ACCELERATOR.cache)
         if variant == "mlx":
             decoder = MlxDecoder(model, slots, ProgramCache(), spans_together=8)
         else:
-            decoder = DecoderFactory(slots, 1, _ACCELERATOR.cache).make(model)
+            decoder = self._factory.make(model)
+        self._decoder = decoder
         self._runner, self._scheduler = Runner(decoder, prefix_blocks=0), Scheduler(slots)
         sampling = SamplingParameters(temperature=0.0 if variant == "greedy" else 0.8)
         for seed in range(rows):
@@ -117,7 +120,10 @@ class Decoding:
             sequence.computed_tokens, sequence.generated_tokens = min(sequence.computed_tokens, self._position), 1
 
     def wait(self) -> None:
-        pass
+        # The round pays for the tokens that the GPU has begun with, as it got the first ones for nothing.
+        if isinstance(self._decoder, CudaDecoder):
+            self._decoder._gpu.wait()
 
     def peak_bytes(self) -> int:
-        return resident_peak()
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        return resident_peak() if on_cpu else mx.get_peak_memory() + self._factory.gpu_bytes

@@ -104,7 +104,7 @@ def test_lost_prompts_are_computed_again() -> None:
     scheduler = Scheduler(2)
     scheduler.add(group("a", 200, max_tokens=1))
     step(scheduler)
-    scheduler.forget_slots()
+    scheduler.forget_prompts()
     assert [step(scheduler) for _ in range(2)] == [[], ["a"]]
 
 

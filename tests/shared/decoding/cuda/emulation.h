@@ -86,7 +86,7 @@ static void wait_at(Barrier& barrier, int count) {
   while (barrier.generation == generation) give_way();
 }
 // Kernels run one after the other.
-static void wait_for_last_kernel() {}
+static void wait_for_previous_kernel() {}
 static void prefetch(const void*) {}
 static void synchronise() { wait_at(whole, blockDim.x); }
 

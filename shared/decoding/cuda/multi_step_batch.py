@@ -4,20 +4,24 @@ Shapes: R rows, S steps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.cuda.steps import NO_TOKEN, DrawInput, Row
+from shared.decoding.cuda.program import DrawInput, Row
 from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import inverse_temperature, to_bits, uniforms
 
+# No token: none is masked, or none was drawn.
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
-class Burst:
-    """Some steps for rows (R,), whose numbers are as in `DecodeRow`. A row that has ended has no slot, but -1."""
+class MultiStepBatch:
+    """Rows (R,) that draw `steps` tokens each; the arrays are the fields of `DecodeRow`. The slot of a row that has
+    ended is -1."""
 
     steps: int
     slots: NDArray[np.int64]
@@ -30,8 +34,8 @@ class Burst:
     masked_draws: NDArray[np.int64]
 
     @classmethod
-    def of(cls, rows: Sequence[DecodeRow], steps: int) -> "Burst":
-        """Returns the burst of some rows."""
+    def of(cls, rows: Sequence[DecodeRow], steps: int) -> "MultiStepBatch":
+        """Returns the batch of some rows."""
         return cls(
             steps,
             slots=np.array([row.slot for row in rows]),
@@ -45,27 +49,29 @@ class Burst:
         )
 
     def places(self, rows: Sequence[DecodeRow], steps: int) -> list[int] | None:
-        """Returns where some rows are among those of the burst; None if it does not draw what they ask for."""
+        """Returns where some rows are among those of the batch; None if it does not draw what they ask for."""
         places = {slot: place for place, slot in enumerate(self.slots.tolist())}
         starts = self.starts.tolist()
         found = [places.get(row.slot, -1) for row in rows]
         as_asked = all(place >= 0 and starts[place] == row.start for place, row in zip(found, rows, strict=True))
         return found if as_asked and steps <= self.steps else None
 
-    def following(self, steps: int, context_length: int) -> "Burst":
-        """Returns the burst after this one, which still has this one's tokens."""
-        starts = self.starts + self.steps
+    def following(self, places: list[int], steps: int, context_length: int) -> "MultiStepBatch":
+        """Returns the batch of some of these rows after this one, which still has this one's tokens."""
+        arrays = {each.name: getattr(self, each.name)[places] for each in fields(self) if each.name != "steps"}
+        some = replace(self, **arrays)
+        starts = some.starts + self.steps
         return replace(
-            self,
+            some,
             steps=steps,
-            slots=np.where(starts < context_length, self.slots, -1),
+            slots=np.where(starts < context_length, some.slots, -1),
             starts=starts,
-            drawn=self.drawn + np.uint64(self.steps),
-            masked_draws=self.masked_draws - self.steps,
+            drawn=some.drawn + np.uint64(self.steps),
+            masked_draws=some.masked_draws - self.steps,
         )
 
-    def with_tokens(self, tokens: NDArray[np.int32]) -> "Burst":
-        """Returns the burst that begins with other tokens (R,); -1: the row has ended."""
+    def with_tokens(self, tokens: NDArray[np.int32]) -> "MultiStepBatch":
+        """Returns the batch that begins with other tokens (R,); a row without a token has ended."""
         return replace(self, slots=np.where(tokens == NO_TOKEN, -1, self.slots), tokens=tokens)
 
     def rows(self) -> NDArray[Any]:
@@ -76,7 +82,7 @@ class Burst:
 
     def draws(self) -> NDArray[Any]:
         """Returns the draws (S, R), as in `DrawInput`."""
-        steps = np.arange(self.steps)[:, None]
+        steps = np.arange(self.steps)[:, None]  # (S, 1)
         draws = np.zeros((self.steps, len(self.slots)), DrawInput)
         draws["logits_row"] = np.arange(len(self.slots))
         draws["masked"] = np.where(steps < self.masked_draws, self.masked, NO_TOKEN)

@@ -1,0 +1,104 @@
+"""The program of the kernels: for which models it is compiled, and what the host and the kernels have in common.
+
+Shapes: N outputs, C inputs.
+"""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+
+from shared.decoding.spans import SPAN_TOKENS
+from shared.gpt.config import GPTConfig
+
+# As in `rows.cuh`.
+Row = np.dtype([("token", np.int32), ("slot", np.int32), ("position", np.int32), ("step", np.int32)])
+DrawInput = np.dtype(
+    [
+        *((name, np.int32) for name in ("logits_row", "masked", "target")),
+        *((name, np.float32) for name in ("inverse_temperature", "uniform")),
+    ]
+)
+# A sum of a range of the vocabulary, as in `rows.cuh`.
+RANGE_SUM_BYTES = 8
+
+# The rows that a block of a product, and one of the head, may have. With a LayerNorm it computes fewer.
+TILES = (8, 16, 32)
+WIDE_TILE = 32
+HEAD_TILES = (8, 16, 32, 64)
+NORMED_TILE = 16
+# Up to this many rows, more warps share the pages of a row, and keys and values are prefetched.
+FEW_ROWS = 16
+# What the threads of a block may share.
+SHARED_BYTES = 48 << 10
+
+KERNELS = (
+    *("embed_rows", "normalise_rows", "normalise_wanted", "attend_rows", "sum_ranges_of_draws", "sum_ranges_of_rows"),
+    *("draw_tokens", "draw_next", "score_tokens"),
+    *(f"{name}_{tile}" for name in ("qkv", "up") for tile in TILES if tile <= NORMED_TILE),
+    *(f"{name}_{tile}" for name in ("attention_output", "down") for tile in TILES),
+    *(f"{name}_wide_{WIDE_TILE}" for name in ("qkv", "up")),
+    *(f"head_wide_{tile}" for tile in HEAD_TILES),
+)
+
+# A block holds the inputs of eight rows, and the sums of all pages of a row, in shared memory. Wider products compile
+# slowly. With one token masked, another must be left.
+_SUPPORTED = {
+    "width": (1, 3072),
+    "hidden_width": (1, 1 << 15),
+    "head_width": (1, 128),
+    "context_length": (1, 4096),
+    "vocabulary_size": (2, 1 << 20),
+}
+_SOURCES = ("primitives.cuh", "rows.cuh", "products.cu", "attention.cu", "draws.cu")
+_ADDRESSES = (
+    *("rows", "wanted", "pages", "token_embedding", "position_embedding", "norm_weight", "norm_bias"),
+    *("weight", "bias", "residual", "normed", "queries", "attended", "hidden", "logits"),
+    *("draws", "ranges", "drawn", "losses"),
+)
+
+
+class Arguments(ctypes.Structure):
+    """The argument of each kernel, as in `rows.cuh`."""
+
+    _fields_ = [*((name, ctypes.c_uint64) for name in _ADDRESSES), ("layer", ctypes.c_int)]
+
+
+def supports(config: GPTConfig) -> bool:
+    """Whether the kernels take models of this shape."""
+    return all(least <= getattr(config, name) <= most for name, (least, most) in _SUPPORTED.items())
+
+
+def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
+    """Returns the source of the kernels, and the constants of a shape with which it is compiled."""
+    source = "".join(Path(__file__).with_name(name).read_text() for name in _SOURCES)
+    return source, {
+        "WIDTH": str(config.width),
+        "HEADS": str(config.heads),
+        "HIDDEN": str(config.hidden_width),
+        "VOCABULARY": str(config.vocabulary_size),
+        "POSITIONS": str(config.context_length),
+        "EPSILON": f"{epsilon!r}f",
+        "PAGE": str(SPAN_TOKENS),
+        "WIDTH_WARPS": str(warps_for(config.width)),
+        "HIDDEN_WARPS": str(warps_for(config.hidden_width)),
+        "SHARED_BYTES": str(SHARED_BYTES),
+        "FEW_ROWS": str(FEW_ROWS),
+        "RANGE": str(_range_size(config)),
+        "RANGES": str(range_count(config)),
+    }
+
+
+def range_count(config: GPTConfig) -> int:
+    """Returns the number of ranges of the vocabulary whose logits are summed alone, at most 1,024."""
+    return -(-config.vocabulary_size // _range_size(config))
+
+
+def warps_for(inputs: int) -> int:
+    """Returns the number of warps among which a product divides its groups of 32 inputs."""
+    groups = -(-inputs // 32)
+    return max((warps for warps in range(4, 13) if groups % warps == 0), default=8)
+
+
+def _range_size(config: GPTConfig) -> int:
+    return max(256, -(-config.vocabulary_size // 1024 // 128) * 128)

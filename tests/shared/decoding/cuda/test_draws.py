@@ -1,0 +1,80 @@
+"""Draws and losses on an NVIDIA GPU, or on an emulation of one."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from shared.decoding.sampling import TemperatureSampling
+from shared.decoding.spans import Span
+from tests.decoders import cuda_decoder
+from tests.shared.decoding.cuda.models import TOLERANCE, decoder_for, model_of
+from tests.shared.decoding.test_decoders import (
+    CONFIG,
+    spans_of,
+)
+from tests.shared.decoding.test_draws import assert_draws_follow_the_distribution, decoder_of, draws
+from tests.shared.gpt.random_models import forward, full_forward, random_text
+
+pytestmark = pytest.mark.slow
+
+
+def test_scores_are_the_losses_of_the_next_tokens() -> None:
+    decoder = decoder_for()
+    tokens = random_text(CONFIG, 3, 90)
+    losses = [
+        loss
+        for span in spans_of(2, 0, tokens[:-1])
+        for loss in decoder.score(span, tokens[span.start + 1 :][: len(span.tokens)])
+    ]
+    logits = full_forward(model_of(CONFIG), tokens[:-1]).astype(np.float64)
+    expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(89), tokens[1:]]
+    np.testing.assert_allclose(losses, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_logits_after_a_prompt_stay_while_others_are_computed() -> None:
+    decoder = decoder_for(slots=20)
+    last = [decoder.logits(Span(slot, 0, random_text(CONFIG, slot, 3)))[1] for slot in range(10)]
+    held = [np.array(row) for row in last]
+    forward(decoder, [Span(slot, 0, (1,)) for slot in range(10, 20)])
+    rows = [*decoder.forward([Span(slot, 1, (2,)) for slot in range(10, 20)]), *last]
+    assert np.array_equal([np.array(row) for row in last], held)
+    drawn = decoder.draw([TemperatureSampling(row, 0.0, 0, 0, None) for row in rows])
+    assert drawn == [int(np.array(row).argmax()) for row in rows]
+
+
+@pytest.mark.parametrize("vocabulary_size", [2, 97, 1025])
+@pytest.mark.parametrize("temperature", [0.0, 1e-4, 0.3, 100.0])
+def test_a_draw_follows_the_exact_distribution(vocabulary_size: int, temperature: float) -> None:
+    decoder = decoder_for(replace(CONFIG, layers=1, vocabulary_size=vocabulary_size))
+    rows = decoder.forward([Span(2, 0, (1, 0, 1)), Span(1, 0, (1,))])
+    assert_draws_follow_the_distribution(decoder, rows, temperature)
+
+
+def test_temperature_zero_takes_the_first_of_equally_likely_tokens() -> None:
+    decoder = decoder_of(cuda_decoder, [0.0, 3.0, -1.0, 3.0, 3.0])
+    (row,) = decoder.forward([Span(1, 0, (1,))])
+    assert decoder.draw([*draws(row, 0.0), *draws(row, 0.0, masked=1), *draws(row, 0.0, masked=3)]) == [1, 3, 1]
+    assert set(decoder.draw(draws(row, 1e-45, count=20))) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
+    number: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.decoding.cuda.decoder.uniforms", lambda seeds, positions: np.full(len(seeds), number))
+    # Only tokens 5 to 2493 and 2500 are possible, the last masked.
+    logits = np.full(3000, -1000.0)
+    logits[5:2494] = np.sin(np.arange(2489))
+    logits[2500] = 0.0
+    decoder = decoder_of(cuda_decoder, logits.tolist())
+    (row,) = decoder.forward([Span(1, 0, (1,))])
+    assert decoder.draw(draws(row, 1.0, masked=2500)) == [2493 if number else 5]
+
+
+@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
+def test_logits_that_are_not_finite_draw_nothing(value: float) -> None:
+    decoder = decoder_of(cuda_decoder, [*[0.0] * 50, value, *[0.0] * 46])
+    (row,) = decoder.forward([Span(1, 0, (1,))])
+    assert decoder.draw([*draws(row, 0.0), *draws(row, 1.0), *draws(row, 1.0, masked=50)]) == [None] * 3

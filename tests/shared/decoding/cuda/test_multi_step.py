@@ -1,0 +1,101 @@
+"""Several tokens in a row on an NVIDIA GPU, or on an emulation of one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
+from shared.decoding.spans import SPAN_TOKENS, Span
+from tests.shared.decoding.cuda.models import decoder_for
+from tests.shared.decoding.test_decoders import (
+    CONFIG,
+    spans_of,
+)
+from tests.shared.gpt.random_models import forward, random_text
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("count", [9, 33])
+def test_any_number_of_rows_draws_several_tokens(count: int) -> None:
+    """Also after a call that needed more memory for logits, to which no graph from before may write."""
+    decoder, alone = decoder_for(slots=count), decoder_for(slots=2)
+    rows = [DecodeRow(slot, 0, slot, 1.0, seed=slot, drawn=0, masked=3, masked_draws=2) for slot in range(count)]
+    few = decoder.decode(rows[:2], MAX_DECODE_STEPS)
+    found = decoder.decode(rows, MAX_DECODE_STEPS)
+    for row, tokens in zip(rows, found, strict=True):
+        assert [tokens] == alone.decode([row._replace(slot=0)], MAX_DECODE_STEPS)
+    wanted = SPAN_TOKENS + 1
+    forward(decoder, [Span(0, place, (1,)) for place in range(wanted)])
+    assert decoder.decode(rows[:2], MAX_DECODE_STEPS) == few == found[:2]
+
+
+def test_what_was_begun_before_it_was_asked_for_is_the_same() -> None:
+    """Rows end, go on alone, or reach the end of their context; the caller changes its mind, or computes a prompt."""
+    ahead, plain = decoder_for(slots=5), decoder_for(slots=5)
+    starts = [1, 60, 130, 5, 0]
+    for decoder in (ahead, plain):
+        forward(
+            decoder, [span for slot in range(4) for span in spans_of(slot, 0, random_text(CONFIG, slot, starts[slot]))]
+        )
+    rows = [
+        DecodeRow(slot, starts[slot], slot, 0.8, seed=slot, drawn=slot, masked=3, masked_draws=11) for slot in range(5)
+    ]
+
+    def decode(steps: int, next_steps: int) -> None:
+        found = ahead.decode(rows, steps, next_steps)
+        assert found == plain.decode(rows, steps)
+        rows[:] = [
+            row._replace(
+                start=row.start + steps,
+                token=tokens[-1] or 0,
+                drawn=row.drawn + steps,
+                masked_draws=max(row.masked_draws - steps, 0),
+            )
+            for row, tokens in zip(rows, found, strict=True)
+            if len(tokens) == steps
+        ]
+
+    decode(8, 8)
+    decode(8, 8)
+    assert len(rows) == 5
+    decode(8, 8)
+    # The context of one has ended, and another ends meanwhile.
+    assert len(rows) == 4
+    del rows[1]
+    decode(8, 8)
+    # Fewer than were begun, and then others.
+    decode(3, 0)
+    decode(8, 5)
+    decode(8, 8)
+    for decoder in (ahead, plain):
+        forward(decoder, spans_of(1, 0, random_text(CONFIG, 7, 70)))
+    rows.append(DecodeRow(1, 70, 9, 0.8, seed=9, drawn=0, masked=3, masked_draws=0))
+    decode(8, 8)
+    ahead.reset()
+    plain.reset()
+    rows[:] = [DecodeRow(slot, 0, 1, 0.8, seed=9, drawn=0, masked=3, masked_draws=0) for slot in range(2)]
+    decode(8, 8)
+    decode(8, 0)
+
+
+def test_a_row_at_the_end_of_its_context_writes_nothing_more() -> None:
+    config = replace(CONFIG, context_length=2 * SPAN_TOKENS)
+    decoder = decoder_for(config, slots=2)
+    tokens = random_text(config, 1, 126)
+    forward(decoder, [*spans_of(0, 0, tokens), *spans_of(1, 0, tokens)])
+    expected = forward(decoder, [Span(1, 126, (1,))])
+    row = DecodeRow(0, 126, 1, 1.0, seed=0, drawn=0, masked=0, masked_draws=0)
+    assert [len(drawn) for drawn in decoder.decode([row], MAX_DECODE_STEPS)] == [2]
+    assert np.array_equal(forward(decoder, [Span(1, 126, (1,))]), expected)
+
+
+def test_rows_that_have_ended_are_computed_no_further() -> None:
+    decoder = decoder_for(slots=5)
+    rows = [DecodeRow(slot, 0, slot, 1.0, seed=slot, drawn=0, masked=3, masked_draws=0) for slot in range(5)]
+    for _ in range(2 * SPAN_TOKENS // MAX_DECODE_STEPS):
+        tokens = decoder.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS)
+        # From now on only the first one goes on.
+        rows = [rows[0]._replace(start=rows[0].start + MAX_DECODE_STEPS, token=tokens[0][-1] or 0)]
+    assert [sum(page is not None for page in slot) for slot in decoder._slots] == [3, 1, 1, 1, 1]

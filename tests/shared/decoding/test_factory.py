@@ -1,0 +1,57 @@
+"""Which decoder suits an NVIDIA GPU, without one."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from shared.decoding import decoder
+from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cuda.decoder import CudaDecoder
+from shared.decoding.decoder import DecoderFactory
+from shared.decoding.mlx_decoder import MlxDecoder
+from shared.gpt.config import GPTConfig
+from tests.decoders import COMPILED
+from tests.emulated_gpu import EmulatedGpu
+from tests.shared.decoding.test_decoders import CONFIG
+from tests.shared.gpt.random_models import random_model
+
+
+class Ada(EmulatedGpu):
+    def __init__(self, cache: object) -> None:
+        super().__init__()
+        self.capability = (8, 9)
+
+
+class Turing(Ada):
+    def __init__(self, cache: object) -> None:
+        super().__init__(cache)
+        self.capability = (7, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpu", "config", "kind"),
+    [
+        (None, CONFIG, CpuDecoder),
+        (Ada, CONFIG, CudaDecoder),
+        (Turing, CONFIG, MlxDecoder),
+        (Ada, replace(CONFIG, context_length=4097), MlxDecoder),
+    ],
+)
+def test_the_kernels_decode_what_they_take_on_the_gpus_that_they_need(
+    gpu: type[Ada] | None, config: GPTConfig, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, factory = random_model(config, 1), DecoderFactory(2, 1, COMPILED)
+    if gpu is not None:
+        monkeypatch.setattr(decoder, "on_cpu", lambda: False)
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(decoder, "CudaDriver", gpu)
+    made = factory.make(model)
+    assert isinstance(made, kind)
+    # As much as it holds on the GPU now, and nothing when it has gone.
+    held = factory.gpu_bytes
+    assert (held > 0) is (kind is CudaDecoder)
+    assert held <= made.memory_bytes
+    del made
+    assert factory.gpu_bytes == 0
