@@ -68,7 +68,7 @@ class Runner:
 
     def run(self, plan: Plan) -> list[tuple[Sequence, PromptRead | NextTokens]]:
         """Carries a plan out; returns what was read of prompts, and what each sequence draws."""
-        if plan.decode_steps > 1:
+        if plan.multi_step:
             return self._decode_multi_step(plan)
         reads, drawings = self.forward(plan)
         draws = self.draw(drawings)

@@ -50,6 +50,7 @@ class Row:
 class Plan:
     """One step: chunks of prompts to compute, and rows to decode, each by up to `decode_steps` tokens.
 
+    With `multi_step`, no row needs the engine between two tokens, and there are no chunks.
     If `next_decode_steps` is not 0, the next plan decodes the rows that go on by that many tokens, before any prompt.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     rows: tuple[Row, ...]
     decode_steps: int = 1
     next_decode_steps: int = 0
+    multi_step: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -159,7 +161,8 @@ class Scheduler:
         """Plans several tokens for each row, and as many for the next plan unless a prompt waits."""
         left = max(row.sequence.most_tokens_left for row in rows)
         steps = min(steps, left)
-        return Plan((), rows, steps, 0 if self._prefilling else min(next_steps, left - steps))
+        next_steps = 0 if self._prefilling else min(next_steps, left - steps)
+        return Plan((), rows, steps, next_steps, multi_step=True)
 
     def record(self, plan: Plan) -> None:
         """Records that a plan was carried out."""

@@ -1,6 +1,7 @@
 """A decoder: a model with a KV cache for a fixed number of slots, in the form that suits the device."""
 
 import ctypes
+import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,9 +19,11 @@ from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import Span
-from shared.device.cuda_driver import CudaDriver
+from shared.device.cuda_driver import CudaDriver, KernelsError
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
+
+logger = logging.getLogger(__name__)
 
 # On an NVIDIA GPU, launching many small kernels takes most of the time of a span, and eight take as long as one.
 _CUDA_SPANS_TOGETHER = 8
@@ -123,7 +126,10 @@ class DecoderFactory:
                 # MLX keeps freed memory for itself.
                 mx.clear_cache()
                 self._gpus = (*(each for each in self._gpus if each() is not None), weakref.ref(gpu))
-                return CudaDecoder(model, self._slots, gpu)
+                try:
+                    return CudaDecoder(model, self._slots, gpu)
+                except KernelsError as error:
+                    logger.warning("MLX decodes, several times slower than our kernels, because: %s", str(error))
         spans_together = _CUDA_SPANS_TOGETHER if mx.cuda.is_available() else 1
         return MlxDecoder(model, self._slots, self._programs, spans_together)
 

@@ -45,7 +45,10 @@ class Gpu(Protocol):
         """Makes the GPU's context current in this thread."""
 
     def load(self, source: str, constants: dict[str, str]) -> Callable[[str], Kernel]:
-        """Compiles a source, unless that was done before; returns what finds its kernels by name."""
+        """Compiles a source, unless that was done before; returns what finds its kernels by name.
+
+        Raises `KernelsError` if that fails.
+        """
 
     def allocate(self, size_bytes: int) -> int:
         """Returns the address of memory that holds zeros."""
@@ -84,6 +87,10 @@ class Gpu(Protocol):
 
 class CudaError(RuntimeError):
     """An error of CUDA's driver or compiler."""
+
+
+class KernelsError(CudaError):
+    """Kernels cannot be compiled for this GPU, or loaded."""
 
 
 class _LaunchAttribute(ctypes.Structure):
@@ -168,7 +175,10 @@ class CudaDriver:
             with replacing(path) as file:
                 file.write(binary)
         module = ctypes.c_void_p()
-        self._call("cuModuleLoadData", ctypes.byref(module), binary)
+        try:
+            self._call("cuModuleLoadData", ctypes.byref(module), binary)
+        except CudaError as error:
+            raise KernelsError(str(error)) from None
         self._held["cuModuleUnload"].append(module)
 
         @functools.cache
@@ -284,7 +294,7 @@ class _Nvrtc:
                 return
             except OSError:
                 continue
-        raise CudaError("The compiler NVRTC cannot be loaded; it comes with MLX for CUDA.")
+        raise KernelsError("The compiler NVRTC cannot be loaded; it comes with MLX for CUDA.")
 
     def version(self) -> str:
         """Returns its version as two numbers."""
@@ -293,7 +303,7 @@ class _Nvrtc:
         return f"{major.value}.{minor.value}"
 
     def compile(self, source: str, options: Sequence[str]) -> bytes:
-        """Returns the machine code of a source; raises `CudaError` with the compiler's report."""
+        """Returns the machine code of a source; raises `KernelsError` with the compiler's report."""
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
@@ -302,7 +312,7 @@ class _Nvrtc:
             return self._read("nvrtcGetCUBIN", program)
         except CudaError:
             report = self._read("nvrtcGetProgramLog", program).decode(errors="replace")
-            raise CudaError(f"NVRTC cannot compile the kernels: {report}") from None
+            raise KernelsError(f"NVRTC cannot compile the kernels: {report}") from None
         finally:
             self._library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -45,6 +45,7 @@ __device__ void sum_ranges(const Arguments& a, const DrawInput& draw, int number
   const float4* logits = reinterpret_cast<const float4*>(a.logits + (long long)draw.logits_row * VOCABULARY_STRIDE);
   float values[EACH][4];
   float highest = -INFINITY, sum = 0;
+  const float inverse = draw.inverse_temperature;
   bool finite = true;
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
@@ -64,7 +65,7 @@ __device__ void sum_ranges(const Arguments& a, const DrawInput& draw, int number
   for (int i = 0; i < EACH; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (values[i][j] > -INFINITY) sum += expf((values[i][j] - highest) * draw.inverse_temperature);
+      if (values[i][j] > -INFINITY) sum += inverse > 0 ? expf((values[i][j] - highest) * inverse) : 1.0f;
   sum = sum_of_warp(sum);
   if (ballot(!finite)) sum = NAN;
   if (lane == 0) a.ranges[number * RANGES + range] = RangeSum{highest, sum};

@@ -246,16 +246,20 @@ __device__ void multiply_wide(const Arguments& a) {
     }
 }
 
-#define PRODUCT(kind, name)                                            \
-  extern "C" __global__ void name##_8(Arguments a) { multiply<kind, 1>(a); }  \
-  extern "C" __global__ void name##_16(Arguments a) { multiply<kind, 2>(a); }
+// With the number of threads, the compiler knows how many registers each can have.
+#define PRODUCT(kind, name, tiles) \
+  extern "C" __global__ void __launch_bounds__(32 * Order<kind>::SUMS) name(Arguments a) { multiply<kind, tiles>(a); }
 
-PRODUCT(Qkv, qkv)
-PRODUCT(AttentionOutput, attention_output)
-PRODUCT(Up, up)
-PRODUCT(Down, down)
-extern "C" __global__ void attention_output_32(Arguments a) { multiply<AttentionOutput, 4>(a); }
-extern "C" __global__ void down_32(Arguments a) { multiply<Down, 4>(a); }
+PRODUCT(Qkv, qkv_8, 1)
+PRODUCT(Qkv, qkv_16, 2)
+PRODUCT(AttentionOutput, attention_output_8, 1)
+PRODUCT(AttentionOutput, attention_output_16, 2)
+PRODUCT(AttentionOutput, attention_output_32, 4)
+PRODUCT(Up, up_8, 1)
+PRODUCT(Up, up_16, 2)
+PRODUCT(Down, down_8, 1)
+PRODUCT(Down, down_16, 2)
+PRODUCT(Down, down_32, 4)
 extern "C" __global__ void qkv_wide_32(Arguments a) { multiply_wide<Qkv, 4>(a); }
 extern "C" __global__ void up_wide_32(Arguments a) { multiply_wide<Up, 4>(a); }
 extern "C" __global__ void head_wide_8(Arguments a) { multiply_wide<Head, 1>(a); }

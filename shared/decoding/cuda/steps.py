@@ -151,8 +151,9 @@ class Steps:
 
     def _run(self, kernel: str, draws: NDArray[Any], name: str, host: NDArray[Any]) -> list[Any]:
         gpu, results = self._gpu, list[Any]()
-        for first in range(0, len(draws), len(self._draws)):
-            batch = draws[first : first + len(self._draws)]
+        # Each draw has sums of its own.
+        for first in range(0, len(draws), self._most_logits):
+            batch = draws[first : first + self._most_logits]
             self._draws[: len(batch)] = batch
             gpu.write(self._memory["draws"], self._draws[: len(batch)].view(np.uint8))
             self._launch_draws("sum_ranges_of_draws", kernel, len(batch))

@@ -1,5 +1,6 @@
 """Which decoder suits an NVIDIA GPU, without one."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from shared.decoding.cpu_decoder import CpuDecoder
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.decoder import DecoderFactory
 from shared.decoding.mlx_decoder import MlxDecoder
+from shared.device.cuda_driver import Kernel, KernelsError
 from shared.gpt.config import GPTConfig
 from tests.decoders import COMPILED
 from tests.emulated_gpu import EmulatedGpu
@@ -21,6 +23,13 @@ class Ada(EmulatedGpu):
     def __init__(self, cache: object) -> None:
         super().__init__()
         self.capability = (8, 9)
+
+
+class Unknown(Ada):
+    """A GPU for which the installed compiler has no kernels."""
+
+    def load(self, source: str, constants: dict[str, str]) -> Callable[[str], Kernel]:
+        raise KernelsError("NVRTC cannot compile the kernels: invalid value for --gpu-architecture")
 
 
 class Turing(Ada):
@@ -36,6 +45,7 @@ class Turing(Ada):
         (None, CONFIG, CpuDecoder),
         (Ada, CONFIG, CudaDecoder),
         (Turing, CONFIG, MlxDecoder),
+        (Unknown, CONFIG, MlxDecoder),
         (Ada, replace(CONFIG, context_length=4097), MlxDecoder),
     ],
 )

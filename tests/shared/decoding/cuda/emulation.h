@@ -14,6 +14,7 @@
 // Everything else is hidden: a process loads the kernels of several shapes.
 #define __global__ __attribute__((visibility("default")))
 #define __shared__ static
+#define __launch_bounds__(threads)
 
 struct Index {
   int x, y;

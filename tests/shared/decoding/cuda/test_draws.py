@@ -78,3 +78,18 @@ def test_logits_that_are_not_finite_draw_nothing(value: float) -> None:
     decoder = decoder_of(cuda_decoder, [*[0.0] * 50, value, *[0.0] * 46])
     (row,) = decoder.forward([Span(1, 0, (1,))])
     assert decoder.draw([*draws(row, 0.0), *draws(row, 1.0), *draws(row, 1.0, masked=50)]) == [None] * 3
+
+
+def test_any_number_of_draws_from_one_row_has_room() -> None:
+    """The emulation notices what is written beyond a buffer."""
+    decoder = decoder_for()
+    (row,) = decoder.forward([Span(0, 0, (1,))])
+    drawn = decoder.draw([TemperatureSampling(row, 1.0, seed, 0, None) for seed in range(200)])
+    assert drawn[:3] == [decoder.draw([TemperatureSampling(row, 1.0, seed, 0, None)])[0] for seed in range(3)]
+    assert len(drawn) == 200
+
+
+def test_finite_logits_of_any_size_have_a_likeliest_token() -> None:
+    decoder = decoder_of(cuda_decoder, [0.0, 3e38, -3e38, 1.0])
+    (row,) = decoder.forward([Span(1, 0, (1,))])
+    assert decoder.draw([*draws(row, 0.0), *draws(row, 1.0), *draws(row, 1e-45)]) == [1, 1, 1]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from shared.decoding.cuda.multi_step_batch import NO_TOKEN
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.spans import SPAN_TOKENS, Span
 from tests.shared.decoding.cuda.models import decoder_for
@@ -99,3 +100,29 @@ def test_rows_that_have_ended_are_computed_no_further() -> None:
         # From now on only the first one goes on.
         rows = [rows[0]._replace(start=rows[0].start + MAX_DECODE_STEPS, token=tokens[0][-1] or 0)]
     assert [sum(page is not None for page in slot) for slot in decoder._slots] == [3, 1, 1, 1, 1]
+
+
+def test_a_row_with_logits_that_are_not_finite_in_between_is_computed_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its slot is cleared although the GPU has begun with its next tokens, which seem sound."""
+    decoder, alone = decoder_for(slots=2), decoder_for(slots=2)
+    rows = [DecodeRow(slot, 0, slot, 1.0, seed=slot, drawn=0, masked=3, masked_draws=0) for slot in range(2)]
+    take = decoder._steps.drawn
+
+    def spoiled(steps: int, count: int) -> np.ndarray:
+        drawn = take(steps, count)
+        if count == 2:
+            drawn[1, 3] = NO_TOKEN
+        return drawn
+
+    monkeypatch.setattr(decoder._steps, "drawn", spoiled)
+    first, second = decoder.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS)
+    assert len(second) == 4 and second[-1] is None
+    decoder.clear(1)
+    assert alone.decode(rows[:1], MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [first]
+    for _ in range(9):
+        rows = [rows[0]._replace(start=rows[0].start + MAX_DECODE_STEPS, token=first[-1] or 0)]
+        (first,) = decoder.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS)
+        assert alone.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [first]
+    assert decoder._slots[1] == [None] * len(decoder._slots[1])
