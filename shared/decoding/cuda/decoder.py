@@ -1,7 +1,7 @@
 """Computes prompts and decodes on an NVIDIA GPU.
 
-MLX builds its graph again at each step, which takes longer than a step of a small model itself. Here a step is a CUDA
-graph, made once for each of a few numbers of rows.
+At each step MLX builds a graph, which takes it longer than such a GPU needs to compute a small model. Here a step is a
+CUDA graph, made once for each of a few numbers of rows.
 Shapes: R rows, S steps, T tokens, K wanted tokens, V vocabulary.
 """
 
@@ -127,23 +127,23 @@ class CudaDecoder:
         self._gpu.use()
         batch, self._ahead = self._ahead, None
         places = None if batch is None else batch.places(rows, steps)
-        # One that the GPU began ahead may have more steps than are wanted in the end.
-        if batch is None or places is None or (next_steps and steps < batch.steps):
+        if batch is None or places is None:
             batch, places = MultiStepBatch.of(rows, steps), list(range(len(rows)))
             self._prepare_batch(batch)
             self._begin(batch, batch.draws())
-        # Rows that have ended are not among the places, and are computed no further.
-        following = batch.following(places, next_steps, self._context_length)
+        following = None
         if next_steps:
+            # Rows that have ended are not among the places, and are computed no further.
+            following = batch.following(places, next_steps, self._context_length)
             self._prepare_batch(following)
             draws = following.draws()
         drawn = self._steps.drawn(batch.steps, len(batch.slots))[places]  # (R, S)
-        if next_steps:
+        if following is not None:
             self._ahead = following.with_tokens(drawn[:, -1])
             self._begin(self._ahead, draws)
         tokens: list[list[int | None]] = drawn[:, :steps].tolist()
-        if drawn.min() == NO_TOKEN or (following.starts > self._context_length).any():
-            left = [self._context_length - row.start for row in rows]
+        left = [self._context_length - row.start for row in rows]
+        if drawn.min() == NO_TOKEN or min(left) < steps:
             tokens = [_until_no_token(each[:count]) for each, count in zip(tokens, left, strict=True)]
         return tokens
 

@@ -49,7 +49,7 @@ class MultiStepBatch:
         )
 
     def places(self, rows: Sequence[DecodeRow], steps: int) -> list[int] | None:
-        """Returns where some rows are among those of the batch; None if it does not draw what they ask for."""
+        """Returns where some rows are among those of the batch; None if it does not draw as many steps of them."""
         places = {slot: place for place, slot in enumerate(self.slots.tolist())}
         starts = self.starts.tolist()
         found = [places.get(row.slot, -1) for row in rows]

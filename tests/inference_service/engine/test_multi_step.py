@@ -16,30 +16,31 @@ from tests.fakes import tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, request
 
 
-class OnCpu(CpuDecoder):
-    max_decode_steps = MAX_DECODE_STEPS
+class CountsSteps:
+    """Of a decoder: draws several tokens in a row, and keeps their numbers."""
 
-    def __init__(self, model: GPT) -> None:
-        super().__init__(model, SLOTS, 1, cpu_library())
-        self.steps: list[int] = []
+    # A plain attribute, so that a test can set it.
+    max_decode_steps = MAX_DECODE_STEPS
+    steps: list[int]
 
     def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
         self.steps.append(steps)
-        return super().decode(rows, steps, next_steps)
+        drawn: list[list[int | None]] = super().decode(rows, steps, next_steps)  # type: ignore[misc]
+        return drawn
 
 
-class OnGpu(CudaDecoder):
+class OnCpu(CountsSteps, CpuDecoder):
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model, SLOTS, 1, cpu_library())
+        self.steps = []
+
+
+class OnGpu(CountsSteps, CudaDecoder):
     """It begins with tokens before the engine asks for them."""
-
-    max_decode_steps = MAX_DECODE_STEPS
 
     def __init__(self, model: GPT) -> None:
         super().__init__(model, SLOTS, make_gpu())
-        self.steps: list[int] = []
-
-    def decode(self, rows: Sequence[DecodeRow], steps: int, next_steps: int = 0) -> list[list[int | None]]:
-        self.steps.append(steps)
-        return super().decode(rows, steps, next_steps)
+        self.steps = []
 
 
 MultiStep = OnCpu | OnGpu
@@ -107,6 +108,13 @@ def test_several_tokens_come_in_one_event_with_their_times(multi_step: Harness) 
     deltas = [event for event in one.events if isinstance(event, Delta)]
     assert [len(delta.draws) for delta in deltas] == [1, MAX_DECODE_STEPS, MAX_DECODE_STEPS, 19 - 2 * MAX_DECODE_STEPS]
     assert all(len(delta.times) == len(delta.draws) for delta in deltas)
+
+
+def test_a_single_token_that_is_left_is_not_computed_twice(multi_step: Harness, decoder: MultiStep) -> None:
+    """The decoder may have begun with it."""
+    decoder.steps.clear()
+    multi_step.generate(request("a", max_tokens=2 + MAX_DECODE_STEPS))
+    assert decoder.steps == [MAX_DECODE_STEPS, 1]
 
 
 def test_a_stream_whose_numbers_are_not_finite_ends_after_its_last_sound_token(

