@@ -188,6 +188,10 @@ def test_numbers_that_are_not_finite_reach_no_other_slot_and_leave_with_their_se
     # Without `clear` too: what was in a page before is not read.
     prompt = spans_of(1, 0, texts[1])
     assert np.array_equal(forward(spoiled, prompt), forward(clean, prompt))
+    # Nor what a page that is used again holds behind the last position.
+    spoiled.forward([Span(0, 0, (*texts[0][:5], SPOILED))])
+    spoiled.clear(0)
+    assert np.array_equal(forward(spoiled, [Span(0, 0, (3, 4))]), forward(clean, [Span(0, 0, (3, 4))]))
 
 
 def test_memory_follows_the_tokens_in_use_and_whole_pages_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
