@@ -5,7 +5,7 @@ They go to the folder `prebuilt` of `shared/device`, where every process looks f
 
 import sys
 
-from shared.decoding import cpu_decoder
+from shared.decoding.cpu import library
 from shared.device import blas
 from shared.device.native import PREBUILT
 from shared.errors import FailedPrecondition
@@ -15,7 +15,7 @@ def main() -> int:
     """Builds all of them and returns the exit status."""
     try:
         blas.prebuild(PREBUILT)
-        cpu_decoder.prebuild(PREBUILT)
+        library.prebuild(PREBUILT)
     except FailedPrecondition as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

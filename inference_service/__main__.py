@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from inference_service.settings import Settings, prefill_tokens_on, read_settings
+from inference_service.settings import Settings, read_settings
 from shared.errors import InvalidArgument, shown
 from shared.service import cli, logs, traces
 from shared.service.lists import JsonOption
@@ -82,8 +82,7 @@ def serve() -> None:
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service import server
 
-    prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
-    if not asyncio.run(server.serve(settings, device, prefill_tokens)):
+    if not asyncio.run(server.serve(settings, device)):
         raise typer.Exit(1)
 
 
@@ -112,8 +111,7 @@ def measure(
     # Brings MLX in, so not before the accelerator is prepared.
     from inference_service.measure import measure as measure_version
 
-    prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
-    measured = measure_version(folder, rows or _MEASURED_ROWS, settings, device, prefill_tokens, typer.echo)
+    measured = measure_version(folder, rows or _MEASURED_ROWS, settings, device, typer.echo)
     typer.echo(json.dumps(asdict(measured)))
 
 
@@ -242,6 +240,7 @@ def versions(address: Address = None, as_json: JsonOption = False) -> None:
     streams: the number of requests that it answers now; held, if load keeps it.
     held-out loss: nats per token, as training measured it on all held-out text.
     as served: the difference on this server, measured on a part of that text.
+    weights: the format in which this server computes with them.
     policy: the label whose version is to serve.
 
     Example: gptloop versions

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Delta, Failed, Finished, GenerationRequest, Output
-from inference_service.settings import Settings
+from inference_service.settings import Settings, prefill_tokens_on, weights_on
 from shared.decoding.decoder import DecoderFactory
 from shared.device import accelerator
 from shared.device.accelerator import Accelerator
@@ -139,7 +139,6 @@ def measure(
     rows: Sequence[int],
     settings: Settings,
     device: Accelerator,
-    prefill_tokens: int,
     show: Callable[[str], object],
 ) -> Measurement:
     """Measures the version in a folder, for each number of requests at once, and shows a line about each part.
@@ -157,8 +156,10 @@ def measure(
     parameters: Any = tree_flatten(model.parameters())
     # A decoder has at least two slots.
     slots = max(*rows, 2)
-    decoder = DecoderFactory(slots, settings.threads, device.cache).make(model)
+    weights = weights_on(device.backend, settings.weights)
+    decoder = DecoderFactory(slots, settings.threads, device.cache, weights).make(model)
     outputs: SimpleQueue[list[Output]] = SimpleQueue()
+    prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
     engine = Engine(slots, prefill_tokens, settings.prefix_cache_mib << 20, outputs.put, lambda: None)
     engine.start()
     try:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import grpc
@@ -19,6 +19,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inference_service.engine.request import FinishReason
+from inference_service.versions.resident import Resident
 from shared.device.accelerator import Memory
 from shared.pb.inference.v1 import inference_pb2
 from shared.registry.evaluations import Figures
@@ -239,9 +240,9 @@ class InferenceMetrics:
         """Replaces the figures of the evaluations, by version."""
         self._models.rate(figures)
 
-    def resident(self, versions: list[VersionManifest], serving: int | None) -> None:
+    def resident(self, versions: Sequence[Resident], serving: int | None) -> None:
         """Replaces the versions in memory; the series of all others are removed."""
-        before = {manifest.version for manifest in self._models.versions}
+        before = {each.manifest.version for each in self._models.versions}
         self._models.show(tuple(versions), serving)
         by_version = (
             self._version_streams,
@@ -249,13 +250,14 @@ class InferenceMetrics:
             self._version_first_token,
             self._version_inter_token,
         )
-        for manifest in versions:
+        after = {each.manifest.version for each in versions}
+        for number in after:
             # A series starts at 0 instead of being absent.
             for metric in by_version:
-                metric.labels(manifest.version)
+                metric.labels(number)
             for reason in _ENDS:
-                self._version_requests.labels(manifest.version, reason)
-        for number in before - {manifest.version for manifest in versions}:
+                self._version_requests.labels(number, reason)
+        for number in before - after:
             self._committed_at.pop(number, None)
             for metric in (*by_version, self._version_requests):
                 metric.remove_by_labels({"version": str(number)})
@@ -272,15 +274,15 @@ class _Models(Collector):
     evaluated."""
 
     def __init__(self) -> None:
-        self._shown: tuple[tuple[VersionManifest, ...], int | None] = ((), None)
+        self._shown: tuple[tuple[Resident, ...], int | None] = ((), None)
         self._figures: Mapping[int, Figures] = {}
 
     @property
-    def versions(self) -> tuple[VersionManifest, ...]:
+    def versions(self) -> tuple[Resident, ...]:
         """Returns the versions that the page shows."""
         return self._shown[0]
 
-    def show(self, versions: tuple[VersionManifest, ...], serving: int | None) -> None:
+    def show(self, versions: tuple[Resident, ...], serving: int | None) -> None:
         """Replaces what the page shows."""
         self._shown = (versions, serving)
 
@@ -303,12 +305,13 @@ class _Models(Collector):
         family = GaugeMetricFamily(
             f"{_NAMESPACE}_model_info",
             "1 for each version in memory; serving is true for the one that answers new requests.",
-            labels=["version", "run", "step", "preset", "tokenizer", "parameters", "serving"],
+            labels=["version", "run", "step", "preset", "tokenizer", "parameters", "weights", "serving"],
         )
-        for one in versions:
-            numbers = (one.version, one.run, one.step, one.preset, one.tokenizer, one.parameters)
+        for each in versions:
+            one = each.manifest
+            numbers = (one.version, one.run, one.step, one.preset, one.tokenizer, one.parameters, each.weights)
             # Text in a manifest may hold characters that UTF-8 cannot encode.
-            values = [str(each).encode(errors="backslashreplace").decode() for each in numbers]
+            values = [str(number).encode(errors="backslashreplace").decode() for number in numbers]
             family.add_metric([*values, str(one.version == serving).lower()], 1)
         yield family
 

@@ -139,6 +139,7 @@ def _columns(statuses: Sequence[pb.VersionStatus]) -> Sequence[Column[pb.Version
         ),
         Column("as served", _measured, _served, right=True, rank=1, key="measured_loss"),
         Column("streams", lambda status: status.streams, _use, right=True, rank=4),
+        Column("weights", lambda status: status.weight_format, key="weight_format", rank=6),
         Column("memory", lambda status: status.memory_bytes, _memory, key="memory_bytes", right=True, rank=5),
         Column(
             "age",

@@ -30,6 +30,8 @@ from inference_service.settings import (
     PORT_VARIABLE,
     PROBE_PORT_VARIABLE,
     Settings,
+    prefill_tokens_on,
+    weights_on,
 )
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.loader import Loader
@@ -60,7 +62,7 @@ _LAST_STEP_S = 5.0
 _STUCK = "The engine is stuck and the server restarts; try again in a moment."
 
 
-async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) -> bool:
+async def serve(settings: Settings, device: Accelerator) -> bool:
     """Serves until SIGTERM or SIGINT; returns True then, and False if a part failed.
 
     Raises `AlreadyExists` if a port is in use. If the engine is stuck, the process ends here, with code 1.
@@ -98,8 +100,10 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
 
     collectors = CollectorRegistry()
     registry = settings.directories.open_registry(settings.best_by)
+    prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
+    weights = weights_on(device.backend, settings.weights)
     engine = Engine(settings.slots, prefill_tokens, settings.prefix_cache_mib << 20, deliver, fail)
-    decoders = DecoderFactory(settings.slots, settings.threads, device.cache)
+    decoders = DecoderFactory(settings.slots, settings.threads, device.cache, weights)
     limits = {"resident": memory_limit_bytes()} | ({} if device.backend == "cpu" else {"active": device.memory_bytes})
     metrics = InferenceMetrics(
         collectors, memory, lambda: decoders.compiled_shapes, lambda: engine.active_streams, limits
@@ -108,7 +112,7 @@ async def serve(settings: Settings, device: Accelerator, prefill_tokens: int) ->
         metrics.certificate(lambda: tls.current().ends_at)
     guard = TokenInterceptor(callers, clients=[SERVICE], operators=[ADMIN_SERVICE])
     server = GrpcServer([SERVICE, ADMIN_SERVICE], metrics.called, [guard])
-    catalogue = Catalogue(registry, device.backend, metrics)
+    catalogue = Catalogue(registry, device.backend if weights is None else f"{device.backend}_{weights}", metrics)
     residents = Residents(
         catalogue,
         Loader(registry, catalogue, engine, decoders.make),

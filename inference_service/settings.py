@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
+from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.errors import InvalidArgument, shown
 from shared.registry.decisions import BestBy
 from shared.service.access.exposure import read_insecure
@@ -12,6 +13,7 @@ from shared.service.settings import (
     Directories,
     Environment,
     read_best_by,
+    read_choice,
     read_directories,
     read_float,
     read_int,
@@ -24,6 +26,7 @@ PORT_VARIABLE = "GPTLOOP_INFERENCE_PORT"
 METRICS_HOST_VARIABLE = "GPTLOOP_INFERENCE_METRICS_HOST"
 METRICS_PORT_VARIABLE = "GPTLOOP_INFERENCE_METRICS_PORT"
 HTTP_PORT_VARIABLE = "GPTLOOP_INFERENCE_HTTP_PORT"
+_WEIGHTS = "GPTLOOP_INFERENCE_WEIGHTS"
 PROBE_PORT_VARIABLE = "GPTLOOP_INFERENCE_PROBE_PORT"
 
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
@@ -62,6 +65,8 @@ class Settings:
     slots: int = 8
     # Threads that compute a step on a CPU. One thread leaves the other cores to training.
     threads: int = 1
+    # The format of weights on a CPU. None: the default; a GPU has a format of its own.
+    weights: WeightFormat | None = None
     # Most prompt tokens that a step reads beside the tokens of running streams. None: chosen by the device.
     prefill_tokens: int | None = None
     # Memory in MiB in which each version caches the prefixes of prompts.
@@ -141,6 +146,7 @@ def read_settings(environment: Environment) -> Settings:
         ),
         slots=read_count("SLOTS", default.slots, 2, 1024),
         threads=read_count("THREADS", default.threads, 1, 1024),
+        weights=read_choice(environment, _WEIGHTS, WeightFormat) if read_str(environment, _WEIGHTS, "") else None,
         prefill_tokens=read_int(environment, "GPTLOOP_INFERENCE_PREFILL_TOKENS", None, minimum=64, maximum=1 << 20),
         prefix_cache_mib=read_count("PREFIX_CACHE_MIB", default.prefix_cache_mib, 0, 1 << 20),
         max_waiting_requests=read_count("MAX_WAITING_REQUESTS", default.max_waiting_requests, 1, 1_000_000),
@@ -162,6 +168,17 @@ def read_settings(environment: Environment) -> Settings:
         drain_s=read_seconds("DRAIN_S", default.drain_s, 0.0, 60.0),
         best_by=read_best_by(environment),
     )
+
+
+def weights_on(backend: str, chosen: WeightFormat | None) -> WeightFormat | None:
+    """Returns the format of weights on a device, None on a GPU; raises `InvalidArgument` if one was chosen there."""
+    if backend == "cpu":
+        return chosen or DEFAULT_WEIGHTS
+    if chosen is not None:
+        raise InvalidArgument(
+            f"{_WEIGHTS} is {chosen}, but this server computes on a GPU, where the format is not chosen; unset it."
+        )
+    return None
 
 
 def _read_names(environment: Environment, name: str, form: re.Pattern[str], described: str) -> tuple[str, ...]:

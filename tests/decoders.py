@@ -1,15 +1,16 @@
 """Decoders for tests; what a CPU's needs is compiled once and kept between runs."""
 
-import ctypes
 from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
 
-from shared.decoding.cpu_decoder import CpuDecoder, load_library
+from shared.decoding.cpu.decoder import CpuDecoder
+from shared.decoding.cpu.library import CpuLibrary, load_library
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.decoder import Decoder, DecoderFactory
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
+from shared.decoding.weight_format import WeightFormat
 from shared.device.cuda_driver import CudaDriver, Gpu
 from shared.gpt.model import GPT
 from tests.emulated_gpu import EmulatedGpu
@@ -18,12 +19,12 @@ COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "accelerator"
 
 
 @cache
-def cpu_library() -> ctypes.CDLL:
+def cpu_library() -> CpuLibrary:
     return load_library(COMPILED)
 
 
-def cpu_decoder(model: GPT, slots: int, threads: int = 1) -> CpuDecoder:
-    return CpuDecoder(model, slots, threads, cpu_library())
+def cpu_decoder(model: GPT, slots: int, threads: int = 1, weights: WeightFormat = WeightFormat.FP32) -> CpuDecoder:
+    return CpuDecoder(model, slots, threads, cpu_library(), weights)
 
 
 def mlx_decoder(model: GPT, slots: int, spans_together: int = 1) -> MlxDecoder:

@@ -82,7 +82,7 @@ class _Messages:
         self._write_timeouts = write_timeouts
 
     async def started(self, request: GenerationRequest, resident: Resident) -> None:
-        await self._write(translate.started_to_pb(request, resident.manifest.digest))
+        await self._write(translate.started_to_pb(request, resident))
 
     async def prompt(self, read: PromptRead) -> None:
         await self._write(translate.prompt_to_pb(read))

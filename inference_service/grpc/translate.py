@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from inference_service.draft import Draft, Selection, check_number, new_draft
 from inference_service.engine.request import Delta, Draw, Finished, GenerationRequest, PromptRead
+from inference_service.versions.resident import Resident
 from inference_service.versions.status import VersionStatus
 from shared.decoding.sampling import SamplingParameters, check_biases
 from shared.errors import InvalidArgument
@@ -48,14 +49,15 @@ def selection_from_pb(message: pb.ModelSelector) -> Selection:
             return Selection()
 
 
-def started_to_pb(request: GenerationRequest, digest: str) -> pb.GenerateResponse:
-    """Returns the first message of a stream; `digest` is the digest of its version."""
+def started_to_pb(request: GenerationRequest, resident: Resident) -> pb.GenerateResponse:
+    """Returns the first message of a stream, which a version answers."""
     started = pb.Started(
         request_id=request.call_id,
         model_version=request.version,
         seed=request.seed,
         prompt_tokens=len(request.prompt),
-        model_digest=digest,
+        model_digest=resident.manifest.digest,
+        weight_format=resident.weights,
     )
     return pb.GenerateResponse(started=started)
 
@@ -142,6 +144,7 @@ def status_to_pb(status: VersionStatus) -> pb.VersionStatus:
         streams=status.streams,
         held=status.held,
         memory_bytes=status.memory_bytes,
+        weight_format=status.weights,
         measured_loss=status.loss,
         evaluation=_quality_to_pb(status.evaluation),
     )

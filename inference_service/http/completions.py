@@ -147,11 +147,13 @@ class Completion:
         self._created = int(time.time())
         self._model = str(request.model)
         self._fingerprint: str | None = None
+        self._weights: str | None = None
         self._seeds: dict[int, int] = {}
 
     def begin(self, number: int, request: GenerationRequest, resident: Resident) -> list[Choice]:
         """Returns the choices of a prompt, with its text if it is echoed."""
         self._model, self._fingerprint = str(request.version), resident.manifest.digest
+        self._weights = resident.weights
         self._seeds[number] = request.seed
         self.usage.prompt_tokens += len(request.prompt)
         given = self._request
@@ -188,6 +190,7 @@ class Completion:
             "created": self._created,
             "model": self._model,
             "system_fingerprint": self._fingerprint,
+            "weight_format": self._weights,
             "seed": self._seeds.get(0),
         }
 

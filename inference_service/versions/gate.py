@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from inference_service.engine.examination import Window
+from shared.decoding.weight_format import WeightFormat
 from shared.errors import (
     CorruptCheckpoint,
     FailedPrecondition,
@@ -84,14 +85,15 @@ def read_content(registry: Registry, manifest: VersionManifest) -> Content:
         raise Refused("unfit", _clause(error)) from None
 
 
-def check_loss(manifest: VersionManifest, loss: float) -> None:
+def check_loss(manifest: VersionManifest, loss: float, weights: WeightFormat) -> None:
     """Compares the loss of the held-out windows, as the version would serve them, with its claim; raises `Refused`."""
     if not math.isfinite(loss):
         raise Refused("not_finite", "its predictions of held-out text are not finite")
     if not abs(loss - manifest.claimed_loss) <= TOLERANCE:
         raise Refused(
             LOSS_MISMATCH,
-            f"it claims a held-out loss of {manifest.claimed_loss:.4f} nats a token, but has {loss:.4f} as served",
+            f"it claims a held-out loss of {manifest.claimed_loss:.4f} nats a token, but has {loss:.4f} as served in "
+            f"{weights}",
             loss,
         )
 

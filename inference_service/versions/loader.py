@@ -59,21 +59,21 @@ class Loader:
         windows = content.windows if known is None else ()
         tokenizer, context_length = content.tokenizer, content.model.config.context_length
         del content
-        memory_bytes = decoder.memory_bytes
+        memory_bytes, weights = decoder.memory_bytes, decoder.weights
         ready = self._engine.add_version(manifest.version, decoder, tokenizer, context_length, windows)
         # It holds the weights.
         del decoder
         with traces.span("examine" if windows else "prepare"):
             loss = await asyncio.wrap_future(ready)
         if known is not None and known.loss is not None:
-            return Resident(manifest, tokenizer, known.loss, memory_bytes)
+            return Resident(manifest, tokenizer, known.loss, memory_bytes, weights)
         try:
-            check_loss(manifest, loss)
+            check_loss(manifest, loss, weights)
         except Refused:
             await asyncio.wrap_future(self._engine.remove_version(manifest.version))
             raise
         self._catalogue.accept(manifest, loss)
-        return Resident(manifest, tokenizer, loss, memory_bytes)
+        return Resident(manifest, tokenizer, loss, memory_bytes, weights)
 
     def free(self, number: int) -> None:
         """Frees a version without streams."""

@@ -399,4 +399,5 @@ class Residents:
     def _report(self) -> None:
         """Shows in the metrics which versions are in memory."""
         serving = self.serving
-        self._metrics.resident(self.manifests, None if serving is None else serving.manifest.version)
+        in_memory = [entry.resident for entry in self._entries.values() if entry.resident is not None]
+        self._metrics.resident(in_memory, None if serving is None else serving.manifest.version)

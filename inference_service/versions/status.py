@@ -20,8 +20,8 @@ _REASON_CHARACTERS = 160
 class VersionStatus:
     """The status of a version. `reason` says why it is refused or could not be loaded, and is empty otherwise.
 
-    `manifest` is None if it cannot be read. `loss` is that of its held-out windows in nats a token, as it was served,
-    `evaluation` the figures of its evaluation.
+    `manifest` is None if it cannot be read. `weights` is the format in which a version in memory computes. `loss` is
+    that of its held-out windows in nats a token, as it was served, `evaluation` the figures of its evaluation.
     """
 
     number: int
@@ -31,6 +31,7 @@ class VersionStatus:
     streams: int = 0
     held: bool = False
     memory_bytes: int = 0
+    weights: str = ""
     loss: float | None = None
     labels: tuple[str, ...] = ()
     evaluation: Figures | None = None
@@ -61,6 +62,7 @@ def status_of(
         streams=entry.streams,
         held=entry.held,
         memory_bytes=0 if resident is None else resident.memory_bytes,
+        weights="" if resident is None else resident.weights,
         loss=resident.loss if resident is not None else finding.loss if finding is not None else None,
         labels=labels_of(manifest.version, labels),
         evaluation=evaluation,

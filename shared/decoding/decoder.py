@@ -1,6 +1,5 @@
 """A decoder: a model with a KV cache for a fixed number of slots, in the form that suits the device."""
 
-import ctypes
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,13 +11,15 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.cpu_decoder import CpuDecoder, load_library
+from shared.decoding.cpu.decoder import CpuDecoder
+from shared.decoding.cpu.library import CpuLibrary, load_library
 from shared.decoding.cuda.decoder import LEAST_CAPABILITY, CudaDecoder
 from shared.decoding.cuda.program import supports
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import Span
+from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.device.cuda_driver import CudaDriver, KernelsError
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
@@ -34,6 +35,10 @@ class Decoder(Protocol):
 
     Any thread may create it; a single thread makes all calls.
     """
+
+    @property
+    def weights(self) -> WeightFormat:
+        """The format in which it computes with the weights."""
 
     @property
     def memory_bytes(self) -> int:
@@ -86,7 +91,10 @@ class Decoder(Protocol):
         """Copies the first `length` tokens of a slot to other slots."""
 
     def read(self, slot: int, start: int, end: int) -> Any:
-        """Returns a copy of the keys and values of a slot from one position to another, for `write`."""
+        """Returns a copy of the keys and values of a slot from one position to another, for `write`.
+
+        `start` is a multiple of `SPAN_TOKENS`.
+        """
 
     def write(self, slot: int, start: int, block: Any) -> None:
         """Writes a block that `read` returned to a slot, at the position from which it was read."""
@@ -101,14 +109,16 @@ class Decoder(Protocol):
 class DecoderFactory:
     """Makes a decoder with `slots` slots for each model, in the form that suits the device.
 
-    On a CPU a step runs in `threads` threads. What is compiled for a CPU or an NVIDIA GPU is kept in the folder
-    `cache`; decoders in MLX share their compiled programs if their models have one configuration.
+    On a CPU a step runs in `threads` threads, and weights are in the format `weights`, None being the default. What is
+    compiled for a CPU or an NVIDIA GPU is kept in the folder `cache`; decoders in MLX share their compiled programs if
+    their models have one configuration.
     """
 
-    def __init__(self, slots: int, threads: int, cache: Path) -> None:
+    def __init__(self, slots: int, threads: int, cache: Path, weights: WeightFormat | None = None) -> None:
         self._slots = slots
         self._threads = threads
         self._cache = cache
+        self._weights = weights or DEFAULT_WEIGHTS
         self._programs = ProgramCache()
         # The NVIDIA GPU of each decoder that has one.
         self._gpus: tuple[weakref.ref[CudaDriver], ...] = ()
@@ -119,7 +129,7 @@ class DecoderFactory:
         Raises `CudaError` if an NVIDIA GPU has too little memory.
         """
         if on_cpu():
-            return CpuDecoder(model, self._slots, self._threads, self._library)
+            return CpuDecoder(model, self._slots, self._threads, self._library, self._weights)
         if mx.cuda.is_available() and supports(model.config):
             gpu = CudaDriver(self._cache)
             if gpu.capability >= LEAST_CAPABILITY:
@@ -144,5 +154,5 @@ class DecoderFactory:
         return self._programs.compiled_shapes
 
     @cached_property
-    def _library(self) -> ctypes.CDLL:
+    def _library(self) -> CpuLibrary:
         return load_library(self._cache)

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from shared.decoding.multi_step import DecodeRow, decode_step_by_step
 from shared.decoding.sampling import Logits, TemperatureSampling, uniform
 from shared.decoding.spans import SCORED_TOKENS, SPAN_TOKENS, Span
+from shared.decoding.weight_format import WeightFormat
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, Attend
 
@@ -52,6 +53,11 @@ class MlxDecoder:
         # The position of the next token of each slot. Steps also write there in slots that do not decode.
         self._filled: list[int] = []
         self.reset()
+
+    @property
+    def weights(self) -> WeightFormat:
+        """That of the model."""
+        return WeightFormat.FP32 if self._type == mx.float32 else WeightFormat.BF16
 
     @property
     def memory_bytes(self) -> int:

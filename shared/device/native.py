@@ -27,13 +27,17 @@ class Baseline:
 
 
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
-# By architecture, the fastest first. The levels of x86-64 are those of its psABI.
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_ARMV8_2 = frozenset({"asimd", "atomics", "asimdrdm", "crc32"})
+# By architecture, the fastest first. The levels of x86-64 are those of its psABI; Cascade Lake and Arm's dotprod add
+# products of bytes.
 BASELINES = {
     "x86_64": (
-        Baseline("x86-64-v4", _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+        Baseline("cascadelake", _V4 | {"avx512_vnni"}),
+        Baseline("x86-64-v4", _V4),
         Baseline("x86-64-v3", _V3),
     ),
-    "aarch64": (Baseline("armv8.2-a", frozenset({"asimd", "atomics", "asimdrdm", "crc32"})),),
+    "aarch64": (Baseline("armv8.2-a+dotprod", _ARMV8_2 | {"asimddp"}), Baseline("armv8.2-a", _ARMV8_2)),
 }
 _NATIVE = "-march=native"
 

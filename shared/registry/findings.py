@@ -17,7 +17,7 @@ class Finding:
     """The result of a server's examination of a version, or of its serving.
 
     digest: the digest of the version's manifest.
-    device: the kind of device that the server computes on.
+    device: the kind of device that the server computes on; on a CPU also the format of weights, as in `cpu_int8`.
     loss: the loss on the version's held-out windows, in nats per token, or None if it was not measured.
     refusal: the reason why the version must not serve, as one word, or None if it may serve.
     sentence: the same reason as a sentence.

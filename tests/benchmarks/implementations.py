@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from shared.decoding.weight_format import WeightFormat
 from shared.errors import FailedPrecondition, InvalidArgument
 
 SAMPLED, ARGMAX = "temperature 0.8", "argmax"
@@ -21,12 +22,14 @@ class Implementation:
 IMPLEMENTATIONS = (
     Implementation("gptloop-engine", SAMPLED),
     Implementation("gptloop-engine greedy", ARGMAX),
+    *(Implementation(f"gptloop-engine {weights}", SAMPLED) for weights in WeightFormat),
     Implementation("gptloop-grpc", SAMPLED),
     Implementation("gptloop-http", SAMPLED),
     Implementation("mlx-lm-batch", ARGMAX, ("mlx_lm",)),
     Implementation("pytorch", ARGMAX, ("torch",)),
     Implementation("pytorch graph", SAMPLED, ("torch",)),
     Implementation("ctranslate2", ARGMAX, ("ctranslate2", "torch", "transformers")),
+    Implementation("ctranslate2 int8", ARGMAX, ("ctranslate2", "torch", "transformers")),
 )
 
 

@@ -43,9 +43,9 @@ from shared.service import cli
 orders = Path(os.environ["GPTLOOP_VAR"]) / "orders"
 
 def break_decoder():
-    while not hasattr(sys.modules.get("shared.decoding.cpu_decoder"), "CpuDecoder"):
+    while not hasattr(sys.modules.get("shared.decoding.cpu.decoder"), "CpuDecoder"):
         time.sleep(0.01)
-    decoder = sys.modules["shared.decoding.cpu_decoder"].CpuDecoder
+    decoder = sys.modules["shared.decoding.cpu.decoder"].CpuDecoder
     forward = decoder.forward
     def breakable(self, spans):
         order = orders.read_text() if orders.exists() else ""

@@ -20,6 +20,7 @@ from inference_service.grpc.translate import draft_from_pb
 from inference_service.pauses import Pauses
 from inference_service.versions.resident import Resident
 from inference_service.write_timeouts import WriteTimeouts
+from shared.decoding.weight_format import WeightFormat
 from shared.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
 from shared.gpt.tokenizer import Tokenizer
 from shared.pb.inference.v1 import inference_pb2 as pb
@@ -37,7 +38,7 @@ LONG = Tokenizer("long", byte_tokenizer().pattern, [*(bytes([value]) for value i
 
 
 def resident(tokenizer: Tokenizer) -> Resident:
-    return Resident(make_manifest(3, model={"context_length": 8}), tokenizer, 1.0, 0)
+    return Resident(make_manifest(3, model={"context_length": 8}), tokenizer, 1.0, 0, WeightFormat.FP32)
 
 
 async def tokenize(text: str, tokenizer: Tokenizer) -> pb.TokenizeResponse:

@@ -11,6 +11,7 @@ import inference_service.measure
 from inference_service.engine.request import NotFinite
 from inference_service.measure import Measurement, measure
 from inference_service.settings import Settings
+from shared.decoding.weight_format import WeightFormat
 from shared.device.accelerator import Accelerator
 from shared.errors import CorruptCheckpoint, FailedPrecondition
 from shared.gpt.config import count_parameters
@@ -46,7 +47,7 @@ def publish(
 
 
 def measured(folder: Path, settings: Settings, *rows: int, lines: list[str] | None = None) -> Measurement:
-    return measure(folder, rows, settings, HERE, 64, ([] if lines is None else lines).append)
+    return measure(folder, rows, settings, HERE, ([] if lines is None else lines).append)
 
 
 def test_every_number_of_requests_is_measured(tmp_path: Path, settings: Settings) -> None:
@@ -70,12 +71,14 @@ def test_memory_is_that_of_the_weights_and_of_a_slot_for_each_request(tmp_path: 
     version = publish(tmp_path)
     few, many = (measured(version, settings, rows) for rows in (1, 5))
     assert few.weights_bytes == many.weights_bytes == 4 * count_parameters(TINY).total
-    # A key and a value of the model's width in each layer.
-    assert few.cache_bytes_per_token == 4 * 2 * TINY.layers * TINY.width
+    # A key and a value of the model's width in each layer, in bf16.
+    assert few.cache_bytes_per_token == 2 * 2 * TINY.layers * TINY.width
     assert few.slots == 2
     assert many.memory_bytes - few.memory_bytes == 3 * TINY.context_length * few.cache_bytes_per_token
-    assert few.memory_bytes > few.weights_bytes
-    assert few.resident_bytes > few.memory_bytes
+    assert few.resident_bytes > few.memory_bytes > count_parameters(TINY).total
+    plain = measured(version, replace(settings, weights=WeightFormat.FP32), 1)
+    assert plain.cache_bytes_per_token == 2 * few.cache_bytes_per_token
+    assert plain.memory_bytes > plain.weights_bytes
 
 
 def test_the_shortest_context_that_has_a_time_between_tokens_is_measured(tmp_path: Path, settings: Settings) -> None:

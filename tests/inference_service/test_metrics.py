@@ -7,10 +7,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from inference_service.metrics import InferenceMetrics, TokenRate
+from inference_service.versions.resident import Resident
+from shared.decoding.weight_format import WeightFormat
 from shared.device.accelerator import Memory
 from shared.registry.evaluations import Figures
-from tests.fakes import publish_tiny_version
+from shared.registry.manifest import VersionManifest
+from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.registries import disk_registry
+
+
+def in_memory(*manifests: VersionManifest) -> list[Resident]:
+    return [Resident(each, byte_tokenizer(), 1.0, 0, WeightFormat.INT8) for each in manifests]
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: C
 
 def test_every_series_starts_at_zero(metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path) -> None:
     one = publish_tiny_version(disk_registry(tmp_path), 1.0)
-    metrics.resident([one], 1)
+    metrics.resident(in_memory(one), 1)
     values = page(registry)
     prefix = "gptloop_inference"
     ends = ("eos", "length", "stop", "context_length", "cancelled", "deadline", "unavailable", "resource_exhausted")
@@ -89,10 +96,10 @@ def test_the_series_of_a_removed_version_disappear(
 ) -> None:
     one, two = (publish_tiny_version(disk_registry(tmp_path), 1.0) for _ in range(2))
     before = set(page(registry))
-    metrics.resident([one], 1)
+    metrics.resident(in_memory(one), 1)
     metrics.serves(one, 0.5, swap=False, first=True)
     for manifest in (one, two):
-        metrics.resident([one, two], manifest.version)
+        metrics.resident(in_memory(one, two), manifest.version)
         metrics.streams(manifest.version, 1)
         metrics.token(manifest.version, arrived=1.0, last_at=None, at=1.25)
         metrics.token(manifest.version, arrived=1.0, last_at=1.25, at=1.5)
@@ -105,7 +112,7 @@ def test_the_series_of_a_removed_version_disappear(
         assert values[f"{prefix}_time_to_first_token_seconds_sum", number] == 0.25
         assert values[f"{prefix}_inter_token_latency_seconds_sum", number] == 0.25
     metrics.serves(two, 2.0, swap=True, first=True)
-    metrics.resident([two], 2)
+    metrics.resident(in_memory(two), 2)
     assert not any(name.startswith("gptloop_inference_version_") and "1" in labels for name, *labels in page(registry))
     metrics.resident([], None)
     assert set(page(registry)) == before
@@ -129,12 +136,12 @@ def test_the_page_shows_how_the_serving_version_was_evaluated(
 
     metrics.evaluated(figures)
     assert shown() == {}
-    metrics.resident([one, two], 2)
+    metrics.resident(in_memory(one, two), 2)
     assert shown() == {
         ("gptloop_inference_evaluated_bits_per_byte", digest[:12], "2"): 3.0,
         ("gptloop_inference_evaluated_perplexity", digest[:12], "2"): 9.0,
     }
-    metrics.resident([one, two], 1)
+    metrics.resident(in_memory(one, two), 1)
     assert set(shown().values()) == {2.0, 8.0}
     metrics.evaluated({2: figures[2]})
     assert shown() == {}

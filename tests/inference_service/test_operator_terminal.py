@@ -28,6 +28,7 @@ def status(version: int, state: pb.VersionState, **fields: Any) -> pb.VersionSta
     return pb.VersionStatus(version=version, state=state, **(defaults | fields))
 
 
+IN_MEMORY = {"memory_bytes": 12 << 20, "weight_format": "fp32"}
 # Every kind of cell, as wide as possible.
 WIDE = pb.ListVersionsResponse(
     versions=[
@@ -37,15 +38,18 @@ WIDE = pb.ListVersionsResponse(
             streams=12,
             held=True,
             memory_bytes=12 << 30,
+            weight_format="int8",
             measured_loss=3.0,
         ),
         status(2, pb.VERSION_STATE_AVAILABLE),
-        status(3, pb.VERSION_STATE_RESIDENT, streams=1, memory_bytes=12 << 20, measured_loss=10.12344),
-        status(4, pb.VERSION_STATE_RESIDENT, held=True, memory_bytes=12 << 20, measured_loss=3.0),
+        status(
+            3, pb.VERSION_STATE_RESIDENT, streams=1, memory_bytes=12 << 20, weight_format="fp32", measured_loss=10.12344
+        ),
+        status(4, pb.VERSION_STATE_RESIDENT, held=True, memory_bytes=12 << 20, weight_format="fp32", measured_loss=3.0),
         status(
             *(1234, pb.VERSION_STATE_REFUSED),
             labels=["latest"],
-            reason="loss_mismatch: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
+            reason="loss_mismatch: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served in int8",
             measured_loss=3.75,
         ),
     ],
@@ -55,13 +59,13 @@ WIDE = pb.ListVersionsResponse(
 
 
 ROWS = (
-    "version     step  state      held-out loss  bits per byte  as served   streams    memory  age  labels",
-    "      1      100  serving           3.3000         1.5000    -0.2500  12, held  12.0 GiB  4 h  "
+    "version     step  state      held-out loss  bits per byte  as served   streams  weights    memory  age  labels",
+    "      1      100  serving           3.3000         1.5000    -0.2500  12, held  int8     12.0 GiB  4 h  "
     "best, stable, pinned:1",
-    "      2      200  available         3.3000         1.5000                                 4 h",
-    "      3      300  resident          3.3000         1.5000    +6.8734         1    12 MiB  4 h",
-    "      4      400  resident          3.3000         1.5000    -0.2500      held    12 MiB  4 h",
-    "   1234  123,400  refused           3.3000         1.5000    +0.5000                      4 h  latest",
+    "      2      200  available         3.3000         1.5000                                          4 h",
+    "      3      300  resident          3.3000         1.5000    +6.8734         1  fp32       12 MiB  4 h",
+    "      4      400  resident          3.3000         1.5000    -0.2500      held  fp32       12 MiB  4 h",
+    "   1234  123,400  refused           3.3000         1.5000    +0.5000                               4 h  latest",
 )
 
 
@@ -79,11 +83,12 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return show
 
 
-@pytest.mark.parametrize("columns", [None, 120])
+@pytest.mark.parametrize("columns", [None, 130])
 def test_each_version_has_one_row(show: Callable[..., list[str]], columns: int | None) -> None:
     assert show(WIDE, columns) == [
         *ROWS,
-        "version 1234: loss_mismatch: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served",
+        "version 1234: loss_mismatch: it claims a held-out loss of 3.2500 nats a token, but has 3.7500 as served in "
+        "int8",
         "The policy stays pinned:1: its file cannot be understood.",
         "policy: pinned:1",
     ]

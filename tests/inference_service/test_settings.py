@@ -1,6 +1,7 @@
 import pytest
 
-from inference_service.settings import read_settings
+from inference_service.settings import read_settings, weights_on
+from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.errors import InvalidArgument
 from shared.registry.decisions import BestBy
 
@@ -29,6 +30,7 @@ def test_every_setting_has_its_variable() -> None:
             "GPTLOOP_INFERENCE_GATE_MARGIN": "0.25",
             "GPTLOOP_INFERENCE_THREADS": "7",
             "GPTLOOP_INFERENCE_PREFILL_TOKENS": "128",
+            "GPTLOOP_INFERENCE_WEIGHTS": "bf16",
             "GPTLOOP_INFERENCE_PREFIX_CACHE_MIB": "0",
             "GPTLOOP_INFERENCE_SLOW_READER_S": "1.5",
             "GPTLOOP_INFERENCE_STUCK_AFTER_S": "2.5",
@@ -46,6 +48,7 @@ def test_every_setting_has_its_variable() -> None:
     assert (settings.threads, settings.prefill_tokens, settings.prefix_cache_mib) == (7, 128, 0)
     assert (settings.slow_reader_s, settings.stuck_after_s, settings.drain_s) == (1.5, 2.5, 0.0)
     assert settings.gate_margin == 0.25
+    assert settings.weights is WeightFormat.BF16
     assert settings.missing_tokens == ("GPTLOOP_OPERATOR_TOKENS",)
     assert (settings.client_streams, settings.client_tokens_per_minute) == (8, 9)
     assert settings.best_by is BestBy.EVALUATION
@@ -60,11 +63,21 @@ def test_every_setting_has_its_variable() -> None:
         ("GPTLOOP_INFERENCE_RESIDENT_VERSIONS", "1"),
         ("GPTLOOP_INFERENCE_GATE_MARGIN", "-0.1"),
         ("GPTLOOP_INFERENCE_GATE_MARGIN", "nan"),
+        ("GPTLOOP_INFERENCE_WEIGHTS", "int4"),
     ],
 )
 def test_an_invalid_value_is_rejected_with_its_variable(variable: str, value: str) -> None:
     with pytest.raises(InvalidArgument, match=variable):
         read_settings({variable: value})
+
+
+def test_weights_have_a_format_on_a_cpu_only() -> None:
+    assert read_settings({}).weights is None
+    assert weights_on("cpu", None) is DEFAULT_WEIGHTS
+    assert weights_on("cpu", WeightFormat.FP32) is WeightFormat.FP32
+    assert weights_on("cuda", None) is None
+    with pytest.raises(InvalidArgument, match="GPTLOOP_INFERENCE_WEIGHTS is int8, but this server computes on a GPU"):
+        weights_on("metal", WeightFormat.INT8)
 
 
 @pytest.mark.parametrize("name", ["http://models.example", "models.example:8080", "models.example/", "[::1]", "mödels"])

@@ -14,6 +14,7 @@ import numpy as np
 from shared.decoding.decoder import Decoder, DecoderFactory
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import SPAN_TOKENS, Span
+from shared.decoding.weight_format import WeightFormat
 from shared.errors import FailedPrecondition, shown
 from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def measure_writing(
     beginnings = _beginnings(held_out, tokenizer.end_token, method.prompts, prompt_tokens, limit)
     wanted = [(beginning.prompt, seed) for seed in method.seeds for beginning in beginnings]
     writing_share = 1.0 if training is None else _WRITING_SHARE
-    decoder = DecoderFactory(_SLOTS, threads, cache).make(model)
+    decoder = DecoderFactory(_SLOTS, threads, cache, WeightFormat.FP32).make(model)
     written: list[_Text] = []
     for first in range(0, len(wanted), _SLOTS):
         rows = _Rows(wanted[first : first + _SLOTS], method.temperature, limit, tokenizer)

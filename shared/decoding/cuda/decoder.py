@@ -27,6 +27,7 @@ from shared.decoding.sampling import (
     uniforms,
 )
 from shared.decoding.spans import SPAN_TOKENS, Span
+from shared.decoding.weight_format import WeightFormat
 from shared.device.cuda_driver import Gpu
 from shared.gpt.model import GPT
 
@@ -61,6 +62,11 @@ class CudaDecoder:
         self._ahead: MultiStepBatch | None = None
         self._pool = PagePool(gpu, config.layers * 2 * config.heads * groups * 8 * SPAN_TOKENS * 2)
         gpu.wait()
+
+    @property
+    def weights(self) -> WeightFormat:
+        """That of the kernels."""
+        return WeightFormat.BF16
 
     @property
     def memory_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""CTranslate2 in fp32 with its own loop over a whole batch, which neither streams nor accepts new requests."""
+"""CTranslate2 with its own loop over a whole batch, which neither streams nor accepts new requests."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ from tests.benchmarks.worker import resident_peak
 
 
 class Generation:
-    """Generates for all rows at once."""
+    """Generates for all rows at once. `variant` "" computes in fp32, "int8" with bytes as weights."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
         given = Setup.from_dict(setup)
@@ -19,7 +19,7 @@ class Generation:
         converted = given.checkpoint.converted
         self._tokens = json.loads((converted / "vocabulary.json").read_bytes())
         self._generator = ctranslate2.Generator(
-            str(converted), compute_type="float32", inter_threads=1, intra_threads=given.threads
+            str(converted), compute_type=variant or "float32", inter_threads=1, intra_threads=given.threads
         )
         self._prompts = self._work.prompts()
 

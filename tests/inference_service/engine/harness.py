@@ -10,7 +10,7 @@ import pytest
 
 from inference_service.engine.engine import Engine
 from inference_service.engine.request import Delta, Draw, Event, Failed, Finished, GenerationRequest, Output
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.decoder import Decoder
 from shared.decoding.sampling import Logits, SamplingParameters
 from shared.decoding.spans import Span
@@ -123,8 +123,8 @@ def break_forward(monkeypatch: pytest.MonkeyPatch, when: Callable[[Sequence[Span
 
     def failing(self: CpuDecoder, spans: Sequence[Span]) -> Sequence[Logits]:
         if when(spans):
-            for layer in self._caches:
-                layer[:] = np.nan
+            for keys, values in self._caches:
+                keys[:], values[:] = np.nan, np.nan
             raise RuntimeError("the device is gone")
         return forward(self, spans)
 

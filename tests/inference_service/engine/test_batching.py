@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from inference_service.engine.request import Admitted, Delta, Event, Finished
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.spans import SCORED_TOKENS, Span
+from shared.decoding.weight_format import WeightFormat
 from tests.decoders import cpu_decoder, cpu_library
 from tests.fakes import byte_tokenizer, loss_of, tiny_model
 from tests.inference_service.engine.harness import SLOTS, Harness, break_forward, request
@@ -185,7 +186,7 @@ def test_a_version_warms_up_between_the_steps_of_the_others(harness: Harness, mo
     break_forward(monkeypatch, count)
     harness.submit(request("running", max_tokens=90))
     harness.wait("running", Delta)
-    harness.add_model(2, model, Warming(model, SLOTS, 1, cpu_library()))
+    harness.add_model(2, model, Warming(model, SLOTS, 1, cpu_library(), WeightFormat.FP32))
     assert isinstance(harness.wait("running").events[-1], Finished)
     assert seen == list(range(seen[0], seen[0] + 5))
     (new,) = harness.generate(request("new", version=2))
@@ -257,7 +258,7 @@ def test_a_version_that_cannot_warm_up_reports_why_and_harms_no_stream(harness: 
             raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        harness.add_model(2, model, Broken(model, SLOTS, 1, cpu_library()))
+        harness.add_model(2, model, Broken(model, SLOTS, 1, cpu_library(), WeightFormat.FP32))
     harness.add(2, seed=3)
     (new,) = harness.generate(request("new", version=2))
     assert new.finished.generated_tokens == 20

@@ -14,9 +14,10 @@ import pytest
 
 from inference_service.engine import engine
 from inference_service.engine.request import Admitted, Failed, FinishReason
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.mlx_decoder import MlxDecoder
 from shared.decoding.spans import Span
+from shared.decoding.weight_format import WeightFormat
 from shared.device import accelerator
 from shared.errors import Unavailable
 from tests.decoders import cpu_decoder, cpu_library, mlx_decoder
@@ -204,7 +205,7 @@ def test_a_version_that_cannot_be_prepared_leaves_no_memory_behind(
             yield
             raise RuntimeError("no memory")
 
-    decoder = Broken(tiny_model(1), SLOTS, 1, cpu_library())
+    decoder = Broken(tiny_model(1), SLOTS, 1, cpu_library(), WeightFormat.FP32)
     gone = weakref.ref(decoder)
     with pytest.raises(RuntimeError, match="no memory"):
         harness.engine.add_version(2, decoder, byte_tokenizer(), 96).result(HANG_S)

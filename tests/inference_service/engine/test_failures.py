@@ -12,7 +12,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.request import Delta, Draw, Failed, FinishReason, NotFinite, Output, StepFailed
 from inference_service.engine.runner import draw_token
 from inference_service.engine.sequence import Sequence
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.sampling import Logits, SamplingParameters
 from shared.decoding.spans import Span
 from shared.errors import Unavailable
@@ -83,8 +83,8 @@ def test_a_prefix_that_was_not_finite_is_computed_again(monkeypatch: pytest.Monk
     def spoil(self: CpuDecoder, spans: Many[Span]) -> Many[Logits]:
         logits = forward(self, spans)
         if next(spoils, False):
-            for layer in self._caches:
-                layer[:] = np.nan
+            for keys, values in self._caches:
+                keys[:], values[:] = np.nan, np.nan
         return logits
 
     try:

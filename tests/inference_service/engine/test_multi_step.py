@@ -6,10 +6,11 @@ import mlx.core as mx
 import pytest
 
 from inference_service.engine.request import Delta, Failed, GenerationRequest, NotFinite
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import SamplingParameters
+from shared.decoding.weight_format import WeightFormat
 from shared.gpt.model import GPT
 from tests.decoders import cpu_library, make_gpu
 from tests.fakes import tiny_model
@@ -31,7 +32,7 @@ class CountsSteps:
 
 class OnCpu(CountsSteps, CpuDecoder):
     def __init__(self, model: GPT) -> None:
-        super().__init__(model, SLOTS, 1, cpu_library())
+        super().__init__(model, SLOTS, 1, cpu_library(), WeightFormat.FP32)
         self.steps = []
 
 

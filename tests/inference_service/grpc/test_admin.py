@@ -8,6 +8,7 @@ import pytest
 
 from inference_service.client import AdminClient, Credentials
 from shared import errors
+from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.fakes import TINY, publish_tiny_version
 from tests.inference_service.operated import TOKEN, Operated
@@ -39,7 +40,7 @@ def test_the_list_describes_every_version(operated: Operated) -> None:
     assert abs(status.created_at.ToMilliseconds() / 1000 - manifest.created_at) < 0.001
     old = answer.versions[before - 1]
     assert (old.state, list(old.labels), old.streams) == (pb.VERSION_STATE_RESIDENT, [], 0)
-    assert old.HasField("measured_loss")
+    assert old.HasField("measured_loss") and old.weight_format == DEFAULT_WEIGHTS
     wait_until(lambda: operated.status(number).streams == 0)
 
 
@@ -66,6 +67,7 @@ def test_an_unexamined_version_has_no_measured_loss(operated: Operated) -> None:
     operated.admin.set_policy(f"pinned:{serving}")
     status = operated.status(operated.publish().version)
     assert (status.state, status.HasField("measured_loss")) == (pb.VERSION_STATE_AVAILABLE, False)
+    assert status.weight_format == ""
     assert status.claimed_loss > 0
 
 
@@ -77,8 +79,8 @@ def test_a_refused_version_is_listed_with_its_reason_and_never_serves(operated: 
     status = operated.status(number)
     sentence = (
         f"it claims a held-out loss of {status.claimed_loss:.4f} nats a token, "
-        f"but has {status.claimed_loss + 0.5:.4f} as served"
-    )
+        f"but has {status.measured_loss:.4f} as served in "
+    ) + (operated.status(serving).weight_format)
     assert status.reason == f"loss_mismatch: {sentence}"
     assert (list(status.labels), status.memory_bytes) == ([], 0)
     assert abs(status.measured_loss - status.claimed_loss - 0.5) < 0.02
@@ -215,9 +217,9 @@ def models(server: Server) -> dict[int, bool]:
     found: dict[int, bool] = {}
     for (name, *labels), value in server.metrics().items():
         if name == "gptloop_inference_model_info":
-            # The labels are sorted: parameters, preset, run, serving, step, tokenizer, version.
-            version, serving = int(labels[-1]), labels[3]
-            assert value == 1 and version not in found
+            # The labels are sorted: parameters, preset, run, serving, step, tokenizer, version, weights.
+            version, serving = int(labels[-2]), labels[3]
+            assert value == 1 and version not in found and labels[-1] in set(WeightFormat)
             found[version] = {"true": True, "false": False}[serving]
     return found
 

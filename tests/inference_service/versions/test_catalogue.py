@@ -11,7 +11,7 @@ import pytest
 
 from inference_service.grpc.translate import status_to_pb
 from inference_service.versions.planner import State
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.errors import FailedPrecondition, Unavailable
 from shared.registry.decisions import BestBy
 from shared.registry.findings import Finding
@@ -104,8 +104,8 @@ async def test_findings_are_remembered_after_a_restart(fresh: World, monkeypatch
         assert restarted.serving == 1
         assert restarted.value("refused_versions_total", reason="loss_mismatch") == 0
         first, second = await restarted.manager.statuses()
-        # A GPU may compute in bf16.
-        assert first.loss == pytest.approx(good.claimed_loss, abs=2e-3)
+        # In the format of the device.
+        assert first.loss == pytest.approx(good.claimed_loss, abs=5e-3)
         assert second.reason.startswith("loss_mismatch")
 
 

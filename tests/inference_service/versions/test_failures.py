@@ -8,6 +8,7 @@ from inference_service.engine.request import FAILURES_WITHIN_S
 from inference_service.versions.entry import RETRY_AFTER_S, Entry
 from inference_service.versions.failures import Failures
 from inference_service.versions.resident import Resident
+from shared.decoding.weight_format import WeightFormat
 from shared.errors import GptloopError
 from tests.shared.registry.scenarios import make_manifest
 
@@ -33,7 +34,7 @@ def test_versions_are_counted_apart_and_forgotten_apart() -> None:
 
 
 def test_a_version_is_blamed_for_a_minute() -> None:
-    failures, resident = Failures(), Resident(make_manifest(1), TOKENIZER, 3.0, 0)
+    failures, resident = Failures(), Resident(make_manifest(1), TOKENIZER, 3.0, 0, WeightFormat.FP32)
     assert failures.blamed(0.0) is None
     failures.blame(resident, 0.0)
     assert failures.blamed(FAILURES_WITHIN_S) is resident

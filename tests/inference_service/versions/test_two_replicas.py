@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.registry.decisions import BestBy
 from shared.registry.object_store import ObjectStore
 from shared.registry.registry import Registry

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from shared.decoding import cpu_decoder as cpu_module
 from shared.decoding import mlx_decoder as mlx_module
+from shared.decoding.cpu import decoder as cpu_module
 from shared.decoding.cuda import decoder as cuda_module
 from shared.decoding.decoder import Decoder
 from shared.decoding.sampling import TemperatureSampling, uniform

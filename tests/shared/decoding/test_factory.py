@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from shared.decoding import decoder
-from shared.decoding.cpu_decoder import CpuDecoder
+from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.decoder import DecoderFactory
 from shared.decoding.mlx_decoder import MlxDecoder

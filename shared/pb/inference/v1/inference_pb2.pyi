@@ -135,18 +135,20 @@ class GenerateResponse(_message.Message):
     def __init__(self, started: _Optional[_Union[Started, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., prompt: _Optional[_Union[PromptRead, _Mapping]] = ...) -> None: ...
 
 class Started(_message.Message):
-    __slots__ = ("request_id", "model_version", "seed", "prompt_tokens", "model_digest")
+    __slots__ = ("request_id", "model_version", "seed", "prompt_tokens", "model_digest", "weight_format")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_VERSION_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_version: int
     seed: int
     prompt_tokens: int
     model_digest: str
-    def __init__(self, request_id: _Optional[str] = ..., model_version: _Optional[int] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., model_digest: _Optional[str] = ...) -> None: ...
+    weight_format: str
+    def __init__(self, request_id: _Optional[str] = ..., model_version: _Optional[int] = ..., seed: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., model_digest: _Optional[str] = ..., weight_format: _Optional[str] = ...) -> None: ...
 
 class PromptRead(_message.Message):
     __slots__ = ("token_ids", "logprobs")
@@ -313,7 +315,7 @@ class ModelConfig(_message.Message):
     def __init__(self, layers: _Optional[int] = ..., width: _Optional[int] = ..., heads: _Optional[int] = ..., hidden_width: _Optional[int] = ..., context_length: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., tied_head: _Optional[bool] = ...) -> None: ...
 
 class VersionStatus(_message.Message):
-    __slots__ = ("version", "state", "reason", "labels", "streams", "held", "memory_bytes", "claimed_loss", "measured_loss", "bits_per_byte", "step", "created_at", "digest", "validation_loss", "evaluation")
+    __slots__ = ("version", "state", "reason", "labels", "streams", "held", "memory_bytes", "claimed_loss", "measured_loss", "bits_per_byte", "step", "created_at", "digest", "validation_loss", "evaluation", "weight_format")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -329,6 +331,7 @@ class VersionStatus(_message.Message):
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     VALIDATION_LOSS_FIELD_NUMBER: _ClassVar[int]
     EVALUATION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     version: int
     state: VersionState
     reason: str
@@ -344,7 +347,8 @@ class VersionStatus(_message.Message):
     digest: str
     validation_loss: float
     evaluation: TextQuality
-    def __init__(self, version: _Optional[int] = ..., state: _Optional[_Union[VersionState, str]] = ..., reason: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., streams: _Optional[int] = ..., held: _Optional[bool] = ..., memory_bytes: _Optional[int] = ..., claimed_loss: _Optional[float] = ..., measured_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ..., validation_loss: _Optional[float] = ..., evaluation: _Optional[_Union[TextQuality, _Mapping]] = ...) -> None: ...
+    weight_format: str
+    def __init__(self, version: _Optional[int] = ..., state: _Optional[_Union[VersionState, str]] = ..., reason: _Optional[str] = ..., labels: _Optional[_Iterable[str]] = ..., streams: _Optional[int] = ..., held: _Optional[bool] = ..., memory_bytes: _Optional[int] = ..., claimed_loss: _Optional[float] = ..., measured_loss: _Optional[float] = ..., bits_per_byte: _Optional[float] = ..., step: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., digest: _Optional[str] = ..., validation_loss: _Optional[float] = ..., evaluation: _Optional[_Union[TextQuality, _Mapping]] = ..., weight_format: _Optional[str] = ...) -> None: ...
 
 class ListVersionsRequest(_message.Message):
     __slots__ = ()

@@ -1,8 +1,9 @@
-"""Computes prompts and decodes on a CPU; the work is in `cpu_decoder.cpp`.
+"""Computes prompts and decodes on a CPU; the work is in `step.cpp`.
 
 A step has many small operations, and uses each weight once for few rows. MLX's CPU backend spends more time between
 such operations than in them, and its products first copy a whole weight into another order.
-Shapes: R rows, N outputs, T tokens, S positions of the context, H heads, D head width, C width, V vocabulary.
+Shapes: R rows, N outputs, T tokens, S positions of the context, H heads, D head width, C width, V vocabulary, W numbers
+of a vector.
 """
 
 import ctypes
@@ -11,83 +12,66 @@ import math
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from shared.decoding.cpu.library import CACHE_LINE, FORMATS, CpuLibrary, Layer, Model, Norm, Product
 from shared.decoding.multi_step import DecodeRow, decode_step_by_step
 from shared.decoding.sampling import Logits, TemperatureSampling, is_finite, log_probabilities, uniform
 from shared.decoding.spans import Span
-from shared.device.native import build_library, prebuild_library
+from shared.decoding.weight_format import WeightFormat
 
 if TYPE_CHECKING:
     from shared.gpt.model import GPT
 
-Array = NDArray[np.float32]
-
-_FLOATS = ctypes.POINTER(ctypes.c_float)
+Array = NDArray[Any]
 
 
-class _Affine(ctypes.Structure):
-    """A product's packed weight, or a norm's weight, each with its bias."""
-
-    _fields_ = [("weight", _FLOATS), ("bias", _FLOATS)]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, _Affine) for name in ("attention_norm", "qkv", "output", "feed_forward_norm", "up", "down")),
-        *((name, _FLOATS) for name in ("keys", "values")),
-    ]
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_int)
-            for name in ("layers", "width", "hidden", "heads", "positions", "vocabulary", "threads")
-        ),
-        ("epsilon", ctypes.c_float),
-        *((name, _FLOATS) for name in ("tokens", "places")),
-        *((name, _Affine) for name in ("norm", "head")),
-        ("layer", ctypes.POINTER(_Layer)),
-    ]
-
-
-def _small_pages(shape: tuple[int, ...]) -> Array:
+def _small_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Returns zeros that take memory only when they are written, page by page.
 
     NumPy asks for huge pages, with which the first step of a slot would wait until the system has cleared megabytes.
     """
-    memory = mmap.mmap(-1, math.prod(shape) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         try:
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a kernel without huge pages
                 raise
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class CpuDecoder:
-    """An evaluated model with keys and values for a number of slots, (slots, H, S, D) in each layer.
+    """An evaluated model with keys (slots, H, S / W, D, W) and values (slots, H, S, D) in each layer.
 
     The logits of a span are the same bit for bit, whatever else is in a step, whatever the number of threads, and in
     whatever chunks the prompt is computed.
     """
 
-    def __init__(self, model: "GPT", slots: int, threads: int, library: ctypes.CDLL) -> None:
+    def __init__(self, model: "GPT", slots: int, threads: int, library: CpuLibrary, weights: WeightFormat) -> None:
         config = model.config
+        self._weights = weights
         self._library = library
         # The arrays behind the pointers.
         self._held: list[Array] = []
-        shape = (2, slots, config.heads, config.context_length, config.head_width)
-        self._caches = [_small_pages(shape) for _ in range(config.layers)]
-        self._buffers = {"scratch": np.empty(0, np.float32), "logits": np.empty(0, np.float32)}
-        layers = (_Layer * config.layers)()
+        S, H, D, W = config.context_length, config.heads, config.head_width, library.vector_width
+        number = np.float32 if weights is WeightFormat.FP32 else np.uint16
+        self._caches = [
+            (_small_pages((slots, H, -(-S // W), D, W), number), _small_pages((slots, H, S, D), number))
+            for _ in range(config.layers)
+        ]
+        # All weights in one piece, for which NumPy asks for huge pages: through them a processor reads faster.
+        C, F, V = config.width, config.hidden_width, config.vocabulary_size
+        shapes = [(V, C)] * (1 if config.tied_head else 2) + [(3 * C, C), (C, C), (F, C), (C, F)] * config.layers
+        size = sum(library.packed_size(weights, shape) for shape in shapes)
+        packed = np.zeros(size + CACHE_LINE, np.uint8)
+        self._unpacked = packed[-packed.ctypes.data % CACHE_LINE :]
+        self._buffers: dict[str, Array] = {"scratch": np.empty(0, np.uint8), "logits": np.empty(0, np.float32)}
+        layers = (Layer * config.layers)()
         for layer, block, (keys, values) in zip(layers, model.blocks, self._caches, strict=True):
             layer.attention_norm = self._norm(block.attention_norm)
             layer.qkv = self._product(block.attention.qkv.weight, block.attention.qkv.bias)
@@ -95,8 +79,10 @@ class CpuDecoder:
             layer.feed_forward_norm = self._norm(block.feed_forward_norm)
             layer.up = self._product(block.feed_forward.up.weight, block.feed_forward.up.bias)
             layer.down = self._product(block.feed_forward.down.weight, block.feed_forward.down.bias)
-            layer.keys, layer.values = self._pointer(keys), self._pointer(values)
-        self._model = _Model(
+            layer.keys, layer.values = self._hold(keys), self._hold(values)
+        tokens = self._product(model.token_embedding.weight)
+        self._model = Model(
+            format=FORMATS[weights],
             layers=config.layers,
             width=config.width,
             hidden=config.hidden_width,
@@ -105,40 +91,50 @@ class CpuDecoder:
             vocabulary=config.vocabulary_size,
             threads=threads,
             epsilon=model.final_norm.eps,
-            tokens=self._pointer(model.token_embedding.weight),
-            places=self._pointer(model.position_embedding.weight),
+            tokens=tokens,
+            places=self._floats(model.position_embedding.weight),
             norm=self._norm(model.final_norm),
-            head=self._product(model.head_weight, None),
+            head=tokens if config.tied_head else self._product(model.head_weight),
             layer=layers,
         )
 
-    def _norm(self, norm: Any) -> _Affine:
-        return _Affine(self._pointer(norm.weight), self._pointer(norm.bias))
+    def _norm(self, norm: Any) -> Norm:
+        return Norm(self._floats(norm.weight), self._floats(norm.bias))
 
-    def _product(self, weight: mx.array, bias: mx.array | None) -> _Affine:
-        """Packs a weight (N, C) in blocks of outputs, (N / block, C, block), and its bias, both padded with zeros."""
-        block = self._library.block_size()
-        N, C = weight.shape
-        missing = -N % block
-        packed = np.pad(np.asarray(weight), ((0, missing), (0, 0))).reshape(-1, block, C).swapaxes(1, 2)
-        return _Affine(
-            self._pointer(packed), None if bias is None else self._pointer(np.pad(np.asarray(bias), (0, missing)))
+    def _product(self, weight: mx.array, bias: mx.array | None = None) -> Product:
+        """Packs a weight (N, C) and its bias."""
+        size = self._library.packed_size(self._weights, weight.shape)
+        packed, self._unpacked = self._unpacked[:size], self._unpacked[size:]
+        scales = self._library.pack(self._weights, np.ascontiguousarray(weight, np.float32), packed)
+        missing = self._library.padded_size(weight.shape[0]) - weight.shape[0]
+        return Product(
+            self._hold(packed),
+            None if scales is None else self._hold(scales),
+            None if bias is None else self._floats(np.pad(np.asarray(bias), (0, missing))),
         )
+
+    def _floats(self, array: Any) -> int:
+        return self._hold(np.ascontiguousarray(array, np.float32))
+
+    def _hold(self, array: Array) -> int:
+        """Keeps an array, and returns its address."""
+        self._held.append(array)
+        return array.ctypes.data
+
+    @property
+    def weights(self) -> WeightFormat:
+        """The format in which it computes with the weights."""
+        return self._weights
 
     @property
     def memory_bytes(self) -> int:
         """The memory of the weights and of all slots."""
         return sum(array.nbytes for array in self._held)
 
-    def _pointer(self, array: Any) -> Any:
-        held = np.ascontiguousarray(array, np.float32)
-        self._held.append(held)
-        return held.ctypes.data_as(_FLOATS)
-
     @property
     def bytes_per_token(self) -> int:
         """The memory that each token takes in a slot."""
-        return sum(layer[:, 0, :, 0].nbytes for layer in self._caches)
+        return sum(2 * values[0, :, 0].nbytes for _, values in self._caches)
 
     @property
     def max_decode_steps(self) -> int:
@@ -175,8 +171,8 @@ class CpuDecoder:
         scratch = self._buffer("scratch", self._library.scratch_size(ctypes.byref(self._model), rows.shape[1]))
         V = self._model.vocabulary
         K = len(wanted)
-        logits = self._buffer("logits", K * (V + -V % self._library.block_size())).reshape(K, -1)
-        self._library.forward(
+        logits = self._buffer("logits", K * self._library.padded_size(V)).reshape(K, -1)
+        self._library.compute(
             *(ctypes.byref(self._model), rows.shape[1], *(row.ctypes.data for row in rows)),
             *(K, wanted.ctypes.data, scratch.ctypes.data, logits.ctypes.data),
         )
@@ -185,7 +181,7 @@ class CpuDecoder:
     def _buffer(self, name: str, size: int) -> Array:
         """Returns memory that is reused in the next step: new pages would often cost more than the step."""
         if self._buffers[name].size < size:
-            self._buffers[name] = np.empty(size, np.float32)
+            self._buffers[name] = np.empty(size, self._buffers[name].dtype)
         return self._buffers[name][:size]
 
     def draw(self, rows: Sequence[TemperatureSampling]) -> list[int | None]:
@@ -205,49 +201,29 @@ class CpuDecoder:
 
     def copy(self, source: int, targets: Sequence[int], length: int) -> None:
         """Copies the first `length` tokens of a slot to other slots."""
-        for layer in self._caches:
+        for keys, values in self._caches:
             for target in targets:
-                layer[:, target, :, :length] = layer[:, source, :, :length]
+                keys[target, :, : self._key_blocks(length)] = keys[source, :, : self._key_blocks(length)]
+                values[target, :, :length] = values[source, :, :length]
 
-    def read(self, slot: int, start: int, end: int) -> list[Array]:
-        """Returns a copy (2, H, T, D) of each layer's keys and values of a slot from one position to another."""
-        return [layer[:, slot, :, start:end].copy() for layer in self._caches]
+    def read(self, slot: int, start: int, end: int) -> list[tuple[Array, Array]]:
+        """Returns a copy of each layer's keys and values of a slot from one position to another."""
+        blocks = slice(self._key_blocks(start), self._key_blocks(end))
+        return [(keys[slot, :, blocks].copy(), values[slot, :, start:end].copy()) for keys, values in self._caches]
 
-    def write(self, slot: int, start: int, block: list[Array]) -> None:
+    def write(self, slot: int, start: int, block: list[tuple[Array, Array]]) -> None:
         """Writes a block that `read` returned to a slot."""
-        for layer, read in zip(self._caches, block, strict=True):
-            layer[:, slot, :, start : start + read.shape[2]] = read
+        first = self._key_blocks(start)
+        for (keys, values), (read_keys, read_values) in zip(self._caches, block, strict=True):
+            keys[slot, :, first : first + read_keys.shape[1]] = read_keys
+            values[slot, :, start : start + read_values.shape[1]] = read_values
+
+    def _key_blocks(self, length: int) -> int:
+        """Returns in how many blocks the keys of `length` positions are."""
+        return -(-length // self._library.vector_width)
 
     def clear(self, slot: int) -> None:
         """Does nothing: no row uses numbers beyond its own position."""
 
     def reset(self) -> None:
         """Does nothing: a slot is always written before it is read."""
-
-
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", *(("-fopenmp",) if sys.platform == "linux" else ()))
-
-
-def load_library(cache: Path) -> ctypes.CDLL:
-    """Loads the library of `cpu_decoder.cpp`, and builds it for this processor in the folder `cache` if that is needed.
-
-    Raises `FailedPrecondition` as `build_library` does.
-    """
-    library = ctypes.CDLL(str(build_library(_source(), "c++", _OPTIONS, cache)))
-    model, pointer = ctypes.POINTER(_Model), ctypes.c_void_p
-    library.scratch_size.argtypes = [model, ctypes.c_int]
-    library.scratch_size.restype = ctypes.c_size_t
-    library.forward.argtypes = [model, ctypes.c_int, *[pointer] * 3, ctypes.c_int, *[pointer] * 3]
-    library.forward.restype = None
-    library.draw.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, *[pointer] * 5]
-    library.draw.restype = None
-    return library
-
-
-def prebuild(folder: Path) -> None:
-    """Builds the library for each kind of processor; raises `FailedPrecondition` as `prebuild_library` does."""
-    prebuild_library(_source(), "c++", _OPTIONS, folder)
-
-
-def _source() -> str:
-    return Path(__file__).with_suffix(".cpp").read_text()

@@ -1,0 +1,1 @@
+"""Prompts and decoding on a CPU, in C++ of our own."""
