@@ -65,8 +65,9 @@ def presets() -> None:
         published = -(-config.max_steps // config.evaluation_interval)
         # While a version is written, those that it displaces are still there; the best one has its state, too.
         most = (min(published, keep.newest + keep.best) + 1) * version + (keep.states + 2) * state
-        slot = 2 * config.layers * config.context_length * config.width * _FLOAT_BYTES
-        server = settings.resident_versions * (version + settings.slots * slot + (settings.prefix_cache_mib << 20))
+        # Keys and values in bf16, weights as bytes.
+        slot = 2 * config.layers * config.context_length * config.width * 2
+        server = settings.resident_versions * (parameters + settings.slots * slot + (settings.prefix_cache_mib << 20))
         sizes = (version, state, most, slot, server, memory_bytes(config, _MACHINE) or 0)
         rows.append([name, str(published), *map(format_size, sizes)])
     print_rows(["preset", "versions", "version", "state", "a run keeps", "a slot", "server at most", "training"], rows)

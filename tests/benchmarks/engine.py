@@ -39,7 +39,8 @@ def main(
     peer: Annotated[list[str], typer.Option(help="Repeatable; ratios are relative to the first.")] = [  # noqa: B006
         "mlx-lm-batch",
         "ctranslate2",
-        "gptloop-engine greedy",
+        "ctranslate2 int8",
+        "gptloop-engine fp32",
         "gptloop-engine",
         "gptloop-grpc",
         "gptloop-http",
@@ -55,7 +56,7 @@ def main(
 
     gptloop-engine is the engine with its thread and its outbox; gptloop-grpc and gptloop-http are the real server,
     called by a client in another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 and pytorch compute in
-    fp32, a whole batch at once, and do not stream; "pytorch graph" does so in bf16, with a CUDA graph for each step on
+    fp32, or "ctranslate2 int8" with bytes as weights, a whole batch at once, and do not stream; "pytorch graph" does so in bf16, with a CUDA graph for each step on
     an NVIDIA GPU, and draws too. gptloop draws at its default temperature, 0.8; the others and
     "gptloop-engine greedy" take the likeliest token. The time of a step is the whole time, with prompts, divided by the
     tokens of one request.

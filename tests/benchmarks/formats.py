@@ -63,7 +63,7 @@ def main(
                 weights,
                 *(f"{median(speed):,.0f}" for speed in zip(*answers, strict=True)),
                 format_size(one.weights_bytes),
-                format_size(one.bytes_per_token),
+                f"{one.bytes_per_token / 1024:.1f} KiB",
                 f"{more.mean():+.5f} ± {more.std(ddof=1) / math.sqrt(len(more)):.5f}",
             ]
         )

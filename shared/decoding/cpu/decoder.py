@@ -12,6 +12,7 @@ import math
 import mmap
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -147,7 +148,8 @@ class CpuDecoder:
 
     def forward(self, spans: Sequence[Span]) -> Sequence[Logits]:
         """Computes spans and returns the logits (V,) after the last token of each, valid until the next call."""
-        return self._compute(spans, np.cumsum([len(span.tokens) for span in spans], dtype=np.intc) - np.intc(1))
+        ends = accumulate(len(span.tokens) for span in spans)
+        return self._compute(spans, np.array([end - 1 for end in ends], np.intc))
 
     def logits(self, span: Span) -> tuple[Array, Logits]:
         """Returns the logits (T, V) after each token of a span, valid until the next call, and those after the last."""
