@@ -108,7 +108,9 @@ VALIDATORS = (
         'envoy --mode validate --log-level warning --config-path "$folder/envoy.yaml"',
     ),
     Validator(
-        "shell", ("shellcheck",), "shellcheck .ci/run requirements/install requirements/lock deploy/slurm/train.sbatch"
+        "shell",
+        ("shellcheck",),
+        "shellcheck .ci/run requirements/install requirements/lock deploy/slurm/train.sbatch tests/emulate_arm64",
     ),
 )
 

@@ -37,7 +37,10 @@ Label = Annotated[
 ]
 Number = Annotated[int, typer.Argument(min=1, help="The number of a version.")]
 Seed = Annotated[
-    int | None, typer.Option(min=0, max=2**64 - 1, help="The same seed, version and prompt give the same text.")
+    int | None,
+    typer.Option(
+        min=0, max=2**64 - 1, help="With the same version, prompt and format of weights, it gives the same text."
+    ),
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 takes the most likely token. Default 0.8.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k most likely tokens; 0: from all.")]

@@ -18,6 +18,7 @@ from inference_service.engine.engine import Engine
 from inference_service.engine.request import Delta, Failed, Finished, GenerationRequest, Output
 from inference_service.settings import Settings, prefill_tokens_on, weights_on
 from shared.decoding.decoder import DecoderFactory
+from shared.decoding.weight_format import WeightFormat
 from shared.device import accelerator
 from shared.device.accelerator import Accelerator
 from shared.errors import FailedPrecondition
@@ -74,6 +75,7 @@ class Measurement:
     device: str
     threads: int | None
     slots: int
+    weight_format: WeightFormat
     prefill_tokens_per_s: float
     decoding: tuple[Decoding, ...]
     weights_bytes: int
@@ -146,6 +148,7 @@ def measure(
     Raises `CorruptCheckpoint` if the folder holds no version that can be read, and `FailedPrecondition` if its context
     is too short.
     """
+    weights = weights_on(device.backend, settings.weights)
     config = GPTConfig.from_dict(VersionManifest.read(folder).model)
     if config.context_length < _LEAST_CONTEXT:
         raise FailedPrecondition(
@@ -156,7 +159,6 @@ def measure(
     parameters: Any = tree_flatten(model.parameters())
     # A decoder has at least two slots.
     slots = max(*rows, 2)
-    weights = weights_on(device.backend, settings.weights)
     decoder = DecoderFactory(slots, settings.threads, device.cache, weights).make(model)
     outputs: SimpleQueue[list[Output]] = SimpleQueue()
     prefill_tokens = settings.prefill_tokens or prefill_tokens_on(device.backend)
@@ -175,6 +177,7 @@ def measure(
             device=device.device,
             threads=settings.threads if device.backend == "cpu" else None,
             slots=slots,
+            weight_format=decoder.weights,
             prefill_tokens_per_s=prefill,
             decoding=tuple(decoding),
             weights_bytes=sum(array.nbytes for _, array in parameters),

@@ -30,6 +30,7 @@ from inference_service.settings import (
     PORT_VARIABLE,
     PROBE_PORT_VARIABLE,
     Settings,
+    device_kind,
     prefill_tokens_on,
     weights_on,
 )
@@ -112,7 +113,7 @@ async def serve(settings: Settings, device: Accelerator) -> bool:
         metrics.certificate(lambda: tls.current().ends_at)
     guard = TokenInterceptor(callers, clients=[SERVICE], operators=[ADMIN_SERVICE])
     server = GrpcServer([SERVICE, ADMIN_SERVICE], metrics.called, [guard])
-    catalogue = Catalogue(registry, device.backend if weights is None else f"{device.backend}_{weights}", metrics)
+    catalogue = Catalogue(registry, device_kind(device.backend, weights), metrics)
     residents = Residents(
         catalogue,
         Loader(registry, catalogue, engine, decoders.make),

@@ -181,6 +181,11 @@ def weights_on(backend: str, chosen: WeightFormat | None) -> WeightFormat | None
     return None
 
 
+def device_kind(backend: str, weights: WeightFormat | None) -> str:
+    """Returns the kind of device for which a finding holds: on a CPU with the format of weights, as in `cpu_int8`."""
+    return backend if weights is None else f"{backend}_{weights}"
+
+
 def _read_names(environment: Environment, name: str, form: re.Pattern[str], described: str) -> tuple[str, ...]:
     """Reads names with spaces between them; raises `InvalidArgument` for one that no request would ever have."""
     names = tuple(read_str(environment, name, "").split())

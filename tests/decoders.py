@@ -10,9 +10,10 @@ from shared.decoding.cpu.library import CpuLibrary, load_library
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.decoder import Decoder, DecoderFactory
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
-from shared.decoding.weight_format import WeightFormat
+from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.device.cuda_driver import CudaDriver, Gpu
 from shared.gpt.model import GPT
+from shared.gpt.operations import on_cpu
 from tests.emulated_gpu import EmulatedGpu
 
 COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "accelerator"
@@ -40,6 +41,13 @@ def cuda_decoder(model: GPT, slots: int) -> CudaDecoder:
     return CudaDecoder(model, slots, make_gpu())
 
 
-def make_decoder(model: GPT, slots: int) -> Decoder:
+def make_decoder(model: GPT, slots: int, weights: WeightFormat | None = None) -> Decoder:
     """Returns the decoder that suits the device, on one thread."""
-    return DecoderFactory(slots, 1, COMPILED).make(model)
+    return DecoderFactory(slots, 1, COMPILED, weights).make(model)
+
+
+def default_weights() -> WeightFormat:
+    """Returns the format in which a server on this device computes."""
+    if mx.cuda.is_available():
+        return WeightFormat.BF16
+    return DEFAULT_WEIGHTS if on_cpu() else WeightFormat.FP32

@@ -25,7 +25,7 @@ class Sample:
     """One continuation of the prompt. Times count from the arrival of the request at the server.
 
     `logprobs` has one entry per token if the request asked for them, and is empty otherwise. A request with n = 1 and
-    this `seed` reproduces the text.
+    this `seed` reproduces the text in the same format of weights.
     """
 
     index: int

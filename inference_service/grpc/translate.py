@@ -144,7 +144,7 @@ def status_to_pb(status: VersionStatus) -> pb.VersionStatus:
         streams=status.streams,
         held=status.held,
         memory_bytes=status.memory_bytes,
-        weight_format=status.weights,
+        weight_format=status.weights or "",
         measured_loss=status.loss,
         evaluation=_quality_to_pb(status.evaluation),
     )

@@ -46,7 +46,7 @@ class _Look:
 
 class Catalogue:
     """The registry at the last look, and what this server found out since. `device` is the kind of device that judges
-    versions, as in `Finding`.
+    versions, on a CPU with the format of weights.
 
     Belongs to the event loop; other threads read and write files.
     """

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from inference_service.versions.entry import Entry
 from inference_service.versions.planner import State
+from shared.decoding.weight_format import WeightFormat
 from shared.errors import shown
 from shared.registry.evaluations import Figures
 from shared.registry.findings import Finding
@@ -31,7 +32,7 @@ class VersionStatus:
     streams: int = 0
     held: bool = False
     memory_bytes: int = 0
-    weights: str = ""
+    weights: WeightFormat | None = None
     loss: float | None = None
     labels: tuple[str, ...] = ()
     evaluation: Figures | None = None
@@ -62,7 +63,7 @@ def status_of(
         streams=entry.streams,
         held=entry.held,
         memory_bytes=0 if resident is None else resident.memory_bytes,
-        weights="" if resident is None else resident.weights,
+        weights=None if resident is None else resident.weights,
         loss=resident.loss if resident is not None else finding.loss if finding is not None else None,
         labels=labels_of(manifest.version, labels),
         evaluation=evaluation,

@@ -56,7 +56,7 @@ class MlxDecoder:
 
     @property
     def weights(self) -> WeightFormat:
-        """That of the model."""
+        """The type of the model's parameters."""
         return WeightFormat.FP32 if self._type == mx.float32 else WeightFormat.BF16
 
     @property

@@ -4,12 +4,12 @@ from enum import StrEnum
 
 
 class WeightFormat(StrEnum):
-    """The numbers of a decoder's weights. In the same format, the same seed gives the same text."""
+    """The numbers in which a decoder keeps the weights of a model. In the same, a seed gives the same text."""
 
     FP32 = "fp32"
-    # The upper halves of fp32 numbers; keys and values too.
+    # The KV cache too.
     BF16 = "bf16"
-    # Bytes, with a scale for each output of a product; its inputs are bytes too, and keys and values bf16.
+    # Symmetric, with a scale for each output channel; activations int8 in groups of inputs, the KV cache bf16.
     INT8 = "int8"
 
 

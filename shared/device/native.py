@@ -20,20 +20,22 @@ _QUOTED_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Baseline:
-    """A kind of processor: the compiler's name for it, and the features that it has, as Linux names them."""
+    """A kind of processor: the compiler's name for it, the features that it has, as Linux names them, and the options
+    by which the compiler uses those that the name does not cover."""
 
     name: str
     features: frozenset[str]
+    more_options: tuple[str, ...] = ()
 
 
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _ARMV8_2 = frozenset({"asimd", "atomics", "asimdrdm", "crc32"})
-# By architecture, the fastest first. The levels of x86-64 are those of its psABI; Cascade Lake and Arm's dotprod add
-# products of bytes.
+# By architecture, the fastest first. The levels of x86-64 are those of its psABI. VNNI and dotprod are dot products of
+# int8.
 BASELINES = {
     "x86_64": (
-        Baseline("cascadelake", _V4 | {"avx512_vnni"}),
+        Baseline("x86-64-v4", _V4 | {"avx512_vnni"}, ("-mavx512vnni",)),
         Baseline("x86-64-v4", _V4),
         Baseline("x86-64-v3", _V3),
     ),
@@ -79,7 +81,8 @@ def _baselines() -> Sequence[Baseline]:
 
 
 def _built_for(baseline: Baseline, options: Sequence[str]) -> list[str]:
-    return [f"-march={baseline.name}" if option == _NATIVE else option for option in options]
+    march = [f"-march={baseline.name}", *baseline.more_options]
+    return [each for option in options for each in (march if option == _NATIVE else [option])]
 
 
 def _file_name(language: str, source: str, options: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ from trainer_service.plan import Machine, count_moments, memory_bytes
 from trainer_service.presets import PRESETS
 
 _FLOAT_BYTES = 4
+_BF16_BYTES, _INT8_BYTES = 2, 1
 # Two threads, and more memory than any preset takes.
 _MACHINE = Machine(64 << 30, 2)
 _JOBS = 1000
@@ -65,9 +66,10 @@ def presets() -> None:
         published = -(-config.max_steps // config.evaluation_interval)
         # While a version is written, those that it displaces are still there; the best one has its state, too.
         most = (min(published, keep.newest + keep.best) + 1) * version + (keep.states + 2) * state
-        # Keys and values in bf16, weights as bytes.
-        slot = 2 * config.layers * config.context_length * config.width * 2
-        server = settings.resident_versions * (parameters + settings.slots * slot + (settings.prefix_cache_mib << 20))
+        # In the default format of a CPU, beside the fp32 weights of the version that is being loaded.
+        slot = 2 * config.layers * config.context_length * config.width * _BF16_BYTES
+        resident = _INT8_BYTES * parameters + settings.slots * slot + (settings.prefix_cache_mib << 20)
+        server = settings.resident_versions * resident + version
         sizes = (version, state, most, slot, server, memory_bytes(config, _MACHINE) or 0)
         rows.append([name, str(published), *map(format_size, sizes)])
     print_rows(["preset", "versions", "version", "state", "a run keeps", "a slot", "server at most", "training"], rows)

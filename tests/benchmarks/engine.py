@@ -56,13 +56,13 @@ def main(
 
     gptloop-engine is the engine with its thread and its outbox; gptloop-grpc and gptloop-http are the real server,
     called by a client in another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 and pytorch compute in
-    fp32, or "ctranslate2 int8" with bytes as weights, a whole batch at once, and do not stream; "pytorch graph" does so in bf16, with a CUDA graph for each step on
-    an NVIDIA GPU, and draws too. gptloop draws at its default temperature, 0.8; the others and
-    "gptloop-engine greedy" take the likeliest token. The time of a step is the whole time, with prompts, divided by the
-    tokens of one request.
+    fp32, or "ctranslate2 int8" with int8 weights, a whole batch at once, and do not stream; "pytorch graph" does so in
+    bf16, with a CUDA graph for each step on an NVIDIA GPU, and draws too. gptloop draws at its default temperature,
+    0.8, with its default weights, or "gptloop-engine fp32" in fp32; the others and "gptloop-engine greedy" take the
+    likeliest token. The time of a step is the whole time, with prompts, divided by the tokens of one request.
 
-    In each round these three are measured one after the other. So they show what gRPC adds to the engine, and what HTTP
-    adds to gRPC.
+    In each round gptloop-engine, gptloop-grpc and gptloop-http are measured one after the other. So they show what gRPC
+    adds to the engine, and what HTTP adds to gRPC.
 
     Example: python -m tests.benchmarks.engine --preset demo --rows 4 --peer gptloop-engine --peer gptloop-grpc
     """

@@ -14,7 +14,7 @@ import typer
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.decoding.weight_format import WeightFormat
 from shared.device import accelerator
-from shared.errors import InvalidArgument
+from shared.errors import FailedPrecondition, InvalidArgument
 from shared.gpt.config import GPTConfig
 from shared.registry.manifest import VersionManifest
 from shared.service import cli
@@ -24,8 +24,9 @@ from trainer_service.child_process import last_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-ROWS = (1, 8, 32)
+_ROWS = (1, 8, 32)
 _SLOTS = 2
+_CACHE = ROOT / ".pytest_cache" / "benchmarks"
 
 
 @app.command()
@@ -37,14 +38,17 @@ def main(
 ) -> None:
     """Print for each format of weights the speed of the engine, the memory and the bits per byte of a text.
 
-    The speed is in tokens per second, of a long prompt and at 1, 8 and 32 requests at once. The text is read in windows
-    of the context, and the bits are more or less than those in fp32, with the standard error over the windows.
+    The speed is in tokens per second, of a long prompt and at 1, 8 and 32 requests at once; the memory is that of the
+    weights and of a token in a slot. The text is read in windows of the context, and the last column is the difference
+    from fp32, with the standard error over the windows.
 
     Example: python -m tests.benchmarks.formats var/registry/versions/7 held-out.txt
     """
+    if accelerator.prepare(_CACHE).backend != "cpu":
+        raise FailedPrecondition("The formats of weights are compared on a CPU, but MLX computes on a GPU here.")
     examined = {weights: _examine(version, text, windows, weights) for weights in WeightFormat}
     speeds: dict[WeightFormat, list[dict[str, Any]]] = {weights: [] for weights in WeightFormat}
-    options = [word for rows in ROWS for word in ("--rows", str(rows))]
+    options = [word for rows in _ROWS for word in ("--rows", str(rows))]
     command = [sys.executable, "-m", "inference_service", "measure", str(version), *options]
     for _ in range(rounds):
         for weights, measured in speeds.items():
@@ -67,11 +71,13 @@ def main(
                 f"{more.mean():+.5f} ± {more.std(ddof=1) / math.sqrt(len(more)):.5f}",
             ]
         )
-    print_table(["format", "prompt", *(f"x{each}" for each in ROWS), "weights", "a token", "bits per byte"], rows)
+    print_table(["format", "prompt", *(f"x{each}" for each in _ROWS), "weights", "a token", "bits per byte"], rows)
 
 
 @dataclass(frozen=True)
 class _Examined:
+    """The bits per byte of each window (N,), and the memory of the weights and of a token in a slot."""
+
     bits: np.ndarray
     weights_bytes: int
     bytes_per_token: int
@@ -79,7 +85,7 @@ class _Examined:
 
 def _examine(version: Path, text: Path, windows: int, weights: WeightFormat) -> _Examined:
     """Returns the bits per byte of each window, and the memory of the weights and of a token in a slot."""
-    device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
+    device = accelerator.prepare(_CACHE)
     from shared.decoding.decoder import DecoderFactory
     from shared.version_format import read_model, read_tokenizer
 

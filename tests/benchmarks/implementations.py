@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from shared.decoding.weight_format import WeightFormat
 from shared.errors import FailedPrecondition, InvalidArgument
 
 SAMPLED, ARGMAX = "temperature 0.8", "argmax"
@@ -22,7 +21,7 @@ class Implementation:
 IMPLEMENTATIONS = (
     Implementation("gptloop-engine", SAMPLED),
     Implementation("gptloop-engine greedy", ARGMAX),
-    *(Implementation(f"gptloop-engine {weights}", SAMPLED) for weights in WeightFormat),
+    Implementation("gptloop-engine fp32", SAMPLED),
     Implementation("gptloop-grpc", SAMPLED),
     Implementation("gptloop-http", SAMPLED),
     Implementation("mlx-lm-batch", ARGMAX, ("mlx_lm",)),

@@ -155,6 +155,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
 
     from inference_service.engine.engine import Engine
     from shared.decoding.decoder import DecoderFactory
+    from shared.decoding.weight_format import WeightFormat
     from shared.gpt.model import GPT
 
     mx.random.seed(1)
@@ -165,7 +166,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
     running = Engine(8, prefill_tokens, prefix_bytes, outputs.put, lambda: None)
     running.start()
     try:
-        decoder = DecoderFactory(8, 1, _CACHE).make(model)
+        decoder = DecoderFactory(8, 1, _CACHE, WeightFormat.FP32).make(model)
         running.add_version(1, decoder, tokenizer_for(config.vocabulary_size), config.context_length).result()
         client = Client(running, outputs)
         client.first_token_s(texts(config)(config.context_length // 2))

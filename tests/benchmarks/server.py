@@ -37,7 +37,10 @@ class Server:
             f"{HOST}:{ports.inference}", f"http://{HOST}:{ports.inference_http}", ports.inference_metrics
         )
         self._log = log
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("GPTLOOP_")}
+        kept = "GPTLOOP_INFERENCE_WEIGHTS"
+        inherited = {
+            name: value for name, value in os.environ.items() if name == kept or not name.startswith("GPTLOOP_")
+        }
         self._environment = inherited | {
             "GPTLOOP_VAR": str(checkpoint.directories.var),
             "GPTLOOP_INFERENCE_HOST": HOST,

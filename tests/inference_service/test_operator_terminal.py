@@ -42,10 +42,8 @@ WIDE = pb.ListVersionsResponse(
             measured_loss=3.0,
         ),
         status(2, pb.VERSION_STATE_AVAILABLE),
-        status(
-            3, pb.VERSION_STATE_RESIDENT, streams=1, memory_bytes=12 << 20, weight_format="fp32", measured_loss=10.12344
-        ),
-        status(4, pb.VERSION_STATE_RESIDENT, held=True, memory_bytes=12 << 20, weight_format="fp32", measured_loss=3.0),
+        status(3, pb.VERSION_STATE_RESIDENT, streams=1, measured_loss=10.12344, **IN_MEMORY),
+        status(4, pb.VERSION_STATE_RESIDENT, held=True, measured_loss=3.0, **IN_MEMORY),
         status(
             *(1234, pb.VERSION_STATE_REFUSED),
             labels=["latest"],

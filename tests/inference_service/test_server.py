@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from inference_service.client import AdminClient, InferenceClient
 from shared import errors
-from shared.decoding.weight_format import DEFAULT_WEIGHTS
 from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.decoders import default_weights
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import ROOT, Server, text_of
 from tests.records import write_record
@@ -71,7 +71,7 @@ def test_a_stream_is_a_start_then_tokens_then_an_end(server: Server) -> None:
     assert isinstance(first, pb.Started)
     assert (first.model_version, first.seed, first.prompt_tokens) == (2, 2**64 - 1, 4)
     assert first.model_digest == server.registry.version(2).digest
-    assert first.weight_format == DEFAULT_WEIGHTS
+    assert first.weight_format == default_weights()
     counts = [(len(delta.token_ids), len(delta.logprobs)) for delta in deltas if isinstance(delta, pb.Delta)]
     # What is drawn while a message is on its way comes with the next one.
     assert [sum(column) for column in zip(*counts, strict=True)] == [12, 12]

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from inference_service.engine.engine import Engine
 from inference_service.metrics import InferenceMetrics
+from inference_service.settings import device_kind
 from inference_service.versions import gate, loader
 from inference_service.versions.catalogue import Catalogue
 from inference_service.versions.gate import Content
@@ -20,6 +21,7 @@ from inference_service.versions.loader import Loader
 from inference_service.versions.manager import VersionManager
 from inference_service.versions.residents import Residents
 from inference_service.versions.status import VersionStatus
+from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.device.accelerator import Memory
 from shared.registry.decisions import BestBy
 from shared.registry.manifest import VersionManifest
@@ -38,13 +40,14 @@ class World:
         root: Path,
         best_by: BestBy = BestBy.TRAINING,
         open_registry: Callable[[Path, BestBy], Registry] = disk_registry,
+        weights: WeightFormat = DEFAULT_WEIGHTS,
     ) -> None:
         self.registry = open_registry(root, best_by)
         self.collectors = CollectorRegistry()
         self.metrics = InferenceMetrics(self.collectors, lambda: Memory(0, 0, 0, 0), lambda: 0, lambda: 0, {})
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
-        self.catalogue = Catalogue(self.registry, "cpu", self.metrics)
-        decoders = partial(make_decoder, slots=2)
+        self.catalogue = Catalogue(self.registry, device_kind("cpu", weights), self.metrics)
+        decoders = partial(make_decoder, slots=2, weights=weights)
         loader = Loader(self.registry, self.catalogue, self.engine, decoders)
         self.residents = Residents(self.catalogue, loader, limit=2, max_waiting=16, metrics=self.metrics)
         self.manager = VersionManager(self.catalogue, self.residents, 0.05)

@@ -1,7 +1,8 @@
 """Measures what a version writes, beside what people wrote after the same beginnings.
 
-The decoder that serves continues the beginnings of held-out documents. A draw has the same number as in the engine, so
-that the server answers the same prompt and seed with the same text.
+The server's decoder continues the beginnings of held-out documents, on a CPU in fp32, so that records do not depend on
+a setting. A draw has the same number as in the engine, so that a server in fp32 answers the same prompt and seed with
+the same text.
 """
 
 import statistics

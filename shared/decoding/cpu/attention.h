@@ -53,7 +53,7 @@ static void score(int count, int D, Queries queries, int first, const Number *ke
 
 // Turns the scores of `length` positions into weights, up to the position `end`, a multiple of a vector; returns one
 // divided by their sum.
-static float weigh(int length, int end, float *scores) {
+static float softmax(int length, int end, float *scores) {
     for (int s = length; s < end; s++) scores[s] = -INFINITY;
     Vector highs = Vector{} - INFINITY, sums = {};
     for (int s = 0; s < end; s += WIDTH) highs = at(scores + s) > highs ? at(scores + s) : highs;
@@ -71,11 +71,11 @@ static int collect(int d, int D, Queries queries, const float *weights, int weig
     for (; d + vectors * WIDTH <= D; d += vectors * WIDTH) {
         Vector sums[Q][2][vectors] = {};
         const auto value_at = [&](int s, int v) { return load(values + (size_t)s * D + d + v * WIDTH); };
-        int together = queries.positions[0] + 1;
-        for (int q = 1; q < Q; q++)
-            together = queries.positions[q] + 1 < together ? queries.positions[q] + 1 : together;
-        together -= together % 2;
-        for (int s = 0; s < together; s += 2) {
+        // Positions that all queries see, an even number.
+        int common = queries.positions[0] + 1;
+        for (int q = 1; q < Q; q++) common = queries.positions[q] + 1 < common ? queries.positions[q] + 1 : common;
+        common -= common % 2;
+        for (int s = 0; s < common; s += 2) {
             if (next) prefetch(next + (size_t)s * D + d, 2 * vectors * WIDTH * sizeof(Number));
 #pragma GCC unroll 2
             for (int odd = 0; odd < 2; odd++)
@@ -89,7 +89,7 @@ static int collect(int d, int D, Queries queries, const float *weights, int weig
         // No query sees the numbers of later positions, which may not be finite.
 #pragma GCC unroll 4
         for (int q = 0; q < Q; q++) {
-            for (int s = together; s <= queries.positions[q]; s += 2)
+            for (int s = common; s <= queries.positions[q]; s += 2)
 #pragma GCC unroll 2
                 for (int odd = 0; odd < 2; odd++)
                     if (s + odd <= queries.positions[q])
@@ -105,18 +105,18 @@ static int collect(int d, int D, Queries queries, const float *weights, int weig
     return d;
 }
 
-// Attends from Q queries to the keys and values up to their positions. Meanwhile prefetches those of `next`, if there are
-// any, which are used next. The numbers of a query do not depend on Q.
+// Attends from Q queries to the keys and values up to their positions; `weights` has room for Q rows of all positions.
+// Meanwhile prefetches `next`, if there is one, which is used next. The numbers of a query do not depend on Q.
 template <int Q, typename Number>
-static void attend(int D, Queries queries, Cache<Number> cache, Cache<Number> next) {
+static void attend(int D, Queries queries, Cache<Number> cache, Cache<Number> next, float *weights) {
     int length = 0;
     for (int q = 0; q < Q; q++) length = queries.positions[q] + 1 > length ? queries.positions[q] + 1 : length;
     const int blocks = key_blocks(length), stride = blocks * WIDTH;
-    constexpr int together = Q > 1 ? 4 : 8;
-    float weights[Q * stride], scales[Q];
-    for (int b = 0; b < blocks; b += together)
-        score<Q, together>(blocks - b, D, queries, b, cache.keys, next.keys, weights, stride);
-    for (int q = 0; q < Q; q++) scales[q] = weigh(queries.positions[q] + 1, stride, weights + q * stride);
+    constexpr int at_once = Q > 1 ? 4 : 8;
+    float scales[Q];
+    for (int b = 0; b < blocks; b += at_once)
+        score<Q, at_once>(blocks - b, D, queries, b, cache.keys, next.keys, weights, stride);
+    for (int q = 0; q < Q; q++) scales[q] = softmax(queries.positions[q] + 1, stride, weights + q * stride);
     int d = 0;
     if constexpr (Q == 1) {
         d = collect<Q, 4>(d, D, queries, weights, stride, scales, cache.values, next.values);

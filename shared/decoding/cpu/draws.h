@@ -44,7 +44,7 @@ static int draw_row(const float *logits, int V, int masked, float inverse, doubl
     }
     if (inverse == 0.0f) {
         token = 0;
-        while (token == masked || logits[token] != highest) token++;
+        while (token < V - 1 && (token == masked || logits[token] != highest)) token++;
         return token;
     }
     const auto weigh = [&](Vector v) { return exponential((v - highest) * inverse); };

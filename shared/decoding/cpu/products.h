@@ -31,12 +31,12 @@ template <Format format>
 constexpr int BYTES = BLOCK * (format == Format::fp32 ? 4 : format == Format::bf16 ? 2 : 1);
 // Inputs whose weights lie in one word.
 template <Format format>
-constexpr int TOGETHER = format == Format::int8 ? 4 : 1;
+constexpr int PER_WORD = format == Format::int8 ? 4 : 1;
 
 // The bytes of packed weights (N, C).
 template <Format format>
 static size_t packed_bytes(int N, int C) {
-    return (size_t)padded(N) / BLOCK * BYTES<format> * ((C + TOGETHER<format> - 1) / TOGETHER<format> * TOGETHER<format>);
+    return (size_t)padded(N) / BLOCK * BYTES<format> * ((C + PER_WORD<format> - 1) / PER_WORD<format> * PER_WORD<format>);
 }
 
 // Where the packed weight of output n and input c lies.
@@ -48,6 +48,9 @@ static size_t place_of(int C, int n, int c) {
     return block + (c / 4 * BLOCK + output) * 4 + c % 4;
 }
 
+// Numbers that are not larger become 0 in bytes: the inverse of their scale would overflow.
+constexpr float SMALLEST = 1e-36f;
+
 // Packs weights (N, C) into zeroed memory; stores a scale for each output if they are bytes, which is NaN if one of its
 // weights is not finite.
 template <Format format>
@@ -56,7 +59,7 @@ static void pack(int N, int C, const float *weights, char *packed, float *scales
         const float *row = weights + (size_t)n * C;
         float most = 0.0f, zero = 0.0f;
         for (int c = 0; c < C; c++) most = fabsf(row[c]) > most ? fabsf(row[c]) : most, zero += row[c] * 0.0f;
-        const float inverse = most > 0.0f && zero == 0.0f ? 127.0f / most : 0.0f;
+        const float inverse = most > SMALLEST && zero == 0.0f ? 127.0f / most : 0.0f;
         if (format == Format::int8) scales[n] = most / 127.0f + zero;
         for (int c = 0; c < C; c++) {
             char *place = packed + place_of<format>(C, n, c);
@@ -84,8 +87,8 @@ struct Inputs {
     int *sums;
 };
 
-// Stores each part of a row as bytes, by its largest number. If a number is not finite, the scale is NaN.
-static void round_to_bytes(int C, const float *x, int8_t *bytes, float *scales, int *sums) {
+// Quantizes each part of a row symmetrically, by its largest number. If a number is not finite, the scale is NaN.
+static void quantize(int C, const float *x, int8_t *bytes, float *scales, int *sums) {
     for (int start = 0; start < C; start += PART) {
         const int end = start + PART < C ? start + PART : C;
         Vector highs = {}, zeros = {};
@@ -99,12 +102,13 @@ static void round_to_bytes(int C, const float *x, int8_t *bytes, float *scales, 
         for (int lane = 0; lane < WIDTH; lane++) most = highs[lane] > most ? highs[lane] : most;
         for (; c < end; c++) most = fabsf(x[c]) > most ? fabsf(x[c]) : most, zero += x[c] * 0.0f;
         scales[start / PART] = most / 127.0f + zero;
-        const float inverse = most > 0.0f && zero == 0.0f ? 127.0f / most : 0.0f;
+        const float inverse = most > SMALLEST && zero == 0.0f ? 127.0f / most : 0.0f;
         Integers totals = {};
         int total = 0;
         for (c = start; c + WIDTH <= end; c += WIDTH) {
             // The sum's last bits are the nearest integer.
-            const Integers rounded = (Integers)(at(x + c) * inverse + 12582912.0f) - 0x4b400000;
+            const Integers rounded =
+                zero == 0.0f ? (Integers)(at(x + c) * inverse + 12582912.0f) - 0x4b400000 : Integers{};
             totals += rounded;
             *(Bytes *)(bytes + c) = __builtin_convertvector(rounded, Bytes);
         }
@@ -122,7 +126,7 @@ static void accumulate(int count, int length, int C, Inputs x, int r, int c, con
                        int step, Vector (*sums)[2]) {
     if constexpr (rows > 1)
         if (count < rows) return accumulate<format, rows - 1>(count, length, C, x, r, c, weight, next, step, sums);
-    constexpr int bytes = BYTES<format> * TOGETHER<format>;
+    constexpr int bytes = BYTES<format> * PER_WORD<format>;
     const int stride = padded(C);
     const size_t first = (size_t)r * stride + c, part = (size_t)r * parts(C) + c / PART;
     if constexpr (format == Format::int8) {
@@ -130,7 +134,7 @@ static void accumulate(int count, int length, int C, Inputs x, int r, int c, con
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) left[i] = right[i] = Integers{} - ZERO * x.sums[part + i * parts(C)];
 #pragma GCC unroll 2
-        for (int place = 0; place < length; place += TOGETHER<format>) {
+        for (int place = 0; place < length; place += PER_WORD<format>) {
             const Integers low = *(const Integers *)weight, high = *(const Integers *)(weight + bytes / 2);
             weight += bytes;
             prefetch(next, bytes), next += step;
@@ -183,7 +187,7 @@ static void multiply(int threads, int R, int C, int N, Inputs x, Product product
     if (format == Format::int8)
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
         for (int r = 0; r < R; r++)
-            round_to_bytes(C, x.numbers + (size_t)r * padded(C), x.bytes + (size_t)r * padded(C), x.scales + r * parts(C),
+            quantize(C, x.numbers + (size_t)r * padded(C), x.bytes + (size_t)r * padded(C), x.scales + r * parts(C),
                            x.sums + r * parts(C));
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int n = 0; n < N; n += BLOCK) {
@@ -198,7 +202,7 @@ static void multiply(int threads, int R, int C, int N, Inputs x, Product product
                 for (int r = start, pass = 0; r < end; r += ROWS, pass++)
                     accumulate<format, ROWS>(end - r, length, C, x, r, c, weight,
                                              next + (size_t)pass * length * BYTES<format> / passes,
-                                             BYTES<format> * TOGETHER<format> / passes, sums + (r - start));
+                                             BYTES<format> * PER_WORD<format> / passes, sums + (r - start));
             }
             for (int r = start; r < end; r++)
                 for (int half = 0; half < 2; half++) {

@@ -23,32 +23,36 @@ struct Model {
     const Layer *layer;
 };
 
+// Rows of one slot that attend to its keys together.
+constexpr int QUERY_ROWS = 4;
+
 // The memory of a step for R rows, each part beginning at a multiple of 64 bytes.
 struct Scratch {
     float *x, *normed, *wide;
     Inputs of_normed, of_wide;
-    size_t bytes;
+    float *weights;  // of attention, for each thread
+    size_t weights_of_thread, bytes;
 
-    Scratch(const Model *model, int R, char *memory) : bytes(0) {
+    Scratch(const Model *model, int rows, char *memory) : bytes(0) {
         const int C = model->width, F = model->hidden, wider = 3 * C > F ? 3 * C : F, wides = parts(F > C ? F : C);
+        const size_t R = rows;
         const auto take = [&](size_t size) {
             char *place = memory + bytes;
-            bytes += (R * size + 63) / 64 * 64;
+            bytes += (size + 63) / 64 * 64;
             return place;
         };
-        x = (float *)take(padded(C) * sizeof(float));
-        normed = (float *)take(padded(C) * sizeof(float));
-        wide = (float *)take(padded(wider) * sizeof(float));
-        auto *rounded = (int8_t *)take(padded(F > C ? F : C));
-        auto *scales = (float *)take(wides * sizeof(float));
-        auto *sums = (int *)take(wides * sizeof(int));
+        x = (float *)take(R * padded(C) * sizeof(float));
+        normed = (float *)take(R * padded(C) * sizeof(float));
+        wide = (float *)take(R * padded(wider) * sizeof(float));
+        auto *rounded = (int8_t *)take(R * padded(F > C ? F : C));
+        auto *scales = (float *)take(R * wides * sizeof(float));
+        auto *sums = (int *)take(R * wides * sizeof(int));
+        weights_of_thread = (size_t)QUERY_ROWS * key_blocks(model->positions) * WIDTH;
+        weights = (float *)take(model->threads * weights_of_thread * sizeof(float));
         of_normed = {normed, rounded, scales, sums};
         of_wide = {wide, rounded, scales, sums};
     }
 };
-
-// Rows of one slot that attend together.
-constexpr int TOGETHER_ROWS = 4;
 
 // Computes one token (R) for each slot (R) at its position (R), and stores all of them in the cache before any attends.
 // Stores the logits (K, V padded) after K wanted rows.
@@ -68,8 +72,8 @@ static void forward(const Model *model, int R, const int *tokens, const int *slo
     for (int r = 0; r < R; bundles++) {
         starts[bundles] = r;
         int end = r + 1;
-        while (end < R && slots[end] == slots[r] && end < r + TOGETHER_ROWS) end++;
-        r = end == r + TOGETHER_ROWS ? end : r + 1;
+        while (end < R && slots[end] == slots[r] && end < r + QUERY_ROWS) end++;
+        r = end == r + QUERY_ROWS ? end : r + 1;
     }
     starts[bundles] = R;
     for (const Layer *layer = model->layer; layer < model->layer + model->layers; layer++) {
@@ -88,14 +92,20 @@ static void forward(const Model *model, int R, const int *tokens, const int *slo
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
         for (int task = 0; task < bundles * H; task++) {
             const int bundle = task / H, h = task % H, r = starts[bundle];
+#if defined(_OPENMP)
+            float *weights = scratch.weights + (size_t)omp_get_thread_num() * scratch.weights_of_thread;
+#else
+            float *weights = scratch.weights;
+#endif
             const Queries queries = {query(r, h), qkv_stride, positions + r, normed + (size_t)r * stride + h * D, stride};
             const int then = starts[(task + 1) / H];
+            // Later rows of a slot find its keys in a cache of the processor.
             Cache<Number> next = {};
             if (then < R && (then == 0 || slots[then] != slots[then - 1])) next = cache(then, (h + 1) % H);
-            if (starts[bundle + 1] - r == TOGETHER_ROWS)
-                attend<TOGETHER_ROWS>(D, queries, cache(r, h), next);
+            if (starts[bundle + 1] - r == QUERY_ROWS)
+                attend<QUERY_ROWS>(D, queries, cache(r, h), next, weights);
             else
-                attend<1>(D, queries, cache(r, h), next);
+                attend<1>(D, queries, cache(r, h), next, weights);
         }
         multiply<format>(threads, R, C, C, scratch.of_normed, layer->output, Then::add, x);
         for (int r = 0; r < R; r++)

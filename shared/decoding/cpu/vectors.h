@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -37,8 +40,8 @@ struct bf16 {
     uint16_t bits;
 };
 
-static Vector &at(float *place) { return *(Vector *)place; }
-static const Vector &at(const float *place) { return *(const Vector *)place; }
+// The vector at a place of any alignment. Not a function: clang would take its result for an aligned one.
+#define at(place) (*(Vector *)(place))
 static Vector load(const float *place) { return at(place); }
 static Vector load(const bf16 *place) {
     return (Vector)(__builtin_convertvector(*(const Halves *)place, Integers) << 16);

@@ -65,7 +65,7 @@ class CudaDecoder:
 
     @property
     def weights(self) -> WeightFormat:
-        """That of the kernels."""
+        """BF16, the format of the kernels."""
         return WeightFormat.BF16
 
     @property

@@ -11,7 +11,7 @@ from tests.benchmarks.worker import resident_peak
 
 
 class Generation:
-    """Generates for all rows at once. `variant` "" computes in fp32, "int8" with bytes as weights."""
+    """Generates for all rows at once. `variant` "" computes in fp32, "int8" with int8 weights."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
         given = Setup.from_dict(setup)

@@ -24,6 +24,7 @@ from shared.decoding.decoder import Decoder, DecoderFactory  # noqa: E402
 from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.decoding.spans import SPAN_TOKENS  # noqa: E402
+from shared.decoding.weight_format import WeightFormat  # noqa: E402
 from shared.gpt.model import GPT  # noqa: E402
 from trainer_service.training.batches import TrainingText  # noqa: E402
 from trainer_service.training.config import TrainingConfig  # noqa: E402
@@ -71,7 +72,8 @@ class Decoding:
         mx.eval(model.parameters())
         slots = max(2, rows)
         decoder: Decoder
-        self._factory = DecoderFactory(slots, 1, _ACCELERATOR.cache)
+        # As the other implementations.
+        self._factory = DecoderFactory(slots, 1, _ACCELERATOR.cache, WeightFormat.FP32)
         if variant == "mlx":
             decoder = MlxDecoder(model, slots, ProgramCache(), spans_together=8)
         else:

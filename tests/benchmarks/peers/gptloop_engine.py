@@ -18,7 +18,7 @@ from inference_service.engine.request import Delta, Failed, Finished, Generation
 from inference_service.settings import Settings, prefill_tokens_on  # noqa: E402
 from shared.decoding.decoder import DecoderFactory  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
-from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat  # noqa: E402
+from shared.decoding.weight_format import WeightFormat  # noqa: E402
 from shared.version_format import read_model, read_tokenizer  # noqa: E402
 from tests.benchmarks.checkpoint import VERSION  # noqa: E402
 from tests.benchmarks.closed_loop import ClosedLoop  # noqa: E402
@@ -27,7 +27,7 @@ from tests.benchmarks.setup import Setup  # noqa: E402
 
 class Generation:
     """Generates for all rows at once. `variant` "" draws with the server's defaults, "greedy" takes the likeliest
-    token, and a format of weights is that of the decoder."""
+    token, and "fp32" has weights in fp32, on a CPU."""
 
     def __init__(self, setup: dict[str, Any], work: dict[str, Any], variant: str) -> None:
         given = Setup.from_dict(setup)
@@ -36,7 +36,7 @@ class Generation:
         self._prompts = self._work.prompts()
         checkpoint, config = given.checkpoint, given.checkpoint.config
         model = read_model(checkpoint.version, config)
-        weights = WeightFormat(variant) if variant in set(WeightFormat) else DEFAULT_WEIGHTS
+        weights = WeightFormat.FP32 if variant == "fp32" else None
         decoder = DecoderFactory(given.slots, given.threads, _DEVICE.cache, weights).make(model)
         tokenizer = read_tokenizer(checkpoint.version)
         # The engine's thread puts the events of a step into this queue; this thread stands for the server's event loop.

@@ -8,8 +8,8 @@ import pytest
 
 from inference_service.client import AdminClient, Credentials
 from shared import errors
-from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.pb.inference.v1 import inference_pb2 as pb
+from tests.decoders import default_weights
 from tests.fakes import TINY, publish_tiny_version
 from tests.inference_service.operated import TOKEN, Operated
 from tests.inference_service.process import Server
@@ -40,7 +40,7 @@ def test_the_list_describes_every_version(operated: Operated) -> None:
     assert abs(status.created_at.ToMilliseconds() / 1000 - manifest.created_at) < 0.001
     old = answer.versions[before - 1]
     assert (old.state, list(old.labels), old.streams) == (pb.VERSION_STATE_RESIDENT, [], 0)
-    assert old.HasField("measured_loss") and old.weight_format == DEFAULT_WEIGHTS
+    assert old.HasField("measured_loss") and old.weight_format == default_weights()
     wait_until(lambda: operated.status(number).streams == 0)
 
 
@@ -79,8 +79,8 @@ def test_a_refused_version_is_listed_with_its_reason_and_never_serves(operated: 
     status = operated.status(number)
     sentence = (
         f"it claims a held-out loss of {status.claimed_loss:.4f} nats a token, "
-        f"but has {status.measured_loss:.4f} as served in "
-    ) + (operated.status(serving).weight_format)
+        f"but has {status.measured_loss:.4f} as served in {default_weights()}"
+    )
     assert status.reason == f"loss_mismatch: {sentence}"
     assert (list(status.labels), status.memory_bytes) == ([], 0)
     assert abs(status.measured_loss - status.claimed_loss - 0.5) < 0.02
@@ -219,7 +219,7 @@ def models(server: Server) -> dict[int, bool]:
         if name == "gptloop_inference_model_info":
             # The labels are sorted: parameters, preset, run, serving, step, tokenizer, version, weights.
             version, serving = int(labels[-2]), labels[3]
-            assert value == 1 and version not in found and labels[-1] in set(WeightFormat)
+            assert value == 1 and version not in found and labels[-1] == default_weights()
             found[version] = {"true": True, "false": False}[serving]
     return found
 

@@ -15,9 +15,9 @@ import pytest
 from inference_service.client import InferenceClient
 from inference_service.http.choices import Choice
 from inference_service.http.completions import Completion, CompletionRequest
-from shared.decoding.weight_format import DEFAULT_WEIGHTS
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.asynchronous import async_test
+from tests.decoders import default_weights
 from tests.fakes import byte_tokenizer, publish_tiny_version
 from tests.inference_service.process import Server, text_of
 from tests.waiting import HANG_S, wait_until
@@ -72,7 +72,7 @@ def test_a_completion_is_the_text_that_grpc_generates(server: Server, client: op
     assert (choice.text, choice.finish_reason, choice.index) == (text, "length", 0)
     assert answer.model == "2"
     assert answer.system_fingerprint == server.registry.version(2).digest
-    assert answer.weight_format == DEFAULT_WEIGHTS
+    assert answer.weight_format == default_weights()
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 12, 16)
 
 

@@ -12,6 +12,7 @@ import pytest
 from inference_service.grpc.translate import status_to_pb
 from inference_service.versions.planner import State
 from shared.decoding.cpu.decoder import CpuDecoder
+from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.errors import FailedPrecondition, Unavailable
 from shared.registry.decisions import BestBy
 from shared.registry.findings import Finding
@@ -104,9 +105,23 @@ async def test_findings_are_remembered_after_a_restart(fresh: World, monkeypatch
         assert restarted.serving == 1
         assert restarted.value("refused_versions_total", reason="loss_mismatch") == 0
         first, second = await restarted.manager.statuses()
-        # In the format of the device.
+        # int8 changes the loss of this model by 0.003.
         assert first.loss == pytest.approx(good.claimed_loss, abs=5e-3)
         assert second.reason.startswith("loss_mismatch")
+
+
+@async_test
+async def test_a_version_is_examined_again_in_another_format(fresh: World) -> None:
+    good = publish_tiny_version(fresh.registry, 2.0)
+    async with fresh.running():
+        await eventually(lambda: len(fresh.registry.decisions.findings()) == 1)
+    plain = World(root_of(fresh.registry), weights=WeightFormat.FP32)
+    async with plain.running():
+        await eventually(lambda: plain.serving == 1)
+        await eventually(lambda: len(plain.registry.decisions.findings()[1]) == 2)
+    losses = {each.device: each.loss for each in plain.registry.decisions.findings()[1]}
+    assert set(losses) == {f"cpu_{DEFAULT_WEIGHTS}", "cpu_fp32"}
+    assert losses["cpu_fp32"] == pytest.approx(good.claimed_loss, abs=1e-4) != losses[f"cpu_{DEFAULT_WEIGHTS}"]
 
 
 @async_test
@@ -114,7 +129,9 @@ async def test_a_finding_with_an_earlier_name_of_its_reason_still_counts(fresh: 
     publish_tiny_version(fresh.registry, 2.0)
     claims_too_much = publish_tiny_version(fresh.registry, 1.0)
     sentence = "it claims too much"
-    fresh.registry.decisions.keep(2, Finding(claims_too_much.digest, "cpu", 3.5, "lying", sentence, at=1.0))
+    fresh.registry.decisions.keep(
+        2, Finding(claims_too_much.digest, f"cpu_{DEFAULT_WEIGHTS}", 3.5, "lying", sentence, at=1.0)
+    )
     async with fresh.running():
         await eventually(lambda: fresh.serving == 1)
         with pytest.raises(FailedPrecondition, match=f"Version 2 cannot serve: {sentence}"):
