@@ -41,7 +41,7 @@ def cuda_decoder(model: GPT, slots: int) -> CudaDecoder:
     return CudaDecoder(model, slots, make_gpu())
 
 
-def make_decoder(model: GPT, slots: int, weights: WeightFormat | None = None) -> Decoder:
+def make_decoder(model: GPT, slots: int, weights: WeightFormat = DEFAULT_WEIGHTS) -> Decoder:
     """Returns the decoder that suits the device, on one thread."""
     return DecoderFactory(slots, 1, COMPILED, weights).make(model)
 

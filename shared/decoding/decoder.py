@@ -19,7 +19,7 @@ from shared.decoding.mlx_decoder import MlxDecoder, ProgramCache
 from shared.decoding.multi_step import DecodeRow
 from shared.decoding.sampling import TemperatureSampling
 from shared.decoding.spans import Span
-from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
+from shared.decoding.weight_format import WeightFormat
 from shared.device.cuda_driver import CudaDriver, KernelsError
 from shared.gpt.model import GPT
 from shared.gpt.operations import on_cpu
@@ -109,16 +109,16 @@ class Decoder(Protocol):
 class DecoderFactory:
     """Makes a decoder with `slots` slots for each model, in the form that suits the device.
 
-    On a CPU a step runs in `threads` threads, and weights are in the format `weights`, None being the default. What is
+    On a CPU a step runs in `threads` threads, on weights in the format `weights`, which a GPU does not need. What is
     compiled for a CPU or an NVIDIA GPU is kept in the folder `cache`; decoders in MLX share their compiled programs if
     their models have one configuration.
     """
 
-    def __init__(self, slots: int, threads: int, cache: Path, weights: WeightFormat | None = None) -> None:
+    def __init__(self, slots: int, threads: int, cache: Path, weights: WeightFormat | None) -> None:
         self._slots = slots
         self._threads = threads
         self._cache = cache
-        self._weights = weights or DEFAULT_WEIGHTS
+        self._weights = weights
         self._programs = ProgramCache()
         # The NVIDIA GPU of each decoder that has one.
         self._gpus: tuple[weakref.ref[CudaDriver], ...] = ()
@@ -129,6 +129,7 @@ class DecoderFactory:
         Raises `CudaError` if an NVIDIA GPU has too little memory.
         """
         if on_cpu():
+            assert self._weights is not None
             return CpuDecoder(model, self._slots, self._threads, self._library, self._weights)
         if mx.cuda.is_available() and supports(model.config):
             gpu = CudaDriver(self._cache)

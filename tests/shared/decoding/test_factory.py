@@ -11,6 +11,7 @@ from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.decoder import DecoderFactory
 from shared.decoding.mlx_decoder import MlxDecoder
+from shared.decoding.weight_format import WeightFormat
 from shared.device.cuda_driver import Kernel, KernelsError
 from shared.gpt.config import GPTConfig
 from tests.decoders import COMPILED
@@ -52,7 +53,7 @@ class Turing(Ada):
 def test_the_kernels_decode_what_they_take_on_the_gpus_that_they_need(
     gpu: type[Ada] | None, config: GPTConfig, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, factory = random_model(config, 1), DecoderFactory(2, 1, COMPILED)
+    model, factory = random_model(config, 1), DecoderFactory(2, 1, COMPILED, None if gpu else WeightFormat.INT8)
     if gpu is not None:
         monkeypatch.setattr(decoder, "on_cpu", lambda: False)
         monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
