@@ -1,7 +1,7 @@
 // Attention of a query to the keys and values of its slot and head.
 //
 // Shapes: D head width, S positions. Keys are (S / WIDTH, D, WIDTH), so that the scores of neighbouring positions are the
-// numbers of a vector; values are (S, D).
+// numbers of a vector; values are (S, D), with as many numbers as a vector has behind the last ones.
 
 static int key_blocks(int S) { return (S + WIDTH - 1) / WIDTH; }
 
@@ -44,7 +44,8 @@ static void score(int count, int D, Queries queries, int first, const Number *ke
         for (int b = 0; b < blocks; b++) {
             const Vector key = load(keys + start + ((size_t)b * D + d) * WIDTH);
 #pragma GCC unroll 4
-            for (int q = 0; q < Q; q++) sums[q][b] += queries.query[q * queries.query_stride + d] * key;
+            for (int q = 0; q < Q; q++)
+                sums[q][b] = multiply_add(broadcast(queries.query[q * queries.query_stride + d]), key, sums[q][b]);
         }
     }
     for (int q = 0; q < Q; q++)
@@ -64,11 +65,12 @@ static float softmax(int length, int end, float *scores) {
 }
 
 // Sums the values by their weights, `vectors` vectors from d on as long as there are as many; returns the next d. Those
-// of even and of odd positions have sums of their own. Prefetches as much of `next`.
+// of even and of odd positions have sums of their own. Single vectors may reach behind the last d, where nothing is used.
+// Prefetches as much of `next`.
 template <int Q, int vectors, typename Number>
 static int collect(int d, int D, Queries queries, const float *weights, int weights_stride, const float *scales,
                    const Number *values, const Number *next) {
-    for (; d + vectors * WIDTH <= D; d += vectors * WIDTH) {
+    for (; d + (vectors > 1 ? vectors * WIDTH : 1) <= D; d += vectors * WIDTH) {
         Vector sums[Q][2][vectors] = {};
         const auto value_at = [&](int s, int v) { return load(values + (size_t)s * D + d + v * WIDTH); };
         // Positions that all queries see, an even number.
@@ -83,7 +85,8 @@ static int collect(int d, int D, Queries queries, const float *weights, int weig
                 for (int v = 0; v < vectors; v++) {
                     const Vector value = value_at(s + odd, v);
 #pragma GCC unroll 4
-                    for (int q = 0; q < Q; q++) sums[q][odd][v] += weights[q * weights_stride + s + odd] * value;
+                    for (int q = 0; q < Q; q++)
+                        sums[q][odd][v] = multiply_add(broadcast(weights[q * weights_stride + s + odd]), value, sums[q][odd][v]);
                 }
         }
         // No query sees the numbers of later positions, which may not be finite.
@@ -95,11 +98,17 @@ static int collect(int d, int D, Queries queries, const float *weights, int weig
                     if (s + odd <= queries.positions[q])
 #pragma GCC unroll 4
                         for (int v = 0; v < vectors; v++)
-                            sums[q][odd][v] += weights[q * weights_stride + s + odd] * value_at(s + odd, v);
+                            sums[q][odd][v] = multiply_add(broadcast(weights[q * weights_stride + s + odd]),
+                                                           value_at(s + odd, v), sums[q][odd][v]);
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++)
-                at(queries.attended + q * queries.attended_stride + d + v * WIDTH) =
-                    (sums[q][0][v] + sums[q][1][v]) * scales[q];
+            for (int v = 0; v < vectors; v++) {
+                const Vector attended = (sums[q][0][v] + sums[q][1][v]) * scales[q];
+                float *place = queries.attended + q * queries.attended_stride + d + v * WIDTH;
+                if (vectors > 1 || d + WIDTH <= D)
+                    at(place) = attended;
+                else
+                    for (int lane = 0; lane < D - d; lane++) place[lane] = attended[lane];
+            }
         }
     }
     return d;
@@ -124,12 +133,5 @@ static void attend(int D, Queries queries, Cache<Number> cache, Cache<Number> ne
     } else {
         d = collect<Q, 2>(d, D, queries, weights, stride, scales, cache.values, next.values);
     }
-    d = collect<Q, 1>(d, D, queries, weights, stride, scales, cache.values, next.values);
-    for (; d < D; d++)
-        for (int q = 0; q < Q; q++) {
-            float total = 0.0f;
-            for (int s = 0; s <= queries.positions[q]; s++)
-                total += weights[q * stride + s] * to_float(cache.values[(size_t)s * D + d]);
-            queries.attended[q * queries.attended_stride + d] = total * scales[q];
-        }
+    collect<Q, 1>(d, D, queries, weights, stride, scales, cache.values, next.values);
 }

@@ -31,19 +31,22 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 
-def _small_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """Returns zeros that take memory only when they are written, page by page.
+def _small_pages(shape: tuple[int, ...], dtype: DTypeLike, behind: int = 0) -> Array:
+    """Returns zeros that take memory only when they are written, page by page; as many as `behind` may be read behind
+    them.
 
     NumPy asks for huge pages, with which the first step of a slot would wait until the system has cleared megabytes.
     """
-    memory = mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    count = math.prod(shape)
+    size = (count + behind) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         try:
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         except OSError as error:
             if error.errno != errno.EINVAL:  # a kernel without huge pages
                 raise
-    return np.frombuffer(memory, dtype).reshape(shape)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 class CpuDecoder:
@@ -62,7 +65,7 @@ class CpuDecoder:
         S, H, D, W = config.context_length, config.heads, config.head_width, library.vector_width
         number = np.float32 if weights is WeightFormat.FP32 else np.uint16
         self._caches = [
-            (_small_pages((slots, H, -(-S // W), D, W), number), _small_pages((slots, H, S, D), number))
+            (_small_pages((slots, H, -(-S // W), D, W), number), _small_pages((slots, H, S, D), number, behind=W))
             for _ in range(config.layers)
         ]
         # All weights in one piece, for which NumPy asks for huge pages: through them a processor reads faster.

@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 from shared.decoding.weight_format import WeightFormat
 from shared.device.native import build_library, prebuild_library
 
-_OPTIONS = ("-std=c++17", "-O3", "-march=native", *(("-fopenmp",) if sys.platform == "linux" else ()))
+# A compiler that may fuse a product and a sum does so in some functions, or parts of a loop, and not in others.
+_OPTIONS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-march=native",
+    *(("-fopenmp",) if sys.platform == "linux" else ()),
+)
 # In the order in which they are joined.
 _FILES = ("vectors.h", "products.h", "attention.h", "draws.h", "step.cpp")
 # The numbers of the formats in `products.h`.

@@ -148,9 +148,9 @@ static void accumulate(int count, int length, int C, Inputs x, int r, int c, con
         }
 #pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
-            const float scale = x.scales[part + i * parts(C)];
-            sums[i][0] += __builtin_convertvector(left[i], Vector) * scale;
-            sums[i][1] += __builtin_convertvector(right[i], Vector) * scale;
+            const Vector scale = broadcast(x.scales[part + i * parts(C)]);
+            sums[i][0] = multiply_add(__builtin_convertvector(left[i], Vector), scale, sums[i][0]);
+            sums[i][1] = multiply_add(__builtin_convertvector(right[i], Vector), scale, sums[i][1]);
         }
     } else {
         Vector left[rows], right[rows];
@@ -168,9 +168,9 @@ static void accumulate(int count, int length, int C, Inputs x, int r, int c, con
             prefetch(next, bytes), next += step;
 #pragma GCC unroll 12
             for (int i = 0; i < rows; i++) {
-                const float here = x.numbers[first + (size_t)i * stride + place];
-                left[i] += here * low;
-                right[i] += here * high;
+                const Vector here = broadcast(x.numbers[first + (size_t)i * stride + place]);
+                left[i] = multiply_add(here, low, left[i]);
+                right[i] = multiply_add(here, high, right[i]);
             }
         }
 #pragma GCC unroll 12

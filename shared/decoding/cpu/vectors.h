@@ -10,7 +10,7 @@
 #endif
 #if defined(__SSE2__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
@@ -45,6 +45,20 @@ struct bf16 {
 static Vector load(const float *place) { return at(place); }
 static Vector load(const bf16 *place) {
     return (Vector)(__builtin_convertvector(*(const Halves *)place, Integers) << 16);
+}
+// A vector of one number.
+static Vector broadcast(float x) { return x - Vector{}; }
+// a * b + c, rounded once if the processor can.
+static Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Vector)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
 }
 static float to_float(float x) { return x; }
 static float to_float(bf16 x) {
@@ -122,14 +136,14 @@ static Vector exponential(Vector x) {
     const Vector zero = {}, top = zero + 50.0f;
     Integers low = x < -50.0f;
     x = x > 50.0f ? top : x;
-    Vector n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;
-    Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const Vector n = multiply_add(x, broadcast(1.44269504088896341f), broadcast(12582912.0f)) - 12582912.0f;
+    const Vector r = multiply_add(n, broadcast(2.12194440e-4f), multiply_add(n, broadcast(-0.693359375f), x));
+    Vector p = multiply_add(r, broadcast(1.9875691500e-4f), broadcast(1.3981999507e-3f));
+    p = multiply_add(p, r, broadcast(8.3334519073e-3f));
+    p = multiply_add(p, r, broadcast(4.1665795894e-2f));
+    p = multiply_add(p, r, broadcast(1.6666665459e-1f));
+    p = multiply_add(p, r, broadcast(5.0000001201e-1f));
+    p = multiply_add(p * r, r, r) + 1.0f;
     Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
     p *= (Vector)power;
     return low ? zero : p;
