@@ -88,7 +88,9 @@ class CudaDecoder:
         for count in self._steps.sizes_up_to(len(self._slots)):
             slots = range(min(count, len(self._slots)))
             self.forward([Span(slot, 0, (0,)) for slot in slots])
-            self.decode([DecodeRow(slot, 0, 0, 1.0, seed=0, drawn=0, masked=0, masked_draws=0) for slot in slots], 1)
+            rows = [DecodeRow(slot, 0, 0, 1.0, seed=0, drawn=0, masked=0, masked_draws=0) for slot in slots]
+            for steps in (1, MAX_DECODE_STEPS):
+                self.decode(rows, steps)
             yield
         self.reset()
 

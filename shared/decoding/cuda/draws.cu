@@ -65,7 +65,7 @@ __device__ void sum_ranges(const Arguments& a, const DrawInput& draw, int number
   for (int i = 0; i < EACH; ++i)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (values[i][j] > -INFINITY) sum += inverse > 0 ? expf((values[i][j] - highest) * inverse) : 1.0f;
+      if (values[i][j] > -INFINITY) sum += inverse > 0 ? rough_exp((values[i][j] - highest) * inverse) : 1.0f;
   sum = sum_of_warp(sum);
   if (ballot(!finite)) sum = NAN;
   if (lane == 0) a.ranges[number * RANGES + range] = RangeSum{highest, sum};
@@ -112,7 +112,7 @@ __device__ int draw_token(const Arguments& a, const DrawInput& draw, int number)
   const CdfPoint range = find_in_cdf(RANGES, draw.uniform, [=](int i) { return totals[i]; });
   const int first = range.index * RANGE;
   const CdfPoint token = find_in_cdf(RANGE, range.fraction, [=](int i) {
-    return first + i == masked || first + i >= VOCABULARY ? 0.0f : expf((logits[first + i] - highest) * inverse);
+    return first + i == masked || first + i >= VOCABULARY ? 0.0f : rough_exp((logits[first + i] - highest) * inverse);
   });
   return first + token.index;
 }

@@ -35,11 +35,7 @@ extern "C" __global__ void embed_rows(Arguments a) {
         row.slot < 0 ? 0.0f : to_float(a.token_embedding[(long long)row.token * WIDTH + c]) + to_float(a.position_embedding[row.position * WIDTH + c]);
 }
 
-// LayerNorm of all rows, or of the wanted ones, one for each block of one warp.
-extern "C" __global__ void normalise_rows(Arguments a) {
-  wait_for_previous_kernel();
-  normalise(a, a.residual + blockIdx.x * WIDTH, a.normed, blockIdx.x);
-}
+// LayerNorm of the wanted rows, one for each block of one warp.
 extern "C" __global__ void normalise_wanted(Arguments a) {
   const int row = a.wanted[blockIdx.x];
   wait_for_previous_kernel();
@@ -122,6 +118,24 @@ struct Order {
   static constexpr int EACH = (GROUPS + SUMS - 1) / SUMS;
 };
 
+// The row, and the output, of one of the four sums of a lane in `mma`.
+__device__ int row_of(int i) { return threadIdx.x % 4 * 2 + i % 2; }
+__device__ int output_of(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
+
+// The weights of 16 outputs for a group of 32 inputs.
+__device__ void load_weights(const uint4* from, uint4 (&weights)[2]) { weights[0] = from[0], weights[1] = from[32]; }
+
+// Adds the products of 16 outputs and 8 * TILES rows for a group of inputs; those of 8 rows are `apart` from those of the 8 before.
+template <int TILES>
+__device__ void add_products(float (&sums)[TILES][4], const uint4 (&weights)[2], const uint4* inputs, int apart) {
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+    const uint4 input = inputs[tile * apart];
+    mma(sums[tile], weights[0], input.x, input.y);
+    mma(sums[tile], weights[1], input.z, input.w);
+  }
+}
+
 // Multiplies 16 outputs with 8 * TILES rows, of which it computes the LayerNorm if the product has one. Each warp has one of the
 // sums, and the block adds them.
 template <class Kind, int TILES>
@@ -134,18 +148,18 @@ __device__ void multiply(const Arguments& a) {
   // A block may share this much; wide rows with a LayerNorm are multiplied with fewer TILES.
   if constexpr (NORMED_BYTES <= SHARED_BYTES) {
     alignas(16) __shared__ char memory[NORMED_BYTES > SUMS_BYTES ? NORMED_BYTES : SUMS_BYTES];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.y * 8 * TILES;
-    const uint4* weights = a.weight + (long long)blockIdx.x * GROUPS * 64 + lane;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * 8 * TILES;
+    const uint4* weights = a.weight + (long long)blockIdx.y * GROUPS * 64 + lane;
     uint4 early[EARLY ? EACH : 1][2];
     if constexpr (EARLY) {
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         const int group = i * WARPS + warp;
-        if (group < GROUPS) early[i][0] = weights[group * 64], early[i][1] = weights[group * 64 + 32];
+        if (group < GROUPS) load_weights(weights + group * 64, early[i]);
       }
     }
     // The sums of a thread are all of one output.
-    const int output = blockIdx.x * 16 + threadIdx.x % 16;
+    const int output = blockIdx.y * 16 + threadIdx.x % 16;
     const float bias = output < Kind::OUTPUTS ? a.bias[output] : 0.0f;
     wait_for_previous_kernel();
 
@@ -169,15 +183,8 @@ __device__ void multiply(const Arguments& a) {
     for (int i = 0; i < EACH; ++i) {
       const int group = i * WARPS + warp;
       if (group >= GROUPS) break;
-      uint4 low, high;
-      if constexpr (EARLY) low = early[i][0], high = early[i][1];
-      else low = weights[group * 64], high = weights[group * 64 + 32];
-#pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        const uint4 input = inputs[(tile * GROUPS + group) * 32];
-        mma(partial[tile], low, input.x, input.y);
-        mma(partial[tile], high, input.z, input.w);
-      }
+      if constexpr (!EARLY) load_weights(weights + group * 64, early[0]);
+      add_products(partial, early[EARLY ? i : 0], inputs + group * 32, GROUPS * 32);
     }
     // The sums take the place of the LayerNorm.
     if constexpr (Kind::NORMED) synchronise();
@@ -185,8 +192,7 @@ __device__ void multiply(const Arguments& a) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        sums[warp * SUMS + (tile * 8 + lane % 4 * 2 + i % 2) * 16 + lane / 4 + i / 2 * 8] = partial[tile][i];
+      for (int i = 0; i < 4; ++i) sums[warp * SUMS + (tile * 8 + row_of(i)) * 16 + output_of(i)] = partial[tile][i];
     synchronise();
     if (output >= Kind::OUTPUTS) return;
 #pragma unroll
@@ -201,68 +207,81 @@ __device__ void multiply(const Arguments& a) {
   }
 }
 
-// The same for many outputs or many rows, after another kernel's LayerNorm: each warp multiplies 16 outputs with 8 * TILES rows.
-// Blocks with the same outputs follow each other.
+// The same for products with a LayerNorm and many rows or outputs: each of WIDE_WARPS warps multiplies 16 outputs of its own with
+// 8 * TILES rows, over all inputs. The LayerNorm of wanted rows is another kernel's, that of all rows the block's. Blocks with the
+// same outputs follow each other.
 template <class Kind, int TILES>
 __device__ void multiply_wide(const Arguments& a) {
-  constexpr int GROUPS = Order<Kind>::GROUPS, EACH = Order<Kind>::EACH, SUMS = Order<Kind>::SUMS;
-  const int lane = threadIdx.x % 32, first = blockIdx.x * 8 * TILES, block = blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32;
-  const bool needed = block * 16 < Kind::OUTPUTS && (!Kind::WANTED || a.wanted[first] >= 0);
-  const uint4* weights = a.weight + (long long)block * GROUPS * 64;
-  if (needed)
-    for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights + line * 8);
-  wait_for_previous_kernel();
-  if (!needed) return;
-  const uint4* inputs = reinterpret_cast<const uint4*>(a.normed) + first * GROUPS * 4 + lane;
-  float sums[TILES][4];
-#pragma unroll(TILES > 4 ? 4 : 12)
-  for (int number = 0; number < SUMS; ++number) {
-    float partial[TILES][4] = {};
+  constexpr int GROUPS = Order<Kind>::GROUPS, EACH = Order<Kind>::EACH, SUMS = Order<Kind>::SUMS, ROWS = 8 * TILES;
+  // Weights are loaded before the previous kernel ends if they fit in registers.
+  constexpr bool EARLY = !Kind::WANTED && GROUPS <= 16;
+  constexpr int NORMED = Kind::WANTED ? 8 : ROWS * GROUPS * 32;
+  if constexpr (NORMED * sizeof(Bf16) <= SHARED_BYTES) {
+    alignas(16) __shared__ Bf16 normed[NORMED];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * ROWS, block = blockIdx.y * WIDE_WARPS + warp;
+    const bool needed = block * 16 < Kind::OUTPUTS && (!Kind::WANTED || a.wanted[first] >= 0);
+    const uint4* weights = a.weight + (long long)block * GROUPS * 64;
+    uint4 early[EARLY ? GROUPS : 1][2];
+    if constexpr (EARLY) {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int group = i * SUMS + number;
-      if (group >= GROUPS) break;
-      const uint4 low = weights[group * 64 + lane], high = weights[group * 64 + 32 + lane];
+      for (int group = 0; group < GROUPS; ++group)
+        if (needed) load_weights(weights + group * 64 + lane, early[group]);
+    } else if (needed) {
+      for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights + line * 8);
+    }
+    wait_for_previous_kernel();
+    if constexpr (!Kind::WANTED) {
+      for (int row = warp; row < ROWS; row += WIDE_WARPS) normalise(a, a.residual + (first + row) * WIDTH, normed, row);
+      synchronise();
+    }
+    if (!needed) return;
+    const uint4* inputs = reinterpret_cast<const uint4*>(Kind::WANTED ? a.normed + first * GROUPS * 32 : normed) + lane;
+    float sums[TILES][4];
+#pragma unroll(TILES > 4 ? 2 : 12)
+    for (int number = 0; number < SUMS; ++number) {
+      float partial[TILES][4] = {};
 #pragma unroll
-      for (int tile = 0; tile < TILES; ++tile) {
-        const uint4 input = inputs[(tile * GROUPS + group) * 32];
-        mma(partial[tile], low, input.x, input.y);
-        mma(partial[tile], high, input.z, input.w);
+      for (int i = 0; i < EACH; ++i) {
+        const int group = i * SUMS + number;
+        if (group >= GROUPS) break;
+        if constexpr (!EARLY) load_weights(weights + group * 64 + lane, early[0]);
+        add_products(partial, early[EARLY ? group : 0], inputs + group * 32, GROUPS * 32);
       }
+#pragma unroll
+      for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[tile][i] = number == 0 ? partial[tile][i] : sums[tile][i] + partial[tile][i];
     }
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[tile][i] = number == 0 ? partial[tile][i] : sums[tile][i] + partial[tile][i];
+      for (int i = 0; i < 4; ++i) {
+        const int output = block * 16 + output_of(i);
+        if (output >= Kind::OUTPUTS) continue;
+        Kind(a, first + tile * 8 + row_of(i), output).store(a.bias ? sums[tile][i] + a.bias[output] : sums[tile][i]);
+      }
   }
-#pragma unroll
-  for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int output = block * 16 + lane / 4 + i / 2 * 8;
-      if (output >= Kind::OUTPUTS) continue;
-      const Kind place(a, first + tile * 8 + lane % 4 * 2 + i % 2, output);
-      place.store(a.bias ? sums[tile][i] + a.bias[output] : sums[tile][i]);
-    }
 }
 
-// With the number of threads, the compiler knows how many registers each can have.
+// With the number of threads, and of blocks on a multiprocessor, the compiler knows how many registers each thread can have.
 #define PRODUCT(kind, name, tiles) \
   extern "C" __global__ void __launch_bounds__(32 * Order<kind>::SUMS) name(Arguments a) { multiply<kind, tiles>(a); }
+#define WIDE_PRODUCT(kind, name, tiles) \
+  extern "C" __global__ void __launch_bounds__(32 * WIDE_WARPS, 2) name(Arguments a) { multiply_wide<kind, tiles>(a); }
 
 PRODUCT(Qkv, qkv_8, 1)
 PRODUCT(Qkv, qkv_16, 2)
 PRODUCT(AttentionOutput, attention_output_8, 1)
 PRODUCT(AttentionOutput, attention_output_16, 2)
-PRODUCT(AttentionOutput, attention_output_32, 4)
 PRODUCT(Up, up_8, 1)
 PRODUCT(Up, up_16, 2)
 PRODUCT(Down, down_8, 1)
 PRODUCT(Down, down_16, 2)
-PRODUCT(Down, down_32, 4)
-extern "C" __global__ void qkv_wide_32(Arguments a) { multiply_wide<Qkv, 4>(a); }
-extern "C" __global__ void up_wide_32(Arguments a) { multiply_wide<Up, 4>(a); }
-extern "C" __global__ void head_wide_8(Arguments a) { multiply_wide<Head, 1>(a); }
-extern "C" __global__ void head_wide_16(Arguments a) { multiply_wide<Head, 2>(a); }
-extern "C" __global__ void head_wide_32(Arguments a) { multiply_wide<Head, 4>(a); }
-extern "C" __global__ void head_wide_64(Arguments a) { multiply_wide<Head, 8>(a); }
+WIDE_PRODUCT(Qkv, qkv_wide_8, 1)
+WIDE_PRODUCT(Qkv, qkv_wide_16, 2)
+WIDE_PRODUCT(Up, up_wide_8, 1)
+WIDE_PRODUCT(Up, up_wide_16, 2)
+WIDE_PRODUCT(Head, head_wide_8, 1)
+WIDE_PRODUCT(Head, head_wide_16, 2)
+WIDE_PRODUCT(Head, head_wide_32, 4)
+WIDE_PRODUCT(Head, head_wide_64, 8)

@@ -5,6 +5,7 @@ Shapes: N outputs, C inputs.
 
 import ctypes
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,24 +23,42 @@ DrawInput = np.dtype(
 # A sum of a range of the vocabulary, as in `rows.cuh`.
 RANGE_SUM_BYTES = 8
 
-# The rows that a block of a product, and one of the head, may have. With a LayerNorm it computes fewer.
-TILES = (8, 16, 32)
-WIDE_TILE = 32
-HEAD_TILES = (8, 16, 32, 64)
-NORMED_TILE = 16
+# The rows that a block of each product may have: one with 16 outputs, whose warps share the inputs, and a wide one,
+# each of whose warps has 16 outputs of its own.
+_ROWS = dict.fromkeys(("qkv", "attention_output", "up", "down"), (16, 8))
+_WIDE_ROWS = {"qkv": (16, 8), "up": (16, 8), "head": (64, 32, 16, 8)}
+_WIDE_WARPS = 8
 # Up to this many rows, more warps share the pages of a row, and keys and values are prefetched.
 FEW_ROWS = 16
 # What the threads of a block may share.
 SHARED_BYTES = 48 << 10
 
-KERNELS = (
-    *("embed_rows", "normalise_rows", "normalise_wanted", "attend_rows", "sum_ranges_of_draws", "sum_ranges_of_rows"),
-    *("draw_tokens", "draw_next", "score_tokens"),
-    *(f"{name}_{tile}" for name in ("qkv", "up") for tile in TILES if tile <= NORMED_TILE),
-    *(f"{name}_{tile}" for name in ("attention_output", "down") for tile in TILES),
-    *(f"{name}_wide_{WIDE_TILE}" for name in ("qkv", "up")),
-    *(f"head_wide_{tile}" for tile in HEAD_TILES),
-)
+
+class Blocks(NamedTuple):
+    """The blocks of a kernel that multiplies: the rows, outputs and warps of each."""
+
+    kernel: str
+    rows: int
+    outputs: int
+    warps: int
+
+    def grid(self, rows: int, outputs: int) -> tuple[int, int]:
+        """Returns the numbers of blocks for all rows and outputs of a product."""
+        return -(-rows // self.rows), -(-outputs // self.outputs)
+
+
+def blocks_of(product: str, inputs: int) -> list[Blocks]:
+    """Returns the blocks that a product may have, the largest first."""
+    warps = warps_for(inputs)
+    return [Blocks(f"{product}_{rows}", rows, 16, warps) for rows in _ROWS.get(product, ())]
+
+
+def wide_blocks_of(product: str) -> list[Blocks]:
+    """Returns the wide blocks that a product may have, the largest first."""
+    return [
+        Blocks(f"{product}_wide_{rows}", rows, 16 * _WIDE_WARPS, _WIDE_WARPS) for rows in _WIDE_ROWS.get(product, ())
+    ]
+
 
 # A block holds the inputs of eight rows, and the sums of all pages of a row, in shared memory. Wider products compile
 # slowly. With one token masked, another must be left.
@@ -64,6 +83,16 @@ class Arguments(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_uint64) for name in _ADDRESSES), ("layer", ctypes.c_int)]
 
 
+def kernels() -> list[str]:
+    """Returns the names of all kernels."""
+    return [
+        *("embed_rows", "normalise_wanted", "attend_rows", "sum_ranges_of_draws", "sum_ranges_of_rows"),
+        *("draw_tokens", "draw_next", "score_tokens"),
+        *(blocks.kernel for product in _ROWS for blocks in blocks_of(product, 1)),
+        *(blocks.kernel for product in _WIDE_ROWS for blocks in wide_blocks_of(product)),
+    ]
+
+
 def supports(config: GPTConfig) -> bool:
     """Whether the kernels take models of this shape."""
     return all(least <= getattr(config, name) <= most for name, (least, most) in _SUPPORTED.items())
@@ -82,6 +111,7 @@ def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
         "PAGE": str(SPAN_TOKENS),
         "WIDTH_WARPS": str(warps_for(config.width)),
         "HIDDEN_WARPS": str(warps_for(config.hidden_width)),
+        "WIDE_WARPS": str(_WIDE_WARPS),
         "SHARED_BYTES": str(SHARED_BYTES),
         "FEW_ROWS": str(FEW_ROWS),
         "RANGE": str(_range_size(config)),

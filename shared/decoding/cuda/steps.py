@@ -10,17 +10,13 @@ from numpy.typing import NDArray
 
 from shared.decoding.cuda.program import (
     FEW_ROWS,
-    HEAD_TILES,
-    KERNELS,
     RANGE_SUM_BYTES,
-    TILES,
-    WIDE_TILE,
     Arguments,
     DrawInput,
     Row,
+    kernels,
     program,
     range_count,
-    warps_for,
 )
 from shared.decoding.cuda.weights import Product, Weights
 from shared.decoding.multi_step import MAX_DECODE_STEPS
@@ -32,8 +28,6 @@ from shared.gpt.model import GPT
 # A launch fills its rows, and those that are wanted, up to one of these numbers.
 _SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 _NO_ROW = (0, -1, 0, 0)
-# From this many rows on, a separate kernel computes a LayerNorm.
-_MANY_ROWS = 128
 _THREADS = 256
 
 
@@ -46,7 +40,7 @@ class Steps:
         self._gpu = gpu
         self._kernel = gpu.load(*program(config, model.final_norm.eps))
         # The driver may load a kernel when it is first asked for, which must not happen while a graph is recorded.
-        for name in KERNELS:
+        for name in kernels():
             self._kernel(name)
         self._weights = Weights(model, gpu)
         self.most_rows = most = _SIZES[-1]
@@ -65,7 +59,7 @@ class Steps:
         }
         self._rows = gpu.host_memory(most * Row.itemsize).view(Row)
         self._wanted = gpu.host_memory(most * 4).view(np.int32)
-        self._graphs: dict[tuple[int, int, bool], Any] = {}
+        self._graphs: dict[tuple[int, int, int], Any] = {}
         self._logits_bytes = -(-config.vocabulary_size // 16) * 16 * 4
         self._most_logits = 0
         self.make_room(SPAN_TOKENS)
@@ -110,7 +104,7 @@ class Steps:
             # A graph holds the address of its logits.
             self._launch_step(R, K, logits_row)
         else:
-            self._replay(R, K, draws=False)
+            self._replay(R, K, 0)
 
     def begin_decode(self, rows: NDArray[Any], draws: NDArray[Any]) -> None:
         """Starts to draw tokens for rows (R,), at most `most_rows`, one after the other, by draws (S, R).
@@ -121,8 +115,10 @@ class Steps:
         R, _ = self._write_rows(rows, np.arange(count))
         self._draws[: steps * R].reshape(steps, R)[:, :count] = draws
         self._gpu.write(self._memory["draws"], self._draws[: steps * R].view(np.uint8))
-        for _ in range(steps):
-            self._replay(R, R, draws=True)
+        # A graph for each number of steps would take too long to record.
+        at_once = steps if steps == MAX_DECODE_STEPS else 1
+        for _ in range(steps // at_once):
+            self._replay(R, R, at_once)
         self._gpu.read(self._memory["drawn"], self._drawn[: steps * R].view(np.uint8))
 
     def drawn(self, steps: int, count: int) -> NDArray[np.int32]:
@@ -174,13 +170,14 @@ class Steps:
             self._gpu.write(self._memory["wanted"], self._wanted[:K].view(np.uint8))
         return R, K
 
-    def _replay(self, R: int, K: int, *, draws: bool) -> None:  # noqa: N803
-        """Does the work of `_launch_step` by a graph, and draws the next token of each row if asked to."""
+    def _replay(self, R: int, K: int, draws: int) -> None:  # noqa: N803
+        """Does the work of `_launch_step` by a graph; if there are draws, so often, each with one for every row."""
 
         def start() -> None:
-            self._launch_step(R, K, 0)
-            if draws:
-                self._launch_draws("sum_ranges_of_rows", "draw_next", R)
+            for _ in range(max(draws, 1)):
+                self._launch_step(R, K, 0)
+                if draws:
+                    self._launch_draws("sum_ranges_of_rows", "draw_next", R)
 
         if (R, K, draws) not in self._graphs:
             self._graphs[R, K, draws] = self._gpu.record(start)
@@ -198,26 +195,15 @@ class Steps:
                 self._multiply(product, R, arguments)
         if K:
             arguments.logits += logits_row * self._logits_bytes
-            self._multiply_wide(self._weights.head, K, min(K, HEAD_TILES[-1]), "normalise_wanted", arguments)
+            self._weights.head.enter_addresses(arguments)
+            gpu.launch(self._kernel("normalise_wanted"), (K, 1), 32, arguments)
+            self._multiply(self._weights.head, K, arguments)
 
     def _multiply(self, product: Product, rows: int, arguments: Arguments) -> None:
-        """Starts a product with as many rows in a block as leave enough blocks for the GPU, and fit."""
-        if product.normed and rows >= _MANY_ROWS:
-            self._multiply_wide(product, rows, WIDE_TILE, "normalise_rows", arguments)
-            return
+        blocks = product.blocks(rows, self._gpu.multiprocessors)
         product.enter_addresses(arguments)
-        blocks = -(-product.outputs // 16)
-        least = self._gpu.multiprocessors // blocks
-        tile = max((tile for tile in TILES if rows // tile > least and product.fits(tile)), default=8)
-        grid, threads = (blocks, rows // tile), 32 * warps_for(product.inputs)
-        self._gpu.launch(self._kernel(f"{product.kernel}_{tile}"), grid, threads, arguments)
-
-    def _multiply_wide(self, product: Product, rows: int, tile: int, normalise: str, arguments: Arguments) -> None:
-        """Starts a LayerNorm, and a product in which each warp has outputs of its own."""
-        product.enter_addresses(arguments)
-        self._gpu.launch(self._kernel(normalise), (rows, 1), 32, arguments)
-        grid = (rows // tile, -(-product.outputs // 64))
-        self._gpu.launch(self._kernel(f"{product.kernel}_wide_{tile}"), grid, 128, arguments)
+        kernel, grid = self._kernel(blocks.kernel), blocks.grid(rows, product.outputs)
+        self._gpu.launch(kernel, grid, 32 * blocks.warps, arguments)
 
     def _attention_warps(self, rows: int) -> int:
         """Returns the number of warps that share the pages of a row in a head: more if there are few rows."""

@@ -4,15 +4,19 @@ Shapes: N outputs, C inputs.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.decoding.cuda.program import NORMED_TILE, SHARED_BYTES, Arguments
+from shared.decoding.cuda.program import SHARED_BYTES, Arguments, Blocks, blocks_of, wide_blocks_of
 from shared.device.cuda_driver import Gpu
 from shared.gpt.model import GPT
+
+# From this many rows on, a LayerNorm is shared among many outputs.
+_MANY_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,20 @@ class Product:
     outputs: int
     addresses: dict[str, int]
 
-    @property
-    def normed(self) -> bool:
-        """Whether its inputs are a LayerNorm."""
-        return "norm_weight" in self.addresses
+    def blocks(self, rows: int, multiprocessors: int) -> Blocks:
+        """Returns the largest blocks for some rows of which there are enough for the GPU."""
+        sizes = self.sizes(rows, wide=rows >= _MANY_ROWS)
+        return next((each for each in sizes if prod(each.grid(rows, self.outputs)) > multiprocessors), sizes[-1])
 
-    def fits(self, rows: int) -> bool:
-        """Whether a block can hold the inputs of this many rows, if it normalises them."""
-        return not self.normed or (rows <= NORMED_TILE and rows * -(-self.inputs // 32) * 64 <= SHARED_BYTES)
+    def sizes(self, rows: int, *, wide: bool) -> list[Blocks]:
+        """Returns the blocks that can compute some rows, the largest first; wide ones if asked for and possible."""
+        narrow, wider = blocks_of(self.kernel, self.inputs), wide_blocks_of(self.kernel)
+        sizes = wider if wider and (wide or not narrow) else narrow
+        return [each for each in sizes if each.rows <= rows and self._fits(each)]
+
+    def _fits(self, blocks: Blocks) -> bool:
+        """Whether a block can hold its rows, if it normalises them."""
+        return self.kernel not in ("qkv", "up") or blocks.rows * -(-self.inputs // 32) * 64 <= SHARED_BYTES
 
     def enter_addresses(self, arguments: Arguments) -> None:
         """Writes them to the arguments of a kernel."""

@@ -14,6 +14,7 @@ from inference_service.versions.planner import State
 from shared.decoding.cpu.decoder import CpuDecoder
 from shared.decoding.weight_format import DEFAULT_WEIGHTS, WeightFormat
 from shared.errors import FailedPrecondition, Unavailable
+from shared.gpt.operations import on_cpu
 from shared.registry.decisions import BestBy
 from shared.registry.findings import Finding
 from tests.asynchronous import async_test
@@ -110,6 +111,7 @@ async def test_findings_are_remembered_after_a_restart(fresh: World, monkeypatch
         assert second.reason.startswith("loss_mismatch")
 
 
+@pytest.mark.skipif(not on_cpu(), reason="The format is chosen on a CPU.")
 @async_test
 async def test_a_version_is_examined_again_in_another_format(fresh: World) -> None:
     good = publish_tiny_version(fresh.registry, 2.0)

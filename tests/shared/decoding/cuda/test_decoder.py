@@ -4,6 +4,7 @@ Without such a GPU the same kernels run in an emulation.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from shared.decoding.cuda import steps
 from shared.decoding.cuda.decoder import CudaDecoder
-from shared.decoding.cuda.program import supports
+from shared.decoding.cuda.program import Blocks, kernels, supports
+from shared.decoding.cuda.weights import Product
 from shared.decoding.decoder import Decoder
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.device.cuda_driver import CudaError
@@ -89,6 +91,26 @@ def test_any_number_of_rows_has_logits(wanted: int) -> None:
     alone = decoder_for(slots=2)
     for span, logits in zip(spans, forward(decoder, spans), strict=True):
         assert np.array_equal(logits, forward(alone, [replace(span, slot=0)])[0])
+
+
+@pytest.mark.parametrize("config", [CONFIG, *SHAPES], ids=lambda config: str(config.width))
+def test_blocks_of_any_size_compute_the_same_bits(config: GPTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 130 if config.width < 1000 else 20
+    spans = [Span(slot, 0, (slot % config.vocabulary_size,)) for slot in range(count)]
+    expected = forward(decoder_for(config, count), spans)
+    computed: set[str] = set()
+    for wide, number in product((False, True), range(5)):
+
+        def choose(self: Product, rows: int, multiprocessors: int, wide: bool = wide, number: int = number) -> Blocks:
+            sizes = self.sizes(rows, wide=wide)
+            chosen = sizes[min(number, len(sizes) - 1)]
+            computed.add(chosen.kernel)
+            return chosen
+
+        monkeypatch.setattr(Product, "blocks", choose)
+        assert np.array_equal(forward(decoder_for(config, count), spans), expected)
+    if config == CONFIG:
+        assert computed == {name for name in kernels() if name.rpartition("_")[2].isdecimal()}
 
 
 def test_more_rows_than_the_buffers_hold_are_computed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
