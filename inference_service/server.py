@@ -116,7 +116,7 @@ async def serve(settings: Settings, device: Accelerator) -> bool:
     catalogue = Catalogue(registry, device_kind(device.backend, weights), metrics)
     residents = Residents(
         catalogue,
-        Loader(registry, catalogue, engine, decoders.make),
+        Loader(registry, catalogue, engine, decoders.make, decoders.prepare),
         limit=settings.resident_versions,
         max_waiting=settings.max_waiting_requests,
         metrics=metrics,

@@ -18,10 +18,18 @@ from shared.service import traces
 
 
 class Loader:
-    """Belongs to the event loop; files are read on one other thread, and the engine examines on its own."""
+    """Belongs to the event loop; files are read on one other thread, and the engine examines on its own.
+
+    At once it begins to prepare decoders, which need not wait for the first version.
+    """
 
     def __init__(
-        self, registry: Registry, catalogue: Catalogue, engine: Engine, make_decoder: Callable[[GPT], Decoder]
+        self,
+        registry: Registry,
+        catalogue: Catalogue,
+        engine: Engine,
+        make_decoder: Callable[[GPT], Decoder],
+        prepare: Callable[[], None],
     ) -> None:
         self._registry = registry
         self._catalogue = catalogue
@@ -30,6 +38,8 @@ class Loader:
         # The engine frees versions in order, so the last one stands for all.
         self._freed: Future[None] | None = None
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        # If it fails, making a decoder does so, too.
+        self._helper.submit(prepare)
 
     def close(self) -> None:
         """Reads nothing more, once the loads are cancelled."""

@@ -144,6 +144,14 @@ class DecoderFactory:
         spans_together = _CUDA_SPANS_TOGETHER if mx.cuda.is_available() else 1
         return MlxDecoder(model, self._slots, self._programs, spans_together)
 
+    def prepare(self) -> None:
+        """Compiles for a CPU what the decoders of all models use, which takes seconds once; otherwise `make` does.
+
+        May be called from any one thread. Raises `FailedPrecondition` if that is not possible.
+        """
+        if on_cpu():
+            self._library  # noqa: B018
+
     @property
     def gpu_bytes(self) -> int:
         """The memory of an NVIDIA GPU that decoders hold beside MLX's arrays. Any thread may read it."""

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from inference_service.client import AdminClient, InferenceClient
 from shared import errors
+from shared.gpt.operations import on_cpu
 from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.decoders import default_weights
 from tests.fakes import publish_tiny_version
@@ -279,5 +280,17 @@ def test_the_environment_lets_best_follow_evaluations(tmp_path: Path) -> None:
             assert client.model(label="best").evaluation.bits_per_byte == 1.5
             assert admin.versions().best_by == pb.BEST_BY_EVALUATION
         assert server.metrics()["gptloop_inference_evaluated_bits_per_byte", "aa", str(worse.version)] == 1.5
+    finally:
+        assert server.end() == 0, server.lines
+
+
+@pytest.mark.skipif(not on_cpu(), reason="The decoder of a CPU is compiled.")
+def test_the_decoder_is_compiled_before_there_is_a_version(tmp_path: Path) -> None:
+    cache = tmp_path / "var" / "cache"
+    cache.mkdir(parents=True)
+    server = Server(tmp_path / "var")
+    try:
+        wait_until(lambda: any(b"pack_weights" in library.read_bytes() for library in cache.rglob("native-*.so")))
+        assert not server.serves()
     finally:
         assert server.end() == 0, server.lines

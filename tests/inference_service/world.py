@@ -48,7 +48,7 @@ class World:
         self.engine = Engine(2, 64, 0, lambda outputs: None, lambda: None)
         self.catalogue = Catalogue(self.registry, device_kind("cpu", weights), self.metrics)
         decoders = partial(make_decoder, slots=2, weights=weights)
-        loader = Loader(self.registry, self.catalogue, self.engine, decoders)
+        loader = Loader(self.registry, self.catalogue, self.engine, decoders, lambda: None)
         self.residents = Residents(self.catalogue, loader, limit=2, max_waiting=16, metrics=self.metrics)
         self.manager = VersionManager(self.catalogue, self.residents, 0.05)
 
