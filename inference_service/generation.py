@@ -165,7 +165,7 @@ class Generations:
 
         A waiting request gets no event, so that its client can retry if the server stops.
         """
-        last_at: dict[int, float] = {}
+        record = self._metrics.tokens_of(request.version, request.arrived)
         remaining = request.samples
         admitted = False
         ended = ""
@@ -183,9 +183,7 @@ class Generations:
                     case Delta() as delta:
                         ticket.charge(len(delta.times))
                         note(generated_tokens=len(delta.times))
-                        for at in delta.times:
-                            self._metrics.token(request.version, request.arrived, last_at.get(output.index), at)
-                            last_at[output.index] = at
+                        record(output.index, delta.times)
                         await receiver.delta(delta, output.index)
                     case Finished() as finished:
                         remaining -= 1
@@ -225,6 +223,8 @@ def _ending(report: Callable[[str], None]) -> Iterator[_End]:
 async def _take(queue: asyncio.Queue[Output]) -> list[Output]:
     """Returns the events in the queue, at least one; merges the deltas of each sample, so slow readers catch up."""
     taken: list[Output] = [await queue.get()]
+    if queue.empty():
+        return taken
     while not queue.empty():
         taken.append(queue.get_nowait())
     deltas: dict[int, list[Delta]] = {}

@@ -161,19 +161,32 @@ class InferenceMetrics:
         """Counts the prompt of a request that the engine accepted."""
         self._prompt.inc(prompt_tokens)
 
-    def token(self, version: int, arrived: float, last_at: float | None, at: float) -> None:
-        """Records a token generated `at` a time; `last_at` is the time of the previous token of its stream, if any."""
-        self._generated.inc()
-        self._rate.add()
-        self._version_tokens.labels(version).inc()
-        if (committed_at := self._committed_at.pop(version, None)) is not None:
-            self._commit_to_first_token.observe(_since(committed_at))
-        if last_at is None:
-            self._first_token.observe(at - arrived)
-            self._version_first_token.labels(version).observe(at - arrived)
-        else:
-            self._inter_token.observe(at - last_at)
-            self._version_inter_token.labels(version).observe(at - last_at)
+    def tokens_of(self, version: int, arrived: float) -> Callable[[int, Sequence[float]], None]:
+        """Returns what records the tokens of a request: those of a sample, by its number, generated at some times.
+
+        The version stays in memory meanwhile: its series are looked up once.
+        """
+        generated = self._version_tokens.labels(version)
+        first_token = self._version_first_token.labels(version)
+        inter_token = self._version_inter_token.labels(version)
+        last_at: dict[int, float] = {}
+
+        def record(sample: int, times: Sequence[float]) -> None:
+            self._generated.inc(len(times))
+            self._rate.add(len(times))
+            generated.inc(len(times))
+            if (committed_at := self._committed_at.pop(version, None)) is not None:
+                self._commit_to_first_token.observe(_since(committed_at))
+            for at in times:
+                if (before := last_at.get(sample)) is None:
+                    self._first_token.observe(at - arrived)
+                    first_token.observe(at - arrived)
+                else:
+                    self._inter_token.observe(at - before)
+                    inter_token.observe(at - before)
+                last_at[sample] = at
+
+        return record
 
     def cached(self, cached_prompt_tokens: int) -> None:
         """Counts the tokens of a prompt that came from the prefix cache."""
@@ -326,11 +339,11 @@ class TokenRate:
         # (tick, tokens); the event loop writes it and the page's threads read it: copying a deque is atomic.
         self._counts: deque[tuple[int, int]] = deque(maxlen=round(_RATE_WINDOW_S / self._TICK_S) + 1)
 
-    def add(self) -> None:
-        """Counts one token now."""
+    def add(self, tokens: int) -> None:
+        """Counts tokens now."""
         tick = int(self._clock() / self._TICK_S)
         count = self._counts.pop()[1] if self._counts and self._counts[-1][0] == tick else 0
-        self._counts.append((tick, count + 1))
+        self._counts.append((tick, count + tokens))
 
     def read(self) -> float:
         """Returns the rate over the window that ends now."""

@@ -1,6 +1,7 @@
 """Loads versions into the engine, examined on the way, and frees them."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -16,11 +17,13 @@ from shared.registry.manifest import VersionManifest
 from shared.registry.registry import Registry
 from shared.service import traces
 
+logger = logging.getLogger(__name__)
+
 
 class Loader:
     """Belongs to the event loop; files are read on one other thread, and the engine examines on its own.
 
-    At once it begins to prepare decoders, which need not wait for the first version.
+    It begins to prepare decoders when it is made, so that the first version need not wait.
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class Loader:
         catalogue: Catalogue,
         engine: Engine,
         make_decoder: Callable[[GPT], Decoder],
-        prepare: Callable[[], None],
+        prepare_decoders: Callable[[], None],
     ) -> None:
         self._registry = registry
         self._catalogue = catalogue
@@ -38,8 +41,8 @@ class Loader:
         # The engine frees versions in order, so the last one stands for all.
         self._freed: Future[None] | None = None
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        # If it fails, making a decoder does so, too.
-        self._helper.submit(prepare)
+        # A server that stops meanwhile waits for the compiler.
+        self._helper.submit(prepare_decoders).add_done_callback(_report_failure)
 
     def close(self) -> None:
         """Reads nothing more, once the loads are cancelled."""
@@ -88,3 +91,9 @@ class Loader:
     def free(self, number: int) -> None:
         """Frees a version without streams."""
         self._freed = self._engine.remove_version(number)
+
+
+def _report_failure(preparing: Future[None]) -> None:
+    # Making a decoder will fail, too, but there may be no version yet.
+    if (error := preparing.exception()) is not None:
+        logger.error("no version can be loaded: %s", error)

@@ -145,12 +145,13 @@ class DecoderFactory:
         return MlxDecoder(model, self._slots, self._programs, spans_together)
 
     def prepare(self) -> None:
-        """Compiles for a CPU what the decoders of all models use, which takes seconds once; otherwise `make` does.
+        """Compiles the library that all decoders on a CPU share, which takes seconds the first time; else the first
+        `make` does so.
 
         May be called from any one thread. Raises `FailedPrecondition` if that is not possible.
         """
         if on_cpu():
-            self._library  # noqa: B018
+            _ = self._library
 
     @property
     def gpu_bytes(self) -> int:

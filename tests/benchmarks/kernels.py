@@ -50,7 +50,7 @@ class _Launch:
     arguments: tuple[Any, ...]
 
 
-class _Listening(CudaDriver):
+class _RecordingDriver(CudaDriver):
     """A GPU that remembers what is launched."""
 
     def __init__(self) -> None:
@@ -84,7 +84,7 @@ def _measure(config: GPTConfig, rows: int, machine: Machine) -> list[list[str]]:
     model = GPT(config)
     model.eval()
     mx.eval(model.parameters())
-    gpu = _Listening()
+    gpu = _RecordingDriver()
     decoder = CudaDecoder(model, max(2, rows), gpu)
     position = config.context_length // 2
     tokens = np.random.default_rng(1).integers(config.vocabulary_size, size=position).tolist()
@@ -93,7 +93,7 @@ def _measure(config: GPTConfig, rows: int, machine: Machine) -> list[list[str]]:
             decoder.forward([Span(slot, start, tuple(tokens[start : start + SPAN_TOKENS]))])
     drawn = [DecodeRow(slot, position, 0, 0.8, seed=slot, drawn=0, masked=0, masked_draws=0) for slot in range(rows)]
 
-    # This records the launches of a step, and leaves draws for as many steps.
+    # The first call records the launches of a step; the second leaves draws for as many steps as there can be.
     gpu.launches.clear()
     decoder.decode(drawn, 1)
     step = list(gpu.launches)
@@ -111,7 +111,9 @@ def _measure(config: GPTConfig, rows: int, machine: Machine) -> list[list[str]]:
         return float(np.median(times))
 
     def seconds(launches: list[_Launch]) -> float:
-        """Returns the seconds of some launches among others; the start of a graph takes the same time each."""
+        """Returns the seconds that some launches take among others: the difference between graphs with many copies and
+        with one."""
+        # One step of the draws is taken before.
         copies = MAX_DECODE_STEPS - 1
         return (graph_s(launches, copies) - graph_s(launches, 1)) / (copies - 1)
 

@@ -32,8 +32,9 @@ def metrics(registry: CollectorRegistry) -> InferenceMetrics:
 
 def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: CollectorRegistry) -> None:
     metrics.accepted(7)
-    metrics.token(7, arrived=1.0, last_at=None, at=1.25)
-    metrics.token(7, arrived=1.0, last_at=1.25, at=1.5)
+    record = metrics.tokens_of(7, arrived=1.0)
+    record(0, (1.25,))
+    record(0, (1.5,))
     metrics.cached(3)
     metrics.called("Generate", grpc.StatusCode.OK, "LENGTH")
     metrics.called("Generate", grpc.StatusCode.INVALID_ARGUMENT, None)
@@ -64,6 +65,20 @@ def test_the_page_shows_what_was_recorded(metrics: InferenceMetrics, registry: C
     assert kinds == [1, 2, 3, 4]
 
 
+def test_each_sample_of_a_request_has_a_first_token(metrics: InferenceMetrics, registry: CollectorRegistry) -> None:
+    record = metrics.tokens_of(7, arrived=1.0)
+    record(0, (1.5, 1.5, 2.0))
+    record(1, (3.0,))
+    record(0, (2.5,))
+    values = page(registry)
+    for prefix, version in (("gptloop_inference", ()), ("gptloop_inference_version", ("7",))):
+        assert values[f"{prefix}_generated_tokens_total", *version] == 5
+        assert values[f"{prefix}_time_to_first_token_seconds_count", *version] == 2
+        assert values[f"{prefix}_time_to_first_token_seconds_sum", *version] == 2.5
+        assert values[f"{prefix}_inter_token_latency_seconds_count", *version] == 3
+        assert values[f"{prefix}_inter_token_latency_seconds_sum", *version] == 1.0
+
+
 def test_every_series_starts_at_zero(metrics: InferenceMetrics, registry: CollectorRegistry, tmp_path: Path) -> None:
     one = publish_tiny_version(disk_registry(tmp_path), 1.0)
     metrics.resident(in_memory(one), 1)
@@ -86,7 +101,7 @@ def test_the_time_from_commit_ends_when_the_version_serves_not_at_the_first_requ
     assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
     assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 0
     for _ in range(2):
-        metrics.token(1, arrived=1.0, last_at=None, at=1.25)
+        metrics.tokens_of(1, arrived=1.0)(0, (1.25,))
     assert page(registry)["gptloop_inference_commit_to_serving_seconds_count",] == 1
     assert page(registry)["gptloop_inference_commit_to_first_token_seconds_count",] == 1
 
@@ -101,8 +116,7 @@ def test_the_series_of_a_removed_version_disappear(
     for manifest in (one, two):
         metrics.resident(in_memory(one, two), manifest.version)
         metrics.streams(manifest.version, 1)
-        metrics.token(manifest.version, arrived=1.0, last_at=None, at=1.25)
-        metrics.token(manifest.version, arrived=1.0, last_at=1.25, at=1.5)
+        metrics.tokens_of(manifest.version, arrived=1.0)(0, (1.25, 1.5))
         metrics.answered(manifest.version, "LENGTH")
     values = page(registry)
     prefix = "gptloop_inference_version"
@@ -167,7 +181,7 @@ def test_the_rate_covers_the_last_seconds_and_is_zero_when_idle() -> None:
     now = 100.0
     rate = TokenRate(lambda: now)
     for _ in range(60):
-        rate.add()
+        rate.add(1)
         now += 0.05
     assert rate.read() == pytest.approx(20.0, abs=1.0)
     now += 10.0

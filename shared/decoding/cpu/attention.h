@@ -1,7 +1,8 @@
 // Attention of a query to the keys and values of its slot and head.
 //
 // Shapes: D head width, S positions. Keys are (S / WIDTH, D, WIDTH), so that the scores of neighbouring positions are the
-// numbers of a vector; values are (S, D), with as many numbers as a vector has behind the last ones.
+// numbers of a vector; values are (S, D), and as many numbers as a
+// vector has can be read behind them.
 
 static int key_blocks(int S) { return (S + WIDTH - 1) / WIDTH; }
 
@@ -64,13 +65,14 @@ static float softmax(int length, int end, float *scores) {
     return 1.0f / sum<WIDTH>(sums);
 }
 
-// Sums the values by their weights, `vectors` vectors from d on as long as there are as many; returns the next d. Those
-// of even and of odd positions have sums of their own. Single vectors may reach behind the last d, where nothing is used.
+// Sums the values by their weights from d on, `vectors` vectors at a time as long as they fit; returns the next d. A single
+// vector may pass D; what it has there is not stored. The values of even and of odd positions have sums of their own.
 // Prefetches as much of `next`.
 template <int Q, int vectors, typename Number>
 static int collect(int d, int D, Queries queries, const float *weights, int weights_stride, const float *scales,
                    const Number *values, const Number *next) {
-    for (; d + (vectors > 1 ? vectors * WIDTH : 1) <= D; d += vectors * WIDTH) {
+    constexpr int least = vectors > 1 ? vectors * WIDTH : 1;
+    for (; d + least <= D; d += vectors * WIDTH) {
         Vector sums[Q][2][vectors] = {};
         const auto value_at = [&](int s, int v) { return load(values + (size_t)s * D + d + v * WIDTH); };
         // Positions that all queries see, an even number.

@@ -32,8 +32,7 @@ Array = NDArray[Any]
 
 
 def _small_pages(shape: tuple[int, ...], dtype: DTypeLike, behind: int = 0) -> Array:
-    """Returns zeros that take memory only when they are written, page by page; as many as `behind` may be read behind
-    them.
+    """Returns zeros that take memory only when they are written, page by page. `behind` more can be read after them.
 
     NumPy asks for huge pages, with which the first step of a slot would wait until the system has cleared megabytes.
     """

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from shared.decoding.weight_format import WeightFormat
 from shared.device.native import build_library, prebuild_library
 
-# A compiler that may fuse a product and a sum does so in some functions, or parts of a loop, and not in others.
+# A compiler that may fuse products and sums does so in some functions only, and the bits of a row would depend on its
+# neighbours.
 _OPTIONS = (
     "-std=c++17",
     "-O3",

@@ -46,9 +46,9 @@ static Vector load(const float *place) { return at(place); }
 static Vector load(const bf16 *place) {
     return (Vector)(__builtin_convertvector(*(const Halves *)place, Integers) << 16);
 }
-// A vector of one number.
+// A vector with x in every lane. Minus, because -0 + 0 would be +0.
 static Vector broadcast(float x) { return x - Vector{}; }
-// a * b + c, rounded once if the processor can.
+// a * b + c, rounded once with AVX-512, with AVX2 and FMA, and with NEON, and else twice.
 static Vector multiply_add(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
     return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

@@ -84,7 +84,10 @@ class CudaDecoder:
         return MAX_DECODE_STEPS
 
     def warm_up(self) -> Iterator[None]:
-        """Records the graphs of single tokens in any number of slots. Those of prompts are recorded when they come."""
+        """Records the graphs of single tokens, and of one and of `MAX_DECODE_STEPS` draws, in any number of slots.
+
+        Those of prompts are recorded when they come.
+        """
         for count in self._steps.sizes_up_to(len(self._slots)):
             slots = range(min(count, len(self._slots)))
             self.forward([Span(slot, 0, (0,)) for slot in slots])

@@ -106,7 +106,7 @@ __device__ int draw_token(const Arguments& a, const DrawInput& draw, int number)
     return first + find_first(RANGE, [=](int i) { return first + i < VOCABULARY && first + i != masked && logits[first + i] == highest; });
   }
   for (int range = threadIdx.x; range < RANGES; range += 32)
-    sums[range] = ranges[range].sum > 0 ? ranges[range].sum * expf((ranges[range].highest - highest) * inverse) : 0.0f;
+    sums[range] = ranges[range].sum > 0 ? ranges[range].sum * rough_exp((ranges[range].highest - highest) * inverse) : 0.0f;
   synchronise();
   const float* totals = sums;
   const CdfPoint range = find_in_cdf(RANGES, draw.uniform, [=](int i) { return totals[i]; });

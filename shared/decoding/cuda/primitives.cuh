@@ -15,7 +15,7 @@ __device__ inline Bf16 to_bf16(float value) {
 __device__ inline float to_float(Bf16 value) { return __uint_as_float((unsigned)value.bits << 16); }
 __device__ inline float low_bf16(unsigned pair) { return __uint_as_float(pair << 16); }
 __device__ inline float high_bf16(unsigned pair) { return __uint_as_float(pair & 0xffff0000u); }
-// With a relative error of about 1e-5 where the result is a normal number.
+// Its relative error is at most about 1e-5 if the result is a normal number.
 __device__ inline float rough_exp(float value) { return __expf(value); }
 __device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 

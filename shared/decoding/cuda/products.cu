@@ -42,7 +42,7 @@ extern "C" __global__ void normalise_wanted(Arguments a) {
   if (row >= 0) normalise(a, a.residual + row * WIDTH, a.normed, blockIdx.x);
 }
 
-// The kinds of products: what comes in, and where the sums go. A place is found before the sum is known.
+// The kinds of products: what comes in, and where the sums go. A place is found before the sum is known, except in wide blocks.
 
 struct Qkv {
   static constexpr int INPUTS = WIDTH, OUTPUTS = 3 * WIDTH;
@@ -213,11 +213,11 @@ __device__ void multiply(const Arguments& a) {
 template <class Kind, int TILES>
 __device__ void multiply_wide(const Arguments& a) {
   constexpr int GROUPS = Order<Kind>::GROUPS, EACH = Order<Kind>::EACH, SUMS = Order<Kind>::SUMS, ROWS = 8 * TILES;
-  // Weights are loaded before the previous kernel ends if they fit in registers.
-  constexpr bool EARLY = !Kind::WANTED && GROUPS <= 16;
-  constexpr int NORMED = Kind::WANTED ? 8 : ROWS * GROUPS * 32;
-  if constexpr (NORMED * sizeof(Bf16) <= SHARED_BYTES) {
-    alignas(16) __shared__ Bf16 normed[NORMED];
+  // Weights are loaded before the previous kernel ends if they fit in registers, of which a thread has 128.
+  constexpr bool EARLY = !Kind::WANTED && GROUPS <= 12;
+  constexpr int SHARED = Kind::WANTED ? 1 : ROWS * GROUPS * 32;
+  if constexpr (SHARED * sizeof(Bf16) <= SHARED_BYTES) {
+    alignas(16) __shared__ Bf16 normed[SHARED];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * ROWS, block = blockIdx.y * WIDE_WARPS + warp;
     const bool needed = block * 16 < Kind::OUTPUTS && (!Kind::WANTED || a.wanted[first] >= 0);
     const uint4* weights = a.weight + (long long)block * GROUPS * 64;

@@ -4,8 +4,8 @@ Shapes: N outputs, C inputs.
 """
 
 import ctypes
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,8 +23,8 @@ DrawInput = np.dtype(
 # A sum of a range of the vocabulary, as in `rows.cuh`.
 RANGE_SUM_BYTES = 8
 
-# The rows that a block of each product may have: one with 16 outputs, whose warps share the inputs, and a wide one,
-# each of whose warps has 16 outputs of its own.
+# The rows that a block of each product may have. The warps of a narrow block share 16 outputs and divide the inputs;
+# each warp of a wide block has 16 outputs and all inputs.
 _ROWS = dict.fromkeys(("qkv", "attention_output", "up", "down"), (16, 8))
 _WIDE_ROWS = {"qkv": (16, 8), "up": (16, 8), "head": (64, 32, 16, 8)}
 _WIDE_WARPS = 8
@@ -34,7 +34,8 @@ FEW_ROWS = 16
 SHARED_BYTES = 48 << 10
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """The blocks of a kernel that multiplies: the rows, outputs and warps of each."""
 
     kernel: str
@@ -88,8 +89,8 @@ def kernels() -> list[str]:
     return [
         *("embed_rows", "normalise_wanted", "attend_rows", "sum_ranges_of_draws", "sum_ranges_of_rows"),
         *("draw_tokens", "draw_next", "score_tokens"),
-        *(blocks.kernel for product in _ROWS for blocks in blocks_of(product, 1)),
-        *(blocks.kernel for product in _WIDE_ROWS for blocks in wide_blocks_of(product)),
+        *(f"{product}_{rows}" for product, sizes in _ROWS.items() for rows in sizes),
+        *(f"{product}_wide_{rows}" for product, sizes in _WIDE_ROWS.items() for rows in sizes),
     ]
 
 

@@ -115,7 +115,7 @@ class Steps:
         R, _ = self._write_rows(rows, np.arange(count))
         self._draws[: steps * R].reshape(steps, R)[:, :count] = draws
         self._gpu.write(self._memory["draws"], self._draws[: steps * R].view(np.uint8))
-        # A graph for each number of steps would take too long to record.
+        # Other numbers of steps replay the graph of one: to record a graph for each would take too long.
         at_once = steps if steps == MAX_DECODE_STEPS else 1
         for _ in range(steps // at_once):
             self._replay(R, R, at_once)
@@ -171,7 +171,8 @@ class Steps:
         return R, K
 
     def _replay(self, R: int, K: int, draws: int) -> None:  # noqa: N803
-        """Does the work of `_launch_step` by a graph; if there are draws, so often, each with one for every row."""
+        """Replays a graph of `_launch_step`: once without draws, else as often as there are draws, each time followed
+        by one for every row."""
 
         def start() -> None:
             for _ in range(max(draws, 1)):

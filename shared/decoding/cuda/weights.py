@@ -22,27 +22,34 @@ _MANY_ROWS = 64
 @dataclass(frozen=True)
 class Product:
     """A product with a weight (N, C); the addresses are those of its weight, its bias and the LayerNorm of its inputs,
-    if it has one."""
+    if it has one. A block may compute that LayerNorm."""
 
     kernel: str
     inputs: int
     outputs: int
     addresses: dict[str, int]
 
+    @property
+    def normalises(self) -> bool:
+        """Whether its blocks compute the LayerNorm of their rows; that of the head is a kernel of its own."""
+        return "norm_weight" in self.addresses and self.kernel != "head"
+
     def blocks(self, rows: int, multiprocessors: int) -> Blocks:
-        """Returns the largest blocks for some rows of which there are enough for the GPU."""
+        """Returns the largest blocks of which there are more than the GPU has multiprocessors, or else the smallest."""
         sizes = self.sizes(rows, wide=rows >= _MANY_ROWS)
         return next((each for each in sizes if prod(each.grid(rows, self.outputs)) > multiprocessors), sizes[-1])
 
     def sizes(self, rows: int, *, wide: bool) -> list[Blocks]:
-        """Returns the blocks that can compute some rows, the largest first; wide ones if asked for and possible."""
+        """Returns the blocks that can compute some rows, the largest first: wide ones if asked for, or if there are no
+        others, as far as the product has them."""
         narrow, wider = blocks_of(self.kernel, self.inputs), wide_blocks_of(self.kernel)
         sizes = wider if wider and (wide or not narrow) else narrow
         return [each for each in sizes if each.rows <= rows and self._fits(each)]
 
     def _fits(self, blocks: Blocks) -> bool:
         """Whether a block can hold its rows, if it normalises them."""
-        return self.kernel not in ("qkv", "up") or blocks.rows * -(-self.inputs // 32) * 64 <= SHARED_BYTES
+        row_bytes = -(-self.inputs // 32) * 32 * 2
+        return not self.normalises or blocks.rows * row_bytes <= SHARED_BYTES
 
     def enter_addresses(self, arguments: Arguments) -> None:
         """Writes them to the arguments of a kernel."""
