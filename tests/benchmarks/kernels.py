@@ -10,9 +10,11 @@ import numpy as np
 import typer
 
 from shared.decoding.cuda.decoder import CudaDecoder
+from shared.decoding.cuda.program import supports
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.spans import SPAN_TOKENS, Span
 from shared.device.cuda_driver import CudaDriver, Kernel
+from shared.errors import FailedPrecondition
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT
 from shared.service import cli
@@ -28,7 +30,7 @@ _ROUNDS = 20
 @app.command()
 def main(
     preset: Annotated[str, typer.Option()] = "tinystories-53m",
-    rows: Annotated[list[int], typer.Option(help="Repeatable.")] = [1, 8, 64, 256],  # noqa: B006
+    rows: Annotated[list[int], typer.Option(min=1, max=1024, help="Repeatable.")] = [1, 8, 64, 256],  # noqa: B006
 ) -> None:
     """Print the kernels of a step with its draw at half a context, the time of each, and its floor: its bytes at the
     speed of a copy, or its products at that of large products.
@@ -37,6 +39,10 @@ def main(
     does nothing.
     """
     config = find_preset(preset).gpt
+    if not (mx.cuda.is_available() and supports(config)):
+        raise FailedPrecondition(
+            "This measures our kernels for an NVIDIA GPU: it needs one, and a preset that they take."
+        )
     machine = Machine.measured()
     print(machine)
     for count in rows:
@@ -54,7 +60,9 @@ class _RecordingDriver(CudaDriver):
     """A GPU that remembers what is launched."""
 
     def __init__(self) -> None:
-        super().__init__(ROOT / ".pytest_cache" / "benchmarks")
+        cache = ROOT / ".pytest_cache" / "benchmarks"
+        cache.mkdir(parents=True, exist_ok=True)
+        super().__init__(cache)
         self.launches: list[_Launch] = []
         self._names: dict[int, str] = {}
 
@@ -118,7 +126,7 @@ def _measure(config: GPTConfig, rows: int, machine: Machine) -> list[list[str]]:
         return (graph_s(launches, copies) - graph_s(launches, 1)) / (copies - 1)
 
     table, least_s = [], 0.0
-    floors = _floors(config, rows, position, machine)
+    floors = floors_of(config, rows, position, machine)
     for name in dict.fromkeys(each.name for each in step):
         same = [each for each in step if each.name == name]
         floor_s = len(same) * next(floors[kind] for kind in floors if name.startswith(kind))
@@ -132,7 +140,7 @@ def _measure(config: GPTConfig, rows: int, machine: Machine) -> list[list[str]]:
     return table
 
 
-def _floors(config: GPTConfig, rows: int, position: int, machine: Machine) -> dict[str, float]:
+def floors_of(config: GPTConfig, rows: int, position: int, machine: Machine) -> dict[str, float]:
     """Returns the least seconds of each kernel, by the start of its name: those of what it reads and writes of memory,
     or of its operations."""
     C, F, V = config.width, config.hidden_width, config.vocabulary_size
