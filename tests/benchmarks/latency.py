@@ -1,7 +1,7 @@
 """Measures the cost of prompts, for the requests that wait for them and for others: python -m tests.benchmarks.latency
 
-First, prompts that share their first half, with and without the prefix cache. Second, streams that decode while long
-prompts are read, with several budgets of prompt tokens a step.
+First, prompts of several lengths alone. Second, prompts that share their first half, with and without the prefix cache.
+Third, streams that decode while long prompts are read, with several budgets of prompt tokens a step.
 """
 
 import math
@@ -90,16 +90,32 @@ def main(
     rounds: Annotated[int, typer.Option(help="Prompts of each kind.")] = 7,
     budget: Annotated[list[int], typer.Option(help="Prompt tokens a step; repeatable.")] = [64, 128, 256],  # noqa: B006
 ) -> None:
-    """Print the time to the first token of prompts that share their first half, and the gaps between tokens of streams
-    that decode beside prompts."""
+    """Print the time to the first token of prompts of several lengths, and of prompts that share their first half, and
+    the gaps between tokens of streams that decode beside prompts."""
     config = find_preset(preset).gpt
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    accelerator.prepare(_CACHE)
+    device = accelerator.prepare(_CACHE)
+    print(f"{preset}, one prompt at a time, as many of its tokens a step as the server takes, {rounds} of each in turn")
+    print_lengths(config, device.backend, rounds)
     half = config.context_length * 3 // 8
-    print(f"{preset}, prompts of {2 * half} tokens that share their first {half}, one core, {rounds} of each in turn")
+    print(f"\n{preset}, prompts of {2 * half} tokens that share their first {half}, one core, {rounds} of each in turn")
     print_shared(config, half, rounds)
     print(f"\n{preset}, seven streams that decode while prompts of {2 * half} tokens are read in the eighth slot")
     print_gaps(config, 2 * half, rounds, budget)
+
+
+def print_lengths(config: GPTConfig, backend: str, rounds: int) -> None:
+    """Prints the time to the first token of prompts of several lengths, the longest as long as the context allows."""
+    from inference_service.settings import prefill_tokens_on
+
+    text = texts(config)
+    times: dict[int, list[float]] = {length: [] for length in (32, 128, config.context_length - 1)}
+    with engine(config, prefill_tokens_on(backend), 0) as client:
+        for _ in range(rounds):
+            for length, firsts_s in times.items():
+                firsts_s.append(client.first_token_s(text(length)))
+    rows = [[str(length), f"{statistics.median(firsts_s) * 1e3:.1f} ms"] for length, firsts_s in times.items()]
+    print_table(["prompt tokens", "time to first token"], rows)
 
 
 def print_shared(config: GPTConfig, half: int, rounds: int) -> None:
@@ -155,7 +171,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
 
     from inference_service.engine.engine import Engine
     from shared.decoding.decoder import DecoderFactory
-    from shared.decoding.weight_format import WeightFormat
+    from shared.decoding.weight_format import DEFAULT_WEIGHTS
     from shared.gpt.model import GPT
 
     mx.random.seed(1)
@@ -166,7 +182,7 @@ def engine(config: GPTConfig, prefill_tokens: int, prefix_bytes: int) -> Iterato
     running = Engine(8, prefill_tokens, prefix_bytes, outputs.put, lambda: None)
     running.start()
     try:
-        decoder = DecoderFactory(8, 1, _CACHE, WeightFormat.FP32).make(model)
+        decoder = DecoderFactory(8, 1, _CACHE, DEFAULT_WEIGHTS).make(model)
         running.add_version(1, decoder, tokenizer_for(config.vocabulary_size), config.context_length).result()
         client = Client(running, outputs)
         client.first_token_s(texts(config)(config.context_length // 2))
