@@ -223,8 +223,6 @@ def _ending(report: Callable[[str], None]) -> Iterator[_End]:
 async def _take(queue: asyncio.Queue[Output]) -> list[Output]:
     """Returns the events in the queue, at least one; merges the deltas of each sample, so slow readers catch up."""
     taken: list[Output] = [await queue.get()]
-    if queue.empty():
-        return taken
     while not queue.empty():
         taken.append(queue.get_nowait())
     deltas: dict[int, list[Delta]] = {}

@@ -181,8 +181,8 @@ def test_the_rate_covers_the_last_seconds_and_is_zero_when_idle() -> None:
     now = 100.0
     rate = TokenRate(lambda: now)
     for _ in range(60):
-        rate.add(1)
+        rate.add(3)
         now += 0.05
-    assert rate.read() == pytest.approx(20.0, abs=1.0)
+    assert rate.read() == pytest.approx(60.0, abs=3.0)
     now += 10.0
     assert rate.read() == 0.0

@@ -3,11 +3,13 @@
 Shapes: T tokens, V vocabulary.
 """
 
+import mmap
 import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -117,6 +119,17 @@ def test_a_long_text_agrees_with_the_plain_forward(config: GPTConfig, weights: W
 @shapes
 def test_rows_threads_and_slots_do_not_change_one_bit(config: GPTConfig, weights: WeightFormat, threads: int) -> None:
     assert_same_bits_in_any_company(random_model(config, 1), threads, weights)
+
+
+def test_a_vector_can_be_read_behind_the_values_of_the_last_slot() -> None:
+    """Where they end with a page of memory, too."""
+    decoder = cpu_decoder(random_model(replace(SHAPES["64"], context_length=256), 1), 2)
+    for _, values in decoder._caches:
+        memory: Any = values
+        while isinstance(memory, np.ndarray):
+            memory = memory.base
+        assert values.nbytes % mmap.PAGESIZE == 0
+        assert memoryview(memory).nbytes >= values.nbytes + cpu_library().vector_width * values.itemsize
 
 
 def test_formats_take_the_memory_of_their_bytes() -> None:
