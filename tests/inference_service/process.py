@@ -53,6 +53,8 @@ def break_decoder():
             orders.unlink()
         if order == "pause":
             time.sleep(3)
+        if order == "hold after one":
+            orders.write_text("hold")
         while order == "hold" and orders.read_text() == "hold":
             time.sleep(0.01)
         if order == "hang":

@@ -78,12 +78,12 @@ def test_every_answer_over_http_has_an_id_and_reading_is_logged_as_debug(server:
 
 
 def test_the_line_of_a_cancelled_stream_counts_the_tokens_that_it_was_sent(server: Server) -> None:
+    server.order("hold after one")
     with grpc.insecure_channel(server.address) as channel:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
-        request = pb.GenerateRequest(prompt="a", max_tokens=2000, ignore_eos=True)
+        request = pb.GenerateRequest(prompt="a", max_tokens=20, ignore_eos=True)
         call = stub.Generate(request, metadata=(("x-request-id", "cancelled"),))
         received = next(len(answer.delta.token_ids) for answer in call if answer.delta.token_ids)
-        server.order("hold")
         call.cancel()
     server.order("go on")
     (line,) = lines_of(server, "cancelled", 1)
