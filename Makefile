@@ -118,7 +118,7 @@ generate: $(VENV) ## Stream text: PROMPT= or PROMPTS=<file>, VERSION= SEED= TEMP
 chat: $(VENV) ## Continue what you type, line by line: VERSION= SEED= TEMPERATURE= TOP_P= MAX_TOKENS=
 	$(COMMAND) chat
 
-info: $(VENV) ## Show the device, its memory and its speed.
+info: $(VENV) ## Show the device, its memory, and its threads or its speed.
 	$(COMMAND) info
 
 test: $(VENV) ## Run all tests (a quarter of an hour on two cores): FAST=1 leaves out the slow ones (one minute)

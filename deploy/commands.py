@@ -53,7 +53,7 @@ TOPICS = (
         Command("status", "Show every process and its health.", _STACK),
         Command("down", "Stop every process and return when all of them are gone.", _STACK),
         Command("service", "Let launchd or systemd keep the processes running.", "deploy.service"),
-        Command("info", "Show the device, its memory and its speed.", _INFERENCE),
+        Command("info", "Show the device, its memory, and its threads or its speed.", _INFERENCE),
     ),
     Topic(
         "Train",

@@ -113,7 +113,7 @@ class Demo:
         now_s = time.monotonic()
         if now_s - self.shown_s >= _PROGRESS_INTERVAL_S or progress.step in (1, progress.max_steps):
             self.shown_s = now_s
-            speed = "the first step compiles"
+            speed = "speed not yet known"
             if progress.HasField("eta_seconds"):
                 speed = f"{progress.tokens_per_second:,.0f} tokens/s  ETA {format_duration(progress.eta_seconds)}"
             self.say(f"step {progress.step}/{progress.max_steps}  loss {progress.loss:.3f}  {speed}")

@@ -24,7 +24,7 @@ from shared.service.logs import read_log_settings
 from shared.text import excerpt
 
 # Read by the libraries below the services.
-_OF_LIBRARIES = ("OPENBLAS_NUM_THREADS", "OTEL_EXPORTER_OTLP_ENDPOINT", "TIKTOKEN_CACHE_DIR")
+_OF_LIBRARIES = ("OMP_NUM_THREADS", "OTEL_EXPORTER_OTLP_ENDPOINT", "TIKTOKEN_CACHE_DIR")
 
 
 def variables(command: str) -> dict[str, Any]:

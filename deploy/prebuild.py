@@ -1,12 +1,12 @@
-"""Builds the libraries in C and C++ for every kind of processor that an image may run on: `python -m deploy.prebuild`.
+"""Builds the libraries in C++ for every kind of processor that an image may run on: `python -m deploy.prebuild`.
 
 They go to the folder `prebuilt` of `shared/device`, where every process looks first, so that it needs no compiler.
 """
 
 import sys
 
-from shared.decoding.cpu import library
-from shared.device import blas
+import shared.decoding.cpu.library as decoding
+import trainer_service.training.cpu.library as training
 from shared.device.native import PREBUILT
 from shared.errors import FailedPrecondition
 
@@ -14,8 +14,8 @@ from shared.errors import FailedPrecondition
 def main() -> int:
     """Builds all of them and returns the exit status."""
     try:
-        blas.prebuild(PREBUILT)
-        library.prebuild(PREBUILT)
+        decoding.prebuild(PREBUILT)
+        training.prebuild(PREBUILT)
     except FailedPrecondition as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

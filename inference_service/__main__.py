@@ -120,7 +120,7 @@ def measure(
 
 @app.command()
 def info() -> None:
-    """Show the device, its memory and its speed.
+    """Show the device, its memory, and its threads or its speed.
 
     Example: gptloop info
     """
@@ -352,8 +352,6 @@ def _prepare(settings: Settings) -> "Accelerator":
     """Prepares the accelerator for the engine."""
     from shared.device import accelerator
 
-    # Training runs on the same cores. BLAS threads that wait for one another make a step ten times slower.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # The threads of a step wait for one another only briefly, but between steps they would keep cores busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     return accelerator.prepare(settings.directories.cache / "inference")

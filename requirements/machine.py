@@ -44,7 +44,7 @@ def lacks(accelerator: str) -> str:
             *GLIBC, name or "another C library", number
         )
     if accelerator == "cpu" and shutil.which("g++") is None:
-        return "MLX compiles its kernels with g++, which is not installed. On Debian and Ubuntu: apt-get install g++."
+        return "Training and generating need g++, which is not installed. On Debian and Ubuntu: apt-get install g++."
     return ""
 
 

@@ -1,7 +1,7 @@
 """Plain second names for folders, for programs that do not accept every path.
 
-The path of a unix socket has at most about a hundred bytes. MLX passes paths to a shell in double quotes, and PATH is
-split at colons.
+The path of a unix socket has at most about a hundred bytes. MLX, where it compiles, passes paths to a shell in double
+quotes, and PATH is split at colons.
 """
 
 import fcntl

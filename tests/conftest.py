@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 
 from shared.device.accelerator import prepare
+from tests.mlx_on_cpu import speed_up_mlx
 from tests.object_storage.proxy import FaultyProxy
 from tests.object_storage.server import MISSING, ObjectServer, is_installed
 
@@ -19,10 +20,12 @@ hypothesis.settings.load_profile("default")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 # The models of the tests are tiny, and several processes share the cores, so more threads would only wait.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Runs before any test module imports MLX. The folder is kept after the run, so that kernels are compiled once.
-prepare(Path(__file__).parent.parent / ".pytest_cache" / "accelerator")
+_CACHE = Path(__file__).parent.parent / ".pytest_cache" / "accelerator"
+speed_up_mlx(_CACHE)
+prepare(_CACHE)
 
 # gRPC stops polling when its last object is deleted. If garbage collection did that during a test, it would wait for
 # calls that never end.

@@ -55,7 +55,7 @@ class EmulatedGpu:
             *(f"-D{name}={value}" for name, value in sorted(constants.items())),
         )
         _FOLDER.mkdir(parents=True, exist_ok=True)
-        self._library = ctypes.CDLL(str(build_library(whole, "c++", options, _FOLDER)))
+        self._library = ctypes.CDLL(str(build_library(whole, options, _FOLDER)))
         return lambda name: getattr(self._library, name)
 
     def allocate(self, size_bytes: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.device.accelerator import prepare
+from tests.mlx_on_cpu import speed_up_mlx
 from tests.waiting import HANG_S, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,7 @@ def in_ranks(
 
 if __name__ == "__main__":
     module, name, arguments, result, among = pickle.loads(bytes.fromhex(sys.argv[1]))
+    speed_up_mlx(ROOT / ".pytest_cache" / "accelerator")
     prepare(ROOT / ".pytest_cache" / "accelerator")
     called = getattr(importlib.import_module(module), name)
     # MLX gives up if a rank comes half a minute after another, as on a machine with much other work.

@@ -210,7 +210,7 @@ def _facts(progress: events.Progress) -> list[str]:
     """Returns the progress in phrases, the most important first."""
     facts = [f"step {progress.step}/{progress.max_steps}", f"loss {progress.loss:.3f}"]
     if progress.eta_s is None:
-        facts.append("the first step compiles")
+        facts.append("speed not yet known")
     else:
         facts += [f"ETA {format_duration(progress.eta_s)}", f"{progress.tokens_per_second:,.0f} tokens/s"]
     if progress.best_validation_loss:

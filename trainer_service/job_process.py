@@ -24,7 +24,7 @@ from shared.errors import (
 from shared.service import logs, traces
 from shared.service.log_ids import about
 from trainer_service.jobs.attempt import Attempt, Paused, Stopped, Suspended
-from trainer_service.jobs.events import JobState, Notice, StateChanged, TimedEvent
+from trainer_service.jobs.events import JobState, StateChanged, TimedEvent
 from trainer_service.jobs.local_files import require_same
 from trainer_service.jobs.queue import JobQueue
 from trainer_service.jobs.records import JobRecord
@@ -151,7 +151,7 @@ def work_on(assignment: Assignment) -> None:
     try:
         # An evaluation decodes beside busy processes, whose cores its threads must not take while they wait.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
+        device = accelerator.prepare(settings.directories.cache / "trainer")
         given = Attempt(
             *(attempt, settings.directories, settings.retention, device, reporter.emit, stop_requested),
             best_by=settings.best_by,
@@ -220,12 +220,14 @@ def _compute(
     spec: PrepareSpec | TrainSpec | EvaluateSpec, attempt: Attempt, join: Callable[[TrainSpec, Attempt], "Ranks"]
 ) -> bool:
     """Does the work of a job that may need MLX; returns whether it is complete."""
-    if attempt.device.backend == "cpu" and attempt.device.blas is None:
-        attempt.emit(Notice(accelerator.NO_BLAS))
-    # Imported here, because MLX must load after its fast BLAS.
+    # These bring MLX in, so not before the accelerator is prepared.
     from trainer_service.evaluation.job import evaluate_version
     from trainer_service.run import TrainingRun, prepare_data
+    from trainer_service.training.cpu.library import begin_loading
 
+    if attempt.device.backend == "cpu" and not isinstance(spec, PrepareSpec):
+        # It compiles while the text is prepared.
+        begin_loading()
     match spec:
         case EvaluateSpec():
             evaluate_version(spec, attempt)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from shared.device.machine import array_cache_bytes, cpu_threads, memory_limit_bytes
+from shared.device.machine import cpu_threads, memory_limit_bytes
 from shared.errors import NotFound
 from shared.gpt.config import GPTConfig, count_parameters
 from shared.registry.registry import Registry
@@ -18,15 +18,16 @@ from trainer_service.jobs.requests import DEFAULT_DATASET
 from trainer_service.jobs.specs import Teacher, TrainSpec
 from trainer_service.teachers import find, with_tokenizer
 from trainer_service.text.text_size import estimate_characters
-from trainer_service.training.config import CHUNK_ELEMENTS, TrainingConfig, micro_batches
+from trainer_service.training.config import TrainingConfig, micro_batches
 
-# Memory of a training process before its first step: interpreter, libraries, compiled kernels.
-_PROCESS_BYTES = 120 << 20
-# Measured: an evaluation, which keeps nothing for gradients, holds the arrays of about this many layers at once.
-_EVALUATED_LAYERS = 4
+# Memory of a training process before its first step: interpreter and libraries.
+_PROCESS_BYTES = 100 << 20
+# As `LOGIT_ROWS` of `loss.h`: the most rows whose logits exist at a time. And about the numbers of matrices that a
+# product lays out anew (`SPACE` of `matrices.h`), and attention.
+_LOGIT_ROWS, _PRODUCT_NUMBERS = 256, 1 << 20
 # The least that an undisturbed CPU thread reaches: 35e9 to 50e9 were measured with the presets.
 _GUESSED_FLOPS_PER_THREAD = 30e9
-# The start of a process and the compilation of the first step, without and with cached kernels.
+# The start of a process and its first step, if what it computes with must be compiled and if that was compiled before.
 _FIRST_START_S, _START_S = 15.0, 4.0
 # The speed of two cores at training a tokenizer, which reads a limited number of characters, and at tokenising.
 _LEARNED_CHARACTERS_PER_S, _LEARNED_CHARACTERS = 1e6, 32 << 20
@@ -121,7 +122,7 @@ class Plan:
                     if job.started.preparation_s is not None:
                         preparation_s = min(preparation_s or job.started.preparation_s, job.started.preparation_s)
                 if job.progress and not tokens_per_second and _work(job.spec) == _work(spec):
-                    # The first step compiles, so it says nothing about the speed.
+                    # The first step may compile, so it says nothing about the speed.
                     tokens_per_second = job.progress.tokens_per_second if job.progress.eta_s is not None else None
         teachers = tuple(_shapes(spec, registry))
         return cls(spec, first_step, text_tokens, preparation_s, tokens_per_second, machine, teachers)
@@ -148,7 +149,7 @@ class Plan:
         if memory is not None and memory > self.machine.memory_bytes:
             lines.append(
                 f"warning: this machine has {format_size(self.machine.memory_bytes)} of memory, less than the job is "
-                "expected to need. Set a smaller batch_size, or OPENBLAS_NUM_THREADS to fewer threads."
+                "expected to need. Set a smaller batch_size, or OMP_NUM_THREADS to fewer threads."
             )
         return lines
 
@@ -234,35 +235,25 @@ def _shapes(spec: TrainSpec, registry: Registry) -> Iterator[TrainingConfig]:
 def memory_bytes(config: TrainingConfig, machine: Machine, teachers: Sequence[TrainingConfig] = ()) -> int | None:
     """Returns the peak memory of a training process on a CPU, within about 30 % of measurements; None for a GPU.
 
-    In fp32, training holds the weights and two moments (with Muon one, for the matrices of the blocks), and for each
-    thread the activations or the gradients of a micro-batch, whichever are larger, and the sum of the gradients if the
-    thread has several micro-batches. The arrays of Muon's iterations are smaller than those of a pass. An
-    evaluation takes all rows of a thread at once. Its arrays have other sizes than those of training, which stay in
-    MLX's cache. A teacher has weights, and for each thread the arrays of its predictions for a micro-batch. Several
-    processes share the rows and, on one machine, the threads; each joins its gradients in one more array.
+    In fp32, training holds the weights, the moments, the gradients that the optimizer reads, and for each thread the
+    gradients of its rows, the arrays of a micro-batch, and those of a matrix that Muon updates. An evaluation has other
+    arrays for a micro-batch. A teacher has weights; its pass uses the memory of the student's, which comes later.
+    Several processes share the rows and, on one machine, the threads; each joins its gradients in one more array.
     """
     if machine.threads is None:
         return None
-    T, L = config.context_length, config.layers
-    processes = config.world_size
+    T, processes = config.context_length, config.world_size
     own_rows = -(-config.batch_size // processes)
     threads = min(max(machine.threads // processes, 1), own_rows)
     rows = -(-own_rows // threads)
-    batches = micro_batches(rows, T)
     parameters = count_parameters(config.gpt).total
-    # The arrays that the layers keep for their gradients, and those of one more layer at work.
-    activations = _activations(config, -(-rows // batches) * T, L + 1)
-    training = 4 * threads * ((batches > 1) * parameters + max(activations, parameters))
-    predictions = (_activations(each, -(-rows // batches) * T, _EVALUATED_LAYERS) for each in teachers)
-    training += 4 * threads * max(predictions, default=0)
+    held = (2 + (processes > 1)) * parameters + count_moments(config)
+    held += sum(count_parameters(each.gpt).total for each in teachers)
+    tokens = -(-rows // micro_batches(rows, T)) * T
+    held += threads * (parameters + _pass_numbers(config, tokens, teachers))
+    held += machine.threads // processes * _muon_numbers(config)
     evaluating = min(threads, -(-config.evaluation_windows // rows))
-    evaluation = 4 * evaluating * _activations(config, rows * T, _EVALUATED_LAYERS)
-    return (
-        _PROCESS_BYTES
-        + 4 * ((1 + (processes > 1)) * parameters + count_moments(config))
-        + 4 * sum(count_parameters(each.gpt).total for each in teachers)
-        + max(training, min(training, array_cache_bytes(machine.memory_bytes)) + evaluation)
-    )
+    return _PROCESS_BYTES + 4 * (held + evaluating * _evaluation_numbers(config, tokens))
 
 
 def count_moments(config: TrainingConfig) -> int:
@@ -272,19 +263,26 @@ def count_moments(config: TrainingConfig) -> int:
     return 2 * count_parameters(config.gpt).total - (config.optimizer == "muon") * matrices
 
 
-def _activations(config: TrainingConfig, tokens: int, layers: int) -> int:
-    """Returns how many numbers a pass over some tokens holds at once, in some layers and for the logits.
+def _pass_numbers(config: TrainingConfig, tokens: int, teachers: Sequence[TrainingConfig]) -> int:
+    """Returns how many numbers a thread holds for the gradients of some tokens, as `step.cpp` lays them out."""
+    C, F = config.width, config.hidden_width
+    numbers = config.layers * (6 * C + F + config.heads) + 11 * C + 2 * F + sum(teacher.width for teacher in teachers)
+    logits = min(tokens, _LOGIT_ROWS) * config.vocabulary_size
+    return _PRODUCT_NUMBERS + tokens * numbers + (2 if teachers else 1) * logits
 
-    A layer has for each token: both LayerNorms before and after their weights (4 widths); queries, keys, values and the
-    output of attention (4); both dropout masks (2); the input and output of GELU; and for each head a weight for each
-    key that the token's block of 64 queries sees. The logits need their exponentials and about half as many numbers
-    between the two.
-    """
-    T, C = config.context_length, config.width
-    keys = (T + min(T, 64)) // 2
-    layer = (8 + 2 * (config.dropout > 0)) * C + 2 * config.hidden_width + config.heads * keys
-    logits = min(tokens * config.vocabulary_size, CHUNK_ELEMENTS)
-    return tokens * layers * layer + logits * 5 // 2
+
+def _muon_numbers(config: TrainingConfig) -> int:
+    """Returns how many numbers a thread holds for the update of the largest matrix, as `optimizer.h` lays them out."""
+    if config.optimizer != "muon":
+        return 0
+    C, F = config.width, config.hidden_width
+    return _PRODUCT_NUMBERS + 3 * C * max(C, F) + 2 * min(C, F) ** 2
+
+
+def _evaluation_numbers(config: TrainingConfig, tokens: int) -> int:
+    """Returns how many numbers a thread holds for the losses of some tokens."""
+    numbers = 8 * config.width + 2 * config.hidden_width + config.heads
+    return _PRODUCT_NUMBERS + tokens * numbers + min(tokens, _LOGIT_ROWS) * config.vocabulary_size
 
 
 def flops_per_token(config: TrainingConfig) -> int:

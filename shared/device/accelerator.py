@@ -3,9 +3,7 @@
 import fcntl
 import functools
 import gc
-import logging
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -17,32 +15,23 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from shared.device.blas import load_blas
-from shared.device.kernel_compiler import name_mlx_plainly, speed_up_compiler
 from shared.device.machine import array_cache_bytes, cpu_threads, memory_limit_bytes
+from shared.device.native import NO_COMPILER, find_compiler
 from shared.plain_paths import plain_path
 from shared.text import format_size
-
-logger = logging.getLogger(__name__)
-
-NO_BLAS = (
-    "No fast BLAS was found, so MLX multiplies about fifty times slower than it could. "
-    "Install one: apt-get install libopenblas0-pthread, or gcc and pip install scipy-openblas32."
-)
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """The device, its memory, and on a CPU the BLAS that was loaded (`None`: only MLX's own slow one)."""
+    """The device and its memory."""
 
     device: str
     backend: Literal["metal", "cuda", "cpu"]
     mlx_version: str
-    blas: str | None
     memory_bytes: int
     # The folder in which libraries for this device may be built.
     cache: Path
-    # How many threads the caller should compute in; 1 if the device, or its BLAS, uses all cores itself.
+    # How many threads the caller should compute in; 1 if that is not a CPU.
     threads: int = 1
 
 
@@ -56,28 +45,30 @@ class Memory:
     resident_bytes: int
 
 
-@functools.cache
-def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
-    """Loads a fast BLAS, creates a private folder for compiled kernels below `cache`, and sets MLX's cache limit.
+# What `prepare` found.
+_prepared: Accelerator | None = None
 
-    Call it once in each process, before anything imports MLX. With `own_threads`, each product on a CPU runs on one
-    core, and the caller computes in several threads: OPENBLAS_NUM_THREADS, or else the number of cores.
+
+def prepared() -> Accelerator:
+    """Returns the accelerator of this process, which `prepare` found."""
+    assert _prepared is not None, "prepare() must run before."
+    return _prepared
+
+
+@functools.cache
+def prepare(cache: Path) -> Accelerator:
+    """Creates a private folder for compiled kernels below `cache`, and sets MLX's cache limit.
+
+    Call it once in each process, before anything imports MLX.
     """
     assert "mlx.core" not in sys.modules, "prepare() must run before MLX is imported."
-    blas = None
-    threads = 1
-    if own_threads:
-        threads = cpu_threads()
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"
     if sys.platform == "linux":
         cache.mkdir(parents=True, exist_ok=True)
-        name_mlx_plainly()
         _make_kernel_cache(plain_path(cache))
-        speed_up_compiler(plain_path(cache))
-        blas = load_blas(cache)
     import mlx.core as mx
 
     info = mx.device_info()
+    threads = 1
     if mx.metal.is_available():
         backend: Literal["metal", "cuda", "cpu"] = "metal"
         memory_bytes = int(info["memory_size"])
@@ -88,11 +79,10 @@ def prepare(cache: Path, own_threads: bool = False) -> Accelerator:
         backend = "cpu"
         memory_bytes = memory_limit_bytes()
         mx.set_cache_limit(array_cache_bytes(memory_bytes))
-        if blas is None:
-            logger.warning(NO_BLAS)
-    if backend != "cpu":
-        threads = 1
-    return Accelerator(str(info["device_name"]), backend, version("mlx"), blas, memory_bytes, cache, threads)
+        threads = cpu_threads()
+    global _prepared
+    _prepared = Accelerator(str(info["device_name"]), backend, version("mlx"), memory_bytes, cache, threads)
+    return _prepared
 
 
 def memory() -> Memory:
@@ -111,17 +101,18 @@ def release_memory() -> None:
 
 
 def report(accelerator: Accelerator) -> str:
-    """Measures the speed of a product, and returns several lines about the device."""
-    compiler = shutil.which("g++")
+    """Returns several lines about the device: of a CPU its threads and the compiler, of a GPU the measured speed of a
+    product."""
     lines = [
         ("device", accelerator.device),
         ("backend", f"{accelerator.backend} (MLX {accelerator.mlx_version})"),
         ("memory", format_size(accelerator.memory_bytes)),
-        ("fp32 product", f"{_measure_gflops():.0f} GFLOP/s"),
     ]
     if accelerator.backend == "cpu":
-        lines.append(("BLAS", accelerator.blas or f"none. {NO_BLAS}"))
-        lines.append(("compiler", compiler or "none. MLX compiles kernels with g++: apt-get install g++."))
+        lines.append(("threads", f"{accelerator.threads} for training (OMP_NUM_THREADS)"))
+        lines.append(("compiler", find_compiler() or f"none. {NO_COMPILER}"))
+    else:
+        lines.append(("fp32 product", f"{_measure_gflops():.0f} GFLOP/s"))
     return "\n".join(f"{name:<14}{value}" for name, value in lines)
 
 

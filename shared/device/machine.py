@@ -37,8 +37,8 @@ def cores() -> int:
 
 
 def cpu_threads() -> int:
-    """Returns how many threads a process may compute in: OPENBLAS_NUM_THREADS, or else the number of cores."""
-    limit = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    """Returns how many threads a process may compute in: OMP_NUM_THREADS, or else the number of cores."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
     if limit.isdecimal() and int(limit) > 0:
         return int(limit)
     return cores()

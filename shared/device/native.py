@@ -1,4 +1,4 @@
-"""Small libraries in C and C++, compiled once on each machine, or before for every machine that an image runs on."""
+"""Small libraries in C++, compiled once on each machine, or before for every machine that an image runs on."""
 
 import hashlib
 import platform
@@ -14,6 +14,14 @@ from shared.errors import FailedPrecondition
 # Holds the libraries that were compiled before, as in an image.
 PREBUILT = Path(__file__).parent / "prebuilt"
 
+# Functions of vectors, the first file of a library that computes with them.
+VECTORS = Path(__file__).with_name("vectors.h")
+# How such a library is compiled. Without errno, square roots are instructions. A compiler that may fuse products and
+# sums does so in some functions only, and bits would depend on which of them computes.
+VECTOR_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-march=native")
+
+_COMPILERS = ("g++", "c++", "clang++")
+NO_COMPILER = f"No C++ compiler is installed; install one of {', '.join(_COMPILERS)}."
 # An error quotes this many characters from the end of the compiler's output.
 _QUOTED_CHARACTERS = 2000
 
@@ -38,14 +46,24 @@ BASELINES = {
         Baseline("x86-64-v4", _V4 | {"avx512_vnni"}, ("-mavx512vnni",)),
         Baseline("x86-64-v4", _V4),
         Baseline("x86-64-v3", _V3),
+        Baseline("x86-64", frozenset()),
     ),
-    "aarch64": (Baseline("armv8.2-a+dotprod", _ARMV8_2 | {"asimddp"}), Baseline("armv8.2-a", _ARMV8_2)),
+    "aarch64": (
+        Baseline("armv8.2-a+dotprod", _ARMV8_2 | {"asimddp"}),
+        Baseline("armv8.2-a", _ARMV8_2),
+        Baseline("armv8-a", frozenset()),
+    ),
 }
 _NATIVE = "-march=native"
 
 
-def build_library(source: str, language: str, options: Sequence[str], cache: Path) -> Path:
-    """Returns the shared library of a source in "c" or "c++".
+def joined(*files: Path) -> str:
+    """Returns the files as one source, whose lines the compiler names by file."""
+    return "".join(f'#line 1 "{file.name}"\n{file.read_text()}' for file in files)
+
+
+def build_library(source: str, options: Sequence[str], cache: Path) -> Path:
+    """Returns the shared library of a source.
 
     It is one that `prebuild_library` built for a processor like this one. Otherwise it is compiled into `cache`, if it
     is not there yet. Raises `FailedPrecondition` if that needs a compiler and there is none, or if the compiler fails.
@@ -53,27 +71,32 @@ def build_library(source: str, language: str, options: Sequence[str], cache: Pat
     processor = _processor()
     features = frozenset(processor.split())
     for baseline in _baselines():
-        library = PREBUILT / _file_name(language, source, _built_for(baseline, options))
+        library = PREBUILT / _file_name(source, _built_for(baseline, options))
         if baseline.features <= features and library.exists():
             return library
     # Machines of different kinds may share the disk of the cache.
-    library = cache / _file_name(language, source, [*options, processor])
+    library = cache / _file_name(source, [*options, processor])
     if not library.exists():
-        _compile(source, language, options, library)
+        _compile(source, options, library)
     return library
 
 
-def prebuild_library(source: str, language: str, options: Sequence[str], folder: Path) -> None:
+def prebuild_library(source: str, options: Sequence[str], folder: Path) -> None:
     """Compiles a source into `folder` for each baseline of this architecture, which takes the place of `-march=native`.
 
     Raises `FailedPrecondition` as `build_library` does.
     """
     for baseline in _baselines():
         built_for = _built_for(baseline, options)
-        library = folder / _file_name(language, source, built_for)
-        # Code for any processor of the architecture is the same for each baseline.
+        library = folder / _file_name(source, built_for)
+        # Without `-march=native` the code is the same for each baseline.
         if not library.exists():
-            _compile(source, language, built_for, library)
+            _compile(source, built_for, library)
+
+
+def find_compiler() -> str | None:
+    """Returns the path of a C++ compiler, if one is installed."""
+    return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
 
 
 def _baselines() -> Sequence[Baseline]:
@@ -85,37 +108,25 @@ def _built_for(baseline: Baseline, options: Sequence[str]) -> list[str]:
     return [each for option in options for each in (march if option == _NATIVE else [option])]
 
 
-def _file_name(language: str, source: str, options: Sequence[str]) -> str:
-    key = hashlib.sha256("\0".join((language, source, *options)).encode()).hexdigest()[:16]
+def _file_name(source: str, options: Sequence[str]) -> str:
+    key = hashlib.sha256("\0".join((source, *options)).encode()).hexdigest()[:16]
     return f"native-{key}.so"
 
 
-def _compile(source: str, language: str, options: Sequence[str], library: Path) -> None:
-    names = ("gcc", "cc", "clang") if language == "c" else ("g++", "c++", "clang++")
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
+def _compile(source: str, options: Sequence[str], library: Path) -> None:
+    compiler = find_compiler()
     if compiler is None:
-        raise FailedPrecondition(
-            f"No {language} compiler is installed; install one of {', '.join(names)}.{_unsuitable_sentence()}"
-        )
+        raise FailedPrecondition(NO_COMPILER)
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         built = Path(folder) / library.name
-        command = [compiler, *options, "-shared", "-fPIC", "-x", language, "-", "-o", str(built)]
+        command = [compiler, *options, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(built)]
         try:
             subprocess.run(command, input=source.encode(), check=True, capture_output=True, timeout=120)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             said = (error.stderr or b"").decode(errors="replace")[-_QUOTED_CHARACTERS:]
             raise FailedPrecondition(f"The compiler failed: {error}\n{said}".rstrip()) from None
         built.replace(library)
-
-
-def _unsuitable_sentence() -> str:
-    """Says which features this processor lacks for the prebuilt libraries, if there are any."""
-    if not PREBUILT.is_dir() or not _baselines():
-        return ""
-    least = _baselines()[-1]
-    missing = ", ".join(sorted(least.features.difference(_processor().split())))
-    return f" The prebuilt libraries are for {least.name} or newer; this processor lacks {missing}." if missing else ""
 
 
 def _processor() -> str:

@@ -134,14 +134,18 @@ class GPT(nn.Module):
         A token for which `kept` (B, T, 1) is 0 is masked: the model sees its position only. Raises `InvalidArgument` if
         the tokens do not fit the context.
         """
-        if tokens.shape[1] > self.config.context_length:
-            raise InvalidArgument(f"{tokens.shape[1]} tokens do not fit the context of {self.config.context_length}.")
+        self.check_fits(tokens.shape[1])
         scale = self.config.head_width**-0.5
 
         def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
             return causal_attention(q, k, self.dropout.vectors(v), scale)
 
         return self.through_blocks(self.embed(tokens, mx.arange(tokens.shape[1]), kept), [attend] * self.config.layers)
+
+    def check_fits(self, tokens: int) -> None:
+        """Raises `InvalidArgument` if so many tokens do not fit the context."""
+        if tokens > self.config.context_length:
+            raise InvalidArgument(f"{tokens} tokens do not fit the context of {self.config.context_length}.")
 
     def through_blocks(self, x: mx.array, attends: Sequence[Attend]) -> mx.array:
         """Returns the final hidden states (B, T, C) of embedded tokens (B, T, C), with one `attend` per block."""

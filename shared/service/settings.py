@@ -164,7 +164,7 @@ class Directories:
 
     @property
     def cache(self) -> Path:
-        """Files that can be built again: compiled kernels, the BLAS forwarder."""
+        """Files that can be built again: compiled libraries and kernels."""
         return self.var / "cache"
 
     @property

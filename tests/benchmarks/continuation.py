@@ -30,7 +30,7 @@ def measure(
     ] = None,
 ) -> None:
     """Train a preset to its end, then continue it to a later end, with the default peak rate and with others."""
-    device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
     from trainer_service.text.tokens import prepare
     from trainer_service.training.batches import TrainingText
     from trainer_service.training.evaluate import EvaluationSet, evaluate

@@ -36,7 +36,7 @@ def main(
     NVIDIA GPU: `pytorch graph`, which draws too, and `gptloop mlx`, without kernels of our own.
     """
     # gptloop decodes on one core, like its server.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
     config = find_preset(preset)
     machine = Machine.measured()
     print(f"{cores()} cores, {machine}")

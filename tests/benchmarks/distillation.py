@@ -172,7 +172,7 @@ def speed(
     out: Annotated[Path | None, typer.Option("--out", help="File that receives the figures after each row.")] = None,
 ) -> None:
     """Measure a step without a teacher and with one of the same size, in turn; print medians and their ratio."""
-    device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
     config = _size(size, values).student
     material = _material(text / size, dataset, Size(config, config))
     from tests.benchmarks.step_times import StepTimes, measure_steps
@@ -252,7 +252,7 @@ def _runs(
     text: Path, dataset: Sequence[str], size: Size, work: Path, out: Path | None, minutes: float
 ) -> Iterator["Runs"]:
     end_s = time.monotonic() + minutes * 60 if minutes else math.inf
-    device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    device = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
     from tests.benchmarks.runs import Runs
     from trainer_service.training.workers import Workers
 

@@ -93,7 +93,7 @@ def main(
     """Print the time to the first token of prompts of several lengths, and of prompts that share their first half, and
     the gaps between tokens of streams that decode beside prompts."""
     config = find_preset(preset).gpt
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     device = accelerator.prepare(_CACHE)
     print(f"{preset}, one prompt at a time, as many of its tokens a step as the server takes, {rounds} of each in turn")
     print_lengths(config, device.backend, rounds)

@@ -189,7 +189,7 @@ def trial(
 
 def open_study(folder: Path) -> Study:
     """Prepares the device, and opens the study in a folder."""
-    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
     study = Study(folder)
     print(study.material, flush=True)
     return study
@@ -226,7 +226,7 @@ def print_outcomes(study: Study, recipes: Sequence[Recipe], seeds: Sequence[int]
 @app.command()
 def resume(folder: Folder, steps: int = 400) -> None:
     """Train twice from one seed, and once with a save and a restore halfway; print the differences at the ends."""
-    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+    accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
     from shared.gpt.model import parameters_of
     from trainer_service.training.evaluate import EvaluationSet, evaluate
     from trainer_service.training.trainer import Trainer

@@ -118,7 +118,7 @@ def measure_theirs(python: Path, url: str, version: int, exported: Path, context
 
 def measure_ours(number: int, registry: Registry, folder: Path, threads: int) -> tuple[Figures, Figures]:
     """Returns the figures in the windows of lm-evaluation-harness, and in those of `gptloop eval`."""
-    # MLX must load after the fast BLAS.
+    # Brings MLX in, so not before the accelerator is prepared.
     import numpy as np
 
     from shared import version_format
@@ -158,7 +158,7 @@ def compare(
     Example: GPTLOOP_VAR=var/demo python -m tests.benchmarks.lm_eval best --python /tmp/lm-eval/bin/python
     """
     directories = read_directories(os.environ)
-    device = prepare(directories.cache / "trainer", own_threads=True)
+    device = prepare(directories.cache / "trainer")
     from trainer_service.huggingface.interchange import export_version
 
     registry = disk_registry(directories.registry)

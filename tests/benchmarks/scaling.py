@@ -56,7 +56,7 @@ def _measure(count: int, task: dict[str, Any], cpu: bool, limit_s: float) -> lis
         processes = []
         for rank, environment in enumerate(ring_environments):
             if cpu:
-                environment |= {"OPENBLAS_NUM_THREADS": str(max(cores() // count, 1)), "CUDA_VISIBLE_DEVICES": ""}
+                environment |= {"OMP_NUM_THREADS": str(max(cores() // count, 1)), "CUDA_VISIBLE_DEVICES": ""}
             else:
                 del environment["MLX_HOSTFILE"]
                 environment |= {"MLX_WORLD_SIZE": str(count), "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(port)}

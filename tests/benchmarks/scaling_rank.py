@@ -11,7 +11,7 @@ from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
-_ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=True)
+_ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402

@@ -40,6 +40,5 @@ class Setup:
 
 
 def limit_threads(threads: int) -> None:
-    """Limits the compute threads of processes that start from now on, whichever BLAS they use."""
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ[name] = str(threads)
+    """Limits the compute threads of processes that start from now on."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)

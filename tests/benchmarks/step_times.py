@@ -64,7 +64,8 @@ def measure_steps(config: TrainingConfig, material: Material, workers: Workers, 
             at_rest = mx.get_active_memory()
             mx.reset_peak_memory()
             times[number].append(_seconds(trainer, steps) / steps)
-            memory[number] = max(memory[number], mx.get_peak_memory() - at_rest)
+            peak = mx.get_peak_memory() - at_rest + trainer.gradients.memory_bytes
+            memory[number] = max(memory[number], peak)
     ratios = tuple(taught / plain for plain, taught in zip(*times, strict=True))
     plain_ms, taught_ms = (statistics.median(each) * 1e3 for each in times)
     return StepTimes(f"{config.batch_size}x{config.context_length}", plain_ms, taught_ms, ratios, *memory)

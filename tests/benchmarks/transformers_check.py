@@ -27,7 +27,7 @@ TEXTS = (
 
 def check(directory: Path) -> bool:
     """Prints the differences; returns whether the folder passes."""
-    # MLX must load after the fast BLAS.
+    # Brings MLX in, so not before the accelerator is prepared.
     import mlx.core as mx
 
     from trainer_service.huggingface.gpt2 import read_config, read_model

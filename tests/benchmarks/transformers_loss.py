@@ -50,7 +50,7 @@ def their_losses(directory: Path, tokens: np.ndarray, end_token: int, window: in
 
 def check(directory: Path, path: Path, threads: int) -> bool:
     """Prints the differences; returns whether they are small enough."""
-    # MLX must load after the fast BLAS.
+    # Brings MLX in, so not before the accelerator is prepared.
     from trainer_service.evaluation.text_quality import measure_text
     from trainer_service.huggingface.gpt2 import read_config, read_model
     from trainer_service.huggingface.gpt2_tokenizer import read_tokenizer
@@ -87,5 +87,5 @@ def check(directory: Path, path: Path, threads: int) -> bool:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m tests.benchmarks.transformers_loss DIR FILE")
-    accelerator = prepare(read_directories(os.environ).cache / "transformers_loss", own_threads=True)
+    accelerator = prepare(read_directories(os.environ).cache / "transformers_loss")
     sys.exit(0 if check(Path(sys.argv[1]), Path(sys.argv[2]), accelerator.threads) else 1)

@@ -38,7 +38,7 @@ FAULTS = (
     Fault(
         "workflows", ".github/workflows/check.yml", "runner: macos-15", "runner: macos-1", 'label "macos-1" is unknown'
     ),
-    Fault("workflows", ".github/workflows/release.yml", '"$name-$target-amd64"', "$name-$target-amd64", "SC2086"),
+    Fault("workflows", ".github/workflows/release.yml", '"$name-cuda-amd64"', "$name-cuda-amd64", "SC2086"),
     Fault("kubernetes", f"{_BASE}/kustomization.yaml", "- worker.yaml", "- workers.yaml", "workers.yaml"),
     Fault("kubernetes", f"{_BASE}/inference.yaml", "periodSeconds:", "periodSecond:", "periodSecond"),
     Fault("kubernetes", f"{_BASE}/trainer.yaml", "kind: Deployment", "kind: Deploymnt", "Deploymnt"),

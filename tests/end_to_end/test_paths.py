@@ -36,7 +36,7 @@ def command(tmp_path: Path, ports: Ports) -> Iterator[Command]:
     for package in ("deploy", "inference_service", "shared", "trainer_service"):
         shutil.copytree(PROJECT / package, project / package)
     (project / "var").mkdir()
-    # That compilers work with such paths too is tested in tests/shared/test_kernel_compiler.py and test_native.py.
+    # That compilers work with such paths too is tested in tests/shared/device/test_native.py.
     share_kernels(Directories(project / "var"))
     environment = {name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "GPTLOOP_VAR")}
     environment |= ports.to_environment()

@@ -22,7 +22,7 @@ from tests.fakes import TINY, publish_tiny_version
 from tests.registries import disk_registry, version_folder
 from tests.workplace import PROJECT
 
-HERE = Accelerator("A processor", "cpu", "", None, 1 << 30, COMPILED)
+HERE = Accelerator("A processor", "cpu", "", 1 << 30, COMPILED)
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ class Site:
         self.text = self.write(folder / "text.txt", 0)
         self.other_text = self.write(folder / "other.txt", 1000)
         self.told: list[Event] = []
-        self._device = Accelerator("cpu", "cpu", "", blas=None, memory_bytes=0, cache=folder / "cache")
+        self._device = Accelerator("cpu", "cpu", "", memory_bytes=0, cache=folder / "cache")
 
     @staticmethod
     def write(path: Path, first: int) -> str:

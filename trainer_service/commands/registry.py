@@ -62,8 +62,8 @@ def import_(
     given = settings()
     spec = DatasetSpec(dataset_names.expand(dataset or (DEFAULT_DATASET,)), dataset_names.expand(validation or ()))
     check_spec(spec)
-    device = accelerator.prepare(given.directories.cache / "trainer", own_threads=True)
-    # Only now, as MLX must load after its fast BLAS.
+    device = accelerator.prepare(given.directories.cache / "trainer")
+    # Brings MLX in, so not before the accelerator is prepared.
     from trainer_service.huggingface.interchange import import_folder
     from trainer_service.training.workers import Workers
 
@@ -94,7 +94,7 @@ def export(
     """
     given = settings()
     accelerator.prepare(given.directories.cache / "trainer")
-    # Only now, as MLX must load after its fast BLAS.
+    # Brings MLX in, so not before the accelerator is prepared.
     from trainer_service.huggingface.interchange import export_version
 
     registry = given.open_registry()

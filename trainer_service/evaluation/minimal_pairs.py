@@ -8,7 +8,6 @@ Shapes: B sentences, T tokens of the longest one.
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +17,7 @@ from shared.gpt.tokenizer import Tokenizer
 from trainer_service.evaluation.record import MinimalPairs
 from trainer_service.evaluation.statistics import wilson_interval
 from trainer_service.text.sentence_pairs import read_pairs
-from trainer_service.training.loss import token_losses
+from trainer_service.training.token_losses import TokenLosses
 from trainer_service.training.workers import Workers
 
 _PAIRS_TOGETHER = 16
@@ -43,32 +42,28 @@ def measure_pairs(
                 f"sees at most {context:,} at once."
             )
 
+    token_losses = TokenLosses(model)
+
     def measure(start: int) -> NDArray[np.bool_]:
         report(start / len(sentences))
-        nats = _sentence_nats(model, sentences[start : start + 2 * _PAIRS_TOGETHER], tokenizer.end_token)
+        nats = _sentence_nats(token_losses, sentences[start : start + 2 * _PAIRS_TOGETHER], tokenizer.end_token)
         if not np.isfinite(nats).all():
             raise FailedPrecondition("The version computes no finite numbers for the minimal pairs; it is damaged.")
         return nats[::2] < nats[1::2]
 
-    was_training = model.training
-    model.eval()
-    mx.eval(model.parameters())
-    try:
-        preferred = np.concatenate(workers.map(measure, range(0, len(sentences), 2 * _PAIRS_TOGETHER)))
-    finally:
-        model.train(was_training)
+    preferred = np.concatenate(workers.map(measure, range(0, len(sentences), 2 * _PAIRS_TOGETHER)))
     right, pairs = int(preferred.sum()), len(file.pairs)
     return MinimalPairs(path.name, file.sha256, pairs, right / pairs, wilson_interval(right, pairs))
 
 
-def _sentence_nats(model: GPT, sentences: list[list[int]], end_token: int) -> NDArray[np.float64]:
+def _sentence_nats(token_losses: TokenLosses, sentences: list[list[int]], end_token: int) -> NDArray[np.float64]:
     """Returns the negative logarithm of the probability of each sentence, (B,)."""
     lengths = np.array([len(sentence) for sentence in sentences])
     targets = np.full((len(sentences), lengths.max()), end_token, np.int32)  # (B, T)
     for row, sentence in zip(targets, sentences, strict=True):
         row[: len(sentence)] = sentence
     inputs = np.concatenate([np.full_like(targets[:, :1], end_token), targets[:, :-1]], axis=1)  # (B, T)
-    nats = np.array(token_losses(model, mx.array(inputs), mx.array(targets)), np.float64)  # (B, T)
+    nats = token_losses(inputs, targets).astype(np.float64)  # (B, T)
     inside = np.arange(targets.shape[1]) < lengths[:, None]  # (B, T)
     sums: NDArray[np.float64] = np.where(inside, nats, 0.0).sum(axis=1)
     return sums

@@ -99,7 +99,7 @@ def _serving(folder: Path, report: Callable[[float], object]) -> dict[str, Any]:
 def _training(config: TrainingConfig, threads: int, timed: bool, tick: Callable[[], object]) -> dict[str, Any]:
     command = [sys.executable, "-m", "trainer_service.evaluation.speed", json.dumps(config.to_dict())]
     purpose = f"Training with a batch size of {config.batch_size} cannot be measured"
-    environment = {"OPENBLAS_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads)}
 
     def ticks(_: int) -> None:
         tick()
@@ -118,7 +118,7 @@ def main() -> None:
     JSON."""
     end_without_reader()
     cache = read_directories(os.environ).cache
-    device = accelerator.prepare(cache / "trainer", own_threads=True)
+    device = accelerator.prepare(cache / "trainer")
     # Brings MLX in, so not before the accelerator is prepared.
     from trainer_service.evaluation.training_steps import measure_steps
 

@@ -9,7 +9,6 @@ Shapes: N tokens of text, K windows, B of them in a batch, T tokens of a window,
 import math
 from collections.abc import Callable
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +20,7 @@ from trainer_service.evaluation.record import PositionLoss, TextQuality
 from trainer_service.evaluation.statistics import ratio_interval
 from trainer_service.training.batches import Tokens
 from trainer_service.training.config import MICRO_BATCH_TOKENS
-from trainer_service.training.loss import token_losses
+from trainer_service.training.token_losses import TokenLosses
 from trainer_service.training.workers import Workers
 
 # Fewer documents than this give no reliable interval, so passages are resampled instead.
@@ -99,22 +98,18 @@ def _losses(
     unseen = np.concatenate([[0], starts[:-1] + T])  # (K,)
     first = [position for position in _POSITIONS if position < T]
 
+    token_losses = TokenLosses(model)
+
     def measure(batch: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         report(batch / starts.size)
         places = starts[batch : batch + rows, None] + np.arange(T)  # (B, T)
         inputs = np.where(places > 0, tokens[places - 1], end_token)  # (B, T)
         targets = tokens[places]  # (B, T)
-        nats = np.array(token_losses(model, mx.array(inputs.astype(np.int32)), mx.array(targets.astype(np.int32))))
+        nats = token_losses(inputs.astype(np.int32), targets.astype(np.int32))
         new = nats[places >= unseen[batch : batch + rows, None]]  # (n,)
         return new, np.add.reduceat(nats.sum(axis=0, dtype=np.float64), first)
 
-    was_training = model.training
-    model.eval()
-    mx.eval(model.parameters())
-    try:
-        measured = workers.map(measure, range(0, starts.size, rows))
-    finally:
-        model.train(was_training)
+    measured = workers.map(measure, range(0, starts.size, rows))
     losses = np.concatenate([new for new, _ in measured]).astype(np.float64)  # (N,)
     sums = np.sum([sums for _, sums in measured], axis=0)
     positions = []

@@ -31,7 +31,7 @@ _LEAST_S = 3.0
 class StepCosts:
     """What training steps take; `threads` is None on a GPU, and `tokens_per_s` if the steps were not timed.
 
-    `activations_bytes` is the peak of MLX's arrays in a step besides weights and moments. `peak_bytes` is that of the
+    `activations_bytes` is what a step takes at most besides weights and moments. `peak_bytes` is the peak of the
     process with an evaluation; on a GPU, of its memory there.
     """
 
@@ -56,7 +56,7 @@ def measure_steps(config: TrainingConfig, device: Accelerator, *, timed: bool) -
         before_bytes = mx.get_active_memory()
         mx.reset_peak_memory()
         _take_steps(trainer, 2)
-        activations_bytes = mx.get_peak_memory() - before_bytes
+        activations_bytes = mx.get_peak_memory() - before_bytes + trainer.gradients.memory_bytes
         _evaluate(trainer, text)
         return StepCosts(
             threads=device.threads if on_cpu else None,

@@ -64,7 +64,7 @@ def commands(
             program,
             without_place(environment)
             | place
-            | {INDEX_VARIABLE: str(rank), "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads}
+            | {INDEX_VARIABLE: str(rank), "OMP_NUM_THREADS": threads}
             | ({"CUDA_VISIBLE_DEVICES": gpus[rank] if has_gpus else ""} if gpus else {}),
         )
         for rank in range(world_size)

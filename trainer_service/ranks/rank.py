@@ -129,7 +129,7 @@ def _join_as_first(place: Place, queue: JobQueue, job: str, spec: TrainSpec, att
 
 
 def _follow(place: Place, settings: TrainerSettings, job: str, given: int | None, terminated: Termination) -> int:
-    device = accelerator.prepare(settings.directories.cache / "trainer", own_threads=True)
+    device = accelerator.prepare(settings.directories.cache / "trainer")
     # Imported before the meeting, so that no other rank waits for it.
     from trainer_service.ranks.follower import Follower
 

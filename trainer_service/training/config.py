@@ -9,9 +9,9 @@ from typing import get_type_hints
 from shared.errors import InvalidArgument, shown
 from shared.gpt.config import GPTConfig, typed_values
 
-# Tokens in a micro-batch of one CPU thread: few enough that its activations stay in the caches.
+# Tokens in a micro-batch of one CPU thread, which keeps the activations of all layers for them.
 MICRO_BATCH_TOKENS = 1024
-# The most logits that exist at a time, and the most exponentials: 128 MiB each in fp32.
+# The most logits that exist at a time in MLX, and the most exponentials: 128 MiB each in fp32.
 CHUNK_ELEMENTS = 1 << 25
 
 # The values that shape the schedule: a continued run that changes one of them starts a new schedule.

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +15,7 @@ from shared.gpt.model import GPT
 from shared.gpt.tokenizer import Tokenizer
 from shared.version_format import MAX_WINDOWS
 from trainer_service.training.batches import Tokens
-from trainer_service.training.loss import window_losses
+from trainer_service.training.token_losses import TokenLosses
 from trainer_service.training.workers import Workers
 
 
@@ -65,23 +64,19 @@ def evaluate(
 ) -> HeldOutLoss:
     """Returns the loss on the whole set, computed on `rows` windows at a time by all workers together.
 
-    `report` receives the share that is done, on any thread; an exception from it ends the evaluation. The model keeps
-    its mode.
+    `report` receives the share that is done, on any thread; an exception from it ends the evaluation.
     """
     windows = evaluation_set.windows
-    was_training = model.training
-    model.eval()
-    mx.eval(model.parameters())
+    token_losses = TokenLosses(model)
     share = -(-rows // workers.count)
 
     def losses_from(start: int) -> NDArray[np.float64]:
         report(start / len(windows))
-        return _window_losses(model, windows[start : start + share])
+        tokens = windows[start : start + share].astype(np.int32)
+        losses: NDArray[np.float64] = token_losses(tokens[:, :-1], tokens[:, 1:]).mean(axis=1, dtype=np.float64)
+        return losses  # (N,)
 
-    try:
-        losses = np.concatenate(workers.map(losses_from, range(0, len(windows), share)))
-    finally:
-        model.train(was_training)
+    losses = np.concatenate(workers.map(losses_from, range(0, len(windows), share)))
     tokens = windows[:, 1:].size
     nats = float(losses.mean()) * tokens
     return HeldOutLoss(
@@ -89,8 +84,3 @@ def evaluate(
         bits_per_byte=nats / (math.log(2) * max(evaluation_set.target_bytes, 1)),
         claimed=float(losses[:MAX_WINDOWS].mean()),
     )
-
-
-def _window_losses(model: GPT, windows: Tokens) -> NDArray[np.float64]:
-    tokens = mx.array(windows.astype(np.int32))
-    return np.array(window_losses(model, tokens[:, :-1], tokens[:, 1:]), dtype=np.float64)  # (N,)

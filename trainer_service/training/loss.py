@@ -1,12 +1,11 @@
-"""Cross-entropy of a language model, and the loss of a student of other models, computed in chunks of rows, so that the
-logits of a whole batch never exist.
+"""Cross-entropy of a language model, and the loss of a student of other models, computed in MLX in chunks of rows, so
+that the logits of a whole batch never exist.
 
-Shapes: B rows, T tokens, N = B x T predictions, n of them in a chunk, C width, V vocabulary, v of it in a block.
+Shapes: B rows, T tokens, N = B x T predictions, n of them in a chunk, C width, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -16,12 +15,8 @@ from mlx.utils import tree_map
 from shared.gpt import cuda
 from shared.gpt.autograd import differentiable
 from shared.gpt.model import GPT
-from shared.gpt.operations import exp_below, on_cpu
 from trainer_service.training import cuda_loss
 from trainer_service.training.config import CHUNK_ELEMENTS
-
-# Tokens of the vocabulary in a block on a CPU: its logits stay in the cache between operations.
-_BLOCK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -66,20 +61,13 @@ def mean_loss(
     return loss
 
 
-def window_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
-    """Returns the mean cross-entropy (B,) of each row, in nats per token."""
-    return token_losses(model, inputs, targets).mean(axis=1)  # (B,)
-
-
 def token_losses(model: GPT, inputs: mx.array, targets: mx.array) -> mx.array:
     """Returns the cross-entropy, in nats, of each of (B, T) targets given (B, T) inputs."""
     rows, wanted = _rows(model.hidden(inputs)), targets.reshape(-1)  # (N, C), (N,)
-    weight = model.head_weight
-    chunks = _chunks(wanted.size, weight.shape[0])
-    if on_cpu():
-        losses = [_losses(rows[chunk], weight, wanted[chunk])[0] for chunk in chunks]
-    else:
-        losses = [nn.losses.cross_entropy(rows[chunk] @ weight.T, wanted[chunk]) for chunk in chunks]
+    losses = [
+        nn.losses.cross_entropy(model.logits(rows[chunk]), wanted[chunk])
+        for chunk in _chunks(wanted.size, model.config.vocabulary_size)
+    ]
     return mx.concatenate(losses).reshape(targets.shape)  # (B, T)
 
 
@@ -110,28 +98,23 @@ def _mean_cross_entropy(
         others.insert(0, (pull, hidden, weight))
     losses: list[mx.array] = []
     hidden_gradients: list[mx.array] = []
-    block_gradients: list[mx.array] = []
+    weight_gradient = mx.zeros_like(weight)  # (V, C)
     for chunk in _chunks(targets.size, weight.shape[0] * (1 + len(others))):
         wanted, share = targets[chunk], shares[chunk] if isinstance(shares, mx.array) else shares
         # Otherwise MLX would compute the logits of all chunks first.
         rows, *states = mx.depends(
-            [hidden[chunk], *(each[chunk] for _, each, _ in others)], [*hidden_gradients[-1:], *block_gradients]
+            [hidden[chunk], *(each[chunk] for _, each, _ in others)], [*hidden_gradients[-1:], weight_gradient]
         )
-        loss, sums, slopes = _losses(rows, weight, wanted)  # (n,), (1, n), each (v, n)
-        losses.append(loss)
+        highest, sums, slopes = _exponentials(rows, weight)  # (n, 1), (n, 1), (n, V)
+        losses.append((mx.log(sums) + highest)[:, 0] - (rows * weight[wanted]).sum(axis=-1))
         if teachers and temperature != 1:
-            slopes = [kept * block for block in slopes]
+            slopes = kept * slopes
         for (factor, _, head), its_rows in zip(others, states, strict=True):
-            highest, its_sums, exponentials = _exponentials(its_rows * (1 / temperature), head)
-            ratio = factor * sums / (its_sums + 0 * highest)  # NaN stays NaN
-            slopes = [slope + block * ratio for slope, block in zip(slopes, exponentials, strict=True)]
-        column = sums.T  # (n, 1)
-        products = (slope.T @ block for slope, block in zip(slopes, _blocks(weight), strict=True))
-        hidden_gradients.append((reduce(mx.add, products) / column - kept * weight[wanted]) * share)  # (n, C)
-        divided = rows * (share / column)
-        parts = [slope @ divided for slope in slopes]  # each (v, C)
-        block_gradients = list(map(mx.add, block_gradients, parts)) if block_gradients else parts
-    weight_gradient = mx.concatenate(block_gradients)  # (V, C)
+            its_highest, its_sums, exponentials = _exponentials(its_rows * (1 / temperature), head)
+            # NaN stays NaN.
+            slopes = slopes + exponentials * (factor * sums / (its_sums + 0 * its_highest))
+        hidden_gradients.append((slopes @ weight / sums - kept * weight[wanted]) * share)  # (n, C)
+        weight_gradient = weight_gradient + slopes.T @ (rows * (share / sums))
     weight_gradient = weight_gradient.at[targets].add(hidden * (-kept * shares))
     every = mx.concatenate(losses)
     total = (every if weights is None else every * weights).sum()
@@ -144,25 +127,14 @@ def _mean_cross_entropy_vjp(primals: list[Any], cotangents: list[mx.array], outp
     return cotangents[0] * outputs[1], cotangents[0] * outputs[2], *constant
 
 
-def _losses(rows: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Returns the loss (n,) of (n, C) rows, the sums of their exponentials (1, n), and the exponentials of each block
-    (v, n)."""
-    highest, sums, exponentials = _exponentials(rows, weight)
-    at_target = (rows * weight[targets]).sum(axis=-1)  # (n,)
-    return (mx.log(sums) + highest)[0] - at_target, sums, exponentials
-
-
-def _exponentials(rows: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Returns the highest logits of (n, C) rows and the sums of their exponentials relative to them, (1, n) each, and
-    these exponentials of each block (v, n)."""
-    logits = [block @ rows.T for block in _blocks(weight)]  # each (v, n)
-    highest = reduce(mx.maximum, [mx.max(block, axis=0, keepdims=True) for block in logits])  # (1, n)
-    if on_cpu():
-        exponentials = [exp_below(block, highest) for block in logits]
-    else:
-        exponentials = [mx.exp(block - highest) for block in logits]
-    sums = reduce(mx.add, [mx.ones((1, block.shape[0])) @ block for block in exponentials])  # (1, n)
-    return highest, sums, exponentials
+def _exponentials(rows: mx.array, weight: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Returns for (n, C) rows the highest logits (n, 1), the sums of the exponentials relative to them (n, 1), and
+    these exponentials (n, V)."""
+    logits = rows @ weight.T  # (n, V)
+    highest = logits.max(axis=-1, keepdims=True)
+    exponentials = mx.exp(logits - highest)
+    # The ones make the sums, and what follows from them, fp32.
+    return highest, exponentials @ mx.ones((weight.shape[0], 1)), exponentials
 
 
 def _rows(hidden: mx.array) -> mx.array:
@@ -173,8 +145,3 @@ def _chunks(rows: int, elements: int) -> list[slice]:
     """Divides rows, each of which takes some elements, so that a chunk has at most `CHUNK_ELEMENTS`."""
     size = max(1, CHUNK_ELEMENTS // elements)
     return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def _blocks(weight: mx.array) -> list[mx.array]:
-    tokens = _BLOCK_TOKENS if on_cpu() else weight.shape[0]
-    return [weight[start : start + tokens] for start in range(0, weight.shape[0], tokens)]

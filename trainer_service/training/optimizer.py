@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from trainer_service.training import cuda_adamw, muon
 from trainer_service.training.config import TrainingConfig
 
-_EPSILON = 1e-8
+EPSILON = 1e-8
 
 Arrays = dict[str, mx.array]
 
@@ -26,15 +26,13 @@ class Optimizer:
     an NVIDIA GPU uses a few kernels for all that AdamW updates.
     """
 
-    def __init__(self, config: TrainingConfig, parameters: dict[str, Any], threads: int = 1) -> None:
+    def __init__(self, config: TrainingConfig, parameters: dict[str, Any]) -> None:
         self._config = config
-        # Muon's products: on a CPU, those of a stream use one core.
-        self._streams = [mx.default_stream(mx.default_device())]
-        if config.optimizer == "muon" and threads > 1:
-            self._streams = [mx.new_stream(mx.cpu) for _ in range(threads)]
-        zeros = {name: mx.zeros_like(array) for name, array in _flat(parameters).items()}
-        both = {name: array for name, array in zeros.items() if config.optimizer == "adamw" or not muon.is_matrix(name)}
-        self.state: dict[str, Any] = {"step": mx.array(0), "m": _tree(zeros), "v": _tree(both)}
+        arrays = _flat(parameters)
+        both = {n: a for n, a in arrays.items() if config.optimizer == "adamw" or not muon.is_matrix(n)}
+        # Arrays of their own, because `CpuOptimizer` updates them in place.
+        m, v = ({name: mx.zeros_like(array) for name, array in each.items()} for each in (arrays, both))
+        self.state: dict[str, Any] = {"step": mx.array(0), "m": _tree(m), "v": _tree(v)}
 
     def update(
         self, parameters: dict[str, Any], gradients: dict[str, Any], rate: mx.array
@@ -66,7 +64,7 @@ class Optimizer:
                 mx.stack([rate, scale, *corrections]),
                 beta1=config.beta1,
                 beta2=config.beta2,
-                epsilon=_EPSILON,
+                epsilon=EPSILON,
                 weight_decay=config.weight_decay,
             )
             new, new_m, new_v = (dict(zip(names, column, strict=True)) for column in columns)
@@ -77,7 +75,7 @@ class Optimizer:
             new_m[name] = config.beta1 * m[name] + (1 - config.beta1) * gradient
             new_v[name] = config.beta2 * v[name] + (1 - config.beta2) * mx.square(gradient)
             kept = 1 - rate * config.weight_decay if old[name].ndim >= 2 else 1.0
-            direction = (new_m[name] / corrections[0]) / (mx.sqrt(new_v[name] / corrections[1]) + _EPSILON)
+            direction = (new_m[name] / corrections[0]) / (mx.sqrt(new_v[name] / corrections[1]) + EPSILON)
             new[name] = old[name] * kept - rate * direction
         return new, new_m, new_v
 
@@ -90,7 +88,7 @@ class Optimizer:
             gradient = changes[name] * scale
             momenta[name] = muon.MOMENTUM * m[name] + (1 - muon.MOMENTUM) * gradient
             ahead[name] = muon.MOMENTUM * momenta[name] + (1 - muon.MOMENTUM) * gradient
-        directions = muon.directions(ahead, self._streams)
+        directions = muon.directions(ahead)
         kept = 1 - rate * self._config.weight_decay
         return {name: old[name] * kept - rate * directions[name] for name in names}, momenta
 

@@ -8,7 +8,7 @@ class Report:
     """Means since the last report, losses in nats per token; `tokens` includes those of resumed parts.
 
     `tokens_per_second` excludes evaluations, `eta_s` includes them. `eta_s` is None after the first step of an attempt,
-    which compiles and so predicts nothing about the others.
+    which may compile and so predicts nothing about the others.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""A model in training: its weights, optimizer and position, its compiled step, and its saved states.
+"""A model in training: its weights, optimizer and position, its steps, and its saved states.
 
 Shapes: B rows, T tokens.
 """
@@ -6,33 +6,31 @@ Shapes: B rows, T tokens.
 import hashlib
 import json
 import math
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument
 from shared.gpt.model import GPT, parameters_of
 from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
 from shared.version_format import MODEL_FILE, OPTIMIZER_FILE, POSITION_FILE
-from trainer_service.training.batches import Batch, Batches, TrainingText
-from trainer_service.training.config import TrainingConfig, micro_batches
-from trainer_service.training.loss import Distillation, mean_loss
+from trainer_service.training.batches import Batches, TrainingText
+from trainer_service.training.config import TrainingConfig
+from trainer_service.training.cpu.gradients import CpuGradients
+from trainer_service.training.cpu.optimizer import CpuOptimizer
+from trainer_service.training.gradients import MlxGradients, StepGradients
+from trainer_service.training.loss import Distillation
 from trainer_service.training.optimizer import Optimizer
 from trainer_service.training.ranks import Ranks
 from trainer_service.training.workers import Workers
 
 # What a saved state holds beside arrays and the configuration: attributes of a trainer.
 _POSITION = ("step", "tokens", "training_loss", "evaluated_step", "best_validation_loss")
-
-# A loss and its gradients, a tree of the parameters' shape.
-Gradients = tuple[mx.array, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class Trainer:
     teachers and the numbers of ranks and workers: its windows and its dropout follow from (seed, step). So a restored
     run continues exactly, if it is given the same teachers.
 
-    Each rank takes a part of every batch, and each of its workers a part of that; the state is the same in all ranks.
-    On an NVIDIA GPU the model computes in bf16 from weights in fp32, and gradients are summed over the ranks in fp32.
+    Each rank takes a part of every batch, and on a CPU each of its workers a part of that; the state is the same in all
+    ranks. Gradients are summed over the ranks in fp32.
     Teachers have the student's vocabulary and at least its context; if there are none, or if `distillation_alpha` is 0,
     the loss is the plain one.
     """
@@ -82,25 +80,32 @@ class Trainer:
         self._distillation = _distillation(config, teachers)
         mx.random.seed(config.seed)
         self.model = GPT(config.gpt)
-        self.optimizer = Optimizer(config, self.model.trainable_parameters(), self.workers.count)
+        parameters = self.model.trainable_parameters()
+        if on_cpu():
+            self.optimizer: Optimizer = CpuOptimizer(config, parameters, self.workers)
+            self.gradients: StepGradients = CpuGradients(
+                config, self.model, self._distillation, self.ranks.rank, self.workers
+            )
+        else:
+            self.optimizer = Optimizer(config, parameters)
+            self.gradients = MlxGradients(config, self.model, self._distillation, self.ranks.rank)
         mx.eval(self.model.parameters(), self.optimizer.state)
         self._start()
 
     def _start(self) -> None:
-        """Compiles the step over the current arrays of the state; the compiled step would not see replaced arrays."""
+        """Compiles the update on a GPU. The compiled function holds the current arrays of the state, so it is compiled
+        again when these are replaced."""
 
-        def update(parts: list[Gradients], rate: mx.array, stops: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-            (loss, gradients), *others = parts
-            for other_loss, other in others:
-                loss, gradients = loss + other_loss, tree_map(mx.add, gradients, other)
+        def update(
+            loss: mx.array, gradients: dict[str, Any], rate: mx.array, stops: mx.array
+        ) -> tuple[mx.array, mx.array, mx.array]:
             loss, gradients, stops = self.ranks.sum(loss, gradients, stops)
             weights, norm = self.optimizer.update(self.model.trainable_parameters(), gradients, rate)
             self.model.update(weights)
             return loss, norm, stops
 
         self._captured = [self.model.state, self.optimizer.state]
-        self._update = mx.compile(update, inputs=self._captured, outputs=self._captured)
-        self._of_thread = threading.local()
+        self._update = update if on_cpu() else mx.compile(update, inputs=self._captured, outputs=self._captured)
         # The last step, and the one before it.
         self._previous: StepResult | None = None
         self._before: StepResult | None = None
@@ -116,24 +121,12 @@ class Trainer:
         `stop` is the wish of this rank that all stop; see `all_stop`.
         """
         config = self.config
-        drawn = self._batches.at(self.step)
-        weights = self.model.trainable_parameters()
-
-        first, end = self.ranks.rows(config.batch_size)
-
-        def work(part: int) -> Gradients:
-            rows = drawn.part(*(first + (end - first) * edge // parts for edge in (part, part + 1)))
-            # A last 0 changes nothing, so the first rank has the dropout of a run in one process.
-            seeds = np.random.SeedSequence((config.seed, self.step, part, self.ranks.rank))
-            return self._gradients(weights, rows, int(seeds.generate_state(1, np.uint64)[0]))
-
-        parts = min(self.workers.count, end - first)
+        drawn = self._batches.at(self.step).part(*self.ranks.rows(config.batch_size))
+        loss, gradients = self.gradients.of(drawn, self.step)
         rate = mx.array(config.learning_rate_at(self.step))
-        result = StepResult(*self._update(self.workers.map(work, range(parts)), rate, mx.array(float(stop))))
+        result = StepResult(*self._update(loss, gradients, rate, mx.array(float(stop))))
         mx.async_eval(result.loss, result.gradient_norm, result.stops, self._captured)
-        if parts > 1:
-            mx.eval(self._captured)  # other threads may only use evaluated weights
-        elif self._previous is not None:
+        if self._previous is not None:
             mx.eval(self._previous.loss)
         self._before, self._previous = self._previous, result
         self.step += 1
@@ -149,26 +142,6 @@ class Trainer:
         if self.ranks.count == 1:
             return wanted
         return self._before is not None and scalar(self._before.stops) > 0
-
-    def _gradients(self, weights: dict[str, Any], drawn: Batch, seed: int) -> Gradients:
-        """Returns this thread's share of a step's mean loss and gradients, from its rows of the batch."""
-        if not hasattr(self._of_thread, "add"):
-            self._of_thread.add = _compile_gradients(self.config, self._distillation)
-        mx.random.seed(seed)
-        rows, tokens = drawn.inputs.shape
-        count = micro_batches(rows, tokens) if on_cpu() else 1
-        total: Gradients | None = None
-        for number in range(count):
-            some = drawn.part(*(rows * edge // count for edge in (number, number + 1)))
-            inputs, targets = mx.array(some.inputs), mx.array(some.targets)
-            target_weights = None if some.weights is None else mx.array(some.weights)
-            share = mx.array(inputs.size / self.config.tokens_per_step)
-            for masked in (False, True) if self.config.masked_loss else (False,):
-                total = self._of_thread.add(masked, total, weights, inputs, targets, target_weights, share)
-                if on_cpu():
-                    mx.eval(total)  # frees the activations of this pass
-        assert total is not None
-        return total
 
     def record_evaluation(self, validation_loss: float) -> None:
         """Records that this step was evaluated, and updates the best held-out loss."""
@@ -201,6 +174,12 @@ class Trainer:
             )
         weights = load_arrays(directory / MODEL_FILE)
         moments = load_arrays(directory / OPTIMIZER_FILE)
+        for name, loaded, current in (
+            (MODEL_FILE, weights, parameters_of(self.model)),
+            (OPTIMIZER_FILE, moments, dict(tree_flatten(self.optimizer.state))),
+        ):
+            if _shapes(loaded) != _shapes(current):
+                raise CorruptCheckpoint(f"{directory / name} has not the arrays of the model in {POSITION_FILE}.")
         self._put(weights, moments, restored)
 
     def take_first_state(self) -> None:
@@ -249,72 +228,22 @@ class Trainer:
 
 
 def _distillation(config: TrainingConfig, teachers: Sequence[GPT]) -> Distillation | None:
-    """Returns how the run learns from its teachers: copies in the type that the device computes with, evaluated because
-    several threads read them."""
+    """Returns how the run learns from its teachers: copies in the type that the device computes with, whose arrays no
+    step changes."""
     if not teachers or config.distillation_alpha == 0:
         return None
     kind = mx.bfloat16 if mx.cuda.is_available() else mx.float32
     copies = tuple(GPT(teacher.config) for teacher in teachers)
     for copy, teacher in zip(copies, teachers, strict=True):
         assert teacher.config.vocabulary_size == config.vocabulary_size, "Teachers have the student's vocabulary."
-        copy.update(tree_map(lambda weight: weight.astype(kind), teacher.parameters()))
+        copy.update(tree_map(lambda weight: mx.array(weight, kind), teacher.parameters()))
         copy.eval()
         mx.eval(copy.parameters())
     return Distillation(copies, config.distillation_alpha, config.distillation_temperature)
 
 
-def _compile_gradients(config: TrainingConfig, distillation: Distillation | None) -> Callable[..., Gradients]:
-    """Returns a compiled function that adds a share of the loss and its gradients to a total, which may be None.
-
-    With masked inputs it adds only the gradients, so that the losses of all runs compare. The function has its own
-    model, into which it puts the weights that it receives.
-    """
-    model = GPT(config.gpt)
-    model.train()
-
-    def share_of_loss(
-        weights: dict[str, Any],
-        masked: bool,
-        inputs: mx.array,
-        targets: mx.array,
-        target_weights: mx.array | None,
-        share: mx.array,
-    ) -> mx.array:
-        model.update(weights)
-        kept = _kept_inputs(inputs) if masked else None
-        scale = config.masked_loss * share if masked else share
-        return mean_loss(model, inputs, targets, target_weights, distillation, kept) * scale
-
-    loss_and_gradients = mx.value_and_grad(share_of_loss)
-
-    def add(masked: bool, total: Gradients | None, weights: dict[str, Any], *batch: Any) -> Gradients:
-        loss, gradients = loss_and_gradients(_in_compute_type(weights), masked, *batch)
-        if total is None:
-            return loss, gradients
-        return total[0] if masked else total[0] + loss, tree_map(mx.add, total[1], gradients)
-
-    compiled: Callable[..., Gradients] = mx.compile(add, inputs=[mx.random.state], outputs=[mx.random.state])
-    return compiled
-
-
-def _kept_inputs(inputs: mx.array) -> mx.array:
-    """Draws which of (B, T) inputs are not masked, (B, T, 1): in each row a random share of them, from half to all.
-
-    Source: Xu et al. 2026, "Data-Constrained Language Model Pretraining: Improved Regularization and Scaling Laws".
-    """
-    masked_share = 0.5 * mx.random.uniform(shape=(inputs.shape[0], 1, 1))
-    return mx.random.uniform(shape=(*inputs.shape, 1)) >= masked_share
-
-
-def _in_compute_type(weights: dict[str, Any]) -> dict[str, Any]:
-    """Returns the weights in the type that the device computes with: bf16 on an NVIDIA GPU, except the embeddings,
-    whose gradients are sums over many tokens."""
-    if not mx.cuda.is_available():
-        return weights
-    cast: dict[str, Any] = tree_map_with_path(
-        lambda name, weight: weight if "embedding" in name else weight.astype(mx.bfloat16), weights
-    )
-    return cast
+def _shapes(arrays: Mapping[str, mx.array]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def scalar(array: mx.array) -> float:

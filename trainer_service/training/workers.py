@@ -1,26 +1,15 @@
-"""Threads that compute in parallel on a CPU.
-
-In MLX, every operation except matrix products uses one core per stream. Here each thread has its own stream, takes a
-part of the batch and uses a single-threaded BLAS, so that all operations use all cores.
-"""
+"""Threads that compute in parallel on a CPU, each on one core, in libraries that release Python's lock."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Self, TypeVar
-
-import mlx.core as mx
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Workers:
-    """A pool of `count` threads; a single one is the caller's thread.
-
-    Each thread has its own stream, random state and compiled functions. Only evaluated arrays may pass between threads.
-    The threads end with the context. Each clears its streams first, because MLX would abort the process otherwise.
-    """
+    """A pool of `count` threads, which end with the context; a single one is the caller's thread."""
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
@@ -35,12 +24,4 @@ class Workers:
 
     def __exit__(self, *_: object) -> None:
         if self._pool:
-            # Makes each thread take exactly one call.
-            barrier = Barrier(self.count)
-
-            def clear_streams(_: int) -> None:
-                barrier.wait()
-                mx.clear_streams()
-
-            self.map(clear_streams, range(self.count))
             self._pool.shutdown()

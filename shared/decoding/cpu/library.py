@@ -11,19 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.decoding.weight_format import WeightFormat
-from shared.device.native import build_library, prebuild_library
+from shared.device.native import VECTOR_OPTIONS, VECTORS, build_library, joined, prebuild_library
 
-# A compiler that may fuse products and sums does so in some functions only, and the bits of a row would depend on its
-# neighbours.
-_OPTIONS = (
-    "-std=c++17",
-    "-O3",
-    "-ffp-contract=off",
-    "-march=native",
-    *(("-fopenmp",) if sys.platform == "linux" else ()),
-)
+_OPTIONS = (*VECTOR_OPTIONS, *(("-fopenmp",) if sys.platform == "linux" else ()))
 # In the order in which they are joined.
-_FILES = ("vectors.h", "products.h", "attention.h", "draws.h", "step.cpp")
+_FILES = ("products.h", "attention.h", "draws.h", "step.cpp")
 # The numbers of the formats in `products.h`.
 FORMATS = {WeightFormat.FP32: 0, WeightFormat.BF16: 1, WeightFormat.INT8: 2}
 
@@ -113,14 +105,13 @@ def load_library(cache: Path) -> CpuLibrary:
 
     Raises `FailedPrecondition` as `build_library` does.
     """
-    return CpuLibrary(build_library(_source(), "c++", _OPTIONS, cache))
+    return CpuLibrary(build_library(_source(), _OPTIONS, cache))
 
 
 def prebuild(folder: Path) -> None:
     """Builds the library for each kind of processor; raises `FailedPrecondition` as `prebuild_library` does."""
-    prebuild_library(_source(), "c++", _OPTIONS, folder)
+    prebuild_library(_source(), _OPTIONS, folder)
 
 
 def _source() -> str:
-    """Returns the files as one source, whose lines the compiler names by file."""
-    return "".join(f'#line 1 "{name}"\n{Path(__file__).with_name(name).read_text()}' for name in _FILES)
+    return joined(VECTORS, *map(Path(__file__).with_name, _FILES))

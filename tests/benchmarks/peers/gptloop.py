@@ -1,6 +1,5 @@
 """This project, with the classes that its services use."""
 
-import sys
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
 
 # As in the services.
-_ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks", own_threads=sys.argv[1] == "Training")
+_ACCELERATOR = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 
 import mlx.core as mx  # noqa: E402
 

@@ -2,15 +2,16 @@
 
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT, cores
 from tests.benchmarks.worker import resident_peak
+from tests.mlx_on_cpu import speed_up_mlx
 
-os.environ["OPENBLAS_NUM_THREADS"] = str(cores())
-accelerator.prepare(Path(ROOT) / ".pytest_cache" / "benchmarks")
+os.environ["OMP_NUM_THREADS"] = str(cores())
+speed_up_mlx(ROOT / ".pytest_cache" / "benchmarks")
+accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402

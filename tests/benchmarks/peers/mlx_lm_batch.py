@@ -8,8 +8,9 @@ from typing import Any
 from shared.device import accelerator
 from tests.benchmarks.side_by_side import ROOT
 from tests.benchmarks.worker import resident_peak
+from tests.mlx_on_cpu import speed_up_mlx
 
-# Uses the same fast BLAS as this project.
+speed_up_mlx(ROOT / ".pytest_cache" / "benchmarks")
 accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 
 import mlx.core as mx  # noqa: E402

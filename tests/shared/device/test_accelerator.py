@@ -1,6 +1,4 @@
-import ctypes
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from shared.device.accelerator import Accelerator, memory, report
+from shared.device.machine import cores, cpu_threads
 
 pytestmark = pytest.mark.slow
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Only Linux needs a BLAS and a compiler cache.")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Only on Linux has MLX such a folder.")
 
 _PREPARE = """
 import json, os, sys, tempfile
@@ -26,7 +25,6 @@ scale = mx.compile(lambda x: mx.exp(x) * 2)
 print(json.dumps({
     "temporary": os.environ["TMPDIR"],
     "python_temporary_kept": tempfile.gettempdir() == before,
-    "blas": accelerator.blas,
     "two": scale(mx.zeros((1,))).item(),
     "report": report(accelerator),
 }), flush=True)
@@ -72,56 +70,6 @@ def test_a_kernel_of_a_killed_compiler_is_compiled_again(tmp_path: Path) -> None
     assert library.stat().st_mtime_ns == modified, "A complete kernel is kept."
 
 
-@linux_only
-def test_a_fast_blas_is_found_and_reported(tmp_path: Path) -> None:
-    answer = _answer(_prepare(tmp_path))
-    assert "OpenBLAS" in str(answer["blas"])
-    assert "fp32 product" in str(answer["report"])
-
-
-@linux_only
-def test_mlx_finds_the_fast_blas_first() -> None:
-    # MLX's own BLAS has this symbol too, but not in the global scope.
-    assert ctypes.CDLL(None).cblas_sgemm
-
-
-_WITHOUT_THE_SYSTEMS = """
-import sys
-from pathlib import Path
-import shared.device.blas
-from shared.device.accelerator import prepare
-shared.device.blas._SYSTEM_LIBRARIES = ()
-print(prepare(Path(sys.argv[1])).blas)
-"""
-
-
-@linux_only
-def test_the_blas_of_the_wheel_is_loaded_through_a_forwarder_that_is_built_once(tmp_path: Path) -> None:
-    for _ in range(2):
-        command = [sys.executable, "-c", _WITHOUT_THE_SYSTEMS, str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert (done.stdout, done.stderr) == ("OpenBLAS of the scipy-openblas32 wheel\n", "")
-        (forwarder,) = tmp_path.glob("native-*.so")
-    assert ctypes.CDLL(str(forwarder)).cblas_sgemm
-
-
-@linux_only
-@pytest.mark.parametrize(
-    "lacking",
-    [
-        "import importlib.util; importlib.util.find_spec = lambda name: None",
-        # Without a compiler, the forwarder cannot be built.
-        "import os; os.environ['PATH'] = ''",
-    ],
-    ids=["wheel", "compiler"],
-)
-def test_a_missing_blas_is_logged_as_a_warning(tmp_path: Path, lacking: str) -> None:
-    command = [sys.executable, "-c", f"{lacking}\n{_WITHOUT_THE_SYSTEMS}", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "None\n"
-    assert "No fast BLAS was found" in done.stderr
-
-
 def test_memory_counts_arrays() -> None:
     import mlx.core as mx
 
@@ -134,27 +82,22 @@ def test_memory_counts_arrays() -> None:
     assert after.resident_bytes > array.nbytes
 
 
-def test_the_report_names_a_missing_blas() -> None:
-    text = report(Accelerator("A processor", "cpu", "1.0", None, 2**34, Path()))
-    assert "A processor" in text
-    assert "16.0 GiB" in text
-    assert "libopenblas0-pthread" in text
+def test_the_report_names_the_threads_and_a_missing_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Accelerator("A processor", "cpu", "1.0", 2**34, Path(), threads=7)
+    assert {"A processor", "16.0 GiB", "7 for training (OMP_NUM_THREADS)"} <= {
+        line[14:] for line in report(cpu).splitlines()
+    }
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "none. No C++ compiler is installed; install one of g++, c++, clang++." in report(cpu)
 
 
-_THREADS = """
-import os, sys
-from pathlib import Path
-from shared.device.accelerator import prepare
-print(prepare(Path(sys.argv[1]), own_threads=True).threads, os.environ["OPENBLAS_NUM_THREADS"])
-"""
+def test_the_report_of_a_gpu_has_its_speed() -> None:
+    assert "GFLOP/s" in report(Accelerator("A GPU", "metal", "1.0", 2**34, Path()))
 
 
-@linux_only
-@pytest.mark.parametrize(("limit", "threads"), [("3", "3"), ("none", None), ("0", None)])
-def test_with_own_threads_the_caller_gets_the_threads_and_products_run_on_one_core(
-    tmp_path: Path, limit: str, threads: str | None
+@pytest.mark.parametrize(("limit", "threads"), [("3", 3), ("none", None), ("0", None)])
+def test_the_caller_computes_in_as_many_threads_as_openmp(
+    limit: str, threads: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [sys.executable, "-c", _THREADS, str(tmp_path)]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": limit}
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert answer == [threads or str(len(os.sched_getaffinity(0))), "1"]
+    monkeypatch.setenv("OMP_NUM_THREADS", limit)
+    assert cpu_threads() == (threads or cores())

@@ -14,6 +14,7 @@ from trainer_service.evaluation import minimal_pairs
 from trainer_service.evaluation.minimal_pairs import measure_pairs
 from trainer_service.evaluation.record import MinimalPairs
 from trainer_service.evaluation.statistics import wilson_interval
+from trainer_service.training.token_losses import TokenLosses
 from trainer_service.training.workers import Workers
 
 WORDS = ["the", "a", "cat", "dog", "cats", "dogs", "sleeps", "sleep", "often", "never", "here", "is", "are"]
@@ -62,7 +63,7 @@ def test_the_accuracy_is_that_of_the_plain_formula(tmp_path: Path) -> None:
 
 def test_sentences_of_different_lengths_do_not_change_each_other() -> None:
     model, sentences = tiny_model(0), ["a", "The cat sleeps.", "Often the cats never sleep here."]
-    nats = minimal_pairs._sentence_nats(model, list(map(byte_tokenizer().encode, sentences)), 256)
+    nats = minimal_pairs._sentence_nats(TokenLosses(model), list(map(byte_tokenizer().encode, sentences)), 256)
     assert (-nats).tolist() == pytest.approx([log_probability(model, each) for each in sentences], rel=1e-5)
 
 

@@ -9,7 +9,7 @@ from trainer_service.evaluation.training_steps import StepCosts, measure_steps
 from trainer_service.plan import count_moments
 from trainer_service.presets import find_preset
 
-HERE = Accelerator("A processor", "cpu", "", None, 1 << 40, Path(), threads=2)
+HERE = Accelerator("A processor", "cpu", "", 1 << 40, Path(), threads=2)
 TINY = replace(
     find_preset("demo"), vocabulary_size=300, layers=2, width=32, heads=2, hidden_width=64, context_length=64
 )

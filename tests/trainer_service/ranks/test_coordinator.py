@@ -114,7 +114,7 @@ def test_local_ranks_share_the_cores_and_know_their_places(monkeypatch: pytest.M
     places = [find_place(command.environment) for command in made]
     assert [(place.rank, place.count, place.local_rank) for place in places] == [(0, 2, None), (1, 2, None)]
     assert places[0].meeting == places[1].meeting
-    assert [command.environment["OPENBLAS_NUM_THREADS"] for command in made] == ["2", "2"]
+    assert [command.environment["OMP_NUM_THREADS"] for command in made] == ["2", "2"]
     assert "CUDA_VISIBLE_DEVICES" not in made[0].environment
 
 

@@ -247,7 +247,7 @@ def test_ranks_of_their_own_take_a_job_that_waits(work: Workplace) -> None:
     place = {"GPTLOOP_RANK_HOSTS": "localhost,localhost", "GPTLOOP_RANK_PORT": str(free_ports(2))}
     for _ in range(2):
         ranks = [
-            work.start("rank", job, log="pods.log", JOB_COMPLETION_INDEX=str(rank), OPENBLAS_NUM_THREADS="1", **place)
+            work.start("rank", job, log="pods.log", JOB_COMPLETION_INDEX=str(rank), OMP_NUM_THREADS="1", **place)
             for rank in range(2)
         ]
         # The second time, the job has finished and nothing is left to do.

@@ -133,7 +133,7 @@ def test_dropout_differs_between_ranks_and_is_the_same_after_a_resume(tmp_path: 
 def test_the_windows_and_the_dropout_of_a_seed_do_not_change() -> None:
     # Any other way to draw them would change the runs that go on.
     trainer = Trainer(tiny(), TEXT)
-    assert [scalar(trainer.take_step().loss) for _ in range(2)] == pytest.approx([5.691775, 5.713044], abs=1e-6)
+    assert [scalar(trainer.take_step().loss) for _ in range(2)] == pytest.approx([5.689430, 5.705716], abs=1e-6)
 
 
 class TwoBytesEach:

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
 from trainer_service.training import loss
-from trainer_service.training.loss import mean_loss, token_losses, window_losses
+from trainer_service.training.loss import mean_loss, token_losses
 
 VOCABULARY = 50
 Loss = Callable[[GPT, mx.array, mx.array], mx.array]
@@ -171,7 +171,7 @@ def test_the_gradient_is_the_probabilities_minus_the_target_for_extreme_logits(
     probabilities = np.exp(logits - 80) / np.exp(logits - 80).sum(-1, keepdims=True)
     losses = np.log(np.exp(logits - 80).sum(-1)) + 80 - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     assert value == pytest.approx(losses.mean(), rel=1e-5)
-    assert window_losses(model, *batch).item() == pytest.approx(losses.mean(), rel=1e-5)
+    assert token_losses(model, *batch).mean().item() == pytest.approx(losses.mean(), rel=1e-5)
     difference = (probabilities - np.eye(3)[targets]) / targets.size
     for name, expected in (("given", difference), ("head.weight", difference[0].T @ logits[0])):
         np.testing.assert_allclose(gradients[name], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
@@ -208,17 +208,14 @@ def test_a_compiled_step_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("tied_head", [True, False])
 @pytest.mark.parametrize("chunk_rows", [7, 1000])
-@pytest.mark.parametrize("as_on_cpu", [True, False])
-def test_window_losses_agree_with_the_formula_in_64_bits(
-    tied_head: bool, chunk_rows: int, as_on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+def test_token_losses_agree_with_the_formula_in_64_bits(
+    tied_head: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "on_cpu", lambda: as_on_cpu)
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_rows * VOCABULARY)
     model, inputs, targets = random_model(tied_head), random_tokens(1, 3, 16), random_tokens(2, 3, 16)
     weights = {name: np.array(value, np.float64) for name, value in parameters_of(model).items()}
     expected = exact_losses(model, weights, np.array(inputs), np.array(targets))
     np.testing.assert_allclose(token_losses(model, inputs, targets), expected, rtol=1e-5, atol=1e-5)
-    assert window_losses(model, inputs, targets).tolist() == pytest.approx(expected.mean(axis=1).tolist(), rel=1e-5)
     assert mean_loss(model, inputs, targets).item() == pytest.approx(expected.mean(), rel=1e-5)
 
 
@@ -250,4 +247,10 @@ def test_weights_that_are_not_finite_give_a_loss_that_is_not_finite() -> None:
     weight[int(inputs[1, 5])] = mx.nan
     model.token_embedding.weight = weight
     assert np.isnan(mean_loss(model, inputs, targets).item())
-    assert np.isnan(window_losses(model, inputs, targets)[1].item())
+    assert np.isnan(token_losses(model, inputs, targets)[1]).any()
+
+
+def test_losses_and_gradients_of_hidden_states_in_bf16_are_fp32() -> None:
+    hidden, weight = (mx.random.normal(shape).astype(mx.bfloat16) for shape in ((12, 36), (VOCABULARY, 36)))
+    outputs = loss._mean_cross_entropy(hidden, weight, random_tokens(1, 12), None, [], 0.0, 1.0)
+    assert [output.dtype for output in outputs] == [mx.float32] * 3

@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten
 
 from shared.gpt.model import GPT
 from tests.trainer_service.training.tiny_runs import MIXTURE, TEXT, teachers, tiny, weights
-from trainer_service.training import trainer as trainer_module
+from trainer_service.training import gradients as mlx_gradients
+from trainer_service.training.cpu import gradients as cpu_gradients
 from trainer_service.training.trainer import Trainer, scalar
 from trainer_service.training.workers import Workers
 
@@ -33,10 +34,10 @@ def test_a_step_adds_the_gradients_of_the_masked_loss_and_reports_the_plain_loss
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def gradients(share: float, masked: bool) -> tuple[float, dict[str, np.ndarray]]:
-        monkeypatch.setattr(trainer_module, "_kept_inputs", lambda inputs: mx.full((*inputs.shape, 1), not masked))
+        monkeypatch.setattr(mlx_gradients, "_kept_inputs", lambda inputs: mx.full((*inputs.shape, 1), not masked))
+        monkeypatch.setattr(cpu_gradients, "_kept_inputs", lambda shape, _: np.full(shape, not masked, np.float32))
         trainer = Trainer(tiny(masked_loss=share, dropout=0.0, tied_head=False), TEXT)
-        drawn = trainer._batches.at(0)
-        loss, tree = trainer._gradients(trainer.model.trainable_parameters(), drawn, 1)
+        loss, tree = trainer.gradients.of(trainer._batches.at(0), 0)
         return scalar(loss), {name: np.array(array) for name, array in dict(tree_flatten(tree)).items()}
 
     plain_loss, plain = gradients(0.0, masked=False)
@@ -52,10 +53,12 @@ def test_a_step_adds_the_gradients_of_the_masked_loss_and_reports_the_plain_loss
 
 def test_each_row_misses_up_to_half_of_its_inputs() -> None:
     mx.random.seed(1)
-    kept = np.array(trainer_module._kept_inputs(mx.zeros((200, 400))))[..., 0].mean(axis=1)
-    assert kept.min() > 0.4
-    assert 0.7 < kept.mean() < 0.8
-    assert np.quantile(kept, 0.1) < 0.6 and np.quantile(kept, 0.9) > 0.9
+    by_mlx = np.array(mlx_gradients._kept_inputs(mx.zeros((200, 400))))[..., 0]
+    by_numpy = cpu_gradients._kept_inputs((200, 400), np.random.default_rng(1))
+    for kept in (by_mlx.mean(axis=1), by_numpy.mean(axis=1)):
+        assert kept.min() > 0.4
+        assert 0.7 < kept.mean() < 0.8
+        assert np.quantile(kept, 0.1) < 0.6 and np.quantile(kept, 0.9) > 0.9
 
 
 @pytest.mark.parametrize("threads", [1, 2])

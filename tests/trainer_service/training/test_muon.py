@@ -20,7 +20,6 @@ QKV, UP, DOWN, NORM = (
     f"blocks.0.{name}.weight" for name in ("attention.qkv", "feed_forward.up", "feed_forward.down", "attention_norm")
 )
 Matrix = NDArray[np.float64]
-HERE = [mx.default_stream(mx.default_device())]
 
 
 def random(*shape: int, seed: int = 0) -> mx.array:
@@ -30,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> mx.array:
 def orthogonalised(matrix: Matrix) -> Matrix:
     """The iterations for one matrix of any shape, in NumPy."""
     x: Matrix = matrix / np.linalg.norm(matrix)
-    for a, b, c in muon._POLYNOMIALS:
+    for a, b, c in muon.POLYNOMIALS:
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
     return x
@@ -56,7 +55,7 @@ def test_singular_values_become_nearly_1_and_singular_vectors_stay(shape: tuple[
 
 def test_the_polynomials_move_all_singular_values_of_their_range_close_to_1() -> None:
     values = np.geomspace(3e-3, 1.0, 10_000)
-    for a, b, c in muon._POLYNOMIALS:
+    for a, b, c in muon.POLYNOMIALS:
         values = a * values + b * values**3 + c * values**5
     assert values.min() > 0.76 and values.max() < 1.2
 
@@ -65,10 +64,8 @@ def test_a_matrix_of_zeros_stays_zero() -> None:
     assert not mx.any(muon.orthogonalised(mx.zeros((2, 8, 4))))
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_directions_are_those_of_each_matrix_alone(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tall matrix, a wide one, a square one and three that lie side by side, by one stream and by several."""
-    monkeypatch.setattr(muon, "on_cpu", lambda: not stacked)
+def test_directions_are_those_of_each_matrix_alone() -> None:
+    """Of a tall matrix, a wide one, a square one and three that lie side by side."""
     momenta = {
         QKV: random(48, 16),
         UP: random(32, 16),
@@ -77,12 +74,10 @@ def test_directions_are_those_of_each_matrix_alone(stacked: bool, monkeypatch: p
     }
     expected = {name: direction(np.array(array)) for name, array in momenta.items()}
     expected[QKV] = np.concatenate([direction(part) for part in np.split(np.array(momenta[QKV]), 3)])
-    several = [mx.new_stream(mx.cpu) for _ in range(3)]
-    for streams in (HERE, several):
-        found = muon.directions(momenta, streams)
-        assert found.keys() == expected.keys()
-        for name, array in found.items():
-            np.testing.assert_allclose(array, expected[name], atol=3e-4)
+    found = muon.directions(momenta)
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        np.testing.assert_allclose(array, expected[name], atol=3e-4)
     rms = [float(mx.sqrt(mx.square(array).mean())) for array in found.values()]
     assert rms == pytest.approx([0.6] * 4, rel=0.25)
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.errors import InvalidArgument
+from shared.errors import CorruptCheckpoint, InvalidArgument
 from shared.gpt.model import parameters_of
 from tests.trainer_service.training.tiny_runs import END, MIXTURE, TEXT, TOKENS, teachers, tiny, weights
 from trainer_service.training.batches import TeacherText, TrainingText
 from trainer_service.training.config import TrainingConfig
-from trainer_service.training.loss import window_losses
+from trainer_service.training.loss import token_losses
 from trainer_service.training.optimizer import Optimizer
 from trainer_service.training.trainer import Trainer, scalar
 from trainer_service.training.workers import Workers
@@ -204,6 +204,28 @@ def test_an_alpha_of_0_is_plain_training() -> None:
         np.testing.assert_array_equal(weights(taught)[name], value)
 
 
+def test_a_model_that_trains_on_can_teach_what_it_was() -> None:
+    first = Trainer(tiny(), TEXT)
+    second = Trainer(tiny(), TEXT, teachers=[first.model])
+    first.take_step()
+    third = Trainer(tiny(), TEXT, teachers=[Trainer(tiny(), TEXT).model])
+    for trainer in (second, third):
+        trainer.take_step()
+    for name, array in weights(second).items():
+        np.testing.assert_array_equal(array, weights(third)[name])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_a_state_whose_arrays_are_not_those_of_its_model_is_refused(file: str, tmp_path: Path) -> None:
+    Trainer(tiny(), TEXT).save(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    Trainer(tiny(width=32), TEXT).save(other)
+    (other / file).replace(tmp_path / file)
+    with pytest.raises(CorruptCheckpoint, match=f"{file} has not the arrays of the model in "):
+        Trainer(tiny(), TEXT).restore(tmp_path)
+
+
 def test_teachers_have_no_dropout_and_stay_as_they_are() -> None:
     after = []
     for dropout in (0.0, 0.5):
@@ -233,7 +255,7 @@ def test_a_student_learns_from_its_teacher_alone() -> None:
     rows = mx.array(TOKENS[:64].reshape(8, 8).astype(np.int32))
     following = mx.array(TOKENS[1:65].reshape(8, 8).astype(np.int32))
     student.model.eval()
-    assert scalar(window_losses(student.model, rows, following).mean()) < 3.0
+    assert scalar(token_losses(student.model, rows, following).mean()) < 3.0
 
 
 def test_workers_draw_different_dropout() -> None:

@@ -160,9 +160,9 @@ def other_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if not needed[name] <= set(native._processor().split()):
         pytest.skip(f"This processor is older than {name}.")
 
-    def build(source: str, language: str, options: Sequence[str], cache: Path) -> Path:
+    def build(source: str, options: Sequence[str], cache: Path) -> Path:
         assert "-march=native" in options
-        return build_library(source, language, [*options, f"-march={name}", *tuned], cache)
+        return build_library(source, [*options, f"-march={name}", *tuned], cache)
 
     monkeypatch.setattr(module, "build_library", build)
     library = load_library(COMPILED)
