@@ -40,5 +40,7 @@ def former(*, windows_anywhere: bool, attention_without_dropout: bool) -> Iterat
         if windows_anywhere:
             stack.enter_context(mock.patch.object(trainer, "Batches", WindowsAnywhere))
         if attention_without_dropout:
+            # The library that trains on a CPU has no former form.
+            stack.enter_context(mock.patch.object(trainer, "on_cpu", lambda: False))
             stack.enter_context(mock.patch.object(Dropout, "vectors", undropped))
         yield

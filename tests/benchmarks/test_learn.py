@@ -104,7 +104,10 @@ def test_a_run_ends_when_it_has_been_worse_twice() -> None:
 
 
 @pytest.mark.parametrize("part", ["windows_anywhere", "attention_without_dropout"])
-def test_a_former_form_changes_what_a_run_learns_and_only_inside(part: str) -> None:
+def test_a_former_form_changes_what_a_run_learns_and_only_inside(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # In MLX inside and outside, on a CPU too.
+    monkeypatch.setattr(trainer_module, "on_cpu", lambda: False)
+
     def loss() -> float:
         return trainer_module.scalar(Trainer(TINY, TEXT).take_step().loss)
 

@@ -14,15 +14,18 @@ from inference_service.operator_terminal import print_versions
 from shared.pb.inference.v1 import inference_pb2 as pb
 
 
+def _four_hours_ago() -> Timestamp:
+    return Timestamp(seconds=round(time.time()) - 4 * 3600)
+
+
 def status(version: int, state: pb.VersionState, **fields: Any) -> pb.VersionStatus:
     """Returns a version that was published 4 hours ago."""
-    created_at = Timestamp(seconds=round(time.time()) - 4 * 3600)
     defaults: dict[str, Any] = {
         "claimed_loss": 3.25,
         "validation_loss": 3.3,
         "bits_per_byte": 1.5,
         "step": 100 * version,
-        "created_at": created_at,
+        "created_at": _four_hours_ago(),
         "digest": "0123abcd",
     }
     return pb.VersionStatus(version=version, state=state, **(defaults | fields))
@@ -74,6 +77,9 @@ def show(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     def show(answer: pb.ListVersionsResponse, columns: int | None = None) -> list[str]:
         monkeypatch.setenv("COLUMNS", str(columns or 80))
         monkeypatch.setenv("FORCE_COLOR" if columns else "NO_COLOR", "1")
+        for version in answer.versions:
+            # The answer was made when the file was imported, which may be an hour ago.
+            version.created_at.CopyFrom(_four_hours_ago())
         print_versions(answer)
         output = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
         return [line.rstrip() for line in output.splitlines()]
