@@ -1,4 +1,4 @@
-"""A fast MLX on a Linux CPU, where nothing but tests and other projects' benchmarks computes in it.
+"""A fast MLX on a Linux CPU. Only tests and the benchmarks of other projects compute in MLX there.
 
 The BLAS in MLX's wheel multiplies about fifty times slower than OpenBLAS. And every kernel that MLX compiles begins
 with the same large header, so a script named g++ comes before the compiler on PATH and precompiles that once. A kernel

@@ -22,8 +22,8 @@ from trainer_service.training.config import TrainingConfig, micro_batches
 
 # Memory of a training process before its first step: interpreter and libraries.
 _PROCESS_BYTES = 100 << 20
-# As `LOGIT_ROWS` of `loss.h`: the most rows whose logits exist at a time. And about the numbers of matrices that a
-# product lays out anew (`SPACE` of `matrices.h`), and attention.
+# The most rows whose logits exist at a time (`LOGIT_ROWS` of `loss.h`), and about how many numbers a product and
+# attention copy (`SPACE` of `matrices.h`).
 _LOGIT_ROWS, _PRODUCT_NUMBERS = 256, 1 << 20
 # The least that an undisturbed CPU thread reaches: 35e9 to 50e9 were measured with the presets.
 _GUESSED_FLOPS_PER_THREAD = 30e9

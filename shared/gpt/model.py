@@ -143,7 +143,7 @@ class GPT(nn.Module):
         return self.through_blocks(self.embed(tokens, mx.arange(tokens.shape[1]), kept), [attend] * self.config.layers)
 
     def check_fits(self, tokens: int) -> None:
-        """Raises `InvalidArgument` if so many tokens do not fit the context."""
+        """Raises `InvalidArgument` if the context is shorter than this number of tokens."""
         if tokens > self.config.context_length:
             raise InvalidArgument(f"{tokens} tokens do not fit the context of {self.config.context_length}.")
 

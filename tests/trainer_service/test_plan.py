@@ -218,7 +218,7 @@ def test_each_thread_has_memory_for_a_matrix_of_muon() -> None:
     assert small.optimizer == "muon"
     sizes = {name: memory_bytes(replace(small, optimizer=name), Machine(32 << 30, 64)) for name in ("muon", "adamw")}
     matrices = 4 * (count_moments(replace(small, optimizer="adamw")) - count_moments(small))
-    # About the six arrays that Muon's iterations hold, and what a product lays out anew.
+    # Muon's iterations hold about six arrays, and a product copies parts of its matrices.
     assert sizes["muon"] is not None and sizes["adamw"] is not None
     added = (sizes["muon"] - sizes["adamw"] + matrices) / 64
     assert 4 * 3 * 320 * 1280 < added < 4 * 8 * 320 * 1280
