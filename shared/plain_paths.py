@@ -38,11 +38,12 @@ def socket_folder(folder: Path) -> Path:
 def _link(folder: Path) -> Path:
     links = _PLACE / f"gptloop-{os.getuid()}"
     link = links / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    if folder.is_dir():
+    is_needed = folder.is_dir()
+    if is_needed:
         links.mkdir(mode=0o700, exist_ok=True)
     if links.is_symlink() or links.exists():
         _hold(links)
-    if folder.is_dir() and not link.is_dir():
+    if is_needed and not link.is_dir():
         for other in links.iterdir():
             if not other.exists():
                 other.unlink(missing_ok=True)

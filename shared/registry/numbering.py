@@ -1,13 +1,17 @@
 """Numbers as names of folders and in texts."""
 
 import re
+from errno import ELOOP, ENOENT, ENOTDIR
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 
 from shared.errors import FailedPrecondition, StoreFailed, shown
 
 # The number of a version, which fits into 64 bits.
 NUMBER = re.compile("[1-9][0-9]{0,17}")
 _MAX_DIGITS = 18
+# The errors of a path that leads to nothing.
+_ABSENT = (ENOENT, ENOTDIR, ELOOP)
 
 
 def is_number(name: str) -> bool:
@@ -34,22 +38,32 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def is_no_file(path: Path) -> bool:
+    """Returns whether a folder, a pipe or the like is in the place of a file; raises `OSError` if nobody can tell."""
+    try:
+        return not S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def require_way(path: Path) -> None:
     """Raises `StoreFailed` if a link on the way to a path has no target, or a file is in the place of a folder."""
     for each in (path, *path.parents):
         try:
-            if each.is_dir():
-                return  # the way to it is whole
-            target = each.readlink() if each.is_symlink() else None
-            exists = each.exists()
-        except OSError:
-            continue  # the folder around it may not be read
-        if target is not None and not exists:
-            raise StoreFailed(
-                f"The registry cannot be reached: {each} is a link to {target}, which cannot be followed; mount its "
-                "disk, or mend the link."
-            )
-        if exists and each is not path:
+            # One look decides, since another process may make the folder meanwhile.
+            mode = each.stat().st_mode
+        except OSError as error:
+            if error.errno not in _ABSENT:
+                continue  # the folder around it may not be read
+            if each.is_symlink() and not each.exists():
+                raise StoreFailed(
+                    f"The registry cannot be reached: {each} is a link to {each.readlink()}, which cannot be followed; "
+                    "mount its disk, or mend the link."
+                ) from None
+            continue
+        if S_ISDIR(mode):
+            return  # the way to it is whole
+        if each is not path:
             raise StoreFailed(f"The registry cannot be reached: {each} is a file, and no folder; remove the file.")
 
 

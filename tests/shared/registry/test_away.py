@@ -1,5 +1,6 @@
 """A registry on a disk that is away, which is neither empty nor damaged."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,8 @@ import pytest
 
 from shared.errors import FailedPrecondition, StoreFailed
 from shared.registry.fence import Fence
+from shared.registry.manifest import MANIFEST_NAME, manifest_of
+from shared.registry.numbering import is_there
 from shared.registry.registry import Registry
 from tests.registries import disk_registry, root_of, run_folder
 from tests.shared.registry.scenarios import RUN, publish, write_state
@@ -38,6 +41,28 @@ def test_a_file_in_the_place_of_the_registry_is_an_error_and_not_empty(tmp_path:
     for use in (registry.versions, registry.runs, registry.store.id, lambda: registry.take_over(RUN)):
         with pytest.raises(StoreFailed, match=r"registry(\)| is a file, and no folder); remove the file"):
             use()
+
+
+def test_what_another_process_makes_or_removes_meanwhile_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = tmp_path / "registry", tmp_path / MANIFEST_NAME
+    file.touch()
+    look = Path.stat
+
+    def look_once(path: Path, **options: Any) -> os.stat_result:
+        try:
+            return look(path, **options)
+        finally:
+            if path == folder:
+                os.makedirs(folder, exist_ok=True)
+            if path == file:
+                file.unlink(missing_ok=True)
+
+    monkeypatch.setattr(Path, "stat", look_once)
+    assert not is_there(folder / "id")
+    with pytest.raises(FileNotFoundError):
+        manifest_of(tmp_path)
 
 
 def test_a_version_of_a_registry_that_is_away_was_not_removed(registry: Registry) -> None:
