@@ -1,14 +1,12 @@
 """The TCP ports of the services."""
 
-import socket
-from contextlib import ExitStack
 from dataclasses import dataclass, fields
 
 import inference_service.settings
 import trainer_service.settings
 from shared.errors import InvalidArgument
 from shared.service.access.tls import read_tls
-from shared.service.listening import Address
+from shared.service.listening import Address, free_port_numbers
 from shared.service.settings import Environment, reachable_address
 
 
@@ -56,14 +54,7 @@ def read_ports(environment: Environment) -> Ports:
 
 def free_ports() -> Ports:
     """Returns ports that nothing listens on now."""
-    return Ports(*free_numbers(len(fields(Ports))))
-
-
-def free_numbers(count: int) -> list[int]:
-    """Returns the numbers of different ports that nothing listens on now."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
+    return Ports(*free_port_numbers(len(fields(Ports))))
 
 
 def page_url(environment: Environment, ports: Ports) -> str:

@@ -12,8 +12,10 @@ from tests.mlx_on_cpu import speed_up_mlx
 from tests.object_storage.proxy import FaultyProxy
 from tests.object_storage.server import MISSING, ObjectServer, is_installed
 
-# The time of an example depends on the machine.
-hypothesis.settings.register_profile("default", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The time of an example depends on the machine. Every run has the same examples.
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("default")
 
 # By default, CUDA computes products of fp32 with fewer bits; tests compare in full fp32.

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from deploy.ports import free_numbers
+from shared.service.listening import free_port_numbers
 from tests.waiting import HANG_S, wait_until
 from tests.workplace import PROJECT
 
@@ -29,7 +29,7 @@ class Envoy:
 
     def __init__(self, folder: Path, certificates: Path, replicas: Sequence[int]) -> None:
         folder.mkdir()
-        port, self._admin_port = free_numbers(2)
+        port, self._admin_port = free_port_numbers(2)
         self.address = f"127.0.0.1:{port}"
         for name in ("certificate.yaml", "authority.yaml"):
             (folder / name).write_text((FOLDER / name).read_text("utf-8").replace(_TLS, str(certificates)))

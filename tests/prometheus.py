@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from deploy.ports import free_numbers
+from shared.service.listening import free_port_numbers
 from tests.monitoring import PROMETHEUS
 from tests.waiting import HANG_S, wait_until
 
@@ -70,7 +70,7 @@ def prometheus(folder: Path, targets: Mapping[str, str]) -> Iterator[Prometheus]
         job["static_configs"] = [{"targets": [targets[job["job_name"]]]}]
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(configuration), encoding="utf-8")
-    (port,) = free_numbers(1)
+    (port,) = free_port_numbers(1)
     command = [PROGRAM, f"--config.file={path}", f"--storage.tsdb.path={folder / 'data'}"]
     command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
     process = subprocess.Popen(command)

@@ -47,12 +47,14 @@ class ObjectRuns:
 
     def _look(self) -> Mapping[str, Document]:
         stamps = {each.name.rpartition("/")[2]: each.e_tag for each in self._bucket.list(_PARENT)}
-        new = [name for name, stamp in stamps.items() if self._known.get(name, (None, {}))[0] != stamp]
+        # Other threads look at the same time: what is known is replaced, and never changed.
+        known = self._known.copy()
+        new = [name for name, stamp in stamps.items() if known.get(name, (None, {}))[0] != stamp]
         for name, document in zip(new, in_parallel(self.read, new), strict=True):
             # It may be newer than its e_tag: then it is read once more at the next look.
-            self._known[name] = (stamps[name], document)
-        self._known = {name: known for name, known in self._known.copy().items() if name in stamps}
-        return {name: document for name, (_, document) in self._known.items()}
+            known[name] = (stamps[name], document)
+        self._known = known = {name: each for name, each in known.items() if name in stamps}
+        return {name: document for name, (_, document) in known.items()}
 
     def read(self, run: str) -> Document:
         """Returns the document of a run as it is now."""

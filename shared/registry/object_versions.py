@@ -48,13 +48,15 @@ class ObjectVersions:
             for each in self._bucket.list(_PARENT)
             if (number := number_of(each.name.rpartition("/")[2])) is not None
         }
+        # Other threads look at the same time, so this one counts on nothing but what it reads.
+        known = self._known.copy()
         if not self._is_loaded and len(entries) >= _MANY:
-            self._known = self._load() | self._known
+            known = self._load() | known
         self._is_loaded = True
-        new = [number for number, each in entries.items() if self._known.get(number, ("", None))[0] != each.e_tag]
-        self._known.update({number: (entries[number].e_tag, None) for number in new if not entries[number].size_bytes})
-        self._look([number for number in new if entries[number].size_bytes])
-        known = {number: known for number, known in self._known.copy().items() if number in entries}
+        new = [number for number, each in entries.items() if known.get(number, ("", None))[0] != each.e_tag]
+        known |= {number: (entries[number].e_tag, None) for number in new if not entries[number].size_bytes}
+        known |= self._look([number for number in new if entries[number].size_bytes])
+        known = {number: each for number, each in known.items() if number in entries}
         self._known = known.copy()
         if len(new) >= _MANY:
             self._save(known)

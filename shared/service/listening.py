@@ -1,17 +1,20 @@
 """The address that a service listens on, and the errors if it cannot."""
 
 import errno
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from shared.errors import AlreadyExists, GptloopError, InvalidArgument, shown
+from shared.errors import AlreadyExists, GptloopError, InvalidArgument, Unavailable, shown
 
 # Only an administrator may listen on ports below this one.
 _FIRST_FREE_PORT = 1024
 _EVERY_IPV4 = "0.0.0.0"
+# Systems give ports from 32768 on to whoever asks for any, so those could be taken before they are used.
+_CHOSEN_PORTS = (20_000, 32_000)
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,16 @@ def ipv4_alone(address: Address) -> Iterator[int]:
             other.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             other.bind(("::", port))
         yield port
+
+
+def free_port_numbers(count: int) -> range:
+    """Returns ports that follow one another, and are free on the loopback address now."""
+    for _ in range(100):
+        first = random.randrange(_CHOSEN_PORTS[0], _CHOSEN_PORTS[1] - count)
+        with suppress(OSError):
+            ports = range(first, first + count)
+            for port in ports:
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return ports
+    raise Unavailable(f"No {count} free ports were found between {_CHOSEN_PORTS[0]} and {_CHOSEN_PORTS[1]}.")

@@ -58,8 +58,9 @@ def main(
     called by a client in another process. mlx-lm-batch is mlx-lm's BatchGenerator. ctranslate2 and pytorch compute in
     fp32, or "ctranslate2 int8" with int8 weights, a whole batch at once, and do not stream; "pytorch graph" does so in
     bf16, with a CUDA graph for each step on an NVIDIA GPU, and draws too. gptloop draws at its default temperature,
-    0.8, with its default weights, or "gptloop-engine fp32" in fp32; the others and "gptloop-engine greedy" take the
-    likeliest token. The time of a step is the whole time, with prompts, divided by the tokens of one request.
+    0.8, with weights as GPTLOOP_INFERENCE_WEIGHTS says, or "gptloop-engine fp32" in fp32; the others and
+    "gptloop-engine greedy" take the likeliest token. The time of a step is the whole time, with prompts, divided by the
+    tokens of one request.
 
     In each round gptloop-engine, gptloop-grpc and gptloop-http are measured one after the other. So they show what gRPC
     adds to the engine, and what HTTP adds to gRPC.

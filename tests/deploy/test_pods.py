@@ -15,9 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from redis import Redis
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from deploy.ports import free_numbers
 from shared.errors import Unauthenticated
 from shared.service.access.credentials import Credentials
+from shared.service.listening import free_port_numbers
 from tests.certificates import Authority
 from tests.deploy.manifests import container, environment
 from tests.fakes import publish_tiny_version
@@ -50,7 +50,7 @@ def test_a_server_with_the_environment_of_its_pod_answers_probes_and_clients_wit
     shutil.copy(pair.key, secrets / "tls/tls.key")
     write_tokens(secrets / "tokens/clients", f"alice {ALICE}")
     write_tokens(secrets / "tokens/operators", f"olga {OPERATOR}")
-    (probe_port,) = free_numbers(1)
+    (probe_port,) = free_port_numbers(1)
     moved = {
         name: text.replace("/run/secrets/gptloop", str(secrets)) for name, text in environment("inference").items()
     }
@@ -87,7 +87,7 @@ def redis_of_its_pod(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes
     # The script has no quotes for the path of a project.
     shutil.copy(PROJECT / "deploy/redis/users.acl", folder / "etc")
     (folder / "secrets/password").write_text(f"{PASSWORD}\n")
-    (port,) = free_numbers(1)
+    (port,) = free_port_numbers(1)
     (script,) = container("redis")["args"]
     places = {
         "/run/secrets/gptloop/redis": folder / "secrets",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from shared.service.listening import free_port_numbers
 from tests.trainer_service.ranks.workplace import ENDLESS, Workplace
 from tests.waiting import HANG_S, wait_until
 from tests.workplace import PROJECT
 from trainer_service.jobs.events import JobState
-from trainer_service.ranks.coordinator import free_ports
 
 SCRIPT = PROJECT / "deploy/slurm/train.sbatch"
 # Says how it was called, and does as its caller says: `$folder/code` has the codes of its calls, one a line.
@@ -108,7 +108,7 @@ def test_the_end_of_the_time_returns_a_run_with_its_last_step(tmp_path: Path) ->
             cwd=PROJECT,
             env=work.environment
             | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
-            | {"GPTLOOP_RANK_PORT": str(free_ports(2))},
+            | {"GPTLOOP_RANK_PORT": str(free_port_numbers(2)[0])},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -12,11 +12,11 @@ from trainer_service.jobs.requests import PrepareRequest, TrainRequest
 
 pytestmark = pytest.mark.slow
 
-INTERVAL = 150
+INTERVAL = 750
 VALUES = TINY | {
     "context_length": "64",
     "dropout": "0.1",
-    "max_steps": "600",
+    "max_steps": "3000",
     "evaluation_interval": str(INTERVAL),
 }
 

@@ -111,7 +111,7 @@ def test_without_following_the_jobs_wait_for_each_other(system: System, workplac
 
 
 def test_a_trial_that_cannot_be_queued_as_a_whole_leaves_nothing(system: System, workplace: Workplace) -> None:
-    taken = system.trainer.submit(TrainRequest(name="odd-g2", overrides=SHORT)).job.id
+    taken = system.trainer.submit(TrainRequest(name="odd-g2", overrides={**SHORT, "max_steps": "100000"})).job.id
     before = jobs(system)
     error = workplace.refusal("distill", "GENERATIONS=2", "FORCE=1", "NAME=odd", f"SET={SMALL}")
     assert "a run named 'odd-g2' already" in error

@@ -373,8 +373,9 @@ def all_killed(system: System, run: Run, tmp_path_factory: pytest.TempPathFactor
     fail = put(system, replace(run, text=str(text)))
     text.unlink()
     measure = system.trainer.submit(EvaluateRequest(after=(fail,), speed=False)).job.id
-    pids = [system.training_process()]
-    pids += [system.pid(name) for name in ("supervisord", "redis", "trainer", "inference", "worker")]
+    # The worker comes before the training process, whose end it would otherwise report.
+    pids = [system.pid(name) for name in ("supervisord", "worker", "redis", "trainer", "inference")]
+    pids.append(system.training_process())
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: all(map(is_gone, pids)))

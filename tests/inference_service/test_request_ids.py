@@ -40,6 +40,16 @@ def lines_of(server: Server, request_id: str, count: int) -> list[dict[str, Any]
     return found()
 
 
+def with_message(server: Server, part: str) -> list[dict[str, Any]]:
+    """Returns the lines whose message has a part, once there is one."""
+
+    def found() -> list[dict[str, Any]]:
+        return [line for line in map(json.loads, server.lines.copy()) if part in line["message"]]
+
+    wait_until(lambda: bool(found()))
+    return found()
+
+
 def generate(server: Server, request_id: str) -> list[pb.GenerateResponse]:
     with grpc.insecure_channel(server.address) as channel:
         stub: Any = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -85,8 +95,10 @@ def test_the_line_of_a_cancelled_stream_counts_the_tokens_that_it_was_sent(serve
         call = stub.Generate(request, metadata=(("x-request-id", "cancelled"),))
         received = next(len(answer.delta.token_ids) for answer in call if answer.delta.token_ids)
         call.cancel()
-    server.order("go on")
-    (line,) = lines_of(server, "cancelled", 1)
+        try:
+            (line,) = lines_of(server, "cancelled", 1)
+        finally:
+            server.order("go on")
     assert line["status"] == "CANCELLED" and line["generated_tokens"] >= received
 
 
@@ -94,15 +106,13 @@ def test_the_lines_of_the_engine_name_the_call_whose_step_failed(server: Server)
     server.order("fail once")
     with pytest.raises(grpc.RpcError):
         generate(server, "call-3")
-    (line,) = [each for each in map(json.loads, server.lines.copy()) if "streams failed" in each["message"]]
+    (line,) = with_message(server, "streams failed")
     assert line["message"] == "a step of 1 streams failed, of the requests call-3"
     assert (line["version"], line["level"], line["logger"]) == (1, "error", "inference_service.engine.engine")
     assert "RuntimeError: the device is gone" in line["exception"]
 
 
 def test_the_lines_of_a_version_name_it_and_its_run(server: Server) -> None:
-    lines = [json.loads(line) for line in server.lines.copy()]
-    ready = [line for line in lines if "is ready" in line["message"]]
-    serves = [line for line in lines if "serves: step" in line["message"]]
+    ready, serves = with_message(server, "is ready"), with_message(server, "serves: step")
     run = server.registry.version(1).run
     assert [(line["version"], line["run"]) for line in (*ready, *serves)] == [(1, run)] * 2

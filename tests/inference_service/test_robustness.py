@@ -204,7 +204,7 @@ def test_a_slow_reader_gets_all_text_in_fewer_messages(tmp_path: Path) -> None:
 
 
 def test_a_paused_process_ends_no_stream_and_stays_healthy(tmp_path: Path) -> None:
-    server = start(tmp_path / "var", STUCK_AFTER_S=1, SLOW_READER_S=2.4)
+    server = start(tmp_path / "var", STUCK_AFTER_S=1, SLOW_READER_S=6)
 
     def is_blocked() -> bool:
         written = [server.metrics()["gptloop_inference_generated_tokens_total",] for _ in range(2)]
@@ -218,9 +218,9 @@ def test_a_paused_process_ends_no_stream_and_stays_healthy(tmp_path: Path) -> No
             stream = endless(client)
             server.process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
-            time.sleep(2.5)
+            time.sleep(6.5)
             server.process.send_signal(signal.SIGCONT)
-            wait_until(lambda: "the process was paused for 2." in "".join(server.lines))
+            wait_until(lambda: re.search("the process was paused for [6-9]", "".join(server.lines)) is not None)
             assert sum(len(answer.delta.token_ids) for answer in unread) == 3000
             assert isinstance(next(stream), pb.Delta)
             assert server.serves()

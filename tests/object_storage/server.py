@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deploy.ports import free_numbers
+from shared.service.listening import free_port_numbers
 from tests.waiting import wait_until
 
 PROGRAM = Path(sys.prefix) / "bin" / "weed"
@@ -77,7 +77,7 @@ class ObjectServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        numbers = iter(free_numbers(2 * len(_PARTS)))
+        numbers = iter(free_port_numbers(2 * len(_PARTS)))
         self._ports = {part: (next(numbers), next(numbers)) for part in _PARTS}
         self.port = self._ports["s3"][0]
         self.endpoint = f"http://127.0.0.1:{self.port}"

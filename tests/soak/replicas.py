@@ -20,7 +20,6 @@ from typing import Annotated
 
 import typer
 
-from deploy.ports import free_numbers
 from inference_service.client import AsyncInferenceClient
 from shared.errors import FailedPrecondition, GptloopError, Unauthenticated, Unavailable
 from shared.gpt.config import GPTConfig
@@ -28,6 +27,7 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.registry.registry import Registry
 from shared.service import cli
 from shared.service.access.credentials import Credentials
+from shared.service.listening import free_port_numbers
 from shared.service.lists import print_rows
 from tests.certificates import Authority, Installed, replace
 from tests.envoy_process import MISSING, PROGRAM, Envoy
@@ -95,7 +95,7 @@ class Replicas:
     """Two servers on one registry, each on a port that it keeps."""
 
     def __init__(self, folder: Path, secrets: Secrets, slots: int) -> None:
-        self.ports = free_numbers(2)
+        self.ports = free_port_numbers(2)
         self.logs: list[str] = []
         self._var = folder / "var"
         self._secrets = secrets

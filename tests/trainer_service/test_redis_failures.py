@@ -20,9 +20,9 @@ from redis import Redis
 from rich.console import Console
 from typer.testing import CliRunner
 
-from deploy.ports import free_numbers
 from shared.errors import NotFound, Unavailable
 from shared.registry.registry import Registry
+from shared.service.listening import free_port_numbers
 from shared.service.settings import Directories
 from tests.certificates import Authority
 from tests.redis_process import PASSWORD, PROJECT, RedisServer
@@ -99,7 +99,7 @@ class System:
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = tmp_path_factory.mktemp("failures")
-    redis = RedisServer(tmp_path_factory.mktemp("redis"), free_numbers(1)[0])
+    redis = RedisServer(tmp_path_factory.mktemp("redis"), free_port_numbers(1)[0])
     authority = Authority(folder / "authority")
     relay = Relay(redis.socket, authority.issue("localhost"))
     password = folder / "password"
@@ -210,7 +210,7 @@ def test_a_run_goes_on_while_the_certificate_of_redis_has_expired(system: System
 def test_a_run_goes_on_after_a_failover_to_a_replica(
     system: System, admin: Redis, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    replica = RedisServer(tmp_path_factory.mktemp("replica"), free_numbers(1)[0])
+    replica = RedisServer(tmp_path_factory.mktemp("replica"), free_port_numbers(1)[0])
     try:
         with replica.admin() as other:
             other.execute_command("ACL", "SETUSER", "gptloop", "resetpass", ">the next password")

@@ -22,8 +22,11 @@ class LiveWorkers:
     def renew(self, name: str, offer: Offer) -> None:
         """Renews the lease of a worker."""
         with reachable(self._redis):
-            self._redis.sadd(self._keys.workers, name)
-            self._redis.set(self._keys.worker(name), offer.to_json(), ex=_LEASE_S)
+            # Together, because `offers` removes a name without a lease.
+            pipeline = self._redis.pipeline(transaction=True)
+            pipeline.sadd(self._keys.workers, name)
+            pipeline.set(self._keys.worker(name), offer.to_json(), ex=_LEASE_S)
+            pipeline.execute()
 
     def end(self, name: str) -> None:
         """Ends the lease of a worker."""

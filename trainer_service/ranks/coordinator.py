@@ -1,10 +1,8 @@
 """Starts the ranks of an attempt, here or through a launcher, and ends all of them when one fails. Loads no MLX."""
 
 import os
-import random
 import re
 import selectors
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,8 @@ from typing import Any, Self
 
 from shared.device.gpus import gpu_memories_bytes
 from shared.device.machine import cpu_threads
-from shared.errors import Unavailable, shown
+from shared.errors import shown
+from shared.service.listening import free_port_numbers
 from shared.text import excerpt
 from trainer_service.child_process import describe_end
 from trainer_service.ranks.place import HOSTS_VARIABLE, INDEX_VARIABLE, PORT_VARIABLE, without_place
@@ -25,7 +24,6 @@ _TURN_S = 0.2
 _ORPHAN_LIMIT_S = 8.0
 # How long the other ranks may run after rank 0 has ended without an error.
 _LAST_LIMIT_S = 10.0
-_PORTS = (20_000, 32_000)
 _LONGEST_SENTENCE = 300
 
 
@@ -55,7 +53,7 @@ def commands(
     if launcher:
         words = [word.replace("{world_size}", str(world_size)) for word in launcher]
         return [Command("The launcher", [*words, *program], environment)]
-    place = {HOSTS_VARIABLE: ",".join(["127.0.0.1"] * world_size), PORT_VARIABLE: str(free_ports(world_size))}
+    place = {HOSTS_VARIABLE: ",".join(["127.0.0.1"] * world_size), PORT_VARIABLE: str(free_port_numbers(world_size)[0])}
     threads = str(max(cpu_threads() // world_size, 1))
     has_gpus = len(gpus) >= world_size
     return [
@@ -223,15 +221,3 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     count = len(gpu_memories_bytes()) if sys.platform != "darwin" else 0
     names = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     return names[:count]
-
-
-def free_ports(count: int) -> int:
-    """Returns the first of several ports that follow one another and are free on the loopback address now."""
-    for _ in range(100):
-        first = random.randrange(_PORTS[0], _PORTS[1] - count)
-        with suppress(OSError):
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            return first
-    raise Unavailable(f"No {count} free ports were found for the ranks between {_PORTS[0]} and {_PORTS[1]}.")

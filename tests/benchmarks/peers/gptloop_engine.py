@@ -15,7 +15,7 @@ _DEVICE = accelerator.prepare(ROOT / ".pytest_cache" / "benchmarks")
 
 from inference_service.engine.engine import Engine  # noqa: E402
 from inference_service.engine.request import Delta, Failed, Finished, GenerationRequest, Output  # noqa: E402
-from inference_service.settings import Settings, prefill_tokens_on, weights_on  # noqa: E402
+from inference_service.settings import Settings, prefill_tokens_on, read_settings, weights_on  # noqa: E402
 from shared.decoding.decoder import DecoderFactory  # noqa: E402
 from shared.decoding.sampling import SamplingParameters  # noqa: E402
 from shared.decoding.weight_format import WeightFormat  # noqa: E402
@@ -36,7 +36,9 @@ class Generation:
         self._prompts = self._work.prompts()
         checkpoint, config = given.checkpoint, given.checkpoint.config
         model = read_model(checkpoint.version, config)
-        weights = WeightFormat.FP32 if variant == "fp32" else weights_on(_DEVICE.backend, None)
+        weights = (
+            WeightFormat.FP32 if variant == "fp32" else weights_on(_DEVICE.backend, read_settings(os.environ).weights)
+        )
         decoder = DecoderFactory(given.slots, given.threads, _DEVICE.cache, weights).make(model)
         tokenizer = read_tokenizer(checkpoint.version)
         # The engine's thread puts the events of a step into this queue; this thread stands for the server's event loop.

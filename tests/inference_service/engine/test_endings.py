@@ -22,8 +22,8 @@ from shared.device import accelerator
 from shared.errors import Unavailable
 from tests.decoders import cpu_decoder, cpu_library, mlx_decoder
 from tests.fakes import byte_tokenizer, tiny_model
-from tests.inference_service.engine.harness import SLOTS, Harness, Result, break_forward, request
-from tests.waiting import HANG_S
+from tests.inference_service.engine.harness import SLOTS, Harness, Result, break_forward, request, slow_steps
+from tests.waiting import HANG_S, wait_until
 
 # The stages of a stream whose prompt has two chunks, computed in one step each.
 STAGES = ["waiting", "reading", "decoding"]
@@ -123,7 +123,7 @@ def test_a_step_that_does_not_end_shows(harness: Harness, monkeypatch: pytest.Mo
         go_on.wait(HANG_S)
         return False
 
-    assert busy_s(harness) == 0.0
+    wait_until(lambda: busy_s(harness) == 0.0)
     with monkeypatch.context() as patch:
         break_forward(patch, hang)
         harness.submit(request("a"))
@@ -175,7 +175,8 @@ def test_ten_thousand_cancels_leave_memory_flat(harness: Harness) -> None:
     assert harness.engine._inbox._open == {} and harness.engine._requests == {}
 
 
-def test_stopping_ends_open_streams(harness: Harness) -> None:
+def test_stopping_ends_open_streams(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow_steps(monkeypatch)
     harness.submit(request("a", max_tokens=90))
     harness.wait("a", Admitted)
     harness.engine.stop()

@@ -113,9 +113,7 @@ def test_a_failed_step_ends_its_own_streams_and_no_others(monkeypatch: pytest.Mo
         broken = iter([True])
         # The second chunk of a prompt, while another stream decodes and a third one waits.
         break_forward(monkeypatch, lambda spans: any(span.start == 64 for span in spans) and next(broken, False))
-        harness.submit(request("decodes", max_tokens=90))
-        harness.wait("decodes", Delta)
-        harness.submit(request("prompt", long, max_tokens=3), request("waits"))
+        harness.submit(request("decodes", max_tokens=90), request("prompt", long, max_tokens=3), request("waits"))
         for name in ("decodes", "prompt"):
             last = harness.wait(name).events[-1]
             assert isinstance(last, Failed) and isinstance(last.error, StepFailed)

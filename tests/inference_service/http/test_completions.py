@@ -83,7 +83,11 @@ def test_a_completion_counts_by_its_end_as_a_call_of_grpc_does(server: Server, c
     before = {reason: ends(reason) for reason in ("length", "invalid_argument", "not_found", "internal")}
     refused = server.metrics().get(("gptloop_inference_http_requests_total", "404"), 0.0)
     client.completions.create(model="2", prompt="Once", max_tokens=2, extra_body={"ignore_eos": True})
-    list(client.completions.create(model="2", prompt=["a", "b"], max_tokens=2, stream=True))
+    list(
+        client.completions.create(
+            model="2", prompt=["a", "b"], max_tokens=2, stream=True, extra_body={"ignore_eos": True}
+        )
+    )
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="2", prompt="Once", temperature=-1)
     with pytest.raises(openai.NotFoundError):
@@ -309,9 +313,8 @@ def test_curl_gets_an_answer(server: Server) -> None:
     if curl is None:
         pytest.skip("curl is not installed")
     call = ("-s", f"{server.page_url}v1/completions", "-H", "content-type: application/json")
-    answer = subprocess.run(
-        [curl, *call, "-d", '{"prompt": "Once", "max_tokens": 2}'], capture_output=True, check=True, timeout=HANG_S
-    )
+    body = '{"prompt": "Once", "max_tokens": 2, "ignore_eos": true}'
+    answer = subprocess.run([curl, *call, "-d", body], capture_output=True, check=True, timeout=HANG_S)
     assert json.loads(answer.stdout)["usage"]["completion_tokens"] == 2
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def test_what_another_process_makes_or_removes_meanwhile_is_no_damage(
             return look(path, **options)
         finally:
             if path == folder:
-                os.makedirs(folder, exist_ok=True)
+                with suppress(FileExistsError):
+                    folder.mkdir()
             if path == file:
                 file.unlink(missing_ok=True)
 

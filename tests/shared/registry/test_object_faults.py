@@ -168,7 +168,7 @@ def test_storage_that_fails_from_any_request_on_leaves_an_operation_whole_or_und
 def test_a_commit_that_is_never_answered_is_found_or_repeated(site: Site, fault: Fault, act: Act) -> None:
     _, after = _after(site, act)
     _, fence = site.begin()
-    site.limit(2.0, 0.0)
+    site.limit(5.0, 0.0)
     impatient = site.open()
     rule = site.proxy.inject(fault, lambda request: request.conditional)
     act(impatient, fence)
@@ -227,7 +227,7 @@ def test_a_file_that_always_arrives_altered_is_named_and_never_used(site: Site) 
 
 def test_a_file_that_comes_too_slowly_fails_with_a_sentence(site: Site) -> None:
     site.begin()
-    site.limit(2.0, 0.0)
+    site.limit(5.0, 0.0)
     reader = site.open()
     version = reader.version(1)
     site.proxy.inject(Fault.SLOW_BODY, lambda request: request.reads("/files/"), times=None)

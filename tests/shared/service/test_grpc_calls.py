@@ -176,8 +176,10 @@ async def test_every_call_is_counted_with_its_method_and_code() -> None:
         left = wire.stub.Generate(pb.GenerateRequest())
         await wire.service.entered.wait()
         left.cancel()
-        late = wire.stub.Generate(pb.GenerateRequest(), timeout=0.05)
-        assert (await refused(anext(aiter(late))))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        wire.service.entered.clear()
+        late = asyncio.create_task(refused(anext(aiter(wire.stub.Generate(pb.GenerateRequest(), timeout=2.0)))))
+        await wire.service.entered.wait()
+        assert (await late)[0] is grpc.StatusCode.DEADLINE_EXCEEDED
         await eventually(lambda: wire.ends.total() == 5)
         assert wire.ends == {
             ("Tokenize", "OK", None): 1,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,13 @@ def test_a_backup_that_is_killed_is_absent_or_whole_and_leaves_nothing(
     process = subprocess.Popen(
         [sys.executable, "-m", "deploy.cli", "backup", str(target / "backup.tar")], cwd=PROJECT, env=environment
     )
-    wait_until(lambda: any(path.stat().st_size for path in target.iterdir()), lost=lambda: process.poll() is not None)
+
+    def has_begun() -> bool:
+        with suppress(FileNotFoundError):  # a file that gets its name at this moment
+            return any(path.stat().st_size for path in target.iterdir())
+        return False
+
+    wait_until(has_begun, lost=lambda: process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [path.suffix for path in target.iterdir()] in ([".partial"], [".tar"])

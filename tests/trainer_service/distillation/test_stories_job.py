@@ -52,12 +52,12 @@ def under_way(workplace: Workplace, service: GroqService, job: str, fewest_calls
 def test_a_job_that_is_killed_at_random_moments_pays_for_no_story_twice_and_stops_at_its_cap(
     workplace: Workplace, service: GroqService
 ) -> None:
-    cap_usd = 0.06
+    cap_usd, numbers = 0.10, random.Random(0)
     workplace.start()
     service.latency_s = 0.2
     job = workplace.enqueue(100_000, cap_usd)
     for number in range(KILLS):
-        under_way(workplace, service, job, fewest_calls=random.randrange(30))
+        under_way(workplace, service, job, fewest_calls=numbers.randrange(30))
         # Mostly the process of the job; sometimes its worker, or both.
         if number % 5 != 3 and (process := workplace.process()):
             with suppress(ProcessLookupError):
@@ -67,7 +67,7 @@ def test_a_job_that_is_killed_at_random_moments_pays_for_no_story_twice_and_stop
             workplace.start()
     record = workplace.wait(job)
     account = workplace.account
-    assert record.state is JobState.FAILED and record.reason.startswith("The cap of $0.06 is reached: "), record.reason
+    assert record.state is JobState.FAILED and record.reason.startswith("The cap of $0.10 is reached: "), record.reason
     assert record.attempt > KILLS
     # No question was charged twice, and nothing was charged that the ledger does not count.
     assert set(service.charged().values()) == {1}
@@ -86,7 +86,7 @@ def test_a_job_that_is_killed_at_random_moments_pays_for_no_story_twice_and_stop
 def test_a_job_that_pauses_gives_its_worker_to_another_and_goes_on(
     workplace: Workplace, service: GroqService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groq_service, "DAY_WAIT", "3s")
+    monkeypatch.setattr(groq_service, "DAY_WAIT", "10s")
     workplace.start()
     service.script.extend([Outcome.ANSWER, Outcome.DAY_LIMIT])
     job, other = workplace.enqueue(5, 1.0), workplace.enqueue(5, 1.0, "other")

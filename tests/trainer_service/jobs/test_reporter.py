@@ -45,13 +45,26 @@ def test_after_an_outage_the_reporter_sends_every_event_in_order(queue: JobQueue
     assert notices == [str(number) for number in range(2500)]
 
 
-def test_the_lease_is_kept_only_while_there_is_progress(queue: JobQueue, redis: Redis, job: str) -> None:
+def test_the_lease_is_kept_only_while_there_is_progress(
+    queue: JobQueue, redis: Redis, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(reporter_module, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=time.sleep))
     start(queue, job)
-    reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=1.0)
+    reporter = Reporter(queue, job, 1, os.getppid(), stuck_s=3.0)
+
+    def exchange() -> None:
+        """Waits for a turn of the reporter."""
+        count = len(events_of(queue, job))
+        reporter.emit(PROGRESS)
+        wait_until(lambda: len(events_of(queue, job)) > count)
+
     wait_until(lambda: queue.store.get(job).is_held)
-    time.sleep(1.5)  # without progress
+    now_s = 4.0  # without progress
+    exchange()
     redis.delete(queue.store.keys.lease(job))
-    time.sleep(1.0)
+    for _ in range(2):
+        exchange()
     assert not queue.store.get(job).is_held
     assert not reporter.stop_requested()
     wait_until(lambda: queue.store.get(job).is_held)

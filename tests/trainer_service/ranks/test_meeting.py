@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from shared.errors import FailedPrecondition, Unavailable
+from shared.service.listening import free_port_numbers
 from trainer_service.jobs.attempt import Stopped
-from trainer_service.ranks.coordinator import free_ports
 from trainer_service.ranks.meeting import Dismissed, Meeting
 from trainer_service.ranks.place import Place
 
@@ -22,7 +22,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture
 def port() -> int:
-    return free_ports(3)
+    return free_port_numbers(3)[0]
 
 
 def meeting(port: int, rank: int, count: int = 3, job: str = "ab", attempt: int | None = 1) -> Meeting:

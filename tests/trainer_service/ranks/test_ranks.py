@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared.service.listening import free_port_numbers
 from tests.end_to_end.conftest import is_gone
 from tests.trainer_service.ranks.workplace import ENDLESS, Workplace, ranks_of
 from tests.waiting import wait_until
 from trainer_service.jobs.events import JobState
-from trainer_service.ranks.coordinator import free_ports
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_killed_ranks_are_named_and_the_run_goes_on(work: Workplace, victims: tu
 
 
 def test_a_run_whose_ranks_are_killed_ends_as_an_undisturbed_one(work: Workplace) -> None:
-    values = {"max_steps": "1000", "evaluation_interval": "100"}
+    values = {"max_steps": "3000", "evaluation_interval": "300"}
     with work.worker() as worker:
         whole, killed = work.enqueue(**values), work.enqueue(**values)
         work.end(whole)
@@ -244,7 +244,7 @@ def test_mpirun_starts_ranks_which_end_with_their_step(work: Workplace, monkeypa
 
 def test_ranks_of_their_own_take_a_job_that_waits(work: Workplace) -> None:
     job = work.enqueue()
-    place = {"GPTLOOP_RANK_HOSTS": "localhost,localhost", "GPTLOOP_RANK_PORT": str(free_ports(2))}
+    place = {"GPTLOOP_RANK_HOSTS": "localhost,localhost", "GPTLOOP_RANK_PORT": str(free_port_numbers(2)[0])}
     for _ in range(2):
         ranks = [
             work.start("rank", job, log="pods.log", JOB_COMPLETION_INDEX=str(rank), OMP_NUM_THREADS="1", **place)
@@ -257,7 +257,7 @@ def test_ranks_of_their_own_take_a_job_that_waits(work: Workplace) -> None:
 
 def test_all_ranks_end_at_the_step_at_which_a_run_waits_and_go_on_from_there(work: Workplace) -> None:
     job = work.enqueue_until(3)
-    place = {"GPTLOOP_RANK_HOSTS": "localhost,localhost", "GPTLOOP_RANK_PORT": str(free_ports(2))}
+    place = {"GPTLOOP_RANK_HOSTS": "localhost,localhost", "GPTLOOP_RANK_PORT": str(free_port_numbers(2)[0])}
     for code in (75, 0):
         ranks = [work.start("rank", job, log="pods.log", JOB_COMPLETION_INDEX=str(rank), **place) for rank in range(2)]
         assert [rank.wait() for rank in ranks] == [code, code], work.log("pods.log")
@@ -271,7 +271,7 @@ def test_all_ranks_end_at_the_step_at_which_a_run_waits_and_go_on_from_there(wor
 
 def test_ranks_of_their_own_that_are_stopped_ask_for_another_start(work: Workplace) -> None:
     job = work.enqueue(**ENDLESS)
-    place = {"GPTLOOP_RANK_HOSTS": "127.0.0.1,127.0.0.1", "GPTLOOP_RANK_PORT": str(free_ports(2))}
+    place = {"GPTLOOP_RANK_HOSTS": "127.0.0.1,127.0.0.1", "GPTLOOP_RANK_PORT": str(free_port_numbers(2)[0])}
     ranks = [work.start("rank", job, log="pods.log", JOB_COMPLETION_INDEX=str(rank), **place) for rank in range(2)]
     work.wait_for_steps(job, saved=False)
     # Any of them passes it on.
@@ -284,7 +284,7 @@ def test_ranks_of_their_own_that_are_stopped_ask_for_another_start(work: Workpla
 
 def test_a_lost_rank_of_its_own_returns_the_job(work: Workplace) -> None:
     job = work.enqueue(**ENDLESS)
-    place = {"GPTLOOP_RANK_HOSTS": "127.0.0.1,127.0.0.1", "GPTLOOP_RANK_PORT": str(free_ports(2))}
+    place = {"GPTLOOP_RANK_HOSTS": "127.0.0.1,127.0.0.1", "GPTLOOP_RANK_PORT": str(free_port_numbers(2)[0])}
     ranks = [work.start("rank", job, log="pods.log", JOB_COMPLETION_INDEX=str(rank), **place) for rank in range(2)]
     work.wait_for_steps(job)
     ranks[1].kill()

@@ -18,8 +18,8 @@ def place(object_server: ObjectServer, object_proxy: FaultyProxy, monkeypatch: p
     place = object_server.place().behind(object_proxy.endpoint)
     use(place, monkeypatch)
     # A silent store costs a test these seconds.
-    monkeypatch.setattr(bucket, "_REQUEST_S", 0.5)
-    monkeypatch.setattr(bucket, "_RETRY_S", 2.0)
+    monkeypatch.setattr(bucket, "_REQUEST_S", 1.0)
+    monkeypatch.setattr(bucket, "_RETRY_S", 4.0)
     return place
 
 
