@@ -73,6 +73,9 @@ def _error_of(call: Any, address: str, start: str) -> errors.GptloopError:
         return errors.ResourceExhausted(details, _retry_after_s(call))
     if code is grpc.StatusCode.UNAVAILABLE and (error := connection_error(details, address, start)) is not None:
         return error
+    if code is grpc.StatusCode.CANCELLED:
+        # So ends a call that arrives while gRPC stops; one that its client cancels has no error.
+        return errors.Unavailable(f"The server at {address} cancelled the call, as one that stops may do; try again.")
     for kind, kind_code in _CODES.items():
         if kind_code is code:
             return kind(details)

@@ -97,6 +97,15 @@ def fail(error: errors.GptloopError, *messages: Message) -> Script:
     return script
 
 
+def cancel() -> Script:
+    """Cancels a call, as gRPC does with one that arrives while its server stops."""
+
+    def script(server: ScriptedServer, request: Message, context: grpc.ServicerContext) -> Iterator[Message]:
+        context.abort(grpc.StatusCode.CANCELLED, "Cancelled on the server side")
+
+    return script
+
+
 def hang(*messages: Message) -> Script:
     """Sends messages, then nothing more until the client has left."""
 

@@ -53,8 +53,8 @@ class Secrets:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "tls"
         self._authority = Authority(folder / "authority")
-        self._pair = self._authority.issue(NAME)
-        self._installed = Installed(self.folder, self._pair)
+        self.pair = self._authority.issue(NAME)
+        self._installed = Installed(self.folder, self.pair)
         replace(self.folder / "ca.crt", self._authority.file.read_bytes())
         self._clients = folder / "clients"
         self._operators = write_tokens(folder / "operators", f"olga {OPERATOR}")
@@ -63,8 +63,8 @@ class Secrets:
 
     def renew_certificate(self) -> None:
         """Installs another certificate with its key."""
-        self._pair = self._authority.issue(NAME)
-        self._installed.replace(self._pair)
+        self.pair = self._authority.issue(NAME)
+        self._installed.replace(self.pair)
 
     def new_token(self) -> str:
         """Makes a token that no file has yet."""
@@ -79,7 +79,7 @@ class Secrets:
     def are_presented_on(self, port: int) -> bool:
         """Returns whether new connections to a port get the newest certificate."""
         found = ssl.get_server_certificate(("127.0.0.1", port), timeout=HANG_S)
-        return ssl.PEM_cert_to_DER_cert(found) == ssl.PEM_cert_to_DER_cert(self._pair.certificate.read_text())
+        return ssl.PEM_cert_to_DER_cert(found) == ssl.PEM_cert_to_DER_cert(self.pair.certificate.read_text())
 
     def credentials(self, token: str | None = None) -> Credentials:
         """Returns what a client shows: by default the newest token."""

@@ -20,7 +20,7 @@ from shared.pb.inference.v1 import inference_pb2 as pb
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import BREAKABLE, Server
-from tests.inference_service.scripted_server import STARTED, STORY, ScriptedServer, Serve, fail, hang, send
+from tests.inference_service.scripted_server import STARTED, STORY, ScriptedServer, Serve, cancel, fail, hang, send
 from tests.waiting import HANG_S, eventually, wait_until
 
 pytestmark = pytest.mark.slow
@@ -206,10 +206,10 @@ ANSWERS = {
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
 def test_a_rejected_call_is_retried(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
     full = errors.ResourceExhausted("The queue is full.", retry_after_s=0.01)
-    server = serve(fail(errors.Unavailable("No version serves yet.")), fail(full), send(*ANSWERS[call[0]]))
-    result = use(server.address, *call)
-    assert len(server.requests) == 3
-    assert server.requests[0] == server.requests[1] == server.requests[2]
+    unavailable = errors.Unavailable("No version serves yet.")
+    server = serve(fail(unavailable), cancel(), fail(full), send(*ANSWERS[call[0]]))
+    result = use(server.address, *call, retries=3)
+    assert server.requests == [server.requests[0]] * 4
     match call[0]:
         case "generate":
             assert result == list(STORY)
