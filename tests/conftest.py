@@ -12,7 +12,7 @@ from tests.mlx_on_cpu import speed_up_mlx
 from tests.object_storage.proxy import FaultyProxy
 from tests.object_storage.server import MISSING, ObjectServer, is_installed
 
-# The time of an example depends on the machine. Every run has the same examples.
+# The time of an example depends on the machine. With the same examples in each run, a failure repeats.
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

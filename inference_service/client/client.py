@@ -120,9 +120,9 @@ class _Calls(ABC, Generic[_Stream, _Ids, _Text, _Model]):
 class InferenceClient(Connection, _Calls[Stream, list[int], str, pb.GetModelResponse]):
     """A client of the server at `host:port`, or of several servers (see `read_target`). Several threads may share it.
 
-    A call that finds no server, or a full one, is retried up to `retries` times before its deadline, unless a part of
-    the answer has arrived (see `Attempts`). Every method raises the error that the server raised, `Unavailable` if no
-    server answers, and `DeadlineExceeded` if the call takes longer than `timeout_s`.
+    A call that finds no server, a full one or one that stops is retried up to `retries` times before its deadline,
+    unless a part of the answer has arrived (see `Attempts`). Every method raises the error that the server raised,
+    `Unavailable` if no server answers, and `DeadlineExceeded` if the call takes longer than `timeout_s`.
     """
 
     def __init__(self, address: str, retries: int = DEFAULT_RETRIES, credentials: Credentials = PLAIN) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared.errors import CorruptCheckpoint, UnreadableCheckpoint
 from shared.registry.commit import make_folder, reading, replace_texts, sync
-from shared.registry.numbering import children, is_no_file, is_there, require_way
+from shared.registry.numbering import children, is_not_regular, is_there, require_way
 from shared.registry.store import Texts
 
 # A folder inside the folder of a group.
@@ -22,7 +22,7 @@ class FileTexts(Texts):
     def __getitem__(self, name: str) -> str:
         path = self._folder / name
         try:
-            if is_no_file(path):
+            if is_not_regular(path):
                 raise CorruptCheckpoint(f"{path} cannot be read: it is not a file.")
             return path.read_bytes().decode()
         except FileNotFoundError:

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
 from shared.errors import CorruptCheckpoint, FailedPrecondition, NewerFormat, UnreadableCheckpoint, shown
-from shared.registry.numbering import is_no_file
+from shared.registry.numbering import is_not_regular
 from shared.text import excerpt
 
 MANIFEST_NAME = "manifest.json"
@@ -40,7 +40,7 @@ def manifest_of(directory: Path) -> bytes:
     """Returns the content of `manifest.json` in a folder, or the beginning of one that is larger than `MAX_BYTES`."""
     path = directory / MANIFEST_NAME
     # To read a pipe could take for ever.
-    if is_no_file(path):
+    if is_not_regular(path):
         raise CorruptCheckpoint(f"{path} is not a file.")
     with path.open("rb") as file:
         return file.read(MAX_BYTES + 1)

@@ -1,6 +1,7 @@
-"""Numbers as names of folders and in texts."""
+"""Numbers as names of folders and in texts, and looks at paths that another process may change."""
 
 import re
+from contextlib import suppress
 from errno import ELOOP, ENOENT, ENOTDIR
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -38,8 +39,8 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def is_no_file(path: Path) -> bool:
-    """Returns whether a folder, a pipe or the like is in the place of a file; raises `OSError` if nobody can tell."""
+def is_not_regular(path: Path) -> bool:
+    """Returns whether a path exists and is not a regular file; raises `OSError` if that cannot be known now."""
     try:
         return not S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -55,10 +56,13 @@ def require_way(path: Path) -> None:
         except OSError as error:
             if error.errno not in _ABSENT:
                 continue  # the folder around it may not be read
-            if each.is_symlink() and not each.exists():
+            target = None
+            with suppress(OSError):  # no link, or another process replaces it now
+                target = None if each.exists() else each.readlink()
+            if target is not None:
                 raise StoreFailed(
-                    f"The registry cannot be reached: {each} is a link to {each.readlink()}, which cannot be followed; "
-                    "mount its disk, or mend the link."
+                    f"The registry cannot be reached: {each} is a link to {target}, which cannot be followed; mount "
+                    "its disk, or mend the link."
                 ) from None
             continue
         if S_ISDIR(mode):

@@ -47,7 +47,7 @@ class ObjectRuns:
 
     def _look(self) -> Mapping[str, Document]:
         stamps = {each.name.rpartition("/")[2]: each.e_tag for each in self._bucket.list(_PARENT)}
-        # Other threads look at the same time: what is known is replaced, and never changed.
+        # Other threads may look at the same time, so this works on a copy.
         known = self._known.copy()
         new = [name for name, stamp in stamps.items() if known.get(name, (None, {}))[0] != stamp]
         for name, document in zip(new, in_parallel(self.read, new), strict=True):

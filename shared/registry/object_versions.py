@@ -48,7 +48,7 @@ class ObjectVersions:
             for each in self._bucket.list(_PARENT)
             if (number := number_of(each.name.rpartition("/")[2])) is not None
         }
-        # Other threads look at the same time, so this one counts on nothing but what it reads.
+        # Other threads may replace what is known during this look, so it works on a copy.
         known = self._known.copy()
         if not self._is_loaded and len(entries) >= _MANY:
             known = self._load() | known

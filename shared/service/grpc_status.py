@@ -20,6 +20,9 @@ _TOO_LARGE = {
     "metadata": re.compile(r"received metadata size exceeds hard limit \(.*? vs\. (\d+)\)"),
 }
 
+# The details of a call whose own client closed the channel.
+_CLOSED_HERE = "Channel closed!"
+
 _CODES: dict[type[errors.GptloopError], grpc.StatusCode] = {
     errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -73,9 +76,9 @@ def _error_of(call: Any, address: str, start: str) -> errors.GptloopError:
         return errors.ResourceExhausted(details, _retry_after_s(call))
     if code is grpc.StatusCode.UNAVAILABLE and (error := connection_error(details, address, start)) is not None:
         return error
-    if code is grpc.StatusCode.CANCELLED:
-        # So ends a call that arrives while gRPC stops; one that its client cancels has no error.
-        return errors.Unavailable(f"The server at {address} cancelled the call, as one that stops may do; try again.")
+    if code is grpc.StatusCode.CANCELLED and details != _CLOSED_HERE:
+        # gRPC cancels a call that arrives while its server stops.
+        return errors.Unavailable(f"The server at {address} cancelled the call, probably because it stops; try again.")
     for kind, kind_code in _CODES.items():
         if kind_code is code:
             return kind(details)

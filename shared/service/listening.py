@@ -1,4 +1,4 @@
-"""The address that a service listens on, and the errors if it cannot."""
+"""The address that a service listens on, the errors if it cannot, and free ports."""
 
 import errno
 import random
@@ -13,7 +13,7 @@ from shared.errors import AlreadyExists, GptloopError, InvalidArgument, Unavaila
 # Only an administrator may listen on ports below this one.
 _FIRST_FREE_PORT = 1024
 _EVERY_IPV4 = "0.0.0.0"
-# Systems give ports from 32768 on to whoever asks for any, so those could be taken before they are used.
+# Below Linux's ephemeral ports, which begin at 32768: a connection could take one of those before it is used.
 _CHOSEN_PORTS = (20_000, 32_000)
 
 
@@ -101,13 +101,14 @@ def ipv4_alone(address: Address) -> Iterator[int]:
 
 
 def free_port_numbers(count: int) -> range:
-    """Returns ports that follow one another, and are free on the loopback address now."""
+    """Returns consecutive ports that are free on the loopback address now; raises `Unavailable` if it finds none."""
+    low, high = _CHOSEN_PORTS
     for _ in range(100):
-        first = random.randrange(_CHOSEN_PORTS[0], _CHOSEN_PORTS[1] - count)
+        first = random.randrange(low, high - count)
         with suppress(OSError):
             ports = range(first, first + count)
             for port in ports:
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", port))
             return ports
-    raise Unavailable(f"No {count} free ports were found between {_CHOSEN_PORTS[0]} and {_CHOSEN_PORTS[1]}.")
+    raise Unavailable(f"No {count} consecutive free ports were found between {low} and {high}.")

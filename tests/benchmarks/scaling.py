@@ -3,7 +3,6 @@ python -m tests.benchmarks.scaling --help"""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from shared.service import cli
+from shared.service.listening import free_port_numbers
 from tests.benchmarks.side_by_side import ROOT, cores, print_table
 from tests.ring_processes import ring
 from trainer_service.presets import find_preset
@@ -52,7 +52,7 @@ def main(
 def _measure(count: int, task: dict[str, Any], cpu: bool, limit_s: float) -> list[dict[str, Any]]:
     """Returns what each of `count` processes has measured."""
     with tempfile.TemporaryDirectory() as folder, ring(count, Path(folder)) as ring_environments:
-        port = _free_port()
+        (port,) = free_port_numbers(1)
         processes = []
         for rank, environment in enumerate(ring_environments):
             if cpu:
@@ -121,13 +121,6 @@ def _print(results: Mapping[int, Sequence[Mapping[str, Any]]], context_length: i
 
 def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
-
-
-def _free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port: int = bound.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

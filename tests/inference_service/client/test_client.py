@@ -17,6 +17,7 @@ from inference_service.client.client import Parameters
 from inference_service.client.completion import FinishReason
 from shared import errors
 from shared.pb.inference.v1 import inference_pb2 as pb
+from shared.service.listening import free_port_numbers
 from tests.asynchronous import async_test
 from tests.fakes import publish_tiny_version
 from tests.inference_service.process import BREAKABLE, Server
@@ -223,6 +224,19 @@ def test_a_rejected_call_is_retried(serve: Serve, use: Use, call: tuple[str, ...
             assert result.version == 7
 
 
+def test_a_call_whose_client_is_closed_is_not_retried(serve: Serve) -> None:
+    server = serve(hang())
+    client = InferenceClient(server.address)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(client.complete, "x")
+        server.await_calls(1)
+        client.close()
+        with pytest.raises(errors.GptloopError, match="CANCELLED: Channel closed!") as raised:
+            reading.result(HANG_S)
+    assert not isinstance(raised.value, errors.Unavailable)
+    assert len(server.requests) == 1
+
+
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0])
 def test_the_number_of_retries_is_limited(serve: Serve, use: Use, call: tuple[str, ...]) -> None:
     full = errors.ResourceExhausted("The queue is full.", retry_after_s=0.01)
@@ -290,8 +304,8 @@ def test_a_pause_beyond_the_deadline_is_not_waited_for(serve: Serve, use: Use) -
 
 
 def test_a_server_that_starts_later_is_found(serve: Serve, use: Use) -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
+    (port,) = free_port_numbers(1)
+    listener = socket.create_server(("127.0.0.1", port))
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(use, f"127.0.0.1:{port}", "generate", "x", retries=6)
         with listener:
@@ -303,8 +317,8 @@ def test_a_server_that_starts_later_is_found(serve: Serve, use: Use) -> None:
 
 
 def test_a_missing_server_is_reported_in_one_sentence(use: Use) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    (port,) = free_port_numbers(1)
+    address = f"127.0.0.1:{port}"
     for call in CALLS:
         with pytest.raises(errors.Unavailable, match=f"No server answers at {address}"):
             use(address, *call, retries=0)

@@ -9,7 +9,7 @@ from inference_service.client import AsyncInferenceClient
 from shared.pb.inference.v1 import inference_pb2 as pb
 from shared.pb.inference.v1 import inference_pb2_grpc
 from shared.service.grpc_server import GrpcServer
-from shared.service.listening import Address
+from shared.service.listening import Address, free_port_numbers
 from tests.asynchronous import async_test
 from tests.waiting import HANG_S
 
@@ -43,8 +43,8 @@ async def test_no_call_fails_if_the_last_server_leaves_when_another_has_come_bac
         if attempts >= ATTEMPTS:
             many.set()
 
-    absent = await asyncio.start_server(refuse, "127.0.0.1", 0)
-    port = absent.sockets[0].getsockname()[1]
+    (port,) = free_port_numbers(1)
+    absent = await asyncio.start_server(refuse, "127.0.0.1", port)
     other, other_port = await start()
     async with AsyncInferenceClient(f"127.0.0.1:{port},127.0.0.1:{other_port}") as client:
         assert await client.tokenize("a") == [1]
