@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _MAX_METHODS = 128
 # The server stops once no call has arrived for this time, or after this many checks.
 _QUIET_S = 0.05
 _CHECKS = 20
+# Clients send the time that a call may take in three digits, rounded up, so the server's deadline is up to 1 % later.
+_ROUNDING = 0.02
 # Health answers until the end, so that clients learn that the server no longer serves.
 _HEALTH = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
 
@@ -44,6 +47,7 @@ class _Call:
     """A call whose method runs. `waits` is true while it waits for the next request of a stream."""
 
     task: asyncio.Task[Any]
+    began_s: float
     waits: bool = False
     is_cut: bool = False
     reason: str | None = None
@@ -185,7 +189,7 @@ class Calls(grpc.aio.ServerInterceptor):
         """
         task = asyncio.current_task()
         assert task is not None
-        call = _Call(task)
+        call = _Call(task, time.monotonic())
         self._unread.pop(task, None)
         self._running.add(call)
         self._open.add(task)
@@ -213,7 +217,7 @@ class Calls(grpc.aio.ServerInterceptor):
                 if call.is_cut and isinstance(error, asyncio.CancelledError):
                     task.uncancel()
                     error = Unavailable(ENDING)
-                code = _code_of(error, context)
+                code = _code_of(error, context, call)
                 leave(code)
                 await _abort(context, path, code, error, request_id)
             else:
@@ -224,7 +228,7 @@ def _ignore(_: grpc.StatusCode) -> None:
     pass
 
 
-def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:
+def _code_of(error: BaseException, context: Any, call: _Call) -> grpc.StatusCode:
     match error:
         case GptloopError():
             return code_of(error)
@@ -233,7 +237,7 @@ def _code_of(error: BaseException, context: Any) -> grpc.StatusCode:
         case asyncio.CancelledError():
             # A call is cancelled in the same way after its deadline and if its client leaves.
             remaining_s = context.time_remaining()
-            is_late = remaining_s is not None and remaining_s <= 0
+            is_late = remaining_s is not None and remaining_s <= _ROUNDING * (time.monotonic() - call.began_s)
             return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
         case grpc.aio.InternalError() | GeneratorExit():
             # The client left while a message was written.

@@ -177,7 +177,8 @@ async def test_every_call_is_counted_with_its_method_and_code() -> None:
         await wire.service.entered.wait()
         left.cancel()
         wire.service.entered.clear()
-        late = asyncio.create_task(refused(anext(aiter(wire.stub.Generate(pb.GenerateRequest(), timeout=0.5)))))
+        # gRPC tells the server 1.01 s.
+        late = asyncio.create_task(refused(anext(aiter(wire.stub.Generate(pb.GenerateRequest(), timeout=1.001)))))
         await wire.service.entered.wait()
         assert (await late)[0] is grpc.StatusCode.DEADLINE_EXCEEDED
         await eventually(lambda: wire.ends.total() == 5)
