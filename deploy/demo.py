@@ -141,7 +141,7 @@ class Demo:
                         story += event.text
                     case inference_pb2.Finished():
                         rate = event.generated_tokens / event.total_seconds
-                        end = f"({event.generated_tokens} tokens, {rate:.0f} tokens/s)"
+                        end = f"({event.generated_tokens} tokens, {rate:,.0f} tokens/s)"
                 live.update(self._wrapped(prompt, story))
         self.console.print(self._wrapped(prompt, story))
         self.console.print(f"{_INDENT}{end}\n", style="dim")
