@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Look:
-    """The registry at one look."""
+    """The registry at one look, which began at `at`, in seconds since the epoch."""
 
+    at: float = 0.0
     versions: list[VersionManifest] = field(default_factory=list)
     policy: str = "best"
     stable: int | None = None
@@ -92,6 +93,7 @@ class Catalogue:
             self._findings = now.findings.adding(self._unsaved)
 
     def _read(self, unsaved: Mapping[int, Finding]) -> _Look:
+        at = time.time()
         versions, decisions, last = self._registry.versions(), self._registry.decisions, self._last
         kept = decisions.findings()
         found = decisions.found(versions, kept, unsaved)
@@ -110,7 +112,7 @@ class Catalogue:
         unsealed = self._registry.unsealed
         damaged = {number: why for number, why in self._registry.unreadable.items() if number not in unsealed}
         figures = self._registry.evaluations.of(versions)
-        return _Look(versions, label, stable, tuple(damage), found, kept, lacking, damaged, unsealed, figures)
+        return _Look(at, versions, label, stable, tuple(damage), found, kept, lacking, damaged, unsealed, figures)
 
     # Versions and labels.
 
@@ -134,6 +136,11 @@ class Catalogue:
         """Sentences for an operator: decisions that cannot be read, and versions that do not compare with the best."""
         sentence = policy.describe_unranked(self.versions, self._decided())
         return [*self._last.damage, sentence] if sentence else list(self._last.damage)
+
+    @property
+    def looked_at(self) -> float:
+        """When the last look began, in seconds since the epoch."""
+        return self._last.at
 
     @property
     def policy(self) -> str:
@@ -282,9 +289,12 @@ class Catalogue:
         if sentence := self.lacking(manifest):
             raise Unavailable(sentence)
 
-    def accept(self, manifest: VersionManifest, loss: float) -> None:
-        """Notes that a version may serve: in memory at once, in the registry a moment later."""
-        self._note(manifest, Finding(manifest.digest, self._device, loss, None, "", time.time()))
+    def accept(self, manifest: VersionManifest, loss: float, at: float | None = None) -> None:
+        """Notes that a version may serve: in memory at once, in the registry a moment later.
+
+        at: what was decided later counts; now by default, in seconds since the epoch.
+        """
+        self._note(manifest, Finding(manifest.digest, self._device, loss, None, "", time.time() if at is None else at))
 
     def refuse(
         self, manifest: VersionManifest, loss: float | None, reason: str, sentence: str, stands_on: str | None = None

@@ -60,7 +60,8 @@ class Loader:
         if self._freed is not None:
             # Its memory is needed.
             await asyncio.wait([asyncio.wrap_future(self._freed)])
-        known = self._catalogue.finding(manifest, instead_of)
+        # Another server may refuse the version while it is examined here.
+        known, at = self._catalogue.finding(manifest, instead_of), self._catalogue.looked_at
         if known is not None and known.refusal is not None:
             if not again:
                 raise refused(manifest.version, known.sentence)
@@ -85,7 +86,7 @@ class Loader:
         except Refused:
             await asyncio.wrap_future(self._engine.remove_version(manifest.version))
             raise
-        self._catalogue.accept(manifest, loss)
+        self._catalogue.accept(manifest, loss, at)
         return Resident(manifest, tokenizer, loss, memory_bytes, weights)
 
     def free(self, number: int) -> None:

@@ -147,6 +147,8 @@ class VersionManager:
     async def load(self, number: int) -> None:
         """Loads a version and keeps it in memory, even one that was refused: it is examined again, unless it is in
         memory still."""
+        # The examination then counts more than any refusal so far.
+        await self._catalogue.look()
         manifest = await self._catalogue.manifest(number)
         self._failures.forget(number)
         resident = self._residents.of(manifest)

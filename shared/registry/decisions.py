@@ -127,16 +127,20 @@ class Decisions:
         findings: dict[int, list[Finding]] = {}
         texts = self._store.read(_GROUP)
         for number, name in _finding_names(texts):
-            try:
-                found = Finding(**typed(Finding, json.loads(texts.get(name, ""))))
-            except (CorruptCheckpoint, ValueError, TypeError, KeyError, RecursionError):
-                continue
-            findings.setdefault(number, []).append(found)
+            if (found := _finding_in(texts, name)) is not None:
+                findings.setdefault(number, []).append(found)
         return findings
 
     def keep(self, number: int, finding: Finding) -> None:
-        """Writes a finding about a version, and replaces the previous one on the same kind of device."""
-        self._write(_text_of(number, finding))
+        """Writes a finding about a version instead of the one on the same kind of device, unless that one is newer."""
+        ((name, text),) = _text_of(number, finding).items()
+
+        def change(texts: Texts) -> Mapping[str, str]:
+            before = _finding_in(texts, name)
+            is_newer = before is not None and before.digest == finding.digest and before.at > finding.at
+            return {} if is_newer else {name: text}
+
+        self._store.change(_GROUP, change)
 
     def roll_back(self, number: int, finding: Finding, policy: str | None = None) -> None:
         """Writes the finding that refuses a version, and the policy if there is one: both or neither."""
@@ -162,6 +166,14 @@ class Decisions:
 def _finding_names(texts: Texts) -> list[tuple[int, str]]:
     """Returns the names of findings, each with the number of its version."""
     return [(int(match[1]), name) for name in texts if (match := _FINDING.fullmatch(name))]
+
+
+def _finding_in(texts: Texts, name: str) -> Finding | None:
+    """Returns the finding in a text; None if there is none, or if it cannot be read."""
+    try:
+        return Finding(**typed(Finding, json.loads(texts.get(name, ""))))
+    except (CorruptCheckpoint, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def _text_of(number: int, finding: Finding) -> dict[str, str]:

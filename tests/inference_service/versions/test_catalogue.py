@@ -144,6 +144,22 @@ async def test_a_finding_with_an_earlier_name_of_its_reason_still_counts(fresh: 
 
 
 @async_test
+async def test_a_rollback_counts_for_a_server_that_examines_the_version_meanwhile(fresh: World) -> None:
+    manifest = publish_tiny_version(fresh.registry, 2.0)
+    other = World(root_of(fresh.registry))
+    for each in (fresh, other):
+        await each.catalogue.look()
+    began = fresh.catalogue.looked_at
+    await other.catalogue.roll_back(manifest, 2.0, "an operator rolled it back", None)
+    fresh.catalogue.accept(manifest, 2.0, began)
+    fresh.catalogue._writer.submit(lambda: None).result()
+    for each in (fresh, other):
+        await each.catalogue.look()
+        with pytest.raises(FailedPrecondition, match="an operator rolled it back"):
+            each.catalogue.check_may_serve(manifest)
+
+
+@async_test
 async def test_findings_of_another_kind_of_device_do_not_count(fresh: World) -> None:
     publish_tiny_version(fresh.registry, 1.0)
     decisions = fresh.registry.decisions

@@ -201,6 +201,16 @@ def test_a_finding_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFa
     assert disk_registry(root).decisions.findings() == {7: [finding]}
 
 
+def test_an_older_finding_does_not_replace_a_newer_one_about_the_same_content(decisions: Decisions) -> None:
+    newer = replace(REFUSAL, at=2.0)
+    for finding in (newer, FINDING):
+        decisions.keep(2, finding)
+    assert decisions.findings() == {2: [newer]}
+    another = replace(FINDING, digest="another digest")
+    decisions.keep(2, another)
+    assert decisions.findings() == {2: [another]}
+
+
 def test_the_last_finding_of_each_version_and_device_is_kept(decisions: Decisions) -> None:
     elsewhere = replace(FINDING, device="metal")
     for finding in (FINDING, elsewhere, REFUSAL):
