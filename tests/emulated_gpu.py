@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from shared.decoding.cuda import steps
-from shared.device.cuda_driver import Bytes, Graph, Kernel
+from shared.device.cuda_driver import Bytes, Event, Graph, Kernel
 from shared.device.native import build_library
 from tests.workplace import PROJECT
 
@@ -35,6 +35,8 @@ class EmulatedGpu:
         self._memory: dict[int, tuple[Bytes, Bytes]] = {}
         self._freed: list[Bytes] = []
         self._asked: list[Callable[[], object]] = []
+        # How much of what was ever asked for is done.
+        self._done = 0
         self._recording: list[Callable[[], object]] | None = None
 
     @property
@@ -103,9 +105,17 @@ class EmulatedGpu:
     def replay(self, graph: Any) -> None:
         self._asked += graph
 
-    def wait(self) -> None:
+    def event(self) -> Event:
+        return [0]
+
+    def mark(self, event: Event) -> None:
+        event[0] = self._done + len(self._asked)
+
+    def wait(self, event: Event = None) -> None:
         assert self._recording is None
-        asked, self._asked = self._asked, []
+        count = len(self._asked) if event is None else max(event[0] - self._done, 0)
+        asked, self._asked = self._asked[:count], self._asked[count:]
+        self._done += count
         for work in asked:
             work()
         for _, guard in self._memory.values():

@@ -19,10 +19,12 @@ from shared.atomic_file import replacing
 Bytes = NDArray[np.uint8]
 Kernel = Any
 Graph = Any
+Event = Any
 
 # The constants of cuda.h.
 _MULTIPROCESSORS, _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 16, 75, 76
 _STREAM_NON_BLOCKING = 1
+_EVENT_DISABLE_TIMING = 2
 _CAPTURE_RELAXED = 2
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
@@ -81,8 +83,17 @@ class Gpu(Protocol):
     def replay(self, graph: Graph) -> None:
         """Does the work of a graph."""
 
-    def wait(self) -> None:
-        """Returns when all work is done. Raises `CudaError` if a kernel failed."""
+    def event(self) -> Event:
+        """Returns an event to `mark`."""
+
+    def mark(self, event: Event) -> None:
+        """Makes the event happen when all work that was asked for so far is done."""
+
+    def wait(self, event: Event = None) -> None:
+        """Returns when all work is done, or when an event, which was marked or was not, has happened.
+
+        Raises `CudaError` if a kernel failed.
+        """
 
 
 class CudaError(RuntimeError):
@@ -138,6 +149,7 @@ class CudaDriver:
             "cuMemFree_v2": [],
             "cuMemFreeHost": [],
             "cuGraphExecDestroy": [],
+            "cuEventDestroy_v2": [],
             "cuModuleUnload": [],
             "cuStreamDestroy_v2": [stream],
         }
@@ -258,9 +270,23 @@ class CudaDriver:
         """As in `Gpu`."""
         self._call("cuGraphLaunch", graph, self._stream)
 
-    def wait(self) -> None:
+    def event(self) -> Event:
         """As in `Gpu`."""
-        self._call("cuStreamSynchronize", self._stream)
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), _EVENT_DISABLE_TIMING)
+        self._held["cuEventDestroy_v2"].append(event)
+        return event
+
+    def mark(self, event: Event) -> None:
+        """As in `Gpu`."""
+        self._call("cuEventRecord", event, self._stream)
+
+    def wait(self, event: Event = None) -> None:
+        """As in `Gpu`."""
+        if event is None:
+            self._call("cuStreamSynchronize", self._stream)
+        else:
+            self._call("cuEventSynchronize", event)
 
     def _attribute(self, which: int, device: ctypes.c_int) -> int:
         value = ctypes.c_int()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shared.decoding.cuda.multi_step_batch import NO_TOKEN, MultiStepBatch
 from shared.decoding.cuda.pages import Page, PagePool
 from shared.decoding.cuda.program import DrawInput, Row, supports
-from shared.decoding.cuda.steps import Steps
+from shared.decoding.cuda.steps import Drawing, Steps
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import (
     Logits,
@@ -51,15 +51,13 @@ class CudaDecoder:
         pages = -(-config.context_length // SPAN_TOKENS)
         self._context_length = config.context_length
         self._slots: list[list[Page | None]] = [[None] * pages for _ in range(slots)]
-        # The addresses of the slots' pages, and the pinned copy that is uploaded.
+        # The addresses of the slots' pages.
         self._table = np.zeros((slots, pages), np.uint64)
-        self._pinned_table = gpu.host_memory(self._table.nbytes).view(np.uint64).reshape(slots, pages)
-        self._table_address = gpu.allocate(self._table.nbytes)
-        self._table_changed = True
-        self._steps = Steps(model, gpu, self._table_address)
+        self._table_changed = False
+        self._steps = Steps(model, gpu, self._table)
         groups = -(-config.head_width // 8)
         # What the GPU draws ahead of the next call of `decode`.
-        self._ahead: MultiStepBatch | None = None
+        self._ahead: _BegunBatch | None = None
         self._pool = PagePool(gpu, config.layers * 2 * config.heads * groups * 8 * SPAN_TOKENS * 2)
         gpu.wait()
 
@@ -136,22 +134,14 @@ class CudaDecoder:
         The GPU goes on with the next ones while the caller handles these.
         """
         self._gpu.use()
-        batch, self._ahead = self._ahead, None
-        places = None if batch is None else batch.places(rows, steps)
-        if batch is None or places is None:
-            batch, places = MultiStepBatch.of(rows, steps), list(range(len(rows)))
-            self._prepare_batch(batch)
-            self._begin(batch, batch.draws())
-        following = None
+        begun, self._ahead = self._ahead, None
+        places = None if begun is None else begun.batch.find(rows, steps)
+        if begun is None or places is None:
+            begun, places = self._begin(MultiStepBatch.of(rows, steps)), list(range(len(rows)))
         if next_steps:
             # Rows that have ended are not among the places, and are computed no further.
-            following = batch.following(places, next_steps, self._context_length)
-            self._prepare_batch(following)
-            draws = following.draws()
-        drawn = self._steps.drawn(batch.steps, len(batch.slots))[places]  # (R, S)
-        if following is not None:
-            self._ahead = following.with_tokens(drawn[:, -1])
-            self._begin(self._ahead, draws)
+            self._ahead = self._begin(begun.batch.following(places, next_steps, self._context_length))
+        drawn = begun.drawing.tokens()[places]  # (R, S)
         tokens: list[list[int | None]] = drawn[:, :steps].tolist()
         left = [self._context_length - row.start for row in rows]
         if drawn.min() == NO_TOKEN or min(left) < steps:
@@ -196,8 +186,6 @@ class CudaDecoder:
         """Computes spans; the logits after the wanted (K,) of all tokens are then in the first rows of logits."""
         self._gpu.use()
         self._ahead = None
-        # The GPU may still copy what the last call wrote for it.
-        self._gpu.wait()
         self._steps.make_room(len(wanted))
         for span in spans:
             self._prepare_pages(span.slot, span.start, span.start + len(span.tokens))
@@ -210,23 +198,17 @@ class CudaDecoder:
         for first in range(0, len(rows), self._steps.most_rows):
             some = rows[first : first + self._steps.most_rows]
             before, until = np.searchsorted(wanted, (first, first + len(some)))
-            if first:
-                self._gpu.wait()
             self._steps.compute(some, wanted[before:until] - first, int(before))
 
-    def _prepare_batch(self, batch: MultiStepBatch) -> None:
-        """Gives the slots of a batch pages of their own."""
+    def _begin(self, batch: MultiStepBatch) -> "_BegunBatch":
+        """Gives the slots of a batch pages of their own, and starts to draw its tokens."""
         ends = np.minimum(batch.starts + batch.steps, self._context_length)
         for slot, start, end in zip(batch.slots.tolist(), batch.starts.tolist(), ends.tolist(), strict=True):
             if slot >= 0:
                 self._prepare_pages(slot, start, end)
-
-    def _begin(self, batch: MultiStepBatch, draws: NDArray[Any]) -> None:
-        """Starts to compute a batch whose pages are prepared."""
-        self._gpu.wait()
         self._steps.make_room(len(batch.slots))
         self._write_table()
-        self._steps.begin_decode(batch.rows(), draws)
+        return _BegunBatch(batch, self._steps.begin_decode(batch))
 
     def _prepare_pages(self, slot: int, start: int, end: int) -> None:
         """Gives a slot pages of its own for the positions from `start` up to `end`, so that they can be written."""
@@ -238,10 +220,8 @@ class CudaDecoder:
                 self._set_page(slot, index, self._pool.copy_of(page))
 
     def _write_table(self) -> None:
-        """Copies the addresses of pages to the GPU, which must have ended its work."""
         if self._table_changed:
-            self._pinned_table[:] = self._table
-            self._gpu.write(self._table_address, self._pinned_table.reshape(-1).view(np.uint8))
+            self._steps.write_pages()
             self._table_changed = False
 
     def _set_page(self, slot: int, index: int, page: Page | None) -> None:
@@ -249,6 +229,12 @@ class CudaDecoder:
             self._slots[slot][index] = page
             self._table[slot, index] = 0 if page is None else page.address
             self._table_changed = True
+
+
+@dataclass(frozen=True)
+class _BegunBatch:
+    batch: MultiStepBatch
+    drawing: Drawing
 
 
 @dataclass(frozen=True)

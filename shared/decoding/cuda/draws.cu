@@ -145,8 +145,19 @@ extern "C" __global__ void draw_next(Arguments a) {
   const int number = draw_of_row(a, row), token = draw_token(a, a.draws[number], blockIdx.y);
   if (threadIdx.x > 0) return;
   a.drawn[number] = token;
-  // A row ends where its context does.
-  a.rows[blockIdx.y] = Row{token < 0 ? 0 : token, row.position + 1 < POSITIONS ? row.slot : -1, row.position + 1, row.step + 1};
+  // A row ends where its context does, or without a token.
+  const bool goes_on = token >= 0 && row.position + 1 < POSITIONS;
+  a.rows[blockIdx.y] = Row{token, goes_on ? row.slot : -1, row.position + 1, row.step + 1};
+}
+
+// Makes some rows of the batch before the rows of the next one, by one block.
+extern "C" __global__ void continue_rows(Arguments a) {
+  wait_for_previous_kernel();
+  const int place = a.places[threadIdx.x];
+  Row row{0, -1, 0, 0};
+  if (place >= 0) row = a.rows[place];
+  synchronise();
+  a.rows[threadIdx.x] = Row{row.token, row.slot, row.position, 0};
 }
 
 // The losses in nats of targets; NaN if a logit is not finite.

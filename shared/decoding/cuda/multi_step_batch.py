@@ -21,7 +21,8 @@ NO_TOKEN = -1
 @dataclass(frozen=True)
 class MultiStepBatch:
     """Rows (R,) that draw `steps` tokens each; the arrays are the fields of `DecodeRow`. The slot of a row that has
-    ended is -1."""
+    ended is -1. `places` (R,) are those of the rows in the batch before, if they go on from it: only the GPU may know
+    their tokens, and which of them have ended without one."""
 
     steps: int
     slots: NDArray[np.int64]
@@ -32,6 +33,7 @@ class MultiStepBatch:
     drawn: NDArray[np.uint64]
     masked: NDArray[np.int64]
     masked_draws: NDArray[np.int64]
+    places: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, rows: Sequence[DecodeRow], steps: int) -> "MultiStepBatch":
@@ -48,31 +50,28 @@ class MultiStepBatch:
             masked_draws=np.array([row.masked_draws for row in rows]),
         )
 
-    def places(self, rows: Sequence[DecodeRow], steps: int) -> list[int] | None:
+    def find(self, rows: Sequence[DecodeRow], steps: int) -> list[int] | None:
         """Returns where some rows are among those of the batch; None if it does not draw as many steps of them."""
-        places = {slot: place for place, slot in enumerate(self.slots.tolist())}
+        of_slots = {slot: place for place, slot in enumerate(self.slots.tolist())}
         starts = self.starts.tolist()
-        found = [places.get(row.slot, -1) for row in rows]
+        found = [of_slots.get(row.slot, -1) for row in rows]
         as_asked = all(place >= 0 and starts[place] == row.start for place, row in zip(found, rows, strict=True))
         return found if as_asked and steps <= self.steps else None
 
     def following(self, places: list[int], steps: int, context_length: int) -> "MultiStepBatch":
-        """Returns the batch of some of these rows after this one, which still has this one's tokens."""
-        arrays = {each.name: getattr(self, each.name)[places] for each in fields(self) if each.name != "steps"}
-        some = replace(self, **arrays)
+        """Returns the batch of some of these rows after this one."""
+        names = {each.name for each in fields(self)} - {"steps", "places"}
+        some = replace(self, **{name: getattr(self, name)[places] for name in names})
         starts = some.starts + self.steps
         return replace(
             some,
             steps=steps,
+            places=np.array(places),
             slots=np.where(starts < context_length, some.slots, -1),
             starts=starts,
             drawn=some.drawn + np.uint64(self.steps),
             masked_draws=some.masked_draws - self.steps,
         )
-
-    def with_tokens(self, tokens: NDArray[np.int32]) -> "MultiStepBatch":
-        """Returns the batch that begins with other tokens (R,); a row without a token has ended."""
-        return replace(self, slots=np.where(tokens == NO_TOKEN, -1, self.slots), tokens=tokens)
 
     def rows(self) -> NDArray[Any]:
         """Returns the rows (R,) of the first step, as in `Row`."""

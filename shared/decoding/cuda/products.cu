@@ -46,7 +46,7 @@ extern "C" __global__ void normalise_wanted(Arguments a) {
 
 struct Qkv {
   static constexpr int INPUTS = WIDTH, OUTPUTS = 3 * WIDTH;
-  static constexpr bool NORMED = true, WANTED = false;
+  static constexpr bool NORMED = true;
   // Queries go to a buffer, keys and values to the page of the position.
   float* query = nullptr;
   Bf16* cached = nullptr;
@@ -86,7 +86,7 @@ using Down = ToResidual<HIDDEN, &Arguments::hidden>;
 
 struct Up {
   static constexpr int INPUTS = WIDTH, OUTPUTS = HIDDEN;
-  static constexpr bool NORMED = true, WANTED = false;
+  static constexpr bool NORMED = true;
   Bf16* place;
   __device__ Up() {}
   __device__ Up(const Arguments& a, int row, int output) : place(a.hidden + packed<HIDDEN_GROUPS>(row, output)) {}
@@ -97,20 +97,7 @@ struct Up {
   }
 };
 
-struct Head {
-  static constexpr int INPUTS = WIDTH, OUTPUTS = VOCABULARY;
-  static constexpr bool NORMED = true, WANTED = true;
-  float* place = nullptr;
-  // A later launch of the same call has room for its wanted rows only.
-  __device__ Head(const Arguments& a, int row, int output) {
-    if (a.wanted[row] >= 0) place = a.logits + (long long)row * VOCABULARY_STRIDE + output;
-  }
-  __device__ void store(float value) const {
-    if (place) *place = value;
-  }
-};
-
-// A product sums its groups of 32 inputs in an order that follows from their number alone: every SUMS-th one, and then these
+// A product, but for the head, sums its groups of 32 inputs in an order that follows from their number alone: every SUMS-th one, and then these
 // sums.
 template <class Kind>
 struct Order {
@@ -207,19 +194,18 @@ __device__ void multiply(const Arguments& a) {
   }
 }
 
-// The same for products with a LayerNorm and many rows or outputs: each of WIDE_WARPS warps multiplies 16 outputs of its own with
-// 8 * TILES rows, over all inputs. The LayerNorm of wanted rows is another kernel's, that of all rows the block's. Blocks with the
-// same outputs follow each other.
+// The same for products with a LayerNorm and many rows: each of WIDE_WARPS warps multiplies 16 outputs of its own with 8 * TILES rows,
+// over all inputs. Blocks with the same outputs follow each other.
 template <class Kind, int TILES>
 __device__ void multiply_wide(const Arguments& a) {
   constexpr int GROUPS = Order<Kind>::GROUPS, EACH = Order<Kind>::EACH, SUMS = Order<Kind>::SUMS, ROWS = 8 * TILES;
   // Weights are loaded before the previous kernel ends if they fit in registers, of which a thread has 128.
-  constexpr bool EARLY = !Kind::WANTED && GROUPS <= 12;
-  constexpr int SHARED = Kind::WANTED ? 1 : ROWS * GROUPS * 32;
+  constexpr bool EARLY = GROUPS <= 12;
+  constexpr int SHARED = ROWS * GROUPS * 32;
   if constexpr (SHARED * sizeof(Bf16) <= SHARED_BYTES) {
     alignas(16) __shared__ Bf16 normed[SHARED];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * ROWS, block = blockIdx.y * WIDE_WARPS + warp;
-    const bool needed = block * 16 < Kind::OUTPUTS && (!Kind::WANTED || a.wanted[first] >= 0);
+    const bool needed = block * 16 < Kind::OUTPUTS;
     const uint4* weights = a.weight + (long long)block * GROUPS * 64;
     uint4 early[EARLY ? GROUPS : 1][2];
     if constexpr (EARLY) {
@@ -230,14 +216,12 @@ __device__ void multiply_wide(const Arguments& a) {
       for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights + line * 8);
     }
     wait_for_previous_kernel();
-    if constexpr (!Kind::WANTED) {
-      for (int row = warp; row < ROWS; row += WIDE_WARPS) normalise(a, a.residual + (first + row) * WIDTH, normed, row);
-      synchronise();
-    }
+    for (int row = warp; row < ROWS; row += WIDE_WARPS) normalise(a, a.residual + (first + row) * WIDTH, normed, row);
+    synchronise();
     if (!needed) return;
-    const uint4* inputs = reinterpret_cast<const uint4*>(Kind::WANTED ? a.normed + first * GROUPS * 32 : normed) + lane;
+    const uint4* inputs = reinterpret_cast<const uint4*>(normed) + lane;
     float sums[TILES][4];
-#pragma unroll(TILES > 4 ? 2 : 12)
+#pragma unroll
     for (int number = 0; number < SUMS; ++number) {
       float partial[TILES][4] = {};
 #pragma unroll
@@ -257,10 +241,100 @@ __device__ void multiply_wide(const Arguments& a) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int output = block * 16 + output_of(i);
-        if (output >= Kind::OUTPUTS) continue;
-        Kind(a, first + tile * 8 + row_of(i), output).store(a.bias ? sums[tile][i] + a.bias[output] : sums[tile][i]);
+        if (output < Kind::OUTPUTS) Kind(a, first + tile * 8 + row_of(i), output).store(sums[tile][i] + a.bias[output]);
       }
   }
+}
+
+// Logits sum their groups of inputs one after the other.
+
+constexpr int HEAD_BLOCKS = VOCABULARY_STRIDE / 16;
+
+// Writes sums of 16 outputs and 8 * TILES rows to the logits.
+template <int TILES>
+__device__ void store_logits(const Arguments& a, const float (&sums)[TILES][4], int first, int block) {
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first + tile * 8 + row_of(i), output = block * 16 + output_of(i);
+      // A later launch of the same call has room for its wanted rows only.
+      if (output < VOCABULARY && a.wanted[row] >= 0) a.logits[(long long)row * VOCABULARY_STRIDE + output] = sums[tile][i];
+    }
+}
+
+// Each warp multiplies 16 outputs with 8 * TILES rows.
+template <int TILES>
+__device__ void multiply_head(const Arguments& a) {
+  constexpr int GROUPS = WIDTH_GROUPS;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * 8 * TILES, block = blockIdx.y * WIDE_WARPS + warp;
+  if (block >= HEAD_BLOCKS || a.wanted[first] < 0) return;
+  const uint4* weights = a.weight + (long long)block * GROUPS * 64;
+  for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights + line * 8);
+  wait_for_previous_kernel();
+  const uint4* inputs = reinterpret_cast<const uint4*>(a.normed) + first * GROUPS * 4 + lane;
+  float sums[TILES][4] = {};
+#pragma unroll(TILES > 2 ? 8 : 16)
+  for (int group = 0; group < GROUPS; ++group) {
+    uint4 loaded[2];
+    load_weights(weights + group * 64 + lane, loaded);
+    add_products(sums, loaded, inputs + group * 32, GROUPS * 32);
+  }
+  store_logits(a, sums, first, block);
+}
+
+// The same for many rows, whose inputs and weights pass through the GPU's cache as seldom as can be: each warp multiplies 32 outputs
+// with all rows of the block. Inputs are copied to shared memory some groups ahead, weights are loaded one group ahead.
+template <int TILES>
+__device__ void multiply_head_staged(const Arguments& a) {
+  constexpr int GROUPS = WIDTH_GROUPS, STAGES = 4, VECTORS = TILES * 32;
+  __shared__ uint4 staged[STAGES][VECTORS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * 8 * TILES;
+  if (a.wanted[first] < 0) return;
+  const int block = (blockIdx.y * WIDE_WARPS + warp) * 2;
+  const uint4* weights[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    // What a warp without outputs computes is written nowhere.
+    weights[half] = a.weight + (long long)(block + half < HEAD_BLOCKS ? block + half : HEAD_BLOCKS - 1) * GROUPS * 64;
+    for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights[half] + line * 8);
+  }
+  uint4 next[2][2];
+  load_weights(weights[0] + lane, next[0]);
+  load_weights(weights[1] + lane, next[1]);
+  wait_for_previous_kernel();
+  const uint4* inputs = reinterpret_cast<const uint4*>(a.normed) + first * GROUPS * 4;
+  auto stage = [&](int group) {
+    if (group < GROUPS)
+      for (int i = threadIdx.x; i < VECTORS; i += 32 * WIDE_WARPS)
+        copy_to_shared(&staged[group % STAGES][i], inputs + (i / 32 * GROUPS + group) * 32 + i % 32);
+    end_group_of_copies();
+  };
+#pragma unroll
+  for (int group = 0; group < STAGES - 1; ++group) stage(group);
+  float sums[2][TILES][4] = {};
+#pragma unroll 2
+  for (int group = 0; group < GROUPS; ++group) {
+    const uint4 now[2][2] = {{next[0][0], next[0][1]}, {next[1][0], next[1][1]}};
+    if (group + 1 < GROUPS) {
+      load_weights(weights[0] + (group + 1) * 64 + lane, next[0]);
+      load_weights(weights[1] + (group + 1) * 64 + lane, next[1]);
+    }
+    wait_for_copies<STAGES - 2>();
+    // Now all threads see this group, and none reads the one before, whose place the next copy takes.
+    synchronise();
+    stage(group + STAGES - 1);
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      const uint4 input = staged[group % STAGES][tile * 32 + lane];
+      mma(sums[0][tile], now[0][0], input.x, input.y);
+      mma(sums[1][tile], now[1][0], input.x, input.y);
+      mma(sums[0][tile], now[0][1], input.z, input.w);
+      mma(sums[1][tile], now[1][1], input.z, input.w);
+    }
+  }
+  store_logits(a, sums[0], first, block);
+  store_logits(a, sums[1], first, block + 1);
 }
 
 // With the number of threads, and of blocks on a multiprocessor, the compiler knows how many registers each thread can have.
@@ -268,6 +342,8 @@ __device__ void multiply_wide(const Arguments& a) {
   extern "C" __global__ void __launch_bounds__(32 * Order<kind>::SUMS) name(Arguments a) { multiply<kind, tiles>(a); }
 #define WIDE_PRODUCT(kind, name, tiles) \
   extern "C" __global__ void __launch_bounds__(32 * WIDE_WARPS, 2) name(Arguments a) { multiply_wide<kind, tiles>(a); }
+#define HEAD(name, at_once, function) \
+  extern "C" __global__ void __launch_bounds__(32 * WIDE_WARPS, at_once) name(Arguments a) { function(a); }
 
 PRODUCT(Qkv, qkv_8, 1)
 PRODUCT(Qkv, qkv_16, 2)
@@ -281,7 +357,8 @@ WIDE_PRODUCT(Qkv, qkv_wide_8, 1)
 WIDE_PRODUCT(Qkv, qkv_wide_16, 2)
 WIDE_PRODUCT(Up, up_wide_8, 1)
 WIDE_PRODUCT(Up, up_wide_16, 2)
-WIDE_PRODUCT(Head, head_wide_8, 1)
-WIDE_PRODUCT(Head, head_wide_16, 2)
-WIDE_PRODUCT(Head, head_wide_32, 4)
-WIDE_PRODUCT(Head, head_wide_64, 8)
+HEAD(head_wide_8, 2, multiply_head<1>)
+HEAD(head_wide_16, 2, multiply_head<2>)
+HEAD(head_wide_32, 2, multiply_head<4>)
+HEAD(head_staged_64, 2, multiply_head_staged<8>)
+HEAD(head_staged_128, 1, multiply_head_staged<16>)

@@ -24,9 +24,10 @@ DrawInput = np.dtype(
 RANGE_SUM_BYTES = 8
 
 # The rows that a block of each product may have. The warps of a narrow block share 16 outputs and divide the inputs;
-# each warp of a wide block has 16 outputs and all inputs.
+# each warp of a wide block has 16 outputs and all inputs, that of a staged block 32 outputs.
 _ROWS = dict.fromkeys(("qkv", "attention_output", "up", "down"), (16, 8))
-_WIDE_ROWS = {"qkv": (16, 8), "up": (16, 8), "head": (64, 32, 16, 8)}
+_WIDE_ROWS = {"qkv": (16, 8), "up": (16, 8), "head": (32, 16, 8)}
+_STAGED_ROWS = {"head": (128, 64)}
 _WIDE_WARPS = 8
 # Up to this many rows, more warps share the pages of a row, and keys and values are prefetched.
 FEW_ROWS = 16
@@ -56,8 +57,11 @@ def blocks_of(product: str, inputs: int) -> list[Blocks]:
 
 def wide_blocks_of(product: str) -> list[Blocks]:
     """Returns the wide blocks that a product may have, the largest first."""
+    kinds = ((32, "staged", _STAGED_ROWS), (16, "wide", _WIDE_ROWS))
     return [
-        Blocks(f"{product}_wide_{rows}", rows, 16 * _WIDE_WARPS, _WIDE_WARPS) for rows in _WIDE_ROWS.get(product, ())
+        Blocks(f"{product}_{kind}_{rows}", rows, outputs * _WIDE_WARPS, _WIDE_WARPS)
+        for outputs, kind, sizes in kinds
+        for rows in sizes.get(product, ())
     ]
 
 
@@ -72,7 +76,7 @@ _SUPPORTED = {
 }
 _SOURCES = ("primitives.cuh", "rows.cuh", "products.cu", "attention.cu", "draws.cu")
 _ADDRESSES = (
-    *("rows", "wanted", "pages", "token_embedding", "position_embedding", "norm_weight", "norm_bias"),
+    *("rows", "wanted", "places", "pages", "token_embedding", "position_embedding", "norm_weight", "norm_bias"),
     *("weight", "bias", "residual", "normed", "queries", "attended", "hidden", "logits"),
     *("draws", "ranges", "drawn", "losses"),
 )
@@ -88,9 +92,10 @@ def kernels() -> list[str]:
     """Returns the names of all kernels."""
     return [
         *("embed_rows", "normalise_wanted", "attend_rows", "sum_ranges_of_draws", "sum_ranges_of_rows"),
-        *("draw_tokens", "draw_next", "score_tokens"),
+        *("draw_tokens", "draw_next", "score_tokens", "continue_rows"),
         *(f"{product}_{rows}" for product, sizes in _ROWS.items() for rows in sizes),
         *(f"{product}_wide_{rows}" for product, sizes in _WIDE_ROWS.items() for rows in sizes),
+        *(f"{product}_staged_{rows}" for product, sizes in _STAGED_ROWS.items() for rows in sizes),
     ]
 
 

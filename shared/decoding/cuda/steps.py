@@ -3,11 +3,13 @@
 Shapes: R rows, K wanted rows, S steps, C width, V vocabulary.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.decoding.cuda.multi_step_batch import MultiStepBatch
 from shared.decoding.cuda.program import (
     FEW_ROWS,
     RANGE_SUM_BYTES,
@@ -22,7 +24,7 @@ from shared.decoding.cuda.weights import Product, Weights
 from shared.decoding.multi_step import MAX_DECODE_STEPS
 from shared.decoding.sampling import Logits
 from shared.decoding.spans import SPAN_TOKENS
-from shared.device.cuda_driver import Gpu
+from shared.device.cuda_driver import Event, Gpu
 from shared.gpt.model import GPT
 
 # A launch fills its rows, and those that are wanted, up to one of these numbers.
@@ -31,11 +33,45 @@ _NO_ROW = (0, -1, 0, 0)
 _THREADS = 256
 
 
-class Steps:
-    """Computes rows, one token each, of slots whose pages are in a table (slots, pages) at the address `pages`."""
+@dataclass(frozen=True)
+class Drawing:
+    """What the GPU draws for a batch."""
 
-    def __init__(self, model: GPT, gpu: Gpu, pages: int) -> None:
-        """Raises `CudaError` if the GPU has too little memory."""
+    gpu: Gpu
+    drawn: NDArray[np.int32]  # (S, R)
+    done: Event
+
+    def tokens(self) -> NDArray[np.int32]:
+        """Returns the tokens (R, S) when they are drawn; -1 if logits are not finite.
+
+        What is returned for a row after that, or after the end of its context, is undefined, and so are all of them
+        when two batches have begun after this one.
+        """
+        self.gpu.wait(self.done)
+        return self.drawn.T.copy()
+
+
+@dataclass(frozen=True)
+class _HostMemory:
+    """What the GPU copies for a batch, and what it has drawn when the event has happened."""
+
+    rows: NDArray[Any]
+    wanted: NDArray[np.int32]
+    places: NDArray[np.int32]
+    pages: NDArray[np.uint64]
+    draws: NDArray[Any]
+    drawn: NDArray[np.int32]
+    done: Event
+
+
+class Steps:
+    """Computes rows, one token each, of slots with keys and values in pages."""
+
+    def __init__(self, model: GPT, gpu: Gpu, pages: NDArray[np.uint64]) -> None:
+        """`pages` (slots, pages) are the addresses of the pages, which `write_pages` copies to the GPU.
+
+        Raises `CudaError` if the GPU has too little memory.
+        """
         config = self._config = model.config
         self._gpu = gpu
         self._kernel = gpu.load(*program(config, model.final_norm.eps))
@@ -45,10 +81,12 @@ class Steps:
         self._weights = Weights(model, gpu)
         self.most_rows = most = _SIZES[-1]
         width, hidden = (-(-size // 32) * 32 for size in (config.width, config.hidden_width))
+        self._pages = pages
         self._memory = {
-            "pages": pages,
+            "pages": gpu.allocate(pages.nbytes),
             "rows": gpu.allocate(most * Row.itemsize),
             "wanted": gpu.allocate(most * 4),
+            "places": gpu.allocate(most * 4),
             "token_embedding": self._weights.token_embedding,
             "position_embedding": self._weights.position_embedding,
             "residual": gpu.allocate(most * config.width * 4),
@@ -57,8 +95,6 @@ class Steps:
             "attended": gpu.allocate(most * width * 2),
             "hidden": gpu.allocate(most * hidden * 2),
         }
-        self._rows = gpu.host_memory(most * Row.itemsize).view(Row)
-        self._wanted = gpu.host_memory(most * 4).view(np.int32)
         self._graphs: dict[tuple[int, int, int], Any] = {}
         self._logits_bytes = -(-config.vocabulary_size // 16) * 16 * 4
         self._most_logits = 0
@@ -84,8 +120,8 @@ class Steps:
                 gpu.free(self._memory.pop(name))
         for name, size in sizes.items():
             self._memory[name] = gpu.allocate(rows * size)
-        self._draws = gpu.host_memory(MAX_DECODE_STEPS * rows * DrawInput.itemsize).view(DrawInput)
-        self._drawn = gpu.host_memory(MAX_DECODE_STEPS * rows * 4).view(np.int32)
+        # While the GPU computes a batch, the host prepares the next one.
+        self._host = [self._new_host_memory(rows) for _ in range(2)]
         self._losses = gpu.host_memory(rows * 4).view(np.float32)
         self._most_logits = rows
 
@@ -93,46 +129,55 @@ class Steps:
         """Returns the numbers of rows of the launches for at most some."""
         return [size for size in _SIZES if size <= _padded(rows)]
 
+    def write_pages(self) -> None:
+        """Copies the addresses of pages to the GPU, for what is computed after it."""
+        host = self._free_host_memory()
+        host.pages[:] = self._pages
+        self._gpu.write(self._memory["pages"], host.pages.reshape(-1).view(np.uint8))
+
     def compute(self, rows: NDArray[Any], wanted: NDArray[np.intp], logits_row: int) -> None:
         """Starts to compute rows (R,), at most `most_rows`, and writes the logits after the wanted (K,) ones to the
         rows of logits from `logits_row` on.
 
-        Rows of one slot are in the order of their positions. The GPU must have ended its work.
+        Rows of one slot are in the order of their positions.
         """
-        R, K = self._write_rows(rows, wanted)
+        host = self._free_host_memory()
+        R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
+        self._upload("rows", host.rows, rows, R, _NO_ROW)
+        if K:
+            self._upload("wanted", host.wanted, wanted, K, -1)
         if logits_row:
             # A graph holds the address of its logits.
             self._launch_step(R, K, logits_row)
         else:
             self._replay(R, K, 0)
+        self._take_turns(host)
 
-    def begin_decode(self, rows: NDArray[Any], draws: NDArray[Any]) -> None:
-        """Starts to draw tokens for rows (R,), at most `most_rows`, one after the other, by draws (S, R).
-
-        The GPU must have ended its work.
-        """
-        steps, count = draws.shape
-        R, _ = self._write_rows(rows, np.arange(count))
-        self._draws[: steps * R].reshape(steps, R)[:, :count] = draws
-        self._gpu.write(self._memory["draws"], self._draws[: steps * R].view(np.uint8))
-        # Other numbers of steps replay the graph of one: to record a graph for each would take too long.
-        at_once = steps if steps == MAX_DECODE_STEPS else 1
-        for _ in range(steps // at_once):
-            self._replay(R, R, at_once)
-        self._gpu.read(self._memory["drawn"], self._drawn[: steps * R].view(np.uint8))
-
-    def drawn(self, steps: int, count: int) -> NDArray[np.int32]:
-        """Returns the tokens (R, S) that were drawn since `begin_decode`; -1 if logits are not finite.
-
-        What is returned for a row whose context is full is undefined.
-        """
-        self._gpu.wait()
+    def begin_decode(self, batch: MultiStepBatch) -> "Drawing":
+        """Starts to draw the tokens of a batch, at most `most_rows` rows, one after the other."""
+        host, count = self._free_host_memory(), len(batch.slots)
         R = _padded(count)
-        return self._drawn[: steps * R].reshape(steps, R)[:, :count].T.copy()
+        self._upload("wanted", host.wanted, np.arange(count), R, -1)
+        if batch.places is None:
+            self._upload("rows", host.rows, batch.rows(), R, _NO_ROW)
+        else:
+            threads = max(R, 32)
+            self._upload("places", host.places, batch.places, threads, -1)
+            self._gpu.launch(self._kernel("continue_rows"), (1, 1), threads, Arguments(**self._memory))
+        host.draws[: batch.steps * R].reshape(batch.steps, R)[:, :count] = batch.draws()
+        self._gpu.write(self._memory["draws"], host.draws[: batch.steps * R].view(np.uint8))
+        # Other numbers of steps replay the graph of one: to record a graph for each would take too long.
+        at_once = batch.steps if batch.steps == MAX_DECODE_STEPS else 1
+        for _ in range(batch.steps // at_once):
+            self._replay(R, R, at_once)
+        drawn = host.drawn[: batch.steps * R]
+        self._gpu.read(self._memory["drawn"], drawn.view(np.uint8))
+        self._take_turns(host)
+        return Drawing(self._gpu, drawn.reshape(batch.steps, R)[:, :count], host.done)
 
     def draw(self, draws: NDArray[Any]) -> list[int]:
         """Draws a token for each of the draws; -1 if its logits are not finite."""
-        return self._run("draw_tokens", draws, "drawn", self._drawn)
+        return self._run("draw_tokens", draws, "drawn", self._host[0].drawn)
 
     def score(self, draws: NDArray[Any]) -> list[float]:
         """Returns the losses in nats of the targets of draws; NaN if the logits are not finite."""
@@ -146,29 +191,46 @@ class Steps:
         return rows[:, : self._config.vocabulary_size]
 
     def _run(self, kernel: str, draws: NDArray[Any], name: str, host: NDArray[Any]) -> list[Any]:
-        gpu, results = self._gpu, list[Any]()
+        gpu, results, host_draws = self._gpu, list[Any](), self._free_host_memory().draws
         # Each draw has sums of its own.
         for first in range(0, len(draws), self._most_logits):
             batch = draws[first : first + self._most_logits]
-            self._draws[: len(batch)] = batch
-            gpu.write(self._memory["draws"], self._draws[: len(batch)].view(np.uint8))
+            host_draws[: len(batch)] = batch
+            gpu.write(self._memory["draws"], host_draws[: len(batch)].view(np.uint8))
             self._launch_draws("sum_ranges_of_draws", kernel, len(batch))
             gpu.read(self._memory[name], host[: len(batch)].view(np.uint8))
             gpu.wait()
             results += host[: len(batch)].tolist()
         return results
 
-    def _write_rows(self, rows: NDArray[Any], wanted: NDArray[np.intp]) -> tuple[int, int]:
-        """Copies the rows and the wanted ones to the GPU; returns the numbers of them that a launch computes."""
-        R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
-        self._rows[: len(rows)] = rows
-        self._rows[len(rows) : R] = _NO_ROW
-        self._wanted[: len(wanted)] = wanted
-        self._wanted[len(wanted) : K] = -1
-        self._gpu.write(self._memory["rows"], self._rows[:R].view(np.uint8))
-        if K:
-            self._gpu.write(self._memory["wanted"], self._wanted[:K].view(np.uint8))
-        return R, K
+    def _new_host_memory(self, draws: int) -> _HostMemory:
+        def memory(count: int, dtype: Any) -> NDArray[Any]:
+            return self._gpu.host_memory(count * np.dtype(dtype).itemsize).view(dtype)
+
+        return _HostMemory(
+            rows=memory(self.most_rows, Row),
+            wanted=memory(self.most_rows, np.int32),
+            places=memory(self.most_rows, np.int32),
+            pages=memory(self._pages.size, np.uint64).reshape(self._pages.shape),
+            draws=memory(MAX_DECODE_STEPS * draws, DrawInput),
+            drawn=memory(MAX_DECODE_STEPS * draws, np.int32),
+            done=self._gpu.event(),
+        )
+
+    def _free_host_memory(self) -> _HostMemory:
+        """Returns memory that the GPU does not read any more, the same one until it is used."""
+        self._gpu.wait(self._host[0].done)
+        return self._host[0]
+
+    def _take_turns(self, used: _HostMemory) -> None:
+        self._gpu.mark(used.done)
+        self._host.reverse()
+
+    def _upload(self, name: str, host: NDArray[Any], values: NDArray[Any], count: int, filler: object) -> None:
+        """Copies values to the GPU through memory of the host, filled up to `count`."""
+        host[: len(values)] = values
+        host[len(values) : count] = filler
+        self._gpu.write(self._memory[name], host[:count].view(np.uint8))
 
     def _replay(self, R: int, K: int, draws: int) -> None:  # noqa: N803
         """Replays a graph of `_launch_step`: once without draws, else as often as there are draws, each time followed

@@ -92,6 +92,24 @@ static void wait_for_previous_kernel() {}
 static void prefetch(const void*) {}
 static void synchronise() { wait_at(whole, blockDim.x); }
 
+// Copies to shared memory are made as late as they may: when their thread waits for them.
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+};
+static std::vector<Copy> copies[MOST_THREADS];
+static int copy_groups[MOST_THREADS];
+static void copy_to_shared(void* to, const void* from) { copies[threadIdx.x].push_back(Copy{to, from, copy_groups[threadIdx.x]}); }
+static void end_group_of_copies() { ++copy_groups[threadIdx.x]; }
+template <int LEFT>
+static void wait_for_copies() {
+  std::vector<Copy>& mine = copies[threadIdx.x];
+  size_t done = 0;
+  for (; done < mine.size() && mine[done].group < copy_groups[threadIdx.x] - LEFT; ++done) memcpy(mine[done].to, mine[done].from, 16);
+  mine.erase(mine.begin(), mine.begin() + done);
+}
+
 // Gives `count` words to the other lanes of the warp, and returns those of all.
 static uint32_t (*exchange(const uint32_t* words, int count))[6] {
   Warp& warp = warps[threadIdx.x / 32];

@@ -99,7 +99,7 @@ def test_blocks_of_any_size_compute_the_same_bits(config: GPTConfig, monkeypatch
     spans = [Span(slot, 0, (slot % config.vocabulary_size,)) for slot in range(count)]
     expected = forward(decoder_for(config, count), spans)
     computed: set[str] = set()
-    for wide, number in product((False, True), range(4)):
+    for wide, number in product((False, True), range(5)):
 
         def choose(self: Product, rows: int, multiprocessors: int, wide: bool = wide, number: int = number) -> Blocks:
             sizes = self.sizes(rows, wide=wide)

@@ -5,14 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shared.decoding.cuda.multi_step_batch import NO_TOKEN, MultiStepBatch
+from shared.decoding.cuda.decoder import CudaDecoder
+from shared.decoding.cuda.program import Row
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.spans import SPAN_TOKENS, Span
+from tests.decoders import make_gpu
 from tests.shared.decoding.cuda.models import decoder_for
-from tests.shared.decoding.test_decoders import (
-    CONFIG,
-    spans_of,
-)
+from tests.shared.decoding.test_decoders import CONFIG, SPOILED, spans_of, spoiled_model
 from tests.shared.gpt.random_models import forward, random_text
 
 pytestmark = pytest.mark.slow
@@ -65,6 +64,7 @@ def test_what_was_begun_before_it_was_asked_for_is_the_same() -> None:
     # The context of one has ended, and another ends meanwhile.
     assert len(rows) == 4
     del rows[1]
+    rows.reverse()
     decode(8, 8)
     # Fewer than were begun, and then others.
     decode(3, 0)
@@ -103,37 +103,29 @@ def test_rows_that_have_ended_are_computed_no_further() -> None:
     assert [sum(page is not None for page in slot) for slot in decoder._slots] == [3, 1, 1, 1, 1]
 
 
-def test_a_row_with_logits_that_are_not_finite_in_between_is_computed_no_further(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Its slot is cleared although the GPU has begun with its next tokens, which seem sound."""
-    decoder, alone = decoder_for(slots=2), decoder_for(slots=2)
-    rows = [DecodeRow(slot, 0, slot, 1.0, seed=slot, drawn=0, masked=3, masked_draws=0) for slot in range(2)]
-    take = decoder._steps.drawn
-
-    def spoiled(steps: int, count: int) -> np.ndarray:
-        drawn = take(steps, count)
-        if count == 2:
-            drawn[1, 3] = NO_TOKEN
-        return drawn
-
-    monkeypatch.setattr(decoder._steps, "drawn", spoiled)
-    first, second = decoder.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS)
-    assert len(second) == 4 and second[-1] is None
+def test_a_row_that_drew_no_token_is_computed_no_further() -> None:
+    """Its slot is cleared although the GPU has begun with its next tokens."""
+    gpu = make_gpu()
+    decoder, alone = CudaDecoder(spoiled_model(), 2, gpu), decoder_for(slots=2)
+    first = DecodeRow(0, 0, 0, 1.0, seed=0, drawn=0, masked=SPOILED, masked_draws=1000)
+    for seed in range(100):
+        second = DecodeRow(1, 0, 1, 1.0, seed, drawn=0, masked=3, masked_draws=0)
+        (sound,) = alone.decode([second], MAX_DECODE_STEPS)
+        if SPOILED in sound[:-2]:
+            break
+    tokens, ended = decoder.decode([first, second], MAX_DECODE_STEPS, MAX_DECODE_STEPS)
+    assert ended == [*sound[: sound.index(SPOILED) + 1], None]
+    rows = gpu.host_memory(2 * Row.itemsize).view(Row)
+    gpu.read(decoder._steps._memory["rows"], rows.view(np.uint8))
+    gpu.wait()
+    assert rows["slot"].tolist() == [0, -1]
     decoder.clear(1)
-    assert alone.decode(rows[:1], MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [first]
+    assert alone.decode([first], MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [tokens]
     for _ in range(9):
-        rows = [rows[0]._replace(start=rows[0].start + MAX_DECODE_STEPS, token=first[-1] or 0)]
-        (first,) = decoder.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS)
-        assert alone.decode(rows, MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [first]
+        first = first._replace(start=first.start + MAX_DECODE_STEPS, token=tokens[-1] or 0)
+        (tokens,) = decoder.decode([first], MAX_DECODE_STEPS, MAX_DECODE_STEPS)
+        assert alone.decode([first], MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [tokens]
     assert decoder._slots[1] == [None] * len(decoder._slots[1])
-
-
-def test_a_row_that_drew_no_token_has_no_slot_in_the_next_batch() -> None:
-    """The emulation does not notice that the embedding of no token is read."""
-    rows = [DecodeRow(slot, 0, slot, 1.0, seed=slot, drawn=0, masked=3, masked_draws=0) for slot in range(2)]
-    following = MultiStepBatch.of(rows, 8).following([0, 1], 8, CONFIG.context_length)
-    assert following.with_tokens(np.array([5, NO_TOKEN], np.int32)).rows()["slot"].tolist() == [0, -1]
 
 
 def test_what_was_begun_for_a_slot_does_not_reach_its_next_sequence() -> None:
