@@ -18,8 +18,9 @@ def main(
     preset: Annotated[list[str], typer.Option(help="Repeatable.")] = ["tinystories-53m", "small", "demo"],  # noqa: B006
     rows: Annotated[list[int], typer.Option(help="Rows of a batch; 0 means the preset's. Repeatable.")] = [0],  # noqa: B006
     peer: Annotated[list[str], typer.Option(help="Repeatable; ratios are relative to the first.")] = [  # noqa: B006
-        "pytorch eager",
+        "pytorch compiled",
         "mlx-lm",
+        "gptloop adamw",
         "gptloop",
     ],
     rounds: int = 5,
