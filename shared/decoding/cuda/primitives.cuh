@@ -39,6 +39,7 @@ template <int LEFT>
 __device__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 __device__ inline void synchronise() { __syncthreads(); }
+__device__ inline void synchronise_warp() { __syncwarp(); }
 template <class T>
 __device__ T shuffle_xor(T value, int apart) { return __shfl_xor_sync(0xffffffffu, value, apart); }
 template <class T>

@@ -283,6 +283,30 @@ __device__ void multiply_head(const Arguments& a) {
   store_logits(a, sums, first, block);
 }
 
+// Writes sums of 32 outputs and 8 * TILES rows to the logits, through memory (8, STRIDE) of the warp, so that a lane writes 16 bytes at
+// once and eight lanes a whole line of the cache. STRIDE is such that lanes do not wait for each other.
+constexpr int STRIDE = 36;
+template <int TILES>
+__device__ void store_many_logits(const Arguments& a, const float (&sums)[2][TILES][4], float* memory, int first, int outputs) {
+  const int lane = threadIdx.x % 32, output = lane % 8 * 4;
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) memory[row_of(i) * STRIDE + half * 16 + output_of(i)] = sums[half][tile][i];
+    synchronise_warp();
+#pragma unroll
+    for (int r = lane / 8; r < 8; r += 4) {
+      const int row = first + tile * 8 + r;
+      if (outputs + output < VOCABULARY_STRIDE && a.wanted[row] >= 0)
+        *reinterpret_cast<float4*>(a.logits + (long long)row * VOCABULARY_STRIDE + outputs + output) =
+            *reinterpret_cast<const float4*>(memory + r * STRIDE + output);
+    }
+    synchronise_warp();
+  }
+}
+
 // The same for many rows, whose inputs and weights pass through the GPU's cache as seldom as can be: each warp multiplies 32 outputs
 // with all rows of the block. Inputs are copied to shared memory some groups ahead, weights are loaded one group ahead.
 template <int TILES>
@@ -333,8 +357,9 @@ __device__ void multiply_head_staged(const Arguments& a) {
       mma(sums[1][tile], now[1][1], input.z, input.w);
     }
   }
-  store_logits(a, sums[0], first, block);
-  store_logits(a, sums[1], first, block + 1);
+  // The logits take the place of the inputs.
+  synchronise();
+  store_many_logits(a, sums, reinterpret_cast<float*>(staged) + warp * 8 * STRIDE, first, block * 16);
 }
 
 // With the number of threads, and of blocks on a multiprocessor, the compiler knows how many registers each thread can have.

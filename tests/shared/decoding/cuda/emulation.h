@@ -91,6 +91,7 @@ static void wait_at(Barrier& barrier, int count) {
 static void wait_for_previous_kernel() {}
 static void prefetch(const void*) {}
 static void synchronise() { wait_at(whole, blockDim.x); }
+static void synchronise_warp() { wait_at(warps[threadIdx.x / 32].barrier, 32); }
 
 // Copies to shared memory are made as late as they may: when their thread waits for them.
 struct Copy {
