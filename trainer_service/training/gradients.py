@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map, tree_map_with_path
 
+from shared.gpt import cuda
 from shared.gpt.model import GPT
 from trainer_service.training.batches import Batch
 from trainer_service.training.config import TrainingConfig
@@ -106,7 +107,7 @@ def _kept_inputs(inputs: mx.array) -> mx.array:
 def _in_compute_type(weights: dict[str, Any]) -> dict[str, Any]:
     """Returns the weights in the type that the device computes with: bf16 on an NVIDIA GPU, except the embeddings,
     whose gradients are sums over many tokens."""
-    if not mx.cuda.is_available():
+    if not cuda.is_device():
         return weights
     cast: dict[str, Any] = tree_map_with_path(
         lambda name, weight: weight if "embedding" in name else weight.astype(mx.bfloat16), weights

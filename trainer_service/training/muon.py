@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
+from shared.gpt import cuda
+
 # The coefficients (a, b, c) of the polynomials x (a + b x^2 + c x^4), one after another: together they move singular
 # values from 0.003 to 1 to between 0.76 and 1.2. Each leaves a margin of 2 % for rounding in bf16.
 POLYNOMIALS = [
@@ -66,7 +68,7 @@ def orthogonalised(matrices: mx.array) -> mx.array:
     """Returns (N, R, S) matrices with the same singular vectors and singular values close to 1, in fp32, by
     Newton-Schulz iterations: in bf16 on an NVIDIA GPU, and else in fp32."""
     norms = mx.sqrt(mx.square(matrices).sum(axis=(1, 2), keepdims=True))  # (N, 1, 1)
-    x = (matrices / (norms + 1e-7)).astype(mx.bfloat16 if mx.cuda.is_available() else mx.float32)
+    x = (matrices / (norms + 1e-7)).astype(mx.bfloat16 if cuda.is_device() else mx.float32)
     for a, b, c in POLYNOMIALS:
         square = x.swapaxes(1, 2) @ x  # (N, S, S)
         polynomial = mx.addmm(square, square, square, alpha=c, beta=b)  # (N, S, S)

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from shared.gpt import cuda
 from trainer_service.training import cuda_adamw, muon
 from trainer_service.training.config import TrainingConfig
 
@@ -55,7 +56,7 @@ class Optimizer:
         """Returns the new parameters and moments with these names."""
         config = self._config
         corrections = [1 - mx.power(beta, self.state["step"] + 1) for beta in (config.beta1, config.beta2)]
-        if mx.cuda.is_available():
+        if cuda.is_device():
             columns = cuda_adamw.update(
                 [old[name] for name in names],
                 [changes[name] for name in names],
@@ -101,7 +102,7 @@ class Optimizer:
 
 def _norm(arrays: Sequence[mx.array]) -> mx.array:
     """Returns the root of the sum of the squares of all numbers."""
-    if mx.cuda.is_available():
+    if cuda.is_device():
         return mx.sqrt(cuda_adamw.squared_norm(arrays))
     return mx.sqrt(sum((mx.square(array).sum() for array in arrays), mx.array(0.0)))
 

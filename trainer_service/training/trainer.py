@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from shared.errors import CorruptCheckpoint, FailedPrecondition, InvalidArgument
+from shared.gpt import cuda
 from shared.gpt.model import GPT, parameters_of
 from shared.gpt.operations import on_cpu
 from shared.gpt.weights import load_arrays, save_arrays, save_model
@@ -232,7 +233,7 @@ def _distillation(config: TrainingConfig, teachers: Sequence[GPT]) -> Distillati
     step changes."""
     if not teachers or config.distillation_alpha == 0:
         return None
-    kind = mx.bfloat16 if mx.cuda.is_available() else mx.float32
+    kind = mx.bfloat16 if cuda.is_device() else mx.float32
     copies = tuple(GPT(teacher.config) for teacher in teachers)
     for copy, teacher in zip(copies, teachers, strict=True):
         assert teacher.config.vocabulary_size == config.vocabulary_size, "Teachers have the student's vocabulary."

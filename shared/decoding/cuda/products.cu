@@ -367,8 +367,8 @@ __device__ void multiply_head_staged(const Arguments& a) {
   extern "C" __global__ void __launch_bounds__(32 * Order<kind>::SUMS) name(Arguments a) { multiply<kind, tiles>(a); }
 #define WIDE_PRODUCT(kind, name, tiles) \
   extern "C" __global__ void __launch_bounds__(32 * WIDE_WARPS, 2) name(Arguments a) { multiply_wide<kind, tiles>(a); }
-#define HEAD(name, at_once, function) \
-  extern "C" __global__ void __launch_bounds__(32 * WIDE_WARPS, at_once) name(Arguments a) { function(a); }
+#define HEAD(name, function) \
+  extern "C" __global__ void __launch_bounds__(32 * WIDE_WARPS, 2) name(Arguments a) { function(a); }
 
 PRODUCT(Qkv, qkv_8, 1)
 PRODUCT(Qkv, qkv_16, 2)
@@ -382,8 +382,7 @@ WIDE_PRODUCT(Qkv, qkv_wide_8, 1)
 WIDE_PRODUCT(Qkv, qkv_wide_16, 2)
 WIDE_PRODUCT(Up, up_wide_8, 1)
 WIDE_PRODUCT(Up, up_wide_16, 2)
-HEAD(head_wide_8, 2, multiply_head<1>)
-HEAD(head_wide_16, 2, multiply_head<2>)
-HEAD(head_wide_32, 2, multiply_head<4>)
-HEAD(head_staged_64, 2, multiply_head_staged<8>)
-HEAD(head_staged_128, 1, multiply_head_staged<16>)
+HEAD(head_wide_8, multiply_head<1>)
+HEAD(head_wide_16, multiply_head<2>)
+HEAD(head_wide_32, multiply_head<4>)
+HEAD(head_staged_64, multiply_head_staged<8>)

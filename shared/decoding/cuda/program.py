@@ -27,10 +27,12 @@ RANGE_SUM_BYTES = 8
 # each warp of a wide block has 16 outputs and all inputs, that of a staged block 32 outputs.
 _ROWS = dict.fromkeys(("qkv", "attention_output", "up", "down"), (16, 8))
 _WIDE_ROWS = {"qkv": (16, 8), "up": (16, 8), "head": (32, 16, 8)}
-_STAGED_ROWS = {"head": (128, 64)}
+_STAGED_ROWS = {"head": (64,)}
 _WIDE_WARPS = 8
 # Up to this many rows, more warps share the pages of a row, and keys and values are prefetched.
 FEW_ROWS = 16
+# The ranges of the vocabulary that each warp sums.
+RANGES_OF_WARP = 2
 # What the threads of a block may share.
 SHARED_BYTES = 48 << 10
 
@@ -122,6 +124,7 @@ def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
         "FEW_ROWS": str(FEW_ROWS),
         "RANGE": str(_range_size(config)),
         "RANGES": str(range_count(config)),
+        "RANGES_OF_WARP": str(RANGES_OF_WARP),
     }
 
 

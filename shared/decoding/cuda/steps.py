@@ -13,6 +13,7 @@ from shared.decoding.cuda.multi_step_batch import MultiStepBatch
 from shared.decoding.cuda.program import (
     FEW_ROWS,
     RANGE_SUM_BYTES,
+    RANGES_OF_WARP,
     Arguments,
     DrawInput,
     Row,
@@ -275,7 +276,8 @@ class Steps:
 
     def _launch_draws(self, sums: str, kernel: str, count: int) -> None:
         arguments = Arguments(**self._memory)
-        self._gpu.launch(self._kernel(sums), (-(-range_count(self._config) // 8), count), _THREADS, arguments)
+        blocks = -(-range_count(self._config) // (_THREADS // 32 * RANGES_OF_WARP))
+        self._gpu.launch(self._kernel(sums), (blocks, count), _THREADS, arguments)
         self._gpu.launch(self._kernel(kernel), (1, count), 32, arguments)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from shared.gpt import cuda
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
 from trainer_service.training import cuda_loss, loss
@@ -163,6 +164,7 @@ def test_a_teacher_whose_predictions_are_not_finite_gives_gradients_that_are_not
     assert mx.any(mx.isnan(gradients["head"]["weight"])).item()
 
 
+@pytest.mark.skipif(cuda.is_device(), reason="What MLX has submitted to a GPU and not computed keeps its memory.")
 def test_no_more_logits_exist_at_once_than_without_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary_size, rows, chunk_bytes = 2048, 2048, 1 << 20
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_bytes // 4)

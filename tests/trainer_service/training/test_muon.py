@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from shared.errors import InvalidArgument
+from shared.gpt import cuda
 from tests.ring_processes import in_ranks
 from tests.trainer_service.training.tiny_runs import TEXT, tiny, weights
 from trainer_service.training import muon
@@ -24,6 +25,11 @@ Matrix = NDArray[np.float64]
 
 def random(*shape: int, seed: int = 0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def tolerance(fp32: float, bf16: float) -> float:
+    """Returns that of the type in which the device computes directions."""
+    return bf16 if cuda.is_device() else fp32
 
 
 def orthogonalised(matrix: Matrix) -> Matrix:
@@ -50,7 +56,7 @@ def test_singular_values_become_nearly_1_and_singular_vectors_stay(shape: tuple[
     values = np.linalg.svd(after, compute_uv=False)
     assert values.min() > 0.6 and values.max() < 1.3
     inner = u.swapaxes(1, 2) @ after @ v.swapaxes(1, 2)
-    np.testing.assert_allclose(inner, inner * np.eye(shape[2]), atol=2e-3)
+    np.testing.assert_allclose(inner, inner * np.eye(shape[2]), atol=tolerance(2e-3, 0.05))
 
 
 def test_the_polynomials_move_all_singular_values_of_their_range_close_to_1() -> None:
@@ -77,7 +83,7 @@ def test_directions_are_those_of_each_matrix_alone() -> None:
     found = muon.directions(momenta)
     assert found.keys() == expected.keys()
     for name, array in found.items():
-        np.testing.assert_allclose(array, expected[name], atol=3e-4)
+        np.testing.assert_allclose(array, expected[name], atol=tolerance(3e-4, 0.2))
     rms = [float(mx.sqrt(mx.square(array).mean())) for array in found.values()]
     assert rms == pytest.approx([0.6] * 4, rel=0.25)
 
@@ -107,7 +113,7 @@ def test_momentum_decay_and_clipping_are_those_of_the_formula() -> None:
         ahead = 0.95 * momentum + 0.05 * clipped
         expected = expected * (1 - 0.01 * 0.5) - 0.01 * direction(ahead)
         (updated,) = dict(tree_flatten(parameters)).values()
-        np.testing.assert_allclose(updated, expected, atol=1e-5)
+        np.testing.assert_allclose(updated, expected, atol=tolerance(1e-5, 5e-3))
     assert list(dict(tree_flatten(optimizer.state))) == ["step", f"m.{UP}"]
 
 
