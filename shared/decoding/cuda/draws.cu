@@ -37,47 +37,38 @@ __device__ CdfPoint find_in_cdf(int count, float share, Weight weight) {
   return CdfPoint{shuffle(point.index, from), shuffle(point.fraction, from)};
 }
 
-// Sums ranges of the logits of a draw, RANGES_OF_WARP for each warp, whose logits are loaded together.
+// Sums ranges of the logits of a draw, one for each warp.
 __device__ void sum_ranges(const Arguments& a, const DrawInput& draw, int number) {
-  const int first = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * RANGES_OF_WARP, lane = threadIdx.x % 32;
+  const int range = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (range >= RANGES) return;
   constexpr int EACH = RANGE / 128;
   const float4* logits = reinterpret_cast<const float4*>(a.logits + (long long)draw.logits_row * VOCABULARY_STRIDE);
-  float4 loaded[RANGES_OF_WARP][EACH];
+  float values[EACH][4];
+  float highest = -INFINITY, sum = 0;
+  const float inverse = draw.inverse_temperature;
+  bool finite = true;
 #pragma unroll
-  for (int k = 0; k < RANGES_OF_WARP; ++k)
+  for (int i = 0; i < EACH; ++i) {
+    const int vector = range * (RANGE / 4) + i * 32 + lane;
+    const float4 four = vector * 4 < VOCABULARY ? logits[vector] : float4{0, 0, 0, 0};
+    const float each[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int vector = (first + k) * (RANGE / 4) + i * 32 + lane;
-      loaded[k][i] = vector * 4 < VOCABULARY ? logits[vector] : float4{0, 0, 0, 0};
+    for (int j = 0; j < 4; ++j) {
+      const int token = vector * 4 + j;
+      finite &= token >= VOCABULARY || is_finite(each[j]);
+      values[i][j] = token >= VOCABULARY || token == draw.masked ? -INFINITY : each[j];
+      highest = fmaxf(highest, values[i][j]);
     }
-#pragma unroll
-  for (int k = 0; k < RANGES_OF_WARP; ++k) {
-    if (first + k >= RANGES) return;
-    float values[EACH][4];
-    float highest = -INFINITY, sum = 0;
-    const float inverse = draw.inverse_temperature;
-    bool finite = true;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const float each[4] = {loaded[k][i].x, loaded[k][i].y, loaded[k][i].z, loaded[k][i].w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int token = (first + k) * RANGE + (i * 32 + lane) * 4 + j;
-        finite &= token >= VOCABULARY || is_finite(each[j]);
-        values[i][j] = token >= VOCABULARY || token == draw.masked ? -INFINITY : each[j];
-        highest = fmaxf(highest, values[i][j]);
-      }
-    }
-    highest = max_of_warp(highest);
-#pragma unroll
-    for (int i = 0; i < EACH; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (values[i][j] > -INFINITY) sum += inverse > 0 ? rough_exp((values[i][j] - highest) * inverse) : 1.0f;
-    sum = sum_of_warp(sum);
-    if (ballot(!finite)) sum = NAN;
-    if (lane == 0) a.ranges[number * RANGES + first + k] = RangeSum{highest, sum};
   }
+  highest = max_of_warp(highest);
+#pragma unroll
+  for (int i = 0; i < EACH; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (values[i][j] > -INFINITY) sum += inverse > 0 ? rough_exp((values[i][j] - highest) * inverse) : 1.0f;
+  sum = sum_of_warp(sum);
+  if (ballot(!finite)) sum = NAN;
+  if (lane == 0) a.ranges[number * RANGES + range] = RangeSum{highest, sum};
 }
 
 // Returns to all lanes of a warp the highest logit of a draw; NaN if a logit is not finite.
@@ -159,7 +150,7 @@ extern "C" __global__ void draw_next(Arguments a) {
   a.rows[blockIdx.y] = Row{token, goes_on ? row.slot : -1, row.position + 1, row.step + 1};
 }
 
-// Makes some rows of the batch before the rows of the next one, by one block.
+// Makes some rows of the batch before the rows of the next one, all of whose logits are wanted, by one block.
 extern "C" __global__ void continue_rows(Arguments a) {
   wait_for_previous_kernel();
   const int place = a.places[threadIdx.x];
@@ -167,6 +158,7 @@ extern "C" __global__ void continue_rows(Arguments a) {
   if (place >= 0) row = a.rows[place];
   synchronise();
   a.rows[threadIdx.x] = Row{row.token, row.slot, row.position, 0};
+  a.wanted[threadIdx.x] = place < 0 ? -1 : (int)threadIdx.x;
 }
 
 // The losses in nats of targets; NaN if a logit is not finite.

@@ -31,8 +31,6 @@ _STAGED_ROWS = {"head": (64,)}
 _WIDE_WARPS = 8
 # Up to this many rows, more warps share the pages of a row, and keys and values are prefetched.
 FEW_ROWS = 16
-# The ranges of the vocabulary that each warp sums.
-RANGES_OF_WARP = 2
 # What the threads of a block may share.
 SHARED_BYTES = 48 << 10
 
@@ -124,7 +122,6 @@ def program(config: GPTConfig, epsilon: float) -> tuple[str, dict[str, str]]:
         "FEW_ROWS": str(FEW_ROWS),
         "RANGE": str(_range_size(config)),
         "RANGES": str(range_count(config)),
-        "RANGES_OF_WARP": str(RANGES_OF_WARP),
     }
 
 

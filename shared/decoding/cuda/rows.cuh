@@ -45,7 +45,7 @@ struct RangeSum {
 // and `places` without a row.
 struct Arguments {
   Row* rows;                       // (R,)
-  const int* wanted;               // (R,): rows whose logits are wanted
+  int* wanted;                     // (R,): rows whose logits are wanted
   const int* places;               // (R,): rows of the batch before that go on
   const unsigned long long* pages; // (slots, PAGES): addresses
   const Bf16* token_embedding;     // (V, C)

@@ -13,7 +13,6 @@ from shared.decoding.cuda.multi_step_batch import MultiStepBatch
 from shared.decoding.cuda.program import (
     FEW_ROWS,
     RANGE_SUM_BYTES,
-    RANGES_OF_WARP,
     Arguments,
     DrawInput,
     Row,
@@ -158,9 +157,9 @@ class Steps:
         """Starts to draw the tokens of a batch, at most `most_rows` rows, one after the other."""
         host, count = self._free_host_memory(), len(batch.slots)
         R = _padded(count)
-        self._upload("wanted", host.wanted, np.arange(count), R, -1)
         if batch.places is None:
             self._upload("rows", host.rows, batch.rows(), R, _NO_ROW)
+            self._upload("wanted", host.wanted, np.arange(count), R, -1)
         else:
             threads = max(R, 32)
             self._upload("places", host.places, batch.places, threads, -1)
@@ -276,8 +275,7 @@ class Steps:
 
     def _launch_draws(self, sums: str, kernel: str, count: int) -> None:
         arguments = Arguments(**self._memory)
-        blocks = -(-range_count(self._config) // (_THREADS // 32 * RANGES_OF_WARP))
-        self._gpu.launch(self._kernel(sums), (blocks, count), _THREADS, arguments)
+        self._gpu.launch(self._kernel(sums), (-(-range_count(self._config) // 8), count), _THREADS, arguments)
         self._gpu.launch(self._kernel(kernel), (1, count), 32, arguments)
 
 
