@@ -32,13 +32,13 @@ def mlx_decoder(model: GPT, slots: int, spans_together: int = 1) -> MlxDecoder:
     return MlxDecoder(model, slots, ProgramCache(), spans_together)
 
 
-def make_gpu() -> Gpu:
-    """Returns an NVIDIA GPU, or an emulation of one."""
-    return CudaDriver(COMPILED) if mx.cuda.is_available() else EmulatedGpu()
+def make_gpu(eager: bool = False) -> Gpu:
+    """Returns an NVIDIA GPU, or an emulation of one, which may be eager."""
+    return CudaDriver(COMPILED) if mx.cuda.is_available() else EmulatedGpu(eager)
 
 
-def cuda_decoder(model: GPT, slots: int) -> CudaDecoder:
-    return CudaDecoder(model, slots, make_gpu())
+def cuda_decoder(model: GPT, slots: int, eager: bool = False) -> CudaDecoder:
+    return CudaDecoder(model, slots, make_gpu(eager))
 
 
 def make_decoder(model: GPT, slots: int, weights: WeightFormat = DEFAULT_WEIGHTS) -> Decoder:

@@ -23,6 +23,8 @@ _GUARD = 4096
 class EmulatedGpu:
     """Does its work as late as a GPU may: when the caller waits, with what the memory of the host holds then.
 
+    An eager one does it at once.
+
     A graph keeps the arguments with which it was recorded. Freed memory is overwritten with NaN, so that its use shows,
     and nothing may be written behind a piece of memory.
     """
@@ -30,12 +32,13 @@ class EmulatedGpu:
     # Few, so that small models have products with many rows in a block, too.
     multiprocessors = 10
 
-    def __init__(self) -> None:
+    def __init__(self, eager: bool = False) -> None:
+        self._eager = eager
         self.launches = 0
         self._memory: dict[int, tuple[Bytes, Bytes]] = {}
         self._freed: list[Bytes] = []
         self._asked: list[Callable[[], object]] = []
-        # How much of what was ever asked for is done.
+        # How many pieces of work are done.
         self._done = 0
         self._recording: list[Callable[[], object]] | None = None
 
@@ -54,6 +57,7 @@ class EmulatedGpu:
         whole = f"{_EMULATION.read_text()}\n{kernels}\nENTER\n"
         options = (
             *("-std=c++17", "-O2", "-w", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"),
+            f"-DEAGER={int(self._eager)}",
             *(f"-D{name}={value}" for name, value in sorted(constants.items())),
         )
         _FOLDER.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,8 @@ class EmulatedGpu:
         return recorded
 
     def replay(self, graph: Any) -> None:
-        self._asked += graph
+        for work in graph:
+            self._ask(work)
 
     def event(self) -> Event:
         return [0]
@@ -111,7 +116,7 @@ class EmulatedGpu:
     def mark(self, event: Event) -> None:
         event[0] = self._done + len(self._asked)
 
-    def wait(self, event: Event = None) -> None:
+    def wait(self, event: Event | None = None) -> None:
         assert self._recording is None
         count = len(self._asked) if event is None else max(event[0] - self._done, 0)
         asked, self._asked = self._asked[:count], self._asked[count:]
@@ -122,7 +127,12 @@ class EmulatedGpu:
             assert (guard == 0xA5).all(), "Something was written behind a piece of memory."
 
     def _ask(self, work: Callable[[], object]) -> None:
-        (self._asked if self._recording is None else self._recording).append(work)
+        if self._recording is not None:
+            self._recording.append(work)
+            return
+        self._asked.append(work)
+        if self._eager:
+            self.wait()
 
     def _run(self, kernel: Kernel, grid: tuple[int, int], threads: int, argument: ctypes.Structure) -> None:
         self.launches += 1

@@ -87,10 +87,10 @@ class Gpu(Protocol):
         """Returns an event to `mark`."""
 
     def mark(self, event: Event) -> None:
-        """Makes the event happen when all work that was asked for so far is done."""
+        """Makes an event happen when all work that was asked for so far is done."""
 
-    def wait(self, event: Event = None) -> None:
-        """Returns when all work is done, or when an event, which was marked or was not, has happened.
+    def wait(self, event: Event | None = None) -> None:
+        """Waits for all work, or for the work before the last `mark` of an event; an event without a mark has happened.
 
         Raises `CudaError` if a kernel failed.
         """
@@ -281,7 +281,7 @@ class CudaDriver:
         """As in `Gpu`."""
         self._call("cuEventRecord", event, self._stream)
 
-    def wait(self, event: Event = None) -> None:
+    def wait(self, event: Event | None = None) -> None:
         """As in `Gpu`."""
         if event is None:
             self._call("cuStreamSynchronize", self._stream)

@@ -245,14 +245,14 @@ _ADD_NORM_GRADIENT = """
 """
 
 
-def is_device() -> bool:
-    """Returns whether MLX computes on an NVIDIA GPU."""
+def is_default_device() -> bool:
+    """Returns whether MLX's default device is an NVIDIA GPU."""
     return mx.cuda.is_available() and bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
 def usable(x: mx.array) -> bool:
     """Returns whether these kernels fit an array: on an NVIDIA GPU, in bf16, with a width that is a multiple of 8."""
-    return is_device() and x.dtype == mx.bfloat16 and x.shape[-1] % _VECTOR == 0
+    return is_default_device() and x.dtype == mx.bfloat16 and x.shape[-1] % _VECTOR == 0
 
 
 @differentiable

@@ -130,7 +130,7 @@ def print_shared(config: GPTConfig, half: int, rounds: int) -> None:
             times["off"].append(uncached.first_token_s(prompt))
             times["on"].append(cached.first_token_s(prompt))
     medians_s = {name: statistics.median(values) for name, values in times.items()}
-    rows = [[name, f"{value * 1e3:.0f} ms", f"{value / medians_s['off']:.2f}"] for name, value in medians_s.items()]
+    rows = [[name, f"{value * 1e3:.1f} ms", f"{value / medians_s['off']:.2f}"] for name, value in medians_s.items()]
     print_table(["prefix cache", "time to first token", "ratio"], rows)
 
 
@@ -153,7 +153,7 @@ def print_gaps(config: GPTConfig, length: int, rounds: int, budgets: list[int]) 
             quiet_s, busy_s = client.gaps_s(names, quiet, busy), client.gaps_s(names, busy, time.monotonic())
         figures = [statistics.median(quiet_s), statistics.median(busy_s), max(busy_s), statistics.median(firsts_s)]
         steps = math.ceil(math.ceil(length / SPAN_TOKENS) / (budget // SPAN_TOKENS))
-        rows.append([str(budget), *(f"{figure * 1e3:.0f} ms" for figure in figures), str(steps)])
+        rows.append([str(budget), *(f"{figure * 1e3:.1f} ms" for figure in figures), str(steps)])
     columns = ["prompt tokens a step", "gap without prompts", "gap", "longest gap", "time to first token", "steps"]
     print_table(columns, rows)
 

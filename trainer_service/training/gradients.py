@@ -107,7 +107,7 @@ def _kept_inputs(inputs: mx.array) -> mx.array:
 def _in_compute_type(weights: dict[str, Any]) -> dict[str, Any]:
     """Returns the weights in the type that the device computes with: bf16 on an NVIDIA GPU, except the embeddings,
     whose gradients are sums over many tokens."""
-    if not cuda.is_device():
+    if not cuda.is_default_device():
         return weights
     cast: dict[str, Any] = tree_map_with_path(
         lambda name, weight: weight if "embedding" in name else weight.astype(mx.bfloat16), weights

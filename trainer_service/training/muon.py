@@ -68,7 +68,7 @@ def orthogonalised(matrices: mx.array) -> mx.array:
     """Returns (N, R, S) matrices with the same singular vectors and singular values close to 1, in fp32, by
     Newton-Schulz iterations: in bf16 on an NVIDIA GPU, and else in fp32."""
     norms = mx.sqrt(mx.square(matrices).sum(axis=(1, 2), keepdims=True))  # (N, 1, 1)
-    x = (matrices / (norms + 1e-7)).astype(mx.bfloat16 if cuda.is_device() else mx.float32)
+    x = (matrices / (norms + 1e-7)).astype(mx.bfloat16 if cuda.is_default_device() else mx.float32)
     for a, b, c in POLYNOMIALS:
         square = x.swapaxes(1, 2) @ x  # (N, S, S)
         polynomial = mx.addmm(square, square, square, alpha=c, beta=b)  # (N, S, S)

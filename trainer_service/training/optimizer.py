@@ -56,7 +56,7 @@ class Optimizer:
         """Returns the new parameters and moments with these names."""
         config = self._config
         corrections = [1 - mx.power(beta, self.state["step"] + 1) for beta in (config.beta1, config.beta2)]
-        if cuda.is_device():
+        if cuda.is_default_device():
             columns = cuda_adamw.update(
                 [old[name] for name in names],
                 [changes[name] for name in names],
@@ -102,7 +102,7 @@ class Optimizer:
 
 def _norm(arrays: Sequence[mx.array]) -> mx.array:
     """Returns the root of the sum of the squares of all numbers."""
-    if cuda.is_device():
+    if cuda.is_default_device():
         return mx.sqrt(cuda_adamw.squared_norm(arrays))
     return mx.sqrt(sum((mx.square(array).sum() for array in arrays), mx.array(0.0)))
 

@@ -233,7 +233,7 @@ def _distillation(config: TrainingConfig, teachers: Sequence[GPT]) -> Distillati
     step changes."""
     if not teachers or config.distillation_alpha == 0:
         return None
-    kind = mx.bfloat16 if cuda.is_device() else mx.float32
+    kind = mx.bfloat16 if cuda.is_default_device() else mx.float32
     copies = tuple(GPT(teacher.config) for teacher in teachers)
     for copy, teacher in zip(copies, teachers, strict=True):
         assert teacher.config.vocabulary_size == config.vocabulary_size, "Teachers have the student's vocabulary."

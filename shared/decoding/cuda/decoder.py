@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from shared.decoding.cuda.multi_step_batch import NO_TOKEN, MultiStepBatch
 from shared.decoding.cuda.pages import Page, PagePool
 from shared.decoding.cuda.program import DrawInput, Row, supports
-from shared.decoding.cuda.steps import Drawing, Steps
+from shared.decoding.cuda.steps import PendingTokens, Steps
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.sampling import (
     Logits,
@@ -141,7 +141,7 @@ class CudaDecoder:
         if next_steps:
             # Rows that have ended are not among the places, and are computed no further.
             self._ahead = self._begin(begun.batch.following(places, next_steps, self._context_length))
-        drawn = begun.drawing.tokens()[places]  # (R, S)
+        drawn = begun.tokens.wait()[places]  # (R, S)
         tokens: list[list[int | None]] = drawn[:, :steps].tolist()
         left = [self._context_length - row.start for row in rows]
         if drawn.min() == NO_TOKEN or min(left) < steps:
@@ -220,6 +220,7 @@ class CudaDecoder:
                 self._set_page(slot, index, self._pool.copy_of(page))
 
     def _write_table(self) -> None:
+        """Copies the addresses of pages to the GPU if they have changed."""
         if self._table_changed:
             self._steps.write_pages()
             self._table_changed = False
@@ -233,8 +234,10 @@ class CudaDecoder:
 
 @dataclass(frozen=True)
 class _BegunBatch:
+    """A batch, and the tokens that the GPU draws for it."""
+
     batch: MultiStepBatch
-    drawing: Drawing
+    tokens: PendingTokens
 
 
 @dataclass(frozen=True)

@@ -145,17 +145,18 @@ extern "C" __global__ void draw_next(Arguments a) {
   const int number = draw_of_row(a, row), token = draw_token(a, a.draws[number], blockIdx.y);
   if (threadIdx.x > 0) return;
   a.drawn[number] = token;
-  // A row ends where its context does, or without a token.
+  // A row ends where its context ends, or when it draws no token.
   const bool goes_on = token >= 0 && row.position + 1 < POSITIONS;
   a.rows[blockIdx.y] = Row{token, goes_on ? row.slot : -1, row.position + 1, row.step + 1};
 }
 
-// Makes some rows of the batch before the rows of the next one, all of whose logits are wanted, by one block.
+// Replaces the rows by those that go on from the batch before, and wants the logits of all of them. One block does it.
 extern "C" __global__ void continue_rows(Arguments a) {
   wait_for_previous_kernel();
   const int place = a.places[threadIdx.x];
   Row row{0, -1, 0, 0};
   if (place >= 0) row = a.rows[place];
+  // All reads precede the writes.
   synchronise();
   a.rows[threadIdx.x] = Row{row.token, row.slot, row.position, 0};
   a.wanted[threadIdx.x] = place < 0 ? -1 : (int)threadIdx.x;

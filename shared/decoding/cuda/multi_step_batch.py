@@ -20,9 +20,12 @@ NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class MultiStepBatch:
-    """Rows (R,) that draw `steps` tokens each; the arrays are the fields of `DecodeRow`. The slot of a row that has
-    ended is -1. `places` (R,) are those of the rows in the batch before, if they go on from it: only the GPU may know
-    their tokens, and which of them have ended without one."""
+    """Rows (R,) that draw `steps` tokens each. The other arrays are the fields of `DecodeRow`; the slot of a row that
+    has ended is -1.
+
+    `places` (R,) are the indices of the rows in the batch before, if they go on from it. Then `tokens` says nothing:
+    the GPU has the tokens, and knows which rows have ended without one.
+    """
 
     steps: int
     slots: NDArray[np.int64]
@@ -51,15 +54,16 @@ class MultiStepBatch:
         )
 
     def find(self, rows: Sequence[DecodeRow], steps: int) -> list[int] | None:
-        """Returns where some rows are among those of the batch; None if it does not draw as many steps of them."""
-        of_slots = {slot: place for place, slot in enumerate(self.slots.tolist())}
+        """Returns the index of each row in this batch; None if a row is missing or starts elsewhere, or if the batch
+        has fewer steps."""
+        place_of_slot = {slot: place for place, slot in enumerate(self.slots.tolist())}
         starts = self.starts.tolist()
-        found = [of_slots.get(row.slot, -1) for row in rows]
+        found = [place_of_slot.get(row.slot, -1) for row in rows]
         as_asked = all(place >= 0 and starts[place] == row.start for place, row in zip(found, rows, strict=True))
         return found if as_asked and steps <= self.steps else None
 
     def following(self, places: list[int], steps: int, context_length: int) -> "MultiStepBatch":
-        """Returns the batch of some of these rows after this one."""
+        """Returns the batch in which the rows at some places go on after this one."""
         names = {each.name for each in fields(self)} - {"steps", "places"}
         some = replace(self, **{name: getattr(self, name)[places] for name in names})
         starts = some.starts + self.steps

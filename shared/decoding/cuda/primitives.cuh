@@ -29,14 +29,14 @@ __device__ inline void wait_for_previous_kernel() {
 // Loads a line of 128 bytes into the cache of the whole GPU, where the writes of all kernels are.
 __device__ inline void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// Copies 16 bytes to shared memory while the thread goes on. It waits for all copies but those of the last groups that it ended,
-// and other threads see them after a barrier.
+// Begins to copy 16 bytes to shared memory. `wait_for_copies<N>` waits for all but this thread's last N groups of copies; other
+// threads see them after a barrier.
 __device__ inline void copy_to_shared(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
 }
-__device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT>
-__device__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 __device__ inline void synchronise() { __syncthreads(); }
 __device__ inline void synchronise_warp() { __syncwarp(); }

@@ -97,8 +97,8 @@ struct Up {
   }
 };
 
-// A product, but for the head, sums its groups of 32 inputs in an order that follows from their number alone: every SUMS-th one, and then these
-// sums.
+// A product of a layer sums its groups of 32 inputs in an order that follows from their number alone: every SUMS-th one, and then
+// these sums. The head sums its groups one after the other.
 template <class Kind>
 struct Order {
   static constexpr int GROUPS = up_to(32, Kind::INPUTS) / 32, SUMS = Kind::INPUTS == WIDTH ? WIDTH_WARPS : HIDDEN_WARPS;
@@ -246,8 +246,6 @@ __device__ void multiply_wide(const Arguments& a) {
   }
 }
 
-// Logits sum their groups of inputs one after the other.
-
 constexpr int HEAD_BLOCKS = VOCABULARY_STRIDE / 16;
 
 // Writes sums of 16 outputs and 8 * TILES rows to the logits.
@@ -283,11 +281,11 @@ __device__ void multiply_head(const Arguments& a) {
   store_logits(a, sums, first, block);
 }
 
-// Writes sums of 32 outputs and 8 * TILES rows to the logits, through memory (8, STRIDE) of the warp, so that a lane writes 16 bytes at
-// once and eight lanes a whole line of the cache. STRIDE is such that lanes do not wait for each other.
+// Writes sums of 32 outputs and 8 * TILES rows to the logits, through shared memory (8, STRIDE) of the warp, so that stores are
+// coalesced; STRIDE avoids conflicts of banks. What it writes beyond the vocabulary is not drawn.
 constexpr int STRIDE = 36;
 template <int TILES>
-__device__ void store_many_logits(const Arguments& a, const float (&sums)[2][TILES][4], float* memory, int first, int outputs) {
+__device__ void store_logits_coalesced(const Arguments& a, const float (&sums)[2][TILES][4], float* memory, int first, int outputs) {
   const int lane = threadIdx.x % 32, output = lane % 8 * 4;
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
@@ -307,19 +305,20 @@ __device__ void store_many_logits(const Arguments& a, const float (&sums)[2][TIL
   }
 }
 
-// The same for many rows, whose inputs and weights pass through the GPU's cache as seldom as can be: each warp multiplies 32 outputs
-// with all rows of the block. Inputs are copied to shared memory some groups ahead, weights are loaded one group ahead.
+// The same for many rows, with fewer reads of inputs and weights: each warp multiplies 32 outputs with all rows of the block. Inputs
+// are copied to shared memory STAGES - 1 groups ahead, weights are loaded into registers one group ahead.
 template <int TILES>
 __device__ void multiply_head_staged(const Arguments& a) {
   constexpr int GROUPS = WIDTH_GROUPS, STAGES = 4, VECTORS = TILES * 32;
   __shared__ uint4 staged[STAGES][VECTORS];
+  static_assert(WIDE_WARPS * 8 * STRIDE * sizeof(float) <= sizeof(staged), "The logits take the place of the inputs.");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * 8 * TILES;
   if (a.wanted[first] < 0) return;
   const int block = (blockIdx.y * WIDE_WARPS + warp) * 2;
   const uint4* weights[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    // What a warp without outputs computes is written nowhere.
+    // A warp beyond the vocabulary repeats its last outputs, and does not write them.
     weights[half] = a.weight + (long long)(block + half < HEAD_BLOCKS ? block + half : HEAD_BLOCKS - 1) * GROUPS * 64;
     for (int line = lane; line < GROUPS * 8; line += 32) prefetch(weights[half] + line * 8);
   }
@@ -332,7 +331,7 @@ __device__ void multiply_head_staged(const Arguments& a) {
     if (group < GROUPS)
       for (int i = threadIdx.x; i < VECTORS; i += 32 * WIDE_WARPS)
         copy_to_shared(&staged[group % STAGES][i], inputs + (i / 32 * GROUPS + group) * 32 + i % 32);
-    end_group_of_copies();
+    commit_copies();
   };
 #pragma unroll
   for (int group = 0; group < STAGES - 1; ++group) stage(group);
@@ -345,7 +344,7 @@ __device__ void multiply_head_staged(const Arguments& a) {
       load_weights(weights[1] + (group + 1) * 64 + lane, next[1]);
     }
     wait_for_copies<STAGES - 2>();
-    // Now all threads see this group, and none reads the one before, whose place the next copy takes.
+    // Now all threads see this group, and have read the one before, whose stage is used again.
     synchronise();
     stage(group + STAGES - 1);
 #pragma unroll
@@ -357,9 +356,8 @@ __device__ void multiply_head_staged(const Arguments& a) {
       mma(sums[1][tile], now[1][1], input.z, input.w);
     }
   }
-  // The logits take the place of the inputs.
   synchronise();
-  store_many_logits(a, sums, reinterpret_cast<float*>(staged) + warp * 8 * STRIDE, first, block * 16);
+  store_logits_coalesced(a, sums, reinterpret_cast<float*>(staged) + warp * 8 * STRIDE, first, block * 16);
 }
 
 // With the number of threads, and of blocks on a multiprocessor, the compiler knows how many registers each thread can have.

@@ -24,7 +24,7 @@ DrawInput = np.dtype(
 RANGE_SUM_BYTES = 8
 
 # The rows that a block of each product may have. The warps of a narrow block share 16 outputs and divide the inputs;
-# each warp of a wide block has 16 outputs and all inputs, that of a staged block 32 outputs.
+# each warp of a wide block has 16 outputs and all inputs, and each warp of a staged block 32 outputs and all inputs.
 _ROWS = dict.fromkeys(("qkv", "attention_output", "up", "down"), (16, 8))
 _WIDE_ROWS = {"qkv": (16, 8), "up": (16, 8), "head": (32, 16, 8)}
 _STAGED_ROWS = {"head": (64,)}
@@ -56,7 +56,7 @@ def blocks_of(product: str, inputs: int) -> list[Blocks]:
 
 
 def wide_blocks_of(product: str) -> list[Blocks]:
-    """Returns the wide blocks that a product may have, the largest first."""
+    """Returns the wide and staged blocks that a product may have, the largest first."""
     kinds = ((32, "staged", _STAGED_ROWS), (16, "wide", _WIDE_ROWS))
     return [
         Blocks(f"{product}_{kind}_{rows}", rows, outputs * _WIDE_WARPS, _WIDE_WARPS)

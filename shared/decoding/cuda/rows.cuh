@@ -41,12 +41,12 @@ struct RangeSum {
   float highest, sum;
 };
 
-// The argument of every kernel; each uses some of it. Rows without a slot have -1, and so have entries of `wanted`
-// and `places` without a row.
+// The argument of every kernel; each uses some of it. Rows without a slot have -1, and so have entries of `wanted` and `places`
+// without a row.
 struct Arguments {
   Row* rows;                       // (R,)
   int* wanted;                     // (R,): rows whose logits are wanted
-  const int* places;               // (R,): rows of the batch before that go on
+  const int* places;               // (R,): the indices of the rows in the batch before
   const unsigned long long* pages; // (slots, PAGES): addresses
   const Bf16* token_embedding;     // (V, C)
   const Bf16* position_embedding;  // (POSITIONS, C)

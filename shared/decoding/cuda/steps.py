@@ -3,6 +3,8 @@
 Shapes: R rows, K wanted rows, S steps, C width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +36,18 @@ _THREADS = 256
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What the GPU draws for a batch."""
+class PendingTokens:
+    """The tokens of a batch, which the GPU is drawing."""
 
     gpu: Gpu
     drawn: NDArray[np.int32]  # (S, R)
     done: Event
 
-    def tokens(self) -> NDArray[np.int32]:
-        """Returns the tokens (R, S) when they are drawn; -1 if logits are not finite.
+    def wait(self) -> NDArray[np.int32]:
+        """Waits for the tokens (R, S); -1 if logits are not finite.
 
-        What is returned for a row after that, or after the end of its context, is undefined, and so are all of them
-        when two batches have begun after this one.
+        Those of a row after that, or after the end of its context, are undefined. The second `begin_decode` or
+        `compute` after that of the batch overwrites the tokens. Raises `CudaError` if a kernel failed.
         """
         self.gpu.wait(self.done)
         return self.drawn.T.copy()
@@ -53,14 +55,14 @@ class Drawing:
 
 @dataclass(frozen=True)
 class _HostMemory:
-    """What the GPU copies for a batch, and what it has drawn when the event has happened."""
+    """The memory of the host for a batch: its inputs, and what was drawn when `done` has happened."""
 
-    rows: NDArray[Any]
-    wanted: NDArray[np.int32]
-    places: NDArray[np.int32]
-    pages: NDArray[np.uint64]
-    draws: NDArray[Any]
-    drawn: NDArray[np.int32]
+    rows: NDArray[Any]  # (R,)
+    wanted: NDArray[np.int32]  # (R,)
+    places: NDArray[np.int32]  # (R,)
+    pages: NDArray[np.uint64]  # (slots, pages)
+    draws: NDArray[Any]  # (S * R,)
+    drawn: NDArray[np.int32]  # (S * R,)
     done: Event
 
 
@@ -68,7 +70,7 @@ class Steps:
     """Computes rows, one token each, of slots with keys and values in pages."""
 
     def __init__(self, model: GPT, gpu: Gpu, pages: NDArray[np.uint64]) -> None:
-        """`pages` (slots, pages) are the addresses of the pages, which `write_pages` copies to the GPU.
+        """`pages` (slots, pages) are the addresses of the pages. The caller changes them and calls `write_pages`.
 
         Raises `CudaError` if the GPU has too little memory.
         """
@@ -120,7 +122,7 @@ class Steps:
                 gpu.free(self._memory.pop(name))
         for name, size in sizes.items():
             self._memory[name] = gpu.allocate(rows * size)
-        # While the GPU computes a batch, the host prepares the next one.
+        # Double buffering: the host fills one while the GPU uses the other.
         self._host = [self._new_host_memory(rows) for _ in range(2)]
         self._losses = gpu.host_memory(rows * 4).view(np.float32)
         self._most_logits = rows
@@ -130,8 +132,8 @@ class Steps:
         return [size for size in _SIZES if size <= _padded(rows)]
 
     def write_pages(self) -> None:
-        """Copies the addresses of pages to the GPU, for what is computed after it."""
-        host = self._free_host_memory()
+        """Copies the addresses of pages to the GPU, for all later work."""
+        host = self._idle_host_memory()
         host.pages[:] = self._pages
         self._gpu.write(self._memory["pages"], host.pages.reshape(-1).view(np.uint8))
 
@@ -141,39 +143,38 @@ class Steps:
 
         Rows of one slot are in the order of their positions.
         """
-        host = self._free_host_memory()
         R, K = _padded(len(rows)), _padded(len(wanted)) if len(wanted) else 0
-        self._upload("rows", host.rows, rows, R, _NO_ROW)
-        if K:
-            self._upload("wanted", host.wanted, wanted, K, -1)
-        if logits_row:
-            # A graph holds the address of its logits.
-            self._launch_step(R, K, logits_row)
-        else:
-            self._replay(R, K, 0)
-        self._take_turns(host)
+        with self._used_host_memory() as host:
+            self._upload("rows", host.rows, rows, R, _NO_ROW)
+            if K:
+                self._upload("wanted", host.wanted, wanted, K, -1)
+            if logits_row:
+                # A graph holds the address of its logits.
+                self._launch_step(R, K, logits_row)
+            else:
+                self._replay(R, K, 0)
 
-    def begin_decode(self, batch: MultiStepBatch) -> "Drawing":
+    def begin_decode(self, batch: MultiStepBatch) -> PendingTokens:
         """Starts to draw the tokens of a batch, at most `most_rows` rows, one after the other."""
-        host, count = self._free_host_memory(), len(batch.slots)
+        count = len(batch.slots)
         R = _padded(count)
-        if batch.places is None:
-            self._upload("rows", host.rows, batch.rows(), R, _NO_ROW)
-            self._upload("wanted", host.wanted, np.arange(count), R, -1)
-        else:
-            threads = max(R, 32)
-            self._upload("places", host.places, batch.places, threads, -1)
-            self._gpu.launch(self._kernel("continue_rows"), (1, 1), threads, Arguments(**self._memory))
-        host.draws[: batch.steps * R].reshape(batch.steps, R)[:, :count] = batch.draws()
-        self._gpu.write(self._memory["draws"], host.draws[: batch.steps * R].view(np.uint8))
-        # Other numbers of steps replay the graph of one: to record a graph for each would take too long.
-        at_once = batch.steps if batch.steps == MAX_DECODE_STEPS else 1
-        for _ in range(batch.steps // at_once):
-            self._replay(R, R, at_once)
-        drawn = host.drawn[: batch.steps * R]
-        self._gpu.read(self._memory["drawn"], drawn.view(np.uint8))
-        self._take_turns(host)
-        return Drawing(self._gpu, drawn.reshape(batch.steps, R)[:, :count], host.done)
+        with self._used_host_memory() as host:
+            if batch.places is None:
+                self._upload("rows", host.rows, batch.rows(), R, _NO_ROW)
+                self._upload("wanted", host.wanted, np.arange(count), R, -1)
+            else:
+                threads = max(R, 32)  # at least a warp
+                self._upload("places", host.places, batch.places, threads, -1)
+                self._gpu.launch(self._kernel("continue_rows"), (1, 1), threads, Arguments(**self._memory))
+            host.draws[: batch.steps * R].reshape(batch.steps, R)[:, :count] = batch.draws()
+            self._gpu.write(self._memory["draws"], host.draws[: batch.steps * R].view(np.uint8))
+            # Other numbers of steps replay the graph of one: to record a graph for each would take too long.
+            at_once = batch.steps if batch.steps == MAX_DECODE_STEPS else 1
+            for _ in range(batch.steps // at_once):
+                self._replay(R, R, at_once)
+            drawn = host.drawn[: batch.steps * R]
+            self._gpu.read(self._memory["drawn"], drawn.view(np.uint8))
+        return PendingTokens(self._gpu, drawn.reshape(batch.steps, R)[:, :count], host.done)
 
     def draw(self, draws: NDArray[Any]) -> list[int]:
         """Draws a token for each of the draws; -1 if its logits are not finite."""
@@ -191,7 +192,7 @@ class Steps:
         return rows[:, : self._config.vocabulary_size]
 
     def _run(self, kernel: str, draws: NDArray[Any], name: str, host: NDArray[Any]) -> list[Any]:
-        gpu, results, host_draws = self._gpu, list[Any](), self._free_host_memory().draws
+        gpu, results, host_draws = self._gpu, list[Any](), self._idle_host_memory().draws
         # Each draw has sums of its own.
         for first in range(0, len(draws), self._most_logits):
             batch = draws[first : first + self._most_logits]
@@ -217,14 +218,21 @@ class Steps:
             done=self._gpu.event(),
         )
 
-    def _free_host_memory(self) -> _HostMemory:
-        """Returns memory that the GPU does not read any more, the same one until it is used."""
+    def _idle_host_memory(self) -> _HostMemory:
+        """Waits until the GPU does not use the next memory, and returns it."""
         self._gpu.wait(self._host[0].done)
         return self._host[0]
 
-    def _take_turns(self, used: _HostMemory) -> None:
-        self._gpu.mark(used.done)
-        self._host.reverse()
+    @contextmanager
+    def _used_host_memory(self) -> Iterator[_HostMemory]:
+        """Gives the next memory. The work so far uses it afterwards, also if not all of it began, and the other one is
+        the next."""
+        host = self._idle_host_memory()
+        try:
+            yield host
+        finally:
+            self._gpu.mark(host.done)
+            self._host.reverse()
 
     def _upload(self, name: str, host: NDArray[Any], values: NDArray[Any], count: int, filler: object) -> None:
         """Copies values to the GPU through memory of the host, filled up to `count`."""

@@ -164,7 +164,7 @@ def test_a_teacher_whose_predictions_are_not_finite_gives_gradients_that_are_not
     assert mx.any(mx.isnan(gradients["head"]["weight"])).item()
 
 
-@pytest.mark.skipif(cuda.is_device(), reason="What MLX has submitted to a GPU and not computed keeps its memory.")
+@pytest.mark.skipif(cuda.is_default_device(), reason="MLX keeps the memory of work that a GPU has not done yet.")
 def test_no_more_logits_exist_at_once_than_without_teachers(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary_size, rows, chunk_bytes = 2048, 2048, 1 << 20
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_bytes // 4)

@@ -46,7 +46,7 @@ def test_a_step_adds_the_gradients_of_the_masked_loss_and_reports_the_plain_loss
     masked_loss, hidden = gradients(0.4, masked=True)
     assert plain_loss == loss == masked_loss
     # An NVIDIA GPU computes gradients in bf16.
-    in_bf16 = cuda.is_device()
+    in_bf16 = cuda.is_default_device()
     for name, array in plain.items():
         rtol, atol = (0.02, 0.02 * np.abs(array).max()) if in_bf16 else (1e-4, 1e-6)
         np.testing.assert_allclose(seen[name], 1.4 * array, rtol=rtol, atol=atol, err_msg=name)

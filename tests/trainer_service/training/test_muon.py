@@ -28,8 +28,8 @@ def random(*shape: int, seed: int = 0) -> mx.array:
 
 
 def tolerance(fp32: float, bf16: float) -> float:
-    """Returns that of the type in which the device computes directions."""
-    return bf16 if cuda.is_device() else fp32
+    """Returns the tolerance for the type of directions: bf16 on an NVIDIA GPU, otherwise fp32."""
+    return bf16 if cuda.is_default_device() else fp32
 
 
 def orthogonalised(matrix: Matrix) -> Matrix:

@@ -68,7 +68,7 @@ struct Thread {
   jmp_buf place;
   bool began, ended;
 };
-constexpr int MOST_THREADS = 512, STACK = 1 << 16;
+constexpr int MOST_THREADS = 1024, STACK = 1 << 16;
 static Thread threads[MOST_THREADS];
 static Warp warps[MOST_THREADS / 32];
 static Barrier whole;
@@ -93,7 +93,7 @@ static void prefetch(const void*) {}
 static void synchronise() { wait_at(whole, blockDim.x); }
 static void synchronise_warp() { wait_at(warps[threadIdx.x / 32].barrier, 32); }
 
-// Copies to shared memory are made as late as they may: when their thread waits for them.
+// Copies to shared memory are made as late as they may, when their thread waits for them; if EAGER, at once.
 struct Copy {
   void* to;
   const void* from;
@@ -101,13 +101,18 @@ struct Copy {
 };
 static std::vector<Copy> copies[MOST_THREADS];
 static int copy_groups[MOST_THREADS];
-static void copy_to_shared(void* to, const void* from) { copies[threadIdx.x].push_back(Copy{to, from, copy_groups[threadIdx.x]}); }
-static void end_group_of_copies() { ++copy_groups[threadIdx.x]; }
-template <int LEFT>
+static void copy_to_shared(void* to, const void* from) {
+  if (EAGER)
+    memcpy(to, from, 16);
+  else
+    copies[threadIdx.x].push_back(Copy{to, from, copy_groups[threadIdx.x]});
+}
+static void commit_copies() { ++copy_groups[threadIdx.x]; }
+template <int PENDING>
 static void wait_for_copies() {
   std::vector<Copy>& mine = copies[threadIdx.x];
   size_t done = 0;
-  for (; done < mine.size() && mine[done].group < copy_groups[threadIdx.x] - LEFT; ++done) memcpy(mine[done].to, mine[done].from, 16);
+  for (; done < mine.size() && mine[done].group < copy_groups[threadIdx.x] - PENDING; ++done) memcpy(mine[done].to, mine[done].from, 16);
   mine.erase(mine.begin(), mine.begin() + done);
 }
 
@@ -163,7 +168,8 @@ static void resume(int thread) {
   threadIdx.x = thread;
   if (_setjmp(scheduler)) return;
   if (threads[thread].began) _longjmp(threads[thread].place, 1);
-  static std::vector<char> stacks((size_t)MOST_THREADS * STACK);
+  // Only what threads use of it takes memory.
+  static char* stacks = new char[(size_t)MOST_THREADS * STACK];
   threads[thread].began = true;
   ucontext_t context;
   getcontext(&context);

@@ -24,8 +24,8 @@ def model_of(config: GPTConfig) -> GPT:
     return random_model(config, 1)
 
 
-def decoder_for(config: GPTConfig = CONFIG, slots: int = SLOTS) -> CudaDecoder:
-    return cuda_decoder(model_of(config), slots)
+def decoder_for(config: GPTConfig = CONFIG, slots: int = SLOTS, eager: bool = False) -> CudaDecoder:
+    return cuda_decoder(model_of(config), slots, eager)
 
 
 def assert_logits(actual: np.ndarray, expected: np.ndarray) -> None:

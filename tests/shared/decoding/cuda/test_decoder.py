@@ -99,7 +99,7 @@ def test_blocks_of_any_size_compute_the_same_bits(config: GPTConfig, monkeypatch
     spans = [Span(slot, 0, (slot % config.vocabulary_size,)) for slot in range(count)]
     expected = forward(decoder_for(config, count), spans)
     computed: set[str] = set()
-    for wide, number in product((False, True), range(5)):
+    for wide, number in product((False, True), range(4)):
 
         def choose(self: Product, rows: int, multiprocessors: int, wide: bool = wide, number: int = number) -> Blocks:
             sizes = self.sizes(rows, wide=wide)
@@ -108,7 +108,8 @@ def test_blocks_of_any_size_compute_the_same_bits(config: GPTConfig, monkeypatch
             return chosen
 
         monkeypatch.setattr(Product, "blocks", choose)
-        assert np.array_equal(forward(decoder_for(config, count), spans), expected)
+        # The head is the same for both, so that its copies to shared memory come late and at once.
+        assert np.array_equal(forward(decoder_for(config, count, eager=wide), spans), expected)
     if config == CONFIG:
         assert computed == {name for name in kernels() if name.rpartition("_")[2].isdecimal()}
 

@@ -9,8 +9,9 @@ from shared.decoding.cuda.decoder import CudaDecoder
 from shared.decoding.cuda.program import Row
 from shared.decoding.multi_step import MAX_DECODE_STEPS, DecodeRow
 from shared.decoding.spans import SPAN_TOKENS, Span
+from shared.device.cuda_driver import CudaError
 from tests.decoders import make_gpu
-from tests.shared.decoding.cuda.models import decoder_for
+from tests.shared.decoding.cuda.models import decoder_for, model_of
 from tests.shared.decoding.test_decoders import CONFIG, SPOILED, spans_of, spoiled_model
 from tests.shared.gpt.random_models import forward, random_text
 
@@ -31,9 +32,13 @@ def test_any_number_of_rows_draws_several_tokens(count: int) -> None:
     assert decoder.decode(rows[:2], MAX_DECODE_STEPS) == few == found[:2]
 
 
-def test_what_was_begun_before_it_was_asked_for_is_the_same() -> None:
-    """Rows end, go on alone, or reach the end of their context; the caller changes its mind, or computes a prompt."""
-    ahead, plain = decoder_for(slots=5), decoder_for(slots=5)
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_was_begun_before_it_was_asked_for_is_the_same(eager: bool) -> None:
+    """Rows end, go on alone, or reach the end of their context; the caller changes its mind, or computes a prompt.
+
+    The GPU may be done with the next batch before the caller looks at the last one.
+    """
+    ahead, plain = decoder_for(slots=5, eager=eager), decoder_for(slots=5)
     starts = [1, 60, 130, 5, 0]
     for decoder in (ahead, plain):
         forward(
@@ -61,7 +66,7 @@ def test_what_was_begun_before_it_was_asked_for_is_the_same() -> None:
     decode(8, 8)
     assert len(rows) == 5
     decode(8, 8)
-    # The context of one has ended, and another ends meanwhile.
+    # One has reached the end of its context, another ends, and those that are left come in another order.
     assert len(rows) == 4
     del rows[1]
     rows.reverse()
@@ -111,8 +116,11 @@ def test_a_row_that_drew_no_token_is_computed_no_further() -> None:
     for seed in range(100):
         second = DecodeRow(1, 0, 1, 1.0, seed, drawn=0, masked=3, masked_draws=0)
         (sound,) = alone.decode([second], MAX_DECODE_STEPS)
-        if SPOILED in sound[:-2]:
+        # The logits after it are not finite, and are drawn from in the same call.
+        if SPOILED in sound[:-1]:
             break
+    else:
+        pytest.fail("No seed draws the spoiled token.")
     tokens, ended = decoder.decode([first, second], MAX_DECODE_STEPS, MAX_DECODE_STEPS)
     assert ended == [*sound[: sound.index(SPOILED) + 1], None]
     rows = gpu.host_memory(2 * Row.itemsize).view(Row)
@@ -126,6 +134,30 @@ def test_a_row_that_drew_no_token_is_computed_no_further() -> None:
         (tokens,) = decoder.decode([first], MAX_DECODE_STEPS, MAX_DECODE_STEPS)
         assert alone.decode([first], MAX_DECODE_STEPS, MAX_DECODE_STEPS) == [tokens]
     assert decoder._slots[1] == [None] * len(decoder._slots[1])
+
+
+def test_after_a_launch_failed_the_memory_of_what_had_begun_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = make_gpu()
+    decoder, alone = CudaDecoder(model_of(CONFIG), 2, gpu), decoder_for(slots=2)
+    row = DecodeRow(0, 0, 1, 1.0, seed=1, drawn=0, masked=3, masked_draws=0)
+    decoder.decode([row], 1)
+    replayed = list[object]()
+
+    def fail_later(graph: object) -> None:
+        if len(replayed) == 2:
+            raise CudaError("no more launches")
+        replayed.append(graph)
+        replay(graph)
+
+    replay, used = gpu.replay, decoder._steps._host[0]
+    with monkeypatch.context() as patched, pytest.raises(CudaError, match="no more launches"):
+        patched.setattr(gpu, "replay", fail_later)
+        decoder.decode([row], 3)
+    assert decoder._steps._host[0] is not used
+    decoder.reset()
+    other = row._replace(slot=1, token=5)
+    assert decoder.decode([other], 8) == alone.decode([other], 8)
+    assert decoder.decode([row], 3) == alone.decode([row], 3)
 
 
 def test_what_was_begun_for_a_slot_does_not_reach_its_next_sequence() -> None:

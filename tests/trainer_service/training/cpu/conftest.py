@@ -1,4 +1,4 @@
-"""What the library computes is compared with MLX on a CPU: a GPU rounds more."""
+"""MLX computes on a CPU, as the reference for the library: a GPU rounds more."""
 
 from collections.abc import Iterator
 

@@ -127,7 +127,7 @@ def test_the_norm_has_the_same_bits_on_every_processor() -> None:
     """With vectors of any width: ranks compare what follows from it."""
     numbers = np.random.default_rng(1).standard_normal(5777).astype(np.float32)
     squares = (numbers.astype(np.float64) ** 2).tolist()
-    # From 3.12 on, Python's `sum` rounds less.
+    # From Python 3.12 on, `sum` compensates for rounding.
     lanes = [reduce(add, squares[lane : 5777 // 16 * 16 : 16]) for lane in range(16)]
     lanes[0] = reduce(add, squares[5777 // 16 * 16 :], lanes[0])
     assert load_library().squared_norm(numbers) == reduce(add, lanes)
