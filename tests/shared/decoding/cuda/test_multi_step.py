@@ -160,6 +160,18 @@ def test_after_a_launch_failed_the_memory_of_what_had_begun_stays_as_it_is(monke
     assert decoder.decode([row], 3) == alone.decode([row], 3)
 
 
+def test_as_many_rows_go_on_as_a_block_has_threads() -> None:
+    config = replace(CONFIG, layers=1, width=12, heads=1, hidden_width=12, vocabulary_size=20)
+    decoder, alone = decoder_for(config, slots=520), decoder_for(config, slots=2)
+    rows = [DecodeRow(slot, 0, slot % 20, 1.0, seed=slot, drawn=0, masked=3, masked_draws=0) for slot in range(520)]
+    first = decoder.decode(rows, 1, 1)
+    rows = [row._replace(start=1, drawn=1, token=tokens[0] or 0) for row, tokens in zip(rows, first, strict=True)]
+    second = decoder.decode(rows, 1)
+    for slot in (0, 255, 511, 519):
+        row = DecodeRow(0, 0, slot % 20, 1.0, seed=slot, drawn=0, masked=3, masked_draws=0)
+        assert alone.decode([row], 2) == [first[slot] + second[slot]]
+
+
 def test_what_was_begun_for_a_slot_does_not_reach_its_next_sequence() -> None:
     decoder, alone = decoder_for(slots=2), decoder_for(slots=2)
     row = DecodeRow(0, 0, 1, 1.0, seed=1, drawn=0, masked=3, masked_draws=0)
