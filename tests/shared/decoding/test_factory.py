@@ -54,8 +54,8 @@ def test_the_kernels_decode_what_they_take_on_the_gpus_that_they_need(
     gpu: type[Ada] | None, config: GPTConfig, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, factory = random_model(config, 1), DecoderFactory(2, 1, COMPILED, None if gpu else WeightFormat.INT8)
+    monkeypatch.setattr(decoder, "on_cpu", lambda: gpu is None)
     if gpu is not None:
-        monkeypatch.setattr(decoder, "on_cpu", lambda: False)
         monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
         monkeypatch.setattr(decoder, "CudaDriver", gpu)
     made = factory.make(model)

@@ -5,12 +5,18 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from shared.gpt import cuda
 from shared.gpt.config import GPTConfig
 from shared.gpt.model import GPT, parameters_of
 from trainer_service.presets import find_preset
 from trainer_service.training.batches import TeacherText, TrainingText
 from trainer_service.training.config import TrainingConfig
 from trainer_service.training.trainer import Trainer
+
+
+def tolerance(fp32: float, bf16: float) -> float:
+    """Returns the tolerance for what is computed in bf16 on an NVIDIA GPU, and elsewhere in fp32."""
+    return bf16 if cuda.is_default_device() else fp32
 
 
 def tiny(**values: object) -> TrainingConfig:
