@@ -69,11 +69,16 @@ def every_kind_in_ranks(config: TrainingConfig) -> list[Outcome]:
     return every_kind(config, Ranks.join())
 
 
+def weight_tolerance(steps: int) -> float:
+    """In bf16 the gradient of a key's bias, which is 0, is rounded to either sign, and Adam follows the sign."""
+    return tolerance(2e-5, 2 * steps * tiny().learning_rate)
+
+
 def assert_close(one: Outcome, other: Outcome) -> None:
     np.testing.assert_allclose(one.losses, other.losses, atol=tolerance(1e-5, 1e-3))
     np.testing.assert_allclose(one.norms, other.norms, rtol=tolerance(1e-4, 0.02))
     for name, array in one.arrays.items():
-        np.testing.assert_allclose(array, other.arrays[name], atol=tolerance(2e-5, 1e-2), err_msg=name)
+        np.testing.assert_allclose(array, other.arrays[name], atol=weight_tolerance(STEPS), err_msg=name)
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:
@@ -240,8 +245,8 @@ def test_all_ranks_stop_after_the_same_step_and_go_on_with_another_world_size(tm
     alone.train(resumed)
     for name, array in weights(whole).items():
         np.testing.assert_array_equal(first["weights"][name], second["weights"][name])
-        np.testing.assert_allclose(first["weights"][name], array, atol=tolerance(2e-5, 1e-2))
-        np.testing.assert_allclose(weights(resumed)[name], array, atol=2e-5)
+        np.testing.assert_allclose(first["weights"][name], array, atol=weight_tolerance(12))
+        np.testing.assert_allclose(weights(resumed)[name], array, atol=weight_tolerance(12))
 
 
 def runs_that_fail(folder: Path) -> list[str]:
