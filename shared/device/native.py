@@ -38,12 +38,14 @@ class Baseline:
 
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+_V4_VNNI = _V4 | {"avx512_vnni"}
 _ARMV8_2 = frozenset({"asimd", "atomics", "asimdrdm", "crc32"})
 # By architecture, the fastest first. The levels of x86-64 are those of its psABI. VNNI and dotprod are dot products of
-# int8.
+# int8, AMX products of small matrices of them.
 BASELINES = {
     "x86_64": (
-        Baseline("x86-64-v4", _V4 | {"avx512_vnni"}, ("-mavx512vnni",)),
+        Baseline("x86-64-v4", _V4_VNNI | {"amx_tile", "amx_int8"}, ("-mavx512vnni", "-mamx-tile", "-mamx-int8")),
+        Baseline("x86-64-v4", _V4_VNNI, ("-mavx512vnni",)),
         Baseline("x86-64-v4", _V4),
         Baseline("x86-64-v3", _V3),
         Baseline("x86-64", frozenset()),

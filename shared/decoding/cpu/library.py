@@ -15,8 +15,8 @@ from shared.device.native import VECTOR_OPTIONS, VECTORS, build_library, joined,
 
 _OPTIONS = (*VECTOR_OPTIONS, *(("-fopenmp",) if sys.platform == "linux" else ()))
 # In the order in which they are joined.
-_FILES = ("products.h", "attention.h", "draws.h", "step.cpp")
-# The numbers of the formats in `products.h`.
+_FILES = ("weights.h", "tiles.h", "products.h", "attention.h", "draws.h", "step.cpp")
+# The numbers of the formats in `weights.h`.
 FORMATS = {WeightFormat.FP32: 0, WeightFormat.BF16: 1, WeightFormat.INT8: 2}
 
 CACHE_LINE = 64
@@ -68,6 +68,7 @@ class CpuLibrary:
         integer, size, model = ctypes.c_int, ctypes.c_size_t, ctypes.POINTER(Model)
         for name, result, arguments in (
             ("vector_width", integer, []),
+            ("has_tiles", integer, []),
             ("padded_size", integer, [integer]),
             ("packed_size", size, [integer, integer, integer]),
             ("pack_weights", None, [integer, integer, integer, *[Pointer] * 3]),
@@ -78,6 +79,7 @@ class CpuLibrary:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         self.vector_width: int = library.vector_width()
+        self.has_tiles = bool(library.has_tiles())
         self.padded_size = library.padded_size
         self.scratch_size = library.scratch_size
         self.compute = library.compute

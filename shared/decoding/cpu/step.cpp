@@ -44,7 +44,7 @@ struct Scratch {
         x = (float *)take(R * padded(C) * sizeof(float));
         normed = (float *)take(R * padded(C) * sizeof(float));
         wide = (float *)take(R * padded(wider) * sizeof(float));
-        auto *rounded = (int8_t *)take(R * padded(F > C ? F : C));
+        auto *rounded = (int8_t *)take((size_t)tiled(rows) * padded(F > C ? F : C));
         auto *scales = (float *)take(R * wides * sizeof(float));
         auto *sums = (int *)take(R * wides * sizeof(int));
         weights_of_thread = (size_t)QUERY_ROWS * key_blocks(model->positions) * WIDTH;
@@ -130,6 +130,9 @@ extern "C" {
 
 // The positions of a block of keys.
 int vector_width() { return WIDTH; }
+
+// 1 if products of bytes are computed in tiles.
+int has_tiles() { return HAS_TILES; }
 
 // A size that is padded as outputs are.
 int padded_size(int size) { return padded(size); }

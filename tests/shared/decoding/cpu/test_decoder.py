@@ -155,7 +155,7 @@ def other_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     for which GCC fuses fewer products with sums."""
     if platform.machine() != "x86_64":
         pytest.skip("These are x86-64 processors.")
-    needed = {"x86-64": set[str](), "haswell": {"avx2", "fma", "bmi2"}, "x86-64-v4": BASELINES["x86_64"][1].features}
+    needed = {"x86-64": set[str](), "haswell": {"avx2", "fma", "bmi2"}, "x86-64-v4": BASELINES["x86_64"][2].features}
     name, *tuned = request.param.split()
     if not needed[name] <= set(native._processor().split()):
         pytest.skip(f"This processor is older than {name}.")
@@ -177,6 +177,23 @@ def test_other_processors_give_the_same_results(other_library: CpuLibrary, shape
     assert_rounds_as_described(model, weights, other_library)
     assert_a_long_text_agrees(model, weights, other_library)
     assert_same_bits_in_any_company(model, 2, weights, other_library)
+
+
+# Widths that are one part, three and a half parts, and a part and a half; 1 to 40 rows, and prompts of more than 96.
+@pytest.mark.parametrize(("width", "hidden"), [(64, 448), (192, 768)])
+def test_tiles_give_the_bits_of_vectors(width: int, hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "amx_int8" not in native._processor().split() or not cpu_library().has_tiles:
+        pytest.skip("This processor has no tiles of int8, or the system does not lend them.")
+    config = GPTConfig(1, width, 2, hidden, 150, 97, tied_head=False)
+    model = random_model(config, 1)
+    assert_same_bits_in_any_company(model, 2, WeightFormat.INT8)
+    text = random_text(config, 3, config.context_length)
+    by_tiles = forward(CpuDecoder(model, 1, 1, cpu_library(), WeightFormat.INT8), [Span(0, 0, text)])
+    monkeypatch.setattr(module, "_OPTIONS", [*module._OPTIONS, "-mno-amx-int8"])
+    vectors = load_library(COMPILED)
+    assert not vectors.has_tiles
+    assert np.array_equal(by_tiles, forward(CpuDecoder(model, 1, 1, vectors, WeightFormat.INT8), [Span(0, 0, text)]))
+    assert np.array_equal(by_tiles[0], decode_alone(model, text, WeightFormat.INT8, vectors)[-1])
 
 
 @formats
